@@ -1,0 +1,6579 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.13.3", "croniter>=6.0.0", "mcp>=2.0.0"]
+# ///
+"""ChronoTask: a lightweight, reliable task scheduler in one module.
+
+HTTP requests and bash commands, fired by cron, once and interval schedules; a REST API, an MCP server for AI
+assistants, and a history in SQLite that survives restarts and `kill -9`.
+
+The words, one meaning each
+    task        what to do: an HTTP request or a bash command
+    schedule    when a task fires
+    slot        one planned instant of a schedule
+    execution   one run of a task, past, present or queued; it has one or more attempts
+    attempt     one try at it
+    job         an asyncio task (never called a task here)
+    beat        one round of the heart: one transaction that settles, claims and starts
+    leader      the one process on a database that fires schedules and runs executions
+
+How a run comes about
+    request ─→ model ─→ Service ─→ Store (the truth) ─→ TimerQueue (an index, rebuilt at start)
+                                                             │ due
+    Outcome ←─ executor ←─ running row on disk ←─ one transaction: claim, move on, start ←─ decide (pure)
+       └─→ settled by the next beat: succeeded, failed, … or retrying
+
+The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
+     1 Errors and settings   the error tree, the settings; never reads os.environ itself
+     2 Schedules (pure)      slots of cron, once and interval; what to do about a slot; no clock, no I/O
+     3 Models                what a client sends and gets, what the store keeps; no SQL, HTTP or MCP
+     4 Timer queue (pure)    a heap with lazy deletion; does not know what a schedule is
+     5 Clock                 the only reads of wall and monotonic time
+     6 Store                 migrations, transactions, queries, locks; decides nothing, reads no clock
+     7 Executors             run_bash, run_http: a config in, an Outcome out; do not see the store
+     8 Service               the use cases and the heart; does not know requests, JSON or MCP
+     9 Operations            one table of what can be asked, for both doors (design.md has it inside 8 and 9)
+    10 REST                  routes, error answers, OpenAPI; holds no rule of the business
+    11 MCP                   tools, resources, transports; holds no rule of the business
+    12 Main                  command line, wiring, signals, order of shutdown
+
+All instants are integers: microseconds since the epoch, UTC. Durations are seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import bisect
+import concurrent.futures
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import difflib
+import email.utils
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import hmac
+import importlib.resources
+import ipaddress
+import json
+import logging
+import logging.handlers
+import math
+import os
+import queue
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+import weakref
+import zoneinfo
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import IntFlag
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, NotRequired, Protocol, TypedDict, TypeVar, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDictProxy
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+from yarl import URL
+
+__version__ = "1.0.0"
+logger = logging.getLogger("chronotask")
+
+
+# ======================================================================================================================
+# 1. Errors and settings
+# ======================================================================================================================
+#
+# ChronoTaskError                    HTTP
+# ├── InvalidInput                   422   every bad field is listed
+# ├── MalformedBody                  400
+# ├── Unauthorized                   401
+# ├── Forbidden                      403
+# ├── NotFound                       404
+# ├── MethodNotAllowed               405
+# ├── Conflict                       409
+# ├── BodyTooLarge                   413
+# ├── UnsupportedMedia               415
+# ├── Unavailable                    503   the database cannot be written, or the service is stopping
+# └── StartupError                   –     the program ends with `exit_status` and one line
+
+
+class FieldError(NamedTuple):
+    """One refused field: its dotted path (`config.url`) and what would be accepted."""
+
+    field: str
+    message: str
+
+
+class ChronoTaskError(Exception):
+    """An error whose text is meant for the caller. `status` is the HTTP status that REST answers with."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, errors: Sequence[FieldError] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = tuple(errors)
+
+
+class InvalidInput(ChronoTaskError):
+    """Input that was understood but cannot be accepted; `errors` names each bad field."""
+
+    status = 422
+    title = "Invalid input"
+
+    def __init__(self, *errors: FieldError) -> None:
+        super().__init__("; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors), errors)
+
+
+class MalformedBody(ChronoTaskError):
+    status = 400
+    title = "Malformed request"
+
+
+class Unauthorized(ChronoTaskError):
+    status = 401
+    title = "Unauthorized"
+
+
+class Forbidden(ChronoTaskError):
+    status = 403
+    title = "Forbidden"
+
+
+class NotFound(ChronoTaskError):
+    status = 404
+    title = "Not found"
+
+
+class MethodNotAllowed(ChronoTaskError):
+    status = 405
+    title = "Method not allowed"
+
+
+class Conflict(ChronoTaskError):
+    status = 409
+    title = "Conflict"
+
+
+class BodyTooLarge(ChronoTaskError):
+    status = 413
+    title = "Body too large"
+
+
+class UnsupportedMedia(ChronoTaskError):
+    status = 415
+    title = "Unsupported media type"
+
+
+class Unavailable(ChronoTaskError):
+    status = 503
+    title = "Unavailable"
+
+
+class StartupError(ChronoTaskError):
+    """The program cannot start: it prints the text on one line and ends with `exit_status`."""
+
+    def __init__(self, detail: str, exit_status: int = 1) -> None:
+        super().__init__(detail)
+        self.exit_status = exit_status
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` is most likely a misspelling of, or None."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`value` as it may stand in a message: quoted, on one line, of bounded length."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"a number from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in {"true", "false", "1", "0", "yes", "no", "on", "off"}:
+        raise ValueError("true or false")
+    return text.lower() in {"true", "1", "yes", "on"}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words) or not text.isprintable():
+        raise ValueError("a comma-separated list without empty entries or control characters")
+    return words
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    hosts = tuple(host.lower() for host in _words(text))
+    if not all(re.fullmatch(r"[a-z0-9._-]+|\[?[0-9a-f:.]+\]?", host) for host in hosts):
+        raise ValueError("a comma-separated list of host names, without scheme and port")
+    return hosts
+
+
+def _networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(word) for word in _words(text))
+    except ValueError:
+        raise ValueError("a comma-separated list of networks, such as 10.0.0.0/8,192.168.1.7/32") from None
+
+
+def _zone_name(text: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(text)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
+        hint = nearest(text, zoneinfo.available_timezones())
+        raise ValueError("an IANA time zone such as Europe/Berlin" + (f" (did you mean {hint}?)" if hint else "")) from None
+    return text
+
+
+def _log_level(text: str) -> str:
+    if text.upper() not in LOG_LEVELS:
+        raise ValueError("one of " + ", ".join(LOG_LEVELS))
+    return text.upper()
+
+
+def _sqlite_path(text: str) -> Path:
+    if not text.startswith("sqlite:///") or not text.isprintable() or len(text) == len("sqlite:///") or "?" in text:
+        raise ValueError("sqlite:///relative/path.db or sqlite:////absolute/path.db")
+    return Path(text.removeprefix("sqlite:///")).absolute()
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:-]+", text):
+        raise ValueError("a host name or IP address to listen on")
+    return text
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{8,4096}", text):
+        raise ValueError("8 to 4096 visible ASCII characters")
+    return text
+
+
+def _path(text: str) -> Path:
+    if not text.isprintable():
+        raise ValueError("a path without control characters")
+    return Path(text).absolute()
+
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+ENV_PREFIX = "CHRONOTASK_"
+SECRET_PREFIX = "CHRONOTASK_SECRET_"
+# Names that a running task finds in its environment (section 7 sets them): a task that starts ChronoTask itself must
+# not be warned about them.
+TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
+
+
+def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, by its environment name in lower case. Durations are seconds, sizes bytes."""
+
+    database_url: Path = _setting(
+        _sqlite_path, Path(__file__).absolute().parent / "data" / "chronotask.db", "the SQLite database"
+    )
+    api_host: str = _setting(_host, "127.0.0.1", "address of REST and MCP over HTTP")
+    api_port: int = _setting(_whole(0, 65535), 8000, "port of REST and the dashboard (0: any free one)")
+    scheduler_timezone: str = _setting(_zone_name, "UTC", "zone of cron and of date-times without an offset")
+    http_timeout: float = _setting(_number(1, 604800), 30.0, "seconds for one HTTP attempt")
+    bash_timeout: float = _setting(_number(1, 604800), 300.0, "seconds for one bash attempt")
+    max_retries: int = _setting(_whole(0, 100), 3, "retries of tasks that set none")
+    retry_delay: float = _setting(_number(0, 86400), 5.0, "seconds before the first retry")
+    allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
+    allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
+    allowed_bash_env: tuple[str, ...] = _setting(
+        _words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
+    )
+    api_token: str | None = _setting(_token, None, "bearer token that every request needs")
+    api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
+    allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
+    secrets_dir: Path = _setting(_path, Path("/run/secrets"), "where ${file:...} may read")
+    block_private_networks: bool = _setting(_flag, False, "refuse loopback and private addresses to HTTP tasks")
+    allowed_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
+        _networks, (), "networks that HTTP tasks may reach all the same"
+    )
+    max_concurrent_runs: int = _setting(_whole(1, 10000), 100, "more executions than this wait")
+    output_limit: int = _setting(_whole(1024, 16777216), 65536, "bytes kept of stdout, stderr and response body, each")
+    history_days: int = _setting(_whole(0, 36500), 30, "days that finished executions are kept (0: for ever)")
+    history_per_task: int = _setting(_whole(0, 10000000), 1000, "finished executions kept of each task (0: all)")
+    shutdown_grace: float = _setting(_number(0, 3600), 6.0, "seconds that running executions get at a stop")
+    log_level: str = _setting(_log_level, "INFO", "DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    log_file: Path | None = _setting(_path, None, "file that gets the log besides stderr")
+    mcp_enabled: bool = _setting(_flag, True, "whether MCP is served at all")
+    mcp_port: int = _setting(_whole(0, 65535), 8001, "port of MCP over HTTP (0: any free one)")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+        """Settings from `environ`, and warnings about variables that are probably typos.
+
+        An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value.
+        """
+        fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            if environ.get(name):
+                values[field.name] = _parse_setting(name, environ[name], field.metadata["parse"])
+        settings = cls(**values)
+        if settings.api_token_file is not None:
+            settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file))
+        return settings, _typo_warnings(environ, fields)
+
+
+def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
+        raise StartupError(f"{name}={value}: must be {error}", exit_status=2) from None
+
+
+def _read_token(path: Path) -> str:
+    name = ENV_PREFIX + "API_TOKEN_FILE"
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{name}={shown(str(path))}: must be a readable ASCII file ({error})", exit_status=2) from None
+    try:
+        return _token(text)
+    except ValueError as error:
+        raise StartupError(f"{name}={shown(str(path))}: the file must hold {error}", exit_status=2) from None
+
+
+def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    given_to_tasks = {ENV_PREFIX + name for name in TASK_VARIABLES}
+    warnings = []
+    for name in sorted(environ):
+        if not name.startswith(ENV_PREFIX) or name in known or name in given_to_tasks or name.startswith(SECRET_PREFIX):
+            continue
+        hint = nearest(name, known)
+        warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
+    return warnings
+
+
+# ======================================================================================================================
+# 2. Schedules (pure)
+# ======================================================================================================================
+#
+# Invariants, each with a test of its name:
+#   next_after(t) is None or later than t; last_at_or_before(t) is the slot that next_after reaches last without passing t.
+#   An interval never drifts: its slots are anchor + k·seconds, whatever happened in between.
+#   The jitter of a slot is less than the gap to the next one, so slots fire in their order.
+
+SCHEDULE_TYPES = ("cron", "once", "interval")
+OVERLAPS = ("skip", "queue", "allow", "cancel")
+CATCHUPS = ("latest", "all", "skip")
+
+SECOND = 1_000_000  # all instants are whole microseconds since the epoch, UTC
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+LAST_INSTANT = 253_402_300_800 * SECOND - 1  # 9999-12-31T23:59:59.999999Z
+ON_TIME = 5 * SECOND  # a slot claimed at most this late is on time
+CORRECTION = 3 * HOUR  # Debian's cron takes larger steps for corrections of the clock
+CATCHUP_MOST = 100  # slots that catchup=all runs at most
+MISSED_COUNTED = 1000  # missed slots are counted up to this many
+NEVER = 50 * 366 * DAY  # an expression without a slot for so long never fires
+LONGEST_EXPRESSION = 200
+LONGEST_INTERVAL = 10 * 365 * 86400
+
+_LAST_LOCAL = LAST_INSTANT - 2 * DAY  # up to here, all readings of a local time have four digits in their year
+_EPOCH = datetime(1970, 1, 1)
+_TICK = timedelta(microseconds=1)
+
+# -- Instants and zones ------------------------------------------------------------------------------------------------
+
+
+def _clock_face(t: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=t)
+
+
+def format_instant(t: int) -> str:
+    """`t` as ISO 8601 in UTC: `2026-11-24T05:00:00Z`, with six decimals when it is no whole second."""
+    return _clock_face(t).isoformat() + "Z"
+
+
+def format_local(t: int, zone: str) -> str:
+    """`t` as ISO 8601 in `zone`, with its offset: `2026-11-24T06:00:00+01:00`."""
+    if t > _LAST_LOCAL:
+        return format_instant(t)
+    return datetime.fromtimestamp(t // SECOND, load_zone(zone)).replace(microsecond=t % SECOND).isoformat()
+
+
+@functools.lru_cache(maxsize=1024)
+def load_zone(name: str) -> ZoneInfo:
+    """The IANA time zone `name`. Raises ValueError, with the nearest known name, when there is none."""
+    try:
+        # Of these, "localtime" differs from machine to machine and "right/" counts leap seconds.
+        if name.startswith(("posix", "right/")) or name == "localtime":
+            raise ValueError
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
+        hint = _nearest_zone(name)
+        raise ValueError(
+            "must be an IANA time zone" + (f" (did you mean {hint}?)" if hint else " such as Europe/Berlin")
+        ) from None
+
+
+def _nearest_zone(name: str) -> str | None:
+    known = sorted(zoneinfo.available_timezones())
+    city = name.lower().replace(" ", "_").rpartition("/")[2]
+    same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
+    return same_city[0] if same_city else nearest(name[:100], known)
+
+
+def _offset(zone: ZoneInfo, t: int) -> int:
+    offset = datetime.fromtimestamp(min(t, _LAST_LOCAL) // SECOND, zone).utcoffset()
+    return offset // _TICK if offset else 0
+
+
+def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
+    """The offsets of a local time read the first and the second way (PEP 495).
+
+    Equal: the local time is clear. First smaller: it lies in a gap. First larger: it comes twice.
+    """
+    face = _clock_face(local)
+    first, second = zone.utcoffset(face), zone.utcoffset(face.replace(fold=1))
+    return (first // _TICK if first else 0), (second // _TICK if second else 0)
+
+
+def _change(zone: ZoneInfo, local: int) -> int:
+    """The instant at which the clocks of `zone` change, for a local time that lies in a gap or comes twice."""
+    offsets = _readings(zone, local)
+    before, after = (local - max(offsets)) // SECOND, (local - min(offsets)) // SECOND
+    old = _offset(zone, before * SECOND)
+    while after - before > 1:
+        middle = (before + after) // 2
+        if _offset(zone, middle * SECOND) == old:
+            before = middle
+        else:
+            after = middle
+    return after * SECOND
+
+
+def _from_local(zone: ZoneInfo, local: int) -> int:
+    first, second = _readings(zone, local)
+    return local - first if first >= second else _change(zone, local)
+
+
+_INSTANT = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
+    r"(?: ?([Zz]|[+-](?:0[0-9]|1[0-9]|2[0-3])(?::?[0-5][0-9])?))?"
+)
+_INSTANT_RULE = (
+    "must be an ISO 8601 date and time from 1970 to 9999, such as 2026-12-01T09:00:00, "
+    "2026-12-01T08:00:00Z or 2026-12-01T09:00:00+01:00"
+)
+
+
+def parse_instant(text: str, zone: str) -> int:
+    """The instant that an ISO 8601 date-time means; without an offset it is read in `zone`.
+
+    A local time that does not exist is the instant right after the gap, one that comes twice is the first.
+    Raises ValueError, saying what is allowed.
+    """
+    found = _INSTANT.fullmatch(text)
+    if found is None:
+        raise ValueError(_INSTANT_RULE)
+    day, minute, seconds, fraction, offset = found.groups()
+    try:
+        local = (datetime.fromisoformat(f"{day}T{minute}:{seconds or '00'}.{(fraction or '0').ljust(6, '0')}") - _EPOCH) // _TICK
+    except ValueError as error:  # 31 February, 25:00
+        raise ValueError(f"{_INSTANT_RULE} ({error})") from None
+    if not 0 <= local <= LAST_INSTANT:
+        raise ValueError(_INSTANT_RULE)
+    t = _from_local(load_zone(zone), local) if offset is None else local - _parse_offset(offset)
+    if not 0 <= t <= LAST_INSTANT:
+        raise ValueError(_INSTANT_RULE)
+    return t
+
+
+def _has_offset(text: str) -> bool:
+    found = _INSTANT.fullmatch(text)
+    return found is not None and found[5] is not None
+
+
+def _parse_offset(text: str) -> int:
+    if text in "Zz":
+        return 0
+    digits = text[1:].replace(":", "").ljust(4, "0")
+    size = int(digits[:2]) * HOUR + int(digits[2:]) * MINUTE
+    return -size if text[0] == "-" else size
+
+
+# -- Cron: reading an expression ---------------------------------------------------------------------------------------
+#
+# croniter finds the matching dates. It gets plain numbers only, because it reads an equal range (5-5) as "every", lets
+# ranges run backwards, and takes more syntax than engines agree on (H, R, W, seven fields).
+
+
+class _Field(NamedTuple):
+    name: str
+    low: int
+    high: int
+    words: tuple[str, ...] = ()
+
+
+_MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+_WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")
+_FIELDS = (
+    _Field("second", 0, 59),
+    _Field("minute", 0, 59),
+    _Field("hour", 0, 23),
+    _Field("day-of-month", 1, 31),
+    _Field("month", 1, 12, tuple(month[:3].lower() for month in _MONTHS)),
+    _Field("day-of-week", 0, 6, tuple(day[:3].lower() for day in _WEEKDAYS)),
+)
+_ALIASES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+_CRON_RULE = "must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first, or one of " + ", ".join(
+    _ALIASES
+)
+_ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,3}))?")
+_NTH = re.compile(r"([0-7]|sun|mon|tue|wed|thu|fri|sat)#([1-5])")
+
+
+class _DayFields(NamedTuple):
+    """The day fields of a cron expression. Sunday is 0; `nth` holds (weekday, 1-5, or 0 for the last one of the month)."""
+
+    days: tuple[int, ...]
+    last_day: bool
+    months: tuple[int, ...]
+    weekdays: tuple[int, ...]
+    nth: tuple[tuple[int, int], ...]
+    any_day: bool  # the day-of-month field restricts nothing
+    any_weekday: bool  # nor does the day-of-week field
+    both: bool  # Debian: a day must match both of them if either starts with *, else one is enough
+
+
+class _CronFields(NamedTuple):
+    """A cron expression taken apart."""
+
+    seconds: tuple[int, ...]
+    minutes: tuple[int, ...]
+    hours: tuple[int, ...]
+    on: _DayFields
+    wild: bool  # Debian: the minute or hour field starts with *, so the job keeps to elapsed time
+    unit: int  # slots are whole minutes, or seconds
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_cron(expression: str) -> _CronFields:
+    """Raises ValueError, saying what is allowed."""
+    second, minute, hour, day, month, weekday = _cron_texts(expression)
+    seconds = _field_values(_FIELDS[0], second)
+    return _CronFields(
+        seconds,
+        minutes=_field_values(_FIELDS[1], minute),
+        hours=_field_values(_FIELDS[2], hour),
+        on=_parse_days(day, month, weekday),
+        wild=minute.startswith("*") or hour.startswith("*"),
+        unit=MINUTE if seconds == (0,) else SECOND,
+    )
+
+
+def _parse_days(day: str, month: str, weekday: str) -> _DayFields:
+    plain = [part for part in day.split(",") if part != "l"]
+    last_day = "l" in day.split(",")
+    nth = _nth_weekdays(weekday)
+    if (last_day and weekday != "*") or (nth and day != "*"):
+        raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
+    days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
+    weekdays = () if nth else _field_values(_FIELDS[5], weekday)
+    return _DayFields(
+        days,
+        last_day,
+        months=_field_values(_FIELDS[4], month),
+        weekdays=weekdays,
+        nth=nth,
+        any_day=day.startswith("*") and len(days) == 31,
+        any_weekday=weekday.startswith("*") and len(weekdays) == 7,
+        both=day.startswith("*") or weekday.startswith("*"),
+    )
+
+
+def _cron_texts(expression: str) -> list[str]:
+    """The six fields in lower case; without seconds the first is 0."""
+    if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
+        raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
+    text = expression.strip(" \t").lower()
+    if text.startswith("@") and text not in _ALIASES:
+        hint = nearest(text, _ALIASES)
+        raise ValueError(_CRON_RULE + (f" (did you mean {hint}?)" if hint else ""))
+    texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
+    if len(texts) not in {5, 6} or not all(texts):
+        raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
+    return texts if len(texts) == 6 else ["0", *texts]
+
+
+def _nth_weekdays(text: str) -> tuple[tuple[int, int], ...]:
+    """MON#2 as (1, 2) and L5, the last Friday, as (5, 0); empty when the field holds only plain weekdays."""
+    parts = text.split(",")
+    special = []
+    for part in parts:
+        if found := _NTH.fullmatch(part):
+            special.append((_value(_FIELDS[5], found[1]) % 7, int(found[2])))
+        elif re.fullmatch("l[0-7]", part):
+            special.append((int(part[1]) % 7, 0))
+    if special and len(special) < len(parts):
+        raise ValueError(f"day-of-week {shown(text)} must not mix plain weekdays with # or L")
+    return tuple(sorted(set(special)))
+
+
+def _field_values(field: _Field, text: str) -> tuple[int, ...]:
+    values: set[int] = set()
+    for part in text.split(","):
+        found = _ITEM.fullmatch(part)
+        if found is None:
+            raise ValueError(_field_rule(field, part))
+        star, low_text, high_text, step_text = found.groups()
+        low = field.low if star else _value(field, low_text)
+        if star or (step_text and not high_text):
+            high = field.high  # 10/15 is 10-59/15, as most engines have it
+        else:
+            high = _range_end(field, part, low, high_text)
+        step = int(step_text or 1)
+        if step == 0:
+            raise ValueError(f"{field.name} {shown(part)} needs a step of at least 1")
+        values.update(range(low, high + 1, step))
+    return tuple(sorted({value % 7 for value in values} if field.name == "day-of-week" else values))
+
+
+def _range_end(field: _Field, part: str, low: int, text: str | None) -> int:
+    if text is None:
+        return low
+    high = _value(field, text)
+    if field.name == "day-of-week" and high == 0 and low > 0:
+        high = 7  # Sunday may end a range
+    if high < low:
+        raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {part.split('/')[0].partition('-')[0]}-"
+                         f"{field.high},{field.low}-{text} for one that wraps around")  # fmt: skip
+    return high
+
+
+def _value(field: _Field, text: str) -> int:
+    if text in field.words:
+        return field.words.index(text) + field.low
+    highest = 7 if field.name == "day-of-week" else field.high
+    if not text.isdigit() or not field.low <= int(text) <= highest:
+        raise ValueError(_field_rule(field, text))
+    return int(text)
+
+
+_HINTS = {
+    "?": "write * for ?",
+    "w": "W is not supported",
+    "h": "H is not supported: write a value",
+    "r": "R is not supported: use jitter",
+}
+
+
+def _field_rule(field: _Field, part: str) -> str:
+    highest = 7 if field.name == "day-of-week" else field.high
+    names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
+    special = {"day-of-month": ", L for the last day", "day-of-week": ", MON#2 for the second Monday, L5 for the last Friday"}
+    hint = _HINTS.get(re.sub(r"[0-9()/-]", "", part), "")
+    if field.name == "day-of-week" and re.fullmatch("[0-7]l", part):
+        hint = f"write L{part[0]} for {part.upper()}"
+    return (f"{field.name} {shown(part)} must be {field.low} to {highest}{names}, with , - and /{special.get(field.name, '')}"
+            + (f" ({hint})" if hint else ""))  # fmt: skip
+
+
+# -- Cron: slots -------------------------------------------------------------------------------------------------------
+#
+# croniter finds the matching days, remembered for all expressions that share their day fields. It sees no zone: its own
+# handling of them is wrong around changes of the clocks and can take seconds. The times of a matching day are arithmetic.
+# Over both lies the rule of Debian's cron (cron.c, "wakeup kinds"): a wild job keeps to elapsed time; a fixed one that
+# falls into a gap runs right after it, and runs once in a repeated hour.
+
+
+@functools.lru_cache(maxsize=4096)
+def _day_matcher(on: _DayFields) -> Any:
+    """A croniter that finds matching days. It is never used itself, only copies of it."""
+    from croniter import croniter  # type: ignore[import-untyped]  # takes 15 ms that a start without cron need not pay
+
+    longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in on.months)
+    days = [str(day) for day in on.days if day <= longest] + ["L"] * on.last_day
+    nth = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in on.nth]
+    # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
+    only_weekday = on.any_day or not (days or on.both)
+    fields = [
+        "0 0",
+        "*" if only_weekday else ",".join(days) or "31",
+        "*" if len(on.months) == 12 else ",".join(map(str, on.months)),
+        "*" if on.any_weekday else ",".join(nth or map(str, on.weekdays)),
+    ]
+    return croniter(" ".join(fields), _EPOCH, datetime, day_or=not on.both)
+
+
+@functools.lru_cache(maxsize=65536)
+def _next_day(days: _DayFields, day: int) -> int | None:
+    """The first matching day from `day` on, counted from 1970-01-01; None when the next 50 years have none."""
+    try:
+        # The copy keeps concurrent calls apart: get_next changes its croniter.
+        found: datetime = copy.copy(_day_matcher(days)).get_next(datetime, _clock_face(day * DAY - MINUTE))
+    except (ValueError, OverflowError):  # also: none before the year 10000
+        return None
+    return (found - _EPOCH).days
+
+
+def _next_time(cron: _CronFields, time: int) -> int | None:
+    """The first matching time of a day later than `time`; both are microseconds since midnight."""
+    hour, minute, second = time // HOUR, time // MINUTE % 60, time // SECOND % 60
+    for next_hour in cron.hours[bisect.bisect_left(cron.hours, hour) :]:
+        same_hour = next_hour == hour
+        for next_minute in cron.minutes[bisect.bisect_left(cron.minutes, minute if same_hour else 0) :]:
+            same_minute = same_hour and next_minute == minute
+            for next_second in cron.seconds[bisect.bisect_left(cron.seconds, second + 1 if same_minute else 0) :]:
+                return next_hour * HOUR + next_minute * MINUTE + next_second * SECOND
+    return None
+
+
+def _next_local(cron: _CronFields, local: int) -> int | None:
+    day, passed = divmod(local, DAY)
+    time = _next_time(cron, passed) if _next_day(cron.on, day) == day else None
+    if time is not None:
+        return day * DAY + time
+    following = _next_day(cron.on, day + 1)
+    if following is None or following * DAY > _LAST_LOCAL:
+        return None
+    return following * DAY + cron.hours[0] * HOUR + cron.minutes[0] * MINUTE + cron.seconds[0] * SECOND
+
+
+@functools.lru_cache(maxsize=65536)
+def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
+    cron, zone = _parse_cron(expression), load_zone(zone_name)
+    cursor = after + _offset(zone, after)
+    second_pass = _second_pass_slot(cron, zone, after, cursor) if cron.wild else None
+    slot = None
+    while slot is None and (match := _next_local(cron, cursor)) is not None:
+        slot, cursor = _slot_of_match(cron, zone, after, match)
+    return min((found for found in (slot, second_pass) if found is not None), default=None)
+
+
+def _slot_of_match(cron: _CronFields, zone: ZoneInfo, after: int, match: int) -> tuple[int | None, int]:
+    """The slot of a local match, or None and the local time after which to look on."""
+    first, second = _readings(zone, match)
+    if first >= second and match - first > after:  # clear, or the first pass of a repeated hour
+        return match - first, match
+    if first > second and cron.wild and match - second > after:
+        return match - second, match
+    if first == second or (first > second and cron.wild):
+        return None, match
+    change = _change(zone, match)
+    if first > second:
+        return None, change + first - cron.unit
+    if cron.wild or second - first >= CORRECTION or change <= after:
+        return None, change + second - cron.unit
+    return change, match
+
+
+def _second_pass_slot(cron: _CronFields, zone: ZoneInfo, after: int, local: int) -> int | None:
+    """While `after` lies in the first pass of a repeated hour: the first slot of the second pass."""
+    first, second = _readings(zone, local)
+    if first <= second or local - first != after:
+        return None
+    change = _change(zone, local)
+    match = _next_local(cron, change + second - cron.unit)
+    return match - second if match is not None and match < change + first else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _last_cron_slot(cron: Cron, t: int) -> int | None:
+    """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
+    found = _some_cron_slot_before(cron, t)
+    beyond = t
+    while found is not None and (later := cron.next_after(found)) is not None and later <= t:
+        found = later
+        middle = (found + beyond) // 2
+        later = cron.next_after(middle)
+        found, beyond = (later, beyond) if later is not None and later <= t else (found, middle)
+    return found
+
+
+def _some_cron_slot_before(cron: Cron, t: int) -> int | None:
+    upcoming = cron.next_after(t)
+    following = None if upcoming is None else cron.next_after(upcoming)
+    back = HOUR if upcoming is None or following is None else following - upcoming
+    while True:
+        found = cron.next_after(t - back)
+        if found is not None and found <= t:
+            return found
+        if back > t:
+            return None
+        back *= 2
+
+
+class Timing(Protocol):
+    """When something fires. Instants are microseconds since the epoch."""
+
+    def next_after(self, t: int) -> int | None:
+        """The first slot later than `t`, or None."""
+
+    def last_at_or_before(self, t: int) -> int | None:
+        """The last slot not later than `t`, or None."""
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        """How many slots lie in first..last, both inclusive; counting stops at `limit`."""
+
+    def describe(self) -> str:
+        """The slots in words, with the time zone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    expression: str
+    zone: str
+
+    def next_after(self, t: int) -> int | None:
+        if t > _LAST_LOCAL:
+            return None
+        # Floored, so that all schedules with this expression share the remembered answer.
+        unit = _parse_cron(self.expression).unit
+        slot = _next_cron_slot(self.expression, self.zone, max(t, -1) // unit * unit)
+        while slot is not None and slot <= t:  # Monrovia was 44 min 30 s behind until 1972: minutes that start at :30
+            slot = _next_cron_slot(self.expression, self.zone, slot)
+        return slot
+
+    def last_at_or_before(self, t: int) -> int | None:
+        return _last_cron_slot(self, min(t, _LAST_LOCAL))
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        slot, found = self.next_after(first - 1), 0
+        while slot is not None and slot <= last and found < limit:
+            slot, found = self.next_after(slot), found + 1
+        return found
+
+    def describe(self) -> str:
+        return f"{_cron_words(_parse_cron(self.expression))} ({self.zone})"
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    at: int
+    zone: str
+
+    def next_after(self, t: int) -> int | None:
+        return self.at if self.at > t else None
+
+    def last_at_or_before(self, t: int) -> int | None:
+        return self.at if self.at <= t else None
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        return min(limit, int(first <= self.at <= last))
+
+    def describe(self) -> str:
+        return f"Once at {_local_words(self.at, self.zone)} ({self.zone})"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Slots at anchor + k·step, from `first` on. All are microseconds."""
+
+    step: int
+    anchor: int
+    first: int
+    zone: str
+
+    def next_after(self, t: int) -> int | None:
+        slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
+        return slot if slot <= LAST_INSTANT else None
+
+    def last_at_or_before(self, t: int) -> int | None:
+        return None if t < self.first else t - (t - self.anchor) % self.step
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        begin = self.next_after(first - 1)
+        return 0 if begin is None or begin > last else min(limit, (last - begin) // self.step + 1)
+
+    def describe(self) -> str:
+        every = f"Every {_span_words(self.step)}"
+        at = _local_words(self.anchor, self.zone)
+        return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
+
+
+def _local_words(t: int, zone: str) -> str:
+    local = format_local(t, zone)
+    first, second = _readings(load_zone(zone), t + _offset(load_zone(zone), t))
+    words = local.replace("T", " ")
+    return words if first != second else words[:19]  # an hour that comes twice needs its offset
+
+
+def _span_words(span: int) -> str:
+    for unit, name in ((HOUR, "hour"), (MINUTE, "minute")):
+        if span % unit == 0:
+            return name if span == unit else f"{span // unit} {name}s"
+    return "second" if span == SECOND else f"{span / SECOND:.3f}".rstrip("0").rstrip(".") + " seconds"
+
+
+# -- Cron: words -------------------------------------------------------------------------------------------------------
+
+
+def _and(words: Sequence[str], link: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {link} {words[-1]}"
+
+
+def _is_run(values: tuple[int, ...]) -> bool:
+    return len(values) > 2 and values == tuple(range(values[0], values[-1] + 1))
+
+
+def _listed(values: tuple[int, ...], words: Sequence[str] | None = None, link: str = "and") -> str:
+    names = [str(value) if words is None else words[value] for value in values]
+    return f"{names[0]} to {names[-1]}" if _is_run(values) else _and(names, link)
+
+
+def _spacing(values: tuple[int, ...], full: int) -> int | None:
+    """n when the values are 0, n, 2n … and go on evenly into the next round of `full`."""
+    step = full if len(values) == 1 else values[1] - values[0]
+    return step if full % step == 0 and values == tuple(range(0, full, step)) else None
+
+
+def _cron_words(cron: _CronFields) -> str:
+    clock, days = _clock_words(cron), _day_words(cron.on)
+    if clock.startswith("at "):
+        words = f"{days} {clock}" if days else clock if len(cron.hours) == 24 else f"every day {clock}"
+    else:
+        words = f"{clock}, {days}" if days else clock
+    return words[0].upper() + words[1:]
+
+
+def _clock_words(cron: _CronFields) -> str:
+    """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
+    times = [(h, m, s) for h in cron.hours for m in cron.minutes for s in cron.seconds][:9]
+    if len(times) <= 8:
+        form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
+        spread = _frequency_words(cron)
+        return spread if spread and len(times) > 2 else "at " + _and([form.format(*time) for time in times])
+    return _frequency_words(cron) or _each_field_words(cron)
+
+
+def _frequency_words(cron: _CronFields) -> str | None:
+    """Evenly spread slots, all day or in a run of hours."""
+    if cron.seconds != (0,):
+        rest_full = len(cron.minutes) == 60
+        word = _every(_spacing(cron.seconds, 60), "second", 60)
+        last = f":59:{cron.seconds[-1]:02}"
+    elif len(cron.minutes) > 1:
+        rest_full, word, last = True, _every(_spacing(cron.minutes, 60), "minute", 60), f":{cron.minutes[-1]:02}"
+    else:
+        minute, hours = cron.minutes[0], _spacing(cron.hours, 24)
+        rest_full, word, last = True, _every(1 if _is_run(cron.hours) else hours, "hour", 24), f":{minute:02}"
+        if word and hours:
+            return word + (f" at minute {minute}" if minute else "")
+    if word is None or not rest_full:
+        return None
+    if len(cron.hours) == 24:
+        return word
+    if cron.hours[-1] - cron.hours[0] != len(cron.hours) - 1:
+        return None
+    first = f":{cron.minutes[0]:02}"
+    return f"{word} from {cron.hours[0]:02}{first} to {cron.hours[-1]:02}{last}"
+
+
+def _every(step: int | None, unit: str, full: int) -> str | None:
+    if step is None or step == full:
+        return None
+    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
+
+
+def _each_field_words(cron: _CronFields) -> str:
+    """Field by field: never pretty, never wrong."""
+    parts = []
+    if cron.seconds != (0,):
+        parts.append("every second" if len(cron.seconds) == 60 else f"second {_listed(cron.seconds)}")
+    parts.append("every minute" if len(cron.minutes) == 60 else f"minute {_listed(cron.minutes)}")
+    if len(cron.hours) < 24:
+        parts.append(f"hour {_listed(cron.hours)}")
+    elif len(cron.minutes) < 60:
+        parts.append("every hour")
+    return "at " + " of ".join(parts)
+
+
+def _day_words(on: _DayFields) -> str:
+    """`every weekday`, `on day 1 of every month`; empty for every day."""
+    months = "" if len(on.months) == 12 else _listed(on.months, ("", *_MONTHS))
+    of_month, in_month = f"of {months or 'every month'}", f" in {months}" if months else ""
+    if on.nth:
+        return "on the " + _and([f"{_ORDINALS[n - 1] if n else 'last'} {_WEEKDAYS[day]}" for day, n in on.nth]) + f" {of_month}"
+    if on.any_day and on.any_weekday:
+        return f"every day{in_month}" if months else ""
+    if on.any_day:
+        return _weekday_words(on.weekdays) + in_month
+    month_days = _month_day_words(on)
+    if on.any_weekday and len(on.months) == 1 and len(on.days) == 1 and not on.last_day:
+        return f"every year on {on.days[0]} {months}"
+    if on.any_weekday:
+        return f"on {month_days} {of_month}"
+    if on.both:
+        return f"{_weekday_words(on.weekdays)} that is day {_listed(on.days, link='or')} of {months or 'the month'}"
+    return f"on {month_days} {of_month} and also {_weekday_words(on.weekdays)}{in_month}"
+
+
+def _month_day_words(on: _DayFields) -> str:
+    days = f"day {_listed(on.days)}" if on.days else ""
+    return " and ".join(filter(None, [days, "the last day" if on.last_day else ""]))
+
+
+def _weekday_words(weekdays: tuple[int, ...]) -> str:
+    if len(weekdays) == 7:
+        return "every day"
+    if weekdays == (1, 2, 3, 4, 5):
+        return "every weekday"
+    week = sorted(weekdays, key=lambda day: (day - 1) % 7)  # Monday first
+    return "every " + _and([_WEEKDAYS[day] for day in week])
+
+
+# -- Configurations ----------------------------------------------------------------------------------------------------
+
+_CONFIG_FIELDS = {
+    "cron": ("expression", "timezone"),
+    "once": ("datetime", "timezone"),
+    "interval": ("seconds", "start_date", "timezone"),
+}
+
+
+def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int) -> Timing:
+    """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared."""
+    zone = config["timezone"]
+    if schedule_type == "cron":
+        return _shared_cron(config["expression"], zone)
+    if schedule_type == "once":
+        return Once(parse_instant(config["datetime"], zone), zone)
+    step, start = round(config["seconds"] * SECOND), config.get("start_date")
+    if start is None:
+        return Interval(step, created_at, created_at + step, zone)
+    anchor = parse_instant(start, zone)
+    return Interval(step, anchor, anchor, zone)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_cron(expression: str, zone: str) -> Cron:
+    return Cron(expression, zone)
+
+
+def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
+    """A client's `schedule_config` as it is stored: as written, blanks around texts stripped, `timezone` filled in.
+
+    An interval's `start_date` gets its offset, so that later rules of its zone can't move the phase.
+    Raises InvalidInput with every bad field.
+    """
+    if schedule_type not in SCHEDULE_TYPES:
+        raise InvalidInput(FieldError("schedule_type", f"{shown(schedule_type)}: must be {_and(SCHEDULE_TYPES, 'or')}"))
+    if not isinstance(config, Mapping):
+        raise InvalidInput(FieldError("schedule_config", f"{shown(config)}: must be an object"))
+    errors = [_unknown_field(name, schedule_type) for name in config if name not in _CONFIG_FIELDS[schedule_type]]
+    zone = _checked(errors, "timezone", config, _check_zone, default_zone) or default_zone
+    if schedule_type == "cron":
+        checked = {"expression": _checked(errors, "expression", config, lambda value: _check_expression(value, zone, now))}
+    elif schedule_type == "once":
+        checked = {"datetime": _checked(errors, "datetime", config, lambda value: _check_datetime(value, zone, now))}
+    else:
+        checked = {"seconds": _checked(errors, "seconds", config, _check_seconds)}
+        if config.get("start_date") is not None:
+            checked["start_date"] = _checked(errors, "start_date", config, lambda value: _check_start_date(value, zone))
+    if errors:
+        raise InvalidInput(*errors)
+    return {**checked, "timezone": zone}
+
+
+def _unknown_field(name: object, schedule_type: str) -> FieldError:
+    known = _CONFIG_FIELDS[schedule_type]
+    hint = nearest(str(name)[:100], known)
+    text = f"unknown field, {schedule_type} takes {_and(known)}" + (f" (did you mean {hint}?)" if hint else "")
+    return FieldError(f"schedule_config.{str(name)[:100]}", text)
+
+
+def _checked(
+    errors: list[FieldError], name: str, config: Mapping[str, Any], check: Callable[[Any], Any], default: Any = None
+) -> Any:
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    try:
+        if value is None:
+            raise ValueError("must be given")
+        return check(value)
+    except ValueError as error:
+        text = str(error) if value is None else f"{shown(value)}: {error}"
+        errors.append(FieldError(f"schedule_config.{name}", text))
+        return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip(" \t")
+    raise ValueError("must be a string")
+
+
+def _check_zone(value: Any) -> str:
+    return load_zone(_text(value)).key
+
+
+def _check_expression(value: Any, zone: str, now: int) -> str:
+    expression = _text(value)
+    _parse_cron(expression)
+    slot = Cron(expression, zone).next_after(now)
+    if slot is None or slot > now + NEVER:
+        raise ValueError("must fire at least once in the next 50 years")
+    return expression
+
+
+def _check_datetime(value: Any, zone: str, now: int) -> str:
+    text = _text(value)
+    if parse_instant(text, zone) <= now:
+        raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
+    return text
+
+
+def _check_start_date(value: Any, zone: str) -> str:
+    text = _text(value)
+    start = parse_instant(text, zone)
+    return text if _has_offset(text) else format_local(start, zone)
+
+
+def _check_seconds(value: Any) -> int | float:
+    rule = f"must be a number from 1 to {LONGEST_INTERVAL} (10 years), with at most 3 decimals"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= LONGEST_INTERVAL:
+        raise ValueError(rule)
+    if value != round(value, 3):
+        raise ValueError(rule)
+    return int(value) if value == int(value) else value
+
+
+# -- What to do about due slots ----------------------------------------------------------------------------------------
+
+SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=skip)"
+SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
+SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that decides when a schedule fires. Bounds are inclusive instants; jitter and catchup_window are seconds."""
+
+    timing: Timing
+    schedule_id: int | None = None  # None in a preview, which therefore has no jitter
+    start_at: int | None = None
+    end_at: int | None = None
+    jitter: float = 0
+    catchup: str = "latest"
+    catchup_window: float = 86400
+    remaining: int | None = None  # executions left under max_runs
+
+    def next_slot(self, after: int) -> int | None:
+        """The first slot later than `after`, or None when there is none left."""
+        if self.remaining is not None and self.remaining <= 0:
+            return None
+        slot = self.timing.next_after(after if self.start_at is None else max(after, self.start_at - 1))
+        return None if slot is None or (self.end_at is not None and slot > self.end_at) else slot
+
+    def last_slot(self, t: int) -> int | None:
+        """The last slot not later than `t`, or None."""
+        slot = self.timing.last_at_or_before(t if self.end_at is None else min(t, self.end_at))
+        return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
+
+    def fire_time(self, slot: int) -> int:
+        """`slot` plus its jitter: whole milliseconds, the same each time, less than the gap to the next slot."""
+        if not self.jitter or self.schedule_id is None:
+            return slot
+        following = self.timing.next_after(slot)
+        choices = round(self.jitter * 1000) + 1
+        if following is not None:
+            choices = min(choices, (following - slot - 1) // 1000 + 1)
+        digest = hashlib.blake2b(f"{self.schedule_id}:{slot}".encode(), digest_size=8).digest()
+        return slot + int.from_bytes(digest, "big") % choices * 1000
+
+    def upcoming(self, after: int, count: int) -> list[int]:
+        """When the next slots later than the slot `after` fire, at most `count` of them."""
+        count = count if self.remaining is None else min(count, self.remaining)
+        times: list[int] = []
+        slot = self.next_slot(after)
+        while slot is not None and len(times) < count:
+            times.append(self.fire_time(slot))
+            slot = self.next_slot(slot)
+        return times
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Missed slots that follow each other: one history row, at the first of them. `count` stops at MISSED_COUNTED."""
+
+    first: int
+    last: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What to do about the slots that are due, in this order: record `missed`, run `catchup`, claim `on_time`."""
+
+    missed: list[Missed]
+    catchup: list[int]
+    on_time: list[int]
+    settled_until: int  # every slot up to this one is dealt with
+    next_slot: int | None
+
+
+def due_slots(plan: Plan, settled_until: int, now: int) -> Due:
+    """What is to be done at `now` about the slots later than `settled_until`. max_runs is left to the claim.
+
+    A clock that was set back by less than 3 h fires nothing until `settled_until` is passed again; by more, it counts
+    as corrected, and slots are taken from `now` on.
+    """
+    if settled_until >= now + CORRECTION:
+        return Due([], [], [], now, plan.next_slot(now))
+    missed: list[Missed] = []
+    catchup: list[int] = []
+    slot = plan.next_slot(settled_until)
+    if slot is not None and plan.fire_time(slot) < now - ON_TIME:
+        newest = _last_fired(plan, now - ON_TIME - 1) or slot
+        catchup, missed = _catch_up(plan, slot, newest, now)
+        settled_until, slot = newest, plan.next_slot(newest)
+    on_time = []
+    while slot is not None and plan.fire_time(slot) <= now:
+        on_time.append(slot)
+        settled_until, slot = slot, plan.next_slot(slot)
+    return Due(missed, catchup, on_time, settled_until, slot)
+
+
+def _last_fired(plan: Plan, t: int) -> int | None:
+    slot = plan.last_slot(t)
+    # A slot fires before the next one, so the one before has fired.
+    return plan.last_slot(slot - 1) if slot is not None and plan.fire_time(slot) > t else slot
+
+
+def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
+    """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
+    wanted = {"skip": 0, "latest": 1, "all": CATCHUP_MOST}[plan.catchup]
+    oldest = max(first, now - round(plan.catchup_window * SECOND))
+    picked: list[int] = []
+    slot: int | None = last
+    while slot is not None and slot >= oldest and len(picked) < wanted:
+        picked.append(slot)
+        slot = plan.last_slot(slot - 1)
+    if slot is None or slot < first:
+        return picked[::-1], []
+    if plan.catchup == "skip":
+        reason = "catchup=skip"
+    elif slot < oldest:
+        reason = f"older than the catchup_window of {plan.catchup_window:g} s"
+    else:
+        reason = (
+            "catchup=latest runs only the newest"
+            if plan.catchup == "latest"
+            else f"catchup=all runs only the newest {CATCHUP_MOST}"
+        )
+    return picked[::-1], [Missed(first, slot, plan.timing.count(first, slot, MISSED_COUNTED), reason)]
+
+
+def missed_message(missed: Missed, zone: str) -> str:
+    """The `error_message` of a `missed` row."""
+    first, last = format_local(missed.first, zone), format_local(missed.last, zone)
+    if missed.count == 1:
+        return f"missed: 1 slot, {first} ({zone}); {missed.reason}"
+    count = f"{missed.count} or more" if missed.count >= MISSED_COUNTED else str(missed.count)
+    return f"missed: {count} slots from {first} to {last} ({zone}); {missed.reason}"
+
+
+def judge_overlap(policy: str, others: int, waiting: int) -> str:
+    """What becomes of a slot: `run`, `skip`, `wait` for the others, or `cancel` them and then run.
+
+    `others` counts the task's unfinished executions, `waiting` those that wait because of overlap=queue.
+    """
+    if policy == "allow" or not (others or waiting):
+        return "run"
+    if policy == "queue":
+        return "skip" if waiting else "wait"
+    return policy
+
+
+def zone_rules(name: str) -> str:
+    """A digest of the zone's rules: it changes when a tzdata release changes them."""
+    for folder in zoneinfo.TZPATH:
+        if (file := Path(folder, name)).is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+    packaged = importlib.resources.files("tzdata").joinpath("zoneinfo", *name.split("/"))
+    return hashlib.sha256(packaged.read_bytes()).hexdigest()
+
+
+# ======================================================================================================================
+# 3. Models
+# ======================================================================================================================
+
+MASK = "********"
+MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
+# The client library writes these itself: a task's own value would contradict the message that is really sent (RFC 9112, 6).
+REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
+HTTP_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+MAX_NESTING = 64
+# Linux: MAX_ARG_STRLEN, with the terminating NUL.
+MAX_ARGUMENT_BYTES = 131071
+SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^}]*)\}")
+
+_REFERENCE = r"\$\{(?:env|file):[^}]*\}"
+_HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
+_HARMLESS_USERINFO = re.compile(rf"[^:@$]*:{_REFERENCE}")
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_AUTHORITY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one attempt ended.
+
+    `status` is succeeded, failed, timed_out, cancelled or interrupted; `output` is the contract's `output_data`; `retryable` says
+    whether this kind of end allows a retry at all; `retry_after` is the wait in seconds that the server asked for.
+    """
+
+    status: str
+    error_message: str | None = None
+    output: dict[str, Any] | None = None
+    retryable: bool = False
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What an executor is told about the attempt it makes. `number` counts from 1, `scheduled_for` is in microseconds."""
+
+    task_id: int
+    task_name: str
+    execution_id: int
+    schedule_id: int | None
+    scheduled_for: int | None
+    number: int
+    run_id: str
+    idempotency_key: str
+
+
+# ---- Readable messages for refused fields
+
+
+def field_errors(error: ValidationError, prefix: str = "", known: Iterable[str] = ()) -> tuple[FieldError, ...]:
+    """What a model refused, one entry a field: `prefix` goes before each path, `known` are the names to suggest for a wrong one.
+
+    Values are shown unless they may be secret.
+    """
+    found: dict[str, list[str]] = {}
+    details = error.errors(include_url=False)
+    locations, names = [detail["loc"] for detail in details], list(known)
+    for detail in details:
+        loc = _without_union_tag(detail["loc"], locations)
+        message = _message(detail, loc, names)
+        messages = found.setdefault(_path_text(prefix, loc), [])
+        if message not in messages:
+            messages.append(message)
+    return tuple(FieldError(path, _joined(messages)) for path, messages in found.items())
+
+
+def _without_union_tag(loc: tuple[int | str, ...], locations: list[tuple[int | str, ...]]) -> tuple[int | str, ...]:
+    # pydantic reports each arm of a union under a path of its own: ("timeout", "int"), ("timeout", "float").
+    siblings = {other[-1] for other in locations if len(other) == len(loc) and other[:-1] == loc[:-1]}
+    return loc[:-1] if len(loc) > 1 and len(siblings) > 1 and siblings <= _UNION_TAGS else loc
+
+
+_UNION_TAGS = {"str", "int", "float", "bool", "constrained-str", "constrained-int", "constrained-float"}
+
+
+def _path_text(prefix: str, loc: tuple[int | str, ...]) -> str:
+    text = prefix
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" if text else _plain(part)
+    return text
+
+
+def _plain(name: str) -> str:
+    return name if len(name) <= 80 and name.isprintable() else shown(name)
+
+
+def _joined(messages: list[str]) -> str:
+    if len(messages) > 1 and all(message.startswith("must be ") for message in messages):
+        value = messages[0].partition(", not ")[2]
+        wanted = " or ".join(message.removeprefix("must be ").partition(", not ")[0] for message in messages)
+        return f"must be {wanted}" + (f", not {value}" if value else "")
+    return "; ".join(messages)
+
+
+_WANTED = {
+    "string_type": "text",
+    "string_unicode": "text of valid Unicode",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "list_type": "a list",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "greater_than": ("gt", "more than {}"),
+    "less_than": ("lt", "less than {}"),
+    "string_too_short": ("min_length", "at least {} characters long"),
+    "string_too_long": ("max_length", "at most {} characters long"),
+    "too_short": ("min_length", "at least {} entries long"),
+    "too_long": ("max_length", "at most {} entries long"),
+}
+
+
+def _message(detail: ErrorDetails, loc: tuple[int | str, ...], known: list[str]) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "missing":
+        return "is required"
+    if kind == "extra_forbidden":
+        hint = nearest(str(loc[-1]), known)
+        return "unknown field" + (f" (did you mean {hint}?)" if hint else f" (known: {', '.join(known)})" if known else "")
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return f"must be one of {context['expected']}" + _echo(loc, detail["input"])
+    if kind in _BOUNDS:
+        name, text = _BOUNDS[kind]
+        return "must be " + text.format(f"{context[name]}") + ("" if "too_" in kind else _echo(loc, detail["input"]))
+    return f"must be {_WANTED[kind]}{_echo(loc, detail['input'])}" if kind in _WANTED else detail["msg"]
+
+
+_NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
+
+
+def _echo(loc: tuple[int | str, ...], value: object) -> str:
+    """`, not VALUE`, or nothing where the value may be a secret, or is long."""
+    if any(str(part).lower() in _NEVER_SHOWN for part in loc) or isinstance(value, (dict, list)):
+        return ""
+    return ", not null" if value is None else f", not {shown(value)}"
+
+
+# ---- The two kinds of configuration
+
+
+def _no_control(text: str) -> str:
+    if _CONTROL.search(text):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return text
+
+
+def _references(text: str) -> str:
+    """`text`, whose `${env:…}` and `${file:…}` all have a form that may be resolved when the task runs."""
+    for kind, name in SECRET_REFERENCE.findall(text):
+        if kind == "env" and not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
+            raise ValueError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
+        if kind == "file" and (not name or _CONTROL.search(name)):
+            raise ValueError("${file:…} needs the path of a file below SECRETS_DIR")
+    return text
+
+
+def _url(text: str) -> str:
+    if re.search(r"[\x00-\x20\x7f\\]", text):
+        raise ValueError("must be a URL without blanks, backslashes and control characters")
+    if SECRET_REFERENCE.match(_references(text)):
+        return text  # the whole beginning is a secret: checked when it is known
+    try:
+        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text))
+        host = parts.hostname
+        parts.port  # noqa: B018 - reading it checks it
+    except ValueError:  # its text may hold the password
+        raise ValueError("must be a valid URL: its host or port cannot be read") from None
+    if parts.scheme not in {"http", "https"} or not host:
+        raise ValueError("must be a URL that starts with http:// or https:// and names a host")
+    return text
+
+
+def _method(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _headers(headers: dict[str, str]) -> dict[str, str]:
+    if len({name.lower() for name in headers}) != len(headers):
+        raise ValueError("must not hold the same name twice (upper and lower case are the same)")
+    for name, value in headers.items():
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"{shown(name)} is not a valid header name")
+        if name.lower() in REFUSED_HEADERS:
+            raise ValueError(f"{name} cannot be set: it follows from the url and the body")
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) or len(value) > 8192:
+            raise ValueError(f"the value of {name} must be at most 8192 characters, without line breaks and control characters")
+        _references(value)
+    return headers
+
+
+def _status_ranges(entries: list[int | str]) -> list[int | str]:
+    if not entries:
+        raise ValueError("must name at least one status")
+    for entry in entries:
+        first, last = status_range(entry)
+        if not 100 <= first <= last <= 599:
+            raise ValueError(f'{shown(entry)} is neither a status code from 100 to 599 nor a range such as "200-299"')
+    return entries
+
+
+def status_range(entry: int | str) -> tuple[int, int]:
+    """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
+    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
+    return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+
+
+def nesting(value: Any) -> int:
+    """How deep lists and objects are nested in a JSON value; a scalar is 0. Never recurses."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _body(body: Any) -> Any:
+    if not isinstance(body, (dict, list, str)):
+        raise ValueError("must be an object or a list (sent as JSON), or text (sent as it is)")
+    if nesting(body) > MAX_NESTING:
+        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
+    try:
+        size = len((body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, allow_nan=False)).encode())
+    except ValueError:
+        raise ValueError("must be valid JSON: finite numbers and valid Unicode") from None
+    if size > 1048576:
+        raise ValueError("must be at most 1 MiB")
+    for text in texts(body):
+        _references(text)
+    return body
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value, keys excepted."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts(item)
+
+
+def _env(env: dict[str, str]) -> dict[str, str]:
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", name):
+            raise ValueError(f"{shown(name)} is not a valid variable name (letters, digits and _, no digit first)")
+        if name.startswith(ENV_PREFIX):
+            raise ValueError(f"{name} cannot be set: {ENV_PREFIX}… belongs to the service")
+        if "\0" in value or len(value.encode()) > 65536:
+            raise ValueError(f"the value of {name} must be at most 65536 bytes, without a NUL character")
+        _references(value)
+    return env
+
+
+_Text = Annotated[str, AfterValidator(_references)]
+_Timeout = Annotated[int | float, Field(ge=1, le=604800, allow_inf_nan=False, description="Seconds for one attempt.")]
+
+
+def _param(value: Any) -> Any:
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, (str, bool, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
+            raise ValueError("must be text, a finite number, true or false, or a list of them")
+        if isinstance(item, int) and item.bit_length() > 256:
+            raise ValueError("must be a number of at most 77 digits")
+        if isinstance(item, str) and len(item) > 8192:
+            raise ValueError("must be at most 8192 characters long")
+        if isinstance(item, str):
+            _references(item)
+    if isinstance(value, list) and len(value) > 1000:
+        raise ValueError("must be at most 1000 entries long")
+    return value
+
+
+_Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
+_Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True, hide_input_in_errors=True, regex_engine="python-re")
+
+
+class HttpAuth(_Config):
+    """HTTP basic authentication."""
+
+    username: Annotated[_Text, Field(max_length=1024), AfterValidator(_no_control)]
+    password: Annotated[_Text, Field(max_length=4096), AfterValidator(_no_control)]
+
+    @field_validator("username")
+    @classmethod
+    def _no_colon(cls, text: str) -> str:
+        if ":" in SECRET_REFERENCE.sub("", text):
+            raise ValueError("must not hold a colon (RFC 7617)")
+        return text
+
+
+class HttpConfig(_Config):
+    """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
+
+    url: Annotated[str, Field(max_length=8192), AfterValidator(_url)]
+    method: Annotated[Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], BeforeValidator(_method)] = "GET"
+    headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None = None
+    params: Annotated[dict[str, _Param], Field(max_length=1000)] | None = None
+    body: _Body | None = Field(None, description="An object or list is sent as JSON, a string as it is.")
+    auth: HttpAuth | None = None
+    timeout: _Timeout | None = None
+    expected_status: Annotated[list[int | str], Field(max_length=100), AfterValidator(_status_ranges)] | None = Field(
+        None, description='Codes or ranges that count as success; default ["200-299"].'
+    )
+    follow_redirects: bool = True
+    verify_tls: bool = True
+
+
+class BashConfig(_Config):
+    """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
+
+    command: Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul)]
+    args: Annotated[list[Annotated[str, Field(max_length=65536), AfterValidator(_no_nul)]], Field(max_length=1000)] | None = None
+    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None = None
+    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)] | None = None
+    timeout: _Timeout | None = None
+
+    @field_validator("command")
+    @classmethod
+    def _not_blank(cls, command: str) -> str:
+        if not command.strip():
+            raise ValueError("must hold a command")
+        return command
+
+    @field_validator("args")
+    @classmethod
+    def _fits(cls, args: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if args and len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
+            raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
+        return args
+
+
+def bash_source(command: str, args: Sequence[str]) -> str:
+    """The bash source of a task: `args` follow `command` as literal words, on its last line."""
+    return " ".join([command.rstrip("\n"), *map(shlex.quote, args)]) if args else command
+
+
+CONFIGS: dict[str, type[HttpConfig] | type[BashConfig]] = {"http": HttpConfig, "bash": BashConfig}
+
+
+def parse_config(task_type: str, config: Any) -> dict[str, Any]:
+    """`config` checked and in normal form, with only the fields that were sent (null counts as not sent).
+
+    Raises InvalidInput that lists every bad field as `config.…`.
+    """
+    model = CONFIGS[task_type]
+    try:
+        parsed = model.model_validate(config)
+    except ValidationError as error:
+        known = HttpAuth.model_fields if _only_in_auth(error) else model.model_fields
+        raise InvalidInput(*field_errors(error, "config", known)) from None
+    sent = {name: getattr(parsed, name) for name in model.model_fields if name in parsed.model_fields_set}
+    return {
+        name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in sent.items() if value is not None
+    }
+
+
+def _only_in_auth(error: ValidationError) -> bool:
+    return all(detail["loc"][:1] == ("auth",) for detail in error.errors(include_url=False, include_input=False))
+
+
+# ---- Masks: what a reader sees instead of a secret
+
+
+def mask_url(url: str) -> str:
+    """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
+    match = _AUTHORITY.match(url)
+    userinfo, at, host = match[2].rpartition("@") if match else ("", "", "")
+    if not match or not at or _HARMLESS_USERINFO.fullmatch(userinfo):
+        return url
+    return f"{match[1]}://{MASK}@{host}{url[match.end() :]}"
+
+
+def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` as answers, the log and the history may show it. Values that are only a `${…}` reference stay readable."""
+    if task_type != "http":
+        return config
+    masked = dict(config)
+    masked["url"] = mask_url(config["url"])
+    if "auth" in config:
+        masked["auth"] = {**config["auth"], "password": _mask(config["auth"]["password"])}
+    if "headers" in config:
+        masked["headers"] = {
+            name: _mask(value) if name.lower() in MASKED_HEADERS else value for name, value in config["headers"].items()
+        }
+    return masked
+
+
+def _mask(value: str) -> str:
+    return value if _HARMLESS.fullmatch(value) else MASK
+
+
+def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
+    """`new`, a parsed configuration, with each mask that was sent back replaced by the stored secret.
+
+    Raises InvalidInput for a mask that stands for nothing, and for any mask once scheme, host or port of the URL differ:
+    else whoever may edit a task could have its secret sent to a server of their own.
+    """
+    if task_type != "http":
+        return new
+    result, stored = dict(new), stored or {}
+    refused: list[FieldError] = []
+    moved = _origin(new.get("url", "")) != _origin(stored.get("url", ""))
+
+    def secret(name: str, sent: str, kept: str | None) -> str:
+        if MASK not in sent:
+            return sent
+        if sent == MASK and kept is not None and not moved:
+            return kept
+        why = "scheme, host or port of the url changed" if moved and kept is not None else "there is no such value"
+        refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
+        return sent
+
+    if userinfo := _userinfo(new.get("url", "")):
+        kept_userinfo = secret("url", userinfo, _userinfo(stored.get("url", "")) or None)
+        result["url"] = new["url"].replace(f"{userinfo}@", f"{kept_userinfo}@", 1)
+    if auth := new.get("auth"):
+        result["auth"] = {**auth, "password": secret("auth.password", auth["password"], stored.get("auth", {}).get("password"))}
+    if headers := new.get("headers"):
+        kept = {name.lower(): value for name, value in stored.get("headers", {}).items()}
+        result["headers"] = {
+            name: secret(f"headers.{name}", value, kept.get(name.lower())) if name.lower() in MASKED_HEADERS else value
+            for name, value in headers.items()
+        }
+    if refused:
+        raise InvalidInput(*refused)
+    return result
+
+
+def _userinfo(url: str) -> str:
+    match = _AUTHORITY.match(url)
+    return match[2].rpartition("@")[0] if match else ""
+
+
+def _origin(url: str) -> tuple[str, str]:
+    """Scheme and `host:port` of `url`, as text: it may hold references that nobody has resolved yet."""
+    match = _AUTHORITY.match(url)
+    if not match:
+        return "", url
+    scheme, host = match[1].lower(), match[2].rpartition("@")[2].lower()
+    default = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return scheme, host.removesuffix(default) if default else host
+
+
+# --- Tasks, schedules, executions --------------------------------------------------------------------------------------
+
+TASK_TYPES = ("http", "bash")
+TASK_STATUSES = ("active", "paused", "disabled")
+UNSET: Any = None  # a default that marks "not sent": `model_fields_set` tells it from an explicit null
+UNFINISHED = ("queued", "running", "retrying")
+FINISHED = ("succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted")
+TRIGGERS = ("schedule", "catchup", "manual")
+NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothing
+SUCCESS: dict[str, bool] = {"succeeded": True, "failed": False, "timed_out": False, "interrupted": False}
+LIST_TEXT_LIMIT = 4096  # characters of each output text in lists
+MAX_RETRY_WAIT = 3600.0  # seconds
+
+
+class Hold(IntFlag):
+    """Why a `queued` execution may not start yet, and what lifts it."""
+
+    OVERLAP = 1  # behind every earlier unfinished execution of its task (overlap `queue` and `cancel`)
+    CATCHUP = 2  # behind the earlier catch-up executions of its schedule
+    DISABLED = 4  # until its task is no longer disabled
+
+
+# --- What the store keeps ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Task:
+    """A row of `tasks`. Instants are microseconds since the epoch, `retry_delay` is seconds."""
+
+    id: int
+    name: str
+    description: str | None
+    task_type: str
+    status: str
+    config: dict[str, Any]
+    max_retries: int
+    retry_delay: float
+    retry_backoff: float
+    created_at: int
+    updated_at: int
+    last_run: int | None = None
+    run_count: int = 0
+    success_count: int = 0
+    failure_count: int = 0
+
+
+@dataclass(slots=True)
+class Schedule:
+    """A row of `schedules`. Every slot up to `settled_until` is dealt with; `next_slot` is the first that is not."""
+
+    id: int
+    task_id: int
+    schedule_type: str
+    schedule_config: dict[str, Any]
+    is_active: bool
+    overlap: str
+    catchup: str
+    catchup_window: float
+    jitter: float
+    start_at: int | None
+    end_at: int | None
+    max_runs: int | None
+    created_at: int
+    updated_at: int
+    settled_until: int
+    next_slot: int | None = None
+    next_fire: int | None = None
+    last_run: int | None = None
+    run_count: int = 0
+
+    @property
+    def zone(self) -> str:
+        return str(self.schedule_config["timezone"])
+
+    def plan(self) -> Plan:
+        """The schedule as pure arithmetic."""
+        timing = make_timing(self.schedule_type, self.schedule_config, self.created_at)
+        left = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
+        return Plan(timing, self.id, self.start_at, self.end_at, self.jitter, self.catchup, self.catchup_window, left)
+
+    def move_to(self, next_slot: int | None, plan: Plan) -> None:
+        """Sets what comes next; without a next slot the schedule is over."""
+        self.next_slot = next_slot
+        self.next_fire = None if next_slot is None else plan.fire_time(next_slot)
+        self.is_active = self.is_active and next_slot is not None
+
+
+@dataclass(slots=True)
+class Execution:
+    """A row of `executions`: one run of a task. `started_at` is the first attempt's start."""
+
+    id: int
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    status: str
+    scheduled_for: int | None
+    queued_at: int
+    started_at: int | None
+    finished_at: int | None
+    attempt: int
+    next_attempt_at: int | None
+    error_message: str | None
+    attempt_started_at: int | None
+    output_data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PastAttempt:
+    """A row of `attempts`: an attempt that was followed by another one."""
+
+    attempt: int
+    status: str
+    started_at: int
+    finished_at: int
+    error_message: str | None
+    output_data: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewExecution:
+    """An execution, or the record of a slot that ran nothing, about to be written."""
+
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    scheduled_for: int | None
+    queued_at: int
+    status: str = "queued"
+    hold: int = 0
+    error_message: str | None = None
+
+    @property
+    def finished_at(self) -> int | None:
+        return None if self.status == "queued" else self.queued_at
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An attempt that was just written as `running`: the execution, and its task as it is now."""
+
+    execution_id: int
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    scheduled_for: int | None
+    attempt: int
+    uuid: str
+    started_at: int
+    task_name: str
+    task_type: str
+    config_text: str
+    max_retries: int
+    retry_delay: float
+    retry_backoff: float
+
+    @property
+    def run_id(self) -> str:
+        return run_id(self.uuid, self.attempt)
+
+
+def run_id(execution_uuid: str, attempt: int) -> str:
+    """The UUID of one attempt: known again after a crash without being stored."""
+    return str(uuid.uuid5(uuid.UUID(execution_uuid), str(attempt)))
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What becomes of an execution when an attempt of it ends."""
+
+    run: Run
+    status: str  # a final status, or `retrying`
+    attempt_status: str
+    finished_at: int
+    next_attempt_at: int | None
+    error_message: str | None
+    output: dict[str, Any] | None
+
+
+def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
+    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %."""
+    status, again = outcome.status, None
+    if outcome.retryable and run.attempt <= run.max_retries:
+        wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
+        if outcome.retry_after is not None:
+            wait = min(outcome.retry_after, MAX_RETRY_WAIT)
+        status, again = "retrying", now + round(wait * 1_000_000)
+    return Settlement(run, status, outcome.status, now, again, outcome.error_message, outcome.output)
+
+
+def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
+    """Seconds between the end of attempt number `attempt` and the next one: at most 3600, ±10 %."""
+    try:
+        wait = delay * backoff ** (attempt - 1)
+    except OverflowError:
+        wait = MAX_RETRY_WAIT
+    return min(wait, MAX_RETRY_WAIT) * (1 + 0.1 * spread)
+
+
+# --- What a client sends ----------------------------------------------------------------------------------------------
+
+
+class Input(BaseModel):
+    """Base of all bodies: unknown fields are refused and JSON types are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+    def sent(self) -> dict[str, Any]:
+        """Only the fields that the client sent."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class Query(BaseModel):
+    """Base of all query strings: values arrive as text and are converted."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+def _line(text: str) -> str:
+    if not text.strip() or any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError("must not be blank or contain control characters")
+    return text
+
+
+def _prose(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    return text
+
+
+MAX_ID = 2**63 - 1  # SQLite's largest rowid
+Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)]
+Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
+Config = Annotated[dict[str, Any], Field(description="for http: url, method, headers, ...; for bash: command, args, env, ...")]
+Instant = Annotated[str, Field(max_length=64, description="ISO 8601; without an offset in the schedule's timezone")]
+MaxRetries = Annotated[int, Field(ge=0, le=100)]
+RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry")]
+RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer")]
+CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up")]
+Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts")]
+MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
+TaskType = Literal["http", "bash"]
+TaskStatus = Literal["active", "paused", "disabled"]
+ScheduleType = Literal["cron", "once", "interval"]
+Overlap = Literal["skip", "queue", "allow", "cancel"]
+Catchup = Literal["latest", "all", "skip"]
+Status = Literal[
+    "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
+]
+Trigger = Literal["schedule", "catchup", "manual"]
+Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
+Limit = Annotated[int, Field(ge=1, le=1000)]
+
+
+class TaskCreate(Input):
+    name: Name
+    task_type: TaskType
+    config: Config
+    description: Description | None = None
+    status: TaskStatus = "active"
+    max_retries: MaxRetries = UNSET
+    retry_delay: RetryDelay = UNSET
+    retry_backoff: RetryBackoff = 2
+
+
+class TaskUpdate(Input):
+    """A change of a task; what is not sent stays. `config` replaces the whole configuration."""
+
+    read_only: ClassVar[frozenset[str]] = frozenset(
+        ("id", "created_at", "updated_at", "last_run", "next_run", "run_count", "success_count", "failure_count")
+    )
+    name: Name = UNSET
+    task_type: TaskType = UNSET
+    config: Config = UNSET
+    description: Description | None = None
+    status: TaskStatus = UNSET
+    max_retries: MaxRetries = UNSET
+    retry_delay: RetryDelay = UNSET
+    retry_backoff: RetryBackoff = UNSET
+
+
+class ScheduleTiming(Input):
+    """The fields of a schedule that a preview knows too."""
+
+    schedule_type: ScheduleType
+    schedule_config: Config
+    jitter: Jitter = 0
+    start_at: Instant | None = None
+    end_at: Instant | None = None
+    max_runs: MaxRuns | None = None
+
+
+class ScheduleCreate(ScheduleTiming):
+    task_id: Id
+    is_active: bool = True
+    overlap: Overlap = "skip"
+    catchup: Catchup = "latest"
+    catchup_window: CatchupWindow = 86400
+
+
+class SchedulePreview(ScheduleTiming):
+    is_active: bool = True
+    overlap: Overlap = "skip"
+    catchup: Catchup = "latest"
+    catchup_window: CatchupWindow = 86400
+    after: Instant | None = None
+    count: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+class ScheduleUpdate(Input):
+    """A change of a schedule; what is not sent stays. `schedule_config` replaces the whole configuration."""
+
+    read_only: ClassVar[frozenset[str]] = frozenset(
+        ("id", "created_at", "updated_at", "last_run", "next_run", "run_count", "description", "upcoming")
+    )
+    task_id: Id = UNSET
+    schedule_type: ScheduleType = UNSET
+    schedule_config: Config = UNSET
+    is_active: bool = UNSET
+    overlap: Overlap = UNSET
+    catchup: Catchup = UNSET
+    catchup_window: CatchupWindow = UNSET
+    jitter: Jitter = UNSET
+    start_at: Instant | None = None
+    end_at: Instant | None = None
+    max_runs: MaxRuns | None = None
+
+
+class TaskQuery(Query):
+    status: TaskStatus | None = None
+    task_type: TaskType | None = None
+    q: Annotated[str, Field(max_length=255)] | None = None
+    skip: Skip = 0
+    limit: Limit = 100
+
+
+class ScheduleQuery(Query):
+    task_id: Id | None = None
+    is_active: bool | None = None
+    skip: Skip = 0
+    limit: Limit = 100
+
+
+class OutputQuery(Query):
+    output: Literal["full", "none"] | None = None
+
+
+class HistoryQuery(OutputQuery):
+    success: bool | None = None
+    status: Status | None = None
+    skip: Skip = 0
+    limit: Limit = 100
+
+
+class ExecutionQuery(OutputQuery):
+    task_id: Id | None = None
+    schedule_id: Id | None = None
+    status: Status | None = None
+    trigger: Trigger | None = None
+    before_id: Id | None = None
+    limit: Limit = 100
+
+
+class ExecuteQuery(Query):
+    wait: Annotated[float, Field(ge=0, le=300)] = 0
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: Any) -> M:
+    """`data` as `model`. Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones."""
+    read_only = getattr(model, "read_only", None)
+    if read_only and isinstance(data, dict):  # so that what GET gave can be sent back
+        data = {name: value for name, value in data.items() if name not in read_only}
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise InvalidInput(*field_errors(error, known=model.model_fields)) from None
+
+
+# --- What a client gets -----------------------------------------------------------------------------------------------
+
+
+class TaskView(TypedDict):
+    id: int
+    name: str
+    description: str | None
+    task_type: str
+    status: str
+    config: dict[str, Any]
+    max_retries: int
+    retry_delay: float
+    retry_backoff: float
+    created_at: str
+    updated_at: str
+    last_run: str | None
+    next_run: str | None
+    run_count: int
+    success_count: int
+    failure_count: int
+
+
+class Upcoming(TypedDict):
+    utc: str
+    local: str
+
+
+class ScheduleView(TypedDict):
+    id: int
+    task_id: int
+    schedule_type: str
+    schedule_config: dict[str, Any]
+    is_active: bool
+    overlap: str
+    catchup: str
+    catchup_window: float
+    jitter: float
+    start_at: str | None
+    end_at: str | None
+    max_runs: int | None
+    created_at: str
+    updated_at: str
+    last_run: str | None
+    next_run: str | None
+    run_count: int
+    description: str
+    upcoming: NotRequired[list[Upcoming]]
+
+
+class AttemptView(TypedDict):
+    attempt: int
+    status: str
+    started_at: str | None
+    finished_at: str | None
+    duration: float | None
+    error_message: str | None
+    output_data: dict[str, Any] | None
+
+
+class ExecutionView(TypedDict):
+    id: int
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    status: str
+    success: bool | None
+    scheduled_for: str | None
+    queued_at: str
+    started_at: str | None
+    finished_at: str | None
+    duration: float | None
+    attempt: int
+    retry_count: int
+    next_attempt_at: str | None
+    error_message: str | None
+    output_data: dict[str, Any] | None
+    attempts: NotRequired[list[AttemptView]]
+
+
+class TaskPage(TypedDict):
+    total: int
+    skip: int
+    limit: int
+    tasks: list[TaskView]
+
+
+class SchedulePage(TypedDict):
+    total: int
+    skip: int
+    limit: int
+    schedules: list[ScheduleView]
+
+
+class HistoryPage(TypedDict):
+    total: int
+    skip: int
+    limit: int
+    history: list[ExecutionView]
+
+
+class ExecutionPage(TypedDict):
+    executions: list[ExecutionView]
+    next_before_id: int | None
+
+
+class StatusView(TypedDict):
+    """`lateness` is in seconds, over the last 1000 starts; `next_runs` are the next five."""
+
+    running: bool
+    leader: bool
+    paused: bool
+    timezone: str
+    version: str
+    started_at: str
+    tasks: int
+    schedules: int
+    active_schedules: int
+    executions: dict[str, int]
+    queue_length: int
+    max_concurrent_runs: int
+    next_runs: list[dict[str, Any]]
+    lateness: dict[str, float | int | None]
+
+
+class PreviewView(TypedDict):
+    description: str
+    note: NotRequired[str]
+    upcoming: list[Upcoming]
+
+
+def instant_or_none(t: int | None) -> str | None:
+    return None if t is None else format_instant(t)
+
+
+def seconds_between(start: int | None, end: int | None) -> float | None:
+    return None if start is None or end is None else (end - start) / 1_000_000
+
+
+def task_view(task: Task, next_run: int | None) -> TaskView:
+    """What a client sees of a task: secrets are masked."""
+    return TaskView(
+        id=task.id,
+        name=task.name,
+        description=task.description,
+        task_type=task.task_type,
+        status=task.status,
+        config=mask_config(task.task_type, task.config),
+        max_retries=task.max_retries,
+        retry_delay=task.retry_delay,
+        retry_backoff=task.retry_backoff,
+        created_at=format_instant(task.created_at),
+        updated_at=format_instant(task.updated_at),
+        last_run=instant_or_none(task.last_run),
+        next_run=instant_or_none(next_run),
+        run_count=task.run_count,
+        success_count=task.success_count,
+        failure_count=task.failure_count,
+    )
+
+
+def schedule_view(schedule: Schedule, live: bool) -> ScheduleView:
+    """What a client sees of a schedule in a list. `live`: neither its task nor the scheduler is paused."""
+    return ScheduleView(
+        id=schedule.id,
+        task_id=schedule.task_id,
+        schedule_type=schedule.schedule_type,
+        schedule_config=schedule.schedule_config,
+        is_active=schedule.is_active,
+        overlap=schedule.overlap,
+        catchup=schedule.catchup,
+        catchup_window=schedule.catchup_window,
+        jitter=schedule.jitter,
+        start_at=instant_or_none(schedule.start_at),
+        end_at=instant_or_none(schedule.end_at),
+        max_runs=schedule.max_runs,
+        created_at=format_instant(schedule.created_at),
+        updated_at=format_instant(schedule.updated_at),
+        last_run=instant_or_none(schedule.last_run),
+        next_run=instant_or_none(schedule.next_fire) if live and schedule.is_active else None,
+        run_count=schedule.run_count,
+        description=schedule.plan().timing.describe(),
+    )
+
+
+def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
+    return [Upcoming(utc=format_instant(t), local=format_local(t, zone)) for t in fire_times]
+
+
+def clip_texts(output: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Output as it stands in lists: each text is cut to 4,096 characters, and says so."""
+    if output is None:
+        return None
+    return {name: _clip_value(value) for name, value in output.items()}
+
+
+def _clip_value(value: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        text = json.dumps(value, ensure_ascii=False)
+        return value if len(text) <= LIST_TEXT_LIMIT else _clip_value(text)
+    if isinstance(value, str) and len(value) > LIST_TEXT_LIMIT:
+        return value[:LIST_TEXT_LIMIT] + f"… [{len(value) - LIST_TEXT_LIMIT} more characters: ask for output=full]"
+    return value
+
+
+def execution_view(execution: Execution) -> ExecutionView:
+    return ExecutionView(
+        id=execution.id,
+        task_id=execution.task_id,
+        schedule_id=execution.schedule_id,
+        trigger=execution.trigger,
+        status=execution.status,
+        success=SUCCESS.get(execution.status),
+        scheduled_for=instant_or_none(execution.scheduled_for),
+        queued_at=format_instant(execution.queued_at),
+        started_at=instant_or_none(execution.started_at),
+        finished_at=instant_or_none(execution.finished_at),
+        duration=seconds_between(execution.started_at, execution.finished_at),
+        attempt=execution.attempt,
+        retry_count=max(0, execution.attempt - 1),
+        next_attempt_at=instant_or_none(execution.next_attempt_at),
+        error_message=execution.error_message,
+        output_data=execution.output_data,
+    )
+
+
+def attempt_views(execution: Execution, past: Sequence[PastAttempt]) -> list[AttemptView]:
+    """All attempts of an execution, oldest first: the last one lives on the execution itself."""
+    views = [_attempt_view(a.attempt, a.status, a.started_at, a.finished_at, a.error_message, a.output_data) for a in past]
+    e = execution
+    if e.attempt_started_at is not None and e.status != "retrying":
+        views.append(_attempt_view(e.attempt, e.status, e.attempt_started_at, e.finished_at, e.error_message, e.output_data))
+    return views
+
+
+def _attempt_view(
+    number: int, status: str, start: int, end: int | None, error: str | None, output: dict[str, Any] | None
+) -> AttemptView:
+    return AttemptView(
+        attempt=number,
+        status=status,
+        started_at=format_instant(start),
+        finished_at=instant_or_none(end),
+        duration=seconds_between(start, end),
+        error_message=error,
+        output_data=output,
+    )
+
+
+# ======================================================================================================================
+# 4. Timer queue (pure)
+# ======================================================================================================================
+
+
+class TimerQueue:
+    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth.
+
+    A heap entry counts while `_due` still holds the same time for its key; others are dropped when they surface.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+        self._due: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def set(self, key: int, at: int | None) -> None:
+        """Makes `key` due at `at`, instead of when it was due before; None: never."""
+        if at is None:
+            self._due.pop(key, None)
+        elif self._due.get(key) != at:
+            self._due[key] = at
+            heapq.heappush(self._heap, (at, key))
+        if len(self._heap) > 2 * len(self._due) + 64:
+            self.rebuild(list(self._due.items()))
+
+    def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
+        """Replaces everything by `items`, pairs of key and time."""
+        self._due = dict(items)
+        self._heap = [(at, key) for key, at in self._due.items()]
+        heapq.heapify(self._heap)
+
+    def next_due(self) -> int | None:
+        """When the next key is due, or None."""
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: int, limit: int) -> list[int]:
+        """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
+        keys: list[int] = []
+        while len(keys) < limit and (at := self.next_due()) is not None and at <= now:
+            key = heapq.heappop(self._heap)[1]
+            del self._due[key]
+            keys.append(key)
+        return keys
+
+
+# ======================================================================================================================
+# 5. Clock
+# ======================================================================================================================
+
+NAP = 0.25  # seconds: asyncio sleeps on the monotonic clock, so nap briefly, then look at the wall clock again
+
+
+class Clock:
+    """The only place that reads time: wall time in microseconds since the epoch, monotonic time in seconds."""
+
+    def __init__(self) -> None:
+        self._last = (self.now(), self.monotonic())
+
+    def now(self) -> int:
+        return time.time_ns() // 1000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def step(self) -> int:
+        """Microseconds by which the wall clock was set forward (or back, negative) since the last call."""
+        wall, steady = self.now(), self.monotonic()
+        moved = (wall - self._last[0]) - round((steady - self._last[1]) * 1_000_000)
+        self._last = (wall, steady)
+        return moved
+
+    async def wait(self, event: asyncio.Event, until: int | None) -> None:
+        """Returns when `event` is set, when the wall clock reads `until`, or after a nap: whichever comes first."""
+        nap = NAP if until is None else min(NAP, max(0.0, (until - self.now()) / 1_000_000))
+        try:
+            async with asyncio.timeout(nap):
+                await event.wait()
+        except TimeoutError:
+            pass
+
+
+# ======================================================================================================================
+# 6. Store
+# ======================================================================================================================
+#
+# One writer thread takes all waiting writes as one transaction (group commit: FULL costs next to nothing then); two
+# reader threads have read-only connections. What is passed to `write` and `read` is a function of the connection; it
+# may run twice (see `_write_batch`), so it must have no effect but on the database. Functions below that take `db` are
+# the queries. Many rows go through one statement, as JSON: sqlite3 gives up and retakes the GIL at every step, and each
+# retake costs up to a switch interval while the loop is busy.
+
+DB = sqlite3.Connection
+T = TypeVar("T")
+
+# Append only. Each entry is one schema version: its statements run in one transaction with the new user_version.
+MIGRATIONS: list[tuple[str, ...]] = [
+    (
+        """CREATE TABLE tasks (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, description TEXT, task_type TEXT NOT NULL,
+            status TEXT NOT NULL, config TEXT NOT NULL, max_retries INTEGER NOT NULL, retry_delay NUMERIC NOT NULL,
+            retry_backoff NUMERIC NOT NULL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, last_run INTEGER,
+            run_count INTEGER NOT NULL DEFAULT 0, success_count INTEGER NOT NULL DEFAULT 0,
+            failure_count INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0, rev INTEGER NOT NULL DEFAULT 0
+        )""",
+        "CREATE INDEX tasks_rev ON tasks (rev)",
+        """CREATE TABLE schedules (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER NOT NULL REFERENCES tasks (id), schedule_type TEXT NOT NULL,
+            schedule_config TEXT NOT NULL, is_active INTEGER NOT NULL, overlap TEXT NOT NULL, catchup TEXT NOT NULL,
+            catchup_window NUMERIC NOT NULL, jitter NUMERIC NOT NULL, start_at INTEGER, end_at INTEGER, max_runs INTEGER,
+            created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, settled_until INTEGER NOT NULL, next_slot INTEGER,
+            next_fire INTEGER, last_run INTEGER, run_count INTEGER NOT NULL DEFAULT 0, rev INTEGER NOT NULL DEFAULT 0
+        )""",
+        "CREATE INDEX schedules_task ON schedules (task_id, next_fire)",
+        "CREATE INDEX schedules_rev ON schedules (rev)",
+        """CREATE TABLE executions (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER NOT NULL REFERENCES tasks (id), schedule_id INTEGER,
+            trigger TEXT NOT NULL, status TEXT NOT NULL, scheduled_for INTEGER, queued_at INTEGER NOT NULL,
+            started_at INTEGER, finished_at INTEGER, attempt INTEGER NOT NULL DEFAULT 0, next_attempt_at INTEGER,
+            attempt_started_at INTEGER, hold INTEGER NOT NULL DEFAULT 0, cancel_requested INTEGER NOT NULL DEFAULT 0,
+            owner TEXT, uuid TEXT NOT NULL, error_message TEXT, output_data TEXT
+        )""",
+        "CREATE UNIQUE INDEX executions_slot ON executions (schedule_id, scheduled_for) WHERE scheduled_for IS NOT NULL",
+        "CREATE INDEX executions_task ON executions (task_id)",
+        """CREATE INDEX executions_unfinished ON executions (task_id)
+            WHERE status IN ('queued', 'running', 'retrying')""",
+        """CREATE INDEX executions_ready ON executions (coalesce(scheduled_for, queued_at))
+            WHERE status = 'queued' AND hold = 0""",
+        "CREATE INDEX executions_held ON executions (task_id) WHERE status = 'queued' AND hold > 0",
+        """CREATE INDEX executions_failed ON executions (task_id)
+            WHERE status IN ('failed', 'timed_out', 'interrupted')""",
+        """CREATE TABLE attempts (
+            execution_id INTEGER NOT NULL REFERENCES executions (id) ON DELETE CASCADE, attempt INTEGER NOT NULL,
+            status TEXT NOT NULL, started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, error_message TEXT,
+            output_data TEXT, PRIMARY KEY (execution_id, attempt)
+        )""",
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+        "INSERT INTO meta VALUES ('paused', 0), ('rev', 0)",
+    ),
+]
+APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
+UNFINISHED_SQL = "status IN ('queued', 'running', 'retrying')"  # to the letter, so that the partial index serves
+MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
+BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
+STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
+
+
+def compact(value: Any) -> str:
+    """`value` as compact JSON text."""
+    return _ENCODER.encode(value)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
+class _Worker(threading.Thread):
+    """A thread that runs functions of its connection, all that are waiting at once as one batch."""
+
+    def __init__(self, name: str, run: Callable[[list[_Call]], None], calls: queue.SimpleQueue[_Call | None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._run, self._calls = run, calls
+
+    def run(self) -> None:
+        open_ended = True
+        while open_ended:
+            batch = [self._calls.get()]
+            while len(batch) < 500:
+                try:
+                    batch.append(self._calls.get_nowait())
+                except queue.Empty:
+                    break
+            open_ended = None not in batch
+            work = [call for call in batch if call is not None]
+            if work:
+                self._run(work)
+                work[0].loop.call_soon_threadsafe(_deliver, work)
+
+
+@dataclass(slots=True)
+class _Call:
+    """A function on its way to a worker, and what came of it."""
+
+    run: Callable[[DB], Any]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    since: float
+    result: Any = None
+    error: Exception | None = None
+
+
+def _deliver(batch: list[_Call]) -> None:
+    for call in batch:
+        if call.future.cancelled():
+            continue
+        if call.error is not None:
+            call.future.set_exception(call.error)
+        else:
+            call.future.set_result(call.result)
+
+
+def storage_error(error: Exception) -> Exception:
+    """A database error as what the caller hears; other exceptions stay as they are."""
+    return Unavailable(f"the database cannot do this now: {error}") if isinstance(error, sqlite3.Error) else error
+
+
+class Store:
+    """The database: opened with its schema brought up to date, written by one thread, read by two."""
+
+    def __init__(self, path: Path, monotonic: Callable[[], float]) -> None:
+        self.path = path
+        self.failure: str | None = None  # why the last commit failed, until one succeeds
+        self._monotonic = monotonic
+        self._writing: _Call | None = None
+        self._version = 0
+        self._writes: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._reads: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._db = open_database(path)
+        self._threads = [_Worker("store-writer", self._write_batch, self._writes)]
+        for number in (1, 2):
+            reader = connect(path, read_only=True)
+            self._threads.append(_Worker(f"store-reader-{number}", partial(_read_batch, reader), self._reads))
+        for thread in self._threads:
+            thread.start()
+
+    async def write(self, run: Callable[[DB], T]) -> T:
+        """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable."""
+        return cast(T, await self._submit(self._writes, run))
+
+    async def read(self, run: Callable[[DB], T]) -> T:
+        """Runs `run(db)` on a snapshot of everything committed so far."""
+        return cast(T, await self._submit(self._reads, run))
+
+    async def foreign_changes(self) -> bool:
+        """Whether another process has committed since the last call. After a failure it also tries a real write."""
+        version = await self.write(self._look)
+        changed, self._version = version != self._version, version
+        return changed
+
+    def _look(self, db: DB) -> int:
+        if self.failure:
+            set_meta(db, "probe", self._monotonic())
+        return _pragma(db, "data_version")
+
+    async def set_leading(self, leading: bool) -> None:
+        """SQLite before 3.51.3 can corrupt a file that several connections checkpoint: only the leader does."""
+        await self.write(lambda db: db.execute(f"PRAGMA wal_autocheckpoint={1000 if leading else 0}").fetchone())
+
+    def _submit(self, calls: queue.SimpleQueue[_Call | None], run: Callable[[DB], Any]) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        call = _Call(run, loop.create_future(), loop, self._monotonic())
+        calls.put(call)
+        return call.future
+
+    def _write_batch(self, batch: list[_Call]) -> None:
+        """All calls in one transaction; if one fails after a change, each in a transaction of its own."""
+        self._writing = batch[0]
+        if not self._transaction(batch):
+            for call in batch:
+                call.result = call.error = None
+                if not self._transaction([call]) and call.error is None:
+                    call.error = Unavailable(self.failure or "the database cannot be written")
+        self._writing = None
+
+    def _transaction(self, batch: list[_Call]) -> bool:
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            clean = all([_run_call(db, call) for call in batch])  # a list: every call gets its turn
+            db.execute("COMMIT" if clean else "ROLLBACK")
+            self.failure = None if clean else self.failure
+            return clean
+        except sqlite3.Error as error:
+            self.failure = str(error)
+            for call in batch:
+                call.error = storage_error(error)
+            return len(batch) == 1 or not _is_about_one_row(error)
+        finally:
+            if db.in_transaction:  # SQLite has rolled back by itself after a full disk or an I/O error
+                db.execute("ROLLBACK")
+
+    def stuck_for(self) -> float:
+        """Seconds that the oldest running write has been under way."""
+        writing = self._writing
+        return 0.0 if writing is None else self._monotonic() - writing.since
+
+    def problem(self) -> str | None:
+        """Why the database cannot be relied on now, or None."""
+        if not self._threads[0].is_alive():
+            return "the database writer has died"
+        if self.stuck_for() > STUCK_AFTER:
+            return f"a write to the database has not come back for {self.stuck_for():.0f} s"
+        return self.failure and f"the last write to the database failed: {self.failure}"
+
+    @property
+    def waiting_writes(self) -> int:
+        return self._writes.qsize()
+
+    def close(self) -> None:
+        """Finishes what is waiting and closes all connections. Blocks for as long as that takes, 5 s at most."""
+        self._writes.put(None)
+        for _ in self._threads[1:]:
+            self._reads.put(None)
+        for thread in self._threads:
+            thread.join(5)
+        if not self._threads[0].is_alive():
+            self._db.close()
+
+
+def _run_call(db: DB, call: _Call) -> bool:
+    """False if the call failed after it had changed something: then the transaction must not be kept."""
+    before = db.total_changes
+    try:
+        call.result = call.run(db)
+        return True
+    except Exception as error:
+        call.error = storage_error(error)
+        return db.total_changes == before and not isinstance(error, sqlite3.Error)
+
+
+def _is_about_one_row(error: sqlite3.Error) -> bool:
+    return isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError))
+
+
+def _read_batch(db: DB, batch: list[_Call]) -> None:
+    try:
+        db.execute("BEGIN")
+        for call in batch:
+            try:
+                call.result = call.run(db)
+            except Exception as error:
+                call.error = storage_error(error)
+    except sqlite3.Error as error:
+        for call in batch:
+            call.error = storage_error(error)
+    finally:
+        if db.in_transaction:
+            db.execute("COMMIT")
+
+
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def connect(path: Path, read_only: bool = False) -> DB:
+    """A connection in autocommit mode: transactions are begun by hand, with BEGIN IMMEDIATE for writes."""
+    mode = "ro" if read_only else "rwc"
+    uri = f"file:{urllib.parse.quote(str(path))}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA foreign_keys=ON")
+    return db
+
+
+def open_database(path: Path) -> DB:
+    """The writer's connection, its schema up to date. Raises StartupError; never overwrites what is no database of ours."""
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
+    _check_files(path)
+    try:
+        db = connect(path)
+        _check_identity(db, path)
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA wal_autocheckpoint=0")  # only the leader checkpoints: see `set_leading`
+        migrate(db, MIGRATIONS)
+        _check_integrity(db, path)
+    except sqlite3.Error as error:
+        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error)}") from None
+    return db
+
+
+def _remedy(error: sqlite3.Error) -> str:
+    text = str(error)
+    if "unable to open" in text or "readonly" in text or "read-only" in text:
+        return "its folder and file must be writable by the user that runs ChronoTask"
+    if "locked" in text:
+        return "another program holds a lock on it"
+    return "it was left as it is; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+
+
+def _check_files(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else None
+        wal = Path(f"{path}-wal")
+        wal_size = wal.stat().st_size if wal.exists() else 0
+    except OSError as error:
+        owner = f"uid {os.getuid()}"
+        raise StartupError(
+            f"the database folder {path.parent} cannot be used by {owner}: {error.strerror}; "
+            f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
+        ) from None
+    if not size and wal_size:
+        what = "missing" if size is None else "empty"
+        raise StartupError(
+            f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
+        )
+
+
+def _check_identity(db: DB, path: Path) -> None:
+    version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if application != APPLICATION_ID and (tables or version):
+        raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
+    if version > len(MIGRATIONS):
+        raise StartupError(
+            f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: "
+            "upgrade ChronoTask, or restore an older backup"
+        )
+
+
+def _pragma(db: DB, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
+    """Brings the schema up to date, one transaction a version. A failing one leaves the database as it was."""
+    while True:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            version = _pragma(db, "user_version")  # looked up under the lock: another process may be doing the same
+            if version >= len(migrations):
+                db.execute("ROLLBACK")
+                return
+            for statement in migrations[version]:  # not executescript, which commits first
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version={version + 1}")
+            db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            db.execute("COMMIT")
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+
+
+QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes under 1 s a GB
+
+
+def _check_integrity(db: DB, path: Path) -> None:
+    if path.stat().st_size > QUICK_CHECK_BELOW:
+        logger.warning("the database is over 2 GiB: its check at start is left out")
+        return
+    found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+    if found != ["ok"]:
+        raise StartupError(
+            f"the database {path} is damaged ({'; '.join(found)}): it was left as it is; restore a backup, "
+            "or set CHRONOTASK_DATABASE_URL to another file"
+        )
+
+
+def backup(path: Path, target: Path) -> None:
+    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks.
+
+    Raises OSError and sqlite3.Error; `target` then is as it was before.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    source = connect(path, read_only=True)
+    try:
+        source.execute("VACUUM INTO ?", (str(part),))
+        copy = sqlite3.connect(part)
+        found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+        copy.close()
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.rename(target)
+    finally:
+        source.close()
+        part.unlink(missing_ok=True)
+
+
+# --- The leader's lock ------------------------------------------------------------------------------------------------
+
+
+class FileLock:
+    """An flock on a file: the kernel releases it when its holder dies, however it dies.
+
+    Not fcntl/lockf (any close in the process drops it), not a row with a lease (a clock step steals it).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self, shared: bool = False) -> bool:
+        """Tries to take the lock without waiting. True if it is held."""
+        if self._fd is not None:
+            return True
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        if not self.held():  # the file was replaced between open and lock
+            self.release()
+        return self._fd is not None
+
+    def held(self) -> bool:
+        """Whether this process holds the lock on the file that now has the name."""
+        if self._fd is None:
+            return False
+        try:
+            mine, named = os.fstat(self._fd), os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def locks_work(path: Path) -> bool:
+    """Whether flock excludes a second holder on this file system (some network file systems pretend)."""
+    probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
+    first, second = FileLock(probe), FileLock(probe)
+    try:
+        return first.acquire() and not second.acquire()
+    except OSError:
+        return False
+    finally:
+        first.release()
+        second.release()
+        probe.unlink(missing_ok=True)
+
+
+# --- Queries: tasks and schedules -------------------------------------------------------------------------------------
+
+
+def _columns(row: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(row))
+
+
+TASK_COLUMNS = _columns(Task)
+SCHEDULE_COLUMNS = _columns(Schedule)
+EXECUTION_COLUMNS = _columns(Execution)
+_RUNS = "execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, started_at, name, task_type, config, max_retries, retry_delay, retry_backoff"
+_TASKS = ", ".join(TASK_COLUMNS)
+_SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
+_EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
+_NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
+
+
+def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
+    """All rows of a query as one JSON value: one step instead of one a row."""
+    text = db.execute(f"SELECT json_group_array(json_array({columns})) FROM (SELECT {columns} {rest})", parameters).fetchone()[0]
+    return cast(list[list[Any]], json.loads(text))
+
+
+def _task(row: Sequence[Any]) -> Task:
+    task = Task(*row)
+    task.config = json.loads(row[5])
+    return task
+
+
+def _schedule(row: Sequence[Any]) -> Schedule:
+    schedule = Schedule(*row)
+    schedule.schedule_config = json.loads(row[3])
+    schedule.is_active = bool(schedule.is_active)
+    return schedule
+
+
+def _execution(row: Sequence[Any]) -> Execution:
+    execution = Execution(*row)
+    if execution.output_data is not None:
+        execution.output_data = json.loads(row[13])
+    return execution
+
+
+def next_rev(db: DB) -> int:
+    """A new number for a change of tasks or schedules that other processes must notice."""
+    return int(db.execute("UPDATE meta SET value = value + 1 WHERE key = 'rev' RETURNING value").fetchone()[0])
+
+
+def get_meta(db: DB, key: str) -> Any:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return row and row[0]
+
+
+def set_meta(db: DB, key: str, value: Any) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def _values(row: Any, columns: Sequence[str]) -> list[Any]:
+    return [compact(v) if isinstance(v := getattr(row, name), dict) else v for name in columns]
+
+
+def _insert(db: DB, table: str, row: Any, columns: Sequence[str]) -> int:
+    names, marks = ", ".join(columns[1:]), ", ".join("?" * (len(columns) - 1))
+    values = [*_values(row, columns[1:]), next_rev(db)]
+    cursor = db.execute(f"INSERT INTO {table} ({names}, rev) VALUES ({marks}, ?)", values)
+    return cast(int, cursor.lastrowid)
+
+
+def _update(db: DB, table: str, row: Any, columns: Sequence[str]) -> None:
+    names = ", ".join(f"{name} = ?" for name in columns[1:])
+    db.execute(f"UPDATE {table} SET {names}, rev = ? WHERE id = ?", [*_values(row, columns[1:]), next_rev(db), row.id])
+
+
+def insert_task(db: DB, task: Task) -> Task:
+    task.id = _insert(db, "tasks", task, TASK_COLUMNS)
+    return task
+
+
+def update_task(db: DB, task: Task) -> None:
+    _update(db, "tasks", task, TASK_COLUMNS)
+
+
+def insert_schedule(db: DB, schedule: Schedule) -> Schedule:
+    schedule.id = _insert(db, "schedules", schedule, SCHEDULE_COLUMNS)
+    return schedule
+
+
+def update_schedule(db: DB, schedule: Schedule) -> None:
+    _update(db, "schedules", schedule, SCHEDULE_COLUMNS)
+
+
+def delete_schedule(db: DB, schedule_id: int) -> None:
+    db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
+    next_rev(db)
+
+
+def get_task(db: DB, task_id: int) -> Task:
+    """Raises NotFound, also for a task that is being deleted."""
+    row = db.execute(f"SELECT {_TASKS} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no task {task_id}")
+    return _task(row)
+
+
+def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
+    row = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no task {task_id}")
+    return _task(row[:-1]), row[-1]
+
+
+def find_equal_task(db: DB, task: Task) -> int | None:
+    """Another task with the same name and configuration."""
+    row = db.execute(
+        "SELECT id FROM tasks WHERE name = ? AND task_type = ? AND config = ? AND id <> ? AND NOT deleted LIMIT 1",
+        (task.name, task.task_type, compact(task.config), task.id),
+    ).fetchone()
+    return row and int(row[0])
+
+
+def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """WHERE text and parameters from conditions whose value is not None; True adds a condition without a parameter."""
+    kept = {text: value for text, value in conditions.items() if value is not None and value is not False}
+    text = " AND ".join(kept) or "TRUE"
+    return f"WHERE {text}", [value for value in kept.values() if value is not True]
+
+
+def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | None]]]:
+    """A page of tasks with their next runs, oldest first, and how many there are in all."""
+    like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
+    where, values = _where(
+        {
+            "NOT deleted": True,
+            "status = ?": query.status,
+            "task_type = ?": query.task_type,
+            r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'": like,
+        }
+    )
+    total = db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
+    page = f"FROM tasks {where} ORDER BY id LIMIT ? OFFSET ?"
+    rows = fetch(
+        db, f"{_TASKS}, next_run", f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run {page})", [*values, query.limit, query.skip]
+    )
+    return total, [(_task(row[:-1]), row[-1]) for row in rows]
+
+
+_LIVE = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
+_S = ", ".join(f"s.{name}" for name in SCHEDULE_COLUMNS)
+_S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
+
+
+def get_schedule(db: DB, schedule_id: int) -> tuple[Schedule, bool]:
+    """The schedule, and whether its task is active. Raises NotFound."""
+    row = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.id = ? AND NOT t.deleted", (schedule_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no schedule {schedule_id}")
+    return _schedule(row[:-1]), bool(row[-1])
+
+
+def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[tuple[Schedule, bool]]]:
+    """A page of schedules, oldest first, each with whether its task is active, and how many there are in all."""
+    active = None if query.is_active is None else int(query.is_active)
+    where, values = _where({"NOT t.deleted": True, "s.task_id = ?": query.task_id, "s.is_active = ?": active})
+    total = db.execute(f"SELECT count(*) {_S_JOIN} {where}", values).fetchone()[0]
+    sql = f"SELECT {_S}, t.status = 'active' {_S_JOIN} {where} ORDER BY s.id LIMIT ? OFFSET ?"
+    rows = db.execute(sql, [*values, query.limit, query.skip]).fetchall()
+    return total, [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
+
+
+def schedules_of(db: DB, task_id: int | None = None) -> list[Schedule]:
+    """The active schedules of a task, or all active ones."""
+    where, values = _where({"is_active": True, "task_id = ?": task_id})
+    return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", values)]
+
+
+def live_schedules(db: DB) -> list[Schedule]:
+    """The schedules whose slots fire, or would if the scheduler were not paused."""
+    return [_schedule(row) for row in db.execute(f"SELECT {_S} {_S_JOIN} WHERE {_LIVE}")]
+
+
+def cron_zones(db: DB) -> list[str]:
+    """The time zones of active cron schedules."""
+    zone = "json_extract(schedule_config, '$.timezone')"
+    return [row[0] for row in db.execute(f"SELECT DISTINCT {zone} FROM schedules WHERE is_active AND schedule_type = 'cron'")]
+
+
+def all_task_ids(db: DB) -> list[int]:
+    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE NOT deleted")]
+
+
+def live_timers(db: DB, since_rev: int = -1) -> list[list[Any]]:
+    """`[schedule id, when it fires next or None]`, of schedules changed, or whose task was changed, after `since_rev`."""
+    return fetch(
+        db,
+        "id, fire",
+        f"""FROM (SELECT s.id AS id, CASE WHEN {_LIVE} THEN s.next_fire END AS fire {_S_JOIN}
+            WHERE s.rev > ?1 OR t.rev > ?1)""",
+        (since_rev,),
+    )
+
+
+def due_schedules(db: DB, ids: Sequence[int]) -> list[Schedule]:
+    """The schedules among `ids` whose slots fire."""
+    source = f"FROM (SELECT {_S} {_S_JOIN} WHERE {_LIVE} AND s.id IN (SELECT value FROM json_each(?)))"
+    return [_schedule(row) for row in fetch(db, _SCHEDULES, source, (compact(ids),))]
+
+
+def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
+    """Writes what a claim changes of schedules, many at once."""
+    rows = [[s.id, s.settled_until, s.next_slot, s.next_fire, int(s.is_active), s.run_count] for s in schedules]
+    db.execute(
+        """UPDATE schedules SET settled_until = json_extract(j.value, '$[1]'), next_slot = json_extract(j.value, '$[2]'),
+            next_fire = json_extract(j.value, '$[3]'), is_active = json_extract(j.value, '$[4]'),
+            run_count = json_extract(j.value, '$[5]')
+        FROM json_each(?) AS j WHERE schedules.id = json_extract(j.value, '$[0]')""",
+        (compact(rows),),
+    )
+
+
+def mark_deleted(db: DB, task_id: int) -> None:
+    """Makes a task invisible; the leader then ends its executions and removes its rows."""
+    get_task(db, task_id)
+    db.execute("UPDATE tasks SET deleted = 1, rev = ? WHERE id = ?", (next_rev(db), task_id))
+
+
+def deleted_tasks(db: DB) -> list[int]:
+    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE deleted")]
+
+
+def purge_task(db: DB, task_id: int, limit: int) -> bool:
+    """Removes up to `limit` rows of a deleted task; True once the task itself is gone."""
+    chosen = "SELECT id FROM executions WHERE task_id = ? LIMIT ?"
+    if db.execute(f"DELETE FROM executions WHERE id IN ({chosen})", (task_id, limit)).rowcount == limit:
+        return False
+    db.execute("DELETE FROM schedules WHERE task_id = ?", (task_id,))
+    db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+    return True
+
+
+def task_exists(db: DB, task_id: int) -> bool:
+    return db.execute("SELECT 1 FROM tasks WHERE id = ?", (task_id,)).fetchone() is not None
+
+
+# --- Queries: executions ----------------------------------------------------------------------------------------------
+
+
+def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
+    """Writes new rows and returns their ids, in order."""
+    names = ("task_id", "schedule_id", "trigger", "status", "scheduled_for", "queued_at", "finished_at", "hold", "error_message")
+    values = [[*(getattr(row, name) for name in names), str(uuid.uuid4())] for row in rows]
+    picks = ", ".join(f"json_extract(value, '$[{i}]')" for i in range(len(names) + 1))
+    last = db.execute(
+        f"INSERT INTO executions ({', '.join(names)}, uuid) SELECT {picks} FROM json_each(?)", (compact(values),)
+    ).lastrowid
+    assert last is not None
+    return list(range(last - len(rows) + 1, last + 1))
+
+
+def taken_slots(db: DB, rows: Sequence[NewExecution]) -> set[tuple[int, int]]:
+    """Which of these slots have a row already, as pairs of schedule and slot: after the clock was set back."""
+    found = fetch(
+        db,
+        "schedule_id, scheduled_for",
+        """FROM json_each(?) AS j CROSS JOIN executions ON schedule_id = json_extract(j.value, '$[0]')
+            AND scheduled_for = json_extract(j.value, '$[1]')""",
+        (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
+    )
+    return {(row[0], row[1]) for row in found}
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """Unfinished executions of one task that are alike, as overlap looks at them."""
+
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    waiting: bool  # held back by overlap
+    count: int
+
+
+def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
+    rows = db.execute(
+        f"""SELECT json_group_array(json_array(task_id, schedule_id, trigger, waiting, n)) FROM (
+            SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS n FROM executions
+            WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4)""",
+        (compact(list(task_ids)),),
+    ).fetchone()[0]
+    return [Unfinished(row[0], row[1], row[2], bool(row[3]), row[4]) for row in json.loads(rows)]
+
+
+def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
+    """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
+    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, ?1 AS started_at, name,
+            task_type, config, max_retries, retry_delay, retry_backoff
+        FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
+        ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
+    runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
+    if not runs:
+        return []
+    db.execute(
+        """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
+            started_at = coalesce(started_at, ?1), owner = ?2, error_message = NULL, output_data = NULL
+        WHERE id IN (SELECT value FROM json_each(?3))""",
+        (now, owner, compact([run.execution_id for run in runs])),
+    )
+    first = [run for run in runs if run.attempt == 0]
+    _count(db, "tasks", "run_count = run_count + n", Counter(run.task_id for run in first), now)
+    _count(
+        db, "schedules", "run_count = run_count", Counter(run.schedule_id for run in first if run.schedule_id is not None), now
+    )
+    return [dataclasses.replace(run, attempt=run.attempt + 1) for run in runs]
+
+
+def _count(db: DB, table: str, change: str, counts: Mapping[int, int], last_run: int | None = None) -> None:
+    if not counts:
+        return
+    last = "" if last_run is None else f", last_run = max(coalesce(last_run, 0), {last_run:d})"
+    db.execute(
+        f"""UPDATE {table} SET {change}{last}
+        FROM (SELECT json_extract(value, '$[0]') AS key, json_extract(value, '$[1]') AS n FROM json_each(?))
+        WHERE {table}.id = key""",
+        (compact(list(counts.items())),),
+    )
+
+
+def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
+    """Writes how attempts ended. A retry that somebody has cancelled meanwhile becomes `cancelled`."""
+    rows = [
+        [
+            s.run.execution_id,
+            s.status,
+            s.attempt_status,
+            s.finished_at,
+            s.next_attempt_at,
+            s.error_message,
+            s.output and compact(s.output),
+        ]
+        for s in settlements
+    ]
+    text = compact(rows)
+    db.execute(
+        """UPDATE executions SET owner = NULL, error_message = error, output_data = output,
+            status = CASE WHEN new = 'retrying' AND cancel_requested THEN 'cancelled' ELSE new END,
+            finished_at = CASE WHEN new = 'retrying' AND NOT cancel_requested THEN NULL ELSE ended END,
+            next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE again END
+        FROM (SELECT json_extract(value, '$[0]') AS key, json_extract(value, '$[1]') AS new, json_extract(value, '$[3]') AS ended,
+            json_extract(value, '$[4]') AS again, json_extract(value, '$[5]') AS error, json_extract(value, '$[6]') AS output
+            FROM json_each(?)) WHERE executions.id = key AND executions.status = 'running'""",
+        (text,),
+    )
+    if any(s.status == "retrying" for s in settlements):
+        db.execute(
+            """INSERT INTO attempts SELECT e.id, e.attempt, json_extract(value, '$[2]'), e.attempt_started_at,
+                json_extract(value, '$[3]'), e.error_message, e.output_data
+            FROM json_each(?) AS j CROSS JOIN executions AS e ON e.id = json_extract(j.value, '$[0]') WHERE e.status = 'retrying'""",
+            (text,),
+        )
+    good = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is True)
+    bad = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is False)
+    _count(db, "tasks", "success_count = success_count + n", good)
+    _count(db, "tasks", "failure_count = failure_count + n", bad)
+
+
+def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
+    """Executions whose `next_attempt_at` has come wait for a place, unless their task is disabled."""
+    db.execute(
+        """UPDATE executions SET status = 'queued' WHERE id IN (SELECT value FROM json_each(?)) AND status = 'retrying'
+            AND next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id) <> 'disabled'""",
+        (compact(ids), now),
+    )
+
+
+def retry_timers(db: DB, task_id: int | None = None) -> list[list[Any]]:
+    """`[execution id, next attempt]` of all that are `retrying`, or of those of one task."""
+    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, "task_id = ?": task_id})
+    return fetch(db, "id, next_attempt_at", f"FROM executions {where}", values)
+
+
+def changed_retries(db: DB, since_rev: int) -> list[list[Any]]:
+    """`[execution id, next attempt]` of the retrying executions of tasks that were changed after `since_rev`."""
+    source = f"""FROM (SELECT e.id AS id, next_attempt_at FROM tasks t CROSS JOIN executions e ON e.task_id = t.id
+        WHERE t.rev > ? AND e.{UNFINISHED_SQL} AND e.status = 'retrying')"""
+    return fetch(db, "id, next_attempt_at", source, (since_rev,))
+
+
+def release_held(db: DB, task_ids: Collection[int] | None) -> None:
+    """Lifts the holds of executions that nothing is ahead of any more, of these tasks (None: of all)."""
+    these = "" if task_ids is None else "AND held.task_id IN (SELECT value FROM json_each(?))"
+    values = () if task_ids is None else (compact(list(task_ids)),)
+    ahead = f"SELECT 1 FROM executions a WHERE a.task_id = held.task_id AND a.id < held.id AND a.{UNFINISHED_SQL}"
+    for bit, extra in ((Hold.OVERLAP, ""), (Hold.CATCHUP, "AND a.trigger = 'catchup' AND a.schedule_id = held.schedule_id")):
+        db.execute(
+            f"""UPDATE executions AS held SET hold = hold & ~{bit:d} WHERE status = 'queued' AND hold > 0 AND hold & {bit:d}
+                {these} AND NOT EXISTS ({ahead} {extra})""",
+            values,
+        )
+
+
+def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
+    change = f"hold | {Hold.DISABLED:d}" if disabled else f"hold & ~{Hold.DISABLED:d}"
+    db.execute(f"UPDATE executions SET hold = {change} WHERE status = 'queued' AND task_id = ?", (task_id,))
+
+
+def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
+    """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
+    row = db.execute("SELECT status FROM executions WHERE id = ?", (execution_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no execution {execution_id}")
+    if row[0] == "running":
+        db.execute("UPDATE executions SET cancel_requested = 1 WHERE id = ?", (execution_id,))
+    elif row[0] in UNFINISHED:
+        db.execute(
+            """UPDATE executions SET status = 'cancelled', finished_at = ?, next_attempt_at = NULL,
+                error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
+            WHERE id = ?3""",
+            (now, reason, execution_id),
+        )
+    return str(row[0])
+
+
+def unfinished_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
+    """Ids of unfinished executions that meet `conditions`, oldest first."""
+    where, values = _where({UNFINISHED_SQL: True, **conditions})
+    return [row[0] for row in db.execute(f"SELECT id FROM executions {where} ORDER BY id", values)]
+
+
+def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
+    """Those of the executions `ids` that shall be cancelled, or whose task is being deleted."""
+    rows = db.execute(
+        """SELECT e.id FROM executions e JOIN tasks t ON t.id = e.task_id
+        WHERE e.id IN (SELECT value FROM json_each(?)) AND (e.cancel_requested OR t.deleted)""",
+        (compact(list(ids)),),
+    )
+    return [row[0] for row in rows]
+
+
+def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
+    """Executions that are `running` under another owner: it has died, or is finishing them."""
+    rows = db.execute(
+        f"""SELECT owner, e.id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, attempt_started_at, name, task_type,
+            config, max_retries, retry_delay, retry_backoff FROM executions e JOIN tasks t ON t.id = e.task_id
+        WHERE e.{UNFINISHED_SQL} AND e.status = 'running' AND owner IS NOT ?""",
+        (owner,),
+    )
+    return [(str(row[0]), Run(*row[1:])) for row in rows]
+
+
+def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttempt]]:
+    """An execution with its earlier attempts, oldest first. Raises NotFound."""
+    row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ?", (execution_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no execution {execution_id}")
+    past = db.execute(
+        "SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts WHERE execution_id = ? ORDER BY 1",
+        (execution_id,),
+    )
+    return _execution(row), [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and json.loads(a[5])) for a in past]
+
+
+def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
+    """Those of the executions `ids` that exist, without output, oldest first."""
+    columns = _EXECUTIONS.replace("output_data", "NULL AS output_data")
+    rows = fetch(
+        db,
+        _EXECUTIONS,
+        f"FROM (SELECT {columns} FROM executions WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id)",
+        (compact(list(ids)),),
+    )
+    return [_execution(row) for row in rows]
+
+
+_SUCCESS_SQL = {True: "status = 'succeeded'", False: "status IN ('failed', 'timed_out', 'interrupted')"}
+
+
+def _execution_page(db: DB, where: str, values: Sequence[Any], with_output: bool) -> list[Execution]:
+    columns = _EXECUTIONS if with_output else _EXECUTIONS.replace("output_data", "NULL AS output_data")
+    return [_execution(row) for row in fetch(db, _EXECUTIONS, f"FROM (SELECT {columns} FROM executions {where})", values)]
+
+
+def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
+    """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
+    get_task(db, task_id)
+    conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
+    if query.success is not None:
+        conditions[_SUCCESS_SQL[query.success]] = True
+    if query.status in UNFINISHED:
+        conditions[UNFINISHED_SQL] = True
+    where, values = _where(conditions)
+    total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
+    page = f"{where} ORDER BY id DESC LIMIT ? OFFSET ?"
+    return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output != "none")
+
+
+def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
+    """A page of executions, newest first, from before `before_id` on."""
+    where, values = _where(
+        {
+            "task_id = ?": query.task_id,
+            "schedule_id = ?": query.schedule_id,
+            "status = ?": query.status,
+            "trigger = ?": query.trigger,
+            "id < ?": query.before_id,
+            UNFINISHED_SQL: query.status in UNFINISHED,
+            _SUCCESS_SQL[False]: query.status is not None and SUCCESS.get(query.status) is False,
+        }
+    )
+    page = f"{where} ORDER BY id DESC LIMIT ?"
+    return _execution_page(db, page, [*values, query.limit], query.output != "none")
+
+
+def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
+    """Those of the executions `ids` that are over, or gone with their task."""
+    rows = db.execute(
+        f"""SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM executions e JOIN tasks t ON t.id = e.task_id
+            WHERE e.id = value AND e.{UNFINISHED_SQL} AND NOT t.deleted)""",
+        (compact(ids),),
+    )
+    return [row[0] for row in rows]
+
+
+def status_counts(db: DB) -> dict[str, int]:
+    """How many executions wait, run or will be retried."""
+    rows = db.execute(f"SELECT status, count(*) FROM executions WHERE {UNFINISHED_SQL} GROUP BY status")
+    return {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
+
+
+def object_counts(db: DB) -> dict[str, int]:
+    counts = db.execute(
+        f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted), (SELECT count(*) FROM schedules),
+            (SELECT count(*) {_S_JOIN} WHERE {_LIVE})"""
+    ).fetchone()
+    return dict(zip(("tasks", "schedules", "active_schedules"), counts, strict=True))
+
+
+def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int]]:
+    """The next `limit` firings: schedule id, task id, task name, instant."""
+    rows = db.execute(
+        f"SELECT s.id, t.id, t.name, s.next_fire {_S_JOIN} WHERE {_LIVE} AND s.next_fire IS NOT NULL ORDER BY s.next_fire LIMIT ?",
+        (limit,),
+    )
+    return rows.fetchall()
+
+
+# --- Queries: retention -----------------------------------------------------------------------------------------------
+
+_OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_for, 0) <= :now"
+
+
+def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
+    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None."""
+    span = db.execute(
+        "SELECT max(id), min(queued_at) FROM (SELECT id, queued_at FROM executions WHERE id > ? ORDER BY id LIMIT ?)",
+        (after_id, limit),
+    ).fetchone()
+    if span[0] is None or span[1] > cutoff:  # ids grow with queued_at
+        return None
+    db.execute(
+        f"DELETE FROM executions WHERE id > :after AND id <= :last AND finished_at < :cutoff AND {_OVER}",
+        {"after": after_id, "last": span[0], "cutoff": cutoff, "now": now},
+    )
+    return int(span[0])
+
+
+def delete_surplus(db: DB, task_id: int, keep: int, keep_marks: int, now: int, limit: int) -> int:
+    """Deletes at most `limit` of a task's finished rows beyond the newest `keep` runs and `keep_marks` skipped or missed ones."""
+    deleted = 0
+    for kind, kept in (("NOT IN", keep), ("IN", keep_marks)):
+        if kept:
+            deleted += db.execute(
+                f"""DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE task_id = :task AND {_OVER}
+                    AND status {kind} ('skipped', 'missed') ORDER BY id DESC LIMIT :limit OFFSET :kept)""",
+                {"task": task_id, "now": now, "kept": kept, "limit": limit},
+            ).rowcount
+    return deleted
+
+
+def give_back_space(db: DB) -> None:
+    """Returns some free pages to the file system. (`execute` takes a single step, which frees one page.)"""
+    for _ in range(200 if _pragma(db, "freelist_count") > 1000 else 0):
+        db.execute("PRAGMA incremental_vacuum(1)")
+
+
+# ======================================================================================================================
+# 7. Executors
+# ======================================================================================================================
+#
+# `run_bash` and `run_http` take a stored configuration and give an Outcome. They never raise, but for the cancellation of
+# their own job.
+
+TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
+DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
+KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
+DNS_LOOKUPS = 64  # at once
+MAX_REDIRECTS = 10
+MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
+MAX_RETRY_AFTER = 3600.0
+MAX_SECRET_BYTES = 65536
+MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
+RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
+
+
+# ---- Output: bounded, masked, and visible while it grows
+
+
+class Clipper:
+    """Beginning and end of a byte stream of any length: the first quarter and the last three quarters of `limit` bytes."""
+
+    __slots__ = ("_head", "_head_size", "_tail", "_tail_size", "total")
+
+    def __init__(self, limit: int) -> None:
+        self.total = 0
+        self._head, self._head_size = bytearray(), limit // 4
+        self._tail, self._tail_size = bytearray(), limit - limit // 4
+
+    def feed(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_size - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data[-self._tail_size :]
+        if len(self._tail) > 2 * self._tail_size:  # not at every feed: moving the bytes costs
+            del self._tail[: -self._tail_size]
+
+    @property
+    def truncated(self) -> bool:
+        return self.total > self._head_size + self._tail_size
+
+    def text(self, encoding: str = "utf-8") -> str:
+        """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
+        tail = self._tail[-self._tail_size :]
+        if not self.truncated:
+            return _decoded(bytes(self._head + tail), encoding)
+        left_out = self.total - len(self._head) - len(tail)
+        return f"{_decoded(bytes(self._head), encoding)}\n[… {left_out} bytes left out …]\n{_decoded(bytes(tail), encoding)}"
+
+
+# Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
+_CHARSET = re.compile(
+    r"utf-?8|utf-?(16|32)(-?(le|be))?|(us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}|koi8-[ru]"
+    r"|gbk|gb2312|gb18030|big5|euc-(jp|kr)|shift[_-]jis|iso-2022-jp",
+    re.IGNORECASE,
+)
+
+
+def _decoded(data: bytes, encoding: str) -> str:
+    if _CHARSET.fullmatch(encoding):
+        try:
+            return data.decode(encoding, "replace")
+        except (LookupError, UnicodeError):
+            pass
+    return data.decode("utf-8", "replace")
+
+
+class SecretMasker:
+    """Replaces secrets in a byte stream, also where one is cut by the border of two chunks.
+
+    It holds back only what may still become a secret, so that a line is seen as soon as it is printed.
+    """
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        forms = {form for secret in secrets if len(secret) >= MIN_SECRET_LENGTH for form in _secret_forms(secret)}
+        self._forms = sorted(forms, key=lambda form: (-len(form), form))
+        self._pattern = re.compile(b"|".join(map(re.escape, self._forms))) if forms else None
+        self._held = b""
+
+    def __bool__(self) -> bool:
+        return self._pattern is not None
+
+    def feed(self, data: bytes) -> bytes:
+        if self._pattern is None:
+            return data
+        data = self._held + data
+        cut = self._possible_start(data)
+        for match in self._pattern.finditer(data, max(0, cut - len(self._forms[0]))):
+            if match.start() < cut < match.end():
+                cut = match.start()
+        self._held = data[cut:]
+        return self.mask(data[:cut])
+
+    def finish(self) -> bytes:
+        held, self._held = self._held, b""
+        return self.mask(held)
+
+    def mask(self, data: bytes) -> bytes:
+        return self._pattern.sub(MASK.encode(), data) if self._pattern else data
+
+    def _possible_start(self, data: bytes) -> int:
+        """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
+        first = len(data)
+        for form in self._forms:
+            at = data.find(form[:1], max(0, len(data) - len(form) + 1))
+            while 0 <= at < first and not form.startswith(data[at:]):
+                at = data.find(form[:1], at + 1)
+            first = at if 0 <= at < first else first
+        return first
+
+
+def _secret_forms(secret: str) -> set[bytes]:
+    """A secret as programs and servers echo it: plain, inside JSON, inside a URL, in base64 (basic authentication)."""
+    forms = {
+        secret,
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote(secret),
+        urllib.parse.quote_plus(secret),
+    }
+    return {form.encode("utf-8", "replace") for form in forms} | {base64.b64encode(secret.encode("utf-8", "replace"))}
+
+
+class LiveOutput:
+    """An attempt seen from outside while it runs: its output so far, its followers, and the way to stop it.
+
+    The service makes one for each attempt and hands it to the executor. Secrets are masked before anything is kept or shown.
+    Followers are called with the stream's name (stdout, stderr or body) and new bytes, at the end with two empty values;
+    they must not raise.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.reason: str | None = None
+        self.closed = False
+        self.facts: dict[str, Any] = {}
+        self.encoding = "utf-8"
+        self._limit = limit
+        self._clippers: dict[str, Clipper] = {}
+        self._maskers: dict[str, SecretMasker] = {}
+        self._received: dict[str, int] = {}
+        self._secrets: tuple[str, ...] = ()
+        self._followers: list[Callable[[str, bytes], None]] = []
+        self._deadline: asyncio.Timeout | None = None
+
+    # -- for the executor
+
+    def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
+        self._secrets = tuple(secrets)
+        for name in streams:
+            self._clippers[name] = Clipper(self._limit)
+            self._maskers[name] = SecretMasker(self._secrets)
+            self._received[name] = 0
+
+    def feed(self, stream: str, data: bytes) -> None:
+        self._received[stream] += len(data)
+        self._keep(stream, self._maskers[stream].feed(data))
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if not self.closed:
+            for stream, masker in self._maskers.items():
+                self._keep(stream, masker.finish())
+            self.closed = True
+            self._tell("", b"")
+
+    def deadline(self, seconds: float) -> asyncio.Timeout:
+        """The attempt's time limit as a context; `stop` makes it expire early."""
+        self._deadline = asyncio.timeout(0 if self.reason else seconds)
+        return self._deadline
+
+    def masked(self, text: str) -> str:
+        """`text` without the secrets of this attempt."""
+        if not self._secrets:
+            return text
+        return SecretMasker(self._secrets).mask(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+
+    def received(self, stream: str) -> int:
+        """Bytes that came, before masking and clipping."""
+        return self._received.get(stream, 0)
+
+    # -- for everybody else
+
+    def stop(self, reason: str) -> None:
+        """End the attempt: `reason` is cancelled or interrupted, and becomes its status. The first call counts."""
+        if self.reason is None and not self.closed:
+            self.reason = reason
+            if self._deadline is not None:
+                with contextlib.suppress(RuntimeError):  # it is just ending by itself
+                    self._deadline.reschedule(0)
+
+    def text(self, stream: str) -> str:
+        """What is kept of one stream so far, as text."""
+        return self._clippers[stream].text(self.encoding) if stream in self._clippers else ""
+
+    def snapshot(self) -> dict[str, Any]:
+        """`output_data` so far; the executor's last word may parse the body and add the exit status."""
+        result = dict(self.facts)
+        for stream in self._clippers:
+            result[stream] = self.text(stream)
+        for stream, received in self._received.items():
+            result[f"{stream}_bytes"] = received
+        result["truncated"] = any(clipper.truncated for clipper in self._clippers.values())
+        return result
+
+    def subscribe(self, follower: Callable[[str, bytes], None]) -> None:
+        self._followers.append(follower)
+
+    def unsubscribe(self, follower: Callable[[str, bytes], None]) -> None:
+        if follower in self._followers:
+            self._followers.remove(follower)
+
+    def _keep(self, stream: str, data: bytes) -> None:
+        if data:
+            self._clippers[stream].feed(data)
+            if self._followers:
+                self._tell(stream, data)
+
+    def _tell(self, stream: str, data: bytes) -> None:
+        for follower in list(self._followers):
+            follower(stream, data)
+
+
+# ---- Secrets
+
+
+def resolve_secrets(
+    task_type: str, config: dict[str, Any], environ: Mapping[str, str], secrets_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in.
+
+    Raises ChronoTaskError with the reason, never with a content.
+    """
+    fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
+    if not any("${" in text for name in fields for text in texts(config.get(name))):
+        return config, []
+    secrets: list[str] = []
+
+    def secret(kind: str, name: str) -> str:
+        value = _secret_variable(name, environ) if kind == "env" else _secret_file(name, secrets_dir)
+        secrets.append(value)
+        return value
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return SECRET_REFERENCE.sub(lambda found: secret(found[1], found[2]), value)
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return [filled(item) for item in value] if isinstance(value, list) else value
+
+    result = {name: filled(value) if name in fields and name != "url" else value for name, value in config.items()}
+    if "url" in config and task_type == "http":
+        result["url"] = _filled_url(config["url"], secret)
+    _check_filled(result, task_type)
+    return result, secrets
+
+
+def _filled_url(url: str, secret: Callable[[str, str], str]) -> str:
+    """A secret at the beginning or in the host is taken as it is; elsewhere it cannot change the shape of the URL."""
+    authority = re.match(r"[A-Za-z]+://([^/?#]*)", SECRET_REFERENCE.sub(lambda found: "x" * len(found[0]), url))
+    host = (authority[0].rfind("@") + 1, authority.end()) if authority else (0, 0)
+
+    def part(found: re.Match[str]) -> str:
+        value = secret(found[1], found[2])
+        if found.start() == 0 or (authority and host[0] <= found.start() < host[1]):
+            return value
+        return urllib.parse.quote(value, safe="" if authority and found.start() < host[1] else "/:,")
+
+    return SECRET_REFERENCE.sub(part, url)
+
+
+def _secret_variable(name: str, environ: Mapping[str, str]) -> str:
+    if not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
+        raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
+    if name not in environ:
+        raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
+    return environ[name]
+
+
+def _secret_file(name: str, secrets_dir: Path) -> str:
+    label = f"${{file:{_one_line(name, 200)}}}"
+    try:
+        path = Path(secrets_dir, name).resolve(strict=True)
+        if not path.is_relative_to(secrets_dir.resolve()):
+            raise ChronoTaskError(f"{label}: only files below {secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
+        # O_NONBLOCK: opening a pipe must not wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ChronoTaskError(f"{label}: is not a regular file")
+            content = file.read(MAX_SECRET_BYTES + 1)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
+    if len(content) > MAX_SECRET_BYTES:
+        raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
+    try:
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
+
+
+def _check_filled(config: dict[str, Any], task_type: str) -> None:
+    """A secret must not smuggle in further headers, nor end an environment variable early."""
+    if task_type == "bash":
+        for name, value in config["env"].items():
+            if "\0" in value:
+                raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
+        return
+    for name, value in config.get("headers", {}).items():
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+            raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
+    if re.search(r"[\x00-\x20\x7f\\]", config["url"]):
+        raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
+
+
+def _reason(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or type(error).__name__).lower()
+
+
+def _one_line(text: str, limit: int) -> str:
+    """`text` for a message: printable, on one line, of bounded length."""
+    clean = "".join(char if char.isprintable() else " " for char in text[: 4 * limit]).strip()
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+# ---- What may run
+
+
+# Variables by which a loader, shell, interpreter or library can be made to run or load other code. glibc's list of
+# unsecure variables, and what bash(1), python(1), perlrun(1), node(1), java(1), ruby(1) and git(1) document.
+_REFUSED_ENV = re.compile(
+    r"LD_.*|DYLD_.*|BASH.*|ENV|IFS|PATH|PS[0-4]|PROMPT_COMMAND|SHELL|SHELLOPTS|CDPATH|GLOBIGNORE|ZDOTDIR|FPATH|PYTHON.*|PERL.*"
+    r"|NODE_.*|RUBY.*|GEM_.*|LUA_.*|PHP.*|JAVA_.*|_JAVA_OPTIONS|JDK_JAVA_OPTIONS|CLASSPATH|GCONV_PATH|GETCONF_DIR|LOCPATH|NLSPATH"
+    r"|GLIBC_TUNABLES|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|RES_OPTIONS|LOCALDOMAIN|NIS_PATH|TZDIR|OPENSSL_.*|SSLKEYLOGFILE"
+    r"|GIT_.*|SSH_ASKPASS|SUDO_ASKPASS|LESSOPEN|LESSCLOSE|PAGER|MANPAGER|EDITOR|VISUAL|BROWSER|TERMINFO.*|TERMCAP|AWKPATH|AWKLIBPATH"
+)
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) -> None:
+    """Whether a task may run here. Raises Forbidden (ALLOW_HOST_COMMANDS) or InvalidInput (ALLOWED_BASH_COMMANDS, …_ENV)."""
+    if task_type != "bash":
+        return
+    if not settings.allow_host_commands:
+        raise Forbidden("bash tasks are forbidden on this service (CHRONOTASK_ALLOW_HOST_COMMANDS=false)")
+    if settings.allowed_bash_commands:
+        bash_words(config, settings)
+        refused = [name for name in config.get("env", {}) if not _env_allowed(name, settings)]
+        if refused:
+            raise InvalidInput(*(FieldError(f"config.env.{name}", _env_refusal(settings)) for name in refused))
+
+
+def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
+    """The words that are executed without a shell, as ALLOWED_BASH_COMMANDS wants it. Raises InvalidInput."""
+    command, args, allowed = config["command"], config.get("args", []), settings.allowed_bash_commands
+    for place, text in [("config.command", command), *((f"config.args[{i}]", text) for i, text in enumerate(args))]:
+        if _CONTROL_CHARACTERS.search(text):
+            raise InvalidInput(FieldError(place, "must not hold control characters (CHRONOTASK_ALLOWED_BASH_COMMANDS is set)"))
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InvalidInput(FieldError("config.command", f"cannot be split into words: {str(error).lower()}")) from None
+    if not words or words[0] not in allowed:
+        hint = f"must be one of {', '.join(allowed)} (CHRONOTASK_ALLOWED_BASH_COMMANDS)"
+        raise InvalidInput(FieldError("config.command", f"the command {hint}, not {shown(words[0] if words else '')}"))
+    return [*words, *args]
+
+
+def _env_allowed(name: str, settings: Settings) -> bool:
+    return name in settings.allowed_bash_env and not _REFUSED_ENV.fullmatch(name)
+
+
+def _env_refusal(settings: Settings) -> str:
+    names = [name for name in settings.allowed_bash_env if not _REFUSED_ENV.fullmatch(name)] or ["nothing"]
+    return f"may not be set: only {', '.join(names)} (CHRONOTASK_ALLOWED_BASH_ENV, without what a loader or shell obeys)"
+
+
+def refused_address(address: str, settings: Settings) -> str | None:
+    """Why an HTTP task may not talk to this IP address, or None. IPv4 inside IPv6 is judged as both."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    seen = [ip, *_embedded(ip)]
+    if any(inner in network for inner in seen for network in settings.allowed_networks if inner.version == network.version):
+        return None
+    if any(inner.is_link_local or str(inner) in _METADATA for inner in seen):
+        return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
+    if settings.block_private_networks and any(not inner.is_global or inner.is_multicast for inner in seen):
+        return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
+    return None
+
+
+# Amazon, Alibaba, Oracle, Azure, Google: the ones that are not link-local anyway.
+_METADATA = {"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "168.63.129.16", "fd20:ce::254"}
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("::/96"))
+
+
+def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    if isinstance(ip, ipaddress.IPv4Address):
+        return []
+    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if any(ip in network for network in _NAT64) and int(ip) > 1:
+        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return [inner for inner in found if inner is not None]
+
+
+# ---- bash
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    words: list[str]
+    env: dict[str, str]
+    cwd: str | None
+    timeout: float
+    source: str
+
+
+async def run_bash(
+    config: dict[str, Any],
+    attempt: Attempt,
+    settings: Settings,
+    environ: Mapping[str, str],
+    live: LiveOutput,
+    umask: int = -1,
+) -> Outcome:
+    """Run a bash task. `environ` is the service's environment, `umask` the child's (-1: inherited).
+
+    What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop everything
+    that carries the attempt's CHRONOTASK_RUN_ID is killed.
+    """
+    try:
+        check_allowed("bash", config, settings)
+        resolved, secrets = resolve_secrets("bash", config, environ, settings.secrets_dir)
+        command = _bash_command(resolved, attempt, settings, environ)
+        live.begin(("stdout", "stderr"), secrets)
+        return await _run_process(command, attempt, live, umask)
+    except ChronoTaskError as error:
+        return Outcome("failed", error.detail)
+    except Exception as error:
+        return _unexpected(error, live)
+    finally:
+        live.close()
+
+
+def _unexpected(error: Exception, live: LiveOutput) -> Outcome:
+    # Not the error's text: it may hold a secret.
+    logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return Outcome("failed", f"unexpected {type(error).__name__} in ChronoTask: its log has the details", _output(live))
+
+
+def _output(live: LiveOutput) -> dict[str, Any] | None:
+    live.close()
+    return live.snapshot() if live.facts else None
+
+
+def _bash_command(config: dict[str, Any], attempt: Attempt, settings: Settings, environ: Mapping[str, str]) -> _Command:
+    if settings.allowed_bash_commands:
+        words = bash_words(config, settings)
+        words[0] = _program(words[0], environ)
+    else:
+        words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
+    env = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
+    env |= config.get("env", {})
+    env |= _attempt_variables(attempt)
+    return _Command(words, env, config.get("working_dir"), config.get("timeout", settings.bash_timeout), config["command"])
+
+
+def _program(name: str, environ: Mapping[str, str]) -> str:
+    """The absolute file of a command, on the service's own PATH: neither a task's env nor its working_dir can change it."""
+    if "/" in name:
+        return os.path.abspath(name)
+    for folder in environ.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(folder, name)
+        if os.path.isabs(folder) and os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+    raise ChronoTaskError(f"the command {shown(name)} was not found on the service's PATH")
+
+
+def _attempt_variables(attempt: Attempt) -> dict[str, str]:
+    values = {
+        "TASK_ID": str(attempt.task_id),
+        "TASK_NAME": attempt.task_name,
+        "EXECUTION_ID": str(attempt.execution_id),
+        "ATTEMPT": str(attempt.number),
+        "RUN_ID": attempt.run_id,
+    }
+    if attempt.schedule_id is not None and attempt.scheduled_for is not None:
+        values |= {"SCHEDULE_ID": str(attempt.schedule_id), "SCHEDULED_FOR": format_instant(attempt.scheduled_for)}
+    return {ENV_PREFIX + name: value for name, value in values.items()}
+
+
+class _Pipes:
+    """stdout and stderr of a child, read by the event loop.
+
+    Pipes of one's own, not asyncio's: `wait()` then means the exit of the process, whoever still holds the other ends.
+    """
+
+    def __init__(self, live: LiveOutput) -> None:
+        self._live = live
+        self._loop = asyncio.get_running_loop()
+        self._readers: dict[int, str] = {}
+        self._ended = self._loop.create_future()
+        self.writers: list[int] = []
+        try:
+            for stream in ("stdout", "stderr"):
+                reader, writer = os.pipe()
+                self._readers[reader] = stream
+                self.writers.append(writer)
+        except OSError:
+            self.close()
+            raise
+
+    def listen(self) -> None:
+        self._close_writers()
+        for reader in self._readers:
+            os.set_blocking(reader, False)
+            self._loop.add_reader(reader, self._read, reader)
+
+    def _read(self, reader: int) -> None:
+        try:
+            data = os.read(reader, 65536)
+        except BlockingIOError:
+            return
+        if data:
+            self._live.feed(self._readers[reader], data)
+        else:
+            self._close_reader(reader)
+
+    async def drain(self, seconds: float) -> None:
+        """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended
+
+    def close(self) -> None:
+        self._close_writers()
+        for reader in list(self._readers):
+            self._close_reader(reader)
+
+    def _close_writers(self) -> None:
+        while self.writers:
+            os.close(self.writers.pop())
+
+    def _close_reader(self, reader: int) -> None:
+        self._loop.remove_reader(reader)
+        del self._readers[reader]
+        os.close(reader)
+        if not self._readers and not self._ended.done():
+            self._ended.set_result(None)
+
+
+_spawn_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+
+async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
+    # Spawning blocks the loop until exec. Started one after the other, 500 at once hold it up 7 ms at a time, else 605 ms.
+    async with _spawn_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        stdout, stderr = pipes.writers
+        return await asyncio.create_subprocess_exec(
+            *command.words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=command.env,
+            cwd=command.cwd,
+            start_new_session=True,  # not preexec_fn: it costs a factor of three
+            umask=umask,
+        )
+
+
+async def _run_process(command: _Command, attempt: Attempt, live: LiveOutput, umask: int) -> Outcome:
+    if live.reason:
+        return _stopped(live, command.timeout)
+    process = pipes = None
+    try:
+        pipes = _Pipes(live)
+        process = await _spawn(command, pipes, umask)
+        pipes.listen()
+        live.facts = {"exit_code": None, "signal": None}
+        stopped = not await _ended_by_itself(process, live.deadline(command.timeout))
+        if stopped:
+            await _end_group(process, TERM_SECONDS[live.reason or "timed_out"])
+            await _sweep(attempt.run_id)
+        await pipes.drain(KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
+    except OSError as error:
+        return _not_started(error, command)
+    except BaseException:
+        if process is not None:
+            _signal_group(process.pid, signal.SIGKILL)
+        kill_leftovers({attempt.run_id})
+        raise
+    finally:
+        if pipes is not None:
+            pipes.close()
+    live.facts = _exit_facts(process.returncode)
+    return _stopped(live, command.timeout) if stopped else _bash_outcome(command, live)
+
+
+async def _ended_by_itself(process: asyncio.subprocess.Process, deadline: asyncio.Timeout) -> bool:
+    try:
+        async with deadline:
+            await process.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _end_group(process: asyncio.subprocess.Process, grace: float) -> None:
+    """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
+    _signal_group(process.pid, signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace):
+            await process.wait()
+            while _signal_group(process.pid, 0):
+                await asyncio.sleep(0.02)
+    _signal_group(process.pid, signal.SIGKILL)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2):  # one that hangs in the kernel (a dead NFS server) is not waited for
+            await process.wait()
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal; whether the group still has a member that may be signalled."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+_sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
+
+
+async def _sweep(run_id: str) -> None:
+    await asyncio.get_running_loop().run_in_executor(_sweeper, kill_leftovers, {run_id})
+
+
+def kill_leftovers(run_ids: set[str]) -> int:
+    """Kill every process of this user whose environment holds one of these CHRONOTASK_RUN_IDs; the number that was killed.
+
+    Finds what left its group by `setsid`, also after a crash of the service. Looks again until nothing is left, as they may fork
+    meanwhile. Reads /proc: does nothing where there is none.
+    """
+    wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
+    killed: set[int] = set()
+    for _ in range(10):
+        found = [pid for pid in _own_processes() if not wanted.isdisjoint(_environment(pid))]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        if not found:
+            break
+    return len(killed)
+
+
+def _own_processes() -> Iterator[int]:
+    uid, own = os.geteuid(), os.getpid()
+    try:
+        entries = os.scandir("/proc")
+    except OSError:
+        return
+    with entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and int(entry.name) != own and entry.stat().st_uid == uid:
+                    yield int(entry.name)
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read().split(b"\0")  # a zombie's is empty
+    except OSError:
+        return []
+
+
+def _exit_facts(returncode: int | None) -> dict[str, Any]:
+    if returncode is None or returncode >= 0:
+        return {"exit_code": returncode, "signal": None}
+    try:
+        return {"exit_code": None, "signal": signal.Signals(-returncode).name}
+    except ValueError:  # a real-time signal
+        return {"exit_code": None, "signal": f"SIG{-returncode}"}
+
+
+def _stopped(live: LiveOutput, timeout: float) -> Outcome:
+    """How an attempt ended that was stopped, or ran out of time."""
+    messages = {"cancelled": "cancelled", "interrupted": "interrupted: the service was stopped"}
+    if live.reason in messages:
+        return Outcome(live.reason, messages[live.reason], _output(live), retryable=live.reason == "interrupted")
+    return Outcome("timed_out", f"was still running after {timeout:g} s", _output(live), retryable=True)
+
+
+# Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
+_FINAL_ERRORS = {"ENOENT", "ENOTDIR", "EACCES", "EPERM", "ENOEXEC", "E2BIG", "ELOOP", "ENAMETOOLONG"}
+
+
+def _not_started(error: OSError, command: _Command) -> Outcome:
+    reason = (error.strerror or type(error).__name__).lower()
+    if command.cwd is not None and error.filename == command.cwd:
+        return Outcome("failed", f"working_dir {shown(command.cwd)}: {reason}")
+    if error.errno == errno.ENOEXEC:
+        reason += "; a script needs a first line such as #!/bin/sh"
+    retryable = errno.errorcode.get(error.errno or 0) not in _FINAL_ERRORS
+    return Outcome("failed", f"{shown(command.words[0])} could not be started: {reason}", retryable=retryable)
+
+
+def _bash_outcome(command: _Command, live: LiveOutput) -> Outcome:
+    output = _output(live) or {}
+    if output["exit_code"] == 0:
+        return Outcome("succeeded", output=output)
+    if output["signal"]:
+        return Outcome("failed", f"was killed by {output['signal']}", output, retryable=True)
+    code = output["exit_code"]
+    lines = [line for line in output["stderr"][-4096:].splitlines() if line.strip()]
+    message = f"exit status {code}" + (f": {_one_line(lines[-1], 200)}" if lines else "")
+    if code == 127 and (hint := _same_folder_hint(command, output["stderr"])):
+        message += f"; {hint}"
+    return Outcome("failed", message, output, retryable=code not in (126, 127))
+
+
+def _same_folder_hint(command: _Command, stderr: str) -> str | None:
+    """Advice for a command that was not found because it lies in the working directory, which no PATH holds."""
+    missing = re.findall(r"([^\s:/]+): command not found", stderr[-4096:]) or command.source.split(None, 1)[:1]
+    if missing and "/" not in missing[-1] and os.path.isfile(os.path.join(command.cwd or "", missing[-1])):
+        return f"the file is in the working directory: use ./{_one_line(missing[-1], 100)}"
+    return None
+
+
+# ---- HTTP
+
+
+# Headers that a redirect to another server must not carry along. Our own Idempotency-Key is none of them.
+_CREDENTIAL_HEADER = re.compile(
+    r"(?!idempotency-key$).*(auth|cookie|key|token|secret|passw|signature|credential|session).*", re.IGNORECASE
+)
+_JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    url: URL
+    headers: dict[str, str]
+    body: bytes | None
+    verify_tls: bool
+    follow: bool
+    private: frozenset[str]  # lower-case names of headers that hold a resolved secret
+    private_body: bool
+    redirected_from: str | None = None  # the host whose credentials were taken off
+
+
+def make_session(settings: Settings) -> aiohttp.ClientSession:
+    """The one client session of all http tasks. To be called, and closed, on the event loop."""
+
+    def guarded_socket(info: Any) -> socket.socket:
+        # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
+        family, kind, protocol, _, address = info
+        if refusal := refused_address(address[0], settings):
+            raise OSError(REFUSED_ERRNO, refusal)
+        return socket.socket(family, kind, protocol)
+
+    connector = aiohttp.TCPConnector(
+        limit=0,  # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts
+        socket_factory=guarded_socket,
+        resolver=cast(Any, Resolver()),
+        keepalive_timeout=4,  # servers close idle connections after 5 s and more: be first, a POST cannot be sent twice
+    )
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),  # a shared jar would pass cookies from task to task
+        timeout=aiohttp.ClientTimeout(total=None),  # the attempt's deadline covers everything
+        trust_env=False,
+    )
+
+
+class Resolver:
+    """Looks names up in daemon threads of its own, so that dead DNS servers hold up neither the loop's executor nor the exit."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(DNS_LOOKUPS)
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[Any]] = loop.create_future()
+
+        def done(error: OSError | UnicodeError | None, infos: list[Any]) -> None:
+            self._free.release()
+            if answer.cancelled():
+                return
+            if error is None:
+                answer.set_result(infos)
+            else:
+                answer.set_exception(error if isinstance(error, OSError) else OSError(None, "invalid name"))
+
+        def look_up() -> None:
+            error, infos = None, []
+            try:
+                infos = socket.getaddrinfo(host, port, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(done, error, infos)
+
+        await self._free.acquire()
+        threading.Thread(target=look_up, name="chronotask-dns", daemon=True).start()
+        return [_resolved(host, info) for info in await answer]
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+def _resolved(host: str, info: Any) -> dict[str, Any]:
+    family, _, protocol, _, address = info
+    numeric = address[0]
+    if family == socket.AF_INET6 and address[3] and "%" not in numeric:
+        numeric = f"{numeric}%{address[3]}"
+    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    return {"hostname": host, "host": numeric, "port": address[1], "family": family, "proto": protocol, "flags": flags}
+
+
+async def run_http(
+    config: dict[str, Any],
+    attempt: Attempt,
+    settings: Settings,
+    session: aiohttp.ClientSession,
+    environ: Mapping[str, str],
+    live: LiveOutput,
+    now: Callable[[], int] | None = None,
+) -> Outcome:
+    """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
+    timeout = config.get("timeout", settings.http_timeout)
+    try:
+        resolved, secrets = resolve_secrets("http", config, environ, settings.secrets_dir)
+        live.begin(("body",), [*secrets, *_credentials(resolved)])
+        if live.reason:
+            return _stopped(live, timeout)
+        request = _http_request(config, resolved, attempt)
+        deadline = live.deadline(timeout)
+        try:
+            async with deadline:
+                final = await _exchange(session, request, live)
+        except TimeoutError:
+            return _http_timeout(live, timeout)
+        return _judged(config, final, live, now)
+    except ChronoTaskError as error:
+        return Outcome("failed", live.masked(error.detail), _http_output(live))
+    except Exception as error:
+        return _http_failure(error, live)
+    finally:
+        live.close()
+
+
+def _credentials(config: dict[str, Any]) -> list[str]:
+    """What a server must not put into the history by echoing it, references or not."""
+    if not config.get("auth") and not config.get("headers") and "@" not in config["url"]:
+        return []
+    found = [value for name, value in config.get("headers", {}).items() if name.lower() in MASKED_HEADERS]
+    found += [value.partition(" ")[2] for value in found if " " in value]
+    if auth := config.get("auth"):
+        found += [auth["password"], f"{auth['username']}:{auth['password']}"]
+    userinfo = urllib.parse.unquote(urllib.parse.urlsplit(config["url"]).netloc.rpartition("@")[0])
+    return [*found, userinfo, userinfo.partition(":")[2]]
+
+
+def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Attempt) -> _Request:
+    try:
+        url = URL(resolved["url"])
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError
+        if params := resolved.get("params"):
+            url = url.extend_query([(name, _param_text(item)) for name, value in params.items() for item in _as_list(value)])
+    except ValueError:
+        raise ChronoTaskError("config.url: is not a valid http or https URL") from None
+    own = resolved.get("headers", {})
+    body, content_type = _http_body(resolved.get("body"))
+    headers = _http_headers(attempt, _basic_auth(resolved.get("auth"), url), content_type)
+    if own:
+        given = {name.lower() for name in own}
+        headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
+    private = frozenset(name.lower() for name, value in config.get("headers", {}).items() if "${" in value)
+    private_body = any("${" in text for text in texts(config.get("body")))
+    return _Request(
+        resolved.get("method", "GET"),
+        url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url,
+        headers,
+        body,
+        resolved.get("verify_tls", True),
+        resolved.get("follow_redirects", True),
+        private,
+        private_body,
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _param_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _basic_auth(auth: dict[str, str] | None, url: URL) -> str | None:
+    user, password = (auth["username"], auth["password"]) if auth else (url.user, url.password)
+    if user is None and password is None:
+        return None
+    return "Basic " + base64.b64encode(f"{user or ''}:{password or ''}".encode()).decode()
+
+
+def _http_body(body: Any) -> tuple[bytes | None, str | None]:
+    if body is None:
+        return None, None
+    if isinstance(body, str):
+        return body.encode(), "text/plain; charset=utf-8"
+    return json.dumps(body, ensure_ascii=False).encode(), "application/json"
+
+
+def _http_headers(attempt: Attempt, authorization: str | None, content_type: str | None) -> dict[str, str]:
+    headers = {
+        "User-Agent": f"ChronoTask/{__version__}",
+        "X-ChronoTask-Execution-Id": str(attempt.execution_id),
+        "X-ChronoTask-Attempt": str(attempt.number),
+        "Idempotency-Key": attempt.idempotency_key,
+    }
+    if attempt.scheduled_for is not None:
+        headers["X-ChronoTask-Scheduled-For"] = format_instant(attempt.scheduled_for)
+    if authorization:
+        headers["Authorization"] = authorization
+    if content_type:
+        headers["Content-Type"] = content_type
+    return headers
+
+
+async def _exchange(session: aiohttp.ClientSession, request: _Request, live: LiveOutput) -> _Request:
+    """Send the request, follow redirects, read the body of the last answer into `live`. The request that was answered last."""
+    for _ in range(MAX_REDIRECTS + 1):
+        response = await session.request(
+            request.method,
+            request.url,
+            headers=request.headers,
+            data=request.body,
+            allow_redirects=False,
+            ssl=request.verify_tls,
+        )
+        try:
+            target = _redirect_target(request, response)
+            if target is None:
+                await _read_body(response, live)
+                return request
+        finally:
+            response.close() if not response.content.at_eof() else response.release()
+        request = _redirected(request, response.status, target)
+    raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+
+
+def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> URL | None:
+    location = response.headers.get("Location")
+    if not request.follow or response.status not in (301, 302, 303, 307, 308) or location is None:
+        return None
+    try:
+        target = request.url.join(URL(location))
+        if target.scheme not in ("http", "https") or not target.host:
+            raise ValueError
+        return target.with_user(None) if target.raw_user is not None or target.raw_password is not None else target
+    except ValueError:
+        raise ChronoTaskError(f"redirected to {_one_line(mask_url(location), 100)}, which is no http or https URL") from None
+
+
+def _redirected(request: _Request, status: int, target: URL) -> _Request:
+    """The next request: the method changes as browsers do it (RFC 9110, 15.4), credentials stay with their own server."""
+    method, body, headers = request.method, request.body, request.headers
+    if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
+        method, body = "GET", None
+        headers = {name: value for name, value in headers.items() if not name.lower().startswith("content-")}
+    came_from = request.redirected_from
+    if target.origin() != request.url.origin():
+        if body is not None and request.private_body:
+            raise ChronoTaskError(f"redirected to {target.host}, which must not get the secret in the body")
+        kept = {name: value for name, value in headers.items() if not _is_private(name, request.private)}
+        came_from = request.url.host if len(kept) < len(headers) else came_from
+        headers = kept
+    return dataclasses.replace(request, method=method, url=target, headers=headers, body=body, redirected_from=came_from)
+
+
+def _is_private(name: str, private: frozenset[str]) -> bool:
+    return name.lower() in private or _CREDENTIAL_HEADER.fullmatch(name) is not None
+
+
+async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
+    live.encoding = response.charset or "utf-8"
+    live.facts = {"status_code": response.status, "headers": _shown_headers(response, live), "reason": response.reason or ""}
+    read = 0
+    while (chunk := await response.content.readany()) and read < MAX_BODY_BYTES:
+        live.feed("body", chunk)
+        read += len(chunk)
+        if read > 262144:  # a body that always has more never waits: let others have the loop
+            await asyncio.sleep(0)
+
+
+def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for name, value in response.headers.items():
+        text = value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return {name: live.masked(value) for name, value in headers.items()}
+
+
+def _http_output(live: LiveOutput) -> dict[str, Any] | None:
+    output = _output(live)
+    if output is None:
+        return None
+    output.pop("reason", None)
+    if not output["truncated"] and output["body"] and _JSON_TYPE.match(_content_type(output["headers"])):
+        with contextlib.suppress(ValueError, RecursionError):
+            output["body"] = _parsed_json(output["body"])
+    return output
+
+
+def _content_type(headers: dict[str, str]) -> str:
+    return next((value for name, value in headers.items() if name.lower() == "content-type"), "")
+
+
+def _parsed_json(text: str) -> Any:
+    """The value, if it can be written as JSON again. Raises ValueError or RecursionError."""
+    value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+    if (text.count("[") + text.count("{") > MAX_NESTING) and nesting(value) > MAX_NESTING:
+        raise ValueError("nested too deeply")
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    return value
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
+    output = _http_output(live)
+    if live.reason:
+        return dataclasses.replace(_stopped(live, timeout), output=output)
+    what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
+    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=True)
+
+
+def _judged(config: dict[str, Any], final: _Request, live: LiveOutput, now: Callable[[], int] | None) -> Outcome:
+    status, reason = live.facts["status_code"], live.facts["reason"]
+    headers, output = live.facts["headers"], _http_output(live)
+    expected = config.get("expected_status") or ["200-299"]
+    if any(first <= status <= last for first, last in map(status_range, expected)):
+        return Outcome("succeeded", output=output)
+    message = f"answered {status} {_one_line(live.masked(reason), 80)}".rstrip() + f"; expected {', '.join(map(str, expected))}"
+    if status in (401, 403) and final.redirected_from:
+        message += f" (credentials for {final.redirected_from} were not sent on to {final.url.host})"
+    if 300 <= status < 400 and not final.follow:
+        message += " (follow_redirects is false)"
+    wait = retry_after(headers, now) if status in (429, 503) else None
+    return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
+
+
+def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
+    """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
+    lower = {name.lower(): value.strip() for name, value in headers.items()}
+    text = lower.get("retry-after", "")
+    if re.fullmatch("[0-9]{1,12}", text):
+        return min(float(text), MAX_RETRY_AFTER)
+    until, start = _http_date(text), _http_date(lower.get("date", ""))
+    if start is None and now is not None:
+        start = now() / 1e6
+    return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_AFTER)
+
+
+def _http_date(text: str) -> float | None:
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _http_failure(error: Exception, live: LiveOutput) -> Outcome:
+    message, retryable = _network_error(error)
+    if message is None:
+        return _unexpected(error, live)
+    return Outcome("failed", live.masked(message), _http_output(live), retryable=retryable)
+
+
+def _network_error(error: Exception) -> tuple[str | None, bool]:
+    """What a person can do about a failed request, and whether trying again may help. Never aiohttp's own text: it has URLs."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
+        return f"the TLS certificate of {error.host} is refused: {_one_line(reason, 200)} (verify_tls: false accepts any)", False
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _connect_error(error)
+    if isinstance(error, aiohttp.InvalidURL):
+        return "config.url: is not a valid http or https URL", False
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the server closed the connection without an answer", True
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the answer broke off before its end, or could not be decoded", True
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}", True
+    if isinstance(error, (aiohttp.ClientError, OSError)):
+        return f"the connection failed: {_reason(error)}", True
+    return None, False
+
+
+def _connect_error(error: aiohttp.ClientConnectorError) -> tuple[str, bool]:
+    place, reason = f"{error.host}:{error.port}", _connect_reason(error.os_error)
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {_one_line(error.host, 255)} could not be resolved: {reason}", True
+    if error.os_error.errno == REFUSED_ERRNO:
+        return f"{place} may not be called: {reason}", False
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return f"TLS with {place} failed: {reason}", True
+    return f"could not connect to {place}: {reason}", True
+
+
+def _connect_reason(error: OSError) -> str:
+    # asyncio's own text of a refused connection names the address and not the reason.
+    known = error.errno if not isinstance(error, (socket.gaierror, ssl.SSLError)) and error.errno in errno.errorcode else None
+    return _one_line(os.strerror(known) if known else error.strerror or str(error), 200)
+
+
+# ======================================================================================================================
+# 8. Service
+# ======================================================================================================================
+#
+# Three jobs: the heart claims due slots, starts what is ready and settles what has ended, all in one transaction a beat;
+# the watch looks at what other processes did and at who leads; housekeeping deletes old history. Everything that a job
+# knows is an index over the store, rebuilt by `_take_over`.
+
+BATCH = 500  # slots claimed in one beat: bounds the length of a transaction
+KEEP_MARKS = 100  # skipped and missed rows kept of each task
+TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
+CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
+RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
+RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
+BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)  # seconds: the histograms of /metrics
+CANCELLED = "cancelled on request"
+CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
+
+
+# --- Claiming (pure) --------------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """The unfinished executions of some tasks, kept up to date while one beat claims slots."""
+
+    def __init__(self, unfinished: Iterable[Unfinished]) -> None:
+        self._groups: dict[int, list[Unfinished]] = {}
+        for group in unfinished:
+            self._groups.setdefault(group.task_id, []).append(group)
+
+    def facing(self, schedule: Schedule, trigger: str) -> tuple[int, int]:
+        """How many executions a slot meets, and how many of them wait because of overlap.
+
+        Catch-up executions of one schedule do not see each other: they run one after the other.
+        """
+        groups = [g for g in self._groups.get(schedule.task_id, ()) if not _same_catchup(g, schedule.id, trigger)]
+        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting)
+
+    def has_catchup(self, schedule: Schedule) -> bool:
+        return any(_same_catchup(g, schedule.id, "catchup") for g in self._groups.get(schedule.task_id, ()))
+
+    def add(self, row: NewExecution) -> None:
+        group = Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1)
+        self._groups.setdefault(row.task_id, []).append(group)
+
+    def clear(self, schedule: Schedule, trigger: str) -> None:
+        groups = self._groups.get(schedule.task_id, [])
+        self._groups[schedule.task_id] = [g for g in groups if _same_catchup(g, schedule.id, trigger)]
+
+
+def _same_catchup(group: Unfinished, schedule_id: int, trigger: str) -> bool:
+    return trigger == "catchup" and group.trigger == "catchup" and group.schedule_id == schedule_id
+
+
+@dataclass(slots=True)
+class Claim:
+    """What the due slots of some schedules turn into."""
+
+    rows: list[NewExecution] = dataclasses.field(default_factory=list)
+    schedules: list[Schedule] = dataclasses.field(default_factory=list)
+    cancels: list[tuple[Schedule, str]] = dataclasses.field(
+        default_factory=list
+    )  # overlap `cancel`: by which schedule and trigger
+
+
+def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int) -> None:
+    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on."""
+    plan = schedule.plan()
+    due = due_slots(plan, schedule.settled_until, now)
+    for missed in due.missed:
+        text = missed_message(missed, schedule.zone)
+        claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
+    slots = [(slot, "catchup") for slot in due.catchup] + [(slot, "schedule") for slot in due.on_time]
+    left = plan.remaining
+    for slot, trigger in slots:
+        if left is not None and left <= 0:
+            break
+        row = _judge_slot(claim, schedule, slot, trigger, crowd, now)
+        left = left - 1 if left is not None and row.status == "queued" else left
+    schedule.settled_until = due.settled_until
+    schedule.move_to(None if left is not None and left <= 0 else due.next_slot, plan)
+    claim.schedules.append(schedule)
+
+
+def _judge_slot(claim: Claim, schedule: Schedule, slot: int, trigger: str, crowd: Crowd, now: int) -> NewExecution:
+    verdict = judge_overlap(schedule.overlap, *crowd.facing(schedule, trigger))
+    hold = Hold.CATCHUP if trigger == "catchup" and crowd.has_catchup(schedule) else 0
+    if verdict == "skip":
+        row = _new_row(
+            schedule,
+            slot,
+            trigger,
+            now,
+            status="skipped",
+            error_message=SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING,
+        )
+    else:
+        hold |= 0 if verdict == "run" else Hold.OVERLAP
+        row = _new_row(schedule, slot, trigger, now, hold=hold)
+    if verdict == "cancel":
+        claim.cancels.append((schedule, trigger))
+        claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
+        crowd.clear(schedule, trigger)
+    claim.rows.append(row)
+    if row.status == "queued":
+        crowd.add(row)
+    return row
+
+
+def _new_row(schedule: Schedule, slot: int, trigger: str, now: int, **more: Any) -> NewExecution:
+    return NewExecution(schedule.task_id, schedule.id, trigger, slot, now, **more)
+
+
+def _cancelled_by(schedule: Schedule, trigger: str, row: NewExecution) -> NewExecution:
+    same = trigger == "catchup" and row.trigger == "catchup" and row.schedule_id == schedule.id
+    if row.task_id != schedule.task_id or row.status != "queued" or same:
+        return row
+    return dataclasses.replace(row, status="cancelled", hold=0, error_message=CANCELLED_BY_OVERLAP)
+
+
+def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
+    """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
+    text = f"this schedule cannot be evaluated and was switched off: {error}"
+    slot = schedule.next_slot if schedule.next_slot is not None else now
+    claim.rows.append(_new_row(schedule, slot, "schedule", now, status="failed", error_message=text))
+    schedule.is_active, schedule.next_slot, schedule.next_fire = False, None, None
+    claim.schedules.append(schedule)
+
+
+def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
+    """Moves a schedule on after a pause: to the next slot after now. Nothing earlier is caught up or recorded, except
+    that a once-schedule whose time has passed is over, with the row that is returned."""
+    passed = schedule.next_slot
+    schedule.settled_until = max(schedule.settled_until, now) if schedule.settled_until < now + CORRECTION else now
+    plan = schedule.plan()
+    over = plan.remaining == 0
+    schedule.move_to(None if over else plan.next_slot(schedule.settled_until), plan)
+    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and not over:
+        return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
+    return None
+
+
+# --- Events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change that was committed: `kind` is execution, task, schedule or scheduler."""
+
+    id: str
+    kind: str
+    task_id: int | None
+    data: Mapping[str, Any]
+
+
+class Feed:
+    """Recent events, and who reads them. A reader that falls too far behind is dropped, never buffered without bound."""
+
+    KEPT = 2000
+    BEHIND = 1000
+
+    def __init__(self) -> None:
+        self._boot = uuid.uuid4().hex[:8]
+        self._count = 0
+        self._unread = 0  # events that are still kept for a reader that comes back
+        self._recent: deque[Event] = deque(maxlen=self.KEPT)
+        self._readers: set[asyncio.Queue[Event | None]] = set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody reads, or read not long ago: otherwise events cost nothing."""
+        return bool(self._readers) or 0 < self._unread
+
+    def publish(self, kind: str, task_id: int | None, data: Mapping[str, Any]) -> None:
+        if not self.wanted:
+            return
+        self._unread = self.KEPT if self._readers else self._unread - 1
+        if not self._unread:  # a reader that comes back now must not believe that it missed nothing
+            self._boot = uuid.uuid4().hex[:8]
+        self._count += 1
+        event = Event(f"{self._boot}-{self._count}", kind, task_id, data)
+        self._recent.append(event)
+        for reader in list(self._readers):
+            if reader.qsize() >= self.BEHIND:
+                self._readers.discard(reader)
+                reader.put_nowait(None)
+            else:
+                reader.put_nowait(event)
+
+    def open(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
+        """A queue of events to come (None: dropped), and those after `last_id`; None if they are no longer known."""
+        reader: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._readers.add(reader)
+        self._unread = self.KEPT
+        if last_id is None:
+            return reader, []
+        ids = [event.id for event in self._recent]
+        if last_id == f"{self._boot}-{self._count}":
+            return reader, []
+        return reader, list(self._recent)[ids.index(last_id) + 1 :] if last_id in ids else None
+
+    def close(self, reader: asyncio.Queue[Event | None]) -> None:
+        self._readers.discard(reader)
+
+    def close_all(self) -> None:
+        for reader in self._readers:
+            reader.put_nowait(None)
+        self._readers.clear()
+
+
+# --- The service ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Active:
+    """An attempt that this process is running. `ended` is set between its end and its settlement on disk."""
+
+    run: Run
+    live: LiveOutput
+    job: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class Beat:
+    """What one transaction of the heart did."""
+
+    claim: Claim = dataclasses.field(default_factory=Claim)
+    new_ids: list[int] = dataclasses.field(default_factory=list)
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    cancelled: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start of this process, for /metrics and /scheduler/status. Durations in seconds."""
+
+    ended: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # by task type and status
+    durations: list[float] = dataclasses.field(default_factory=lambda: [0.0] * (len(BUCKETS) + 1))
+    duration_sum: float = 0.0
+    late: list[float] = dataclasses.field(default_factory=lambda: [0.0] * (len(BUCKETS) + 1))
+    late_sum: float = 0.0
+    recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
+    loop_lag: float = 0.0
+
+
+class Service:
+    """The use cases, and the heart. One per process; `kind` is "mcp" for a process that yields to services."""
+
+    def __init__(
+        self, settings: Settings, store: Store, clock: Clock, environ: Mapping[str, str], kind: str = "service", umask: int = -1
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.clock = clock
+        self.feed = Feed()
+        self.stats = Stats()
+        self.running: dict[int, Active] = {}
+        self.leading = False
+        self.paused = False
+        self.stopping = False
+        self._closed = False
+        self.started_at = clock.now()
+        self.last_beat = clock.monotonic()
+        self._environ = environ
+        self._umask = umask
+        self._kind = kind
+        self._owner = str(uuid.uuid4())
+        self._timers = TimerQueue()  # schedule id → its next firing
+        self._retries = TimerQueue()  # execution id → its next attempt
+        self._ended: list[tuple[Run, Outcome, int]] = []
+        self._ready = False  # something may be waiting for a place
+        self._wake = asyncio.Event()
+        self._rev = -1
+        self._purging: dict[int, asyncio.Task[None]] = {}
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._jobs: set[asyncio.Task[Any]] = set()
+        self._touched: set[int] = set()  # tasks that have run since the last housekeeping
+        self._drained_owners = False  # another process is finishing executions that it started as leader
+        self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
+        self._leader_lock = FileLock(Path(f"{store.path}.leader"))
+        self._service_lock = FileLock(Path(f"{store.path}.service"))
+        self._drain_lock = FileLock(self._drain_path(self._owner))
+        self._session: aiohttp.ClientSession | None = None
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Becomes leader if nobody is, and starts the jobs."""
+        if not locks_work(self.store.path):
+            raise StartupError(f"file locks do not work in {self.store.path.parent}: put the database on a local file system")
+        while self._kind == "service" and not self._service_lock.acquire(shared=True):
+            await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
+        self._session = make_session(self.settings)
+        await self._load_state()
+        await self._look_for_leadership()
+        self._heart_job = self._spawn(self._keep("heart", self._heart))
+        self._spawn(self._keep("watch", self._watch))
+        self._spawn(self._keep("housekeeping", self._housekeeping))
+
+    async def stop(self) -> None:
+        """Lets running executions finish for the grace, ends the others, settles all, releases the locks."""
+        self.stopping = True
+        self._wake.set()
+        self._notify(list(self._waiting))
+        self.feed.close_all()
+        await self._until_idle(self.settings.shutdown_grace)
+        for active in self.running.values():
+            active.live.stop("interrupted")
+        await self._until_idle(1.6)
+        self._closed = True  # the heart ends by itself: cancelled in mid-write it would not know what was written
+        self._wake.set()
+        await asyncio.wait({self._heart_job}, timeout=0.2)
+        for job in list(self._jobs):
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        if self._ended:
+            await self.beat()
+        if self._session is not None:
+            await self._session.close()
+        self._checks.shutdown(wait=False, cancel_futures=True)
+        for lock in (self._drain_lock, self._leader_lock, self._service_lock):
+            lock.release()
+        self._drain_lock.path.unlink(missing_ok=True)
+
+    async def _until_idle(self, seconds: float) -> None:
+        end = self.clock.monotonic() + seconds
+        while self.running and self.clock.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        job = asyncio.create_task(coroutine)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return job
+
+    async def _keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Runs `step` for ever: one failure is told and the next round begins a second later."""
+        while not self._closed:
+            try:
+                await step()
+            except Exception as error:
+                log = logger.error if isinstance(error, Unavailable) else logger.exception
+                log("%s: %s", name, error)
+                await asyncio.sleep(1)
+
+    # --- the heart ---
+
+    async def _heart(self) -> None:
+        self._wake.clear()
+        if self.clock.step() <= -CORRECTION:
+            await self._correct_slots()
+        self.last_beat = self.clock.monotonic()
+        await self.beat()
+        await self.clock.wait(self._wake, self._next_due())
+
+    def _next_due(self) -> int | None:
+        if not self.leading or self.stopping:
+            return None
+        times = [self._retries.next_due(), None if self.paused else self._timers.next_due()]
+        return min((t for t in times if t is not None), default=None)
+
+    async def beat(self) -> None:
+        """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects."""
+        now = self.clock.now()
+        acting = self.leading and not self.stopping
+        slots = self._timers.pop_due(now, BATCH) if acting and not self.paused else []
+        retries = self._retries.pop_due(now, BATCH) if acting else []
+        ended, self._ended = self._ended, []
+        places = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
+        self._ready = self._ready or bool(slots or retries or ended)
+        if not (ended or slots or retries or (self._ready and places > 0)):
+            return
+        settlements = [settle(run, outcome, at, random.uniform(-1, 1)) for run, outcome, at in ended]
+        try:
+            beat = await self.store.write(
+                partial(_beat, now=now, slots=slots, retries=retries, settlements=settlements, places=places, owner=self._owner)
+            )
+        except BaseException:  # nothing is lost: it is all tried again
+            self._ended = ended + self._ended
+            for schedule_id in slots:
+                self._timers.set(schedule_id, now)
+            for execution_id in retries:
+                self._retries.set(execution_id, now)
+            raise
+        self._ready = len(beat.runs) == places
+        await self._after_beat(beat, settlements, now)
+        if len(slots) == BATCH or len(retries) == BATCH:
+            self._wake.set()
+
+    async def _after_beat(self, beat: Beat, settlements: Sequence[Settlement], now: int) -> None:
+        for schedule in beat.claim.schedules:
+            self._timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
+        for s in settlements:
+            self.running.pop(s.run.execution_id, None)
+            if self.leading:
+                self._retries.set(s.run.execution_id, s.next_attempt_at)
+            self._count_end(s)
+        for execution_id in beat.cancelled:
+            self._stop_run(execution_id)
+        for run in beat.runs:
+            self._start_run(run)
+        self._notify([s.run.execution_id for s in settlements] + beat.cancelled)
+        for schedule in beat.claim.schedules:
+            self._touched.add(schedule.task_id)
+        if not self.leading and not self.running:
+            self._drain_lock.release()
+            self._drain_lock.path.unlink(missing_ok=True)
+        await self._publish_executions(
+            [*beat.new_ids, *(r.execution_id for r in beat.runs), *(s.run.execution_id for s in settlements), *beat.cancelled]
+        )
+
+    def _count_end(self, settlement: Settlement) -> None:
+        self._touched.add(settlement.run.task_id)
+        if settlement.status == "retrying":
+            return
+        stats, run = self.stats, settlement.run
+        stats.ended[run.task_type, settlement.status] += 1
+        seconds = (settlement.finished_at - run.started_at) / 1_000_000
+        stats.durations[bisect.bisect_left(BUCKETS, seconds)] += 1
+        stats.duration_sum += seconds
+
+    def _start_run(self, run: Run) -> None:
+        if run.trigger == "schedule" and run.attempt == 1 and run.scheduled_for is not None:
+            late = max(0.0, (run.started_at - run.scheduled_for) / 1_000_000)
+            self.stats.recent_late.append(late)
+            self.stats.late[bisect.bisect_left(BUCKETS, late)] += 1
+            self.stats.late_sum += late
+        active = Active(run, LiveOutput(self.settings.output_limit))
+        self.running[run.execution_id] = active
+        active.job = self._spawn(self._attempt(active))
+
+    async def _attempt(self, active: Active) -> None:
+        run = active.run
+        attempt = Attempt(
+            run.task_id, run.task_name, run.execution_id, run.schedule_id, run.scheduled_for, run.attempt, run.run_id, run.uuid
+        )
+        try:
+            config = json.loads(run.config_text)
+            if run.task_type == "bash":
+                outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
+            else:
+                assert self._session is not None
+                outcome = await run_http(config, attempt, self.settings, self._session, self._environ, active.live)
+        except Exception as error:
+            logger.exception("execution %d", run.execution_id)
+            outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
+        except asyncio.CancelledError:
+            outcome = Outcome("interrupted", "the service was stopped", retryable=True)
+        self._ended.append((run, outcome, self.clock.now()))
+        self._wake.set()
+
+    def _stop_run(self, execution_id: int) -> None:
+        if active := self.running.get(execution_id):
+            active.live.stop("cancelled")
+
+    async def _correct_slots(self) -> None:
+        """The clock was set back by 3 h or more: a correction, so that next slots are computed from now."""
+        now = self.clock.now()
+        logger.warning("the clock was set back by 3 hours or more: schedules go on from %s", format_instant(now))
+        if self.leading:
+            await self.store.write(partial(_restart_slots, now=now))
+            await self._sync()
+
+    # --- leadership, and what other processes do ---
+
+    def _drain_path(self, owner: str) -> Path:
+        return Path(f"{self.store.path}.drain-{owner}")
+
+    def _service_alive(self) -> bool:
+        probe = FileLock(self._service_lock.path)
+        free = probe.acquire()
+        probe.release()
+        return not free
+
+    async def _watch(self) -> None:
+        before = self.clock.monotonic()
+        await asyncio.sleep(NAP)
+        self.stats.loop_lag = max(0.0, self.clock.monotonic() - before - NAP)
+        if self.stopping:
+            return
+        await self._look_for_leadership()
+        if await self.store.foreign_changes():
+            await self._sync()
+        if self.leading and self._drained_owners:
+            await self._settle_orphans()
+
+    async def _look_for_leadership(self) -> None:
+        yielding = self._kind == "mcp" and self._service_alive()
+        if self.leading and (yielding or not self._leader_lock.held()):
+            await self._step_down()
+        elif not self.leading and not yielding and self._leader_lock.acquire():
+            await self._take_over()
+
+    async def _step_down(self) -> None:
+        """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
+        logger.info("this process no longer leads")
+        self.leading = False
+        if self.running:
+            self._drain_lock.acquire()
+        self._timers.rebuild([])
+        self._retries.rebuild([])
+        await self.store.set_leading(False)
+        self._leader_lock.release()
+
+    async def _take_over(self) -> None:
+        """Rebuilds everything from the store, settles what a dead leader left running, and leads from then on."""
+        await self.store.set_leading(True)
+        await self._settle_orphans()
+        now = self.clock.now()
+        await self.store.write(partial(_restart_slots, now=now, only_after=now + CORRECTION))
+        await self._check_zone_rules()
+        self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
+        self.leading, self._rev, self._ready = True, -1, True
+        await self._sync()
+        self._touched.update(await self.store.read(all_task_ids))
+        logger.info("this process leads: it fires schedules and runs executions")
+
+    async def _settle_orphans(self) -> None:
+        """Executions left `running` by a process that died count as a failed attempt. What it started is killed first."""
+        others = await self.store.read(partial(running_of_others, owner=self._owner))
+        living = {owner for owner, _ in others if self._is_draining(owner)}
+        self._drained_owners = bool(living)
+        dead = [run for owner, run in others if owner not in living]
+        if not dead:
+            return
+        boot = _boot_id()
+        if await self.store.read(partial(get_meta, key="boot")) == boot:
+            killed = await asyncio.to_thread(kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"})
+            logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
+        now = self.clock.now()
+        outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
+        settlements = [settle(run, outcome, now, random.uniform(-1, 1)) for run in dead]
+        await self.store.write(partial(_settle_dead, settlements=settlements))
+        for s in settlements:
+            self._retries.set(s.run.execution_id, s.next_attempt_at)
+        self._ready = True
+
+    def _is_draining(self, owner: str) -> bool:
+        path = self._drain_path(owner)
+        if not path.exists():
+            return False
+        probe = FileLock(path)
+        free = probe.acquire()
+        probe.release()
+        if free:
+            path.unlink(missing_ok=True)
+        return not free
+
+    async def _check_zone_rules(self) -> None:
+        """Slots of zones whose rules have changed since the last start are computed anew."""
+        await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
+        for zone in await self.store.read(cron_zones):
+            rules = zone_rules(zone)
+            known = await self.store.read(partial(get_meta, key=f"zone:{zone}"))
+            if known != rules:
+                await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules, recompute=known is not None))
+
+    async def _load_state(self) -> int:
+        rev, paused = await self.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
+        self.paused = bool(paused)
+        return int(rev)
+
+    async def _sync(self) -> None:
+        """Takes up what changed in the store since the last look, whoever changed it."""
+        since, rev = self._rev, await self._load_state()
+        if self.leading:
+            timers = await self.store.read(partial(live_timers, since_rev=since))
+            if since < 0:
+                self._timers.rebuild([(key, at) for key, at in timers if at is not None])
+            else:
+                for key, at in timers:
+                    self._timers.set(key, at)
+                for execution_id, at in await self.store.read(partial(changed_retries, since_rev=since)):
+                    self._retries.set(execution_id, at)
+            for task_id in await self.store.read(deleted_tasks):
+                self._purge(task_id)
+        self._rev = rev
+        if self.running:
+            for execution_id in await self.store.read(partial(cancel_requests, ids=list(self.running))):
+                self._stop_run(execution_id)
+        if self._waiting:
+            over = await self.store.read(partial(finished_among, ids=list(self._waiting)))
+            self._notify(over)
+        self._ready = True
+        self._wake.set()
+
+    # --- housekeeping ---
+
+    async def _housekeeping(self) -> None:
+        """Deletes old history in small pieces, each a write of its own, so that no other write waits long."""
+        if self.leading:
+            await self.retain(self.clock.now())
+        await asyncio.sleep(RETENTION_PAUSE if self.leading else 5.0)
+
+    async def retain(self, now: int) -> None:
+        """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
+        settings, after = self.settings, 0
+        cutoff = now - settings.history_days * 86_400_000_000
+        while settings.history_days and self.leading:
+            step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
+            if (reached := await self.store.write(step)) is None:
+                break
+            after = reached
+            await self._breathe()
+        touched, self._touched = self._touched, set()
+        for task_id in touched:
+            keep = settings.history_per_task
+            surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_marks=KEEP_MARKS, now=now, limit=RETENTION_ROWS)
+            while self.leading and await self.store.write(surplus) > 0:
+                await self._breathe()
+
+    async def _breathe(self) -> None:
+        """Gives back free pages, then leaves the writer to others for a moment."""
+        await self.store.write(give_back_space)
+        await asyncio.sleep(0.01)
+
+    def _purge(self, task_id: int) -> None:
+        if task_id not in self._purging:
+            self._purging[task_id] = self._spawn(self._purge_rows(task_id))
+
+    async def _purge_rows(self, task_id: int) -> None:
+        """Ends what a deleted task runs, then removes its rows in small pieces."""
+        try:
+            while any(active.run.task_id == task_id for active in self.running.values()):
+                for active in self.running.values():
+                    if active.run.task_id == task_id:
+                        active.live.stop("cancelled")
+                await asyncio.sleep(0.02)
+            while not await self.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS)):
+                await asyncio.sleep(0)
+            self._notify(list(self._waiting))
+        finally:
+            del self._purging[task_id]
+
+    # --- use cases: tasks ---
+
+    async def create_task(self, body: TaskCreate) -> TaskView:
+        """Writes a new task. Raises InvalidInput, Forbidden (ALLOW_HOST_COMMANDS=false)."""
+        self._refuse_when_stopping()
+        config = unmask_config(body.task_type, parse_config(body.task_type, body.config), {})
+        check_allowed(body.task_type, config, self.settings)
+        sent, settings, now = body.model_fields_set, self.settings, self.clock.now()
+        task = Task(
+            id=0,
+            name=body.name,
+            description=body.description,
+            task_type=body.task_type,
+            status=body.status,
+            config=config,
+            max_retries=body.max_retries if "max_retries" in sent else settings.max_retries,
+            retry_delay=body.retry_delay if "retry_delay" in sent else settings.retry_delay,
+            retry_backoff=body.retry_backoff,
+            created_at=now,
+            updated_at=now,
+        )
+        await self.store.write(partial(insert_task, task=task))
+        view = task_view(task, None)
+        self.feed.publish("task", task.id, view)
+        return view
+
+    async def get_task(self, task_id: int) -> TaskView:
+        task, next_run = await self.store.read(partial(get_task_with_next_run, task_id=task_id))
+        return self._task_view(task, next_run)
+
+    async def list_tasks(self, query: TaskQuery) -> TaskPage:
+        total, rows = await self.store.read(partial(list_tasks, query=query))
+        tasks = [self._task_view(task, next_run) for task, next_run in rows]
+        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+
+    def _task_view(self, task: Task, next_run: int | None) -> TaskView:
+        return task_view(task, next_run if task.status == "active" and not self.paused else None)
+
+    async def find_equal_task(self, task_id: int) -> int | None:
+        """The id of another task with the same name and configuration, or None."""
+        return await self.store.read(lambda db: find_equal_task(db, get_task(db, task_id)))
+
+    async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
+        """Changes the fields that were sent. Raises NotFound, InvalidInput, Forbidden."""
+        self._refuse_when_stopping()
+        await self.store.write(partial(self._change_task, task_id=task_id, sent=body.sent(), now=self.clock.now()))
+        await self._sync()
+        view = await self.get_task(task_id)
+        self.feed.publish("task", task_id, view)
+        return view
+
+    def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
+        task = get_task(db, task_id)
+        before = task.status
+        if sent.get("task_type", task.task_type) != task.task_type and "config" not in sent:
+            raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {sent['task_type']}"))
+        if "config" in sent:
+            task_type = sent.get("task_type", task.task_type)
+            stored = task.config if task_type == task.task_type else {}
+            sent["config"] = unmask_config(task_type, parse_config(task_type, sent["config"]), stored)
+            check_allowed(task_type, sent["config"], self.settings)
+        for name, value in sent.items():
+            setattr(task, name, value)
+        task.updated_at = now
+        update_task(db, task)
+        if task.status != before:
+            _change_task_status(db, task, before, now)
+
+    async def delete_task(self, task_id: int) -> None:
+        """Removes a task with its schedules and history; returns once the rows are gone. Running executions are killed."""
+        self._refuse_when_stopping()
+        await self.store.write(partial(mark_deleted, task_id=task_id))
+        await self._sync()
+        while await self.store.read(partial(task_exists, task_id=task_id)) and not self.stopping:
+            await asyncio.sleep(0.02)
+        self.feed.publish("task", task_id, {"id": task_id, "deleted": True})
+
+    # --- use cases: schedules ---
+
+    async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
+        """Writes a new schedule. Raises NotFound (its task), InvalidInput."""
+        self._refuse_when_stopping()
+        await self.store.read(partial(get_task, task_id=body.task_id))
+        schedule = await self._in_checks(partial(self._new_schedule, body, body.task_id, self.clock.now()))
+        schedule.overlap, schedule.catchup, schedule.catchup_window = body.overlap, body.catchup, body.catchup_window
+        schedule.is_active = body.is_active
+
+        def insert(db: DB) -> None:
+            get_task(db, schedule.task_id)
+            insert_schedule(db, schedule)
+
+        await self.store.write(insert)
+        return await self._schedule_changed(schedule.id)
+
+    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int, after: int | None = None) -> Schedule:
+        """A schedule as `body` describes it, placed before its first slot after `after` (None: now)."""
+        config = check_schedule_config(body.schedule_type, body.schedule_config, self.settings.scheduler_timezone, now)
+        bounds = _bounds(body.start_at, body.end_at, str(config["timezone"]))
+        schedule = Schedule(
+            id=0,
+            task_id=task_id,
+            schedule_type=body.schedule_type,
+            schedule_config=config,
+            is_active=True,
+            overlap="skip",
+            catchup="latest",
+            catchup_window=86400,
+            jitter=body.jitter,
+            start_at=bounds[0],
+            end_at=bounds[1],
+            max_runs=body.max_runs,
+            created_at=now,
+            updated_at=now,
+            settled_until=now if after is None else after,
+        )
+        _place(schedule)
+        if not schedule.is_active:
+            raise InvalidInput(_nothing_left(schedule))
+        return schedule
+
+    async def _in_checks(self, run: Callable[[], T]) -> T:
+        """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
+        return await asyncio.get_running_loop().run_in_executor(self._checks, run)
+
+    async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
+        """The words and the next slots of a schedule that is not stored. Slots are without jitter, which needs an id."""
+        return await self._in_checks(partial(self._preview, body, self.clock.now()))
+
+    def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
+        zone = body.schedule_config.get("timezone") or self.settings.scheduler_timezone
+        after = now if body.after is None else _instant("after", body.after, zone)
+        schedule = self._new_schedule(body, 0, now, after)
+        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
+        view = PreviewView(
+            description=plan.timing.describe(), upcoming=upcoming_view(plan.upcoming(after, body.count), schedule.zone)
+        )
+        if body.jitter:
+            view["note"] = f"slots are shown without jitter; each will start up to {body.jitter:g} s later"
+        return view
+
+    async def get_schedule(self, schedule_id: int) -> ScheduleView:
+        return await self.store.read(partial(self._read_schedule, schedule_id=schedule_id))
+
+    def _read_schedule(self, db: DB, schedule_id: int) -> ScheduleView:
+        schedule, task_active = get_schedule(db, schedule_id)
+        live = task_active and not self.paused
+        view = schedule_view(schedule, live)
+        view["upcoming"] = upcoming_view(_fire_times(schedule, 5) if live else (), schedule.zone)
+        return view
+
+    async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
+        total, rows = await self.store.read(partial(list_schedules, query=query))
+        schedules = [schedule_view(schedule, task_active and not self.paused) for schedule, task_active in rows]
+        return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
+
+    async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
+        """Changes the fields that were sent; takes effect at once. Raises NotFound, InvalidInput."""
+        self._refuse_when_stopping()
+        schedule, _ = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
+        now, sent = self.clock.now(), body.sent()
+        changes = await self._in_checks(partial(self._checked_changes, schedule, sent, now))
+        await self.store.write(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
+        return await self._schedule_changed(schedule_id)
+
+    def _checked_changes(self, schedule: Schedule, sent: dict[str, Any], now: int) -> dict[str, Any]:
+        """What was sent, as the store keeps it, and only where it differs."""
+        if sent.pop("task_id", schedule.task_id) != schedule.task_id:
+            raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
+        schedule_type = sent.get("schedule_type", schedule.schedule_type)
+        if schedule_type != schedule.schedule_type and "schedule_config" not in sent:
+            raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
+        config = sent.get("schedule_config", schedule.schedule_config)
+        if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
+            sent["schedule_config"] = config = check_schedule_config(schedule_type, config, self.settings.scheduler_timezone, now)
+        zone = str(config["timezone"])
+        for name in ("start_at", "end_at"):
+            if sent.get(name) is not None:
+                sent[name] = _instant(name, sent[name], zone)
+        return {name: value for name, value in sent.items() if value != getattr(schedule, name)}
+
+    async def delete_schedule(self, schedule_id: int) -> None:
+        """Removes a schedule and cancels its queued executions; its history stays."""
+        self._refuse_when_stopping()
+        task_id, cancelled = await self.store.write(partial(_delete_schedule, schedule_id=schedule_id, now=self.clock.now()))
+        await self._sync()
+        self._notify(cancelled)
+        await self._publish_executions(cancelled)
+        self.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
+
+    async def _schedule_changed(self, schedule_id: int) -> ScheduleView:
+        await self._sync()
+        view = await self.get_schedule(schedule_id)
+        self.feed.publish("schedule", view["task_id"], view)
+        return view
+
+    # --- use cases: executions ---
+
+    async def execute_task(self, task_id: int, wait: float = 0) -> ExecutionView:
+        """Queues a run of the task by hand, on disk when this returns; waits up to `wait` seconds for its end.
+
+        Raises NotFound, Conflict (a disabled task), Forbidden (ALLOW_HOST_COMMANDS=false).
+        """
+        self._refuse_when_stopping()
+        execution = await self.store.write(partial(self._queue_manual, task_id=task_id, now=self.clock.now()))
+        self._ready = True
+        self._wake.set()
+        await self._publish_executions([execution.id])
+        if wait <= 0:
+            return execution_view(execution)
+        await self.wait_for(execution.id, wait)
+        return await self.get_execution(execution.id)
+
+    def _queue_manual(self, db: DB, task_id: int, now: int) -> Execution:
+        task = get_task(db, task_id)
+        if task.status == "disabled":
+            raise Conflict(f"task {task_id} is disabled: set its status to active or paused first")
+        if task.task_type == "bash" and not self.settings.allow_host_commands:
+            raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
+        return get_execution(db, insert_executions(db, [NewExecution(task_id, None, "manual", None, now)])[0])[0]
+
+    async def wait_for(self, execution_id: int, seconds: float) -> None:
+        """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(execution_id, set()).add(future)
+        try:
+            if not await self.store.read(partial(finished_among, ids=[execution_id])) and not self.stopping:
+                await asyncio.wait({future}, timeout=seconds)
+        finally:
+            self._waiting[execution_id].discard(future)
+            if not self._waiting[execution_id]:
+                del self._waiting[execution_id]
+
+    def _notify(self, execution_ids: Iterable[int]) -> None:
+        for execution_id in execution_ids:
+            for future in self._waiting.get(execution_id, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    async def get_execution(self, execution_id: int) -> ExecutionView:
+        """The execution with all its attempts; the output of a running one is what it has printed so far."""
+        execution, past = await self.store.read(partial(get_execution, execution_id=execution_id))
+        if (active := self.running.get(execution_id)) and execution.status == "running":
+            execution.output_data = active.live.snapshot()
+        view = execution_view(execution)
+        view["attempts"] = attempt_views(execution, past)
+        return view
+
+    async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
+        total, rows = await self.store.read(partial(list_history, task_id=task_id, query=query))
+        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=_listed_views(rows, query))
+
+    async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
+        rows = await self.store.read(partial(list_executions, query=query))
+        more = rows[-1].id if len(rows) == query.limit else None
+        return ExecutionPage(executions=_listed_views(rows, query), next_before_id=more)
+
+    async def cancel_execution(self, execution_id: int) -> ExecutionView:
+        """Ends an execution; waits up to 5 s for the end of a running one. Raises NotFound, Conflict if it was over."""
+        self._refuse_when_stopping()
+        before = await self.store.write(partial(_cancel, execution_id=execution_id, now=self.clock.now()))
+        if before not in UNFINISHED:
+            raise Conflict(f"execution {execution_id} is over already: {before}")
+        if before == "running":
+            self._stop_run(execution_id)
+            await self.wait_for(execution_id, CANCEL_WAIT)
+        else:
+            self._retries.set(execution_id, None)
+            self._ready = True
+            self._wake.set()
+            self._notify([execution_id])
+            await self._publish_executions([execution_id])
+        return await self.get_execution(execution_id)
+
+    async def _publish_executions(self, ids: Collection[int]) -> None:
+        if ids and self.feed.wanted:
+            for execution in await self.store.read(partial(get_executions, ids=set(ids))):
+                self.feed.publish("execution", execution.task_id, execution_view(execution))
+
+    # --- use cases: the scheduler ---
+
+    async def pause_scheduler(self) -> StatusView:
+        """No slot fires until `resume_scheduler`, also after a restart."""
+        return await self._set_paused(True)
+
+    async def resume_scheduler(self) -> StatusView:
+        """Slots fire again, from the next one after now on."""
+        return await self._set_paused(False)
+
+    async def _set_paused(self, paused: bool) -> StatusView:
+        self._refuse_when_stopping()
+        await self.store.write(partial(_pause_all, paused=paused, now=self.clock.now()))
+        await self._sync()
+        status = await self.scheduler_status()
+        self.feed.publish("scheduler", None, status)
+        return status
+
+    async def scheduler_status(self) -> StatusView:
+        """Whether this process leads, what waits and runs, what comes next, how late recent starts were (seconds)."""
+        counts, executions, fires = await self.store.read(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
+        zone = self.settings.scheduler_timezone
+        return StatusView(
+            running=not self.stopping,
+            leader=self.leading,
+            paused=self.paused,
+            timezone=zone,
+            version=__version__,
+            started_at=format_instant(self.started_at),
+            tasks=counts["tasks"],
+            schedules=counts["schedules"],
+            active_schedules=counts["active_schedules"],
+            executions=executions,
+            queue_length=executions["queued"],
+            max_concurrent_runs=self.settings.max_concurrent_runs,
+            next_runs=[] if self.paused else [_next_run(fire, zone) for fire in fires],
+            lateness=_lateness(self.stats.recent_late),
+        )
+
+    def problem(self) -> str | None:
+        """Why the service is not healthy, or None."""
+        silent = self.clock.monotonic() - self.last_beat
+        if silent > TICK_LIMIT:
+            return f"the scheduling job has not ticked for {silent:.0f} s"
+        return self.store.problem()
+
+    def _refuse_when_stopping(self) -> None:
+        if self.stopping:
+            raise Unavailable("the service is shutting down")
+
+
+# --- Transactions of the service --------------------------------------------------------------------------------------
+
+
+def _beat(
+    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], settlements: Sequence[Settlement], places: int, owner: str
+) -> Beat:
+    beat = Beat()
+    if settlements:
+        write_settlements(db, settlements)
+    if slots:
+        _claim(db, slots, now, beat)
+    if retries:
+        queue_retries(db, retries, now)
+    if settlements or beat.cancelled or any(row.hold for row in beat.claim.rows):
+        release_held(db, {s.run.task_id for s in settlements} | {row.task_id for row in beat.claim.rows})
+    if places > 0:
+        beat.runs = start_ready(db, places, now, owner)
+    return beat
+
+
+def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat) -> None:
+    """Claims the due slots of schedules and moves these on, in the caller's transaction."""
+    claim, schedules = beat.claim, due_schedules(db, slots)
+    crowd = Crowd(unfinished_of(db, {schedule.task_id for schedule in schedules}))
+    for schedule in schedules:
+        try:
+            claim_slots(claim, schedule, crowd, now)
+        except Exception as error:
+            logger.exception("schedule %d", schedule.id)
+            claim_broken(claim, schedule, now, error)
+    for schedule, trigger in claim.cancels:
+        beat.cancelled += _cancel_unfinished(db, schedule, trigger, now)
+    taken = taken_slots(db, claim.rows)
+    claim.rows = [row for row in claim.rows if (row.schedule_id, row.scheduled_for) not in taken]
+    runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
+    for schedule in claim.schedules:
+        schedule.run_count += runs[schedule.id]
+    beat.new_ids = insert_executions(db, claim.rows) if claim.rows else []
+    advance_schedules(db, claim.schedules)
+
+
+def _cancel_unfinished(db: DB, schedule: Schedule, trigger: str, now: int) -> list[int]:
+    """Overlap `cancel`: ends the unfinished executions of the task. (A catch-up spares those of its own schedule.)"""
+    spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
+    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
+    for execution_id in ids:
+        cancel_execution(db, execution_id, now, CANCELLED_BY_OVERLAP)
+    return ids
+
+
+def _settle_dead(db: DB, settlements: Sequence[Settlement]) -> None:
+    write_settlements(db, settlements)
+    release_held(db, None)
+
+
+def _restart_slots(db: DB, now: int, only_after: int | None = None) -> None:
+    """Computes next slots from `now` where the last claimed one lies in the future: the clock was wrong before."""
+    for schedule in schedules_of(db):
+        if schedule.settled_until > (now if only_after is None else only_after):
+            schedule.settled_until = now
+            _place(schedule)
+            update_schedule(db, schedule)
+
+
+def _adopt_zone_rules(db: DB, zone: str, rules: str, recompute: bool) -> None:
+    set_meta(db, f"zone:{zone}", rules)
+    for schedule in schedules_of(db) if recompute else ():
+        if schedule.zone == zone and schedule.schedule_type == "cron":
+            _place(schedule)
+            update_schedule(db, schedule)
+
+
+def _place(schedule: Schedule) -> None:
+    """Finds the first slot after `settled_until`; without one the schedule is over."""
+    plan = schedule.plan()
+    schedule.move_to(None if plan.remaining == 0 else plan.next_slot(schedule.settled_until), plan)
+
+
+def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
+    if "disabled" in (before, task.status):
+        hold_disabled(db, task.id, task.status == "disabled")
+    if task.status == "active":
+        _resume(db, schedules_of(db, task.id), now)
+
+
+def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
+    rows = [(schedule, resume_schedule(schedule, now)) for schedule in schedules]
+    for schedule, _ in rows:
+        update_schedule(db, schedule)
+    if marks := [row for _, row in rows if row is not None]:
+        taken = taken_slots(db, marks)
+        if marks := [row for row in marks if (row.schedule_id, row.scheduled_for) not in taken]:
+            insert_executions(db, marks)
+
+
+def _pause_all(db: DB, paused: bool, now: int) -> None:
+    if get_meta(db, "paused") and not paused:
+        _resume(db, live_schedules(db), now)
+    set_meta(db, "paused", int(paused))
+    next_rev(db)
+
+
+TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
+
+
+def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> None:
+    schedule, _ = get_schedule(db, schedule_id)
+    resumed = bool(changes.get("is_active"))
+    for name, value in changes.items():
+        setattr(schedule, name, value)
+    _check_bounds(schedule)
+    schedule.updated_at = now
+    if changes.keys() & TIMING_FIELDS:
+        wanted = schedule.is_active
+        schedule.settled_until, schedule.is_active = now, True
+        _place(schedule)
+        if not schedule.is_active:
+            raise InvalidInput(_nothing_left(schedule))
+        schedule.is_active = wanted
+    elif resumed:
+        _reactivate(db, schedule, now)
+    elif schedule.plan().remaining == 0:
+        schedule.move_to(None, schedule.plan())
+    update_schedule(db, schedule)
+
+
+def _reactivate(db: DB, schedule: Schedule, now: int) -> None:
+    """Turns a schedule on again. Raises InvalidInput if it has no slot left, naming the field to change."""
+    mark = resume_schedule(schedule, now)
+    if mark is not None and not taken_slots(db, [mark]):
+        insert_executions(db, [mark])
+    elif schedule.next_slot is None:
+        raise InvalidInput(_nothing_left(schedule))
+
+
+def _nothing_left(schedule: Schedule) -> FieldError:
+    """Why a schedule has no slot to come, told at the field that would change it."""
+    if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
+        return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
+    if schedule.schedule_type == "once" and schedule.end_at is None and schedule.start_at is None:
+        return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
+    name = "end_at" if schedule.end_at is not None else "start_at" if schedule.start_at is not None else "schedule_config"
+    return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
+
+
+def _instant(name: str, text: str, zone: Any) -> int:
+    try:
+        return parse_instant(text, zone)
+    except ValueError as error:
+        raise InvalidInput(FieldError(name, f"{shown(text)}: {error}")) from None
+
+
+def _bounds(start_at: str | None, end_at: str | None, zone: str) -> tuple[int | None, int | None]:
+    start = None if start_at is None else _instant("start_at", start_at, zone)
+    end = None if end_at is None else _instant("end_at", end_at, zone)
+    if start is not None and end is not None and end < start:
+        raise InvalidInput(FieldError("end_at", "must not be before start_at"))
+    return start, end
+
+
+def _check_bounds(schedule: Schedule) -> None:
+    if schedule.start_at is not None and schedule.end_at is not None and schedule.end_at < schedule.start_at:
+        raise InvalidInput(FieldError("end_at", "must not be before start_at"))
+
+
+def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
+    schedule, _ = get_schedule(db, schedule_id)
+    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True})
+    for execution_id in ids:
+        cancel_execution(db, execution_id, now, "cancelled: its schedule was deleted")
+    delete_schedule(db, schedule_id)
+    release_held(db, [schedule.task_id])
+    return schedule.task_id, ids
+
+
+def _cancel(db: DB, execution_id: int, now: int) -> str:
+    before = cancel_execution(db, execution_id, now, CANCELLED)
+    if before in UNFINISHED:
+        release_held(db, None)
+    return before
+
+
+def _fire_times(schedule: Schedule, count: int) -> list[int]:
+    """The next firings of a stored schedule, jitter included."""
+    plan = schedule.plan()
+    return plan.upcoming(schedule.settled_until, count) if schedule.is_active else []
+
+
+def _listed_views(rows: Sequence[Execution], query: OutputQuery) -> list[ExecutionView]:
+    if query.output is None:
+        for row in rows:
+            row.output_data = clip_texts(row.output_data)
+    return [execution_view(row) for row in rows]
+
+
+def _next_run(fire: tuple[int, int, str, int], zone: str) -> dict[str, Any]:
+    return {
+        "schedule_id": fire[0],
+        "task_id": fire[1],
+        "task_name": fire[2],
+        "utc": format_instant(fire[3]),
+        "local": format_local(fire[3], zone),
+    }
+
+
+def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
+    """p50, p99 and maximum of recent starts, in seconds behind their slots."""
+    late = sorted(recent)
+    if not late:
+        return {"count": 0, "p50": None, "p99": None, "max": None}
+    return {
+        "count": len(late),
+        "p50": late[len(late) // 2],
+        "p99": late[min(len(late) - 1, len(late) * 99 // 100)],
+        "max": late[-1],
+    }
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+# ======================================================================================================================
+# 9. Operations
+# ======================================================================================================================
+#
+# What can be asked of ChronoTask, once, for both doors: REST makes its routes and its OpenAPI document from this table,
+# MCP its tools. A rule that only one door has would be in the wrong place.
+
+
+@dataclass(frozen=True, slots=True)
+class Args:
+    """The checked arguments of one call: the id in the path, the query and the body, as far as the operation has them."""
+
+    id: int = 0
+    query: Any = None
+    body: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing that can be asked. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it."""
+
+    name: str
+    method: str
+    path: str
+    call: Callable[[Service, Args], Awaitable[Any]]
+    summary: str
+    result: Any = None
+    id_name: str | None = None
+    query: type[Query] | None = None
+    body: type[Input] | None = None
+    status: int = 200
+    location: str | None = None
+    errors: tuple[int, ...] = ()
+    tool: bool = False
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "create_task",
+        "POST",
+        "/tasks",
+        lambda s, a: s.create_task(a.body),
+        "Create a task: what to run",
+        TaskView,
+        body=TaskCreate,
+        status=201,
+        location="/tasks/{id}",
+        errors=(403, 422),
+        tool=True,
+    ),
+    Operation(
+        "list_tasks",
+        "GET",
+        "/tasks",
+        lambda s, a: s.list_tasks(a.query),
+        "List tasks",
+        TaskPage,
+        query=TaskQuery,
+        errors=(422,),
+        tool=True,
+    ),
+    Operation(
+        "get_task",
+        "GET",
+        "/tasks/{id}",
+        lambda s, a: s.get_task(a.id),
+        "Show a task",
+        TaskView,
+        "task_id",
+        errors=(404,),
+        tool=True,
+    ),
+    Operation(
+        "update_task",
+        "PATCH",
+        "/tasks/{id}",
+        lambda s, a: s.update_task(a.id, a.body),
+        "Change the fields of a task that are sent",
+        TaskView,
+        "task_id",
+        body=TaskUpdate,
+        errors=(403, 404, 422),
+        tool=True,
+    ),
+    Operation(
+        "delete_task",
+        "DELETE",
+        "/tasks/{id}",
+        lambda s, a: s.delete_task(a.id),
+        "Delete a task with its schedules and history",
+        None,
+        "task_id",
+        status=204,
+        errors=(404,),
+        tool=True,
+    ),
+    Operation(
+        "execute_task",
+        "POST",
+        "/tasks/{id}/execute",
+        lambda s, a: s.execute_task(a.id, a.query.wait),
+        "Run a task now",
+        ExecutionView,
+        "task_id",
+        query=ExecuteQuery,
+        status=202,
+        location="/executions/{id}",
+        errors=(403, 404, 409, 422),
+        tool=True,
+    ),
+    Operation(
+        "get_task_history",
+        "GET",
+        "/tasks/{id}/history",
+        lambda s, a: s.get_task_history(a.id, a.query),
+        "List the executions of a task, newest first",
+        HistoryPage,
+        "task_id",
+        query=HistoryQuery,
+        errors=(404, 422),
+        tool=True,
+    ),
+    Operation(
+        "create_schedule",
+        "POST",
+        "/schedules",
+        lambda s, a: s.create_schedule(a.body),
+        "Create a schedule: when a task fires",
+        ScheduleView,
+        body=ScheduleCreate,
+        status=201,
+        location="/schedules/{id}",
+        errors=(404, 422),
+        tool=True,
+    ),
+    Operation(
+        "preview_schedule",
+        "POST",
+        "/schedules/preview",
+        lambda s, a: s.preview_schedule(a.body),
+        "Show a schedule's words and next slots without storing it",
+        PreviewView,
+        body=SchedulePreview,
+        errors=(422,),
+        tool=True,
+    ),
+    Operation(
+        "list_schedules",
+        "GET",
+        "/schedules",
+        lambda s, a: s.list_schedules(a.query),
+        "List schedules",
+        SchedulePage,
+        query=ScheduleQuery,
+        errors=(422,),
+        tool=True,
+    ),
+    Operation(
+        "get_schedule",
+        "GET",
+        "/schedules/{id}",
+        lambda s, a: s.get_schedule(a.id),
+        "Show a schedule",
+        ScheduleView,
+        "schedule_id",
+        errors=(404,),
+    ),
+    Operation(
+        "update_schedule",
+        "PATCH",
+        "/schedules/{id}",
+        lambda s, a: s.update_schedule(a.id, a.body),
+        "Change the fields of a schedule that are sent",
+        ScheduleView,
+        "schedule_id",
+        body=ScheduleUpdate,
+        errors=(404, 422),
+        tool=True,
+    ),
+    Operation(
+        "delete_schedule",
+        "DELETE",
+        "/schedules/{id}",
+        lambda s, a: s.delete_schedule(a.id),
+        "Delete a schedule; its history stays",
+        None,
+        "schedule_id",
+        status=204,
+        errors=(404,),
+        tool=True,
+    ),
+    Operation(
+        "list_executions",
+        "GET",
+        "/executions",
+        lambda s, a: s.list_executions(a.query),
+        "List executions, newest first",
+        ExecutionPage,
+        query=ExecutionQuery,
+        errors=(422,),
+    ),
+    Operation(
+        "get_execution",
+        "GET",
+        "/executions/{id}",
+        lambda s, a: s.get_execution(a.id),
+        "Show an execution with its attempts and output",
+        ExecutionView,
+        "execution_id",
+        errors=(404,),
+        tool=True,
+    ),
+    Operation(
+        "cancel_execution",
+        "POST",
+        "/executions/{id}/cancel",
+        lambda s, a: s.cancel_execution(a.id),
+        "End an execution",
+        ExecutionView,
+        "execution_id",
+        errors=(404, 409),
+        tool=True,
+    ),
+    Operation(
+        "get_scheduler_status",
+        "GET",
+        "/scheduler/status",
+        lambda s, a: s.scheduler_status(),
+        "Show the scheduler's state and what comes next",
+        StatusView,
+        tool=True,
+    ),
+    Operation(
+        "pause_scheduler",
+        "POST",
+        "/scheduler/pause",
+        lambda s, a: s.pause_scheduler(),
+        "Stop all firing; survives a restart",
+        StatusView,
+    ),
+    Operation(
+        "resume_scheduler",
+        "POST",
+        "/scheduler/resume",
+        lambda s, a: s.resume_scheduler(),
+        "Fire again, from the next slots on",
+        StatusView,
+    ),
+)
+
+
+# ======================================================================================================================
+# 10. REST
+# ======================================================================================================================
+
+API = "/api/v1"
+MAX_BODY = 1024 * 1024  # bytes
+SERVICE: web.AppKey[Service] = web.AppKey("service")
+# Answers are data: never sniffed as something else, never kept by a cache.
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
+
+
+def json_answer(
+    value: Any, status: int = 200, content_type: str = "application/json", headers: Mapping[str, str] = HEADERS
+) -> web.Response:
+    return web.Response(body=compact(value).encode(), status=status, content_type=content_type, charset="utf-8", headers=headers)
+
+
+def problem(error: ChronoTaskError) -> web.Response:
+    """An error as RFC 9457 problem+json."""
+    body = {
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "errors": [{"field": e.field, "message": e.message} for e in error.errors],
+    }
+    answer = json_answer(body, error.status, "application/problem+json")
+    if error.status == 401:
+        answer.headers["WWW-Authenticate"] = 'Bearer realm="ChronoTask"'
+    return answer
+
+
+# --- Who may ask ------------------------------------------------------------------------------------------------------
+
+
+def split_host(text: str) -> tuple[str, int | None]:
+    """`name:port` or `[v6]:port` as lower-case name and port. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
+    if match is None:
+        raise ValueError
+    return (match[1] or match[2]).lower().rstrip("."), None if match[3] is None else int(match[3])
+
+
+def is_trusted_name(name: str, settings: Settings) -> bool:
+    """Names that cannot have been made to point here by a hostile page (DNS rebinding)."""
+    if name == "localhost" or name in settings.allowed_hosts:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> None:
+    """Raises Forbidden or Unauthorized unless the caller may ask for this. `/health` is open to any Host and needs no token."""
+    if path == "/health":
+        return
+    hosts = headers.getall("Host", [])
+    try:
+        name, port = split_host(hosts[0] if len(hosts) == 1 else "")
+    except ValueError:
+        raise Forbidden("the Host header is missing or malformed") from None
+    if not is_trusted_name(name, settings):
+        raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
+    for origin in headers.getall("Origin", []):
+        _check_origin(origin, name, port, settings)
+    navigates = method in ("GET", "HEAD") and path in BROWSER_PAGES
+    if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
+            raise Forbidden("requests from pages of another site are refused")
+    if settings.api_token is not None and not (navigates and (path != "/" or wants_html(headers))):
+        _check_token(headers, settings.api_token)
+
+
+def _check_origin(origin: str, name: str, port: int | None, settings: Settings) -> None:
+    scheme, _, rest = origin.partition("://")
+    default = {"http": 80, "https": 443}.get(scheme)
+    try:
+        origin_name, origin_port = split_host(rest)
+    except ValueError:
+        raise Forbidden(f"Origin {shown(origin)} is not accepted here") from None
+    same = default is not None and (origin_name, origin_port or default) == (name, port or default)
+    if not same and origin_name not in settings.allowed_hosts:
+        raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
+
+
+def _check_token(headers: CIMultiDictProxy[str], token: str) -> None:
+    scheme, _, given = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
+        raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with the value of CHRONOTASK_API_TOKEN")
+
+
+def wants_html(headers: CIMultiDictProxy[str]) -> bool:
+    return "text/html" in headers.get("Accept", "")
+
+
+@web.middleware
+async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Every request passes here: who may ask is checked before, and every error becomes an answer after."""
+    service = request.app[SERVICE]
+    try:
+        check_caller(request.headers, request.method, request.path, service.settings)
+        return await handler(request)
+    except ChronoTaskError as error:
+        return problem(error)
+    except web.HTTPException as error:
+        return _http_problem(error)
+    except ConnectionResetError:
+        raise  # the client has gone: there is nobody to answer
+    except Exception:
+        logger.exception("%s %s", request.method, shown(request.path))
+        return problem(ChronoTaskError("something went wrong here; the log has the details"))
+
+
+def _http_problem(error: web.HTTPException) -> web.Response:
+    """The framework's own errors in our words."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        answer = problem(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
+        answer.headers["Allow"] = allowed
+        return answer
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return problem(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
+    if isinstance(error, web.HTTPNotFound):
+        return problem(NotFound("there is nothing at this path; GET / lists where to look"))
+    return problem(MalformedBody(error.reason or "the request is malformed"))
+
+
+# --- Bodies and queries -----------------------------------------------------------------------------------------------
+
+
+def load_json(raw: bytes) -> Any:
+    """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\u" in raw:
+            compact(value).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise MalformedBody(f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise MalformedBody("the body is not acceptable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedBody(f"the body is not acceptable JSON: {str(error)[:100]}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+async def read_body(request: web.Request, model: type[Input] | None) -> Any:
+    """The body as `model`; without one, only an empty body (or {}) is taken."""
+    raw = await request.read() if request.body_exists else b""
+    if raw and request.content_type != "application/json":
+        raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
+    if model is None:
+        if raw.strip() and load_json(raw) != {}:
+            raise InvalidInput(FieldError("", "this takes no body"))
+        return None
+    if not raw.strip():
+        raise MalformedBody("a JSON body is needed")
+    value = load_json(raw)
+    if not isinstance(value, dict):
+        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
+    return parse(model, value)
+
+
+def read_query(request: web.Request, model: type[Query] | None) -> Any:
+    known = model.model_fields if model is not None else {}
+    repeated = [name for name in request.query if len(request.query.getall(name)) > 1]
+    if repeated:
+        raise InvalidInput(*(FieldError(name, "must be given once") for name in dict.fromkeys(repeated)))
+    if model is not None:
+        return parse(model, dict(request.query))
+    if request.query:
+        raise InvalidInput(
+            *(FieldError(name, f"unknown parameter; known are {', '.join(known) or 'none'}") for name in request.query)
+        )
+    return None
+
+
+def path_id(request: web.Request) -> int:
+    text = request.match_info.get("id", "0")
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+        raise NotFound(f"{shown(text)} is no id")
+    return int(text)
+
+
+# --- Routes -----------------------------------------------------------------------------------------------------------
+
+
+def operation_handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        args = Args(path_id(request), read_query(request, operation.query), await read_body(request, operation.body))
+        result = await operation.call(request.app[SERVICE], args)
+        if result is None:
+            return web.Response(status=204)
+        over = operation.status == 202 and args.query.wait > 0 and result["status"] in FINISHED
+        answer = json_answer(result, 200 if over else operation.status)
+        if operation.location:
+            answer.headers["Location"] = API + operation.location.format(id=result["id"])
+        return answer
+
+    return handle
+
+
+async def show_root(request: web.Request) -> web.StreamResponse:
+    return json_answer(
+        {
+            "name": "ChronoTask",
+            "version": __version__,
+            "status": "healthy" if request.app[SERVICE].problem() is None else "unhealthy",
+            "links": {"api": API, "health": "/health", "status": f"{API}/scheduler/status"},
+        }
+    )
+
+
+async def show_health(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    reason = service.problem()
+    answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
+    if service.settings.api_token is None:
+        answer |= {"version": __version__, "leader": service.leading, "running": len(service.running)}
+        if reason is not None:
+            answer["reason"] = reason
+    return json_answer(answer, 200 if reason is None else 503)
+
+
+def make_app(service: Service) -> web.Application:
+    """The REST application of a service."""
+    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
+    app[SERVICE] = service
+    for operation in OPERATIONS:
+        handler = operation_handler(operation)
+        for method in ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,):
+            if method == "GET":
+                app.router.add_get(API + operation.path, handler)  # answers HEAD too
+            else:
+                app.router.add_route(method, API + operation.path, handler)
+    app.router.add_get("/", show_root)
+    app.router.add_get("/health", show_health)
+    return app
+
+
+# ======================================================================================================================
+# 12. Main
+# ======================================================================================================================
+
+OPTIONS = {"host": "API_HOST", "port": "API_PORT"}  # options that stand for a setting, and win over its variable
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(message, exit_status=2)
+
+
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises StartupError (status 2) with one line that names what is wrong."""
+    parser = _Parser(prog="chronotask", description="A lightweight, reliable task scheduler.", allow_abbrev=False)
+    parser.add_argument("--mode", choices=("http", "mcp", "both"), default="http", help="what to serve (default: http)")
+    parser.add_argument("--host", help="address to listen on (CHRONOTASK_API_HOST, default 127.0.0.1)")
+    parser.add_argument("--port", help="port of REST and the dashboard (CHRONOTASK_API_PORT, default 8000)")
+    parser.add_argument("--backup", metavar="FILE", help="write a consistent copy of the database to FILE (-: stdout), and end")
+    parser.add_argument("--version", action="version", version=f"ChronoTask {__version__}")
+    return parser.parse_args(argv)
+
+
+def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """Options over variables over defaults. Raises StartupError that names the option or the variable."""
+    given = {ENV_PREFIX + name: value for option, name in OPTIONS.items() if (value := getattr(options, option)) is not None}
+    for option, name in OPTIONS.items():
+        if ENV_PREFIX + name in given:
+            try:
+                Settings.from_env({ENV_PREFIX + name: given[ENV_PREFIX + name] or " "})
+            except StartupError as error:
+                raise StartupError(error.detail.replace(ENV_PREFIX + name, f"--{option}"), exit_status=2) from None
+    settings, warnings = Settings.from_env({**environ, **given})
+    if options.mode == "mcp" and not settings.mcp_enabled:
+        raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
+    return settings, warnings
+
+
+class _Lines(logging.Formatter):
+    """One line a record: whatever a task or a client put into a message cannot forge lines or move the cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        head, _, trace = text.partition("\n")
+        trace = "".join("\n    " + escape_controls(line) for line in trace.splitlines()) if trace else ""
+        return escape_controls(head) + trace
+
+
+def escape_controls(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """To stderr, and to LOG_FILE, which is opened anew when it was moved away (rotation is the operator's)."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if settings.log_file is not None:
+        try:
+            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.handlers.WatchedFileHandler(settings.log_file, encoding="utf-8"))
+        except OSError as error:
+            raise StartupError(
+                f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}: cannot be written: {error.strerror}", 2
+            ) from None
+    for handler in handlers:
+        handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+def hide_from_children() -> int:
+    """Keeps tasks of the same user away from the service's memory, environment and files. Returns the umask before.
+
+    PR_SET_DUMPABLE (4) to 0: /proc/PID belongs to root and ptrace is refused; an exec in a child sets it to 1 again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+    return os.umask(0o077)
+
+
+def use_pidfd() -> None:
+    """3.11's default watcher makes a thread for every child; from 3.12 on pidfd is the default."""
+    if sys.version_info < (3, 12):
+        watcher = asyncio.PidfdChildWatcher()
+        watcher.attach_loop(asyncio.get_running_loop())
+        asyncio.get_event_loop_policy().set_child_watcher(watcher)
+
+
+async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int) -> None:
+    """Runs until SIGTERM or SIGINT (a second one ends at once), or in mode `mcp` until the end of stdin."""
+    use_pidfd()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop)
+    clock = Clock()
+    store = Store(settings.database_url, clock.monotonic)
+    service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service", umask)
+    runner = web.AppRunner(make_app(service), access_log=None, shutdown_timeout=0.2, keepalive_timeout=30)
+    try:
+        await service.start()
+        if mode != "mcp":
+            await runner.setup()
+            await _listen(runner, settings.api_host, settings.api_port, "REST")
+        await stop.wait()
+        logger.info("stopping: running executions get %g s", settings.shutdown_grace)
+    finally:
+        await service.stop()
+        await runner.cleanup()
+        store.close()
+
+
+def _on_signal(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        os._exit(1)
+    stop.set()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int, what: str) -> None:
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+    except (OSError, OverflowError) as error:
+        raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
+    logger.info("%s on http://%s:%d", what, f"[{host}]" if ":" in host else host, runner.addresses[-1][1])
+
+
+def run_backup(settings: Settings, target: str) -> None:
+    """Writes a copy of the database to a file, or to standard output. Raises StartupError."""
+    source = settings.database_url
+    if not source.exists():
+        raise StartupError(f"there is no database {source} to back up")
+    try:
+        if target != "-":
+            backup(source, Path(target).absolute())
+            return
+        if sys.stdout.isatty():
+            raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
+        with tempfile.TemporaryDirectory(dir=source.parent, prefix=".backup-") as folder:
+            backup(source, Path(folder) / "copy.db")
+            with (Path(folder) / "copy.db").open("rb") as copy:
+                shutil.copyfileobj(copy, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    except (OSError, sqlite3.Error) as error:
+        raise StartupError(f"the backup of {source} failed: {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit status: 0, 1 (it cannot run) or 2 (bad option or variable)."""
+    try:
+        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        settings, warnings = load_settings(options, os.environ)
+        umask = hide_from_children()
+        if options.backup is not None:
+            run_backup(settings, options.backup)
+            return 0
+        set_up_logging(settings)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        sys.setswitchinterval(0.0005)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
+        asyncio.run(serve(settings, options.mode, os.environ, umask))
+        return 0
+    except StartupError as error:
+        print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
