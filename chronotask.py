@@ -62,6 +62,7 @@ import heapq
 import hmac
 import importlib.resources
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -87,13 +88,25 @@ import uuid
 import weakref
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntFlag
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, NotRequired, Protocol, TypedDict, TypeVar, cast
+from typing import (
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    NotRequired,  # pydantic reads those of `typing` only from 3.12 on
+    Protocol,
+    TypeVar,
+    cast,
+)
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import aiohttp
@@ -105,12 +118,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
 from pydantic_core import ErrorDetails
+from typing_extensions import TypedDict
 from yarl import URL
 
 __version__ = "1.0.0"
@@ -1650,7 +1665,11 @@ def _env(env: dict[str, str]) -> dict[str, str]:
 
 
 _Text = Annotated[str, AfterValidator(_references)]
-_Timeout = Annotated[int | float, Field(ge=1, le=604800, allow_inf_nan=False, description="Seconds for one attempt.")]
+_Timeout = Annotated[
+    int | float,
+    Field(ge=1, le=604800, allow_inf_nan=False),
+    WithJsonSchema({"type": "number", "minimum": 1, "maximum": 604800, "description": "Seconds for one attempt."}),
+]
 
 
 def _param(value: Any) -> Any:
@@ -2172,6 +2191,41 @@ class ScheduleUpdate(Input):
     max_runs: MaxRuns | None = None
 
 
+_ZONE_SCHEMA = {"type": "string", "description": "IANA time zone; default: the service's"}
+SCHEDULE_CONFIG_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["expression"],
+            "additionalProperties": False,
+            "description": "for cron: 5 fields, or 6 with seconds first",
+            "properties": {
+                "expression": {"type": "string", "maxLength": 200, "examples": ["0 9 * * MON-FRI"]},
+                "timezone": _ZONE_SCHEMA,
+            },
+        },
+        {
+            "type": "object",
+            "required": ["datetime"],
+            "additionalProperties": False,
+            "description": "for once",
+            "properties": {"datetime": {"type": "string", "examples": ["2030-01-31T09:00:00"]}, "timezone": _ZONE_SCHEMA},
+        },
+        {
+            "type": "object",
+            "required": ["seconds"],
+            "additionalProperties": False,
+            "description": "for interval",
+            "properties": {
+                "seconds": {"type": "number", "minimum": 1, "maximum": LONGEST_INTERVAL},
+                "start_date": {"type": "string"},
+                "timezone": _ZONE_SCHEMA,
+            },
+        },
+    ]
+}
+
+
 class TaskQuery(Query):
     status: TaskStatus | None = None
     task_type: TaskType | None = None
@@ -2205,6 +2259,14 @@ class ExecutionQuery(OutputQuery):
     trigger: Trigger | None = None
     before_id: Id | None = None
     limit: Limit = 100
+
+
+class FollowQuery(Query):
+    follow: bool = False
+
+
+class EventQuery(Query):
+    task_id: Id | None = None
 
 
 class ExecuteQuery(Query):
@@ -2353,6 +2415,71 @@ class PreviewView(TypedDict):
     description: str
     note: NotRequired[str]
     upcoming: list[Upcoming]
+
+
+class RecentRun(TypedDict):
+    id: int
+    status: str
+    started_at: str | None
+    duration: float | None
+
+
+class OverviewTask(TaskView):
+    """`success_rate` (0 to 1) and `typical_duration` (the median, seconds) are those of `recent`, oldest first."""
+
+    last_status: str | None
+    success_rate: float | None
+    typical_duration: float | None
+    recent: list[RecentRun]
+
+
+class OverviewPage(TypedDict):
+    total: int
+    skip: int
+    limit: int
+    tasks: list[OverviewTask]
+
+
+def overview_view(task: TaskView, recent: Sequence[Execution]) -> OverviewTask:
+    """A task with its recent executions, which are given oldest first."""
+    judged = [SUCCESS[e.status] for e in recent if e.status in SUCCESS]
+    times = sorted(
+        t for e in recent if e.status == "succeeded" and (t := seconds_between(e.started_at, e.finished_at)) is not None
+    )
+    real = [e.status for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
+    return OverviewTask(
+        **task,
+        last_status=real[-1] if real else None,
+        success_rate=sum(judged) / len(judged) if judged else None,
+        typical_duration=times[len(times) // 2] if times else None,
+        recent=[
+            RecentRun(
+                id=e.id,
+                status=e.status,
+                started_at=instant_or_none(e.started_at),
+                duration=seconds_between(e.started_at, e.finished_at),
+            )
+            for e in recent
+        ],
+    )
+
+
+def output_text(output: dict[str, Any] | None) -> str:
+    """Kept output as plain text: the body, or stdout and then stderr."""
+    if output is None:
+        return ""
+    if "body" in output:
+        body = output["body"]
+        return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=2)
+    stdout, stderr = output.get("stdout") or "", output.get("stderr") or ""
+    break_line = "\n" if stdout and not stdout.endswith("\n") else ""
+    return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
+
+
+def news(recent: bytes, fresh: int) -> bytes:
+    """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
+    lost = fresh - len(recent)
+    return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
 
 
 def instant_or_none(t: int | None) -> str | None:
@@ -2612,6 +2739,10 @@ MIGRATIONS: list[tuple[str, ...]] = [
             execution_id INTEGER NOT NULL REFERENCES executions (id) ON DELETE CASCADE, attempt INTEGER NOT NULL,
             status TEXT NOT NULL, started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, error_message TEXT,
             output_data TEXT, PRIMARY KEY (execution_id, attempt)
+        )""",
+        """CREATE TABLE live_output (
+            execution_id INTEGER NOT NULL, stream TEXT NOT NULL, wanted_until INTEGER NOT NULL, total INTEGER NOT NULL,
+            recent BLOB NOT NULL, PRIMARY KEY (execution_id, stream)
         )""",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
         "INSERT INTO meta VALUES ('paused', 0), ('rev', 0)",
@@ -3016,7 +3147,10 @@ def _columns(row: type[Any]) -> tuple[str, ...]:
 TASK_COLUMNS = _columns(Task)
 SCHEDULE_COLUMNS = _columns(Schedule)
 EXECUTION_COLUMNS = _columns(Execution)
-_RUNS = "execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, started_at, name, task_type, config, max_retries, retry_delay, retry_backoff"
+_RUNS = (
+    "execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, started_at, name, task_type, config, "
+    "max_retries, retry_delay, retry_backoff"
+)
 _TASKS = ", ".join(TASK_COLUMNS)
 _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
@@ -3098,8 +3232,8 @@ def update_schedule(db: DB, schedule: Schedule) -> None:
 
 
 def delete_schedule(db: DB, schedule_id: int) -> None:
+    db.execute("UPDATE tasks SET rev = ? WHERE id = (SELECT task_id FROM schedules WHERE id = ?)", (next_rev(db), schedule_id))
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
-    next_rev(db)
 
 
 def get_task(db: DB, task_id: int) -> Task:
@@ -3299,8 +3433,8 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
-    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, ?1 AS started_at, name,
-            task_type, config, max_retries, retry_delay, retry_backoff
+    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, ?1 AS started_at,
+            name, task_type, config, max_retries, retry_delay, retry_backoff
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
     runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
@@ -3361,7 +3495,8 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
         db.execute(
             """INSERT INTO attempts SELECT e.id, e.attempt, json_extract(value, '$[2]'), e.attempt_started_at,
                 json_extract(value, '$[3]'), e.error_message, e.output_data
-            FROM json_each(?) AS j CROSS JOIN executions AS e ON e.id = json_extract(j.value, '$[0]') WHERE e.status = 'retrying'""",
+            FROM json_each(?) AS j CROSS JOIN executions AS e ON e.id = json_extract(j.value, '$[0]')
+            WHERE e.status = 'retrying'""",
             (text,),
         )
     good = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is True)
@@ -3460,7 +3595,8 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttemp
     if row is None:
         raise NotFound(f"there is no execution {execution_id}")
     past = db.execute(
-        "SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts WHERE execution_id = ? ORDER BY 1",
+        """SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts
+        WHERE execution_id = ? ORDER BY attempt""",
         (execution_id,),
     )
     return _execution(row), [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and json.loads(a[5])) for a in past]
@@ -3544,10 +3680,96 @@ def object_counts(db: DB) -> dict[str, int]:
 def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int]]:
     """The next `limit` firings: schedule id, task id, task name, instant."""
     rows = db.execute(
-        f"SELECT s.id, t.id, t.name, s.next_fire {_S_JOIN} WHERE {_LIVE} AND s.next_fire IS NOT NULL ORDER BY s.next_fire LIMIT ?",
+        f"""SELECT s.id, t.id, t.name, s.next_fire {_S_JOIN} WHERE {_LIVE} AND s.next_fire IS NOT NULL
+        ORDER BY s.next_fire LIMIT ?""",
         (limit,),
     )
     return rows.fetchall()
+
+
+# --- Queries: looking on ----------------------------------------------------------------------------------------------
+
+
+def changed_tasks(db: DB, since_rev: int) -> list[tuple[Task, int | None, bool]]:
+    """Tasks changed after `since_rev`, with their next run and whether they are being deleted."""
+    rows = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN}, deleted FROM tasks WHERE rev > ? LIMIT 1000", (since_rev,))
+    return [(_task(row[:-2]), row[-2], bool(row[-1])) for row in rows]
+
+
+def changed_schedules(db: DB, since_rev: int) -> list[tuple[Schedule, bool]]:
+    rows = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.rev > ? LIMIT 1000", (since_rev,))
+    return [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
+
+
+def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
+    """The highest execution id, and the statuses of unfinished executions."""
+    top = db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()[0]
+    return top, dict(
+        db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY id DESC LIMIT 2000").fetchall()
+    )
+
+
+def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[int]:
+    """Executions that are newer than `after_id`, or no longer have the status that is shown of them."""
+    rows = db.execute("SELECT id FROM executions WHERE id > ? ORDER BY id DESC LIMIT 1000", (after_id,)).fetchall()
+    known = compact([list(item) for item in shown.items()])
+    rows += db.execute(
+        """SELECT e.id FROM json_each(?) AS j CROSS JOIN executions e ON e.id = json_extract(j.value, '$[0]')
+        WHERE e.status <> json_extract(j.value, '$[1]')""",
+        (known,),
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Execution]]:
+    """The last `count` executions of each task, without output, oldest first."""
+    columns = ", ".join(f"e.{name}" if name != "output_data" else "NULL AS output_data" for name in EXECUTION_COLUMNS)
+    source = f"""FROM (SELECT {columns} FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
+        (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id)"""
+    found: dict[int, list[Execution]] = {}
+    for row in fetch(db, _EXECUTIONS, source, (compact(list(task_ids)), count)):
+        found.setdefault(row[1], []).append(_execution(row))
+    return found
+
+
+def task_moments(db: DB, limit: int) -> list[tuple[int, str, int | None, int | None]]:
+    """Of the `limit` tasks that ran last: id, name, last success, next slot."""
+    return db.execute(
+        f"""SELECT id, name, (SELECT finished_at FROM executions e WHERE e.task_id = tasks.id AND e.status = 'succeeded'
+            ORDER BY e.id DESC LIMIT 1), {_NEXT_RUN} FROM tasks WHERE NOT deleted ORDER BY last_run DESC LIMIT ?""",
+        (limit,),
+    ).fetchall()
+
+
+def ask_for_output(db: DB, execution_id: int, until: int) -> list[tuple[str, int, bytes]]:
+    """Asks the process that runs an execution to show its output until `until`; returns what it has shown so far."""
+    db.execute(
+        """INSERT INTO live_output VALUES (?, '', ?, 0, x'')
+        ON CONFLICT DO UPDATE SET wanted_until = excluded.wanted_until""",
+        (execution_id, until),
+    )
+    return shown_output(db, execution_id)
+
+
+def shown_output(db: DB, execution_id: int) -> list[tuple[str, int, bytes]]:
+    """Stream, bytes in all and the last of them, as the process that runs the execution has shown them."""
+    sql = "SELECT stream, total, recent FROM live_output WHERE execution_id = ? AND stream <> ''"
+    return db.execute(sql, (execution_id,)).fetchall()
+
+
+def wanted_output(db: DB, now: int) -> list[int]:
+    return [row[0] for row in db.execute("SELECT execution_id FROM live_output WHERE stream = '' AND wanted_until > ?", (now,))]
+
+
+def show_output(db: DB, news: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
+    """Writes recent output for followers in other processes, and forgets what nobody asks for any more."""
+    for execution_id, streams in news.items():
+        for stream, total, recent in streams:
+            db.execute(
+                "INSERT OR REPLACE INTO live_output VALUES (?, ?, ?, ?, ?)",
+                (execution_id, stream, now + 10_000_000, total, recent),
+            )
+    db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
 
 # --- Queries: retention -----------------------------------------------------------------------------------------------
@@ -3635,6 +3857,11 @@ class Clipper:
     @property
     def truncated(self) -> bool:
         return self.total > self._head_size + self._tail_size
+
+    def recent(self) -> bytes:
+        """The end of the stream, as far as it is kept without a gap."""
+        whole = self.total == len(self._head) + len(self._tail)
+        return bytes(self._head + self._tail if whole else self._tail)
 
     def text(self, encoding: str = "utf-8") -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
@@ -3789,6 +4016,10 @@ class LiveOutput:
     def text(self, stream: str) -> str:
         """What is kept of one stream so far, as text."""
         return self._clippers[stream].text(self.encoding) if stream in self._clippers else ""
+
+    def recent(self) -> list[tuple[str, int, bytes]]:
+        """Of each stream its name, its bytes so far, and the last of them."""
+        return [(name, clipper.total, clipper.recent()) for name, clipper in self._clippers.items()]
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
@@ -4736,7 +4967,6 @@ TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
-BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)  # seconds: the histograms of /metrics
 CANCELLED = "cancelled on request"
 CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
 
@@ -4954,15 +5184,48 @@ class Beat:
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
 
+class Histogram:
+    """How often values fell below each bound, the way Prometheus counts."""
+
+    BOUNDS = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
+        self._sum += value
+
+    def samples(self) -> list[tuple[str, float]]:
+        """Suffix with labels, and value."""
+        bounds = [*map(str, self.BOUNDS), "+Inf"]
+        totals = itertools.accumulate(self._counts)
+        buckets = [(f'_bucket{{le="{bound}"}}', float(total)) for bound, total in zip(bounds, totals, strict=True)]
+        return [*buckets, ("_sum", self._sum), ("_count", float(sum(self._counts)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """A snapshot for /metrics. Instants are microseconds, sizes bytes; `tasks`: id, name, last success, next slot."""
+
+    stats: Stats
+    objects: dict[str, int]
+    executions: dict[str, int]
+    tasks: list[tuple[int, str, int | None, int | None]]
+    database_bytes: int
+    waiting_writes: int
+    leading: bool
+    running_here: int
+
+
 @dataclass(slots=True)
 class Stats:
     """Counts since the start of this process, for /metrics and /scheduler/status. Durations in seconds."""
 
     ended: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # by task type and status
-    durations: list[float] = dataclasses.field(default_factory=lambda: [0.0] * (len(BUCKETS) + 1))
-    duration_sum: float = 0.0
-    late: list[float] = dataclasses.field(default_factory=lambda: [0.0] * (len(BUCKETS) + 1))
-    late_sum: float = 0.0
+    durations: Histogram = dataclasses.field(default_factory=Histogram)
+    lateness: Histogram = dataclasses.field(default_factory=Histogram)
     recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
     loop_lag: float = 0.0
 
@@ -4995,6 +5258,8 @@ class Service:
         self._ready = False  # something may be waiting for a place
         self._wake = asyncio.Event()
         self._rev = -1
+        self._shown: dict[int, str] = {}  # unfinished executions as followers of the feed know them
+        self._shown_up_to = 0
         self._purging: dict[int, asyncio.Task[None]] = {}
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._jobs: set[asyncio.Task[Any]] = set()
@@ -5139,16 +5404,13 @@ class Service:
             return
         stats, run = self.stats, settlement.run
         stats.ended[run.task_type, settlement.status] += 1
-        seconds = (settlement.finished_at - run.started_at) / 1_000_000
-        stats.durations[bisect.bisect_left(BUCKETS, seconds)] += 1
-        stats.duration_sum += seconds
+        stats.durations.add((settlement.finished_at - run.started_at) / 1_000_000)
 
     def _start_run(self, run: Run) -> None:
         if run.trigger == "schedule" and run.attempt == 1 and run.scheduled_for is not None:
             late = max(0.0, (run.started_at - run.scheduled_for) / 1_000_000)
             self.stats.recent_late.append(late)
-            self.stats.late[bisect.bisect_left(BUCKETS, late)] += 1
-            self.stats.late_sum += late
+            self.stats.lateness.add(late)
         active = Active(run, LiveOutput(self.settings.output_limit))
         self.running[run.execution_id] = active
         active.job = self._spawn(self._attempt(active))
@@ -5205,8 +5467,12 @@ class Service:
         await self._look_for_leadership()
         if await self.store.foreign_changes():
             await self._sync()
+            await self._publish_foreign()
         if self.leading and self._drained_owners:
             await self._settle_orphans()
+            for execution_id, at in await self.store.read(retry_timers):
+                self._retries.set(execution_id, at)
+        await self._show_output()
 
     async def _look_for_leadership(self) -> None:
         yielding = self._kind == "mcp" and self._service_alive()
@@ -5286,7 +5552,8 @@ class Service:
 
     async def _sync(self) -> None:
         """Takes up what changed in the store since the last look, whoever changed it."""
-        since, rev = self._rev, await self._load_state()
+        since, paused = self._rev, self.paused
+        rev = await self._load_state()
         if self.leading:
             timers = await self.store.read(partial(live_timers, since_rev=since))
             if since < 0:
@@ -5299,6 +5566,10 @@ class Service:
             for task_id in await self.store.read(deleted_tasks):
                 self._purge(task_id)
         self._rev = rev
+        if self.feed.wanted and since >= 0:
+            await self._publish_changes(since)
+        if self.paused != paused:
+            self.feed.publish("scheduler", None, await self.scheduler_status())
         if self.running:
             for execution_id in await self.store.read(partial(cancel_requests, ids=list(self.running))):
                 self._stop_run(execution_id)
@@ -5378,9 +5649,9 @@ class Service:
             updated_at=now,
         )
         await self.store.write(partial(insert_task, task=task))
-        view = task_view(task, None)
-        self.feed.publish("task", task.id, view)
-        return view
+        if self.feed.wanted:
+            await self._sync()
+        return task_view(task, None)
 
     async def get_task(self, task_id: int) -> TaskView:
         task, next_run = await self.store.read(partial(get_task_with_next_run, task_id=task_id))
@@ -5403,9 +5674,7 @@ class Service:
         self._refuse_when_stopping()
         await self.store.write(partial(self._change_task, task_id=task_id, sent=body.sent(), now=self.clock.now()))
         await self._sync()
-        view = await self.get_task(task_id)
-        self.feed.publish("task", task_id, view)
-        return view
+        return await self.get_task(task_id)
 
     def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
         task = get_task(db, task_id)
@@ -5431,7 +5700,6 @@ class Service:
         await self._sync()
         while await self.store.read(partial(task_exists, task_id=task_id)) and not self.stopping:
             await asyncio.sleep(0.02)
-        self.feed.publish("task", task_id, {"id": task_id, "deleted": True})
 
     # --- use cases: schedules ---
 
@@ -5547,9 +5815,7 @@ class Service:
 
     async def _schedule_changed(self, schedule_id: int) -> ScheduleView:
         await self._sync()
-        view = await self.get_schedule(schedule_id)
-        self.feed.publish("schedule", view["task_id"], view)
-        return view
+        return await self.get_schedule(schedule_id)
 
     # --- use cases: executions ---
 
@@ -5629,10 +5895,103 @@ class Service:
             await self._publish_executions([execution_id])
         return await self.get_execution(execution_id)
 
+    # --- use cases: looking on ---
+
+    async def open_feed(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
+        """Events to come, and those missed since `last_id` (None: too many to know)."""
+        if not self.feed.wanted:
+            self._shown_up_to, self._shown = await self.store.read(unfinished_statuses)
+        return self.feed.open(last_id)
+
     async def _publish_executions(self, ids: Collection[int]) -> None:
-        if ids and self.feed.wanted:
-            for execution in await self.store.read(partial(get_executions, ids=set(ids))):
-                self.feed.publish("execution", execution.task_id, execution_view(execution))
+        if not ids or not self.feed.wanted:
+            return
+        for execution in await self.store.read(partial(get_executions, ids=set(ids))):
+            self.feed.publish("execution", execution.task_id, execution_view(execution))
+            self._shown_up_to = max(self._shown_up_to, execution.id)
+            self._shown[execution.id] = execution.status
+            if execution.status in FINISHED:
+                del self._shown[execution.id]
+
+    async def _publish_foreign(self) -> None:
+        """Executions that other processes queued, started or ended since the last look."""
+        if self.feed.wanted:
+            changed = partial(changed_executions, after_id=self._shown_up_to, shown=self._shown)
+            await self._publish_executions(await self.store.read(changed))
+
+    async def _publish_changes(self, since_rev: int) -> None:
+        tasks, schedules = await self.store.read(lambda db: (changed_tasks(db, since_rev), changed_schedules(db, since_rev)))
+        for task, next_run, deleted in tasks:
+            gone = {"id": task.id, "deleted": True}
+            self.feed.publish("task", task.id, gone if deleted else self._task_view(task, next_run))
+        for schedule, task_active in schedules:
+            self.feed.publish("schedule", schedule.task_id, schedule_view(schedule, task_active and not self.paused))
+
+    async def get_output(self, execution_id: int) -> str:
+        """The kept output as one text."""
+        return output_text((await self.get_execution(execution_id))["output_data"])
+
+    async def follow_output(self, execution_id: int) -> AsyncIterator[bytes]:
+        """What an execution prints, as it comes, until it is over; what was kept, if it is over already.
+
+        Looks four times a second at the bounded output: a slow reader misses some of it, and is told so, but is never
+        buffered for. Raises NotFound.
+        """
+        live: LiveOutput | None = None
+        sent: dict[tuple[int, str], int] = {}
+        while True:
+            execution, _ = await self.store.read(partial(get_execution, execution_id=execution_id))
+            if active := self.running.get(execution_id):
+                live = active.live
+            over = execution.status in FINISHED or self.stopping
+            recent = live.recent() if live is not None else await self._foreign_output(execution)
+            for stream, total, data in recent:
+                before = sent.get((execution.attempt, stream), 0)
+                sent[execution.attempt, stream] = total
+                if total > before:
+                    yield news(data, total - before)
+            if over:
+                if not sent:
+                    yield output_text(execution.output_data).encode()
+                return
+            live = None if execution.status == "retrying" else live
+            await asyncio.sleep(NAP)
+
+    async def _foreign_output(self, execution: Execution) -> list[tuple[str, int, bytes]]:
+        if execution.status == "running":
+            return await self.store.write(partial(ask_for_output, execution_id=execution.id, until=self.clock.now() + 5_000_000))
+        return await self.store.read(partial(shown_output, execution_id=execution.id))
+
+    async def _show_output(self) -> None:
+        """Writes what running executions print for followers in other processes, while there are any."""
+        if not self.running or not (wanted := await self.store.read(partial(wanted_output, now=self.clock.now()))):
+            return
+        news = {key: live.recent() for key in wanted if (active := self.running.get(key)) and (live := active.live)}
+        await self.store.write(partial(show_output, news=news, now=self.clock.now()))
+
+    async def overview(self, query: TaskQuery) -> OverviewPage:
+        """A page of tasks, each with its last 30 executions and what these say about it."""
+        page = await self.list_tasks(query)
+        recent = await self.store.read(partial(recent_executions, task_ids=[task["id"] for task in page["tasks"]], count=30))
+        tasks = [overview_view(task, recent.get(task["id"], [])) for task in page["tasks"]]
+        return OverviewPage(total=page["total"], skip=page["skip"], limit=page["limit"], tasks=tasks)
+
+    async def backup(self) -> BinaryIO:
+        """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
+        target = self.store.path.with_name(f".download-{uuid.uuid4().hex}.db")
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._checks, backup, self.store.path, target)
+            return target.open("rb")
+        except (OSError, sqlite3.Error) as error:
+            raise Unavailable(f"the backup failed: {error}") from None
+        finally:
+            target.unlink(missing_ok=True)
+
+    async def metrics(self) -> Metrics:
+        """Everything that /metrics shows, in the store's words."""
+        counts, tasks = await self.store.read(lambda db: ((object_counts(db), status_counts(db)), task_moments(db, 1000)))
+        size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
+        return Metrics(self.stats, counts[0], counts[1], tasks, size, self.store.waiting_writes, self.leading, len(self.running))
 
     # --- use cases: the scheduler ---
 
@@ -5648,9 +6007,7 @@ class Service:
         self._refuse_when_stopping()
         await self.store.write(partial(_pause_all, paused=paused, now=self.clock.now()))
         await self._sync()
-        status = await self.scheduler_status()
-        self.feed.publish("scheduler", None, status)
-        return status
+        return await self.scheduler_status()
 
     async def scheduler_status(self) -> StatusView:
         """Whether this process leads, what waits and runs, what comes next, how late recent starts were (seconds)."""
@@ -6033,6 +6390,16 @@ OPERATIONS: tuple[Operation, ...] = (
         tool=True,
     ),
     Operation(
+        "overview",
+        "GET",
+        "/overview",
+        lambda s, a: s.overview(a.query),
+        "List tasks with their recent executions",
+        OverviewPage,
+        query=TaskQuery,
+        errors=(422,),
+    ),
+    Operation(
         "create_schedule",
         "POST",
         "/schedules",
@@ -6166,8 +6533,11 @@ OPERATIONS: tuple[Operation, ...] = (
 # ======================================================================================================================
 
 API = "/api/v1"
+HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
+SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
 MAX_BODY = 1024 * 1024  # bytes
 SERVICE: web.AppKey[Service] = web.AppKey("service")
+PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
@@ -6188,7 +6558,7 @@ def problem(error: ChronoTaskError) -> web.Response:
         "detail": error.detail,
         "errors": [{"field": e.field, "message": e.message} for e in error.errors],
     }
-    answer = json_answer(body, error.status, "application/problem+json")
+    answer = json_answer(body, error.status, PROBLEM)
     if error.status == 401:
         answer.headers["WWW-Authenticate"] = 'Bearer realm="ChronoTask"'
     return answer
@@ -6374,14 +6744,52 @@ def operation_handler(operation: Operation) -> Callable[[web.Request], Awaitable
 
 
 async def show_root(request: web.Request) -> web.StreamResponse:
+    """The dashboard to a browser, what this is as JSON to everything else."""
+    if wants_html(request.headers):
+        return await show_page(request)
     return json_answer(
         {
             "name": "ChronoTask",
             "version": __version__,
             "status": "healthy" if request.app[SERVICE].problem() is None else "unhealthy",
-            "links": {"api": API, "health": "/health", "status": f"{API}/scheduler/status"},
+            "links": {
+                "api": API,
+                "status": f"{API}/scheduler/status",
+                "health": "/health",
+                "metrics": "/metrics",
+                "openapi": "/openapi.json",
+                "docs": "/docs",
+            },
         }
     )
+
+
+async def show_page(request: web.Request) -> web.Response:
+    """dashboard.html, at `/` and at `/docs`. Its only scripts and styles are its own: their hashes are the policy."""
+    try:
+        page = DASHBOARD.read_text(encoding="utf-8")
+    except OSError:
+        text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
+        return web.Response(text=text, headers=HEADERS)
+    return web.Response(text=page, content_type="text/html", headers={**HEADERS, **page_policy(page)})
+
+
+DASHBOARD = Path(__file__).absolute().parent / "dashboard.html"
+
+
+@functools.lru_cache(2)
+def page_policy(page: str) -> dict[str, str]:
+    """Security headers of a page: only its own inline scripts and styles run, and it talks to this server alone."""
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
 async def show_health(request: web.Request) -> web.Response:
@@ -6395,19 +6803,319 @@ async def show_health(request: web.Request) -> web.Response:
     return json_answer(answer, 200 if reason is None else 503)
 
 
+async def send_output(request: web.Request) -> web.StreamResponse:
+    """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
+    query = read_query(request, FollowQuery)
+    service, execution_id = request.app[SERVICE], path_id(request)
+    if not query.follow:
+        return web.Response(text=await service.get_output(execution_id), headers=HEADERS)
+    pieces = service.follow_output(execution_id)
+    first = await anext(pieces, b"")
+    answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
+    await answer.prepare(request)
+    await _send(answer, first)
+    async for piece in pieces:
+        await _send(answer, piece)
+    return answer
+
+
+async def _send(answer: web.StreamResponse, data: bytes) -> None:
+    """Raises TimeoutError when the reader has taken nothing for a while: it is dropped."""
+    async with asyncio.timeout(SLOW_READER):
+        await answer.write(data)
+
+
+async def show_events(request: web.Request) -> web.StreamResponse:
+    """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
+    query, service = read_query(request, EventQuery), request.app[SERVICE]
+    reader, missed = await service.open_feed(request.headers.get("Last-Event-ID"))
+    answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
+    try:
+        await answer.prepare(request)
+        await _send(answer, b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
+        for event in missed or ():
+            await _send_event(answer, event, query.task_id)
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    event_or_end = await reader.get()
+            except TimeoutError:
+                await _send(answer, b": still here\n\n")
+                continue
+            if event_or_end is None:
+                return answer
+            await _send_event(answer, event_or_end, query.task_id)
+    except (TimeoutError, ConnectionError):
+        return answer
+    finally:
+        service.feed.close(reader)
+
+
+async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | None) -> None:
+    if task_id is None or event.task_id in (task_id, None):
+        await _send(answer, f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
+
+
+async def show_backup(request: web.Request) -> web.StreamResponse:
+    """A consistent copy of the database. Without a token this would hand all secrets to whoever asks."""
+    service = request.app[SERVICE]
+    if service.settings.api_token is None:
+        raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
+    with await service.backup() as copy:
+        size = os.fstat(copy.fileno()).st_size
+        headers = {
+            **HEADERS,
+            "Content-Type": "application/vnd.sqlite3",
+            "Content-Length": str(size),
+            "Content-Disposition": 'attachment; filename="chronotask.db"',
+        }
+        answer = web.StreamResponse(headers=headers)
+        await answer.prepare(request)
+        while piece := copy.read(262144):
+            await _send(answer, piece)
+        return answer
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    text = metrics_text(await request.app[SERVICE].metrics())
+    return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def metrics_text(metrics: Metrics) -> str:
+    """Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
+    stats, lines = metrics.stats, list[str]()
+
+    def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | int]]) -> None:
+        lines.append(f"# HELP chronotask_{name} {text}\n# TYPE chronotask_{name} {kind}")
+        lines.extend(f"chronotask_{name}{labels} {value}" for labels, value in samples)
+
+    ended = [(f'{{task_type="{kind}",status="{status}"}}', n) for (kind, status), n in sorted(stats.ended.items())]
+    family("executions_total", "counter", "Executions that ended since this process started.", ended)
+    family("execution_duration_seconds", "histogram", "From the start of the last attempt to its end.", stats.durations.samples())
+    family("start_lateness_seconds", "histogram", "From a slot to the start of its execution.", stats.lateness.samples())
+    waiting = [(f'{{status="{status}"}}', n) for status, n in metrics.executions.items()]
+    family("executions", "gauge", "Executions that are not over, of all processes.", waiting)
+    family("executions_running_here", "gauge", "Executions that this process runs.", [("", metrics.running_here)])
+    family("tasks", "gauge", "Tasks.", [("", metrics.objects["tasks"])])
+    active = metrics.objects["active_schedules"]
+    schedules = [('{state="firing"}', active), ('{state="idle"}', metrics.objects["schedules"] - active)]
+    family("schedules", "gauge", "Schedules.", schedules)
+    labels = [(f'{{task_id="{key}",task="{_label(name)}"}}', last, following) for key, name, last, following in metrics.tasks]
+    successes = [(label, last / 1_000_000) for label, last, _ in labels if last is not None]
+    family("task_last_success_timestamp_seconds", "gauge", "End of the last success.", successes)
+    slots = [(label, following / 1_000_000) for label, _, following in labels if following is not None]
+    family("task_next_slot_timestamp_seconds", "gauge", "Next firing.", slots)
+    family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", metrics.database_bytes)])
+    family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", metrics.waiting_writes)])
+    family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])
+    family("leader", "gauge", "Whether this process fires schedules.", [("", int(metrics.leading))])
+    family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)])
+    return "\n".join(lines) + "\n"
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+async def show_openapi(request: web.Request) -> web.Response:
+    return json_answer(openapi())
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A route that is no operation: outside of the API, or a stream. `answers` are its statuses with their media types."""
+
+    path: str
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    summary: str
+    answers: Mapping[int, str]
+    query: type[Query] | None = None
+    header: str | None = None
+
+
+PAGES: tuple[Page, ...] = (
+    Page("/", show_root, "What this is; the dashboard to a browser", {200: "application/json"}),
+    Page("/health", show_health, "Whether the service works; needs no token", {200: "application/json", 503: "application/json"}),
+    Page("/metrics", show_metrics, "Metrics in Prometheus text format", {200: "text/plain"}),
+    Page("/openapi.json", show_openapi, "This document", {200: "application/json"}),
+    Page("/docs", show_page, "This document to read and to try", {200: "text/html"}),
+    Page(
+        API + "/executions/{id}/output",
+        send_output,
+        "The kept output as plain text; follow=true streams it while the execution runs",
+        {200: "text/plain", 404: PROBLEM, 422: PROBLEM},
+        FollowQuery,
+    ),
+    Page(
+        API + "/events",
+        show_events,
+        "Changes as server-sent events: execution, task, schedule, scheduler, reset",
+        {200: "text/event-stream", 422: PROBLEM},
+        EventQuery,
+        "Last-Event-ID",
+    ),
+    Page(API + "/backup", show_backup, "A consistent copy of the database", {200: "application/vnd.sqlite3", 403: PROBLEM}),
+)
+
+
+# --- OpenAPI ----------------------------------------------------------------------------------------------------------
+
+
+_EXAMPLES: dict[type[Input], dict[str, Any]] = {
+    TaskCreate: {
+        "name": "nightly backup",
+        "task_type": "bash",
+        "config": {"command": "backup.sh", "args": ["--full"], "timeout": 3600},
+    },
+    TaskUpdate: {"status": "paused"},
+    ScheduleCreate: {
+        "task_id": 1,
+        "schedule_type": "cron",
+        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"},
+    },
+    ScheduleUpdate: {"is_active": False},
+    SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
+}
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "errors"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "message"],
+                "properties": {"field": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    },
+}
+
+
+@functools.cache
+def openapi() -> dict[str, Any]:
+    """The OpenAPI 3.1 document of everything that can be asked, from the models and the two tables of routes."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        for method in _methods(operation):
+            paths.setdefault(API + operation.path, {})[method.lower()] = _operation_document(operation, method)
+    for page in PAGES:
+        paths.setdefault(page.path, {})["get"] = _page_document(page)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ChronoTask",
+            "version": __version__,
+            "description": "A task scheduler: HTTP requests and bash commands.",
+        },
+        "paths": paths,
+        "components": {"schemas": _component_schemas(), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],
+    }
+
+
+def _component_schemas() -> dict[str, Any]:
+    models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
+    adapters = [(m.__name__, "validation", TypeAdapter(m)) for m in (*models, HttpConfig, BashConfig)]
+    schemas = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")[1]["$defs"]
+    task_config = {"anyOf": [{"$ref": "#/components/schemas/HttpConfig"}, {"$ref": "#/components/schemas/BashConfig"}]}
+    for name in ("TaskCreate", "TaskUpdate"):
+        schemas[name]["properties"]["config"] = task_config
+    for name in ("ScheduleCreate", "ScheduleUpdate", "SchedulePreview"):
+        schemas[name]["properties"]["schedule_config"] = SCHEDULE_CONFIG_SCHEMA
+    return {**schemas, "Problem": _PROBLEM_SCHEMA}
+
+
+def _operation_document(o: Operation, method: str) -> dict[str, Any]:
+    answer = {"description": o.summary}
+    if o.result is not None:
+        answer["content"] = {"application/json": {"schema": _schema_of(o.result)}}  # type: ignore[assignment]
+    statuses = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((413, 415) if method != "GET" else ())}
+    document = {
+        "operationId": o.name if method != "PUT" else o.name.replace("update", "put"),
+        "summary": o.summary,
+        "parameters": [*([_ID_PARAMETER] if o.id_name else []), *_query_parameters(o.query)],
+        "responses": {str(o.status): answer, **({"200": answer} if o.status == 202 else {}), **_problems(statuses)},
+    }
+    if o.body is not None:
+        content = {"application/json": {"schema": _schema_of(o.body), "example": _EXAMPLES[o.body]}}
+        document["requestBody"] = {"required": True, "content": content}
+    return document
+
+
+def _page_document(page: Page) -> dict[str, Any]:
+    header = {"name": page.header, "in": "header", "schema": {"type": "string"}}
+    id_parameter = [_ID_PARAMETER] if "{id}" in page.path else []
+    good = {
+        str(status): {"description": page.summary, "content": {media: {"schema": _media_schema(media)}}}
+        for status, media in page.answers.items()
+        if media != PROBLEM
+    }
+    wrong = {status for status, media in page.answers.items() if media == PROBLEM}
+    return {
+        "operationId": page.handler.__name__ if page.path != "/docs" else "show_docs",
+        "summary": page.summary,
+        "parameters": [*id_parameter, *_query_parameters(page.query), *([header] if page.header else [])],
+        "responses": {**good, **_problems(wrong | ({400, 401, 403, 503} if page.path != "/health" else {400}))},
+        **({"security": []} if page.path == "/health" else {}),
+    }
+
+
+_ID_PARAMETER = {"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID}}
+
+
+def _schema_of(model: Any) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _media_schema(media: str) -> dict[str, Any]:
+    return {"type": "object"} if media == "application/json" else {"type": "string"}
+
+
+def _problems(statuses: Iterable[int]) -> dict[str, Any]:
+    titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
+    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {str(status): {"description": titles[status], "content": content} for status in sorted(statuses)}
+
+
+def _query_parameters(model: type[Query] | None) -> list[dict[str, Any]]:
+    if model is None:
+        return []
+    properties = model.model_json_schema()["properties"]
+    return [{"name": name, "in": "query", "schema": _without_null(schema)} for name, schema in properties.items()]
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A query parameter is left out, never null."""
+    arms = [arm for arm in schema.get("anyOf", []) if arm != {"type": "null"}]
+    lean = {key: value for key, value in schema.items() if key not in ("anyOf", "title") and (key, value) != ("default", None)}
+    return {**lean, **(arms[0] if len(arms) == 1 else {})}
+
+
+# --- The application --------------------------------------------------------------------------------------------------
+
+
+def _methods(operation: Operation) -> tuple[str, ...]:
+    return ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
+
+
 def make_app(service: Service) -> web.Application:
     """The REST application of a service."""
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app[SERVICE] = service
     for operation in OPERATIONS:
         handler = operation_handler(operation)
-        for method in ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,):
+        for method in _methods(operation):
             if method == "GET":
                 app.router.add_get(API + operation.path, handler)  # answers HEAD too
             else:
                 app.router.add_route(method, API + operation.path, handler)
-    app.router.add_get("/", show_root)
-    app.router.add_get("/health", show_health)
+    for page in PAGES:
+        app.router.add_get(page.path, page.handler)
     return app
 
 
