@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.13.3", "croniter>=6.0.0", "mcp>=2.0.0"]
+# dependencies = ["aiohttp>=3.14.0", "croniter>=6.0.0", "mcp>=2.0.0"]
 # ///
 """ChronoTask: a lightweight, reliable task scheduler in one module.
 
@@ -71,6 +71,7 @@ import os
 import queue
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -143,6 +144,7 @@ logger = logging.getLogger("chronotask")
 # ├── Forbidden                      403
 # ├── NotFound                       404
 # ├── MethodNotAllowed               405
+# ├── RequestTimeout                 408
 # ├── Conflict                       409
 # ├── BodyTooLarge                   413
 # ├── UnsupportedMedia               415
@@ -202,6 +204,11 @@ class NotFound(ChronoTaskError):
 class MethodNotAllowed(ChronoTaskError):
     status = 405
     title = "Method not allowed"
+
+
+class RequestTimeout(ChronoTaskError):
+    status = 408
+    title = "Request timeout"
 
 
 class Conflict(ChronoTaskError):
@@ -1383,15 +1390,6 @@ def judge_overlap(policy: str, others: int, waiting: int) -> str:
     return policy
 
 
-def zone_rules(name: str) -> str:
-    """A digest of the zone's rules: it changes when a tzdata release changes them."""
-    for folder in zoneinfo.TZPATH:
-        if (file := Path(folder, name)).is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
-    packaged = importlib.resources.files("tzdata").joinpath("zoneinfo", *name.split("/"))
-    return hashlib.sha256(packaged.read_bytes()).hexdigest()
-
-
 # ======================================================================================================================
 # 3. Models
 # ======================================================================================================================
@@ -1876,6 +1874,14 @@ LIST_TEXT_LIMIT = 4096  # characters of each output text in lists
 MAX_RETRY_WAIT = 3600.0  # seconds
 
 
+def compact(value: Any) -> str:
+    """`value` as compact JSON text."""
+    return _ENCODER.encode(value)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 class Hold(IntFlag):
     """Why a `queued` execution may not start yet, and what lifts it."""
 
@@ -1941,6 +1947,13 @@ class Schedule:
         timing = make_timing(self.schedule_type, self.schedule_config, self.created_at)
         left = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
         return Plan(timing, self.id, self.start_at, self.end_at, self.jitter, self.catchup, self.catchup_window, left)
+
+    def describe(self) -> str:
+        """The schedule in words; a damaged one says what is wrong."""
+        try:
+            return self.plan().timing.describe()
+        except Exception as error:
+            return f"this schedule cannot be evaluated: {error!r}"
 
     def move_to(self, next_slot: int | None, plan: Plan) -> None:
         """Sets what comes next; without a next slot the schedule is over."""
@@ -2017,6 +2030,11 @@ class Run:
     max_retries: int
     retry_delay: float
     retry_backoff: float
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Raises ValueError when the row is damaged."""
+        return cast(dict[str, Any], json.loads(self.config_text))
 
     @property
     def run_id(self) -> str:
@@ -2532,7 +2550,7 @@ def schedule_view(schedule: Schedule, live: bool) -> ScheduleView:
         last_run=instant_or_none(schedule.last_run),
         next_run=instant_or_none(schedule.next_fire) if live and schedule.is_active else None,
         run_count=schedule.run_count,
-        description=schedule.plan().timing.describe(),
+        description=schedule.describe(),
     )
 
 
@@ -2581,7 +2599,7 @@ def attempt_views(execution: Execution, past: Sequence[PastAttempt]) -> list[Att
     """All attempts of an execution, oldest first: the last one lives on the execution itself."""
     views = [_attempt_view(a.attempt, a.status, a.started_at, a.finished_at, a.error_message, a.output_data) for a in past]
     e = execution
-    if e.attempt_started_at is not None and e.status != "retrying":
+    if e.attempt_started_at is not None and e.attempt not in {attempt.attempt for attempt in past}:
         views.append(_attempt_view(e.attempt, e.status, e.attempt_started_at, e.finished_at, e.error_message, e.output_data))
     return views
 
@@ -2753,14 +2771,6 @@ UNFINISHED_SQL = "status IN ('queued', 'running', 'retrying')"  # to the letter,
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
-
-
-def compact(value: Any) -> str:
-    """`value` as compact JSON text."""
-    return _ENCODER.encode(value)
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 class _Worker(threading.Thread):
@@ -3079,6 +3089,15 @@ def backup(path: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def zone_rules(name: str) -> str:
+    """A digest of the zone's rules: it changes when a tzdata release changes them."""
+    for folder in zoneinfo.TZPATH:
+        if (file := Path(folder, name)).is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+    packaged = importlib.resources.files("tzdata").joinpath("zoneinfo", *name.split("/"))
+    return hashlib.sha256(packaged.read_bytes()).hexdigest()
+
+
 # --- The leader's lock ------------------------------------------------------------------------------------------------
 
 
@@ -3163,15 +3182,24 @@ def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> li
     return cast(list[list[Any]], json.loads(text))
 
 
+def _object(text: str) -> dict[str, Any]:
+    """A stored JSON object; {} for a damaged one, so that one broken row does not stop the others."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _task(row: Sequence[Any]) -> Task:
     task = Task(*row)
-    task.config = json.loads(row[5])
+    task.config = _object(row[5])
     return task
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:
     schedule = Schedule(*row)
-    schedule.schedule_config = json.loads(row[3])
+    schedule.schedule_config = _object(row[3])
     schedule.is_active = bool(schedule.is_active)
     return schedule
 
@@ -3309,9 +3337,12 @@ def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[tuple[Schedu
     return total, [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
 
 
-def schedules_of(db: DB, task_id: int | None = None) -> list[Schedule]:
-    """The active schedules of a task, or all active ones."""
-    where, values = _where({"is_active": True, "task_id = ?": task_id})
+def active_schedules(
+    db: DB, task_id: int | None = None, zone: str | None = None, settled_after: int | None = None
+) -> list[Schedule]:
+    """Active schedules: of a task, in a time zone, or settled up to later than an instant."""
+    in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
+    where, values = _where({"is_active": True, "task_id = ?": task_id, in_zone: zone, "settled_until > ?": settled_after})
     return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", values)]
 
 
@@ -3320,10 +3351,12 @@ def live_schedules(db: DB) -> list[Schedule]:
     return [_schedule(row) for row in db.execute(f"SELECT {_S} {_S_JOIN} WHERE {_LIVE}")]
 
 
-def cron_zones(db: DB) -> list[str]:
-    """The time zones of active cron schedules."""
+def used_zones(db: DB) -> list[str]:
+    """The time zones of active schedules."""
     zone = "json_extract(schedule_config, '$.timezone')"
-    return [row[0] for row in db.execute(f"SELECT DISTINCT {zone} FROM schedules WHERE is_active AND schedule_type = 'cron'")]
+    return [
+        row[0] for row in db.execute(f"SELECT DISTINCT {zone} FROM schedules WHERE is_active AND json_valid(schedule_config)")
+    ]
 
 
 def all_task_ids(db: DB) -> list[int]:
@@ -3363,6 +3396,7 @@ def mark_deleted(db: DB, task_id: int) -> None:
     """Makes a task invisible; the leader then ends its executions and removes its rows."""
     get_task(db, task_id)
     db.execute("UPDATE tasks SET deleted = 1, rev = ? WHERE id = ?", (next_rev(db), task_id))
+    hold_disabled(db, task_id, True)  # a place that a killed execution leaves must not start the next one
 
 
 def deleted_tasks(db: DB) -> list[int]:
@@ -3477,6 +3511,7 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
             s.next_attempt_at,
             s.error_message,
             s.output and compact(s.output),
+            s.run.attempt,
         ]
         for s in settlements
     ]
@@ -3487,8 +3522,9 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
             finished_at = CASE WHEN new = 'retrying' AND NOT cancel_requested THEN NULL ELSE ended END,
             next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE again END
         FROM (SELECT json_extract(value, '$[0]') AS key, json_extract(value, '$[1]') AS new, json_extract(value, '$[3]') AS ended,
-            json_extract(value, '$[4]') AS again, json_extract(value, '$[5]') AS error, json_extract(value, '$[6]') AS output
-            FROM json_each(?)) WHERE executions.id = key AND executions.status = 'running'""",
+            json_extract(value, '$[4]') AS again, json_extract(value, '$[5]') AS error, json_extract(value, '$[6]') AS output,
+            json_extract(value, '$[7]') AS number FROM json_each(?))
+        WHERE executions.id = key AND executions.status = 'running' AND executions.attempt = number""",
         (text,),
     )
     if any(s.status == "retrying" for s in settlements):
@@ -3509,7 +3545,7 @@ def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
     """Executions whose `next_attempt_at` has come wait for a place, unless their task is disabled."""
     db.execute(
         """UPDATE executions SET status = 'queued' WHERE id IN (SELECT value FROM json_each(?)) AND status = 'retrying'
-            AND next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id) <> 'disabled'""",
+            AND next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'""",
         (compact(ids), now),
     )
 
@@ -5258,6 +5294,10 @@ class Service:
         self._ready = False  # something may be waiting for a place
         self._wake = asyncio.Event()
         self._rev = -1
+        self._looking = asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None
+        self._stale = False  # another process has written what this one has not taken up yet
+        self._heart_job: asyncio.Task[None] | None = None
         self._shown: dict[int, str] = {}  # unfinished executions as followers of the feed know them
         self._shown_up_to = 0
         self._purging: dict[int, asyncio.Task[None]] = {}
@@ -5295,10 +5335,11 @@ class Service:
         await self._until_idle(self.settings.shutdown_grace)
         for active in self.running.values():
             active.live.stop("interrupted")
-        await self._until_idle(1.6)
+        await self._until_idle(1.4)
         self._closed = True  # the heart ends by itself: cancelled in mid-write it would not know what was written
         self._wake.set()
-        await asyncio.wait({self._heart_job}, timeout=0.2)
+        if self._heart_job is not None:
+            await asyncio.wait({self._heart_job}, timeout=0.2)
         for job in list(self._jobs):
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -5421,7 +5462,7 @@ class Service:
             run.task_id, run.task_name, run.execution_id, run.schedule_id, run.scheduled_for, run.attempt, run.run_id, run.uuid
         )
         try:
-            config = json.loads(run.config_text)
+            config = run.config
             if run.task_type == "bash":
                 outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
             else:
@@ -5444,7 +5485,7 @@ class Service:
         now = self.clock.now()
         logger.warning("the clock was set back by 3 hours or more: schedules go on from %s", format_instant(now))
         if self.leading:
-            await self.store.write(partial(_restart_slots, now=now))
+            await self.store.write(partial(_restart_slots, now=now, settled_after=now))
             await self._sync()
 
     # --- leadership, and what other processes do ---
@@ -5465,9 +5506,11 @@ class Service:
         if self.stopping:
             return
         await self._look_for_leadership()
-        if await self.store.foreign_changes():
+        self._stale = await self.store.foreign_changes() or self._stale
+        if self._stale:
             await self._sync()
             await self._publish_foreign()
+            self._stale = False
         if self.leading and self._drained_owners:
             await self._settle_orphans()
             for execution_id, at in await self.store.read(retry_timers):
@@ -5497,7 +5540,7 @@ class Service:
         await self.store.set_leading(True)
         await self._settle_orphans()
         now = self.clock.now()
-        await self.store.write(partial(_restart_slots, now=now, only_after=now + CORRECTION))
+        await self.store.write(partial(_restart_slots, now=now, settled_after=now + CORRECTION))
         await self._check_zone_rules()
         self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
         self.leading, self._rev, self._ready = True, -1, True
@@ -5539,8 +5582,11 @@ class Service:
     async def _check_zone_rules(self) -> None:
         """Slots of zones whose rules have changed since the last start are computed anew."""
         await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
-        for zone in await self.store.read(cron_zones):
-            rules = zone_rules(zone)
+        for zone in await self.store.read(used_zones):
+            try:
+                rules = zone_rules(zone)
+            except (OSError, ValueError):  # a damaged row: its claim will say so
+                continue
             known = await self.store.read(partial(get_meta, key=f"zone:{zone}"))
             if known != rules:
                 await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules, recompute=known is not None))
@@ -5551,7 +5597,20 @@ class Service:
         return int(rev)
 
     async def _sync(self) -> None:
-        """Takes up what changed in the store since the last look, whoever changed it."""
+        """Takes up what changed in the store since the last look, whoever changed it.
+
+        Callers that come while a look is waiting for its turn share it: it will see what each of them wrote.
+        """
+        if self._next_look is None:
+            self._next_look = self._spawn(self._look())
+        await asyncio.shield(self._next_look)
+
+    async def _look(self) -> None:
+        async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
+            self._next_look = None
+            await self._take_up_changes()
+
+    async def _take_up_changes(self) -> None:
         since, paused = self._rev, self.paused
         rev = await self._load_state()
         if self.leading:
@@ -5718,7 +5777,7 @@ class Service:
         await self.store.write(insert)
         return await self._schedule_changed(schedule.id)
 
-    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int, after: int | None = None) -> Schedule:
+    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int, after: str | None = None) -> Schedule:
         """A schedule as `body` describes it, placed before its first slot after `after` (None: now)."""
         config = check_schedule_config(body.schedule_type, body.schedule_config, self.settings.scheduler_timezone, now)
         bounds = _bounds(body.start_at, body.end_at, str(config["timezone"]))
@@ -5737,7 +5796,7 @@ class Service:
             max_runs=body.max_runs,
             created_at=now,
             updated_at=now,
-            settled_until=now if after is None else after,
+            settled_until=now if after is None else _instant("after", after, str(config["timezone"])),
         )
         _place(schedule)
         if not schedule.is_active:
@@ -5753,10 +5812,8 @@ class Service:
         return await self._in_checks(partial(self._preview, body, self.clock.now()))
 
     def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
-        zone = body.schedule_config.get("timezone") or self.settings.scheduler_timezone
-        after = now if body.after is None else _instant("after", body.after, zone)
-        schedule = self._new_schedule(body, 0, now, after)
-        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
+        schedule = self._new_schedule(body, 0, now, body.after)
+        after, plan = schedule.settled_until, dataclasses.replace(schedule.plan(), schedule_id=None)
         view = PreviewView(
             description=plan.timing.describe(), upcoming=upcoming_view(plan.upcoming(after, body.count), schedule.zone)
         )
@@ -6097,19 +6154,18 @@ def _settle_dead(db: DB, settlements: Sequence[Settlement]) -> None:
     release_held(db, None)
 
 
-def _restart_slots(db: DB, now: int, only_after: int | None = None) -> None:
+def _restart_slots(db: DB, now: int, settled_after: int) -> None:
     """Computes next slots from `now` where the last claimed one lies in the future: the clock was wrong before."""
-    for schedule in schedules_of(db):
-        if schedule.settled_until > (now if only_after is None else only_after):
-            schedule.settled_until = now
-            _place(schedule)
-            update_schedule(db, schedule)
+    for schedule in active_schedules(db, settled_after=settled_after):
+        schedule.settled_until = now
+        _place(schedule)
+        update_schedule(db, schedule)
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str, recompute: bool) -> None:
     set_meta(db, f"zone:{zone}", rules)
-    for schedule in schedules_of(db) if recompute else ():
-        if schedule.zone == zone and schedule.schedule_type == "cron":
+    for schedule in active_schedules(db, zone=zone) if recompute else ():
+        if schedule.schedule_type != "interval":
             _place(schedule)
             update_schedule(db, schedule)
 
@@ -6124,7 +6180,7 @@ def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
     if "disabled" in (before, task.status):
         hold_disabled(db, task.id, task.status == "disabled")
     if task.status == "active":
-        _resume(db, schedules_of(db, task.id), now)
+        _resume(db, active_schedules(db, task.id), now)
 
 
 def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
@@ -6534,6 +6590,7 @@ OPERATIONS: tuple[Operation, ...] = (
 
 API = "/api/v1"
 HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
+SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
 MAX_BODY = 1024 * 1024  # bytes
 SERVICE: web.AppKey[Service] = web.AppKey("service")
@@ -6689,7 +6746,11 @@ def _refuse_constant(name: str) -> Any:
 
 async def read_body(request: web.Request, model: type[Input] | None) -> Any:
     """The body as `model`; without one, only an empty body (or {}) is taken."""
-    raw = await request.read() if request.body_exists else b""
+    try:
+        async with asyncio.timeout(SLOW_BODY):
+            raw = await request.read() if request.body_exists else b""
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
     if model is None:
@@ -7034,7 +7095,7 @@ def _operation_document(o: Operation, method: str) -> dict[str, Any]:
     answer = {"description": o.summary}
     if o.result is not None:
         answer["content"] = {"application/json": {"schema": _schema_of(o.result)}}  # type: ignore[assignment]
-    statuses = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((413, 415) if method != "GET" else ())}
+    statuses = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((408, 413, 415) if method != "GET" else ())}
     document = {
         "operationId": o.name if method != "PUT" else o.name.replace("update", "put"),
         "summary": o.summary,
@@ -7115,7 +7176,7 @@ def make_app(service: Service) -> web.Application:
             else:
                 app.router.add_route(method, API + operation.path, handler)
     for page in PAGES:
-        app.router.add_get(page.path, page.handler)
+        app.router.add_get(page.path, page.handler, allow_head=not page.path.startswith(API))  # no HEAD of a stream
     return app
 
 
@@ -7213,14 +7274,16 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop)
     clock = Clock()
+    sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service", umask)
     runner = web.AppRunner(make_app(service), access_log=None, shutdown_timeout=0.2, keepalive_timeout=30)
     try:
         await service.start()
-        if mode != "mcp":
-            await runner.setup()
-            await _listen(runner, settings.api_host, settings.api_port, "REST")
+        await runner.setup()
+        for sock in sockets:
+            await web.SockSite(runner, sock, backlog=1024).start()
+            logger.info("REST on http://%s:%d", *address_of(sock))
         await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
@@ -7235,12 +7298,47 @@ def _on_signal(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int, what: str) -> None:
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of `host`, bound before anything runs: a port that is taken must not start a scheduler."""
     try:
-        await web.TCPSite(runner, host, port, backlog=1024).start()
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return [_bound(family, address) for family, _, _, _, address in found]
     except (OSError, OverflowError) as error:
         raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
-    logger.info("%s on http://%s:%d", what, f"[{host}]" if ":" in host else host, runner.addresses[-1][1])
+
+
+def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the IPv4 address has a socket of its own
+    sock.bind(address)
+    return sock
+
+
+def address_of(sock: socket.socket) -> tuple[str, int]:
+    host, port = sock.getsockname()[:2]
+    return (f"[{host}]" if ":" in host else host), port
+
+
+def warn_if_open(settings: Settings) -> None:
+    """Listening on more than loopback without a token hands a shell to the network: said once, loudly."""
+    try:
+        local = ipaddress.ip_address(settings.api_host).is_loopback
+    except ValueError:
+        local = settings.api_host == "localhost"
+    if not local and settings.api_token is None:
+        logger.warning(
+            "ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", settings.api_host
+        )
+
+
+def allow_connections() -> None:
+    """Room for thousands of idle connections beside the work: the usual soft limit is 1024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def run_backup(settings: Settings, target: str) -> None:
@@ -7275,12 +7373,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(settings)
         for warning in warnings:
             logger.warning("%s", warning)
+        if options.mode != "mcp":
+            warn_if_open(settings)
+        allow_connections()
         sys.setswitchinterval(0.0005)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, os.environ, umask))
         return 0
-    except StartupError as error:
+    except ChronoTaskError as error:
         print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
-        return error.exit_status
+        return getattr(error, "exit_status", 1)
 
 
 if __name__ == "__main__":
