@@ -2784,7 +2784,7 @@ class _Worker(threading.Thread):
         open_ended = True
         while open_ended:
             batch = [self._calls.get()]
-            while len(batch) < 500:
+            while len(batch) < 500 and batch[-1] is not None:  # a worker takes one end mark, not its sibling's too
                 try:
                     batch.append(self._calls.get_nowait())
                 except queue.Empty:
