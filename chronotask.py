@@ -472,7 +472,13 @@ def _clock_face(t: int) -> datetime:
 
 def format_instant(t: int) -> str:
     """`t` as ISO 8601 in UTC: `2026-11-24T05:00:00Z`, with six decimals when it is no whole second."""
-    return _clock_face(t).isoformat() + "Z"
+    second, rest = divmod(t, SECOND)
+    return f"{_second_text(second)}.{rest:06d}Z" if rest else _second_text(second) + "Z"
+
+
+@functools.lru_cache(maxsize=4096)
+def _second_text(second: int) -> str:
+    return _clock_face(second * SECOND).isoformat()
 
 
 def format_local(t: int, zone: str) -> str:
@@ -2020,15 +2026,10 @@ class Run:
     started_at: int
     task_name: str
     task_type: str
-    config_text: str
+    config: Any  # an object, or the text of a damaged one
     max_retries: int
     retry_delay: float
     retry_backoff: float
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Raises ValueError when the row is damaged."""
-        return cast(dict[str, Any], json.loads(self.config_text))
 
     @property
     def run_id(self) -> str:
@@ -2093,7 +2094,7 @@ class Query(BaseModel):
 
 
 def _line(text: str) -> str:
-    if not text.strip() or any(ord(c) < 32 or ord(c) == 127 for c in text):
+    if not text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
         raise ValueError("must not be blank or contain control characters")
     return text
 
@@ -2504,48 +2505,48 @@ def seconds_between(start: int | None, end: int | None) -> float | None:
 
 def task_view(task: Task, next_run: int | None) -> TaskView:
     """What a client sees of a task: secrets are masked."""
-    return TaskView(
-        id=task.id,
-        name=task.name,
-        description=task.description,
-        task_type=task.task_type,
-        status=task.status,
-        config=mask_config(task.task_type, task.config),
-        max_retries=task.max_retries,
-        retry_delay=task.retry_delay,
-        retry_backoff=task.retry_backoff,
-        created_at=format_instant(task.created_at),
-        updated_at=format_instant(task.updated_at),
-        last_run=instant_or_none(task.last_run),
-        next_run=instant_or_none(next_run),
-        run_count=task.run_count,
-        success_count=task.success_count,
-        failure_count=task.failure_count,
-    )
+    return {
+        "id": task.id,
+        "name": task.name,
+        "description": task.description,
+        "task_type": task.task_type,
+        "status": task.status,
+        "config": mask_config(task.task_type, task.config),
+        "max_retries": task.max_retries,
+        "retry_delay": task.retry_delay,
+        "retry_backoff": task.retry_backoff,
+        "created_at": format_instant(task.created_at),
+        "updated_at": format_instant(task.updated_at),
+        "last_run": instant_or_none(task.last_run),
+        "next_run": instant_or_none(next_run),
+        "run_count": task.run_count,
+        "success_count": task.success_count,
+        "failure_count": task.failure_count,
+    }
 
 
 def schedule_view(schedule: Schedule, live: bool) -> ScheduleView:
     """What a client sees of a schedule in a list. `live`: neither its task nor the scheduler is paused."""
-    return ScheduleView(
-        id=schedule.id,
-        task_id=schedule.task_id,
-        schedule_type=schedule.schedule_type,
-        schedule_config=schedule.schedule_config,
-        is_active=schedule.is_active,
-        overlap=schedule.overlap,
-        catchup=schedule.catchup,
-        catchup_window=schedule.catchup_window,
-        jitter=schedule.jitter,
-        start_at=instant_or_none(schedule.start_at),
-        end_at=instant_or_none(schedule.end_at),
-        max_runs=schedule.max_runs,
-        created_at=format_instant(schedule.created_at),
-        updated_at=format_instant(schedule.updated_at),
-        last_run=instant_or_none(schedule.last_run),
-        next_run=instant_or_none(schedule.next_fire) if live and schedule.is_active else None,
-        run_count=schedule.run_count,
-        description=schedule.describe(),
-    )
+    return {
+        "id": schedule.id,
+        "task_id": schedule.task_id,
+        "schedule_type": schedule.schedule_type,
+        "schedule_config": schedule.schedule_config,
+        "is_active": schedule.is_active,
+        "overlap": schedule.overlap,
+        "catchup": schedule.catchup,
+        "catchup_window": schedule.catchup_window,
+        "jitter": schedule.jitter,
+        "start_at": instant_or_none(schedule.start_at),
+        "end_at": instant_or_none(schedule.end_at),
+        "max_runs": schedule.max_runs,
+        "created_at": format_instant(schedule.created_at),
+        "updated_at": format_instant(schedule.updated_at),
+        "last_run": instant_or_none(schedule.last_run),
+        "next_run": instant_or_none(schedule.next_fire) if live and schedule.is_active else None,
+        "run_count": schedule.run_count,
+        "description": schedule.describe(),
+    }
 
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
@@ -2554,8 +2555,8 @@ def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
 
 def clip_texts(output: dict[str, Any] | None) -> dict[str, Any] | None:
     """Output as it stands in lists: each text is cut to 4,096 characters, and says so."""
-    if output is None:
-        return None
+    if output is None or len(repr(output)) <= LIST_TEXT_LIMIT:
+        return output
     return {name: _clip_value(value) for name, value in output.items()}
 
 
@@ -2569,24 +2570,24 @@ def _clip_value(value: Any) -> Any:
 
 
 def execution_view(execution: Execution) -> ExecutionView:
-    return ExecutionView(
-        id=execution.id,
-        task_id=execution.task_id,
-        schedule_id=execution.schedule_id,
-        trigger=execution.trigger,
-        status=execution.status,
-        success=SUCCESS.get(execution.status),
-        scheduled_for=instant_or_none(execution.scheduled_for),
-        queued_at=format_instant(execution.queued_at),
-        started_at=instant_or_none(execution.started_at),
-        finished_at=instant_or_none(execution.finished_at),
-        duration=seconds_between(execution.started_at, execution.finished_at),
-        attempt=execution.attempt,
-        retry_count=max(0, execution.attempt - 1),
-        next_attempt_at=instant_or_none(execution.next_attempt_at),
-        error_message=execution.error_message,
-        output_data=execution.output_data,
-    )
+    return {
+        "id": execution.id,
+        "task_id": execution.task_id,
+        "schedule_id": execution.schedule_id,
+        "trigger": execution.trigger,
+        "status": execution.status,
+        "success": SUCCESS.get(execution.status),
+        "scheduled_for": instant_or_none(execution.scheduled_for),
+        "queued_at": format_instant(execution.queued_at),
+        "started_at": instant_or_none(execution.started_at),
+        "finished_at": instant_or_none(execution.finished_at),
+        "duration": seconds_between(execution.started_at, execution.finished_at),
+        "attempt": execution.attempt,
+        "retry_count": max(0, execution.attempt - 1),
+        "next_attempt_at": instant_or_none(execution.next_attempt_at),
+        "error_message": execution.error_message,
+        "output_data": execution.output_data,
+    }
 
 
 def attempt_views(execution: Execution, past: Sequence[PastAttempt]) -> list[AttemptView]:
@@ -2719,9 +2720,11 @@ MIGRATIONS: list[tuple[str, ...]] = [
             status TEXT NOT NULL, config TEXT NOT NULL, max_retries INTEGER NOT NULL, retry_delay NUMERIC NOT NULL,
             retry_backoff NUMERIC NOT NULL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, last_run INTEGER,
             run_count INTEGER NOT NULL DEFAULT 0, success_count INTEGER NOT NULL DEFAULT 0,
-            failure_count INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0, rev INTEGER NOT NULL DEFAULT 0
+            failure_count INTEGER NOT NULL DEFAULT 0, history_count INTEGER NOT NULL DEFAULT 0,
+            deleted INTEGER NOT NULL DEFAULT 0, rev INTEGER NOT NULL DEFAULT 0
         )""",
         "CREATE INDEX tasks_rev ON tasks (rev)",
+        "CREATE INDEX tasks_kind ON tasks (deleted, status, task_type)",
         """CREATE TABLE schedules (
             id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER NOT NULL REFERENCES tasks (id), schedule_type TEXT NOT NULL,
             schedule_config TEXT NOT NULL, is_active INTEGER NOT NULL, overlap TEXT NOT NULL, catchup TEXT NOT NULL,
@@ -2745,6 +2748,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         """CREATE INDEX executions_ready ON executions (coalesce(scheduled_for, queued_at))
             WHERE status = 'queued' AND hold = 0""",
         "CREATE INDEX executions_held ON executions (task_id) WHERE status = 'queued' AND hold > 0",
+        "CREATE INDEX executions_marks ON executions (task_id) WHERE status IN ('skipped', 'missed')",
         """CREATE INDEX executions_failed ON executions (task_id)
             WHERE status IN ('failed', 'timed_out', 'interrupted')""",
         """CREATE TABLE attempts (
@@ -2758,6 +2762,17 @@ MIGRATIONS: list[tuple[str, ...]] = [
         )""",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
         "INSERT INTO meta VALUES ('paused', 0), ('rev', 0)",
+        # `rev` numbers the changes of tasks and schedules that other processes must notice.
+        "CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
+        "CREATE TRIGGER tasks_changed AFTER UPDATE OF rev ON tasks BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
+        "CREATE TRIGGER schedules_added AFTER INSERT ON schedules BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
+        """CREATE TRIGGER schedules_changed AFTER UPDATE OF rev ON schedules
+            BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END""",
+        # Counting 100,000 rows for a page of history takes longer than the page.
+        """CREATE TRIGGER executions_added AFTER INSERT ON executions
+            BEGIN UPDATE tasks SET history_count = history_count + 1 WHERE id = new.task_id; END""",
+        """CREATE TRIGGER executions_removed AFTER DELETE ON executions
+            BEGIN UPDATE tasks SET history_count = history_count - 1 WHERE id = old.task_id; END""",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -3164,15 +3179,20 @@ _RUNS = (
     "execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, started_at, name, task_type, config, "
     "max_retries, retry_delay, retry_backoff"
 )
+_NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted)"
 _TASKS = ", ".join(TASK_COLUMNS)
 _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
 
 
+_JSON_COLUMNS = re.compile(r"\b(config|schedule_config|output_data)\b")
+
+
 def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
-    """All rows of a query as one JSON value: one step instead of one a row."""
-    text = db.execute(f"SELECT json_group_array(json_array({columns})) FROM (SELECT {columns} {rest})", parameters).fetchone()[0]
+    """All rows of a query as one JSON value: one step instead of one a row. Outputs and configurations come parsed."""
+    values = _JSON_COLUMNS.sub(r"CASE WHEN json_valid(\g<0>) THEN json(\g<0>) ELSE \g<0> END", columns)
+    text = db.execute(f"SELECT json_group_array(json_array({values})) FROM (SELECT {columns} {rest})", parameters).fetchone()[0]
     return cast(list[list[Any]], json.loads(text))
 
 
@@ -3187,27 +3207,25 @@ def _object(text: str) -> dict[str, Any]:
 
 def _task(row: Sequence[Any]) -> Task:
     task = Task(*row)
-    task.config = _object(row[5])
+    task.config = row[5] if isinstance(row[5], dict) else _object(row[5])
     return task
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:
     schedule = Schedule(*row)
-    schedule.schedule_config = _object(row[3])
+    schedule.schedule_config = row[3] if isinstance(row[3], dict) else _object(row[3])
     schedule.is_active = bool(schedule.is_active)
     return schedule
 
 
 def _execution(row: Sequence[Any]) -> Execution:
     execution = Execution(*row)
-    if execution.output_data is not None:
-        execution.output_data = json.loads(row[13])
+    if isinstance(execution.output_data, str):
+        execution.output_data = json.loads(execution.output_data)
     return execution
 
 
-def next_rev(db: DB) -> int:
-    """A new number for a change of tasks or schedules that other processes must notice."""
-    return int(db.execute("UPDATE meta SET value = value + 1 WHERE key = 'rev' RETURNING value").fetchone()[0])
+_NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
 
 
 def get_meta(db: DB, key: str) -> Any:
@@ -3225,14 +3243,13 @@ def _values(row: Any, columns: Sequence[str]) -> list[Any]:
 
 def _insert(db: DB, table: str, row: Any, columns: Sequence[str]) -> int:
     names, marks = ", ".join(columns[1:]), ", ".join("?" * (len(columns) - 1))
-    values = [*_values(row, columns[1:]), next_rev(db)]
-    cursor = db.execute(f"INSERT INTO {table} ({names}, rev) VALUES ({marks}, ?)", values)
+    cursor = db.execute(f"INSERT INTO {table} ({names}, rev) VALUES ({marks}, {_NEXT_REV})", _values(row, columns[1:]))
     return cast(int, cursor.lastrowid)
 
 
 def _update(db: DB, table: str, row: Any, columns: Sequence[str]) -> None:
     names = ", ".join(f"{name} = ?" for name in columns[1:])
-    db.execute(f"UPDATE {table} SET {names}, rev = ? WHERE id = ?", [*_values(row, columns[1:]), next_rev(db), row.id])
+    db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values(row, columns[1:]), row.id])
 
 
 def insert_task(db: DB, task: Task) -> Task:
@@ -3254,7 +3271,7 @@ def update_schedule(db: DB, schedule: Schedule) -> None:
 
 
 def delete_schedule(db: DB, schedule_id: int) -> None:
-    db.execute("UPDATE tasks SET rev = ? WHERE id = (SELECT task_id FROM schedules WHERE id = ?)", (next_rev(db), schedule_id))
+    db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id = (SELECT task_id FROM schedules WHERE id = ?)", (schedule_id,))
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
 
 
@@ -3294,14 +3311,14 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | No
     like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
     where, values = _where(
         {
-            "NOT deleted": True,
+            "deleted = 0": True,
             "status = ?": query.status,
             "task_type = ?": query.task_type,
             r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'": like,
         }
     )
     total = db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-    page = f"FROM tasks {where} ORDER BY id LIMIT ? OFFSET ?"
+    page = f"FROM tasks NOT INDEXED {where} ORDER BY id LIMIT ? OFFSET ?"  # an index would count faster, but page slower
     rows = fetch(
         db, f"{_TASKS}, next_run", f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run {page})", [*values, query.limit, query.skip]
     )
@@ -3389,7 +3406,7 @@ def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
 def mark_deleted(db: DB, task_id: int) -> None:
     """Makes a task invisible; the leader then ends its executions and removes its rows."""
     get_task(db, task_id)
-    db.execute("UPDATE tasks SET deleted = 1, rev = ? WHERE id = ?", (next_rev(db), task_id))
+    db.execute(f"UPDATE tasks SET deleted = 1, rev = {_NEXT_REV} WHERE id = ?", (task_id,))
     hold_disabled(db, task_id, True)  # a place that a killed execution leaves must not start the next one
 
 
@@ -3415,7 +3432,9 @@ def task_exists(db: DB, task_id: int) -> bool:
 
 
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
-    """Writes new rows and returns their ids, in order."""
+    """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
+    if not rows:
+        return []
     names = ("task_id", "schedule_id", "trigger", "status", "scheduled_for", "queued_at", "finished_at", "hold", "error_message")
     values = [[*(getattr(row, name) for name in names), str(uuid.uuid4())] for row in rows]
     picks = ", ".join(f"json_extract(value, '$[{i}]')" for i in range(len(names) + 1))
@@ -3511,7 +3530,8 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
     ]
     text = compact(rows)
     db.execute(
-        """UPDATE executions SET owner = NULL, error_message = error, output_data = output,
+        """UPDATE executions SET owner = NULL, output_data = output,
+            error_message = CASE WHEN cancel_requested AND new IN ('cancelled', 'retrying') THEN error_message ELSE error END,
             status = CASE WHEN new = 'retrying' AND cancel_requested THEN 'cancelled' ELSE new END,
             finished_at = CASE WHEN new = 'retrying' AND NOT cancel_requested THEN NULL ELSE ended END,
             next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE again END
@@ -3529,10 +3549,9 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
             WHERE e.status = 'retrying'""",
             (text,),
         )
-    good = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is True)
-    bad = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is False)
-    _count(db, "tasks", "success_count = success_count + n", good)
-    _count(db, "tasks", "failure_count = failure_count + n", bad)
+    for column, wanted in (("success_count", True), ("failure_count", False)):
+        counts = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is wanted)
+        _count(db, "tasks", f"{column} = {column} + n", counts)
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
@@ -3559,6 +3578,8 @@ def changed_retries(db: DB, since_rev: int) -> list[list[Any]]:
 
 def release_held(db: DB, task_ids: Collection[int] | None) -> None:
     """Lifts the holds of executions that nothing is ahead of any more, of these tasks (None: of all)."""
+    if db.execute("SELECT 1 FROM executions WHERE status = 'queued' AND hold > 0 LIMIT 1").fetchone() is None:
+        return
     these = "" if task_ids is None else "AND held.task_id IN (SELECT value FROM json_each(?))"
     values = () if task_ids is None else (compact(list(task_ids)),)
     ahead = f"SELECT 1 FROM executions a WHERE a.task_id = held.task_id AND a.id < held.id AND a.{UNFINISHED_SQL}"
@@ -3577,11 +3598,11 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
 
 def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
     """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
-    row = db.execute("SELECT status FROM executions WHERE id = ?", (execution_id,)).fetchone()
+    row = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
     if row is None:
         raise NotFound(f"there is no execution {execution_id}")
     if row[0] == "running":
-        db.execute("UPDATE executions SET cancel_requested = 1 WHERE id = ?", (execution_id,))
+        db.execute("UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id = ?", (reason, execution_id))
     elif row[0] in UNFINISHED:
         db.execute(
             """UPDATE executions SET status = 'cancelled', finished_at = ?, next_attempt_at = NULL,
@@ -3621,7 +3642,7 @@ def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
 
 def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttempt]]:
     """An execution with its earlier attempts, oldest first. Raises NotFound."""
-    row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ?", (execution_id,)).fetchone()
+    row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
     if row is None:
         raise NotFound(f"there is no execution {execution_id}")
     past = db.execute(
@@ -3654,14 +3675,19 @@ def _execution_page(db: DB, where: str, values: Sequence[Any], with_output: bool
 
 def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
     """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
-    get_task(db, task_id)
+    row = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no task {task_id}")
     conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
     if query.success is not None:
         conditions[_SUCCESS_SQL[query.success]] = True
     if query.status in UNFINISHED:
         conditions[UNFINISHED_SQL] = True
     where, values = _where(conditions)
-    total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
+    if query.status is None and query.success is None:
+        total = row[0]
+    else:
+        total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
     page = f"{where} ORDER BY id DESC LIMIT ? OFFSET ?"
     return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output != "none")
 
@@ -3670,6 +3696,7 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
     """A page of executions, newest first, from before `before_id` on."""
     where, values = _where(
         {
+            _NOT_DELETED: True,
             "task_id = ?": query.task_id,
             "schedule_id = ?": query.schedule_id,
             "status = ?": query.status,
@@ -5024,7 +5051,8 @@ def _connect_reason(error: OSError) -> str:
 # the watch looks at what other processes did and at who leads; housekeeping deletes old history. Everything that a job
 # knows is an index over the store, rebuilt by `_take_over`.
 
-BATCH = 500  # slots claimed in one beat: bounds the length of a transaction
+FIRST_BATCH = 16  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
+BATCH = 512  # slots claimed in one beat at most: bounds the length of a transaction
 KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
@@ -5318,6 +5346,7 @@ class Service:
         self._timers = TimerQueue()  # schedule id → its next firing
         self._retries = TimerQueue()  # execution id → its next attempt
         self._ended: list[tuple[Run, Outcome, int]] = []
+        self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
         self._wake = asyncio.Event()
         self._rev = -1
@@ -5420,8 +5449,8 @@ class Service:
         """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects."""
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        slots = self._timers.pop_due(now, BATCH) if acting and not self.paused else []
-        retries = self._retries.pop_due(now, BATCH) if acting else []
+        slots = self._timers.pop_due(now, self._batch) if acting and not self.paused else []
+        retries = self._retries.pop_due(now, self._batch) if acting else []
         ended, self._ended = self._ended, []
         places = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
         self._ready = self._ready or bool(slots or retries or ended)
@@ -5441,7 +5470,9 @@ class Service:
             raise
         self._ready = len(beat.runs) == places
         await self._after_beat(beat, settlements, now)
-        if len(slots) == BATCH or len(retries) == BATCH:
+        more = self._batch in (len(slots), len(retries))
+        self._batch = min(2 * self._batch, BATCH) if more else FIRST_BATCH
+        if more:
             self._wake.set()
 
     async def _after_beat(self, beat: Beat, settlements: Sequence[Settlement], now: int) -> None:
@@ -5486,10 +5517,17 @@ class Service:
     async def _attempt(self, active: Active) -> None:
         run = active.run
         attempt = Attempt(
-            run.task_id, run.task_name, run.execution_id, run.schedule_id, run.scheduled_for, run.attempt, run.run_id, run.uuid
+            run.task_id,
+            run.task_name,
+            run.execution_id,
+            run.schedule_id,
+            run.scheduled_for,
+            run.attempt,
+            run.run_id if run.task_type == "bash" else "",  # only processes carry it
+            run.uuid,
         )
         try:
-            config = run.config
+            config = dict(run.config)
             if run.task_type == "bash":
                 outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
             else:
@@ -5612,11 +5650,11 @@ class Service:
         for zone in await self.store.read(used_zones):
             try:
                 rules = zone_rules(zone)
-            except (OSError, ValueError):  # a damaged row: its claim will say so
+            except (OSError, TypeError, ValueError):  # a damaged row: its claim will say so
                 continue
             known = await self.store.read(partial(get_meta, key=f"zone:{zone}"))
             if known != rules:
-                await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules, recompute=known is not None))
+                await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules))
 
     async def _load_state(self) -> int:
         rev, paused = await self.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
@@ -5800,6 +5838,9 @@ class Service:
         def insert(db: DB) -> None:
             get_task(db, schedule.task_id)
             insert_schedule(db, schedule)
+            if schedule.jitter:  # it is derived from the id, which is known only now
+                _place(schedule)
+                update_schedule(db, schedule)
 
         await self.store.write(insert)
         return await self._schedule_changed(schedule.id)
@@ -5855,7 +5896,9 @@ class Service:
         schedule, task_active = get_schedule(db, schedule_id)
         live = task_active and not self.paused
         view = schedule_view(schedule, live)
-        view["upcoming"] = upcoming_view(_fire_times(schedule, 5) if live else (), schedule.zone)
+        view["upcoming"] = []
+        with contextlib.suppress(LookupError, ValueError, ChronoTaskError):  # a damaged row: its description says so
+            view["upcoming"] = upcoming_view(_fire_times(schedule, 5) if live else (), schedule.zone)
         return view
 
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -6158,12 +6201,15 @@ def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat) -> None:
             claim_broken(claim, schedule, now, error)
     for schedule, trigger in claim.cancels:
         beat.cancelled += _cancel_unfinished(db, schedule, trigger, now)
-    taken = taken_slots(db, claim.rows)
-    claim.rows = [row for row in claim.rows if (row.schedule_id, row.scheduled_for) not in taken]
+    try:
+        beat.new_ids = insert_executions(db, claim.rows)
+    except sqlite3.IntegrityError:  # slots that have a row already: the clock was set back
+        taken = taken_slots(db, claim.rows)
+        claim.rows = [row for row in claim.rows if (row.schedule_id, row.scheduled_for) not in taken]
+        beat.new_ids = insert_executions(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
         schedule.run_count += runs[schedule.id]
-    beat.new_ids = insert_executions(db, claim.rows) if claim.rows else []
     advance_schedules(db, claim.schedules)
 
 
@@ -6189,11 +6235,14 @@ def _restart_slots(db: DB, now: int, settled_after: int) -> None:
         update_schedule(db, schedule)
 
 
-def _adopt_zone_rules(db: DB, zone: str, rules: str, recompute: bool) -> None:
+def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
+    """Computes next slots anew; a zone that was never seen at a start may have changed since its first schedule was made."""
     set_meta(db, f"zone:{zone}", rules)
-    for schedule in active_schedules(db, zone=zone) if recompute else ():
+    for schedule in active_schedules(db, zone=zone):
+        before = schedule.next_fire
         if schedule.schedule_type != "interval":
             _place(schedule)
+        if schedule.next_fire != before:
             update_schedule(db, schedule)
 
 
@@ -6224,7 +6273,7 @@ def _pause_all(db: DB, paused: bool, now: int) -> None:
     if get_meta(db, "paused") and not paused:
         _resume(db, live_schedules(db), now)
     set_meta(db, "paused", int(paused))
-    next_rev(db)
+    set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
@@ -6309,8 +6358,7 @@ def _cancel(db: DB, execution_id: int, now: int) -> str:
 
 def _fire_times(schedule: Schedule, count: int) -> list[int]:
     """The next firings of a stored schedule, jitter included."""
-    plan = schedule.plan()
-    return plan.upcoming(schedule.settled_until, count) if schedule.is_active else []
+    return schedule.plan().upcoming(schedule.settled_until, count) if schedule.is_active else []
 
 
 def _listed_views(rows: Sequence[Execution], query: OutputQuery) -> list[ExecutionView]:
@@ -6630,7 +6678,9 @@ BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navig
 def json_answer(
     value: Any, status: int = 200, content_type: str = "application/json", headers: Mapping[str, str] = HEADERS
 ) -> web.Response:
-    return web.Response(body=compact(value).encode(), status=status, content_type=content_type, charset="utf-8", headers=headers)
+    return web.Response(
+        body=compact(value).encode(), status=status, headers={**headers, "Content-Type": f"{content_type}; charset=utf-8"}
+    )
 
 
 def problem(error: ChronoTaskError) -> web.Response:
@@ -6651,6 +6701,7 @@ def problem(error: ChronoTaskError) -> web.Response:
 # --- Who may ask ------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(256)
 def split_host(text: str) -> tuple[str, int | None]:
     """`name:port` or `[v6]:port` as lower-case name and port. Raises ValueError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
@@ -6659,9 +6710,10 @@ def split_host(text: str) -> tuple[str, int | None]:
     return (match[1] or match[2]).lower().rstrip("."), None if match[3] is None else int(match[3])
 
 
-def is_trusted_name(name: str, settings: Settings) -> bool:
+@functools.lru_cache(256)
+def is_trusted_name(name: str, allowed_hosts: tuple[str, ...]) -> bool:
     """Names that cannot have been made to point here by a hostile page (DNS rebinding)."""
-    if name == "localhost" or name in settings.allowed_hosts:
+    if name == "localhost" or name in allowed_hosts:
         return True
     try:
         ipaddress.ip_address(name)
@@ -6679,7 +6731,7 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
         name, port = split_host(hosts[0] if len(hosts) == 1 else "")
     except ValueError:
         raise Forbidden("the Host header is missing or malformed") from None
-    if not is_trusted_name(name, settings):
+    if not is_trusted_name(name, settings.allowed_hosts):
         raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
     for origin in headers.getall("Origin", []):
         _check_origin(origin, name, port, settings)
