@@ -97,6 +97,7 @@ from enum import IntFlag
 from functools import partial
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
@@ -124,6 +125,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    create_model,
     field_validator,
 )
 from pydantic_core import ErrorDetails
@@ -2006,6 +2008,7 @@ class NewExecution:
     status: str = "queued"
     hold: int = 0
     error_message: str | None = None
+    fire_at: int | None = None  # the slot with its jitter
 
     @property
     def finished_at(self) -> int | None:
@@ -2021,6 +2024,7 @@ class Run:
     schedule_id: int | None
     trigger: str
     scheduled_for: int | None
+    fire_at: int | None
     attempt: int
     uuid: str
     started_at: int
@@ -2109,8 +2113,19 @@ MAX_ID = 2**63 - 1  # SQLite's largest rowid
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)]
 Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
-Config = Annotated[dict[str, Any], Field(description="for http: url, method, headers, ...; for bash: command, args, env, ...")]
-Instant = Annotated[str, Field(max_length=64, description="ISO 8601; without an offset in the schedule's timezone")]
+Config = Annotated[
+    dict[str, Any],
+    Field(description="Secrets: write ${env:CHRONOTASK_SECRET_NAME}. In answers they are ********, which sent back keeps them."),
+]
+ScheduleConfig = Annotated[
+    dict[str, Any],
+    Field(
+        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}. "
+        "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
+        "without an offset in timezone (IANA name)."
+    ),
+]
+Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
 MaxRetries = Annotated[int, Field(ge=0, le=100)]
 RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry")]
 RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer")]
@@ -2118,10 +2133,18 @@ CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds;
 Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts")]
 MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
 TaskType = Literal["http", "bash"]
-TaskStatus = Literal["active", "paused", "disabled"]
+TaskStatus = Annotated[
+    Literal["active", "paused", "disabled"],
+    Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
+]
 ScheduleType = Literal["cron", "once", "interval"]
-Overlap = Literal["skip", "queue", "allow", "cancel"]
-Catchup = Literal["latest", "all", "skip"]
+Overlap = Annotated[
+    Literal["skip", "queue", "allow", "cancel"],
+    Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
+]
+Catchup = Annotated[
+    Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
+]
 Status = Literal[
     "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
 ]
@@ -2161,7 +2184,7 @@ class ScheduleTiming(Input):
     """The fields of a schedule that a preview knows too."""
 
     schedule_type: ScheduleType
-    schedule_config: Config
+    schedule_config: ScheduleConfig
     jitter: Jitter = 0
     start_at: Instant | None = None
     end_at: Instant | None = None
@@ -2193,7 +2216,7 @@ class ScheduleUpdate(Input):
     )
     task_id: Id = UNSET
     schedule_type: ScheduleType = UNSET
-    schedule_config: Config = UNSET
+    schedule_config: ScheduleConfig = UNSET
     is_active: bool = UNSET
     overlap: Overlap = UNSET
     catchup: Catchup = UNSET
@@ -2441,6 +2464,7 @@ class OverviewTask(TaskView):
     """`success_rate` (0 to 1) and `typical_duration` (the median, seconds) are those of `recent`, oldest first."""
 
     last_status: str | None
+    last_error: str | None
     success_rate: float | None
     typical_duration: float | None
     recent: list[RecentRun]
@@ -2459,10 +2483,11 @@ def overview_view(task: TaskView, recent: Sequence[Execution]) -> OverviewTask:
     times = sorted(
         t for e in recent if e.status == "succeeded" and (t := seconds_between(e.started_at, e.finished_at)) is not None
     )
-    real = [e.status for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
+    real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
     return OverviewTask(
         **task,
-        last_status=real[-1] if real else None,
+        last_status=real[-1].status if real else None,
+        last_error=(real[-1].error_message or "")[:300] or None if real else None,
         success_rate=sum(judged) / len(judged) if judged else None,
         typical_duration=times[len(times) // 2] if times else None,
         recent=[
@@ -2736,7 +2761,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "CREATE INDEX schedules_rev ON schedules (rev)",
         """CREATE TABLE executions (
             id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER NOT NULL REFERENCES tasks (id), schedule_id INTEGER,
-            trigger TEXT NOT NULL, status TEXT NOT NULL, scheduled_for INTEGER, queued_at INTEGER NOT NULL,
+            trigger TEXT NOT NULL, status TEXT NOT NULL, scheduled_for INTEGER, fire_at INTEGER, queued_at INTEGER NOT NULL,
             started_at INTEGER, finished_at INTEGER, attempt INTEGER NOT NULL DEFAULT 0, next_attempt_at INTEGER,
             attempt_started_at INTEGER, hold INTEGER NOT NULL DEFAULT 0, cancel_requested INTEGER NOT NULL DEFAULT 0,
             owner TEXT, uuid TEXT NOT NULL, error_message TEXT, output_data TEXT
@@ -2822,7 +2847,7 @@ def _deliver(batch: list[_Call]) -> None:
         if call.future.cancelled():
             continue
         if call.error is not None:
-            call.future.set_exception(call.error)
+            call.future.set_exception(storage_error(call.error))
         else:
             call.future.set_result(call.result)
 
@@ -2845,9 +2870,8 @@ class Store:
         self._reads: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._db = open_database(path)
         self._threads = [_Worker("store-writer", self._write_batch, self._writes)]
-        for number in (1, 2):
-            reader = connect(path, read_only=True)
-            self._threads.append(_Worker(f"store-reader-{number}", partial(_read_batch, reader), self._reads))
+        self._readers = [connect(path, read_only=True) for _ in range(2)]
+        self._threads += [_Worker("store-reader", partial(_read_batch, reader), self._reads) for reader in self._readers]
         for thread in self._threads:
             thread.start()
 
@@ -2886,26 +2910,30 @@ class Store:
         if not self._transaction(batch):
             for call in batch:
                 call.result = call.error = None
-                if not self._transaction([call]) and call.error is None:
-                    call.error = Unavailable(self.failure or "the database cannot be written")
+                self._transaction([call])
         self._writing = None
 
     def _transaction(self, batch: list[_Call]) -> bool:
+        """Whether every call of `batch` has its answer. If not, nothing was kept and each must be tried alone."""
         db = self._db
         try:
+            before = db.total_changes
             db.execute("BEGIN IMMEDIATE")
-            clean = all([_run_call(db, call) for call in batch])  # a list: every call gets its turn
-            db.execute("COMMIT" if clean else "ROLLBACK")
-            self.failure = None if clean else self.failure
-            return clean
+            for call in batch:
+                if not _run_call(db, call):
+                    self.failure = str(call.error) if _is_fault(call.error) else self.failure
+                    return False
+            db.execute("COMMIT")
+            if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
+                self.failure = None
         except sqlite3.Error as error:
             self.failure = str(error)
             for call in batch:
-                call.error = storage_error(error)
-            return len(batch) == 1 or not _is_about_one_row(error)
+                call.error = error
         finally:
             if db.in_transaction:  # SQLite has rolled back by itself after a full disk or an I/O error
                 db.execute("ROLLBACK")
+        return True
 
     def stuck_for(self) -> float:
         """Seconds that the oldest running write has been under way."""
@@ -2925,14 +2953,17 @@ class Store:
         return self._writes.qsize()
 
     def close(self) -> None:
-        """Finishes what is waiting and closes all connections. Blocks for as long as that takes, 5 s at most."""
+        """Finishes what is waiting and closes all connections. Blocks for 0.3 s at most: a write that waits for another
+        program's lock must not hold up the exit, and nothing was promised for it."""
         self._writes.put(None)
         for _ in self._threads[1:]:
             self._reads.put(None)
+        end = self._monotonic() + 0.3
         for thread in self._threads:
-            thread.join(5)
-        if not self._threads[0].is_alive():
-            self._db.close()
+            thread.join(max(0.0, end - self._monotonic()))
+        for thread, db in zip(self._threads[::-1], (*self._readers[::-1], self._db), strict=True):
+            if not thread.is_alive():
+                db.close()  # the writer's last: then SQLite leaves one file that holds everything
 
 
 def _run_call(db: DB, call: _Call) -> bool:
@@ -2942,12 +2973,23 @@ def _run_call(db: DB, call: _Call) -> bool:
         call.result = call.run(db)
         return True
     except Exception as error:
-        call.error = storage_error(error)
+        call.error = error
         return db.total_changes == before and not isinstance(error, sqlite3.Error)
 
 
-def _is_about_one_row(error: sqlite3.Error) -> bool:
-    return isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError))
+def _is_fault(error: Exception | None) -> bool:
+    """Whether the fault lies with the file or the disk, not with the statement."""
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _FAULTS
+
+
+_FAULTS = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CANTOPEN,
+}
 
 
 def _read_batch(db: DB, batch: list[_Call]) -> None:
@@ -2957,10 +2999,10 @@ def _read_batch(db: DB, batch: list[_Call]) -> None:
             try:
                 call.result = call.run(db)
             except Exception as error:
-                call.error = storage_error(error)
+                call.error = error
     except sqlite3.Error as error:
         for call in batch:
-            call.error = storage_error(error)
+            call.error = error
     finally:
         if db.in_transaction:
             db.execute("COMMIT")
@@ -2984,16 +3026,28 @@ def open_database(path: Path) -> DB:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
     _check_files(path)
     try:
-        db = connect(path)
-        _check_identity(db, path)
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
+        if path.exists() and path.stat().st_size:
+            # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
+            with contextlib.closing(connect(path, read_only=True)) as db:
+                _check_identity(db, path)
+                _check_integrity(db, path)
+        return _open_for_writing(path)
+    except sqlite3.Error as error:
+        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error)}") from None
+
+
+def _open_for_writing(path: Path) -> DB:
+    db = connect(path)
+    try:
+        if not _pragma(db, "user_version"):
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA wal_autocheckpoint=0")  # only the leader checkpoints: see `set_leading`
         migrate(db, MIGRATIONS)
-        _check_integrity(db, path)
-    except sqlite3.Error as error:
-        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error)}") from None
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
@@ -3003,7 +3057,9 @@ def _remedy(error: sqlite3.Error) -> str:
         return "its folder and file must be writable by the user that runs ChronoTask"
     if "locked" in text:
         return "another program holds a lock on it"
-    return "it was left as it is; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+    if "full" in text:
+        return "make room on its disk"
+    return "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
 
 
 def _check_files(path: Path) -> None:
@@ -3012,17 +3068,27 @@ def _check_files(path: Path) -> None:
         size = path.stat().st_size if path.exists() else None
         wal = Path(f"{path}-wal")
         wal_size = wal.stat().st_size if wal.exists() else 0
+        beginning = _first_bytes(path) if size and path.is_file() else b""
     except OSError as error:
         owner = f"uid {os.getuid()}"
         raise StartupError(
             f"the database folder {path.parent} cannot be used by {owner}: {error.strerror}; "
             f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
         ) from None
+    if beginning and beginning != b"SQLite format 3\0":
+        raise StartupError(
+            f"{path} is not a database: it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+        )
     if not size and wal_size:
         what = "missing" if size is None else "empty"
         raise StartupError(
             f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
         )
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def _check_identity(db: DB, path: Path) -> None:
@@ -3070,7 +3136,7 @@ def _check_integrity(db: DB, path: Path) -> None:
     found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
     if found != ["ok"]:
         raise StartupError(
-            f"the database {path} is damaged ({'; '.join(found)}): it was left as it is; restore a backup, "
+            f"the database {path} is damaged ({'; '.join(found)}): it was left as it was; restore a backup, "
             "or set CHRONOTASK_DATABASE_URL to another file"
         )
 
@@ -3078,23 +3144,22 @@ def _check_integrity(db: DB, path: Path) -> None:
 def backup(path: Path, target: Path) -> None:
     """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks.
 
-    Raises OSError and sqlite3.Error; `target` then is as it was before.
+    Raises Unavailable; `target` then is as it was before.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
-    source = connect(path, read_only=True)
     try:
-        source.execute("VACUUM INTO ?", (str(part),))
-        copy = sqlite3.connect(part)
-        found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-        copy.close()
+        with contextlib.closing(connect(path, read_only=True)) as source:
+            source.execute("VACUUM INTO ?", (str(part),))
+        with contextlib.closing(sqlite3.connect(part)) as copied:
+            found = copied.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.rename(target)
+    except (OSError, sqlite3.Error) as error:
+        raise Unavailable(f"the backup of {path} to {target} failed: {error}") from None
     finally:
-        source.close()
         part.unlink(missing_ok=True)
 
 
@@ -3152,13 +3217,11 @@ class FileLock:
 
 
 def locks_work(path: Path) -> bool:
-    """Whether flock excludes a second holder on this file system (some network file systems pretend)."""
+    """Whether flock excludes a second holder on this file system (some network file systems pretend). Raises OSError."""
     probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
     first, second = FileLock(probe), FileLock(probe)
     try:
         return first.acquire() and not second.acquire()
-    except OSError:
-        return False
     finally:
         first.release()
         second.release()
@@ -3176,8 +3239,8 @@ TASK_COLUMNS = _columns(Task)
 SCHEDULE_COLUMNS = _columns(Schedule)
 EXECUTION_COLUMNS = _columns(Execution)
 _RUNS = (
-    "execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, started_at, name, task_type, config, "
-    "max_retries, retry_delay, retry_backoff"
+    "execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, started_at, name, task_type, "
+    "config, max_retries, retry_delay, retry_backoff"
 )
 _NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted)"
 _TASKS = ", ".join(TASK_COLUMNS)
@@ -3196,10 +3259,10 @@ def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> li
     return cast(list[list[Any]], json.loads(text))
 
 
-def _object(text: str) -> dict[str, Any]:
-    """A stored JSON object; {} for a damaged one, so that one broken row does not stop the others."""
+def _object(stored: Any) -> dict[str, Any]:
+    """A stored JSON object, as text or parsed; {} for a damaged one, so that one broken row does not stop the others."""
     try:
-        value = json.loads(text)
+        value = json.loads(stored) if isinstance(stored, str) else stored
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
@@ -3207,13 +3270,13 @@ def _object(text: str) -> dict[str, Any]:
 
 def _task(row: Sequence[Any]) -> Task:
     task = Task(*row)
-    task.config = row[5] if isinstance(row[5], dict) else _object(row[5])
+    task.config = _object(row[5])
     return task
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:
     schedule = Schedule(*row)
-    schedule.schedule_config = row[3] if isinstance(row[3], dict) else _object(row[3])
+    schedule.schedule_config = _object(row[3])
     schedule.is_active = bool(schedule.is_active)
     return schedule
 
@@ -3435,7 +3498,18 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
     if not rows:
         return []
-    names = ("task_id", "schedule_id", "trigger", "status", "scheduled_for", "queued_at", "finished_at", "hold", "error_message")
+    names = (
+        "task_id",
+        "schedule_id",
+        "trigger",
+        "status",
+        "scheduled_for",
+        "queued_at",
+        "finished_at",
+        "hold",
+        "error_message",
+        "fire_at",
+    )
     values = [[*(getattr(row, name) for name in names), str(uuid.uuid4())] for row in rows]
     picks = ", ".join(f"json_extract(value, '$[{i}]')" for i in range(len(names) + 1))
     last = db.execute(
@@ -3445,8 +3519,20 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     return list(range(last - len(rows) + 1, last + 1))
 
 
-def taken_slots(db: DB, rows: Sequence[NewExecution]) -> set[tuple[int, int]]:
-    """Which of these slots have a row already, as pairs of schedule and slot: after the clock was set back."""
+def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
+    """Writes the rows of slots that have none yet, and returns these rows with their ids.
+
+    A slot has a row already when the clock was set back: the unique key is the fence.
+    """
+    try:
+        return list(rows), insert_executions(db, rows)
+    except sqlite3.IntegrityError:
+        taken = _taken_slots(db, rows)
+        free = [row for row in rows if (row.schedule_id, row.scheduled_for) not in taken]
+        return free, insert_executions(db, free)
+
+
+def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> set[tuple[int, int]]:
     found = fetch(
         db,
         "schedule_id, scheduled_for",
@@ -3480,8 +3566,8 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
-    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, ?1 AS started_at,
-            name, task_type, config, max_retries, retry_delay, retry_backoff
+    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid,
+            ?1 AS started_at, name, task_type, config, max_retries, retry_delay, retry_backoff
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
     runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
@@ -3569,6 +3655,13 @@ def retry_timers(db: DB, task_id: int | None = None) -> list[list[Any]]:
     return fetch(db, "id, next_attempt_at", f"FROM executions {where}", values)
 
 
+def shift_retries(db: DB, by: int) -> None:
+    """Moves every next attempt by so many microseconds."""
+    db.execute(
+        f"UPDATE executions SET next_attempt_at = next_attempt_at + ? WHERE {UNFINISHED_SQL} AND status = 'retrying'", (by,)
+    )
+
+
 def changed_retries(db: DB, since_rev: int) -> list[list[Any]]:
     """`[execution id, next attempt]` of the retrying executions of tasks that were changed after `since_rev`."""
     source = f"""FROM (SELECT e.id AS id, next_attempt_at FROM tasks t CROSS JOIN executions e ON e.task_id = t.id
@@ -3632,8 +3725,8 @@ def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
 def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
     """Executions that are `running` under another owner: it has died, or is finishing them."""
     rows = db.execute(
-        f"""SELECT owner, e.id, task_id, schedule_id, trigger, scheduled_for, attempt, uuid, attempt_started_at, name, task_type,
-            config, max_retries, retry_delay, retry_backoff FROM executions e JOIN tasks t ON t.id = e.task_id
+        f"""SELECT owner, e.id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, attempt_started_at, name,
+            task_type, config, max_retries, retry_delay, retry_backoff FROM executions e JOIN tasks t ON t.id = e.task_id
         WHERE e.{UNFINISHED_SQL} AND e.status = 'running' AND owner IS NOT ?""",
         (owner,),
     )
@@ -3734,10 +3827,11 @@ def object_counts(db: DB) -> dict[str, int]:
     return dict(zip(("tasks", "schedules", "active_schedules"), counts, strict=True))
 
 
-def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int]]:
-    """The next `limit` firings: schedule id, task id, task name, instant."""
+def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
+    """The next `limit` firings: schedule id, task id, task name, instant, time zone."""
     rows = db.execute(
-        f"""SELECT s.id, t.id, t.name, s.next_fire {_S_JOIN} WHERE {_LIVE} AND s.next_fire IS NOT NULL
+        f"""SELECT s.id, t.id, t.name, s.next_fire, json_extract(s.schedule_config, '$.timezone') {_S_JOIN}
+        WHERE {_LIVE} AND s.next_fire IS NOT NULL AND json_valid(s.schedule_config)
         ORDER BY s.next_fire LIMIT ?""",
         (limit,),
     )
@@ -5058,6 +5152,7 @@ TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
+DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 CANCELLED = "cancelled on request"
 CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
 
@@ -5141,7 +5236,7 @@ def _judge_slot(claim: Claim, schedule: Schedule, slot: int, trigger: str, crowd
         )
     else:
         hold |= 0 if verdict == "run" else Hold.OVERLAP
-        row = _new_row(schedule, slot, trigger, now, hold=hold)
+        row = _new_row(schedule, slot, trigger, now, hold=hold, fire_at=schedule.plan().fire_time(slot))
     if verdict == "cancel":
         claim.cancels.append((schedule, trigger))
         claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
@@ -5371,13 +5466,20 @@ class Service:
 
     async def start(self) -> None:
         """Becomes leader if nobody is, and starts the jobs."""
-        if not locks_work(self.store.path):
+        try:
+            working = locks_work(self.store.path)
+        except OSError as error:
+            raise StartupError(f"no file can be made in {self.store.path.parent}: {error.strerror}") from None
+        if not working:
             raise StartupError(f"file locks do not work in {self.store.path.parent}: put the database on a local file system")
         while self._kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
         self._session = make_session(self.settings)
         await self._load_state()
-        await self._look_for_leadership()
+        try:
+            await self._look_for_leadership()
+        except Unavailable as error:  # a full disk: reads work, and the watch tries again
+            logger.error("this process cannot lead yet: %s", error.detail)
         self._heart_job = self._spawn(self._keep("heart", self._heart))
         self._spawn(self._keep("watch", self._watch))
         self._spawn(self._keep("housekeeping", self._housekeeping))
@@ -5396,17 +5498,29 @@ class Service:
         self._wake.set()
         if self._heart_job is not None:
             await asyncio.wait({self._heart_job}, timeout=0.2)
+        known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
         for job in list(self._jobs):
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
         if self._ended:
-            await self.beat()
+            await self._settle_last(known)
         if self._session is not None:
             await self._session.close()
         self._checks.shutdown(wait=False, cancel_futures=True)
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
             lock.release()
         self._drain_lock.path.unlink(missing_ok=True)
+
+    async def _settle_last(self, known: bool) -> None:
+        """Settles what ended last. What the database does not take now, the next start settles like after a crash."""
+        try:
+            if known:
+                async with asyncio.timeout(0.2):
+                    await self.beat()
+        except (Unavailable, TimeoutError):
+            known = False
+        if not known:
+            logger.error("the database cannot be written: %d executions are settled at the next start", len(self._ended))
 
     async def _until_idle(self, seconds: float) -> None:
         end = self.clock.monotonic() + seconds
@@ -5433,7 +5547,10 @@ class Service:
 
     async def _heart(self) -> None:
         self._wake.clear()
-        if self.clock.step() <= -CORRECTION:
+        moved = self.clock.step()
+        if moved <= -1_000_000 and self.leading:
+            await self._shift_retries(moved)
+        if moved <= -CORRECTION:
             await self._correct_slots()
         self.last_beat = self.clock.monotonic()
         await self.beat()
@@ -5506,8 +5623,8 @@ class Service:
         stats.durations.add((settlement.finished_at - run.started_at) / 1_000_000)
 
     def _start_run(self, run: Run) -> None:
-        if run.trigger == "schedule" and run.attempt == 1 and run.scheduled_for is not None:
-            late = max(0.0, (run.started_at - run.scheduled_for) / 1_000_000)
+        if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
+            late = max(0.0, (run.started_at - run.fire_at) / 1_000_000)
             self.stats.recent_late.append(late)
             self.stats.lateness.add(late)
         active = Active(run, LiveOutput(self.settings.output_limit))
@@ -5544,6 +5661,11 @@ class Service:
     def _stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
             active.live.stop("cancelled")
+
+    async def _shift_retries(self, moved: int) -> None:
+        """The clock was set back: the wait for a retry is a duration, and must not grow by hours."""
+        await self.store.write(partial(shift_retries, by=moved))
+        self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
 
     async def _correct_slots(self) -> None:
         """The clock was set back by 3 h or more: a correction, so that next slots are computed from now."""
@@ -5650,7 +5772,7 @@ class Service:
         for zone in await self.store.read(used_zones):
             try:
                 rules = zone_rules(zone)
-            except (OSError, TypeError, ValueError):  # a damaged row: its claim will say so
+            except (OSError, *DAMAGE):
                 continue
             known = await self.store.read(partial(get_meta, key=f"zone:{zone}"))
             if known != rules:
@@ -5897,7 +6019,7 @@ class Service:
         live = task_active and not self.paused
         view = schedule_view(schedule, live)
         view["upcoming"] = []
-        with contextlib.suppress(LookupError, ValueError, ChronoTaskError):  # a damaged row: its description says so
+        with contextlib.suppress(*DAMAGE):  # its description says so
             view["upcoming"] = upcoming_view(_fire_times(schedule, 5) if live else (), schedule.zone)
         return view
 
@@ -6109,8 +6231,6 @@ class Service:
         try:
             await asyncio.get_running_loop().run_in_executor(self._checks, backup, self.store.path, target)
             return target.open("rb")
-        except (OSError, sqlite3.Error) as error:
-            raise Unavailable(f"the backup failed: {error}") from None
         finally:
             target.unlink(missing_ok=True)
 
@@ -6153,7 +6273,7 @@ class Service:
             executions=executions,
             queue_length=executions["queued"],
             max_concurrent_runs=self.settings.max_concurrent_runs,
-            next_runs=[] if self.paused else [_next_run(fire, zone) for fire in fires],
+            next_runs=[] if self.paused else [_next_run(*fire) for fire in fires],
             lateness=_lateness(self.stats.recent_late),
         )
 
@@ -6201,12 +6321,7 @@ def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat) -> None:
             claim_broken(claim, schedule, now, error)
     for schedule, trigger in claim.cancels:
         beat.cancelled += _cancel_unfinished(db, schedule, trigger, now)
-    try:
-        beat.new_ids = insert_executions(db, claim.rows)
-    except sqlite3.IntegrityError:  # slots that have a row already: the clock was set back
-        taken = taken_slots(db, claim.rows)
-        claim.rows = [row for row in claim.rows if (row.schedule_id, row.scheduled_for) not in taken]
-        beat.new_ids = insert_executions(db, claim.rows)
+    claim.rows, beat.new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
         schedule.run_count += runs[schedule.id]
@@ -6231,8 +6346,9 @@ def _restart_slots(db: DB, now: int, settled_after: int) -> None:
     """Computes next slots from `now` where the last claimed one lies in the future: the clock was wrong before."""
     for schedule in active_schedules(db, settled_after=settled_after):
         schedule.settled_until = now
-        _place(schedule)
-        update_schedule(db, schedule)
+        with contextlib.suppress(*DAMAGE):
+            _place(schedule)
+            update_schedule(db, schedule)
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
@@ -6240,8 +6356,9 @@ def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
     set_meta(db, f"zone:{zone}", rules)
     for schedule in active_schedules(db, zone=zone):
         before = schedule.next_fire
-        if schedule.schedule_type != "interval":
-            _place(schedule)
+        with contextlib.suppress(*DAMAGE):
+            if schedule.schedule_type != "interval":
+                _place(schedule)
         if schedule.next_fire != before:
             update_schedule(db, schedule)
 
@@ -6260,13 +6377,12 @@ def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
 
 
 def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
-    rows = [(schedule, resume_schedule(schedule, now)) for schedule in schedules]
-    for schedule, _ in rows:
-        update_schedule(db, schedule)
-    if marks := [row for _, row in rows if row is not None]:
-        taken = taken_slots(db, marks)
-        if marks := [row for row in marks if (row.schedule_id, row.scheduled_for) not in taken]:
-            insert_executions(db, marks)
+    marks = []
+    for schedule in schedules:
+        with contextlib.suppress(*DAMAGE):
+            marks.append(resume_schedule(schedule, now))
+            update_schedule(db, schedule)
+    insert_slots(db, [mark for mark in marks if mark is not None])
 
 
 def _pause_all(db: DB, paused: bool, now: int) -> None:
@@ -6303,9 +6419,9 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
 def _reactivate(db: DB, schedule: Schedule, now: int) -> None:
     """Turns a schedule on again. Raises InvalidInput if it has no slot left, naming the field to change."""
     mark = resume_schedule(schedule, now)
-    if mark is not None and not taken_slots(db, [mark]):
-        insert_executions(db, [mark])
-    elif schedule.next_slot is None:
+    if mark is not None and insert_slots(db, [mark])[1]:
+        return
+    if schedule.next_slot is None:
         raise InvalidInput(_nothing_left(schedule))
 
 
@@ -6368,13 +6484,13 @@ def _listed_views(rows: Sequence[Execution], query: OutputQuery) -> list[Executi
     return [execution_view(row) for row in rows]
 
 
-def _next_run(fire: tuple[int, int, str, int], zone: str) -> dict[str, Any]:
+def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:
     return {
-        "schedule_id": fire[0],
-        "task_id": fire[1],
-        "task_name": fire[2],
-        "utc": format_instant(fire[3]),
-        "local": format_local(fire[3], zone),
+        "schedule_id": schedule_id,
+        "task_id": task_id,
+        "task_name": task_name,
+        "utc": format_instant(at),
+        "local": format_local(at, zone),
     }
 
 
@@ -6417,7 +6533,10 @@ class Args:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing that can be asked. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it."""
+    """One thing that can be asked. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
+
+    `description` is for a reader who has never seen ChronoTask; `hints` are MCP's read_only, destructive, idempotent, open_world.
+    """
 
     name: str
     method: str
@@ -6432,6 +6551,8 @@ class Operation:
     location: str | None = None
     errors: tuple[int, ...] = ()
     tool: bool = False
+    hints: tuple[str, ...] = ()
+    description: str = ""
 
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -6447,17 +6568,22 @@ OPERATIONS: tuple[Operation, ...] = (
         location="/tasks/{id}",
         errors=(403, 422),
         tool=True,
+        description="It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine. "
+        'Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz '
+        '/tmp/x"}}. A failed run is retried max_retries times.',
     ),
     Operation(
         "list_tasks",
         "GET",
         "/tasks",
         lambda s, a: s.list_tasks(a.query),
-        "List tasks",
+        "List tasks, paused and disabled ones too",
         TaskPage,
         query=TaskQuery,
         errors=(422,),
         tool=True,
+        hints=("read_only",),
+        description="Look here before you create one. `q` searches in names; `total` counts all that match.",
     ),
     Operation(
         "get_task",
@@ -6469,6 +6595,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "task_id",
         errors=(404,),
         tool=True,
+        hints=("read_only",),
+        description="With its configuration, counts of runs, and `next_run` (null while nothing will fire).",
     ),
     Operation(
         "update_task",
@@ -6481,6 +6609,9 @@ OPERATIONS: tuple[Operation, ...] = (
         body=TaskUpdate,
         errors=(403, 404, 422),
         tool=True,
+        hints=("destructive", "idempotent"),
+        description="What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task "
+        "with status paused.",
     ),
     Operation(
         "delete_task",
@@ -6493,6 +6624,8 @@ OPERATIONS: tuple[Operation, ...] = (
         status=204,
         errors=(404,),
         tool=True,
+        hints=("destructive", "idempotent"),
+        description="Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.",
     ),
     Operation(
         "execute_task",
@@ -6507,6 +6640,9 @@ OPERATIONS: tuple[Operation, ...] = (
         location="/executions/{id}",
         errors=(403, 404, 409, 422),
         tool=True,
+        hints=("destructive", "open_world"),
+        description="Answers when the run is over, or after `wait` seconds: with status queued, running or retrying "
+        "it goes on, and get_execution shows its end.",
     ),
     Operation(
         "get_task_history",
@@ -6519,6 +6655,9 @@ OPERATIONS: tuple[Operation, ...] = (
         query=HistoryQuery,
         errors=(404, 422),
         tool=True,
+        hints=("read_only",),
+        description="How each run ended, with error_message and output. Rows with status skipped or missed are slots "
+        "that ran nothing, and say why. For older ones raise `skip`.",
     ),
     Operation(
         "overview",
@@ -6542,6 +6681,10 @@ OPERATIONS: tuple[Operation, ...] = (
         location="/schedules/{id}",
         errors=(404, 422),
         tool=True,
+        description='Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron", "schedule_config": '
+        '{"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the '
+        "scheduler's own zone applies. The answer says in words when it fires, and the next five slots, "
+        "local and UTC: compare them with what was asked for.",
     ),
     Operation(
         "preview_schedule",
@@ -6553,6 +6696,8 @@ OPERATIONS: tuple[Operation, ...] = (
         body=SchedulePreview,
         errors=(422,),
         tool=True,
+        hints=("read_only",),
+        description="Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.",
     ),
     Operation(
         "list_schedules",
@@ -6564,6 +6709,8 @@ OPERATIONS: tuple[Operation, ...] = (
         query=ScheduleQuery,
         errors=(422,),
         tool=True,
+        hints=("read_only",),
+        description="Of all tasks or of one, with words, time zone and next slots.",
     ),
     Operation(
         "get_schedule",
@@ -6586,6 +6733,9 @@ OPERATIONS: tuple[Operation, ...] = (
         body=ScheduleUpdate,
         errors=(404, 422),
         tool=True,
+        hints=("destructive", "idempotent"),
+        description="What is not sent stays; `schedule_config` is replaced as a whole; null clears start_at, end_at, "
+        "max_runs. Fields as in create_schedule. Pause it with is_active false.",
     ),
     Operation(
         "delete_schedule",
@@ -6598,6 +6748,8 @@ OPERATIONS: tuple[Operation, ...] = (
         status=204,
         errors=(404,),
         tool=True,
+        hints=("destructive", "idempotent"),
+        description="Queued runs of it are cancelled, running ones end.",
     ),
     Operation(
         "list_executions",
@@ -6608,6 +6760,7 @@ OPERATIONS: tuple[Operation, ...] = (
         ExecutionPage,
         query=ExecutionQuery,
         errors=(422,),
+        hints=("read_only",),
     ),
     Operation(
         "get_execution",
@@ -6619,6 +6772,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "execution_id",
         errors=(404,),
         tool=True,
+        hints=("read_only",),
+        description="Of a running one, the output so far. It is over unless its status is queued, running or retrying.",
     ),
     Operation(
         "cancel_execution",
@@ -6630,6 +6785,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "execution_id",
         errors=(404, 409),
         tool=True,
+        hints=("destructive", "idempotent"),
+        description="Kills its processes and drops its retries. One that is over already is refused.",
     ),
     Operation(
         "get_scheduler_status",
@@ -6639,6 +6796,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "Show the scheduler's state and what comes next",
         StatusView,
         tool=True,
+        hints=("read_only",),
+        description="With its time zone, the number of tasks and of executions in each status, and the next five runs.",
     ),
     Operation(
         "pause_scheduler",
@@ -7260,6 +7419,653 @@ def make_app(service: Service) -> web.Application:
 
 
 # ======================================================================================================================
+# 11. MCP
+# ======================================================================================================================
+#
+# The same operations as tools for a language model: flat arguments, answers with what it cannot look up (zones, words, next
+# slots, what to change), texts of bounded length. The SDK is imported on first use: it costs 0.4 s and 30 MB.
+
+if TYPE_CHECKING:
+    from mcp import types
+    from mcp.server.lowlevel import Server
+
+TOOL_TEXT = 8000  # characters of each output text in an answer about one execution
+TOOL_LIST_TEXT = 500  # the same in lists
+MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
+SETTLE = 1.5  # seconds that calls in flight get after the end of stdin
+R = TypeVar("R")
+TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
+
+
+class _ToolTasks(TaskQuery):
+    limit: Limit = 20
+
+
+class _ToolSchedules(ScheduleQuery):
+    limit: Limit = 20
+
+
+class _ToolHistory(HistoryQuery):
+    limit: Limit = 5
+    output: Literal["short", "full", "none"] = Field("short", description="short cuts long texts")  # type: ignore[assignment]
+
+
+class _ToolExecute(ExecuteQuery):
+    # Many clients give a call up after 60 s.
+    wait: Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")] = 10
+
+
+# A model pays for each word: other defaults serve it better than a program.
+TOOL_QUERIES: dict[str, type[Query]] = {
+    "list_tasks": _ToolTasks,
+    "list_schedules": _ToolSchedules,
+    "get_task_history": _ToolHistory,
+    "execute_task": _ToolExecute,
+}
+# Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing.
+WITHOUT_EFFECT = {
+    "preview_schedule": {"is_active", "overlap", "catchup", "catchup_window"},
+    "update_schedule": {"task_id"},
+}
+
+
+NULL = {"type": "null"}
+
+
+class Deleted(TypedDict):
+    id: int
+    deleted: bool
+
+
+# --- Arguments and schemas --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tool_model(operation: Operation) -> type[BaseModel]:
+    """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
+    base = operation.body or TOOL_QUERIES.get(operation.name, operation.query) or Query
+    if operation.id_name is None:
+        return base
+    fields: dict[str, Any] = {operation.id_name: (Annotated[Id, Field(strict=False)], ...)}
+    return create_model(operation.name, __base__=base, **fields)
+
+
+def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> Args:
+    """The arguments of a call, checked by the rules of REST. Raises InvalidInput that lists every bad one."""
+    model, id_name = tool_model(operation), operation.id_name
+    given = {name: _as_object(model, name, value) for name, value in arguments.items()}
+    checked: Any = parse(model, given)
+    number = 0 if id_name is None else getattr(checked, id_name)
+    if operation.body is None:
+        return Args(number, query=checked)
+    return Args(number, body=parse(operation.body, {name: value for name, value in given.items() if name != id_name}))
+
+
+def _as_object(model: type[BaseModel], name: str, value: Any) -> Any:
+    """Some clients send objects as JSON text."""
+    field = model.model_fields.get(name)
+    if isinstance(value, str) and field is not None and field.annotation == dict[str, Any]:
+        with contextlib.suppress(ChronoTaskError):
+            return load_json(value.encode("utf-8", "surrogatepass"))
+    return value
+
+
+def input_schema(operation: Operation) -> dict[str, Any]:
+    """What a model needs to know of a tool's arguments. An update says of its fields only what differs from creation."""
+    schema = tool_model(operation).model_json_schema()
+    hidden = WITHOUT_EFFECT.get(operation.name, ())
+    fields = {name: _lean(field) for name, field in schema.get("properties", {}).items() if name not in hidden}
+    required = schema.get("required", [])
+    if operation.method == "PATCH":
+        fields = {name: {key: field[key] for key in ("type", "enum") if key in field} for name, field in fields.items()}
+    elif "config" in fields:
+        shapes = "; ".join(f"{name}: {outline(model.model_json_schema())}" for name, model in CONFIGS.items())
+        fields["config"]["description"] = f"{shapes}. {fields['config'].get('description', '')}"
+    return {"type": "object", "properties": fields} | ({"required": required} if required else {})
+
+
+def output_schema(operation: Operation) -> dict[str, Any]:
+    """The fields of a tool's answer, one level deep, without those that echo the arguments.
+
+    Null must be allowed where it may come, else clients refuse the answer; only the tools that show a thing say where it may.
+    """
+    echoed, shows = tool_model(operation).model_fields, "read_only" in operation.hints
+    fields = {}
+    for name, field in TypeAdapter(operation.result or Deleted).json_schema()["properties"].items():
+        nullable = NULL in field.get("anyOf", ())
+        if name not in echoed and (shows or not nullable):
+            fields[name] = {"anyOf": [_lean(field), NULL]} if nullable else _lean(field)
+    return {"type": "object", "properties": fields}
+
+
+def _lean(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema in few words, and without null."""
+    if "$ref" in schema:
+        return {"type": "object"}
+    whole = schema | next((_lean(arm) for arm in schema.get("anyOf", ()) if arm != NULL), {})
+    lean = {key: whole[key] for key in ("type", "enum", "default", "maximum", "description") if whole.get(key) is not None}
+    if lean.get("maximum", 0) >= 1000:
+        del lean["maximum"]  # hardly ever met; the error names it
+    return lean | ({"items": _lean(whole["items"])} if "items" in whole else {})
+
+
+def outline(schema: dict[str, Any], definitions: Mapping[str, Any] | None = None) -> str:
+    """A JSON schema as a short type: `{url: string, method?: GET|POST, auth?: {username: string, password: string}}`."""
+    defs = schema.get("$defs", definitions) or {}
+    if "$ref" in schema:
+        return outline(defs[schema["$ref"].rpartition("/")[2]], defs)
+    if "anyOf" in schema:
+        return "|".join(outline(arm, defs) for arm in schema["anyOf"] if arm != NULL)
+    if "enum" in schema:
+        return "|".join(schema["enum"])
+    if "properties" in schema:
+        optional = {name: "" if name in schema.get("required", ()) else "?" for name in schema["properties"]}
+        return "{" + ", ".join(f"{n}{optional[n]}: {outline(field, defs)}" for n, field in schema["properties"].items()) + "}"
+    if "items" in schema:
+        item = outline(schema["items"], defs)
+        return f"({item})[]" if "|" in item else f"{item}[]"
+    return "|".join(schema["type"]) if isinstance(schema["type"], list) else str(schema["type"])
+
+
+@functools.cache
+def make_tools() -> types.ListToolsResult:
+    from mcp import types
+
+    def hints(operation: Operation) -> types.ToolAnnotations:
+        words: Any = {
+            f"{word}_hint": word in operation.hints for word in ("read_only", "destructive", "idempotent", "open_world")
+        }
+        return types.ToolAnnotations(**words)
+
+    return types.ListToolsResult(
+        tools=[
+            types.Tool(
+                name=operation.name,
+                description=f"{operation.summary}. {operation.description}",
+                input_schema=input_schema(operation),
+                output_schema=output_schema(operation),
+                annotations=hints(operation),
+            )
+            for operation in TOOLS.values()
+        ]
+    )
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def clip(value: Any, limit: int, where: str) -> Any:
+    """`value` with a long text cut to `limit` characters, the first quarter and the last three; an object as JSON text.
+
+    The cut says how many bytes are left out, and `where` they are.
+    """
+    if isinstance(value, (dict, list)):
+        text = compact(value)
+        return value if len(text) <= limit else clip(text, limit, where)
+    if not isinstance(value, str) or len(value) <= limit:
+        return value
+    head, tail = value[: limit // 4], value[limit // 4 - limit :]
+    left_out = len(value[limit // 4 : limit // 4 - limit].encode("utf-8", "replace"))
+    return f"{head}\n[… {left_out} bytes left out: {where} …]\n{tail}"
+
+
+def _clip_texts(holder: Any, field: str, limit: int, where: str) -> None:
+    if holder.get(field):
+        holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
+
+
+def _clip_execution(view: Any) -> None:
+    where = f"resource {SCHEME}executions/{view['id']} has all"
+    for attempt in view.get("attempts", ()):
+        if attempt["output_data"] == view["output_data"]:
+            attempt["output_data"] = None  # the last attempt's output is the execution's
+        _clip_texts(attempt, "output_data", TOOL_LIST_TEXT, where)
+    _clip_texts(view, "output_data", TOOL_TEXT, where)
+
+
+async def complete_answer(service: Service, operation: Operation, args: Args, view: Any) -> None:
+    """Adds to an answer what a model cannot look up by itself, and cuts what is long."""
+    match operation.name:
+        case "create_task":
+            if (other := await service.find_equal_task(view["id"])) is not None:
+                view["note"] = f"task {other} has the same name and configuration: delete one of them unless both are meant"
+        case "list_tasks":
+            for task in view["tasks"]:
+                _clip_texts(task, "config", TOOL_LIST_TEXT, "get_task shows all")
+        case "execute_task" | "get_execution" | "cancel_execution":
+            if view["status"] in UNFINISHED:
+                view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
+            _clip_execution(view)
+        case "get_task_history":
+            if args.query.output == "short":
+                for execution in view["history"]:
+                    _clip_texts(execution, "output_data", TOOL_LIST_TEXT, "output=full or get_execution shows more")
+            if (seen := view["skip"] + len(view["history"])) < view["total"]:
+                view["note"] = f"{view['total'] - seen} older ones: ask with skip={seen}, or with a higher limit"
+        case "list_schedules":
+            for schedule in view["schedules"]:
+                with contextlib.suppress(NotFound):  # deleted a moment ago
+                    schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"]
+        case "create_schedule" | "update_schedule":
+            if not view["upcoming"]:
+                why = "its task or the scheduler is paused" if view["is_active"] else "is_active is false"
+                view["note"] = f"nothing fires now: {why}"
+
+
+async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) -> types.CallToolResult:
+    """Calls a tool. What is wrong with the call is in the result, for the model to put right; only an unknown name raises."""
+    from mcp import MCPError, types
+
+    if (operation := TOOLS.get(name)) is None:
+        hint = nearest(name, TOOLS)
+        raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
+    view = None
+    try:
+        view = await _to_its_end(_use(service, operation, tool_args(operation, arguments)))
+        text = compact(view)
+    except ChronoTaskError as error:
+        text = error.detail + _where_to_look(error)
+    except Exception:
+        logger.exception("tool %s", name)
+        text = "something went wrong here; the log has the details"
+    return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
+
+
+async def _use(service: Service, operation: Operation, args: Args) -> Any:
+    view = await operation.call(service, args)
+    if view is None:
+        return Deleted(id=args.id, deleted=True)
+    await complete_answer(service, operation, args, view)
+    return view
+
+
+_CALLS: set[asyncio.Task[Any]] = set()
+
+
+async def _to_its_end(call: Coroutine[Any, Any, R]) -> R:
+    """Awaits `call`, which goes on when the client goes away: a use case is never left half done."""
+    job = asyncio.ensure_future(call)
+    _CALLS.add(job)
+    job.add_done_callback(_CALLS.discard)
+    return await asyncio.shield(job)
+
+
+def _where_to_look(error: ChronoTaskError) -> str:
+    """Which tool shows the ids that exist."""
+    match = re.match(r"there is no (task|schedule|execution) ", error.detail) if isinstance(error, NotFound) else None
+    tools = {"task": "list_tasks", "schedule": "list_schedules", "execution": "get_task_history"}
+    return f": {tools[match[1]]} shows those that exist" if match else ""
+
+
+# --- Resources, the prompt, the server --------------------------------------------------------------------------------
+
+SCHEME = "chronotask://"
+INSTRUCTIONS = """\
+ChronoTask runs HTTP requests and bash commands by schedule. A task says what to do, a schedule when, an execution is one run.
+To plan something: list_tasks (does it exist?), create_task, execute_task (does it work?), create_schedule, then compare the
+slots in the answer with what was asked for. Times without an offset are in the schedule's timezone, by default {zone}; times in
+answers are UTC (Z) unless they carry another offset. An error says what to change: correct the call and repeat it."""
+DIAGNOSE = """Find out why this ChronoTask task fails, and how to repair it.
+
+1. Read the newest runs that failed: error_message, exit_code or status_code, the end of stderr or of the body.
+2. Tell apart a fault of the task (command, url, environment), of its schedule (zone, overlap, slots missed or skipped), and of
+   something outside (network, a server, a full disk).
+3. Say the most likely cause in one sentence, with the evidence.
+4. Propose the smallest change: update_task or update_schedule with exact arguments. Make it only when asked to; then check it
+   with execute_task.
+
+Times are UTC. The facts:
+"""
+
+
+async def read_resource(service: Service, uri: str) -> Any:
+    """What is behind `chronotask://tasks/7`, `chronotask://executions/7` (with all kept output) or `chronotask://status`."""
+    match = re.fullmatch(SCHEME + r"(?:status|(tasks|executions)/([0-9]{1,18}))", uri)
+    if match is None:
+        raise NotFound(f"there is no resource {shown(uri)}; known are status, tasks/ID and executions/ID below {SCHEME}")
+    if match[1] is None:
+        return await service.scheduler_status()
+    return await (service.get_task if match[1] == "tasks" else service.get_execution)(int(match[2]))
+
+
+async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
+    """The text of the prompt: how to go about it, and the facts. Raises NotFound, InvalidInput."""
+    args = tool_args(TOOLS["get_task_history"], arguments)
+    task = await service.get_task(args.id)
+    history = (await service.get_task_history(args.id, args.query))["history"]
+    schedules = (await service.list_schedules(ScheduleQuery(task_id=args.id, limit=20)))["schedules"]
+    for execution in history:
+        _clip_texts(execution, "output_data", 4 * TOOL_LIST_TEXT, "get_execution shows more")
+    return DIAGNOSE + json.dumps({"task": task, "schedules": schedules, "history": history}, ensure_ascii=False, indent=1)
+
+
+def make_server(service: Service) -> Server[Any]:
+    """The MCP server of a service, for any transport and every protocol version that the SDK knows."""
+    from mcp import MCPError, types
+    from mcp.server.lowlevel import Server
+
+    kind: Any = {"mime_type": "application/json"}
+    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **kind)
+    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
+    templates = [
+        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **kind)
+        for name, text in about.items()
+    ]
+    diagnose = types.Prompt(
+        name="diagnose_task",
+        description="Find out why a task fails",
+        arguments=[types.PromptArgument(name="task_id", description="id of the task", required=True)],
+    )
+
+    async def answer(call: Coroutine[Any, Any, R]) -> R:
+        try:
+            return await call
+        except ChronoTaskError as error:
+            raise MCPError(types.INVALID_PARAMS, error.detail + _where_to_look(error)) from None
+
+    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
+        return make_tools()
+
+    async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+        return await run_tool(service, params.name, params.arguments or {})
+
+    async def list_resources(_: Any, params: Any) -> types.ListResourcesResult:
+        return types.ListResourcesResult(resources=[status])
+
+    async def list_templates(_: Any, params: Any) -> types.ListResourceTemplatesResult:
+        return types.ListResourceTemplatesResult(resource_templates=templates)
+
+    async def read(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+        text = compact(await answer(read_resource(service, params.uri)))
+        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **kind)])
+
+    async def list_prompts(_: Any, params: Any) -> types.ListPromptsResult:
+        return types.ListPromptsResult(prompts=[diagnose])
+
+    async def get_prompt(_: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
+        if params.name != diagnose.name:
+            raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {diagnose.name}")
+        text = await answer(diagnose_task(service, params.arguments or {}))
+        return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=types.TextContent(text=text))])
+
+    return Server(
+        "chronotask",
+        version=__version__,
+        instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_templates,
+        on_read_resource=read,
+        on_list_prompts=list_prompts,
+        on_get_prompt=get_prompt,
+    )
+
+
+# --- stdio ------------------------------------------------------------------------------------------------------------
+
+
+def take_stdio() -> tuple[int, int]:
+    """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr.
+
+    Called before anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the parent: the next file or socket must not become a standard stream
+            os.open(os.devnull, os.O_RDWR)
+    wire = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    for number in wire:
+        os.set_blocking(number, True)
+    return wire
+
+
+async def in_daemon(call: Callable[..., R], *args: Any) -> R:
+    """`call(*args)` on a thread that may block for ever: unlike an executor's, it does not hold up the end of the program."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[R] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(result)
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = call(*args)
+        except Exception as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
+
+
+def write_all(sink: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(sink, view) :]
+
+
+class Lines:
+    """Lines from pieces of a stream. Of one longer than `limit` only both ends are kept: one of them holds its id."""
+
+    ENDS = 2048  # bytes
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._line = bytearray()
+        self._size = 0
+
+    def feed(self, piece: bytes) -> Iterator[tuple[bytes, int]]:
+        """The lines that end in `piece`, each with its real size in bytes; an empty piece ends the last line."""
+        *ended, rest = piece.split(b"\n") if piece else (b"", b"")
+        for part in ended:
+            self._add(part)
+            line, size = bytes(self._line), self._size
+            self._line, self._size = bytearray(), 0
+            if line.strip():
+                yield line, size
+        self._add(rest)
+
+    def _add(self, part: bytes) -> None:
+        self._line += part
+        self._size += len(part)
+        if len(self._line) > self._limit:
+            del self._line[self.ENDS : -self.ENDS]
+
+
+_ID = rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")'
+# Before the first nested object, or after the last one: there, an "id" is the message's own.
+_ID_AT_AN_END = re.compile(rb"\A\s*\{[^{}]*?" + _ID + rb"|\}[^{}]*?" + _ID + rb"[^{}]*\}\s*\Z")
+
+
+def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
+    """A line as a message. Raises MCPError for one that is none, with its id (or None) as data."""
+    from mcp import MCPError, types
+
+    if size > MAX_BODY:
+        match = _ID_AT_AN_END.search(line)
+        number = json.loads(match[1] or match[2]) if match else None
+        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
+    try:
+        return types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+    except ValidationError:
+        pass
+    try:
+        value = load_json(line)
+    except ChronoTaskError as error:
+        raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}") from None
+    number = value.get("id") if isinstance(value, dict) else None
+    number = number if type(number) in (int, str) else None
+    raise MCPError(types.INVALID_REQUEST, "this line is no JSON-RPC 2.0 message (one object a line, no batches)", number)
+
+
+async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
+    """Serves one client until it closes its end of `source` (calls in flight get `SETTLE` seconds) or of `sink`."""
+    import anyio
+    from mcp import MCPError, types
+    from mcp.shared.message import SessionMessage
+
+    into, inbox = anyio.create_memory_object_stream[Any](0)
+    outbox, out_of = anyio.create_memory_object_stream[Any](0)
+    refusals = outbox.clone()
+    pending: set[Any] = set()  # ids of calls without an answer
+    fewer = asyncio.Event()
+
+    async def until_pending(count: int) -> None:
+        while len(pending) > count:
+            fewer.clear()
+            await fewer.wait()
+
+    def settled(number: Any) -> None:
+        pending.discard(number)
+        fewer.set()
+
+    async def accept(line: bytes, size: int) -> None:
+        try:
+            message = read_message(line, size)
+        except MCPError as error:
+            about = types.ErrorData(code=error.code, message=error.message)
+            await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
+            return
+        await until_pending(MAX_PENDING)
+        if isinstance(message, types.JSONRPCRequest):
+            pending.add(message.id)
+        elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
+            settled(str((message.params or {}).get("requestId")))
+        await into.send(SessionMessage(message))
+
+    async def read() -> None:
+        lines, piece = Lines(MAX_BODY), b"-"
+        while piece:
+            piece = await in_daemon(os.read, source, 65536)
+            for line, size in lines.feed(piece):
+                await accept(line, size)
+
+    async def write() -> None:
+        async for answer in out_of:
+            text = answer.message.model_dump_json(by_alias=True, exclude_unset=True)
+            await in_daemon(write_all, sink, text.encode() + b"\n")
+            settled(getattr(answer.message, "id", None))
+
+    jobs = [
+        asyncio.ensure_future(job) for job in (server.run(inbox, outbox, server.create_initialization_options()), write(), read())
+    ]
+    serving, writing, _ = jobs
+    try:
+        await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+        jobs.append(asyncio.ensure_future(until_pending(0)))
+        await asyncio.wait({writing, jobs[-1]}, timeout=SETTLE, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await into.aclose()  # the server cancels what is left, and says so to the client
+        await refusals.aclose()
+        await asyncio.wait({serving, writing}, timeout=0.3)
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+MCP_MANAGER: web.AppKey[Any] = web.AppKey("mcp_manager")
+MCP_CALLS: web.AppKey[set[Any]] = web.AppKey("mcp_calls")
+
+
+def asgi_scope(request: web.Request) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": request.scheme,
+        "path": request.path,
+        "raw_path": request.raw_path.encode(),
+        "query_string": request.query_string.encode(),
+        "headers": [(name.lower(), value) for name, value in request.raw_headers],
+    }
+
+
+async def handle_mcp(request: web.Request) -> web.StreamResponse:
+    """A request as an ASGI call of the SDK. Headers go out at once: a stream is seen to be open before it has data."""
+    if request.method == "POST" and request.content_type != "application/json":
+        raise UnsupportedMedia(f"send the message as application/json, not {shown(request.content_type)}")
+    messages = [{"type": "http.request", "body": await request.read()}]
+    answer = web.StreamResponse(headers=HEADERS)
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.Event().wait()  # for ever: a client that goes away cancels the whole call
+        return messages.pop()
+
+    async def send(message: Mapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            answer.set_status(message["status"])
+            answer.headers.update({name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]})
+            await answer.prepare(request)
+        elif message.get("body"):
+            await answer.write(message["body"])
+
+    calls, job = request.app[MCP_CALLS], asyncio.current_task()
+    calls.add(job)
+    try:
+        await request.app[MCP_MANAGER].handle_request(asgi_scope(request), receive, send)
+        with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
+            await answer.write_eof()
+    finally:
+        calls.discard(job)
+    return answer
+
+
+def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
+    """MCP over streamable HTTP at `/mcp`. Without sessions: abandoned ones cost memory, and they die with a restart.
+
+    Run it with `handler_cancellation=True`, so that a stream ends with its client.
+    """
+    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
+    app[SERVICE], app[MCP_CALLS] = service, set()
+    for method in ("POST", "GET", "DELETE"):
+        app.router.add_route(method, "/mcp", handle_mcp)
+    app.cleanup_ctx.append(partial(_run_manager, server=server))
+    app.on_shutdown.append(_cancel_calls)
+    return app
+
+
+async def _cancel_calls(app: web.Application) -> None:
+    for job in app[MCP_CALLS]:
+        job.cancel()
+
+
+async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterator[None]:
+    """The SDK's session manager, entered and left in one job, as its cancel scopes need."""
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    # `gate` has checked Host, Origin and token, by rules that the SDK's lists cannot express.
+    checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    manager = StreamableHTTPSessionManager(server, stateless=True, json_response=False, security_settings=checked)
+    ready, over = asyncio.Event(), asyncio.Event()
+
+    async def run() -> None:
+        async with manager.run():
+            ready.set()
+            await over.wait()
+
+    app[MCP_MANAGER] = manager
+    job = asyncio.ensure_future(run())
+    await ready.wait()
+    yield
+    over.set()
+    await job
+
+
+# ======================================================================================================================
 # 12. Main
 # ======================================================================================================================
 
@@ -7325,7 +8131,8 @@ def set_up_logging(settings: Settings) -> None:
     for handler in handlers:
         handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    for name in ("aiohttp.access", "mcp", "sse_starlette"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def hide_from_children() -> int:
@@ -7346,34 +8153,73 @@ def use_pidfd() -> None:
         asyncio.get_event_loop_policy().set_child_watcher(watcher)
 
 
-async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int) -> None:
-    """Runs until SIGTERM or SIGINT (a second one ends at once), or in mode `mcp` until the end of stdin."""
+async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int, wire: tuple[int, int] | None) -> None:
+    """Runs until SIGTERM or SIGINT (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     use_pidfd()
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop)
+        loop.add_signal_handler(number, _on_signal, stop, signalled)
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
+    mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service", umask)
-    runner = web.AppRunner(make_app(service), access_log=None, shutdown_timeout=0.2, keepalive_timeout=30)
+    runners: list[web.AppRunner] = []
+    session: asyncio.Task[None] | None = None
     try:
         await service.start()
-        await runner.setup()
-        for sock in sockets:
-            await web.SockSite(runner, sock, backlog=1024).start()
-            logger.info("REST on http://%s:%d", *address_of(sock))
+        await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
+        if mode != "http" and settings.mcp_enabled:
+            server = make_server(service)
+            app = make_mcp_app(service, server)
+            await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)
+            # A terminal starts no session in `both`: reading it from the background would stop the whole process.
+            if wire is not None and (mode == "mcp" or not os.isatty(wire[0])):
+                session = loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None))
+        elif mode == "both":
+            logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
         await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
         await service.stop()
-        await runner.cleanup()
+        if session is not None:  # after the service: the calls that waited for it are answered
+            session.cancel()
+            await asyncio.wait({session})
+        for runner in reversed(runners):
+            await runner.cleanup()
         store.close()
 
 
-def _on_signal(stop: asyncio.Event) -> None:
-    if stop.is_set():
+async def _open(
+    runners: list[web.AppRunner], what: str, sockets: Sequence[socket.socket], app: web.Application, **more: Any
+) -> None:
+    """Serves `app`, and adds its runner to those to clean up."""
+    if not sockets:
+        return
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, keepalive_timeout=30, **more)
+    runners.append(runner)
+    await runner.setup()
+    for sock in sockets:
+        await web.SockSite(runner, sock, backlog=1024).start()
+        logger.info(what, *address_of(sock))
+
+
+async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio.Event | None) -> None:
+    logger.info("MCP on stdio")
+    try:
+        await serve_stdio(server, *wire)
+        logger.info("the MCP client on stdio has gone")
+    except Exception:
+        logger.exception("MCP on stdio")
+    finally:
+        if stop is not None:
+            stop.set()
+
+
+def _on_signal(stop: asyncio.Event, signalled: asyncio.Event) -> None:
+    if signalled.is_set():  # not `stop`: an MCP client closes stdin first, and sends SIGTERM when it grows impatient
         os._exit(1)
+    signalled.set()
     stop.set()
 
 
@@ -7421,23 +8267,21 @@ def allow_connections() -> None:
 
 
 def run_backup(settings: Settings, target: str) -> None:
-    """Writes a copy of the database to a file, or to standard output. Raises StartupError."""
+    """Writes a copy of the database to a file, or to standard output. Raises StartupError, Unavailable."""
     source = settings.database_url
     if not source.exists():
         raise StartupError(f"there is no database {source} to back up")
-    try:
-        if target != "-":
-            backup(source, Path(target).absolute())
-            return
-        if sys.stdout.isatty():
-            raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
-        with tempfile.TemporaryDirectory(dir=source.parent, prefix=".backup-") as folder:
-            backup(source, Path(folder) / "copy.db")
-            with (Path(folder) / "copy.db").open("rb") as copy:
-                shutil.copyfileobj(copy, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-    except (OSError, sqlite3.Error) as error:
-        raise StartupError(f"the backup of {source} failed: {error}") from None
+    if target != "-":
+        backup(source, Path(target).absolute())
+        return
+    if sys.stdout.isatty():
+        raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
+    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".backup-") as folder:
+        copied = Path(folder) / "copy.db"
+        backup(source, copied)
+        with copied.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -7449,6 +8293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
+        wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
         for warning in warnings:
             logger.warning("%s", warning)
@@ -7456,7 +8301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn_if_open(settings)
         allow_connections()
         sys.setswitchinterval(0.0005)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
-        asyncio.run(serve(settings, options.mode, os.environ, umask))
+        asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
         return 0
     except ChronoTaskError as error:
         print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
