@@ -6936,8 +6936,10 @@ async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[
         return problem(error)
     except web.HTTPException as error:
         return _http_problem(error)
-    except ConnectionResetError:
-        raise  # the client has gone: there is nobody to answer
+    except (ConnectionError, TimeoutError):  # the client has gone, or takes nothing any more: there is nobody to answer
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=503)
     except Exception:
         logger.exception("%s %s", request.method, shown(request.path))
         return problem(ChronoTaskError("something went wrong here; the log has the details"))
@@ -7145,8 +7147,6 @@ async def show_events(request: web.Request) -> web.StreamResponse:
             if event_or_end is None:
                 return answer
             await _send_event(answer, event_or_end, query.task_id)
-    except (TimeoutError, ConnectionError):
-        return answer
     finally:
         service.feed.close(reader)
 
