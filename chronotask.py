@@ -2758,6 +2758,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         )""",
         "CREATE INDEX schedules_task ON schedules (task_id, next_fire)",
         "CREATE INDEX schedules_rev ON schedules (rev)",
+        "CREATE INDEX schedules_next ON schedules (next_fire) WHERE is_active",
         """CREATE TABLE executions (
             id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER NOT NULL REFERENCES tasks (id), schedule_id INTEGER,
             trigger TEXT NOT NULL, status TEXT NOT NULL, scheduled_for INTEGER, fire_at INTEGER, queued_at INTEGER NOT NULL,
@@ -3062,6 +3063,8 @@ def _remedy(error: sqlite3.Error) -> str:
 
 
 def _check_files(path: Path) -> None:
+    if path.is_dir():
+        raise StartupError(f"{path} is a folder: set CHRONOTASK_DATABASE_URL to a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size if path.exists() else None
@@ -3243,7 +3246,7 @@ _RUNS = (
     "execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, started_at, name, task_type, "
     "config, max_retries, retry_delay, retry_backoff"
 )
-_NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted)"
+_NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
 _TASKS = ", ".join(TASK_COLUMNS)
 _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
@@ -3438,14 +3441,13 @@ def all_task_ids(db: DB) -> list[int]:
     return [row[0] for row in db.execute("SELECT id FROM tasks WHERE NOT deleted")]
 
 
-def live_timers(db: DB, since_rev: int = -1) -> list[list[Any]]:
-    """`[schedule id, when it fires next or None]`, of schedules changed, or whose task was changed, after `since_rev`."""
+def live_timers(db: DB, since_rev: int | None = None) -> list[list[Any]]:
+    """`[schedule id, when it fires next or None]`: of all, or of those changed (or whose task was) after `since_rev`."""
+    changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
+        UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
+    where, values = ("", ()) if since_rev is None else (changed, (since_rev,))
     return fetch(
-        db,
-        "id, fire",
-        f"""FROM (SELECT s.id AS id, CASE WHEN {_LIVE} THEN s.next_fire END AS fire {_S_JOIN}
-            WHERE s.rev > ?1 OR t.rev > ?1)""",
-        (since_rev,),
+        db, "id, fire", f"FROM (SELECT s.id AS id, CASE WHEN {_LIVE} THEN s.next_fire END AS fire {_S_JOIN} {where})", values
     )
 
 
@@ -3475,7 +3477,7 @@ def mark_deleted(db: DB, task_id: int) -> None:
 
 
 def deleted_tasks(db: DB) -> list[int]:
-    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE deleted")]
+    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE deleted = 1")]
 
 
 def purge_task(db: DB, task_id: int, limit: int) -> bool:
@@ -3793,6 +3795,7 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
             _NOT_DELETED: True,
             "task_id = ?": query.task_id,
             "schedule_id = ?": query.schedule_id,
+            "scheduled_for IS NOT NULL": query.schedule_id is not None,  # what the index on slots is limited to
             "status = ?": query.status,
             "trigger = ?": query.trigger,
             "id < ?": query.before_id,
@@ -5802,7 +5805,7 @@ class Service:
         since, paused = self._rev, self.paused
         rev = await self._load_state()
         if self.leading:
-            timers = await self.store.read(partial(live_timers, since_rev=since))
+            timers = await self.store.read(partial(live_timers, since_rev=since if since >= 0 else None))
             if since < 0:
                 self._timers.rebuild([(key, at) for key, at in timers if at is not None])
             else:
