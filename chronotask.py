@@ -2114,7 +2114,12 @@ Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)
 Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
 Config = Annotated[
     dict[str, Any],
-    Field(description="Secrets: write ${env:CHRONOTASK_SECRET_NAME}. In answers they are ********, which sent back keeps them."),
+    Field(
+        description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
+        'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
+        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?}. "
+        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
+    ),
 ]
 ScheduleConfig = Annotated[
     dict[str, Any],
@@ -5528,7 +5533,7 @@ class Service:
 
     async def _until_idle(self, seconds: float) -> None:
         end = self.clock.monotonic() + seconds
-        while self.running and self.clock.monotonic() < end:
+        while len(self.running) > len(self._ended) and self.clock.monotonic() < end:  # what ended may be waiting for the disk
             await asyncio.sleep(0.02)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -7436,21 +7441,25 @@ if TYPE_CHECKING:
 TOOL_TEXT = 8000  # characters of each output text in an answer about one execution
 TOOL_LIST_TEXT = 500  # the same in lists
 MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
+LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
 SETTLE = 1.5  # seconds that calls in flight get after the end of stdin
 R = TypeVar("R")
 TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
 
 
+ToolLimit = Annotated[int, Field(ge=1, le=100)]
+
+
 class _ToolTasks(TaskQuery):
-    limit: Limit = 20
+    limit: ToolLimit = 20
 
 
 class _ToolSchedules(ScheduleQuery):
-    limit: Limit = 20
+    limit: ToolLimit = 20
 
 
 class _ToolHistory(HistoryQuery):
-    limit: Limit = 5
+    limit: ToolLimit = 5
     output: Literal["short", "full", "none"] = Field("short", description="short cuts long texts")  # type: ignore[assignment]
 
 
@@ -7522,9 +7531,6 @@ def input_schema(operation: Operation) -> dict[str, Any]:
     required = schema.get("required", [])
     if operation.method == "PATCH":
         fields = {name: {key: field[key] for key in ("type", "enum") if key in field} for name, field in fields.items()}
-    elif "config" in fields:
-        shapes = "; ".join(f"{name}: {outline(model.model_json_schema())}" for name, model in CONFIGS.items())
-        fields["config"]["description"] = f"{shapes}. {fields['config'].get('description', '')}"
     return {"type": "object", "properties": fields} | ({"required": required} if required else {})
 
 
@@ -7551,24 +7557,6 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
     if lean.get("maximum", 0) >= 1000:
         del lean["maximum"]  # hardly ever met; the error names it
     return lean | ({"items": _lean(whole["items"])} if "items" in whole else {})
-
-
-def outline(schema: dict[str, Any], definitions: Mapping[str, Any] | None = None) -> str:
-    """A JSON schema as a short type: `{url: string, method?: GET|POST, auth?: {username: string, password: string}}`."""
-    defs = schema.get("$defs", definitions) or {}
-    if "$ref" in schema:
-        return outline(defs[schema["$ref"].rpartition("/")[2]], defs)
-    if "anyOf" in schema:
-        return "|".join(outline(arm, defs) for arm in schema["anyOf"] if arm != NULL)
-    if "enum" in schema:
-        return "|".join(schema["enum"])
-    if "properties" in schema:
-        optional = {name: "" if name in schema.get("required", ()) else "?" for name in schema["properties"]}
-        return "{" + ", ".join(f"{n}{optional[n]}: {outline(field, defs)}" for n, field in schema["properties"].items()) + "}"
-    if "items" in schema:
-        item = outline(schema["items"], defs)
-        return f"({item})[]" if "|" in item else f"{item}[]"
-    return "|".join(schema["type"]) if isinstance(schema["type"], list) else str(schema["type"])
 
 
 @functools.cache
@@ -7748,60 +7736,51 @@ def make_server(service: Service) -> Server[Any]:
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
 
-    kind: Any = {"mime_type": "application/json"}
-    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **kind)
+    json_text: Any = {"mime_type": "application/json"}
+    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **json_text)
     about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
     templates = [
-        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **kind)
+        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **json_text)
         for name, text in about.items()
     ]
-    diagnose = types.Prompt(
-        name="diagnose_task",
-        description="Find out why a task fails",
-        arguments=[types.PromptArgument(name="task_id", description="id of the task", required=True)],
-    )
+    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
+    diagnose = types.Prompt(name="diagnose_task", description="Find out why a task fails", arguments=[task_id])
 
-    async def answer(call: Coroutine[Any, Any, R]) -> R:
-        try:
-            return await call
-        except ChronoTaskError as error:
-            raise MCPError(types.INVALID_PARAMS, error.detail + _where_to_look(error)) from None
+    def always(make: Callable[[], R]) -> Callable[[Any, Any], Awaitable[R]]:
+        async def answer(_: Any, params: Any) -> R:
+            return make()
 
-    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
-        return make_tools()
+        return answer
 
     async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         return await run_tool(service, params.name, params.arguments or {})
 
-    async def list_resources(_: Any, params: Any) -> types.ListResourcesResult:
-        return types.ListResourcesResult(resources=[status])
-
-    async def list_templates(_: Any, params: Any) -> types.ListResourceTemplatesResult:
-        return types.ListResourceTemplatesResult(resource_templates=templates)
-
     async def read(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
-        text = compact(await answer(read_resource(service, params.uri)))
-        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **kind)])
-
-    async def list_prompts(_: Any, params: Any) -> types.ListPromptsResult:
-        return types.ListPromptsResult(prompts=[diagnose])
+        try:
+            text = compact(await read_resource(service, params.uri))
+        except ChronoTaskError as error:
+            raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
+        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **json_text)])
 
     async def get_prompt(_: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
         if params.name != diagnose.name:
             raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {diagnose.name}")
-        text = await answer(diagnose_task(service, params.arguments or {}))
+        try:
+            text = await diagnose_task(service, params.arguments or {})
+        except ChronoTaskError as error:
+            raise MCPError(types.INVALID_PARAMS, error.detail + _where_to_look(error)) from None
         return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=types.TextContent(text=text))])
 
     return Server(
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=list_tools,
+        on_list_tools=always(make_tools),
         on_call_tool=call_tool,
-        on_list_resources=list_resources,
-        on_list_resource_templates=list_templates,
+        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status])),
+        on_list_resource_templates=always(lambda: types.ListResourceTemplatesResult(resource_templates=templates)),
         on_read_resource=read,
-        on_list_prompts=list_prompts,
+        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[diagnose])),
         on_get_prompt=get_prompt,
     )
 
@@ -7831,24 +7810,17 @@ def take_stdio() -> tuple[int, int]:
 
 async def in_daemon(call: Callable[..., R], *args: Any) -> R:
     """`call(*args)` on a thread that may block for ever: unlike an executor's, it does not hold up the end of the program."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[R] = loop.create_future()
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error is not None else future.set_result(result)
+    future: concurrent.futures.Future[R] = concurrent.futures.Future()
 
     def run() -> None:
-        result, problem = None, None
+        future.set_running_or_notify_cancel()
         try:
-            result = call(*args)
-        except Exception as error:
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, problem)
+            future.set_result(call(*args))
+        except OSError as error:
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def write_all(sink: int, data: bytes) -> None:
@@ -7857,32 +7829,19 @@ def write_all(sink: int, data: bytes) -> None:
         view = view[os.write(sink, view) :]
 
 
-class Lines:
-    """Lines from pieces of a stream. Of one longer than `limit` only both ends are kept: one of them holds its id."""
-
-    ENDS = 2048  # bytes
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._line = bytearray()
-        self._size = 0
-
-    def feed(self, piece: bytes) -> Iterator[tuple[bytes, int]]:
-        """The lines that end in `piece`, each with its real size in bytes; an empty piece ends the last line."""
-        *ended, rest = piece.split(b"\n") if piece else (b"", b"")
-        for part in ended:
-            self._add(part)
-            line, size = bytes(self._line), self._size
-            self._line, self._size = bytearray(), 0
-            if line.strip():
-                yield line, size
-        self._add(rest)
-
-    def _add(self, part: bytes) -> None:
-        self._line += part
-        self._size += len(part)
-        if len(self._line) > self._limit:
-            del self._line[self.ENDS : -self.ENDS]
+async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
+    """Each line with its real size in bytes. Of one over MAX_BODY only both ends are kept: one of them holds its id."""
+    line, size = bytearray(), 0
+    while piece := await in_daemon(os.read, source, 65536):
+        for index, part in enumerate(piece.split(b"\n")):
+            if index > 0:
+                yield bytes(line), size
+                line, size = bytearray(), 0
+            line += part
+            size += len(part)
+            if len(line) > MAX_BODY:
+                del line[LINE_ENDS:-LINE_ENDS]
+    yield bytes(line), size
 
 
 _ID = rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")'
@@ -7920,7 +7879,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
     into, inbox = anyio.create_memory_object_stream[Any](0)
     outbox, out_of = anyio.create_memory_object_stream[Any](0)
     refusals = outbox.clone()
-    pending: set[Any] = set()  # ids of calls without an answer
+    pending: set[str] = set()  # ids of calls without an answer
     fewer = asyncio.Event()
 
     async def until_pending(count: int) -> None:
@@ -7929,7 +7888,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
             await fewer.wait()
 
     def settled(number: Any) -> None:
-        pending.discard(number)
+        pending.discard(str(number))
         fewer.set()
 
     async def accept(line: bytes, size: int) -> None:
@@ -7941,16 +7900,14 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
             return
         await until_pending(MAX_PENDING)
         if isinstance(message, types.JSONRPCRequest):
-            pending.add(message.id)
+            pending.add(str(message.id))
         elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-            settled(str((message.params or {}).get("requestId")))
+            settled((message.params or {}).get("requestId"))
         await into.send(SessionMessage(message))
 
     async def read() -> None:
-        lines, piece = Lines(MAX_BODY), b"-"
-        while piece:
-            piece = await in_daemon(os.read, source, 65536)
-            for line, size in lines.feed(piece):
+        async for line, size in read_lines(source):
+            if line.strip():
                 await accept(line, size)
 
     async def write() -> None:
@@ -7964,7 +7921,9 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
     ]
     serving, writing, _ = jobs
     try:
-        await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+        for job in done - {writing}:  # which ends by an error when the client no longer listens
+            job.result()
         jobs.append(asyncio.ensure_future(until_pending(0)))
         await asyncio.wait({writing, jobs[-1]}, timeout=SETTLE, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -7979,21 +7938,6 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 MCP_MANAGER: web.AppKey[Any] = web.AppKey("mcp_manager")
-MCP_CALLS: web.AppKey[set[Any]] = web.AppKey("mcp_calls")
-
-
-def asgi_scope(request: web.Request) -> dict[str, Any]:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": request.method,
-        "scheme": request.scheme,
-        "path": request.path,
-        "raw_path": request.raw_path.encode(),
-        "query_string": request.query_string.encode(),
-        "headers": [(name.lower(), value) for name, value in request.raw_headers],
-    }
 
 
 async def handle_mcp(request: web.Request) -> web.StreamResponse:
@@ -8016,14 +7960,20 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
         elif message.get("body"):
             await answer.write(message["body"])
 
-    calls, job = request.app[MCP_CALLS], asyncio.current_task()
-    calls.add(job)
-    try:
-        await request.app[MCP_MANAGER].handle_request(asgi_scope(request), receive, send)
-        with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
-            await answer.write_eof()
-    finally:
-        calls.discard(job)
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": request.scheme,
+        "path": request.path,
+        "raw_path": request.raw_path.encode(),
+        "query_string": request.query_string.encode(),
+        "headers": [(name.lower(), value) for name, value in request.raw_headers],
+    }
+    await request.app[MCP_MANAGER].handle_request(scope, receive, send)
+    with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
+        await answer.write_eof()
     return answer
 
 
@@ -8033,17 +7983,11 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
     Run it with `handler_cancellation=True`, so that a stream ends with its client.
     """
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app[SERVICE], app[MCP_CALLS] = service, set()
+    app[SERVICE] = service
     for method in ("POST", "GET", "DELETE"):
         app.router.add_route(method, "/mcp", handle_mcp)
     app.cleanup_ctx.append(partial(_run_manager, server=server))
-    app.on_shutdown.append(_cancel_calls)
     return app
-
-
-async def _cancel_calls(app: web.Application) -> None:
-    for job in app[MCP_CALLS]:
-        job.cancel()
 
 
 async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterator[None]:
