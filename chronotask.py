@@ -66,6 +66,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import random
@@ -3518,7 +3519,8 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
         "error_message",
         "fire_at",
     )
-    values = [[*(getattr(row, name) for name in names), str(uuid.uuid4())] for row in rows]
+    columns = operator.attrgetter(*names)
+    values = [[*columns(row), str(uuid.uuid4())] for row in rows]
     picks = ", ".join(f"json_extract(value, '$[{i}]')" for i in range(len(names) + 1))
     last = db.execute(
         f"INSERT INTO executions ({', '.join(names)}, uuid) SELECT {picks} FROM json_each(?)", (compact(values),)
@@ -3574,8 +3576,8 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
-    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid,
-            ?1 AS started_at, name, task_type, config, max_retries, retry_delay, retry_backoff
+    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at,
+            attempt + 1 AS attempt, uuid, ?1 AS started_at, name, task_type, config, max_retries, retry_delay, retry_backoff
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
     runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
@@ -3587,12 +3589,12 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
         WHERE id IN (SELECT value FROM json_each(?3))""",
         (now, owner, compact([run.execution_id for run in runs])),
     )
-    first = [run for run in runs if run.attempt == 0]
+    first = [run for run in runs if run.attempt == 1]
     _count(db, "tasks", "run_count = run_count + n", Counter(run.task_id for run in first), now)
     _count(
         db, "schedules", "run_count = run_count", Counter(run.schedule_id for run in first if run.schedule_id is not None), now
     )
-    return [dataclasses.replace(run, attempt=run.attempt + 1) for run in runs]
+    return runs
 
 
 def _count(db: DB, table: str, change: str, counts: Mapping[int, int], last_run: int | None = None) -> None:
@@ -4216,7 +4218,7 @@ def resolve_secrets(
     Raises ChronoTaskError with the reason, never with a content.
     """
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
-    if not any(_has_reference(config[name]) for name in fields if name in config):
+    if "${" not in repr(config):
         return config, []
     secrets: list[str] = []
 
@@ -5224,14 +5226,14 @@ def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int) -> Non
     for slot, trigger in slots:
         if left is not None and left <= 0:
             break
-        row = _judge_slot(claim, schedule, slot, trigger, crowd, now)
+        row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, crowd, now)
         left = left - 1 if left is not None and row.status == "queued" else left
     schedule.settled_until = due.settled_until
     schedule.move_to(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
 
 
-def _judge_slot(claim: Claim, schedule: Schedule, slot: int, trigger: str, crowd: Crowd, now: int) -> NewExecution:
+def _judge_slot(claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigger: str, crowd: Crowd, now: int) -> NewExecution:
     verdict = judge_overlap(schedule.overlap, *crowd.facing(schedule, trigger))
     hold = Hold.CATCHUP if trigger == "catchup" and crowd.has_catchup(schedule) else 0
     if verdict == "skip":
@@ -5245,7 +5247,7 @@ def _judge_slot(claim: Claim, schedule: Schedule, slot: int, trigger: str, crowd
         )
     else:
         hold |= 0 if verdict == "run" else Hold.OVERLAP
-        row = _new_row(schedule, slot, trigger, now, hold=hold, fire_at=schedule.plan().fire_time(slot))
+        row = _new_row(schedule, slot, trigger, now, hold=hold, fire_at=fire_at)
     if verdict == "cancel":
         claim.cancels.append((schedule, trigger))
         claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
