@@ -114,6 +114,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDictProxy
 from pydantic import (
     AfterValidator,
@@ -1500,6 +1501,9 @@ _WANTED = {
     "string_type": "text",
     "string_unicode": "text of valid Unicode",
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
     "int_from_float": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
@@ -2095,6 +2099,13 @@ class Query(BaseModel):
     """Base of all query strings: values arrive as text and are converted."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", mode="before", check_fields=False)
+    @classmethod
+    def _digits(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,19}", value):
+            raise ValueError(f"must be a whole number, not {shown(value)}")
+        return value
 
 
 def _line(text: str) -> str:
@@ -6839,6 +6850,7 @@ SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
 MAX_BODY = 1024 * 1024  # bytes
 SERVICE: web.AppKey[Service] = web.AppKey("service")
+BUSY: web.AppKey[set[Any]] = web.AppKey("busy")  # connections whose request is being answered
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -6938,7 +6950,8 @@ def wants_html(headers: CIMultiDictProxy[str]) -> bool:
 @web.middleware
 async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Every request passes here: who may ask is checked before, and every error becomes an answer after."""
-    service = request.app[SERVICE]
+    service, busy = request.app[SERVICE], request.app[BUSY]
+    busy.add(request.protocol)
     try:
         check_caller(request.headers, request.method, request.path, service.settings)
         return await handler(request)
@@ -6953,6 +6966,8 @@ async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[
     except Exception:
         logger.exception("%s %s", request.method, shown(request.path))
         return problem(ChronoTaskError("something went wrong here; the log has the details"))
+    finally:
+        busy.discard(request.protocol)
 
 
 def _http_problem(error: web.HTTPException) -> web.Response:
@@ -6995,15 +7010,25 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-async def read_body(request: web.Request, model: type[Input] | None) -> Any:
-    """The body as `model`; without one, only an empty body (or {}) is taken."""
+async def json_bytes(request: web.Request) -> bytes:
+    """The body as it was sent, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody."""
+    if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
+        raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
         async with asyncio.timeout(SLOW_BODY):
             raw = await request.read() if request.body_exists else b""
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
+    except web.RequestPayloadError:
+        raise MalformedBody("the body is not what its headers say: its chunks are malformed") from None
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
+    return raw
+
+
+async def read_body(request: web.Request, model: type[Input] | None) -> Any:
+    """The body as `model`; without one, only an empty body (or {}) is taken."""
+    raw = await json_bytes(request)
     if model is None:
         if raw.strip() and load_json(raw) != {}:
             raise InvalidInput(FieldError("", "this takes no body"))
@@ -7125,13 +7150,13 @@ async def send_output(request: web.Request) -> web.StreamResponse:
     first = await anext(pieces, b"")
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
     await answer.prepare(request)
-    await _send(answer, first)
+    await deliver(answer, first)
     async for piece in pieces:
-        await _send(answer, piece)
+        await deliver(answer, piece)
     return answer
 
 
-async def _send(answer: web.StreamResponse, data: bytes) -> None:
+async def deliver(answer: web.StreamResponse, data: bytes) -> None:
     """Raises TimeoutError when the reader has taken nothing for a while: it is dropped."""
     async with asyncio.timeout(SLOW_READER):
         await answer.write(data)
@@ -7144,7 +7169,7 @@ async def show_events(request: web.Request) -> web.StreamResponse:
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
         await answer.prepare(request)
-        await _send(answer, b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
+        await deliver(answer, b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
         for event in missed or ():
             await _send_event(answer, event, query.task_id)
         while True:
@@ -7152,7 +7177,7 @@ async def show_events(request: web.Request) -> web.StreamResponse:
                 async with asyncio.timeout(HEARTBEAT):
                     event_or_end = await reader.get()
             except TimeoutError:
-                await _send(answer, b": still here\n\n")
+                await deliver(answer, b": still here\n\n")
                 continue
             if event_or_end is None:
                 return answer
@@ -7163,7 +7188,7 @@ async def show_events(request: web.Request) -> web.StreamResponse:
 
 async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | None) -> None:
     if task_id is None or event.task_id in (task_id, None):
-        await _send(answer, f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
+        await deliver(answer, f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
 async def show_backup(request: web.Request) -> web.StreamResponse:
@@ -7182,7 +7207,7 @@ async def show_backup(request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
         while piece := copy.read(262144):
-            await _send(answer, piece)
+            await deliver(answer, piece)
         return answer
 
 
@@ -7416,7 +7441,7 @@ def _methods(operation: Operation) -> tuple[str, ...]:
 def make_app(service: Service) -> web.Application:
     """The REST application of a service."""
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app[SERVICE] = service
+    app[SERVICE], app[BUSY] = service, set()
     for operation in OPERATIONS:
         handler = operation_handler(operation)
         for method in _methods(operation):
@@ -7944,9 +7969,7 @@ MCP_MANAGER: web.AppKey[Any] = web.AppKey("mcp_manager")
 
 async def handle_mcp(request: web.Request) -> web.StreamResponse:
     """A request as an ASGI call of the SDK. Headers go out at once: a stream is seen to be open before it has data."""
-    if request.method == "POST" and request.content_type != "application/json":
-        raise UnsupportedMedia(f"send the message as application/json, not {shown(request.content_type)}")
-    messages = [{"type": "http.request", "body": await request.read()}]
+    messages = [{"type": "http.request", "body": await json_bytes(request)}]
     answer = web.StreamResponse(headers=HEADERS)
 
     async def receive() -> dict[str, Any]:
@@ -7960,7 +7983,7 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
             answer.headers.update({name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]})
             await answer.prepare(request)
         elif message.get("body"):
-            await answer.write(message["body"])
+            await deliver(answer, message["body"])
 
     scope = {
         "type": "http",
@@ -7985,7 +8008,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
     Run it with `handler_cancellation=True`, so that a stream ends with its client.
     """
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app[SERVICE] = service
+    app[SERVICE], app[BUSY] = service, set()
     for method in ("POST", "GET", "DELETE"):
         app.router.add_route(method, "/mcp", handle_mcp)
     app.cleanup_ctx.append(partial(_run_manager, server=server))
@@ -8019,6 +8042,8 @@ async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterat
 # 12. Main
 # ======================================================================================================================
 
+MAX_CONNECTIONS = 4096  # of REST, and of MCP over HTTP
+IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the head of a request
 OPTIONS = {"host": "API_HOST", "port": "API_PORT"}  # options that stand for a setting, and win over its variable
 
 
@@ -8058,9 +8083,13 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        head, _, trace = text.partition("\n")
-        trace = "".join("\n    " + escape_controls(line) for line in trace.splitlines()) if trace else ""
+        head = self.formatMessage(record)  # the message may hold line breaks of a stranger; what follows it is a trace
+        trace = "".join("\n    " + escape_controls(line) for line in text[len(head) :].splitlines() if line)
         return escape_controls(head) + trace
+
+
+def _is_malformed_request(record: logging.LogRecord) -> bool:
+    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
 
 
 def escape_controls(text: str) -> str:
@@ -8081,6 +8110,8 @@ def set_up_logging(settings: Settings) -> None:
     for handler in handlers:
         handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
+    # aiohttp logs a malformed request with its bytes, the token among them: the client has its 400, the log needs none of it.
+    logging.getLogger("aiohttp.server").addFilter(lambda record: not _is_malformed_request(record))
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -8153,12 +8184,37 @@ async def _open(
     """Serves `app`, and adds its runner to those to clean up."""
     if not sockets:
         return
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, keepalive_timeout=30, **more)
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=0.2, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False, **more
+    )
     runners.append(runner)
+    listeners: list[asyncio.Server] = []
+    app.on_shutdown.append(partial(_stop_listening, listeners))
     await runner.setup()
+    busy: set[Any] = app[BUSY]
+    limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
     for sock in sockets:
-        await web.SockSite(runner, sock, backlog=1024).start()
+        protocol = partial(_make_room, cast(web.Server, runner.server), busy, limit)
+        backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
+        listeners.append(await asyncio.get_running_loop().create_server(protocol, sock=sock, backlog=backlog))
         logger.info(what, *address_of(sock))
+
+
+async def _stop_listening(listeners: Sequence[asyncio.Server], _app: web.Application) -> None:
+    for listener in listeners:
+        listener.close()
+
+
+def _make_room(server: web.Server, busy: Collection[Any], limit: int) -> asyncio.Protocol:
+    """The protocol of a new connection. With `limit` others open, the oldest that asks for nothing is closed for it.
+
+    Else a stranger's idle connections would take all file descriptors from clients and tasks.
+    """
+    if len(server.connections) >= limit:
+        idle = (other for other in server.connections if other.transport is not None and other not in busy)
+        if (oldest := next(idle, None)) is not None:
+            oldest.force_close()
+    return server()
 
 
 async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio.Event | None) -> None:
