@@ -79,7 +79,6 @@ import socket
 import sqlite3
 import ssl
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -1398,7 +1397,6 @@ MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 # The client library writes these itself: a task's own value would contradict the message that is really sent (RFC 9112, 6).
 REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
-HTTP_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 MAX_NESTING = 64
 # Linux: MAX_ARG_STRLEN, with the terminating NUL.
 MAX_ARGUMENT_BYTES = 131071
@@ -4031,11 +4029,6 @@ class Clipper:
     def truncated(self) -> bool:
         return self.total > self._head_size + self._tail_size
 
-    def recent(self) -> bytes:
-        """The end of the stream, as far as it is kept without a gap."""
-        whole = self.total == len(self._head) + len(self._tail)
-        return bytes(self._head + self._tail if whole else self._tail)
-
     def text(self, encoding: str = "utf-8") -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         tail = self._tail[-self._tail_size :]
@@ -4043,6 +4036,11 @@ class Clipper:
             return _decoded(bytes(self._head + tail), encoding)
         left_out = self.total - len(self._head) - len(tail)
         return f"{_decoded(bytes(self._head), encoding)}\n[… {left_out} bytes left out …]\n{_decoded(bytes(tail), encoding)}"
+
+    def recent(self) -> bytes:
+        """The end of the stream, as far as it is kept without a gap."""
+        whole = self.total == len(self._head) + len(self._tail)
+        return bytes(self._head + self._tail if whole else self._tail)
 
 
 # Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
@@ -4053,8 +4051,14 @@ _CHARSET = re.compile(
 )
 
 
+@functools.lru_cache(256)
+def _charset(content_type: str) -> str:
+    found = re.search(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", content_type, re.IGNORECASE)
+    return found[1] if found else "utf-8"
+
+
 def _decoded(data: bytes, encoding: str) -> str:
-    if _CHARSET.fullmatch(encoding):
+    if encoding != "utf-8" and _CHARSET.fullmatch(encoding):
         try:
             return data.decode(encoding, "replace")
         except (LookupError, UnicodeError):
@@ -4068,18 +4072,16 @@ class SecretMasker:
     It holds back only what may still become a secret, so that a line is seen as soon as it is printed.
     """
 
-    def __init__(self, secrets: Sequence[str]) -> None:
+    def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets for form in _secret_forms(secret)}
         self._forms = sorted(forms, key=lambda form: (-len(form), form))
-        self._pattern = re.compile(b"|".join(map(re.escape, self._forms)))
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         data = self._held + data
         cut = self._possible_start(data)
-        for match in self._pattern.finditer(data, max(0, cut - len(self._forms[0]))):
-            if match.start() < cut < match.end():
-                cut = match.start()
+        while (start := self._secret_across(data, cut)) is not None:
+            cut = start
         self._held = data[cut:]
         return self.mask(data[:cut])
 
@@ -4088,7 +4090,9 @@ class SecretMasker:
         return self.mask(held)
 
     def mask(self, data: bytes) -> bytes:
-        return self._pattern.sub(MASK.encode(), data)
+        for form in self._forms:  # the longest first; find and replace are linear where a regular expression is not
+            data = data.replace(form, MASK.encode())
+        return data
 
     def _possible_start(self, data: bytes) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
@@ -4099,6 +4103,14 @@ class SecretMasker:
                 at = data.find(form[:1], at + 1)
             first = at if 0 <= at < first else first
         return first
+
+    def _secret_across(self, data: bytes, cut: int) -> int | None:
+        """Where a whole secret starts that the cut would halve."""
+        for form in self._forms:
+            at = data.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
+            if at >= 0:
+                return at
+        return None
 
 
 def _secret_forms(secret: str) -> set[bytes]:
@@ -4126,24 +4138,25 @@ class LiveOutput:
         self.reason: str | None = None
         self.closed = False
         self.facts: dict[str, Any] = {}
-        self.encoding = "utf-8"
+        self.content_type = ""
         self._limit = limit
         self._clippers: dict[str, Clipper] = {}
         self._maskers: dict[str, SecretMasker] = {}  # none of them while there are no secrets
         self._received: dict[str, int] = {}
-        self._secrets: tuple[str, ...] = ()
+        self._masker: SecretMasker | None = None
         self._followers: list[Callable[[str, bytes], None]] = []
         self._deadline: asyncio.Timeout | None = None
 
     # -- for the executor
 
     def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
-        self._secrets = tuple(secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH)
+        long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
         for name in streams:
             self._clippers[name] = Clipper(self._limit)
             self._received[name] = 0
-            if self._secrets:
-                self._maskers[name] = SecretMasker(self._secrets)
+        if long_enough:
+            self._masker = SecretMasker(long_enough)
+            self._maskers = {name: SecretMasker(long_enough) for name in self._clippers}
 
     def feed(self, stream: str, data: bytes) -> None:
         self._received[stream] += len(data)
@@ -4164,9 +4177,7 @@ class LiveOutput:
 
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
-        if not self._secrets:
-            return text
-        return SecretMasker(self._secrets).mask(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+        return self._masker.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._masker else text
 
     def received(self, stream: str) -> int:
         """Bytes that came, before masking and clipping."""
@@ -4184,7 +4195,7 @@ class LiveOutput:
 
     def text(self, stream: str) -> str:
         """What is kept of one stream so far, as text."""
-        return self._clippers[stream].text(self.encoding) if stream in self._clippers else ""
+        return self._clippers[stream].text(_charset(self.content_type)) if stream in self._clippers else ""
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
@@ -4192,12 +4203,13 @@ class LiveOutput:
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        result = dict(self.facts)
-        for stream in self._clippers:
-            result[stream] = self.text(stream)
+        result, truncated, encoding = dict(self.facts), False, _charset(self.content_type)
+        for stream, clipper in self._clippers.items():
+            result[stream] = clipper.text(encoding)
+            truncated = truncated or clipper.truncated
         for stream, received in self._received.items():
-            result[f"{stream}_bytes"] = received
-        result["truncated"] = any(clipper.truncated for clipper in self._clippers.values())
+            result[stream + "_bytes"] = received
+        result["truncated"] = truncated
         return result
 
     def subscribe(self, follower: Callable[[str, bytes], None]) -> None:
@@ -4378,14 +4390,19 @@ def _env_refusal(settings: Settings) -> str:
 def refused_address(address: str, settings: Settings) -> str | None:
     """Why an HTTP task may not talk to this IP address, or None. IPv4 inside IPv6 is judged as both."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # dialled as IPv4
     seen = [ip, *_embedded(ip)]
     if any(inner in network for inner in seen for network in settings.allowed_networks if inner.version == network.version):
         return None
     if any(inner.is_link_local or str(inner) in _METADATA for inner in seen):
         return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
-    if settings.block_private_networks and any(not inner.is_global or inner.is_multicast for inner in seen):
+    if settings.block_private_networks and not all(map(_is_public, seen)):
         return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
     return None
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_global and not ip.is_multicast and not getattr(ip, "is_site_local", False)
 
 
 # Amazon, Alibaba, Oracle, Azure, Google: the ones that are not link-local anyway.
@@ -4396,7 +4413,7 @@ _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1:
 def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     if isinstance(ip, ipaddress.IPv4Address):
         return []
-    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    found = [ip.sixtofour, *(ip.teredo or ())]
     if any(ip in network for network in _NAT64) and int(ip) > 1:
         found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
     return [inner for inner in found if inner is not None]
@@ -4502,15 +4519,15 @@ class _Pipes:
         self._loop = asyncio.get_running_loop()
         self._readers: dict[int, str] = {}
         self._ended = self._loop.create_future()
-        self.writers: list[int] = []
-        try:
-            for stream in ("stdout", "stderr"):
-                reader, writer = os.pipe()
-                self._readers[reader] = stream
-                self.writers.append(writer)
-        except OSError:
-            self.close()
-            raise
+        self._writers: list[int] = []
+
+    def open(self) -> list[int]:
+        """The two ends to write to; `listen` closes them here."""
+        for stream in ("stdout", "stderr"):
+            reader, writer = os.pipe()
+            self._readers[reader] = stream
+            self._writers.append(writer)
+        return self._writers
 
     def listen(self) -> None:
         self._close_writers()
@@ -4539,8 +4556,8 @@ class _Pipes:
             self._close_reader(reader)
 
     def _close_writers(self) -> None:
-        while self.writers:
-            os.close(self.writers.pop())
+        while self._writers:
+            os.close(self._writers.pop())
 
     def _close_reader(self, reader: int) -> None:
         self._loop.remove_reader(reader)
@@ -4553,14 +4570,13 @@ class _Pipes:
 _spawn_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
 
-async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> subprocess.Popen[bytes]:
+async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
     # Spawning blocks the loop until exec: one in each turn of the loop, so that 500 at once hold it up 7 ms at a time, not 600.
     async with _spawn_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
-        await asyncio.sleep(0)
-        stdout, stderr = pipes.writers
-        return subprocess.Popen(
-            command.words,
-            stdin=subprocess.DEVNULL,
+        stdout, stderr = pipes.open()
+        return await asyncio.create_subprocess_exec(
+            *command.words,
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             env=command.env,
@@ -4570,55 +4586,38 @@ async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> subprocess.Pop
         )
 
 
-def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
-    """Done when the process is over. It is reaped then, whether somebody still waits or not.
-
-    asyncio's own watchers start a thread for each child on Python 3.11, and cost 0.1 ms on all versions.
-    """
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[int] = loop.create_future()
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except (AttributeError, OSError):  # not Linux, or before 5.3
-        threading.Thread(target=lambda: loop.call_soon_threadsafe(ended.set_result, process.wait()), daemon=True).start()
-        return ended
-
-    def over() -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        ended.set_result(process.wait())
-
-    loop.add_reader(pidfd, over)
-    return ended
-
-
 async def _run_process(command: _Command, attempt: Attempt, live: LiveOutput, umask: int) -> Outcome:
     if live.reason:
         return _stopped(live, command.timeout)
-    process = pipes = None
-    try:
-        pipes = _Pipes(live)
-        process = await _spawn(command, pipes, umask)
-        ended = _exit_of(process)
-        pipes.listen()
-        live.facts = {"exit_code": None, "signal": None}
-        stopped = not await _ended_by_itself(ended, live.deadline(command.timeout))
-        if stopped:
-            await _end_group(process.pid, ended, TERM_SECONDS[live.reason or "timed_out"])
-            await _sweep(attempt.run_id)
-        await pipes.drain(KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
-    except OSError as error:
-        return _not_started(error, command)
-    except asyncio.CancelledError:
-        if process is not None:
+    with contextlib.closing(_Pipes(live)) as pipes:
+        try:
+            process = await _spawn(command, pipes, umask)
+        except OSError as error:
+            return _not_started(error, command)
+        try:
+            stopped = await _watch(process, command, attempt, pipes, live)
+        except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
             kill_leftovers({attempt.run_id})
-        raise
-    finally:
-        if pipes is not None:
-            pipes.close()
+            raise
     live.facts = _exit_facts(process.returncode)
     return _stopped(live, command.timeout) if stopped else _bash_outcome(command, live)
+
+
+async def _watch(
+    process: asyncio.subprocess.Process, command: _Command, attempt: Attempt, pipes: _Pipes, live: LiveOutput
+) -> bool:
+    """Until the process is over and its output read; whether it had to be ended."""
+    ended = asyncio.ensure_future(process.wait())
+    pipes.listen()
+    live.facts = {"exit_code": None, "signal": None}
+    if await _ended_by_itself(ended, live.deadline(command.timeout)):
+        await pipes.drain(DRAIN_SECONDS)
+        return False
+    await _end_group(process.pid, ended, TERM_SECONDS[live.reason or "timed_out"])
+    await _sweep(attempt.run_id)
+    await pipes.drain(KILLED_DRAIN_SECONDS)
+    return True
 
 
 async def _ended_by_itself(ended: asyncio.Future[int], deadline: asyncio.Timeout) -> bool:
@@ -4636,8 +4635,8 @@ async def _end_group(group: int, ended: asyncio.Future[int], grace: float) -> No
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace):
             await asyncio.wait([ended])
-            while _signal_group(group, 0):
-                await asyncio.sleep(0.02)
+            while _signal_group(group, 0) and _group_lives(group):
+                await asyncio.sleep(0.05)
     _signal_group(group, signal.SIGKILL)
     await asyncio.wait([ended], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
 
@@ -4651,11 +4650,40 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
+def _group_lives(group: int) -> bool:
+    """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
+    for pid in _own_processes():
+        with contextlib.suppress(OSError):
+            state, _, its_group = _stat_of(pid)
+            if its_group == str(group) and state not in "ZX":
+                return True
+    return False
+
+
+def _stat_of(pid: int) -> list[str]:
+    """State, parent and process group, from proc(5); the name before them may hold anything."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[:3]
+
+
 _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
 
 
+_to_sweep: set[str] = set()
+
+
 async def _sweep(run_id: str) -> None:
-    await asyncio.get_running_loop().run_in_executor(_sweeper, kill_leftovers, {run_id})
+    _to_sweep.add(run_id)
+    await asyncio.get_running_loop().run_in_executor(_sweeper, _sweep_all)
+
+
+def _sweep_all() -> None:
+    """One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap."""
+    run_ids = set()
+    while _to_sweep:
+        run_ids.add(_to_sweep.pop())
+    if run_ids:
+        kill_leftovers(run_ids)
 
 
 def kill_leftovers(run_ids: set[str]) -> int:
@@ -4765,7 +4793,7 @@ _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
 _SUCCESS = ["200-299"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Request:
     method: str
     url: URL
@@ -4824,7 +4852,9 @@ class Resolver:
         def look_up() -> None:
             error, infos = None, []
             try:
-                infos = socket.getaddrinfo(host, port, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
+                infos = socket.getaddrinfo(
+                    host, port, socket.AddressFamily(family), socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+                )
             except (OSError, UnicodeError) as caught:
                 error = caught
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -4867,10 +4897,10 @@ async def run_http(
         deadline = live.deadline(timeout)
         try:
             async with deadline:
-                final = await _exchange(session, request, live)
-        except TimeoutError:
-            return _http_timeout(live, timeout)
-        return _judged(config, final, live, now)
+                request, response = await _exchange(session, request, live)
+        except TimeoutError as error:  # may also be the system's: ETIMEDOUT
+            return _http_timeout(live, timeout) if deadline.expired() else _http_failure(error, live)
+        return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
         return Outcome("failed", live.masked(error.detail), _http_output(live))
     except Exception as error:
@@ -4941,6 +4971,9 @@ def _http_body(body: Any) -> tuple[bytes | None, str | None]:
     return json.dumps(body, ensure_ascii=False).encode(), "application/json"
 
 
+_slot_text = functools.lru_cache(256)(format_instant)  # a burst shares its slot
+
+
 def _http_headers(attempt: Attempt, authorization: str | None, content_type: str | None) -> dict[str, str]:
     headers = {
         "User-Agent": f"ChronoTask/{__version__}",
@@ -4949,7 +4982,7 @@ def _http_headers(attempt: Attempt, authorization: str | None, content_type: str
         "Idempotency-Key": attempt.idempotency_key,
     }
     if attempt.scheduled_for is not None:
-        headers["X-ChronoTask-Scheduled-For"] = format_instant(attempt.scheduled_for)
+        headers["X-ChronoTask-Scheduled-For"] = _slot_text(attempt.scheduled_for)
     if authorization:
         headers["Authorization"] = authorization
     if content_type:
@@ -4957,8 +4990,10 @@ def _http_headers(attempt: Attempt, authorization: str | None, content_type: str
     return headers
 
 
-async def _exchange(session: aiohttp.ClientSession, request: _Request, live: LiveOutput) -> _Request:
-    """Send the request, follow redirects, read the body of the last answer into `live`. The request that was answered last."""
+async def _exchange(
+    session: aiohttp.ClientSession, request: _Request, live: LiveOutput
+) -> tuple[_Request, aiohttp.ClientResponse]:
+    """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer."""
     for _ in range(MAX_REDIRECTS + 1):
         response = await session.request(
             request.method,
@@ -4972,7 +5007,7 @@ async def _exchange(session: aiohttp.ClientSession, request: _Request, live: Liv
             target = _redirect_target(request, response)
             if target is None:
                 await _read_body(response, live)
-                return request
+                return request, response
         finally:
             response.close() if not response.content.at_eof() else response.release()
         request = _redirected(request, response.status, target)
@@ -5013,11 +5048,11 @@ def _is_private(name: str, private: frozenset[str]) -> bool:
 
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
-    headers = _shown_headers(response, live)
-    live.encoding = _charset(response.headers.get("Content-Type", ""))
-    live.facts = {"status_code": response.status, "headers": headers, "reason": response.reason or ""}
-    read = 0
-    while (chunk := await response.content.readany()) and read < MAX_BODY_BYTES:
+    live.content_type = response.headers.get("Content-Type", "")
+    live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
+    content, read = response.content, 0
+    while not content.at_eof() and read < MAX_BODY_BYTES:
+        chunk = await content.readany()
         live.feed("body", chunk)
         read += len(chunk)
         if read > 262144:  # a body that always has more never waits: let others have the loop
@@ -5027,30 +5062,17 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
 def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[str, str]:
     headers: dict[str, str] = {}
     for name, value in response.headers.items():
-        text = value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        text = live.masked(value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
-    return {name: live.masked(value) for name, value in headers.items()}
-
-
-@functools.lru_cache(256)
-def _charset(content_type: str) -> str:
-    found = re.search(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", content_type, re.IGNORECASE)
-    return found[1] if found else "utf-8"
+    return headers
 
 
 def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     output = _output(live)
-    if output is None:
-        return None
-    output.pop("reason", None)
-    if not output["truncated"] and output["body"] and _JSON_TYPE.match(_content_type(output["headers"])):
+    if output and output["body"] and not output["truncated"] and _JSON_TYPE.match(live.content_type):
         with contextlib.suppress(ValueError, RecursionError):
             output["body"] = _parsed_json(output["body"])
     return output
-
-
-def _content_type(headers: dict[str, str]) -> str:
-    return next((value for name, value in headers.items() if name.lower() == "content-type"), "")
 
 
 def _parsed_json(text: str) -> Any:
@@ -5080,18 +5102,24 @@ def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
     return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=True)
 
 
-def _judged(config: dict[str, Any], final: _Request, live: LiveOutput, now: Callable[[], int] | None) -> Outcome:
-    status, reason = live.facts["status_code"], live.facts["reason"]
-    headers, output = live.facts["headers"], _http_output(live)
+def _judged(
+    config: dict[str, Any],
+    request: _Request,
+    response: aiohttp.ClientResponse,
+    live: LiveOutput,
+    now: Callable[[], int] | None,
+) -> Outcome:
+    status, output = response.status, _http_output(live)
     expected = config.get("expected_status") or _SUCCESS
     if 200 <= status <= 299 if expected is _SUCCESS else any(low <= status <= high for low, high in map(status_range, expected)):
         return Outcome("succeeded", output=output)
-    message = f"answered {status} {_one_line(live.masked(reason), 80)}".rstrip() + f"; expected {', '.join(map(str, expected))}"
-    if status in (401, 403) and final.redirected_from:
-        message += f" (credentials for {final.redirected_from} were not sent on to {final.url.host})"
-    if 300 <= status < 400 and not final.follow:
+    message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
+    message += f"; expected {', '.join(map(str, expected))}"
+    if status in (401, 403) and request.redirected_from:
+        message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
+    if 300 <= status < 400 and not request.follow:
         message += " (follow_redirects is false)"
-    wait = retry_after(headers, now) if status in (429, 503) else None
+    wait = retry_after(response.headers, now) if status in (429, 503) else None
     return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
 
 
@@ -5156,7 +5184,7 @@ def _connect_error(error: aiohttp.ClientConnectorError) -> tuple[str, bool]:
 def _connect_reason(error: OSError) -> str:
     # asyncio's own text of a refused connection names the address and not the reason.
     known = error.errno if not isinstance(error, (socket.gaierror, ssl.SSLError)) and error.errno in errno.errorcode else None
-    return _one_line(os.strerror(known) if known else error.strerror or str(error), 200)
+    return _one_line(os.strerror(known).lower() if known else error.strerror or str(error), 200)
 
 
 # ======================================================================================================================
@@ -5671,7 +5699,9 @@ class Service:
                 outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
             else:
                 assert self._session is not None
-                outcome = await run_http(config, attempt, self.settings, self._session, self._environ, active.live)
+                outcome = await run_http(
+                    config, attempt, self.settings, self._session, self._environ, active.live, self.clock.now
+                )
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
@@ -6242,10 +6272,13 @@ class Service:
 
     async def overview(self, query: TaskQuery) -> OverviewPage:
         """A page of tasks, each with its last 30 executions and what these say about it."""
-        page = await self.list_tasks(query)
-        recent = await self.store.read(partial(recent_executions, task_ids=[task["id"] for task in page["tasks"]], count=30))
-        tasks = [overview_view(task, recent.get(task["id"], [])) for task in page["tasks"]]
-        return OverviewPage(total=page["total"], skip=page["skip"], limit=page["limit"], tasks=tasks)
+        return await self.store.read(partial(self._overview, query=query))  # views of 30,000 executions are no work for the loop
+
+    def _overview(self, db: DB, query: TaskQuery) -> OverviewPage:
+        total, rows = list_tasks(db, query)
+        recent = recent_executions(db, [task.id for task, _ in rows], 30)
+        tasks = [overview_view(self._task_view(task, next_run), recent.get(task.id, [])) for task, next_run in rows]
+        return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
@@ -7019,7 +7052,11 @@ async def json_bytes(request: web.Request) -> bytes:
             raw = await request.read() if request.body_exists else b""
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
-    except web.RequestPayloadError:
+    except (ConnectionError, web.RequestPayloadError) as error:
+        # aiohttp keeps the error, and its frames hold what had arrived: 1 MiB each, until the next full garbage collection.
+        error.__traceback__ = None
+        if isinstance(error, ConnectionError):
+            raise
         raise MalformedBody("the body is not what its headers say: its chunks are malformed") from None
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
@@ -7939,9 +7976,14 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 
     async def write() -> None:
         async for answer in out_of:
-            text = answer.message.model_dump_json(by_alias=True, exclude_unset=True)
-            await in_daemon(write_all, sink, text.encode() + b"\n")
-            settled(getattr(answer.message, "id", None))
+            answers = [answer.message]
+            with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):  # what is ready goes out in one piece
+                while len(answers) < 64:
+                    answers.append(out_of.receive_nowait().message)
+            lines = [message.model_dump_json(by_alias=True, exclude_unset=True) + "\n" for message in answers]
+            await in_daemon(write_all, sink, "".join(lines).encode())
+            for message in answers:
+                settled(getattr(message, "id", None))
 
     jobs = [
         asyncio.ensure_future(job) for job in (server.run(inbox, outbox, server.create_initialization_options()), write(), read())
@@ -8143,6 +8185,7 @@ def use_pidfd() -> None:
 async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int, wire: tuple[int, int] | None) -> None:
     """Runs until SIGTERM or SIGINT (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     use_pidfd()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, signalled)
@@ -8197,6 +8240,7 @@ async def _open(
         protocol = partial(_make_room, cast(web.Server, runner.server), busy, limit)
         backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
         listeners.append(await asyncio.get_running_loop().create_server(protocol, sock=sock, backlog=backlog))
+        sock.listen(1024)  # the kernel's queue may be longer than what is accepted in one turn
         logger.info(what, *address_of(sock))
 
 
