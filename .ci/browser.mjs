@@ -1,0 +1,601 @@
+// The dashboard in a real browser, against a real service. Called by a test of test_chronotask.py:
+//     node .ci/browser.mjs PYTHON CHRONOTASK.PY FOLDER NODE_MODULES [PATTERN]
+// NODE_MODULES holds playwright-core and axe-core; FOLDER gets the database, the browser's profile and a screenshot of each view.
+// Prints `ok NAME` or `FAILED NAME` for each fact; the exit status is 0 when all hold.
+
+import { spawn, execFileSync } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync } from 'node:fs';
+import http from 'node:http';
+import { createRequire } from 'node:module';
+import net from 'node:net';
+import { join } from 'node:path';
+
+const [python, program, folder, modules, pattern = ''] = process.argv.slice(2);
+const require = createRequire(join(modules, 'x.js'));
+const { chromium } = require('playwright-core');
+const axe = readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
+const browserPath = ['/usr/bin/chromium', '/usr/bin/chromium-browser', '/usr/bin/google-chrome'].find(path => existsSync(path));
+// Without the background-networking flags Chromium looks up its maker's hosts at every start.
+const FLAGS = ['--no-sandbox', '--headless', '--disable-gpu', '--disable-background-networking', '--disable-quic', '--no-first-run', '--disable-component-update', '--disable-sync', '--host-resolver-rules=MAP evil.test 127.0.0.1'];
+const sleep = seconds => new Promise(done => setTimeout(done, seconds * 1000));
+
+function equal(found, wanted, what = '') {
+  const [a, b] = [JSON.stringify(found), JSON.stringify(wanted)];
+  if (a !== b) throw Error(`${what} expected ${b}, found ${a}`);
+}
+function holds(condition, what) { if (!condition) throw Error(what); }
+async function until(check, what, seconds = 15) {
+  for (const end = Date.now() + seconds * 1000; ;) {
+    const found = await check();
+    if (found) return found;
+    if (Date.now() > end) throw Error(`not within ${seconds} s: ${what}`);
+    await sleep(0.05);
+  }
+}
+
+// ---- The service
+
+async function freePort() {
+  const server = net.createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address();
+  await new Promise(done => server.close(done));
+  return port;
+}
+class Service {
+  constructor(port, name, environ = {}) { Object.assign(this, { port, name, environ, base: `http://127.0.0.1:${port}` }); }
+  async start() {
+    const env = { PATH: process.env.PATH, HOME: folder, CHRONOTASK_DATABASE_URL: `sqlite:///${join(folder, this.name + '.db')}`, ...this.environ };
+    this.process = spawn(python, [program, '--port', String(this.port)], { env, stdio: ['ignore', 'ignore', 'inherit'] });
+    await until(() => fetch(this.base + '/health').then(answer => answer.ok, () => false), 'the service is up', 20);
+    return this;
+  }
+  async stop(signal = 'SIGTERM') {
+    if (this.process.exitCode !== null || this.process.signalCode !== null) return;
+    const over = once(this.process, 'exit');
+    this.process.kill('SIGCONT');
+    this.process.kill(signal);
+    await over;
+  }
+  async ask(method, path, body) {
+    const token = this.environ.CHRONOTASK_API_TOKEN;
+    const headers = { ...(body && { 'Content-Type': 'application/json' }), ...(token && { Authorization: 'Bearer ' + token }) };
+    const answer = await fetch(this.base + '/api/v1' + path, { method, headers, body: body && JSON.stringify(body) });
+    const found = answer.status === 204 ? null : await answer.json();
+    if (!answer.ok) throw Error(`${method} ${path}: ${answer.status} ${JSON.stringify(found)}`);
+    return found;
+  }
+  async bash(name, command, more = {}) { return (await this.ask('POST', '/tasks', { name, task_type: 'bash', config: { command }, max_retries: 0, ...more })).id; }
+  async run(id, wait = 10) { return this.ask('POST', `/tasks/${id}/execute?wait=${wait}`); }
+}
+
+// ---- The browser
+
+let context, page, complaints = [];
+async function openBrowser() {
+  const profile = mkdtempSync(join(folder, 'profile-'));
+  return chromium.launchPersistentContext(profile, { executablePath: browserPath, args: FLAGS, viewport: { width: 1280, height: 900 }, timezoneId: 'Europe/Berlin' });
+}
+function watch(tab) {
+  tab.on('console', message => { if (['error', 'warning'].includes(message.type())) complaints.push(message.text()); });
+  tab.on('pageerror', error => complaints.push(String(error)));
+  tab.on('dialog', dialog => dialog.accept());
+  return tab;
+}
+// What the browser says by itself about an answer that a test asked for, such as a 422.
+const forgive = text => { complaints = complaints.filter(complaint => !(complaint.startsWith('Failed to load resource') && complaint.includes(text))); };
+const open = async (service, hash = '#/') => { await page.goto('about:blank'); await page.goto(service.base + '/' + hash); await page.waitForFunction(() => document.querySelector('#link.live') && !/Loading/.test(document.querySelector('h1')?.textContent || 'Loading')); };
+const text = selector => page.locator(selector).first().innerText();
+const sees = (wanted, seconds) => until(async () => (await page.locator('body').innerText()).includes(wanted), `the page shows “${wanted}”`, seconds);
+const shot = name => page.screenshot({ path: join(folder, 'shots', name + '.png'), fullPage: true });
+
+// Presses Tab until the wanted element has the focus: what a keyboard cannot reach fails here.
+async function tabTo(selector) {
+  for (let i = 0; i < 80; i++) {
+    if (await page.evaluate(wanted => document.activeElement?.matches(wanted), selector)) return;
+    await page.keyboard.press('Tab');
+  }
+  throw Error(`the keyboard does not reach ${selector}`);
+}
+async function axeFinds(where) {
+  await page.evaluate(axe);
+  const found = await page.evaluate(() => window.axe.run(document, { runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice'] }));
+  const violations = found.violations.map(v => `${v.id}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ')}`);
+  if (violations.length) throw Error(`axe on ${where}:\n    ${violations.join('\n    ')}`);
+}
+
+// ---- The facts
+
+const facts = [];
+const fact = (name, check) => facts.push([name, check]);
+let service;
+
+fact('an empty service says what to do first', async () => {
+  await open(service);
+  equal(await text('h1'), 'No tasks yet');
+  await axeFinds('the empty list');
+  await shot('empty');
+});
+
+fact('a task and its schedule are made with the keyboard alone', async () => {
+  await tabTo('main a[href="#/tasks/new"]');
+  await page.keyboard.press('Enter');
+  await sees('New task');
+  await tabTo('input[name=name]');
+  await page.keyboard.type('Say hello');
+  await tabTo('[name="config.command"]');
+  await page.keyboard.type('echo "hello from execution $CHRONOTASK_EXECUTION_ID"; echo oops >&2');
+  await tabTo('form button');
+  await page.keyboard.press('Enter');
+  await until(async () => await text('h1') === 'Say hello', 'the page of the new task');
+  holds(await page.evaluate(() => document.activeElement.tagName === 'H1'), 'the new page has the focus');
+  await tabTo('a[href$="/schedules/new"]');
+  await page.keyboard.press('Enter');
+  await sees('New schedule');
+  await tabTo('input[name=schedule_type]');
+  await page.keyboard.press('ArrowRight');
+  await page.keyboard.press('ArrowRight');
+  equal(await page.evaluate(() => document.activeElement.value), 'interval', 'the chosen type');
+  equal(await page.locator('[name^=schedule_config]:visible').evaluateAll(nodes => nodes.map(node => node.name)), ['schedule_config.seconds', 'schedule_config.start_date', 'schedule_config.timezone'], 'the fields of an interval');
+  await tabTo('[name="schedule_config.seconds"]');
+  await page.keyboard.type('1');
+  await until(async () => await page.locator('#preview li').count() === 5, 'the next five slots while typing');
+  holds((await text('#preview')).startsWith('Every second'), 'the schedule in words');
+  await tabTo('form button');
+  await page.keyboard.press('Enter');
+  await until(async () => await text('h1') === 'Say hello', 'back on the page of the task');
+  equal((await service.ask('GET', '/schedules')).schedules[0].schedule_config.seconds, 1);
+});
+
+fact('its runs appear live, without asking again and again', async () => {
+  const asked = [];
+  const note = request => asked.push(request.url());
+  page.on('request', note);
+  await until(async () => await page.locator('#history li').count() >= 3, 'three runs');
+  page.off('request', note);
+  equal(asked, [], 'requests while connected');
+});
+
+fact('the output of a run opens with the keyboard', async () => {
+  await tabTo('#history a');
+  await page.keyboard.press('Enter');
+  await sees('Standard output');
+  await sees('hello from execution');
+  await sees('oops');
+  await axeFinds('an execution');
+  await shot('execution');
+});
+
+fact('a schedule and a task are paused and resumed', async () => {
+  await open(service, '#/tasks/1');
+  await page.locator('#plans button', { hasText: 'Pause' }).click();
+  await sees('no next run');
+  equal((await service.ask('GET', '/schedules/1')).is_active, false);
+  await page.locator('#plans button', { hasText: 'Resume' }).click();
+  await until(async () => (await service.ask('GET', '/schedules/1')).is_active, 'active again');
+  await page.locator('.top button', { hasText: 'Pause' }).click();
+  await until(async () => (await text('.top')).includes('paused'), 'the mark of a paused task');
+  equal((await service.ask('GET', '/tasks/1')).status, 'paused');
+});
+
+fact('all schedules are paused and resumed', async () => {
+  await open(service);
+  await page.getByRole('button', { name: 'Pause all schedules' }).click();
+  await until(async () => await text('h1') === 'All schedules are paused', 'the headline');
+  equal((await service.ask('GET', '/scheduler/status')).paused, true);
+  await page.getByRole('button', { name: 'Resume all schedules' }).click();
+  await until(async () => await text('h1') === 'All is well', 'the headline');
+});
+
+fact('a long run shows its output as it comes, and is cancelled', async () => {
+  const id = await service.bash('Long one', 'for i in $(seq 600); do echo "line $i"; sleep 0.1; done');
+  await page.getByRole('button', { name: 'Run now: Long one' }).click();
+  await until(async () => (await page.locator('#running').innerText().catch(() => '')).includes('Long one'), 'it is in “Running now”');
+  await shot('running');
+  await page.locator('#running a', { hasText: 'Execution' }).click();
+  const first = await until(async () => (await page.locator('#tail').textContent()).match(/line \d+\n/g)?.length, 'the first lines');
+  await until(async () => (await page.locator('#tail').textContent()).match(/line \d+\n/g).length > first + 3, 'further lines');
+  await axeFinds('a running execution');
+  await shot('live-output');
+  await page.getByRole('button', { name: 'Cancel' }).click();
+  await until(async () => (await text('.top')).includes('cancelled'), 'its status');
+  await sees('line 1\n');
+  equal((await service.ask('GET', `/executions?task_id=${id}`)).executions[0].status, 'cancelled');
+});
+
+fact('what fails comes first, with the reason, and goes when it succeeds', async () => {
+  const flag = join(folder, 'flag');
+  const id = await service.bash('Shaky', `test -e ${flag} || { echo "no flag today" >&2; exit 3; }`);
+  await open(service);
+  await service.run(id);
+  await until(async () => await text('h1') === '1 task failing', 'the headline');
+  await until(async () => (await text('#failing')).includes('no flag today'), 'the reason');
+  equal(await text('main section >> nth=0 >> h2'), 'Failing 1');
+  await open(service);
+  equal(await text('h1'), '1 task failing');
+  await until(async () => (await text('#failing')).includes('no flag today'), 'the reason, from before this visit');
+  await shot('failing');
+  execFileSync('touch', [flag]);
+  await page.getByRole('button', { name: 'Run now: Shaky' }).first().click();
+  await until(async () => await text('#failing').then(found => found.includes('succeeded'), () => true), 'it recovers');
+  await page.mouse.move(5, 5);
+  await page.evaluate(() => document.activeElement.blur());
+  await until(async () => await page.locator('#failing').count() === 0, 'the list of failures goes');
+});
+
+fact('rows stay where they are while someone points at them', async () => {
+  const [a, b] = [await service.bash('Held A', 'sleep 1.2'), await service.bash('Held B', 'sleep 60')];
+  await open(service);
+  await service.run(a, 0);
+  await service.run(b, 0);
+  const row = page.locator('#running li', { hasText: 'Held B' });
+  await row.waitFor();
+  await row.hover();
+  const before = await row.boundingBox();
+  await until(async () => (await text('#running')).includes('succeeded'), 'A ends');
+  await sleep(0.4);
+  equal((await row.boundingBox()).y, before.y, 'its place');
+  await page.mouse.move(5, 5);
+  await until(async () => !(await text('#running')).includes('Held A'), 'A goes when nobody points there');
+  await row.getByRole('button').click();
+  await until(async () => (await text('#running')).includes('cancelled'), 'B is cancelled, and still there for who pointed at it');
+  await page.mouse.move(5, 5);
+  await page.evaluate(() => document.activeElement.blur());
+  await until(async () => await page.locator('#running').count() === 0, 'B goes');
+});
+
+fact('search and filters are in the URL and survive a reload', async () => {
+  await service.ask('POST', '/tasks', { name: 'Ask the weather', task_type: 'http', config: { url: service.base + '/health' } });
+  await open(service);
+  await page.getByRole('searchbox').fill('weather');
+  await page.getByLabel('Any type').selectOption('http');
+  await until(async () => await page.locator('#tasks li').count() === 1, 'one row');
+  equal(new URL(page.url()).hash, '#/?q=weather&type=http');
+  await page.reload();
+  await until(async () => await page.locator('#tasks li').count() === 1, 'one row after a reload');
+  equal(await page.getByRole('searchbox').inputValue(), 'weather');
+  equal(await page.getByLabel('Any type').inputValue(), 'http');
+  await page.locator('#tasks a').first().click();
+  await until(async () => await text('h1') === 'Ask the weather', 'the task');
+  await page.locator('nav a', { hasText: 'Tasks' }).click();
+  await until(async () => await page.locator('#tasks li').count() === 1, 'one row on the way back');
+  await page.getByRole('searchbox').fill('nothing like it');
+  await sees('No task matches.');
+  await page.getByRole('link', { name: 'Clear the filters' }).click();
+  await until(async () => await page.locator('#tasks li').count() > 3, 'all rows');
+  equal(await page.getByRole('searchbox').inputValue(), '');
+  await page.getByLabel('Any status').selectOption('paused');
+  await until(async () => (await text('#tasks')).includes('Say hello') && await page.locator('#tasks li').count() === 1, 'the paused one');
+});
+
+fact('forms say what is wrong beside the field, and keep what nobody touched', async () => {
+  await open(service, '#/tasks/1/schedules/new');
+  await page.locator('[name="schedule_config.expression"]').fill('61 * * * *');
+  await until(async () => (await text('#preview')).includes('minute'), 'the preview says why');
+  await page.getByRole('button', { name: 'Save' }).click();
+  const field = page.locator('[name="schedule_config.expression"]');
+  await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked');
+  holds((await text('.grid .wrong:not(:empty)')).includes('0 to 59'), 'the message');
+  holds(await field.evaluate(node => node === document.activeElement), 'the field has the focus');
+  await axeFinds('a form with an error');
+  await shot('form-error');
+  await open(service, '#/tasks/new');
+  await page.getByLabel('Name').fill('No timeout');
+  await page.locator('[name="config.command"]').fill('true');
+  await page.locator('[name="config.timeout"]:visible').fill('soon');
+  await page.getByRole('button', { name: 'Save' }).click();
+  await until(async () => await page.locator('.wrong:visible:not(:empty)').count() === 1, 'one message');
+  holds((await text('[data-group=bash] .wrong:not(:empty)')).includes('number'), 'the message, beside the field of this type');
+  forgive('422');
+  const config = { url: service.base + '/health', method: 'POST', headers: { 'X-One': 'a: b', Authorization: 'Bearer secret' }, params: { n: 5, list: ['x', 'y'] }, body: { deep: [1, { two: null }] }, auth: { username: 'me', password: 'hidden' }, expected_status: [204, '200-299'], timeout: 7.5, verify_tls: false };
+  const { id } = await service.ask('POST', '/tasks', { name: 'All fields', description: 'Some words', task_type: 'http', config, max_retries: 7, retry_delay: 0.5 });
+  const before = await service.ask('GET', '/tasks/' + id);
+  await open(service, `#/tasks/${id}/edit`);
+  await axeFinds('the form of a task');
+  await shot('form-http');
+  await page.locator('[name=name]').fill('All fields, renamed');
+  await page.getByRole('button', { name: 'Save' }).click();
+  await until(async () => await text('h1') === 'All fields, renamed', 'saved');
+  const { updated_at, name, ...after } = await service.ask('GET', '/tasks/' + id);
+  const { follow_redirects, ...rest } = after.config;
+  equal([name, { ...after, config: rest }], ['All fields, renamed', (({ updated_at: _, name: __, ...old }) => old)(before)]);
+  equal(follow_redirects ?? true, true);
+});
+
+fact('a task is deleted after a question', async () => {
+  const id = await service.bash('Short life', 'true');
+  await open(service, '#/tasks/' + id);
+  await page.getByRole('button', { name: 'Delete' }).click();
+  await until(async () => /well|failing/.test(await text('h1')), 'back on the list');
+  holds(!(await text('main')).includes('Short life'), 'it is gone');
+});
+
+fact('what a task says stays text, wherever it shows', async () => {
+  const evil = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>';
+  const page_ = http.createServer((request, answer) => { answer.setHeader('Content-Type', 'text/html'); answer.setHeader('X-Evil', evil); answer.end(evil + 'body'); }).listen(0, '127.0.0.1');
+  await once(page_, 'listening');
+  const id = await service.bash(evil, `printf '%s\\n\\033[31mred\\033[0m\\nevent: reset\\ndata: {}\\n\\n' '${evil}'; printf '%s' '${evil}' >&2; exit 1`, { description: evil });
+  const web = await service.ask('POST', '/tasks', { name: evil + '2', task_type: 'http', config: { url: `http://127.0.0.1:${page_.address().port}/`, headers: { 'X-Note': evil } } });
+  await service.ask('POST', '/schedules', { task_id: id, schedule_type: 'cron', schedule_config: { expression: '0 0 1 1 *' } });
+  const runs = [await service.run(id), await service.run(web.id)];
+  page_.close();
+  for (const hash of ['#/', `#/tasks/${id}`, `#/tasks/${id}/edit`, `#/executions/${runs[0].id}`, `#/tasks/${web.id}`, `#/tasks/${web.id}/edit`, `#/executions/${runs[1].id}`]) {
+    await open(service, hash);
+    await sleep(0.3);
+    holds(!await page.evaluate(() => window.hacked), `${hash}: its script ran`);
+    equal(await page.locator('main :is(img, script, iframe)').count(), 0, `${hash}: elements`);
+    const values = await page.evaluate(() => [...document.querySelectorAll('input, textarea')].map(node => node.value).join('\n'));
+    holds((await page.locator('main').textContent() + values).includes(evil), `${hash}: the text is not there`);
+  }
+  await shot('hostile');
+  await service.ask('DELETE', '/tasks/' + id);
+  await service.ask('DELETE', '/tasks/' + web.id);
+});
+
+fact('the Content-Security-Policy lets nothing in', async () => {
+  const answer = await fetch(service.base + '/', { headers: { Accept: 'text/html' } });
+  const policy = answer.headers.get('Content-Security-Policy');
+  holds(policy.startsWith("default-src 'none'") && !policy.includes('unsafe'), policy);
+  equal((await answer.text()).match(/ on[a-z]+="|style="|https?:\/\/(?!www\.w3\.org)/g), null, 'handlers, styles and addresses in the page');
+  await open(service);
+  await page.evaluate(() => { const node = document.createElement('script'); node.textContent = 'window.injected=1'; document.body.append(node); const image = document.createElement('img'); image.src = '/health'; document.body.append(image); });
+  await sleep(0.2);
+  equal(await page.evaluate(() => window.injected), undefined);
+  complaints = complaints.filter(complaint => !complaint.includes('Content Security Policy'));
+});
+
+fact('every view is whole at 375 pixels, light and dark, without a violation', async () => {
+  const id = (await service.ask('GET', '/tasks?q=Say')).tasks[0].id;
+  await service.ask('PATCH', '/tasks/' + id, { status: 'active' });
+  const run = (await service.ask('GET', `/executions?task_id=${id}`)).executions.at(-1).id;
+  const views = { list: '#/', task: `#/tasks/${id}`, execution: `#/executions/${run}`, 'new-task': '#/tasks/new', 'new-schedule': `#/tasks/${id}/schedules/new`, missing: '#/tasks/99999' };
+  for (const scheme of ['light', 'dark']) for (const width of [375, 1280]) {
+    await page.setViewportSize({ width, height: 860 });
+    await page.emulateMedia({ colorScheme: scheme });
+    for (const [name, hash] of Object.entries(views)) {
+      await open(service, hash);
+      holds(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), `${name} is wider than ${width}`);
+      await axeFinds(`${name}, ${width}, ${scheme}`);
+      await shot(`${name}-${width}-${scheme}`);
+    }
+    const [light] = (await page.evaluate(() => getComputedStyle(document.body).backgroundColor)).match(/\d+/);
+    equal(Number(light) > 128, scheme === 'light', 'a light background');
+  }
+  await page.setViewportSize({ width: 1280, height: 900 });
+  await page.emulateMedia({ colorScheme: 'light' });
+  forgive('404');
+});
+
+fact('/docs shows every operation and tries one', async () => {
+  await page.goto(service.base + '/docs');
+  await sees('/api/v1/tasks/{id}/execute');
+  const spec = await (await fetch(service.base + '/openapi.json')).json();
+  equal(await page.locator('details[data-path]').count(), Object.values(spec.paths).flatMap(verbs => Object.keys(verbs)).length, 'operations');
+  const box = page.locator('details[data-verb=POST][data-path="/api/v1/schedules/preview"]');
+  await box.locator('summary').first().click();
+  await box.getByRole('button', { name: 'Try it' }).click();
+  await until(async () => (await box.innerText()).includes('"upcoming"'), 'the answer');
+  const one = page.locator('details[data-verb=GET][data-path="/api/v1/tasks/{id}"]');
+  await one.locator('summary').first().click();
+  await one.locator('input').fill('1');
+  await one.getByRole('button', { name: 'Try it' }).click();
+  await until(async () => (await one.innerText()).includes('Say hello'), 'the answer');
+  const stream = page.locator('details[data-verb=GET][data-path="/api/v1/events"]');
+  await stream.locator('summary').first().click();
+  await stream.getByRole('button', { name: 'Try it' }).click();
+  await until(async () => (await stream.innerText()).includes('event: execution'), 'the first seconds of a stream');
+  await axeFinds('/docs');
+  await shot('docs');
+  await page.setViewportSize({ width: 375, height: 860 });
+  holds(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), '/docs is wider than 375');
+  await page.setViewportSize({ width: 1280, height: 900 });
+});
+
+fact('a lost connection shows, and comes back with what happened meanwhile', async () => {
+  await open(service);
+  await service.stop('SIGKILL');
+  await until(async () => (await text('#link')).includes('Disconnected'), 'it says so');
+  await axeFinds('the list without a connection');
+  await shot('disconnected');
+  await service.start();
+  await service.bash('Made meanwhile', 'true');
+  await page.getByRole('button', { name: 'Retry now' }).click().catch(() => {});
+  await until(async () => await text('#link') === 'Live', 'it is live again', 20);
+  await until(async () => (await text('#tasks')).includes('Made meanwhile'), 'what was made meanwhile');
+  const id = (await service.ask('GET', '/tasks?q=meanwhile')).tasks[0].id;
+  await service.run(id);
+  await until(async () => (await page.locator('#tasks li', { hasText: 'Made meanwhile' }).innerText()).includes('succeeded'), 'further events');
+  forgive('ERR_');
+});
+
+fact('a service that hangs is noticed, too', async () => {
+  await open(service);
+  service.process.kill('SIGSTOP');
+  try {
+    await until(async () => (await text('#link')).includes('Disconnected'), 'it says so', 40);
+  } finally { service.process.kill('SIGCONT'); }
+  await until(async () => await text('#link') === 'Live', 'it is live again', 40);
+  forgive('ERR_');
+});
+
+fact('a page that cannot load says so and recovers', async () => {
+  await page.goto('about:blank');
+  await page.route('**/api/v1/overview*', route => route.fulfill({ status: 503, contentType: 'application/problem+json', body: '{"detail":"the database cannot be written"}' }));
+  await page.goto(service.base + '/');
+  await sees('the database cannot be written');
+  await axeFinds('the error');
+  await page.unroute('**/api/v1/overview*');
+  await page.getByRole('button', { name: 'Try again' }).click();
+  await until(async () => /well|failing/.test(await text('h1').catch(() => '')), 'it loads');
+  forgive('503');
+});
+
+fact('a token is asked for once, and kept only in this tab', async () => {
+  const guarded = await new Service(await freePort(), 'guarded', { CHRONOTASK_API_TOKEN: 'open-sesame' }).start();
+  try {
+    await guarded.bash('Behind the door', 'echo hi');
+    await page.goto(guarded.base + '/');
+    await page.locator('dialog[open]').waitFor();
+    await axeFinds('the question for the token');
+    await shot('token');
+    await page.getByLabel('API token').fill('wrong');
+    await page.keyboard.press('Enter');
+    await until(async () => await page.getByLabel('API token').inputValue() === '' && await page.locator('dialog[open]').count() === 1, 'it asks again');
+    await page.getByLabel('API token').fill('open-sesame');
+    await page.keyboard.press('Enter');
+    await sees('Behind the door');
+    await until(async () => await text('#link') === 'Live', 'the stream carries the token');
+    await page.reload();
+    await sees('Behind the door');
+    equal(await page.locator('dialog[open]').count(), 0, 'dialogs after a reload');
+    await page.goto(guarded.base + '/docs');
+    await sees('/api/v1/tasks/{id}/execute');
+    equal(await page.evaluate(() => [document.cookie, localStorage.length]), ['', 0], 'kept elsewhere');
+  } finally { await guarded.stop(); }
+  forgive('401');
+});
+
+fact('pages of other origins get nothing done', async () => {
+  const victim = await service.bash('Victim', 'true');
+  const state = async () => JSON.stringify([(await service.ask('GET', '/tasks?limit=1')).total, (await service.ask('GET', `/executions?task_id=${victim}`)).executions.length, (await service.ask('GET', '/tasks/' + victim)).status, (await service.ask('GET', '/scheduler/status')).paused]);
+  const before = await state();
+  const attack = target => `<!doctype html><title>evil</title><body><script>
+    const target = '${target}', api = target + '/api/v1', task = JSON.stringify({name: 'pwned', task_type: 'bash', config: {command: 'true'}}), said = [];
+    const form = (action, enctype, fields, frame) => new Promise(done => {
+      const box = document.createElement('iframe'); box.name = frame; box.onload = () => setTimeout(done, 50); setTimeout(done, 1500); document.body.append(box);
+      const node = document.createElement('form'); Object.assign(node, {action, enctype, method: 'post', target: frame});
+      for (const [name, value] of Object.entries(fields)) { const input = document.createElement('input'); input.name = name; input.value = value; node.append(input); }
+      document.body.append(node); node.submit();
+    });
+    const tell = (name, work) => Promise.resolve().then(work).then(answer => said.push(name + ' ' + (answer?.status ?? answer?.type ?? 'done') + (answer?.type === 'opaque' ? ' opaque' : '')), error => said.push(name + ' refused'));
+    const image = url => new Promise(done => { const node = new Image(); node.onload = node.onerror = done; node.src = url; });
+    (async () => {
+      await tell('form', () => form(api + '/tasks', 'application/x-www-form-urlencoded', {name: 'pwned', task_type: 'bash'}, 'f1'));
+      await tell('form multipart', () => form(api + '/tasks', 'multipart/form-data', {name: 'pwned'}, 'f2'));
+      await tell('form text', () => form(api + '/tasks', 'text/plain', {[task.slice(0, -1) + ',"x":"']: '"}'}, 'f3'));
+      await tell('form execute', () => form(api + '/tasks/${victim}/execute', 'application/x-www-form-urlencoded', {}, 'f4'));
+      await tell('form pause', () => form(api + '/scheduler/pause', 'text/plain', {}, 'f5'));
+      await tell('fetch text', () => fetch(api + '/tasks', {method: 'POST', headers: {'Content-Type': 'text/plain'}, body: task}));
+      await tell('fetch json', () => fetch(api + '/tasks', {method: 'POST', headers: {'Content-Type': 'application/json'}, body: task}));
+      await tell('fetch no-cors', () => fetch(api + '/tasks', {method: 'POST', mode: 'no-cors', headers: {'Content-Type': 'text/plain'}, body: task}));
+      await tell('fetch execute', () => fetch(api + '/tasks/${victim}/execute', {method: 'POST', mode: 'no-cors'}));
+      await tell('fetch blob', () => fetch(api + '/tasks', {method: 'POST', mode: 'no-cors', body: new Blob([task])}));
+      await tell('fetch patch', () => fetch(api + '/tasks/${victim}', {method: 'PATCH', headers: {'Content-Type': 'application/json'}, body: '{"status":"disabled"}'}));
+      await tell('fetch delete', () => fetch(api + '/tasks/${victim}', {method: 'DELETE'}));
+      await tell('beacon', () => navigator.sendBeacon(api + '/tasks/${victim}/execute', new Blob(['{}'], {type: 'text/plain'})));
+      await tell('read', () => fetch(api + '/tasks').then(answer => { if (answer.ok) throw said.push('READ TASKS'); return answer; }));
+      await tell('read events', () => fetch(api + '/events').then(answer => { if (answer.ok) throw said.push('READ EVENTS'); return answer; }));
+      await tell('image', () => image(api + '/tasks/${victim}/execute'));
+      await tell('script', () => new Promise(done => { const node = document.createElement('script'); node.src = api + '/tasks'; node.onload = () => { said.push('LOADED SCRIPT'); done(); }; node.onerror = done; document.body.append(node); }));
+      await tell('frame', () => new Promise(done => { const box = document.createElement('iframe'); box.src = target + '/'; box.onload = done; document.body.append(box); setTimeout(done, 1500); }));
+      await tell('open', () => { open(target + '/api/v1/tasks/${victim}/execute'); return new Promise(done => setTimeout(done, 300)); });
+      window.said = said;
+    })();
+  </script>`;
+  const evil = http.createServer((request, answer) => { answer.setHeader('Content-Type', 'text/html'); answer.end(attack(service.base)); }).listen(0, '127.0.0.1');
+  await once(evil, 'listening');
+  const { port } = evil.address();
+  const tab = await context.newPage();
+  try {
+    const origins = [`http://127.0.0.1:${port}/`, `http://localhost:${port}/`, `http://evil.test:${port}/`];
+    for (const origin of origins) {
+      await tab.goto(origin);
+      const said = await until(() => tab.evaluate(() => window.said), `the attacks from ${origin}`, 30);
+      equal(said.filter(line => /READ|LOADED/.test(line)), [], origin);
+      equal(await state(), before, `after ${origin}`);
+    }
+    // Rebinding: the page came from evil.test on this very port, and that name now points at the service; to the browser all is one origin.
+    const rebound = `http://evil.test:${service.port}`;
+    await tab.route(rebound + '/attack', route => route.fulfill({ contentType: 'text/html', body: attack(rebound) }));
+    await tab.goto(rebound + '/attack');
+    const said = await until(() => tab.evaluate(() => window.said), 'the attacks after rebinding', 30);
+    equal(said.filter(line => /READ|LOADED| 20\d$/.test(line)), [], 'rebinding');
+    equal((await tab.goto(rebound + '/')).status(), 403, 'the dashboard under a foreign name');
+    equal(await state(), before, 'after rebinding');
+  } finally { await tab.close(); evil.close(); for (const other of context.pages()) if (other !== page) await other.close(); }
+});
+
+fact('a thousand tasks and a hundred thousand executions are shown at once and searched while typing', async () => {
+  const big = new Service(await freePort(), 'big');
+  await (await big.start()).stop();
+  const fill = `
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1])
+now = int(sys.argv[2]) * 1000
+db.execute("BEGIN")
+columns = [row[1] for row in db.execute("PRAGMA table_info(tasks)")]
+base = {"name": "", "task_type": "bash", "status": "active", "config": '{"command":"true"}', "max_retries": 0, "retry_delay": 5, "retry_backoff": 2, "created_at": now, "updated_at": now}
+base = {k: v for k, v in base.items() if k in columns}
+for i in range(1000):
+    row = base | {"name": f"Task {i}"}
+    db.execute(f"INSERT INTO tasks ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
+db.execute("""WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99999)
+    INSERT INTO executions (task_id, trigger, status, queued_at, started_at, finished_at, attempt, uuid)
+    SELECT 1 + i % 1000, 'manual', CASE WHEN i % 37 = 0 THEN 'failed' ELSE 'succeeded' END, ?1 - (100000 - i) * 1000000, ?1 - (100000 - i) * 1000000, ?1 - (100000 - i) * 1000000 + 500000, 1,
+        lower(hex(randomblob(16))) FROM n""", (now,))
+db.commit()
+`;
+  execFileSync(python, ['-c', fill, join(folder, 'big.db'), String(Date.now())]);
+  await big.start();
+  try {
+    const start = Date.now();
+    await open(big);
+    const loaded = Date.now() - start;
+    await shot('big');
+    await page.getByRole('searchbox').fill('Task 77');
+    const typed = await page.evaluate(async () => {
+      const start = performance.now();
+      document.querySelector('[data-param=q]').dispatchEvent(new Event('input', { bubbles: true }));
+      while (document.querySelectorAll('#tasks li').length > 20) await new Promise(requestAnimationFrame);
+      return performance.now() - start;
+    });
+    equal(await page.locator('#tasks li').count(), 11, 'Task 77, 770 to 779');
+    await page.getByRole('searchbox').fill('');
+    await until(async () => await page.locator('#tasks li').count() >= 100, 'the first page of rows');
+    for (const rows of [400, 700, 1000]) {
+      await page.locator('#tasks + p button').click();
+      await until(async () => await page.locator('#tasks li').count() === rows, `${rows} rows`);
+    }
+    const id = (await big.ask('GET', '/tasks?q=Task 999')).tasks[0].id;
+    const seen = Date.now();
+    await big.run(id);
+    await until(async () => (await page.locator('#tasks li', { hasText: 'Task 999' }).innerText()).includes('s ago'), 'a run shows among a thousand rows', 5);
+    console.log(`# loaded in ${loaded} ms, a search shows after ${Math.round(typed)} ms, a run among 1,000 rows after ${Date.now() - seen} ms`);
+    holds(loaded < 8000, `loading took ${loaded} ms`);
+    holds(typed < 2000, `a search took ${typed} ms`);
+    await open(big, '#/tasks/1');
+    equal(await page.locator('#history li').count(), 50, 'the newest fifty');
+    await page.getByRole('button', { name: 'Show older runs' }).click();
+    await until(async () => await page.locator('#history li').count() === 100, 'a hundred');
+  } finally { await big.stop(); }
+});
+
+// ---- Running them
+
+mkdirSync(join(folder, 'shots'), { recursive: true });
+service = await new Service(await freePort(), 'browser').start();
+context = await openBrowser();
+page = watch(await context.newPage());
+let passed = 0, failed = 0;
+try {
+  for (const [name, check] of facts) {
+    if (pattern && facts.findIndex(one => one[0] === name) > 1 && !new RegExp(pattern).test(name)) continue; // the first two make what others need
+    complaints = [];
+    try {
+      await check();
+      equal(complaints, [], 'complaints of the browser:');
+      passed++;
+      console.log(`ok ${name}`);
+    } catch (error) {
+      failed++;
+      console.log(`FAILED ${name}: ${error.message}`);
+      await page.screenshot({ path: join(folder, 'shots', `failed-${failed}.png`) }).catch(() => {});
+    }
+  }
+} finally {
+  await context.close();
+  await service.stop();
+}
+console.log(`${passed} passed, ${failed} failed`);
+process.exit(failed ? 1 : 0);
