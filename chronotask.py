@@ -3048,7 +3048,7 @@ def open_database(path: Path) -> DB:
                 _check_integrity(db, path)
         return _open_for_writing(path)
     except sqlite3.Error as error:
-        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error)}") from None
+        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error, path)}") from None
 
 
 def _open_for_writing(path: Path) -> DB:
@@ -3066,10 +3066,14 @@ def _open_for_writing(path: Path) -> DB:
     return db
 
 
-def _remedy(error: sqlite3.Error) -> str:
+def _remedy(error: sqlite3.Error, path: Path) -> str:
     text = str(error)
     if "unable to open" in text or "readonly" in text or "read-only" in text:
-        return "its folder and file must be writable by the user that runs ChronoTask"
+        uid, folder = os.getuid(), path.parent
+        return (
+            f"uid {uid} must be able to write {folder}, which belongs to uid {folder.stat().st_uid}: chown -R {uid} that folder, "
+            "or run ChronoTask as its owner (in a container: --user)"
+        )
     if "locked" in text:
         return "another program holds a lock on it"
     if "full" in text:
@@ -3078,7 +3082,7 @@ def _remedy(error: sqlite3.Error) -> str:
 
 
 def _check_files(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises when the folder above may not be entered
         raise StartupError(f"{path} is a folder: set CHRONOTASK_DATABASE_URL to a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -4822,12 +4826,14 @@ def make_session(settings: Settings) -> aiohttp.ClientSession:
         resolver=cast(Any, Resolver()),
         keepalive_timeout=4,  # servers close idle connections after 5 s and more: be first, a POST cannot be sent twice
     )
-    return aiohttp.ClientSession(
+    session = aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),  # a shared jar would pass cookies from task to task
         timeout=aiohttp.ClientTimeout(total=None),  # the attempt's deadline covers everything
         trust_env=False,
     )
+    session._retry_connection = False  # it would send a PUT twice as one attempt: retries are ours, and on record
+    return session
 
 
 class Resolver:
@@ -5732,6 +5738,13 @@ class Service:
     def _drain_path(self, owner: str) -> Path:
         return Path(f"{self.store.path}.drain-{owner}")
 
+    async def _must_yield(self) -> bool:
+        """Whether a service is alive. Asked twice: another `mcp` process may have been looking at the same moment."""
+        if not self._service_alive():
+            return False
+        await asyncio.sleep(0.01)
+        return self._service_alive()
+
     def _service_alive(self) -> bool:
         probe = FileLock(self._service_lock.path)
         free = probe.acquire()
@@ -5757,7 +5770,7 @@ class Service:
         await self._show_output()
 
     async def _look_for_leadership(self) -> None:
-        yielding = self._kind == "mcp" and self._service_alive()
+        yielding = self._kind == "mcp" and await self._must_yield()
         if self.leading and (yielding or not self._leader_lock.held()):
             await self._step_down()
         elif not self.leading and not yielding and self._leader_lock.acquire():
