@@ -2106,8 +2106,12 @@ class Query(BaseModel):
         return value
 
 
+# Control characters, line and paragraph separators, and what turns the direction of text around.
+_NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 def _line(text: str) -> str:
-    if not text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
+    if not text.strip() or _NOT_ONE_LINE.search(text):
         raise ValueError("must not be blank or contain control characters")
     return text
 

@@ -1,0 +1,11705 @@
+"""Tests of ChronoTask: facts about it, in the order of its sections. `-m "not slow"` leaves real processes out."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import atexit
+import base64
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.client
+import http.server
+import importlib.resources
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any, ClassVar, NamedTuple, Self
+from zoneinfo import ZoneInfo
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from pydantic import BaseModel, ConfigDict
+
+import chronotask
+from chronotask import (
+    API,
+    APPLICATION_ID,
+    CATCHUPS,
+    CONFIGS,
+    DAY,
+    HOUR,
+    MASK,
+    MAX_BODY,
+    MIGRATIONS,
+    MINUTE,
+    OPERATIONS,
+    OVERLAPS,
+    PAGES,
+    SECOND,
+    TOOL_LIST_TEXT,
+    TOOLS,
+    Attempt,
+    BodyTooLarge,
+    ChronoTaskError,
+    Claim,
+    Clipper,
+    Clock,
+    Conflict,
+    Cron,
+    Crowd,
+    Due,
+    ExecutionQuery,
+    ExecutionView,
+    FieldError,
+    FileLock,
+    Forbidden,
+    HistoryQuery,
+    Hold,
+    Interval,
+    InvalidInput,
+    LiveOutput,
+    MalformedBody,
+    MethodNotAllowed,
+    Missed,
+    NotFound,
+    Once,
+    Outcome,
+    Plan,
+    Run,
+    Schedule,
+    ScheduleCreate,
+    SchedulePreview,
+    ScheduleQuery,
+    ScheduleUpdate,
+    SecretMasker,
+    Service,
+    Settings,
+    StartupError,
+    Store,
+    TaskCreate,
+    TaskQuery,
+    TaskUpdate,
+    TimerQueue,
+    Timing,
+    Unauthorized,
+    Unavailable,
+    Unfinished,
+    UnsupportedMedia,
+    __version__,
+    backup,
+    bash_source,
+    bash_words,
+    check_allowed,
+    check_caller,
+    check_schedule_config,
+    claim_broken,
+    claim_slots,
+    clip,
+    due_slots,
+    escape_controls,
+    field_errors,
+    format_instant,
+    format_local,
+    get_meta,
+    judge_overlap,
+    kill_leftovers,
+    load_settings,
+    load_zone,
+    locks_work,
+    main,
+    make_app,
+    make_mcp_app,
+    make_server,
+    make_session,
+    make_timing,
+    make_tools,
+    mask_config,
+    mask_url,
+    migrate,
+    missed_message,
+    nearest,
+    nesting,
+    open_database,
+    parse,
+    parse_command_line,
+    parse_config,
+    parse_instant,
+    read_lines,
+    read_message,
+    refused_address,
+    resolve_secrets,
+    resume_schedule,
+    retry_after,
+    retry_wait,
+    run_backup,
+    run_bash,
+    run_http,
+    run_tool,
+    set_meta,
+    set_up_logging,
+    settle,
+    shown,
+    status_range,
+    tool_args,
+    unmask_config,
+    use_pidfd,
+    warn_if_open,
+)
+
+# ======================================================================================================================
+# What all tests share
+# ======================================================================================================================
+
+
+S = 1_000_000  # microseconds in a second
+START = 1_767_225_600 * S  # 2026-01-01T00:00:00Z, a Thursday: when every fake clock begins
+CHILD_ENVIRON = {"PATH": os.environ.get("PATH", "/usr/bin:/bin")}
+
+
+def settings(tmp_path: Path, **changes: Any) -> Settings:
+    """Settings of a service whose database is in `tmp_path`, and that waits for nothing at its end."""
+    return dataclasses.replace(
+        Settings(database_url=tmp_path / "chronotask.db", shutdown_grace=0.0, secrets_dir=tmp_path / "secrets"), **changes
+    )
+
+
+class FakeClock(Clock):
+    """A clock that stands still until a test moves it.
+
+    The heart does one round whenever the test says so; with `free` it also goes when something wakes it.
+    """
+
+    def __init__(self, now: int = START, free: bool = False) -> None:
+        self.wall, self.steady, self.free = now, 1000.0, free
+        self.until: int | None = None  # what the heart waits for
+        self.released = False
+        self._rounds = asyncio.Semaphore(0)
+        self._idle = asyncio.Event()
+        super().__init__()
+
+    def now(self) -> int:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.steady
+
+    def advance(self, seconds: float) -> None:
+        """Time passes."""
+        self.wall += round(seconds * S)
+        self.steady += seconds
+
+    def set_wall(self, now: int) -> None:
+        """Somebody sets the wall clock."""
+        self.wall = now
+
+    async def wait(self, event: asyncio.Event, until: int | None) -> None:
+        self.until = until
+        self._idle.set()
+        if self.released:
+            await asyncio.sleep(0)
+        elif self.free:
+            self._wake = event
+            await event.wait()
+        else:
+            await self._rounds.acquire()
+
+    async def round(self) -> None:
+        """One round of the heart."""
+        self._idle.clear()
+        self._rounds.release()
+        await self._idle.wait()
+
+    async def first_round(self) -> None:
+        await self._idle.wait()
+
+    def go(self, seconds: float) -> None:
+        """Time passes, and a free heart notices."""
+        self.advance(seconds)
+        self._wake.set()
+
+    def release(self) -> None:
+        """From now on the heart goes as fast as it can: for the end of a test."""
+        self.released = True
+        self._rounds.release()
+
+
+class Rig:
+    """A real service on a real database, and a clock that stands still."""
+
+    def __init__(self, service: Service, clock: FakeClock) -> None:
+        self.service, self.clock, self.closed = service, clock, False
+
+    @property
+    def path(self) -> Path:
+        return self.service.store.path
+
+    def sql(self, text: str, *values: Any) -> list[Any]:
+        """A statement on a connection of its own: to look at rows, or to damage them."""
+        db = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            return db.execute(text, values).fetchall()
+        finally:
+            db.close()
+
+    async def task(self, **fields: Any) -> int:
+        body = {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0, **fields}
+        return (await self.service.create_task(parse(TaskCreate, body)))["id"]
+
+    async def schedule(self, task_id: int, schedule_type: str = "interval", **fields: Any) -> int:
+        """A schedule; without a config it fires every 60 s, or in 60 s."""
+        usual = {"interval": {"seconds": 60}, "cron": {"expression": "* * * * *"}, "once": {"datetime": "2026-01-01T00:01:00Z"}}
+        body = {"task_id": task_id, "schedule_type": schedule_type, "schedule_config": usual[schedule_type], **fields}
+        return (await self.service.create_schedule(parse(ScheduleCreate, body)))["id"]
+
+    async def patch_task(self, task_id: int, **fields: Any) -> Any:
+        return await self.service.update_task(task_id, parse(TaskUpdate, fields))
+
+    async def patch_schedule(self, schedule_id: int, **fields: Any) -> Any:
+        return await self.service.update_schedule(schedule_id, parse(ScheduleUpdate, fields))
+
+    async def execute(self, task_id: int) -> int:
+        return (await self.service.execute_task(task_id))["id"]
+
+    async def beat(self) -> None:
+        await self.clock.round()
+
+    async def at(self, seconds: float) -> None:
+        """The clock reads START + `seconds`, and the heart does a round."""
+        self.clock.advance(START / S + seconds - self.clock.wall / S)
+        self.clock.wall = START + round(seconds * S)
+        await self.beat()
+
+    async def finish(self) -> None:
+        """Waits for all attempts under way and for those that they make way for."""
+        for _ in range(100):
+            jobs = [active.job for active in self.service.running.values() if active.job is not None]
+            if jobs:
+                await asyncio.wait(jobs)
+            await self.beat()
+            if not self.service.running:
+                return
+        raise AssertionError("executions go on for ever")
+
+    async def rows(self, **query: Any) -> list[ExecutionView]:
+        """Executions, oldest first."""
+        page = await self.service.list_executions(ExecutionQuery(**{"limit": 1000, **query}))
+        return page["executions"][::-1]
+
+    async def statuses(self, **query: Any) -> list[str]:
+        return [row["status"] for row in await self.rows(**query)]
+
+    async def brief(self, **query: Any) -> list[tuple[str, str, int | None]]:
+        """Of each execution, oldest slot first: trigger, status, seconds from START to its slot."""
+        found = [(r["trigger"], r["status"], offset(r["scheduled_for"])) for r in await self.rows(**query)]
+        return sorted(found, key=lambda row: row[2] if row[2] is not None else 0)
+
+    async def history(self, task_id: int, **query: Any) -> Any:
+        return await self.service.get_task_history(task_id, HistoryQuery(**query))
+
+    async def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.clock.release()
+            await self.service.stop()
+            self.service.store.close()
+
+
+def offset(text: str | None) -> Any:
+    """Seconds from START to an instant of the API."""
+    if text is None:
+        return None
+    seconds = (parse_instant(text, "UTC") - START) / S
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+OpenRig = Callable[..., Awaitable[Rig]]
+
+
+@functools.cache
+def new_database() -> bytes:
+    """A database as the first start makes it: copying one is faster than making one for every test."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_database(Path(folder) / "new.db").close()
+        return (Path(folder) / "new.db").read_bytes()
+
+
+@pytest.fixture
+def quick_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: hundreds of tests need not wait for a disk to sync."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
+    """Opens services: `await open_rig(clock=…, kind=…, SETTING=…)`. All are closed at the end of the test."""
+    use_pidfd()
+    rigs: list[Rig] = []
+
+    async def open_one(clock: FakeClock | None = None, kind: str = "service", **changes: Any) -> Rig:
+        clock = clock or FakeClock()
+        chosen = settings(quick_disk, **changes)
+        if not chosen.database_url.exists():
+            chosen.database_url.write_bytes(new_database())
+        store = Store(chosen.database_url, clock.monotonic)
+        rig = Rig(Service(chosen, store, clock, CHILD_ENVIRON, kind), clock)
+        rigs.append(rig)
+        await rig.service.start()
+        await clock.first_round()
+        return rig
+
+    yield open_one
+    for rig in reversed(rigs):
+        await rig.close()
+
+
+@pytest.fixture
+async def rig(open_rig: OpenRig) -> Rig:
+    return await open_rig()
+
+
+async def restarted(rig: Rig, open_rig: OpenRig, seconds: float | None = None, **changes: Any) -> Rig:
+    """The service is stopped in good order; another one starts on the same database, `seconds` after START."""
+    now = rig.clock.wall if seconds is None else START + round(seconds * S)
+    await rig.close()
+    return await open_rig(clock=FakeClock(now), **changes)
+
+
+class Target:
+    """An HTTP server to call. Answers are taken from `answers` in order; then it is 200 `ok`. `/hold` waits for `let_go`."""
+
+    def __init__(self) -> None:
+        self.answers: deque[tuple[int, dict[str, str], bytes]] = deque()
+        self.requests: list[web.Request] = []
+        self.held = 0
+        self.let_go = asyncio.Event()
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.Response:
+        self.requests.append(request)
+        if request.path == "/hold":
+            self.held += 1
+            await self.let_go.wait()
+        status, headers, body = self.answers.popleft() if self.answers else (200, {}, b"ok")
+        return web.Response(status=status, headers=headers, body=body)
+
+    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        self.answers.append((status, headers or {}, body))
+
+    def config(self, path: str = "/", **more: Any) -> dict[str, Any]:
+        """The fields of a task that calls this server."""
+        return {"task_type": "http", "config": {"url": self.url + path, **more}}
+
+
+@pytest.fixture
+async def target() -> AsyncIterator[Target]:
+    server = Target()
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", server.handle)
+    async with TestServer(app) as running:
+        server.url = str(running.make_url("")).rstrip("/")
+        yield server
+        server.let_go.set()
+
+
+# ======================================================================================================================
+# 0. Module docstring, imports
+# ======================================================================================================================
+
+
+MODULE = Path(chronotask.__file__).read_text(encoding="utf-8")
+SECTIONS = {
+    1: "Errors and settings",
+    2: "Schedules (pure)",
+    3: "Models",
+    4: "Timer queue (pure)",
+    5: "Clock",
+    6: "Store",
+    7: "Executors",
+    8: "Service",
+    9: "Operations",
+    10: "REST",
+    11: "MCP",
+    12: "Main",
+}
+# Which sections a section may know: a door knows the service and the models, never what lies behind the service.
+MAY_KNOW: dict[int, set[int]] = {
+    0: set(),
+    1: {0},
+    2: {0, 1},
+    3: {0, 1, 2},
+    4: {0},
+    5: {0},
+    6: {0, 1, 2, 3},
+    7: {0, 1, 2, 3},
+    8: {0, 1, 2, 3, 4, 5, 6, 7},
+    9: {0, 1, 3, 8},
+    10: {0, 1, 2, 3, 8, 9},
+    11: {0, 1, 2, 3, 8, 9, 10},
+    12: {*range(12)},
+}
+_WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "URL"}
+# Imported names that contradict what a section promises: no I/O, no SQL, no HTTP, no JSON.
+MAY_NOT_USE: dict[int, set[str]] = {
+    1: {"asyncio", "sqlite3", "threading", "os", "json", *_WIRE},
+    2: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "random", "socket", "json", "BaseModel", *_WIRE},
+    3: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "socket", *_WIRE},
+    4: {"asyncio", "threading", "os", "open", "datetime", *_WIRE},
+    5: {"sqlite3", "os", "open", "datetime", *_WIRE},
+    6: {"BaseModel", "random", *_WIRE},
+    7: {"sqlite3", "web", "mcp", "BaseModel"},
+    8: {"sqlite3", "json", "web", "mcp", "BaseModel", "CIMultiDictProxy"},
+    9: {"sqlite3", "json", *_WIRE},
+    10: {"sqlite3", "mcp"},
+    11: {"sqlite3"},
+    12: set(),
+}
+_CLOCKS = re.compile(
+    r"time\.(time|time_ns|monotonic|monotonic_ns|perf_counter|perf_counter_ns|gmtime|localtime|ctime|strftime|sleep)"
+    r"|(datetime|date)(\.datetime|\.date)?\.(now|utcnow|today)|.*loop(\(\))?\.time|email\.utils\.(localtime|formatdate)"
+)
+_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|putenv|unsetenv)")
+_SUSPECT = re.compile(r"time|time_ns|monotonic.*|perf_counter.*|.*time|sleep|now|utcnow|today|formatdate|environb?|.*env|_.*[^_]")
+_BANNER = re.compile(r"^# =+\n# (\d+)\. (.+)\n# =+$", re.MULTILINE)
+_SCOPES = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.Lambda,
+    ast.ClassDef,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A line of the module that breaks a rule of the house."""
+
+    section: int
+    line: int
+    text: str
+
+
+class House:
+    """The module as sections: where each top-level name, and each private attribute, is at home."""
+
+    def __init__(self, source: str) -> None:
+        self.starts = [(source.count("\n", 0, m.start()) + 1, int(m[1])) for m in _BANNER.finditer(source)]
+        self.tree = ast.parse(source)
+        self.home: dict[str, int] = {}
+        self.private: dict[str, set[int]] = {}
+        self.breaches: list[Breach] = []
+        for statement in self.tree.body:
+            section = self.section(statement.lineno)
+            for name in _defined(statement):
+                self.home.setdefault(name, section)
+            for node in ast.walk(statement):
+                for name in _members(node):
+                    self.private.setdefault(name, set()).add(section)
+        for statement in self.tree.body:
+            if not isinstance(statement, (ast.Import, ast.ImportFrom)):
+                self._walk(statement, self.section(statement.lineno), frozenset())
+
+    def section(self, line: int) -> int:
+        return max((number for start, number in self.starts if start <= line), default=0)
+
+    def _walk(self, node: ast.AST, section: int, local: frozenset[str]) -> None:
+        if isinstance(node, _SCOPES):
+            outer, local = local, local | _names_bound_by(node)
+        for text in self._wrong(node, section, local):
+            self.breaches.append(Breach(section, getattr(node, "lineno", 0), text))
+        for child in ast.iter_child_nodes(node):
+            # What a class binds is not seen by its methods.
+            hidden = isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            self._walk(child, section, outer if hidden else local)
+
+    def _wrong(self, node: ast.AST, section: int, local: frozenset[str]) -> Iterable[str]:
+        if isinstance(node, ast.Name):
+            return () if node.id in local else self._wrong_name(node.id, section)
+        if isinstance(node, ast.Attribute):
+            return self._wrong_attribute(node, section) if _SUSPECT.fullmatch(node.attr) else ()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return self._wrong_import(node, section)
+        return ()
+
+    def _wrong_import(self, node: ast.Import | ast.ImportFrom, section: int) -> Iterator[str]:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+        roots = {name.split(".")[0] for name in names}
+        if "mcp" in roots and section != 11:
+            yield "imports mcp: only section 11 may"
+        yield from (f"imports {name}" for name in roots & MAY_NOT_USE[section] - {"mcp"})
+
+    def _wrong_name(self, name: str, section: int) -> Iterator[str]:
+        home = self.home.get(name, section)
+        if name in MAY_NOT_USE.get(section, ()):
+            yield f"uses {name}"
+        if home > section:
+            yield f"uses {name} of section {home}, which is below"
+        elif home != section and home not in MAY_KNOW[section]:
+            yield f"uses {name} of section {home}, which it may not know"
+        elif home != section and name.startswith("_") and not name.startswith("__"):
+            yield f"uses the private {name} of section {home}"
+
+    def _wrong_attribute(self, node: ast.Attribute, section: int) -> Iterator[str]:
+        text = ast.unparse(node)
+        if section != 5 and _CLOCKS.fullmatch(text):
+            yield f"reads a clock: {text}"
+        if section != 12 and _ENVIRONMENT.fullmatch(text):
+            yield f"reads the environment: {text}"
+        own = section in self.private.get(node.attr, ()) or text == "os._exit"
+        if node.attr.startswith("_") and not node.attr.endswith("__") and not own:
+            yield f"uses the private {text}"
+
+
+def _defined(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", ast.Pass())]
+    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def _names_bound_by(scope: ast.AST) -> frozenset[str]:
+    """The names that a function, class, lambda or comprehension binds: they hide names of the module."""
+    names: set[str] = set()
+    waiting = list(ast.iter_child_nodes(scope))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        if not isinstance(node, _SCOPES):
+            waiting.extend(ast.iter_child_nodes(node))
+    return frozenset(names)
+
+
+def _members(node: ast.AST) -> list[str]:
+    """Private attributes at home where this node stands: `def _x`, `_x: int` and `self._x = …`."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return [node.name]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+        return [node.attr] if node.value.id in ("self", "cls") else []
+    return []
+
+
+def breaches_of(source: str) -> list[str]:
+    return [f"section {b.section}, line {b.line}: {b.text}" for b in House(source).breaches]
+
+
+def test_the_banners_are_there_in_order() -> None:
+    found = {int(m[1]): m[2] for m in _BANNER.finditer(MODULE)}
+    assert list(found) == list(SECTIONS)
+    assert found == SECTIONS
+
+
+def test_the_module_docstring_lists_the_sections_by_their_banners() -> None:
+    lines = re.findall(r"^ +(\d+) ([A-Za-z() ]+?)  ", chronotask.__doc__ or "", re.MULTILINE)
+    assert {int(number): name for number, name in lines} == SECTIONS
+
+
+def test_every_section_keeps_the_dependency_rule() -> None:
+    assert breaches_of(MODULE) == []
+
+
+PLANTED = {
+    "a name from below": (2, "def planted() -> object:\n    return Store", "uses Store of section 6, which is below"),
+    "a name from below in an annotation": (
+        2,
+        "def planted(x: Service) -> None: ...",
+        "uses Service of section 8, which is below",
+    ),
+    "a name from below in a default": (
+        3,
+        "def planted(x=OPERATIONS) -> None: ...",
+        "uses OPERATIONS of section 9, which is below",
+    ),
+    "a base class from below": (1, "class Planted(Task): ...", "uses Task of section 3, which is below"),
+    "executors that see the store": (
+        7,
+        "async def planted(s: Store) -> None: ...",
+        "uses Store of section 6, which it may not know",
+    ),
+    "a door that sees the store": (10, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
+    "a door that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
+    "a timer queue that knows schedules": (4, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
+    "a store that reads the clock": (6, "def planted(c: Clock) -> int: ...", "uses Clock of section 5, which it may not know"),
+    "another section's private name": (8, "PLANTED = _schedule", "uses the private _schedule of section 6"),
+    "another section's private attribute": (12, "def planted(s: Service) -> None:\n    s._timers", "uses the private s._timers"),
+    "a private attribute of a library": (
+        8,
+        "def planted(job) -> object:\n    return job._callbacks",
+        "uses the private job._callbacks",
+    ),
+    "time.time": (8, "def planted() -> float:\n    return time.time()", "reads a clock: time.time"),
+    "time.monotonic": (7, "def planted() -> float:\n    return time.monotonic()", "reads a clock: time.monotonic"),
+    "time.sleep": (6, "def planted() -> None:\n    time.sleep(1)", "reads a clock: time.sleep"),
+    "datetime.now": (2, "PLANTED = datetime.now(UTC)", "reads a clock: datetime.now"),
+    "datetime.today": (3, "def planted() -> object:\n    return datetime.today()", "reads a clock: datetime.today"),
+    "the loop's clock": (8, "def planted() -> float:\n    return asyncio.get_running_loop().time()", "reads a clock"),
+    "os.environ": (1, "PLANTED = os.environ.get('HOME')", "reads the environment: os.environ"),
+    "os.getenv": (7, "PLANTED = os.getenv('HOME')", "reads the environment: os.getenv"),
+    "schedules that do I/O": (2, "def planted() -> object:\n    return open('/etc/hostname')", "uses open"),
+    "models that know HTTP": (3, "def planted(r: web.Request) -> None: ...", "uses web"),
+    "a service that knows requests": (8, "def planted(r: web.Request) -> None: ...", "uses web"),
+    "a service that knows JSON": (8, "PLANTED = json.loads('{}')", "uses json"),
+    "a service that knows SQL": (8, "PLANTED = sqlite3.connect(':memory:')", "uses sqlite3"),
+    "an early import of mcp": (12, "def planted() -> None:\n    import mcp.server", "imports mcp: only section 11 may"),
+}
+
+
+def test_planted_violations_are_caught() -> None:
+    source = MODULE
+    for banner in reversed(list(_BANNER.finditer(MODULE))):
+        planted = [f"{code}  # planted" for section, code, _ in PLANTED.values() if section == int(banner[1])]
+        source = source[: banner.end()] + "\n" + "\n".join(planted) + "\n" + source[banner.end() :]
+    lines = source.splitlines()
+    caught = [(b.section, b.text) for b in House(source).breaches if "# planted" in lines[b.line - 1]]
+    for what, (section, _, complaint) in PLANTED.items():
+        assert any(found == section and complaint in text for found, text in caught), what
+
+
+def test_a_local_name_that_hides_one_from_below_is_no_violation() -> None:
+    bar = "# " + "=" * 118
+    above = "def f(store, Store) -> object:\n    return [Service for Service in (store, Store)]"
+    below = "class Store: ...\nclass Service: ..."
+    assert breaches_of(f"{bar}\n# 1. A\n{bar}\n{above}\n{bar}\n# 8. B\n{bar}\n{below}\n") == []
+
+
+# ======================================================================================================================
+# 1. Errors and settings
+# ======================================================================================================================
+
+
+HOME = Path(chronotask.__file__).absolute().parent
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidInput, 422),
+        (MalformedBody, 400),
+        (Unauthorized, 401),
+        (Forbidden, 403),
+        (NotFound, 404),
+        (MethodNotAllowed, 405),
+        (Conflict, 409),
+        (BodyTooLarge, 413),
+        (UnsupportedMedia, 415),
+        (Unavailable, 503),
+        (ChronoTaskError, 500),
+    ],
+)
+def test_every_error_knows_its_http_status(error: type[ChronoTaskError], status: int) -> None:
+    assert (error.status, issubclass(error, ChronoTaskError), bool(error.title)) == (status, True, True)
+
+
+def test_invalid_input_lists_every_field_in_its_text() -> None:
+    error = InvalidInput(FieldError("name", "must be text"), FieldError("", "odd"))
+    assert (str(error), error.errors[0].field) == ("name: must be text; odd", "name")
+
+
+def test_the_nearest_name_is_found_or_none() -> None:
+    assert nearest("descripton", ["name", "description"]) == "description"
+    assert nearest("xyz", ["name", "description"]) is None
+
+
+def test_a_shown_value_is_one_bounded_line() -> None:
+    assert shown("a\nb\x1b[0m") == "'a\\nb\\x1b[0m'"
+    assert len(shown("x" * 1000)) == 80
+    assert shown({"a": 1}) == "{'a': 1}"
+
+
+# Section 2 of the contract: name, default.
+DEFAULT_SETTINGS: dict[str, Any] = {
+    "DATABASE_URL": HOME / "data" / "chronotask.db",
+    "API_HOST": "127.0.0.1",
+    "API_PORT": 8000,
+    "SCHEDULER_TIMEZONE": "UTC",
+    "HTTP_TIMEOUT": 30,
+    "BASH_TIMEOUT": 300,
+    "MAX_RETRIES": 3,
+    "RETRY_DELAY": 5,
+    "ALLOW_HOST_COMMANDS": True,
+    "ALLOWED_BASH_COMMANDS": (),
+    "ALLOWED_BASH_ENV": (),
+    "API_TOKEN": None,
+    "API_TOKEN_FILE": None,
+    "ALLOWED_HOSTS": (),
+    "SECRETS_DIR": Path("/run/secrets"),
+    "BLOCK_PRIVATE_NETWORKS": False,
+    "ALLOWED_NETWORKS": (),
+    "MAX_CONCURRENT_RUNS": 100,
+    "OUTPUT_LIMIT": 65536,
+    "HISTORY_DAYS": 30,
+    "HISTORY_PER_TASK": 1000,
+    "SHUTDOWN_GRACE": 6,
+    "LOG_LEVEL": "INFO",
+    "LOG_FILE": None,
+    "MCP_ENABLED": True,
+    "MCP_PORT": 8001,
+}
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings, warnings = Settings.from_env({})
+    assert {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)} == DEFAULT_SETTINGS
+    assert warnings == []
+
+
+GOOD_SETTINGS: list[tuple[str, str, Any]] = [
+    ("DATABASE_URL", "sqlite:////var/lib/x.db", Path("/var/lib/x.db")),
+    ("DATABASE_URL", "sqlite:///x/y.db", Path.cwd() / "x" / "y.db"),
+    ("API_HOST", "0.0.0.0", "0.0.0.0"),
+    ("API_HOST", "::1", "::1"),
+    ("API_PORT", "0", 0),
+    ("API_PORT", "65535", 65535),
+    ("SCHEDULER_TIMEZONE", "Europe/Berlin", "Europe/Berlin"),
+    ("HTTP_TIMEOUT", "2.5", 2.5),
+    ("BASH_TIMEOUT", "604800", 604800),
+    ("MAX_RETRIES", "0", 0),
+    ("MAX_RETRIES", "100", 100),
+    ("RETRY_DELAY", "0.5", 0.5),
+    ("ALLOW_HOST_COMMANDS", "false", False),
+    ("ALLOW_HOST_COMMANDS", "TRUE", True),
+    ("ALLOWED_BASH_COMMANDS", "ls, backup.sh", ("ls", "backup.sh")),
+    ("ALLOWED_BASH_ENV", "A,B", ("A", "B")),
+    ("API_TOKEN", "0123456789abcdef", "0123456789abcdef"),
+    ("ALLOWED_HOSTS", "Tasks.Example.com,other", ("tasks.example.com", "other")),
+    ("SECRETS_DIR", "/etc/secrets", Path("/etc/secrets")),
+    ("BLOCK_PRIVATE_NETWORKS", "true", True),
+    ("ALLOWED_NETWORKS", "10.0.0.0/8,::1", (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))),
+    ("MAX_CONCURRENT_RUNS", "1", 1),
+    ("OUTPUT_LIMIT", "1024", 1024),
+    ("HISTORY_DAYS", "0", 0),
+    ("HISTORY_PER_TASK", "0", 0),
+    ("SHUTDOWN_GRACE", "0", 0),
+    ("LOG_LEVEL", "debug", "DEBUG"),
+    ("LOG_FILE", "/tmp/x/y.log", Path("/tmp/x/y.log")),
+    ("MCP_ENABLED", "false", False),
+    ("MCP_PORT", "9001", 9001),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), GOOD_SETTINGS)
+def test_a_setting_is_read_from_its_variable(name: str, text: str, value: Any) -> None:
+    settings, warnings = Settings.from_env({f"CHRONOTASK_{name}": text})
+    assert (getattr(settings, name.lower()), warnings) == (value, [])
+
+
+BAD_SETTINGS = {
+    "DATABASE_URL": ["chronotask.db", "postgres://x", "sqlite://x", "sqlite:///"],
+    "API_HOST": ["a b", "http://x"],
+    "API_PORT": ["-1", "65536", "80.5", "eighty", "8000 ", "1_000", "٣"],
+    "SCHEDULER_TIMEZONE": ["Mars/Phobos", "America", "../etc/passwd", "CET+1x"],
+    "HTTP_TIMEOUT": ["0", "604801", "nan", "inf", "-5", "1e3"],
+    "BASH_TIMEOUT": ["0", "604801", "x"],
+    "MAX_RETRIES": ["-1", "101", "2.5"],
+    "RETRY_DELAY": ["-1", "86401"],
+    "ALLOW_HOST_COMMANDS": ["maybe", "2"],
+    "ALLOWED_BASH_COMMANDS": ["a,,b", ","],
+    "ALLOWED_BASH_ENV": ["A,"],
+    "ALLOWED_HOSTS": ["http://x", "a b", "x:80/"],
+    "BLOCK_PRIVATE_NETWORKS": ["perhaps"],
+    "ALLOWED_NETWORKS": ["10.0.0.1/8", "x"],
+    "MAX_CONCURRENT_RUNS": ["0", "x"],
+    "OUTPUT_LIMIT": ["0", "-1"],
+    "HISTORY_DAYS": ["-1", "1.5"],
+    "HISTORY_PER_TASK": ["-1"],
+    "SHUTDOWN_GRACE": ["-1", "x"],
+    "LOG_LEVEL": ["LOUD"],
+    "MCP_ENABLED": ["x"],
+    "MCP_PORT": ["70000"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD_SETTINGS.items() for text in texts])
+def test_a_bad_setting_ends_the_program_with_one_line_that_names_it_its_value_and_what_is_allowed(name: str, text: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({f"CHRONOTASK_{name}": text})
+    detail = caught.value.detail
+    assert caught.value.exit_status == 2
+    assert detail.startswith(f"CHRONOTASK_{name}={shown(text)}: must be ") and "\n" not in detail
+
+
+@pytest.mark.parametrize("token", ["short", "with a blank in it", "ümlaut-ümlaut"])
+def test_a_bad_token_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({"CHRONOTASK_API_TOKEN": token})
+    assert token not in caught.value.detail and caught.value.detail.startswith("CHRONOTASK_API_TOKEN=")
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_API_TOKEN": ""})[0] == Settings()
+
+
+def test_the_token_can_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    settings, _ = Settings.from_env({"CHRONOTASK_API_TOKEN_FILE": str(tmp_path / "token")})
+    assert settings.api_token == "0123456789abcdef"
+
+
+@pytest.mark.parametrize("content", [None, "", "short", "two words here", "\x00" * 20])
+def test_a_token_file_that_holds_no_token_ends_the_program(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({"CHRONOTASK_API_TOKEN_FILE": str(tmp_path / "token")})
+    assert (
+        caught.value.exit_status == 2 and "CHRONOTASK_API_TOKEN_FILE" in caught.value.detail and "\n" not in caught.value.detail
+    )
+
+
+def test_an_unknown_variable_is_warned_about_with_the_nearest_name() -> None:
+    _, warnings = Settings.from_env({"CHRONOTASK_API_PROT": "1", "OTHER_API_PROT": "1", "CHRONOTASK_TIMEZONE": "UTC"})
+    assert warnings == [
+        "unknown variable 'CHRONOTASK_API_PROT': did you mean CHRONOTASK_API_PORT?",
+        "unknown variable 'CHRONOTASK_TIMEZONE': did you mean CHRONOTASK_SCHEDULER_TIMEZONE?",
+    ]
+
+
+def test_secrets_and_what_tasks_are_given_are_no_typos() -> None:
+    given = [
+        "TASK_ID",
+        "TASK_NAME",
+        "EXECUTION_ID",
+        "SCHEDULE_ID",
+        "SCHEDULED_FOR",
+        "ATTEMPT",
+        "RUN_ID",
+        "SECRET_X",
+        "SECRET_API_PROT",
+    ]
+    assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given})[1] == []
+
+
+# ======================================================================================================================
+# 2. Schedules (pure)
+# ======================================================================================================================
+
+
+# Debian cron's own answers, agreed by other engines: expression | zone | after | why, then the next five slots. All UTC.
+CRON_CASES = """
+@midnight | Asia/Kathmandu | 2024-12-31T18:15 | @midnight
+    2025-01-01T18:15 2025-01-02T18:15 2025-01-03T18:15 2025-01-04T18:15 2025-01-05T18:15
+@yearly | Asia/Kolkata | 2024-12-31T18:30 | @yearly
+    2025-12-31T18:30 2026-12-31T18:30 2027-12-31T18:30 2028-12-31T18:30 2029-12-31T18:30
+@HOURLY | Europe/London | 2025-01-01T00:00 | alias in upper case (Debian is case sensitive)
+    2025-01-01T01:00 2025-01-01T02:00 2025-01-01T03:00 2025-01-01T04:00 2025-01-01T05:00
+@HOURLY | UTC | 2025-01-01T00:00 | alias in upper case (Debian is case sensitive)
+    2025-01-01T01:00 2025-01-01T02:00 2025-01-01T03:00 2025-01-01T04:00 2025-01-01T05:00
+0 0 5 * * | America/Los_Angeles | 2025-01-01T08:00 | DOW star: the 5th only
+    2025-01-05T08:00 2025-02-05T08:00 2025-03-05T08:00 2025-04-05T07:00 2025-05-05T07:00
+0 12 10-12 6 MON,TUE | America/New_York | 2025-06-01T04:00 | days 10-12 OR Mon/Tue in June
+    2025-06-02T16:00 2025-06-03T16:00 2025-06-09T16:00 2025-06-10T16:00 2025-06-11T16:00
+0 0 31 12 1 | Asia/Kolkata | 2024-12-31T18:30 | 31 Dec OR Mondays in December
+    2025-11-30T18:30 2025-12-07T18:30 2025-12-14T18:30 2025-12-21T18:30 2025-12-28T18:30
+0 0 * * 1 | Australia/Sydney | 2024-12-31T13:00 | DOM star: Mondays only
+    2025-01-05T13:00 2025-01-12T13:00 2025-01-19T13:00 2025-01-26T13:00 2025-02-02T13:00
+0 0 1-7 * */7 | Asia/Kathmandu | 2024-12-31T18:15 | classic first-Sunday trick: DOW starts with * so AND (Debian)
+    2025-01-04T18:15 2025-02-01T18:15 2025-03-01T18:15 2025-04-05T18:15 2025-05-03T18:15
+0 0 */10 * MON-FRI | Asia/Tokyo | 2024-12-31T15:00 | AND: 1,11,21,31 on weekdays (Debian)
+    2025-01-20T15:00 2025-01-30T15:00 2025-02-10T15:00 2025-02-20T15:00 2025-03-10T15:00
+0 0 1-7 * */7 | Australia/Sydney | 2024-12-31T13:00 | classic first-Sunday trick: DOW starts with * so AND (Debian)
+    2025-01-04T13:00 2025-02-01T13:00 2025-03-01T13:00 2025-04-05T13:00 2025-05-03T14:00
+0 0 */1 * MON | Europe/Berlin | 2024-12-31T23:00 | */1 in DOM: Mondays only (Debian)
+    2025-01-05T23:00 2025-01-12T23:00 2025-01-19T23:00 2025-01-26T23:00 2025-02-02T23:00
+*/10 0 * * * | Africa/Cairo | 2024-04-25T21:59 | minute is */10: wildcard; nothing fires inside the 60-min gap
+    2024-04-26T21:00 2024-04-26T21:10 2024-04-26T21:20 2024-04-26T21:30 2024-04-26T21:40
+0 0 * * * | Africa/Cairo | 2024-04-25T02:00 | fixed job at the first affected minute of the 60-min gap
+    2024-04-25T22:00 2024-04-26T21:00 2024-04-27T21:00 2024-04-28T21:00 2024-04-29T21:00
+0 0-2 * * * | America/Havana | 2024-03-09T09:00 | fixed hour range over the 60-min gap
+    2024-03-10T05:00 2024-03-10T06:00 2024-03-11T04:00 2024-03-11T05:00 2024-03-11T06:00
+*/10 2 * * * | America/New_York | 2007-03-11T06:59 | minute is */10: wildcard; nothing fires inside the 60-min gap
+    2007-03-12T06:00 2007-03-12T06:10 2007-03-12T06:20 2007-03-12T06:30 2007-03-12T06:40
+30 2 * * * | America/New_York | 2024-03-10T07:00 | fixed job; after is right behind the 60-min gap
+    2024-03-11T06:30 2024-03-12T06:30 2024-03-13T06:30 2024-03-14T06:30 2024-03-15T06:30
+30 */2 * * * | America/Nuuk | 2024-03-30T20:00 | hour field starts with *: wildcard job across the 60-min gap
+    2024-03-30T20:30 2024-03-30T22:30 2024-03-31T00:30 2024-03-31T01:30 2024-03-31T03:30
+* 0 * * * | America/Sao_Paulo | 2018-11-03T07:00 | every minute of an affected hour (wildcard), 60-min gap
+    2018-11-05T02:00 2018-11-05T02:01 2018-11-05T02:02 2018-11-05T02:03 2018-11-05T02:04
+30 0 * * * | America/Sao_Paulo | 2018-11-03T07:00 | fixed job inside the 60-min gap
+    2018-11-04T03:00 2018-11-05T02:30 2018-11-06T02:30 2018-11-07T02:30 2018-11-08T02:30
+0 2 * * * | Antarctica/Troll | 2024-03-30T05:00 | fixed job inside the 120-min gap
+    2024-03-31T01:00 2024-04-01T00:00 2024-04-02T00:00 2024-04-03T00:00 2024-04-04T00:00
+0 0-2 * * * | Asia/Beirut | 2022-03-26T02:00 | fixed hour range over the 60-min gap
+    2022-03-26T22:00 2022-03-26T23:00 2022-03-27T21:00 2022-03-27T22:00 2022-03-27T23:00
+15 2 * * * | Australia/Lord_Howe | 2023-09-30T15:30 | fixed job; after is right behind the 30-min gap
+    2023-10-01T15:15 2023-10-02T15:15 2023-10-03T15:15 2023-10-04T15:15 2023-10-05T15:15
+*/15 * * * * | Europe/London | 2024-03-31T00:29 | every 15 min across the 60-min gap
+    2024-03-31T00:30 2024-03-31T00:45 2024-03-31T01:00 2024-03-31T01:15 2024-03-31T01:30
+@daily | Europe/Moscow | 2011-03-26T03:00 | @daily (fixed 00:00) across the 60-min gap
+    2011-03-26T21:00 2011-03-27T20:00 2011-03-28T20:00 2011-03-29T20:00 2011-03-30T20:00
+*/15 * * * * | Pacific/Apia | 2011-09-24T13:29 | every 15 min across the 60-min gap
+    2011-09-24T13:30 2011-09-24T13:45 2011-09-24T14:00 2011-09-24T14:15 2011-09-24T14:30
+@daily | Pacific/Apia | 2011-09-23T18:00 | @daily (fixed 00:00) across the 60-min gap
+    2011-09-24T11:00 2011-09-25T10:00 2011-09-26T10:00 2011-09-27T10:00 2011-09-28T10:00
+0 12 * * * | Pacific/Kwajalein | 1993-08-20T16:00 | fixed job inside the 1440-min gap
+    1993-08-21T00:00 1993-08-22T00:00 1993-08-23T00:00 1993-08-24T00:00 1993-08-25T00:00
+@daily | America/Asuncion | 2023-03-25T07:00 | @daily (fixed 00:00) across the 60-min overlap
+    2023-03-26T04:00 2023-03-27T04:00 2023-03-28T04:00 2023-03-29T04:00 2023-03-30T04:00
+45 */2 * * * | America/Caracas | 2007-12-09T02:00 | hour field starts with *: wildcard job across the 30-min overlap
+    2007-12-09T02:45 2007-12-09T04:45 2007-12-09T06:45 2007-12-09T07:15 2007-12-09T09:15
+15,45 23 * * * | America/Nuuk | 2024-10-26T05:00 | fixed list with several minutes around the 60-min overlap
+    2024-10-27T00:15 2024-10-27T00:45 2024-10-28T01:15 2024-10-28T01:45 2024-10-29T01:15
+0 * * * * | America/Santiago | 2023-04-02T00:55 | hourly at :00 (hour is *: wildcard) across the 60-min overlap
+    2023-04-02T01:00 2023-04-02T02:00 2023-04-02T03:00 2023-04-02T04:00 2023-04-02T05:00
+*/7 * * * * | America/Sao_Paulo | 2018-02-18T01:40 | */7 resets each hour; across the 60-min overlap
+    2018-02-18T01:42 2018-02-18T01:49 2018-02-18T01:56 2018-02-18T02:00 2018-02-18T02:07
+30 23 17 2 * | America/Sao_Paulo | 2018-02-17T06:00 | fixed yearly job that lands inside the 60-min overlap
+    2018-02-18T01:30 2019-02-18T02:30 2020-02-18T02:30 2021-02-18T02:30 2022-02-18T02:30
+*/10 23 * * * | Asia/Beirut | 2022-10-29T20:30 | wild, runs in both passes of the 60-min overlap; after mid first pass
+    2022-10-29T20:40 2022-10-29T20:50 2022-10-29T21:00 2022-10-29T21:10 2022-10-29T21:20
+30 23 29 10 * | Asia/Beirut | 2022-10-29T01:00 | fixed yearly job that lands inside the 60-min overlap
+    2022-10-29T20:30 2023-10-29T21:30 2024-10-29T21:30 2025-10-29T21:30 2026-10-29T21:30
+37,52 23 * * * | Asia/Pyongyang | 2015-08-13T19:00 | fixed list with several minutes around the 30-min overlap
+    2015-08-14T14:37 2015-08-14T14:52 2015-08-15T15:07 2015-08-15T15:22 2015-08-16T15:07
+@daily | Asia/Pyongyang | 2015-08-13T19:00 | @daily (fixed 00:00) across the 30-min overlap
+    2015-08-14T15:30 2015-08-15T15:30 2015-08-16T15:30 2015-08-17T15:30 2015-08-18T15:30
+* 1 * * * | Australia/Lord_Howe | 2024-04-06T14:57 | every minute of an affected hour (wildcard), 30-min overlap
+    2024-04-06T14:58 2024-04-06T14:59 2024-04-06T15:00 2024-04-06T15:01 2024-04-06T15:02
+*/7 * * * * | Australia/Lord_Howe | 2024-04-06T14:40 | */7 resets each hour; across the 30-min overlap
+    2024-04-06T14:42 2024-04-06T14:49 2024-04-06T14:56 2024-04-06T15:05 2024-04-06T15:12
+0 * * * * | Australia/Lord_Howe | 2024-04-06T12:55 | hourly at :00 (hour is *: wildcard) across the 30-min overlap
+    2024-04-06T13:00 2024-04-06T14:00 2024-04-06T15:30 2024-04-06T16:30 2024-04-06T17:30
+15,45 1 * * * | Europe/Dublin | 2024-10-26T05:00 | fixed list with several minutes around the 60-min overlap
+    2024-10-27T00:15 2024-10-27T00:45 2024-10-28T01:15 2024-10-28T01:45 2024-10-29T01:15
+*/10 3 * * * | Pacific/Chatham | 2024-04-06T13:30 | wild, runs in both passes of the 60-min overlap; after mid first pass
+    2024-04-06T13:35 2024-04-06T13:45 2024-04-06T13:55 2024-04-06T14:15 2024-04-06T14:25
+@daily | Pacific/Chatham | 2024-04-05T18:00 | @daily (fixed 00:00) across the 60-min overlap
+    2024-04-06T10:15 2024-04-07T11:15 2024-04-08T11:15 2024-04-09T11:15 2024-04-10T11:15
+0\t9\t*\t*\t1-5 | Europe/Berlin | 2025-01-03T07:00 | tabs
+    2025-01-03T08:00 2025-01-06T08:00 2025-01-07T08:00 2025-01-08T08:00 2025-01-09T08:00
+00 09 * * * | Europe/London | 2025-01-01T00:00 | leading zeros
+    2025-01-01T09:00 2025-01-02T09:00 2025-01-03T09:00 2025-01-04T09:00 2025-01-05T09:00
+0 0 1 1 * | UTC | 2025-01-01T00:00 | exactly on New Year
+    2026-01-01T00:00 2027-01-01T00:00 2028-01-01T00:00 2029-01-01T00:00 2030-01-01T00:00
+0 0 1-31 1-12 * | UTC | 2025-01-01T00:00 | full ranges
+    2025-01-02T00:00 2025-01-03T00:00 2025-01-04T00:00 2025-01-05T00:00 2025-01-06T00:00
+0 0 1 6-6 * | Asia/Kolkata | 2024-12-31T18:30 | equal month range
+    2025-05-31T18:30 2026-05-31T18:30 2027-05-31T18:30 2028-05-31T18:30 2029-05-31T18:30
+0 0 * * SUN-SUN | Europe/Berlin | 2024-12-31T23:00 | equal DOW range by name
+    2025-01-04T23:00 2025-01-11T23:00 2025-01-18T23:00 2025-01-25T23:00 2025-02-01T23:00
+0 0 10-10 * * | Europe/London | 2025-01-01T00:00 | equal DOM range
+    2025-01-10T00:00 2025-02-10T00:00 2025-03-10T00:00 2025-04-09T23:00 2025-05-09T23:00
+0 7-7 * * * | UTC | 2025-01-01T00:00 | equal hour range
+    2025-01-01T07:00 2025-01-02T07:00 2025-01-03T07:00 2025-01-04T07:00 2025-01-05T07:00
+0 9 15,L * * | Australia/Sydney | 2025-02-13T13:00 | 15th and last day
+    2025-02-14T22:00 2025-02-27T22:00 2025-03-14T22:00 2025-03-30T22:00 2025-04-14T23:00
+0 0 L * * | Europe/Berlin | 2024-01-30T23:00 | last day of month, leap year
+    2024-02-28T23:00 2024-03-30T23:00 2024-04-29T22:00 2024-05-30T22:00 2024-06-29T22:00
+0 0 L 4,6 * | UTC | 2025-01-01T00:00 | last day of April/June
+    2025-04-30T00:00 2025-06-30T00:00 2026-04-30T00:00 2026-06-30T00:00 2027-04-30T00:00
+0 18 L * * | UTC | 2025-04-30T18:00 | last day strictly after
+    2025-05-31T18:00 2025-06-30T18:00 2025-07-31T18:00 2025-08-31T18:00 2025-09-30T18:00
+0 9 * * L5 | America/New_York | 2025-01-01T05:00 | last Friday of the month (croniter syntax L5)
+    2025-01-31T14:00 2025-02-28T14:00 2025-03-28T13:00 2025-04-25T13:00 2025-05-30T13:00
+0 0 * 2 L0 | Asia/Kathmandu | 2023-12-31T18:15 | last Sunday of February
+    2024-02-24T18:15 2025-02-22T18:15 2026-02-21T18:15 2027-02-27T18:15 2028-02-26T18:15
+0 17 * * L1 | Asia/Kolkata | 2025-03-31T11:30 | last Monday, strictly after
+    2025-04-28T11:30 2025-05-26T11:30 2025-06-30T11:30 2025-07-28T11:30 2025-08-25T11:30
+0 9 * * L5 | Europe/London | 2025-01-01T00:00 | last Friday of the month (croniter syntax L5)
+    2025-01-31T09:00 2025-02-28T09:00 2025-03-28T09:00 2025-04-25T08:00 2025-05-30T08:00
+0 0 29 * * | America/Los_Angeles | 2025-01-30T08:00 | 29th: skips February in a common year
+    2025-03-29T07:00 2025-04-29T07:00 2025-05-29T07:00 2025-06-29T07:00 2025-07-29T07:00
+30 6 29 FEB * | Asia/Kathmandu | 2024-02-29T00:45 | strictly after a leap-day fire
+    2028-02-29T00:45 2032-02-29T00:45 2036-02-29T00:45 2040-02-29T00:45 2044-02-29T00:45
+0 0 29 2 * | Asia/Kolkata | 2095-12-31T18:30 | 29 Feb across 2100 (not a leap year)
+    2096-02-28T18:30 2104-02-28T18:30 2108-02-28T18:30 2112-02-28T18:30 2116-02-28T18:30
+30 6 29 FEB * | Australia/Sydney | 2024-02-28T19:30 | strictly after a leap-day fire
+    2028-02-28T19:30 2032-02-28T19:30 2036-02-28T19:30 2040-02-28T19:30 2044-02-28T19:30
+0 0 31 1,3,5 * | America/New_York | 2025-02-01T05:00 | 31st in listed months
+    2025-03-31T04:00 2025-05-31T04:00 2026-01-31T05:00 2026-03-31T04:00 2026-05-31T04:00
+0 0 30,31 2,3 * | Asia/Kathmandu | 2024-12-31T18:15 | days that do not exist in February
+    2025-03-29T18:15 2025-03-30T18:15 2026-03-29T18:15 2026-03-30T18:15 2027-03-29T18:15
+0 0 31 * * | Asia/Kathmandu | 2025-01-30T18:15 | 31st-only months
+    2025-03-30T18:15 2025-05-30T18:15 2025-07-30T18:15 2025-08-30T18:15 2025-10-30T18:15
+0 0 31 1,3,5 * | Europe/London | 2025-02-01T00:00 | 31st in listed months
+    2025-03-30T23:00 2025-05-30T23:00 2026-01-31T00:00 2026-03-30T23:00 2026-05-30T23:00
+*/30 9-17 * JUN-AUG MON-FRI | Australia/Sydney | 2025-06-30T06:45 | summer office hours
+    2025-06-30T07:00 2025-06-30T07:30 2025-06-30T23:00 2025-06-30T23:30 2025-07-01T00:00
+0 0 * JAN-DEC/3 SUN | Europe/Berlin | 2025-01-04T23:00 | name range with a step
+    2025-01-11T23:00 2025-01-18T23:00 2025-01-25T23:00 2025-04-05T22:00 2025-04-12T22:00
+0 8 * * MON-FRI | Europe/London | 2025-01-03T08:00 | weekday names range
+    2025-01-06T08:00 2025-01-07T08:00 2025-01-08T08:00 2025-01-09T08:00 2025-01-10T08:00
+0 0 1 jan,JUL * | UTC | 2025-01-01T00:00 | mixed-case names
+    2025-07-01T00:00 2026-01-01T00:00 2026-07-01T00:00 2027-01-01T00:00 2027-07-01T00:00
+0 9 * * 5#5 | America/Los_Angeles | 2025-01-01T08:00 | fifth Friday: skips months without one
+    2025-01-31T17:00 2025-05-30T16:00 2025-08-29T16:00 2025-10-31T16:00 2026-01-30T17:00
+0 9 * * 1#1 | Asia/Tokyo | 2024-12-31T15:00 | first Monday
+    2025-01-06T00:00 2025-02-03T00:00 2025-03-03T00:00 2025-04-07T00:00 2025-05-05T00:00
+0 9 * * 5#5 | Europe/Berlin | 2024-12-31T23:00 | fifth Friday: skips months without one
+    2025-01-31T08:00 2025-05-30T07:00 2025-08-29T07:00 2025-10-31T08:00 2026-01-30T08:00
+0 9 * * 5#5 | UTC | 2025-01-01T00:00 | fifth Friday: skips months without one
+    2025-01-31T09:00 2025-05-30T09:00 2025-08-29T09:00 2025-10-31T09:00 2026-01-30T09:00
+*/10 8-18 * * MON-FRI | America/Los_Angeles | 2025-01-04T02:45 | office hours, every 10 min
+    2025-01-04T02:50 2025-01-06T16:00 2025-01-06T16:10 2025-01-06T16:20 2025-01-06T16:30
+0 4 8-14 * * | America/Los_Angeles | 2025-01-08T12:00 | second week
+    2025-01-09T12:00 2025-01-10T12:00 2025-01-11T12:00 2025-01-12T12:00 2025-01-13T12:00
+0 9-17 * * 1-5 | Asia/Kolkata | 2025-01-03T11:00 | office hours over a weekend
+    2025-01-03T11:30 2025-01-06T03:30 2025-01-06T04:30 2025-01-06T05:30 2025-01-06T06:30
+5 4 * * sun | Europe/London | 2025-01-01T00:00 | crontab(5): 5 after 4 every Sunday
+    2025-01-05T04:05 2025-01-12T04:05 2025-01-19T04:05 2025-01-26T04:05 2025-02-02T04:05
+*/30 12 1 1,7 * | America/New_York | 2024-02-01T05:00 | wildcard minute, seasons apart
+    2024-07-01T16:00 2024-07-01T16:30 2025-01-01T17:00 2025-01-01T17:30 2025-07-01T16:00
+0 1 * * 0 | America/New_York | 2024-10-20T04:00 | Sundays 01:00 incl. a transition day
+    2024-10-20T05:00 2024-10-27T05:00 2024-11-03T05:00 2024-11-10T06:00 2024-11-17T06:00
+0 6 1 */2 * | Australia/Sydney | 2024-01-14T13:00 | months on both sides of DST
+    2024-02-29T19:00 2024-04-30T20:00 2024-06-30T20:00 2024-08-31T20:00 2024-10-31T19:00
+0 6 1 */2 * | Europe/London | 2024-01-15T00:00 | months on both sides of DST
+    2024-03-01T06:00 2024-05-01T05:00 2024-07-01T05:00 2024-09-01T05:00 2024-11-01T06:00
+30 * * * * * | America/New_York | 2025-01-01T05:00:30 | second 30 of each minute, strictly after
+    2025-01-01T05:01:30 2025-01-01T05:02:30 2025-01-01T05:03:30 2025-01-01T05:04:30 2025-01-01T05:05:30
+0 0 0 1 1 * | Europe/London | 2025-01-01T00:00 | New Year
+    2026-01-01T00:00 2027-01-01T00:00 2028-01-01T00:00 2029-01-01T00:00 2030-01-01T00:00
+30 * * * * * | Europe/London | 2025-01-01T00:00:30 | second 30 of each minute, strictly after
+    2025-01-01T00:01:30 2025-01-01T00:02:30 2025-01-01T00:03:30 2025-01-01T00:04:30 2025-01-01T00:05:30
+0 0 12 * * 7 | UTC | 2025-01-01T00:00 | Sunday as 7 with seconds
+    2025-01-05T12:00 2025-01-12T12:00 2025-01-19T12:00 2025-01-26T12:00 2025-02-02T12:00
+0 30 1 * * * | America/New_York | 2024-11-02T16:00 | 6-field fixed job in a gap/overlap (Debian has no seconds)
+    2024-11-03T05:30 2024-11-04T06:30 2024-11-05T06:30 2024-11-06T06:30 2024-11-07T06:30
+*/30 * * * * * | Europe/London | 2024-03-31T00:59:30 | seconds wildcard across a transition
+    2024-03-31T01:00 2024-03-31T01:00:30 2024-03-31T01:01 2024-03-31T01:01:30 2024-03-31T01:02
+15 30 1 * * * | Europe/London | 2024-10-26T11:00 | 6-field fixed job in a gap/overlap (Debian has no seconds)
+    2024-10-27T00:30:15 2024-10-28T01:30:15 2024-10-29T01:30:15 2024-10-30T01:30:15 2024-10-31T01:30:15
+30 0 * * * * | Europe/London | 2024-03-31T00:59:30 | 6-field hour wildcard across a transition
+    2024-03-31T01:00:30 2024-03-31T02:00:30 2024-03-31T03:00:30 2024-03-31T04:00:30 2024-03-31T05:00:30
+0 0 1 1 * | Asia/Kathmandu | 2025-05-31T18:15 | New Year
+    2025-12-31T18:15 2026-12-31T18:15 2027-12-31T18:15 2028-12-31T18:15 2029-12-31T18:15
+0 0 29 2 * | Asia/Kolkata | 2024-02-29T18:30 | leap day, next in 2028
+    2028-02-28T18:30 2032-02-28T18:30 2036-02-28T18:30 2040-02-28T18:30 2044-02-28T18:30
+0 0 29 2 * | Asia/Tokyo | 2024-02-29T15:00 | leap day, next in 2028
+    2028-02-28T15:00 2032-02-28T15:00 2036-02-28T15:00 2040-02-28T15:00 2044-02-28T15:00
+0 0 1 1 * | Australia/Sydney | 2025-05-31T14:00 | New Year
+    2025-12-31T13:00 2026-12-31T13:00 2027-12-31T13:00 2028-12-31T13:00 2029-12-31T13:00
+0 0 */10 * * | America/New_York | 2025-01-01T05:00 | DOM 1,11,21,31
+    2025-01-11T05:00 2025-01-21T05:00 2025-01-31T05:00 2025-02-01T05:00 2025-02-11T05:00
+*/60 * * * * | Asia/Kathmandu | 2024-12-31T18:15 | a step wider than the field: minute 0
+    2024-12-31T19:15 2024-12-31T20:15 2024-12-31T21:15 2024-12-31T22:15 2024-12-31T23:15
+0 0-23/6 * * * | Asia/Kolkata | 2024-12-31T18:30 | 0-23/6
+    2025-01-01T00:30 2025-01-01T06:30 2025-01-01T12:30 2025-01-01T18:30 2025-01-02T00:30
+0 0 */10 * * | Asia/Tokyo | 2024-12-31T15:00 | DOM 1,11,21,31
+    2025-01-10T15:00 2025-01-20T15:00 2025-01-30T15:00 2025-01-31T15:00 2025-02-10T15:00
+0 0 * * 0-7 | America/New_York | 2025-01-01T05:00 | 0-7 is every day
+    2025-01-02T05:00 2025-01-03T05:00 2025-01-04T05:00 2025-01-05T05:00 2025-01-06T05:00
+0 0 * * 2-7/2 | America/New_York | 2025-01-01T05:00 | Tue, Thu, Sat
+    2025-01-02T05:00 2025-01-04T05:00 2025-01-07T05:00 2025-01-09T05:00 2025-01-11T05:00
+0 0 * * 1-7/2 | Australia/Sydney | 2024-12-31T13:00 | 1,3,5,7=Sunday
+    2025-01-02T13:00 2025-01-04T13:00 2025-01-05T13:00 2025-01-07T13:00 2025-01-09T13:00
+0 0 * * 7 | Australia/Sydney | 2024-12-31T13:00 | Sunday = 7
+    2025-01-04T13:00 2025-01-11T13:00 2025-01-18T13:00 2025-01-25T13:00 2025-02-01T13:00
+0 9 * * MON-FRI | Africa/Nairobi | 2023-05-05T05:00 | office job in an unusual offset
+    2023-05-05T06:00 2023-05-08T06:00 2023-05-09T06:00 2023-05-10T06:00 2023-05-11T06:00
+45 23 L * * | Asia/Kathmandu | 2023-05-05T02:25 | last day in an unusual offset
+    2023-05-31T18:00 2023-06-30T18:00 2023-07-31T18:00 2023-08-31T18:00 2023-09-30T18:00
+45 23 L * * | Australia/Eucla | 2023-05-04T23:25 | last day in an unusual offset
+    2023-05-31T15:00 2023-06-30T15:00 2023-07-31T15:00 2023-08-31T15:00 2023-09-30T15:00
+0 9 * * MON-FRI | Pacific/Pago_Pago | 2023-05-05T19:00 | office job in an unusual offset
+    2023-05-05T20:00 2023-05-08T20:00 2023-05-09T20:00 2023-05-10T20:00 2023-05-11T20:00
+"""
+
+NOW = parse_instant("2026-11-24T05:00:00Z", "UTC")
+
+
+def at(text: str) -> int:
+    return parse_instant(text, "UTC")
+
+
+def shown_slots(timing: Timing, after: str, count: int) -> list[str]:
+    """The next slots as `2024-03-31T01:00`, UTC."""
+    slots, t = [], at(after)
+    for _ in range(count):
+        slot = timing.next_after(t)
+        if slot is None:
+            break
+        slots.append(format_instant(slot)[:-1].removesuffix(":00"))
+        t = slot
+    return slots
+
+
+def cron_cases() -> list[tuple[str, str, str, list[str]]]:
+    lines = CRON_CASES.strip("\n").split("\n")
+    cases = []
+    for head, expected in zip(lines[::2], lines[1::2], strict=True):
+        expression, zone, after, _why = head.split(" | ", 3)
+        cases.append((expression, zone, after, expected.split()))
+    return cases
+
+
+# -- Instants and zones ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "zone", "instant"),
+    [
+        ("2026-11-24T05:00:00Z", "Europe/Berlin", "2026-11-24T05:00:00Z"),
+        ("2026-11-24 05:00", "Europe/Berlin", "2026-11-24T04:00:00Z"),
+        ("2026-11-24T05:00:00.25", "Europe/Berlin", "2026-11-24T04:00:00.250000Z"),
+        ("2026-11-24t05:00:00z", "UTC", "2026-11-24T05:00:00Z"),
+        ("2026-11-24T05:00:00.25+05:30", "UTC", "2026-11-23T23:30:00.250000Z"),
+        ("2026-11-24T05:00:00.000001-0800", "UTC", "2026-11-24T13:00:00.000001Z"),
+        ("2026-11-24T05:00:00+01", "UTC", "2026-11-24T04:00:00Z"),
+        ("1970-01-01T00:00:00Z", "UTC", "1970-01-01T00:00:00Z"),
+        ("9999-12-31T23:59:59.999999Z", "Asia/Tokyo", "9999-12-31T23:59:59.999999Z"),
+        # The spring gap of 2024 in Berlin, 02:00 to 03:00: the instant right after it. The repeated hour: the first one.
+        ("2024-03-31T02:30:00", "Europe/Berlin", "2024-03-31T01:00:00Z"),
+        ("2024-03-31T02:00:00", "Europe/Berlin", "2024-03-31T01:00:00Z"),
+        ("2024-10-27T02:30:00", "Europe/Berlin", "2024-10-27T00:30:00Z"),
+        ("2011-12-30T12:00:00", "Pacific/Apia", "2011-12-30T10:00:00Z"),
+    ],
+)
+def test_a_date_time_is_read_with_its_offset_or_in_the_zone(text: str, zone: str, instant: str) -> None:
+    assert format_instant(parse_instant(text, zone)) == instant
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "2026-11-24", "2026-11-24T", "05:00", "2026-11-24T24:00", "2026-11-24T05:60", "2026-11-24T05:00:60",
+        "2026-02-29T05:00", "2026-11-24T05", "2026-11-24T05:00:00.1234567", "2026-11-24T05:00:00.",
+        "2026-11-24T05:00:00+24:00", "2026-11-24T05:00:00+1", "2026-11-24T05:00:00 CET", "20261124T050000Z",
+        "1969-12-31T23:59:59Z", "1970-01-01T00:30:00+01:00", "0000-01-01T00:00:00", "10000-01-01T00:00:00Z",
+        "9999-12-31T23:59:59-01:00", "２０２６-11-24T05:00:00", "2026-11-24T05:00:00Z\n", "tomorrow", "1795000000",
+    ],
+)  # fmt: skip
+def test_what_is_no_date_time_is_refused_with_what_is_allowed(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^must be an ISO 8601 date and time from 1970 to 9999, such as 2026-12-01T09:00:00"):
+        parse_instant(text, "UTC")
+
+
+def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
+    assert format_instant(1_795_000_000_000_000) == "2026-11-18T11:06:40Z"
+    assert format_instant(1_795_000_000_000_001) == "2026-11-18T11:06:40.000001Z"
+    assert format_local(1_795_000_000_000_000, "Asia/Kathmandu") == "2026-11-18T16:51:40+05:45"
+    assert format_local(at("9999-12-31T23:00:00Z"), "Asia/Tokyo") == "9999-12-31T23:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Europe/Berln", "must be an IANA time zone (did you mean Europe/Berlin?)"),
+        ("Berlin", "must be an IANA time zone (did you mean Europe/Berlin?)"),
+        ("new york", "must be an IANA time zone (did you mean America/New_York?)"),
+        ("america/new_york", "must be an IANA time zone (did you mean America/New_York?)"),
+        ("", "must be an IANA time zone such as Europe/Berlin"),
+        ("+02:00", "must be an IANA time zone such as Europe/Berlin"),
+        ("\x00", "must be an IANA time zone such as Europe/Berlin"),
+    ],
+)
+def test_an_unknown_zone_is_refused_with_the_nearest_known_one(name: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_zone(name)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["America", "../etc/passwd", "/usr/share/zoneinfo/UTC", "localtime", "right/UTC", "é" * 5000])
+def test_a_zone_is_never_a_path_nor_a_private_table(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^must be an IANA time zone"):
+        load_zone(name)
+
+
+# -- Cron --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("expression", "zone", "after", "expected"), cron_cases())
+def test_cron_fires_as_debian_cron_does(expression: str, zone: str, after: str, expected: list[str]) -> None:
+    assert shown_slots(Cron(expression, zone), after + "Z", 5) == expected
+
+
+def test_there_are_108_cron_cases() -> None:
+    assert len(cron_cases()) == 108
+
+
+@pytest.mark.parametrize(
+    ("expression", "after", "expected"),
+    [
+        ("10/15 * * * *", "2025-01-01T00:00Z", ["2025-01-01T00:10", "2025-01-01T00:25", "2025-01-01T00:40", "2025-01-01T00:55"]),
+        ("5-5/2 * * * *", "2025-01-01T00:00Z", ["2025-01-01T00:05", "2025-01-01T01:05"]),
+        ("0 0 * * SAT-SUN", "2025-01-01T00:00Z", ["2025-01-04T00:00", "2025-01-05T00:00", "2025-01-11T00:00"]),
+        ("0 0 * * 6-0", "2025-01-01T00:00Z", ["2025-01-04T00:00", "2025-01-05T00:00", "2025-01-11T00:00"]),
+        ("0 0 13 * 5,*", "2025-01-01T00:00Z", ["2025-01-02T00:00", "2025-01-03T00:00"]),  # starts with 5, so: or
+        ("0 0 13 * *,5", "2025-01-01T00:00Z", ["2025-01-13T00:00", "2025-02-13T00:00"]),  # starts with *, so: and
+        ("0 0 31 2 1", "2025-01-01T00:00Z", ["2025-02-03T00:00", "2025-02-10T00:00"]),
+        ("0 0 * * 1#1,L5", "2025-01-01T00:00Z", ["2025-01-06T00:00", "2025-01-31T00:00", "2025-02-03T00:00"]),
+        ("0 0 * * MON#1,L1", "2025-01-01T00:00Z", ["2025-01-06T00:00", "2025-01-27T00:00", "2025-02-03T00:00"]),
+        ("0 0 * * l7", "2025-01-01T00:00Z", ["2025-01-26T00:00"]),
+        ("0 0 29 2 */7", "2080-01-01T00:00Z", ["2088-02-29T00:00", "2128-02-29T00:00"]),  # 40 years apart
+        ("59 59 23 31 12 *", "2025-12-31T23:59:58.5Z", ["2025-12-31T23:59:59", "2026-12-31T23:59:59"]),
+        ("*,5 0 * * *", "2025-01-01T00:58Z", ["2025-01-01T00:59", "2025-01-02T00:00"]),
+    ],
+)
+def test_cron_syntax_beyond_the_cases(expression: str, after: str, expected: list[str]) -> None:
+    assert shown_slots(Cron(expression, "UTC"), after, len(expected)) == expected
+
+
+def test_slots_end_with_the_year_9999() -> None:
+    yearly = Cron("@yearly", "Pacific/Kiritimati")
+    assert shown_slots(yearly, "9997-06-01T00:00Z", 5) == ["9997-12-31T10:00", "9998-12-31T10:00"]
+    assert Cron("* * * * *", "Asia/Tokyo").next_after(at("9999-12-31T23:59:59Z")) is None
+    assert Interval(HOUR, 0, HOUR, "UTC").next_after(at("9999-12-31T23:30:00Z")) is None
+
+
+def test_a_zone_whose_offset_is_no_whole_minute_keeps_to_its_own_minutes() -> None:
+    # Liberia was 44 min 30 s behind until January 1972.
+    assert shown_slots(Cron("*/30 * * * *", "Africa/Monrovia"), "1971-06-01T00:14:29Z", 3) == [
+        "1971-06-01T00:14:30", "1971-06-01T00:44:30", "1971-06-01T01:14:30",
+    ]  # fmt: skip
+
+
+def test_a_gap_of_three_hours_or_more_is_a_correction_of_the_clock() -> None:
+    # Casey jumped from +08 to +11 at 02:00 on 2011-10-28. 03:00 never came.
+    assert shown_slots(Cron("0 3 * * *", "Antarctica/Casey"), "2011-10-26T20:00Z", 2) == ["2011-10-28T16:00", "2011-10-29T16:00"]
+
+
+# The oracle: Debian's rule, minute by minute, with nothing from the module but the clock of the zone.
+
+
+class Fields:
+    """A random expression and the sets that it means, drawn together, so that no parser is needed to know them."""
+
+    def __init__(self, rnd: random.Random) -> None:
+        self.minute, self.minutes = self.draw(rnd, 0, 59)
+        self.hour, self.hours = self.draw(rnd, 0, 23)
+        self.day, self.days = ("*", set(range(1, 32))) if rnd.random() < 0.6 else self.draw(rnd, 1, 31)
+        self.month, self.months = ("*", set(range(1, 13))) if rnd.random() < 0.7 else self.draw(rnd, 1, 12)
+        self.weekday, weekdays = ("*", set(range(7))) if rnd.random() < 0.6 else self.draw(rnd, 0, 7)
+        self.weekdays = {day % 7 for day in weekdays}
+
+    @staticmethod
+    def draw(rnd: random.Random, low: int, high: int) -> tuple[str, set[int]]:
+        text, values = [], set()
+        for _ in range(rnd.choice([1, 1, 1, 2, 3])):
+            first, step = rnd.randint(low, high), rnd.choice([1, 2, 3, 5, 7, 10, 15, 20])
+            last = rnd.randint(first, high)
+            form = rnd.randrange(5)
+            if form < 2:
+                text.append(str(first))
+                values.add(first)
+            elif form == 2:
+                text.append(f"{first}-{last}")
+                values.update(range(first, last + 1))
+            elif form == 3:
+                text.append(f"{first}-{last}/{step}")
+                values.update(range(first, last + 1, step))
+            else:
+                text.append("*" if step == 1 else f"*/{step}")
+                values.update(range(low, high + 1, step))
+        return ",".join(text), values
+
+    @property
+    def expression(self) -> str:
+        return f"{self.minute} {self.hour} {self.day} {self.month} {self.weekday}"
+
+    @property
+    def wild(self) -> bool:
+        return self.minute.startswith("*") or self.hour.startswith("*")
+
+    def match(self, local: datetime) -> bool:
+        day, weekday = local.day in self.days, local.isoweekday() % 7 in self.weekdays
+        on_day = day and weekday if "*" in (self.day[0], self.weekday[0]) else day or weekday
+        return on_day and local.month in self.months and local.hour in self.hours and local.minute in self.minutes
+
+
+def minutes_of(zone: str, first: datetime, count: int) -> list[tuple[datetime, datetime, timedelta]]:
+    """Each minute: UTC, local, and how far the clocks jumped just before it."""
+    utc = [first + timedelta(minutes=i) for i in range(-1, count)]
+    local = [minute.astimezone(ZoneInfo(zone)) for minute in utc]
+    jumps = [b.replace(tzinfo=None) - a.replace(tzinfo=None) - timedelta(minutes=1) for a, b in pairwise(local)]
+    return list(zip(utc[1:], local[1:], jumps, strict=True))
+
+
+def debian_slots(fields: Fields, minutes: list[tuple[datetime, datetime, timedelta]]) -> Iterator[datetime]:
+    for utc, local, jump in minutes:
+        fires = fields.match(local) and (fields.wild or not local.fold)
+        if timedelta(0) < jump < timedelta(hours=3) and not fields.wild:
+            fires = fires or any(fields.match(local - timedelta(minutes=i + 1)) for i in range(jump // timedelta(minutes=1)))
+        if fires:
+            yield utc
+
+
+CHANGES = [
+    ("Europe/Berlin", "2024-03-31T01:00Z"), ("Europe/Berlin", "2024-10-27T01:00Z"),
+    ("America/New_York", "2024-03-10T07:00Z"), ("America/New_York", "2024-11-03T06:00Z"),
+    ("Australia/Lord_Howe", "2023-09-30T15:30Z"), ("Australia/Lord_Howe", "2024-04-06T15:00Z"),  # half an hour
+    ("Antarctica/Troll", "2024-03-31T01:00Z"), ("Antarctica/Troll", "2024-10-27T01:00Z"),  # two hours
+    ("America/Santiago", "2023-04-02T03:00Z"), ("Africa/Cairo", "2024-04-25T22:00Z"),  # at midnight
+    ("Pacific/Apia", "2011-12-30T10:00Z"), ("Antarctica/Casey", "2011-10-27T18:00Z"),  # corrections: 24 h, 3 h
+    ("Asia/Pyongyang", "2015-08-14T15:00Z"), ("Africa/Casablanca", "2024-03-10T02:00Z"), ("Asia/Kathmandu", "2024-01-01T00:00Z"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("zone", "change"), CHANGES)
+def test_around_changes_of_the_clock_cron_agrees_with_a_walk_minute_by_minute(zone: str, change: str) -> None:
+    rnd, seen = random.Random(f"{zone} {change}"), 0
+    start = at(change) - 240 * MINUTE
+    minutes = minutes_of(zone, datetime.fromtimestamp(start // SECOND, UTC), 480)
+    for _ in range(40):
+        fields = Fields(rnd)
+        if rnd.random() < 0.7:  # most are aimed at the hours around the change
+            hour = minutes[rnd.randrange(180, 240)][1].hour
+            fields.hour, fields.hours = f"{hour}-{min(23, hour + 2)}", {hour, min(23, hour + 1), min(23, hour + 2)}
+            fields.day, fields.days = "*", set(range(1, 32))
+            fields.month, fields.months = "*", set(range(1, 13))
+        expected = [slot.isoformat()[:16] for slot in debian_slots(fields, minutes)]
+        after = start - MINUTE if rnd.random() < 0.5 else start + rnd.randrange(480) * MINUTE  # also from within a change
+        cron, slots, t = Cron(fields.expression, zone), [], after
+        while (slot := cron.next_after(t)) is not None and slot < start + 480 * MINUTE:
+            slots.append(format_instant(slot)[:16])
+            t = slot
+        assert slots == [slot for slot in expected if slot > format_instant(after)[:16]], fields.expression
+        seen += len(slots)
+    assert seen > 100
+
+
+def random_expression(rnd: random.Random) -> str:
+    if rnd.random() < 0.1:
+        return rnd.choice(["@hourly", "@daily", "@weekly", "@monthly", "@yearly", "0 0 L * *", "5 4 * * L3", "0 12 * 2 MON#5"])
+    expression = Fields(rnd).expression
+    return f"{rnd.choice(['0', '*/7', '15,45', '*', '59'])} {expression}" if rnd.random() < 0.3 else expression
+
+
+def test_for_random_expressions_zones_and_instants_the_next_slot_is_later_and_the_last_one_agrees() -> None:
+    rnd = random.Random(20261124)
+    accepted = 0
+    for _ in range(250):
+        expression, (zone, _change) = random_expression(rnd), rnd.choice(CHANGES)
+        t = rnd.randrange(at("1971-01-01T00:00Z"), at("2100-01-01T00:00Z"))
+        try:
+            check_schedule_config("cron", {"expression": expression, "timezone": zone}, "UTC", t)
+        except InvalidInput as refused:
+            assert "must fire at least once in the next 50 years" in str(refused)
+            continue
+        accepted += 1
+        cron = Cron(expression, zone)
+        slot = cron.next_after(t)
+        assert slot is not None
+        assert slot > t
+        assert cron.next_after(t) == slot
+        assert cron.next_after(slot - 1) == slot
+        assert cron.last_at_or_before(slot) == slot
+        last = cron.last_at_or_before(slot - 1)
+        if last is None:
+            assert cron.next_after(-1) == slot  # the first since 1970
+        else:
+            assert last <= t
+            assert cron.next_after(last) == slot
+    assert accepted > 200
+
+
+CRON_RULE = (
+    "must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first,"
+    " or one of @yearly, @annually, @monthly, @weekly, @daily, @midnight, @hourly"
+)
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("60 * * * *", "minute '60' must be 0 to 59, with , - and /"),
+        ("* 24 * * *", "hour '24' must be 0 to 23, with , - and /"),
+        ("* * 0 * *", "day-of-month '0' must be 1 to 31, with , - and /, L for the last day"),
+        ("* * * FOO *", "month 'foo' must be 1 to 12 or JAN to DEC, with , - and /"),
+        ("0 22-2 * * *", "hour range '22-2' must run upwards: write 22-23,0-2 for one that wraps around"),
+        ("0 0 * * FRI-MON", "day-of-week range 'fri-mon' must run upwards: write fri-6,0-mon for one that wraps around"),
+        ("*/0 * * * *", "minute '*/0' needs a step of at least 1"),
+        ("0 0 13 * FRI#2", "L and # in one day field need * in the other (engines disagree about their meaning)"),
+        ("0 0 L * FRI", "L and # in one day field need * in the other (engines disagree about their meaning)"),
+        ("0 0 * * 1,MON#2", "day-of-week '1,mon#2' must not mix plain weekdays with # or L"),
+        ("0 0 15W * *", "day-of-month '15w' must be 1 to 31, with , - and /, L for the last day (W is not supported)"),
+        ("H * * * *", "minute 'h' must be 0 to 59, with , - and / (H is not supported: write a value)"),
+        ("R * * * *", "minute 'r' must be 0 to 59, with , - and / (R is not supported: use jitter)"),
+        ("0 0 ? * 1", "day-of-month '?' must be 1 to 31, with , - and /, L for the last day (write * for ?)"),
+        (
+            "0 0 * * 5L",
+            "day-of-week '5l' must be 0 to 7 or SUN to SAT, with , - and /, "
+            + "MON#2 for the second Monday, L5 for the last Friday (write L5 for 5L)",
+        ),
+        ("0 0 30 2 *", "must fire at least once in the next 50 years"),
+        ("0 0 31 4,6,9,11 *", "must fire at least once in the next 50 years"),
+        ("* * * *", CRON_RULE + "; found 4"),
+        ("@dayly", CRON_RULE + " (did you mean @daily?)"),
+        ("０ * * * *", "must be at most 200 ASCII characters"),
+        ("0," * 100 + "0 * * * *", "must be at most 200 ASCII characters"),
+    ],
+)
+def test_a_refused_expression_is_told_why(expression: str, message: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_schedule_config("cron", {"expression": expression}, "UTC", NOW)
+    [error] = caught.value.errors
+    assert error.field == "schedule_config.expression"
+    assert error.message.endswith("': " + message) or error.message.endswith("…: " + message)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "", " ", "0", "* * * * * * *", "0 0 0 1 1 * 2030", "0 0 1 1 * 2030", "@reboot", "@every 5m", "5- * * * *",
+        "-5 * * * *", "5--7 * * * *", ", * * * *", "1,,2 * * * *", "1/ * * * *", "*/ * * * *", "** * * * *", "*-5 * * * *",
+        "1-5-7 * * * *", "1.5 * * * *", "+1 * * * *", "0x1 * * * *", "1e1 * * * *", "0 0 * JAN-FOO *", "0 0 MON * *",
+        "0 0 * MON *", "0 0 * * 8", "0 0 * * MON#0", "0 0 * * MON#6", "0 0 * * *#1", "0 0 * * 1-5#1", "0 0 * * L",
+        "0 0 * * L8", "0 0 * * LFRI", "0 0 L-3 * *", "0 0 LW * *", "0 0 1-L * *", "0 0 L */1 */2", "H(0-5) * * * *",
+        "R(1-5) * * * *", "0\n0 * * *", "0\x000 * * *", "0 0 * * \u2003", "0\x1f0 * * * *", "9999999999 * * * *",
+        "* * * * */99999", "61 * * * * *", "* 60 * * * *",
+    ],
+)  # fmt: skip
+def test_what_engines_disagree_about_or_nobody_knows_is_refused(expression: str) -> None:
+    with pytest.raises(InvalidInput):
+        check_schedule_config("cron", {"expression": expression}, "UTC", NOW)
+
+
+# -- Once and interval -------------------------------------------------------------------------------------------------
+
+
+def test_a_once_schedule_has_one_slot() -> None:
+    once = Once(NOW, "UTC")
+    assert [once.next_after(NOW - 1), once.next_after(NOW), once.last_at_or_before(NOW), once.last_at_or_before(NOW - 1)] == [
+        NOW, None, NOW, None,
+    ]  # fmt: skip
+    assert [once.count(0, NOW, 10), once.count(NOW + 1, NOW + 9, 10), once.count(0, NOW, 0)] == [1, 0, 0]
+
+
+def test_an_interval_without_a_start_counts_from_its_creation_and_with_one_from_there() -> None:
+    since = make_timing("interval", {"seconds": 90, "timezone": "UTC"}, at("2026-11-24T05:00:00.25Z"))
+    assert shown_slots(since, "2026-01-01T00:00Z", 2) == ["2026-11-24T05:01:30.250000", "2026-11-24T05:03:00.250000"]
+    start = make_timing("interval", {"seconds": 90, "start_date": "2026-11-24T06:00:00+01:00", "timezone": "UTC"}, NOW + HOUR)
+    assert shown_slots(start, "2026-01-01T00:00Z", 2) == ["2026-11-24T05:00", "2026-11-24T05:01:30"]
+
+
+def test_an_interval_never_drifts_across_restarts_and_changes_of_the_clock() -> None:
+    config = {"seconds": 86400, "start_date": "2020-03-28T02:30:00+01:00", "timezone": "Europe/Berlin"}
+    rnd = random.Random(1)
+    for _ in range(200):
+        slot = make_timing("interval", config, rnd.randrange(NOW)).next_after(rnd.randrange(at("2020-03-29T00:00Z"), 2 * NOW))
+        assert slot is not None
+        assert slot % DAY == at("1970-01-01T01:30Z")
+
+
+def test_an_interval_counts_and_looks_back_by_arithmetic() -> None:
+    interval = Interval(7 * SECOND, NOW, NOW + 7 * SECOND, "UTC")
+    assert interval.last_at_or_before(NOW + 6 * SECOND) is None
+    assert interval.last_at_or_before(NOW + 700 * SECOND + 3) == NOW + 700 * SECOND
+    assert interval.count(NOW, NOW + 700 * SECOND, 1000) == 100
+    assert interval.count(NOW, NOW + 10**9 * SECOND, 1000) == 1000
+    assert interval.count(NOW, NOW + SECOND, 1000) == 0
+
+
+# -- Words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("* * * * *", "Every minute"),
+        ("*/15 * * * *", "Every 15 minutes"),
+        ("0/20 * * * *", "Every 20 minutes"),
+        ("*/7 * * * *", "At minute 0, 7, 14, 21, 28, 35, 42, 49 and 56 of every hour"),
+        ("@hourly", "Every hour"),
+        ("15 * * * *", "Every hour at minute 15"),
+        ("15,45 * * * *", "At minute 15 and 45 of every hour"),
+        ("0 */6 * * *", "Every 6 hours"),
+        ("30 */2 * * *", "Every 2 hours at minute 30"),
+        ("0 9-17 * * MON-FRI", "Every hour from 09:00 to 17:00, every weekday"),
+        ("*/10 8-18 * * *", "Every 10 minutes from 08:00 to 18:50"),
+        ("0 9 * * MON-FRI", "Every weekday at 09:00"),
+        ("0 9,17 * * *", "Every day at 09:00 and 17:00"),
+        ("30 8 * * 1,3,0", "Every Monday, Wednesday and Sunday at 08:30"),
+        ("0 0 * 6-8 *", "Every day in June to August at 00:00"),
+        ("@monthly", "On day 1 of every month at 00:00"),
+        ("0 6 1,15 1,7 *", "On day 1 and 15 of January and July at 06:00"),
+        ("@yearly", "Every 1 January at 00:00"),
+        ("0 0 29 2 *", "Every 29 February at 00:00"),
+        ("0 18 L * *", "On the last day of every month at 18:00"),
+        ("0 9 15,L 2 *", "On day 15 and the last day of February at 09:00"),
+        ("0 9 * * MON#2", "On the second Monday of every month at 09:00"),
+        ("0 9 * * L5", "On the last Friday of every month at 09:00"),
+        ("0 0 13 * FRI", "On day 13 of every month and also every Friday at 00:00"),  # or
+        ("0 0 13 6 FRI", "On day 13 of June and also every Friday in June at 00:00"),
+        ("0 0 1-7 * */7", "Every Sunday that is day 1 to 7 of the month at 00:00"),  # and
+        ("0 0 */10 6 FRI", "Every Friday that is day 1, 11, 21 or 31 of June at 00:00"),
+        ("* * * * * *", "Every second"),
+        ("*/30 * * * * *", "Every 30 seconds"),
+        ("30 * * * * *", "At second 30 of every minute"),
+        ("15 30 1 * * *", "Every day at 01:30:15"),
+        ("0 0 12 * * *", "Every day at 12:00"),
+        ("*/10 * 9-17 * * 1-5", "Every 10 seconds from 09:00 to 17:59:50, every weekday"),
+        ("3-50/7 1-20/3 * * *", "Every day at minute 3, 10, 17, 24, 31, 38 and 45 of hour 1, 4, 7, 10, 13, 16 and 19"),
+    ],
+)
+def test_a_cron_schedule_in_words(expression: str, words: str) -> None:
+    assert Cron(expression, "Europe/Berlin").describe() == f"{words} (Europe/Berlin)"
+
+
+@pytest.mark.parametrize(
+    ("schedule_type", "config", "words"),
+    [
+        ("once", {"datetime": "2026-12-01T09:00"}, "Once at 2026-12-01 09:00:00 (Europe/Berlin)"),
+        ("once", {"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00+01:00 (Europe/Berlin)"),  # comes twice
+        ("interval", {"seconds": 90}, "Every 90 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
+        ("interval", {"seconds": 1.5}, "Every 1.5 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
+        (
+            "interval",
+            {"seconds": 900, "start_date": "2027-01-01T00:00Z"},
+            "Every 15 minutes from 2027-01-01 01:00:00 on (Europe/Berlin)",
+        ),
+        ("interval", {"seconds": 3600}, "Every hour since 2026-11-24 06:00:00 (Europe/Berlin)"),
+        ("interval", {"seconds": 172800}, "Every 48 hours since 2026-11-24 06:00:00 (Europe/Berlin)"),
+    ],
+)
+def test_other_schedules_in_words(schedule_type: str, config: dict[str, object], words: str) -> None:
+    assert make_timing(schedule_type, {**config, "timezone": "Europe/Berlin"}, NOW).describe() == words
+
+
+# -- Configurations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule_type", "config", "stored"),
+    [
+        ("cron", {"expression": " 5-5 9 * * * "}, {"expression": "5-5 9 * * *", "timezone": "Europe/Berlin"}),
+        ("cron", {"expression": "@daily", "timezone": "UTC"}, {"expression": "@daily", "timezone": "UTC"}),
+        ("cron", {"expression": "@daily", "timezone": None}, {"expression": "@daily", "timezone": "Europe/Berlin"}),
+        ("once", {"datetime": "2026-12-01T09:00"}, {"datetime": "2026-12-01T09:00", "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 60}, {"seconds": 60, "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 60.0, "start_date": None}, {"seconds": 60, "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 1.125}, {"seconds": 1.125, "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 315360000}, {"seconds": 315360000, "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00"},
+         {"seconds": 60, "start_date": "2026-12-01T09:00:00+01:00", "timezone": "Europe/Berlin"}),
+        ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00Z"},
+         {"seconds": 60, "start_date": "2026-12-01T09:00Z", "timezone": "Europe/Berlin"}),
+    ],
+)  # fmt: skip
+def test_an_accepted_config_is_stored_as_written_with_its_zone(
+    schedule_type: str, config: dict[str, object], stored: dict[str, object]
+) -> None:
+    assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored
+    assert check_schedule_config(schedule_type, stored, "Asia/Tokyo", NOW) == stored
+
+
+def errors_of(schedule_type: object, config: object) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        check_schedule_config(schedule_type, config, "UTC", NOW)  # type: ignore[arg-type]
+    return [(error.field, error.message) for error in caught.value.errors]
+
+
+def test_every_bad_field_of_a_config_is_named() -> None:
+    assert errors_of("interval", {"second": 60, "seconds": True, "start_date": "2026-12-01", "timezone": "Europe/Berln"}) == [
+        ("schedule_config.second", "unknown field, interval takes seconds, start_date and timezone (did you mean seconds?)"),
+        ("schedule_config.timezone", "'Europe/Berln': must be an IANA time zone (did you mean Europe/Berlin?)"),
+        ("schedule_config.seconds", "True: must be a number from 1 to 315360000 (10 years), with at most 3 decimals"),
+        (
+            "schedule_config.start_date",
+            "'2026-12-01': must be an ISO 8601 date and time from 1970 to 9999, such as "
+            + "2026-12-01T09:00:00, 2026-12-01T08:00:00Z or 2026-12-01T09:00:00+01:00",
+        ),
+    ]
+
+
+def test_configs_of_the_wrong_shape_are_refused() -> None:
+    assert errors_of("cron", {}) == [("schedule_config.expression", "must be given")]
+    assert errors_of("cron", {"expression": None}) == [("schedule_config.expression", "must be given")]
+    assert errors_of("cron", {"expression": 5}) == [("schedule_config.expression", "5: must be a string")]
+    assert errors_of("cron", ["* * * * *"]) == [("schedule_config", "['* * * * *']: must be an object")]
+    assert errors_of("weekly", {}) == [("schedule_type", "'weekly': must be cron, once or interval")]
+    assert errors_of("cron", {"expression": "* * * * *", "timezone": 5}) == [("schedule_config.timezone", "5: must be a string")]
+    assert errors_of("once", {"datetime": "2026-11-24T05:00:00Z"}) == [
+        ("schedule_config.datetime", "'2026-11-24T05:00:00Z': must be in the future (it is now 2026-11-24T05:00:00+00:00)")
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0, 0.999, -1, 315360001, 1e300, float("nan"), float("inf"), 1.0001, "60", False, [60]])
+def test_an_interval_takes_a_number_of_seconds_from_1_to_10_years(seconds: object) -> None:
+    [(field, message)] = errors_of("interval", {"seconds": seconds})
+    assert field == "schedule_config.seconds"
+    assert message.endswith(": must be a number from 1 to 315360000 (10 years), with at most 3 decimals")
+
+
+def test_equal_schedules_share_their_timing() -> None:
+    config = {"expression": "0 9 * * *", "timezone": "UTC"}
+    assert make_timing("cron", config, 1) is make_timing("cron", dict(config), 2)
+
+
+# -- What to do about due slots ----------------------------------------------------------------------------------------
+
+
+def minutely(**settings: object) -> Plan:
+    return Plan(Interval(MINUTE, NOW, NOW, "UTC"), schedule_id=7, **settings)  # type: ignore[arg-type]
+
+
+def test_bounds_are_inclusive_and_max_runs_ends_a_schedule() -> None:
+    plan = minutely(start_at=NOW + MINUTE, end_at=NOW + 3 * MINUTE)
+    assert plan.upcoming(0, 9) == [NOW + MINUTE, NOW + 2 * MINUTE, NOW + 3 * MINUTE]
+    assert plan.last_slot(NOW + 9 * MINUTE) == NOW + 3 * MINUTE
+    assert plan.last_slot(NOW) is None
+    assert minutely(remaining=2).upcoming(0, 9) == [NOW, NOW + MINUTE]
+    assert minutely(remaining=0).next_slot(0) is None
+
+
+def test_jitter_is_the_same_each_time_differs_by_schedule_and_stays_within_the_gap() -> None:
+    plan = minutely(jitter=3600.0)
+    fires = [plan.fire_time(NOW + i * MINUTE) for i in range(500)]
+    assert fires == [plan.fire_time(NOW + i * MINUTE) for i in range(500)]
+    assert all(0 <= fire - (NOW + i * MINUTE) < MINUTE for i, fire in enumerate(fires))
+    assert all(earlier < later for earlier, later in pairwise(fires))
+    assert len({fire % MINUTE for fire in fires}) > 400
+    assert Plan(plan.timing, 8, jitter=3600.0).fire_time(NOW) != fires[0]
+    assert Plan(plan.timing, None, jitter=3600.0).fire_time(NOW) == NOW
+    assert Plan(Once(NOW, "UTC"), 7, jitter=2.0).fire_time(NOW) - NOW in range(2 * SECOND + 1)
+    assert plan.upcoming(NOW, 2) == fires[1:3]
+
+
+def test_the_jitter_of_a_slot_is_what_it_was_in_every_version() -> None:
+    assert minutely(jitter=30.0).fire_time(NOW) - NOW == 10_166_000
+
+
+def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
+    """A decision in minutes since NOW: missed (first, last, count), catchup, on time, settled until, next slot."""
+    due = due_slots(plan, settled_until, now)
+
+    def minutes(t: int) -> float:
+        return (t - NOW) / MINUTE
+
+    return (
+        [(minutes(m.first), minutes(m.last), m.count) for m in due.missed],
+        [minutes(t) for t in due.catchup],
+        [minutes(t) for t in due.on_time],
+        minutes(due.settled_until),
+        None if due.next_slot is None else minutes(due.next_slot),
+    )
+
+
+def test_nothing_is_due_before_the_first_slot() -> None:
+    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == Due([], [], [], NOW, NOW + MINUTE)
+
+
+@pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
+def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
+    due = due_slots(minutely(), NOW, NOW + MINUTE + late)
+    assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
+    assert (due.missed, due.settled_until, due.next_slot) == ([], NOW + MINUTE, NOW + 2 * MINUTE)
+
+
+def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
+    plan = Plan(Interval(SECOND, NOW, NOW, "UTC"))
+    due = due_slots(plan, NOW, NOW + 7 * SECOND)
+    assert due.on_time == [NOW + i * SECOND for i in (2, 3, 4, 5, 6, 7)]
+    assert due.catchup == [NOW + SECOND]
+
+
+@pytest.mark.parametrize(
+    # Minutes since NOW. The slot of minute 0 is settled; `down` is when the service looks again.
+    ("catchup", "window", "down", "missed", "caught_up", "on_time", "settled"),
+    [
+        ("latest", 86400, 1.5, [], [1], [], 1),
+        ("latest", 86400, 2.0, [], [1], [2], 2),
+        ("latest", 86400, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 60, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 29, 3.5, [(1, 3, 3)], [], [], 3),
+        ("latest", 30, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 0, 4.0, [(1, 3, 3)], [], [4], 4),
+        ("latest", 86400, 1200.5, [(1, 1199, 1000)], [1200], [], 1200),
+        ("skip", 86400, 1.5, [(1, 1, 1)], [], [], 1),
+        ("skip", 86400, 4.0, [(1, 3, 3)], [], [4], 4),
+        ("all", 86400, 1.5, [], [1], [], 1),
+        ("all", 86400, 4.0, [], [1, 2, 3], [4], 4),
+        ("all", 120, 4.5, [(1, 2, 2)], [3, 4], [], 4),
+        ("all", 30, 4.5, [(1, 3, 3)], [4], [], 4),
+        ("all", 86400, 101.5, [(1, 1, 1)], list(range(2, 102)), [], 101),
+        ("all", 86400 * 365, 100000.5, [(1, 99900, 1000)], list(range(99901, 100001)), [], 100000),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("timing", [Interval(MINUTE, NOW, NOW, "UTC"), Cron("* * * * *", "Europe/Berlin")])
+def test_missed_slots_fall_under_catchup(
+    timing: Timing, catchup: str, window: float, down: float, missed: list[tuple[int, int, int]],
+    caught_up: list[int], on_time: list[int], settled: int,
+) -> None:  # fmt: skip
+    plan = Plan(timing, 7, catchup=catchup, catchup_window=window)
+    assert offsets(plan, NOW, NOW + round(down * MINUTE)) == (missed, caught_up, on_time, settled, settled + 1)
+
+
+def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_once() -> None:
+    for catchup in CATCHUPS:
+        for jitter in (0.0, 7.0, 3600.0):
+            for seconds in (0, 30, 59, 60, 61, 64, 65, 66, 119, 121, 200, 3600, 40000):
+                plan = minutely(catchup=catchup, jitter=jitter)
+                now = NOW + seconds * SECOND
+                due = due_slots(plan, NOW - 1, now)
+                taken = [*due.catchup, *due.on_time]
+                for group in due.missed:
+                    taken += range(group.first, group.last + 1, MINUTE)
+                due_all = [slot for slot in range(NOW, now + 1, MINUTE) if plan.fire_time(slot) <= now]
+                assert sorted(taken) == due_all
+                assert due.on_time == [slot for slot in due_all if plan.fire_time(slot) >= now - 5 * SECOND]
+                assert len(due.catchup) <= {"latest": 1, "all": 100, "skip": 0}[catchup]
+                assert due.settled_until == (due_all[-1] if due_all else NOW - 1)
+                assert due.next_slot == due.settled_until // MINUTE * MINUTE + MINUTE
+                again = due_slots(plan, due.settled_until, now)
+                assert again == Due([], [], [], due.settled_until, due.next_slot)
+
+
+def test_a_once_slot_that_was_missed_is_caught_up_within_the_window_and_else_recorded() -> None:
+    once = Once(NOW, "UTC")
+    assert due_slots(Plan(once, 7), NOW - DAY, NOW + HOUR) == Due([], [NOW], [], NOW, None)
+    late = due_slots(Plan(once, 7), NOW - DAY, NOW + 2 * DAY)
+    assert late == Due([Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s")], [], [], NOW, None)
+
+
+def test_missed_slots_say_why_they_did_not_run() -> None:
+    reasons = [
+        due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed[0].reason
+        for catchup, window in (("skip", 86400.0), ("latest", 86400.0), ("all", 86400.0), ("all", 120.0))
+    ]
+    assert reasons == [
+        "catchup=skip",
+        "catchup=latest runs only the newest",
+        "catchup=all runs only the newest 100",
+        "older than the catchup_window of 120 s",
+    ]
+    assert missed_message(Missed(NOW, NOW + MINUTE, 2, "catchup=skip"), "Europe/Berlin") == (
+        "missed: 2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin); catchup=skip"
+    )
+    assert missed_message(Missed(NOW, NOW, 1, "catchup=skip"), "UTC") == (
+        "missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip"
+    )
+    assert "1000 or more slots" in missed_message(Missed(NOW, NOW + DAY, 1000, "catchup=skip"), "UTC")
+
+
+def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
+    # A second-wise cron over ten years: 315 million slots. This ends at once, or the test does not end.
+    due = due_slots(Plan(Cron("* * * * * *", "Europe/Berlin"), 7), NOW - 3650 * DAY, NOW)
+    assert (due.catchup, due.on_time) == ([NOW - 6 * SECOND], [NOW - i * SECOND for i in (5, 4, 3, 2, 1, 0)])
+    assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
+
+
+def test_a_clock_set_back_by_less_than_three_hours_fires_nothing_again() -> None:
+    plan = minutely()
+    assert due_slots(plan, NOW + 179 * MINUTE, NOW) == Due([], [], [], NOW + 179 * MINUTE, NOW + 180 * MINUTE)
+    assert due_slots(plan, NOW + 180 * MINUTE - 1, NOW) == Due([], [], [], NOW + 180 * MINUTE - 1, NOW + 180 * MINUTE)
+
+
+def test_a_clock_set_back_by_three_hours_or_more_was_corrected() -> None:
+    assert due_slots(minutely(), NOW + 180 * MINUTE, NOW) == Due([], [], [], NOW, NOW + MINUTE)
+    assert due_slots(minutely(), NOW + 365 * DAY, NOW + 90 * SECOND) == Due([], [], [], NOW + 90 * SECOND, NOW + 2 * MINUTE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "others", "waiting", "verdict"),
+    [
+        ("skip", 0, 0, "run"), ("skip", 1, 0, "skip"), ("skip", 9, 0, "skip"),
+        ("skip", 0, 1, "skip"), ("skip", 1, 1, "skip"), ("skip", 9, 1, "skip"),
+        ("queue", 0, 0, "run"), ("queue", 1, 0, "wait"), ("queue", 9, 0, "wait"),
+        ("queue", 0, 1, "skip"), ("queue", 1, 1, "skip"), ("queue", 9, 1, "skip"),
+        ("allow", 0, 0, "run"), ("allow", 1, 0, "run"), ("allow", 9, 0, "run"),
+        ("allow", 0, 1, "run"), ("allow", 1, 1, "run"), ("allow", 9, 1, "run"),
+        ("cancel", 0, 0, "run"), ("cancel", 1, 0, "cancel"), ("cancel", 9, 0, "cancel"),
+        ("cancel", 0, 1, "cancel"), ("cancel", 1, 1, "cancel"), ("cancel", 9, 1, "cancel"),
+    ],
+)  # fmt: skip
+def test_overlap_judges_a_slot_against_what_is_unfinished(policy: str, others: int, waiting: int, verdict: str) -> None:
+    assert policy in OVERLAPS
+    assert judge_overlap(policy, others, waiting) == verdict
+
+
+# ======================================================================================================================
+# 3. Models
+# ======================================================================================================================
+
+
+def refusal(task_type: str, config: Any) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        parse_config(task_type, config)
+    return caught.value.detail
+
+
+def test_a_config_keeps_only_the_fields_that_were_sent() -> None:
+    assert parse_config("http", {"url": "http://a.example/", "timeout": 30}) == {"url": "http://a.example/", "timeout": 30}
+    assert parse_config("bash", {"command": "true", "args": None}) == {"command": "true"}
+
+
+def test_a_method_is_stored_in_upper_case() -> None:
+    assert parse_config("http", {"url": "http://a.example/", "method": "post"})["method"] == "POST"
+
+
+def test_every_bad_field_is_listed_with_its_path() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_config("http", {"url": "ftp://a", "method": "FETCH", "verify_tls": "no", "auth": {"username": "u"}, "tiemout": 3})
+    assert [error.field for error in caught.value.errors] == [
+        "config.url",
+        "config.method",
+        "config.auth.password",
+        "config.verify_tls",
+        "config.tiemout",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.url: is required"),
+        ("x", "config: must be an object, not 'x'"),
+        ([], "config: must be an object"),
+        (None, "config: must be an object, not null"),
+        ({"url": 5}, "config.url: must be text"),
+        ({"url": "a.example"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
+        ({"url": "http://"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
+        ({"url": "file:///etc/passwd"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
+        ({"url": "http://a b/"}, "config.url: must be a URL without blanks, backslashes and control characters"),
+        ({"url": "http://a\\@b/"}, "config.url: must be a URL without blanks, backslashes and control characters"),
+        ({"url": "http://a/\r\nX: y"}, "config.url: must be a URL without blanks, backslashes and control characters"),
+        ({"url": "http://a:99999/"}, "config.url: must be a valid URL: its host or port cannot be read"),
+        ({"url": "http://a:b/"}, "config.url: must be a valid URL: its host or port cannot be read"),
+        ({"url": "http://[::1/"}, "config.url: must be a valid URL: its host or port cannot be read"),
+        ({"url": "http://a/" + "x" * 8192}, "config.url: must be at most 8192 characters long"),
+        ({"url": "http://a/", "tiemout": 3}, "config.tiemout: unknown field (did you mean timeout?)"),
+        (
+            {"url": "http://a/", "zzz": 3},
+            "config.zzz: unknown field (known: url, method, headers, params, body, auth, timeout, expected_status, "
+            "follow_redirects, verify_tls)",
+        ),
+        (
+            {"url": "http://a/", "auth": {"username": "u", "pasword": "geheim"}},
+            "config.auth.password: is required; config.auth.pasword: unknown field (did you mean password?)",
+        ),
+        (
+            {"url": "http://a/", "method": "CONNECT"},
+            "config.method: must be one of 'GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD' or 'OPTIONS', not 'CONNECT'",
+        ),
+        ({"url": "http://a/", "timeout": 0}, "config.timeout: must be at least 1, not 0"),
+        ({"url": "http://a/", "timeout": 604801}, "config.timeout: must be at most 604800, not 604801"),
+        ({"url": "http://a/", "timeout": "30"}, "config.timeout: must be a whole number or a number, not '30'"),
+        ({"url": "http://a/", "timeout": True}, "config.timeout: must be a whole number or a number, not True"),
+        ({"url": "http://a/", "verify_tls": 1}, "config.verify_tls: must be true or false, not 1"),
+        ({"url": "http://a/", "follow_redirects": "yes"}, "config.follow_redirects: must be true or false, not 'yes'"),
+        (
+            {"url": "http://a/", "headers": {"Host": "b"}},
+            "config.headers: Host cannot be set: it follows from the url and the body",
+        ),
+        (
+            {"url": "http://a/", "headers": {"content-LENGTH": "1"}},
+            "config.headers: content-LENGTH cannot be set: it follows from the url and the body",
+        ),
+        (
+            {"url": "http://a/", "headers": {"Transfer-Encoding": "chunked"}},
+            "config.headers: Transfer-Encoding cannot be set: it follows from the url and the body",
+        ),
+        ({"url": "http://a/", "headers": {"X Y": "1"}}, "config.headers: 'X Y' is not a valid header name"),
+        ({"url": "http://a/", "headers": {"X:": "1"}}, "config.headers: 'X:' is not a valid header name"),
+        ({"url": "http://a/", "headers": {"": "1"}}, "config.headers: '' is not a valid header name"),
+        (
+            {"url": "http://a/", "headers": {"X": "1\r\nEvil: 2"}},
+            "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters",
+        ),
+        (
+            {"url": "http://a/", "headers": {"X": "1\0"}},
+            "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters",
+        ),
+        (
+            {"url": "http://a/", "headers": {"X-A": "1", "x-a": "2"}},
+            "config.headers: must not hold the same name twice (upper and lower case are the same)",
+        ),
+        ({"url": "http://a/", "headers": {"X": 1}}, "config.headers.X: must be text"),
+        ({"url": "http://a/", "headers": "X: 1"}, "config.headers: must be an object"),
+        (
+            {"url": "http://a/", "params": {"a": None}},
+            "config.params.a: must be text, a finite number, true or false, or a list of them",
+        ),
+        (
+            {"url": "http://a/", "params": {"a": [[1]]}},
+            "config.params.a: must be text, a finite number, true or false, or a list of them",
+        ),
+        (
+            {"url": "http://a/", "params": {"a": float("inf")}},
+            "config.params.a: must be text, a finite number, true or false, or a list of them",
+        ),
+        ({"url": "http://a/", "body": 5}, "config.body: must be an object or a list (sent as JSON), or text (sent as it is)"),
+        ({"url": "http://a/", "body": {"a": float("nan")}}, "config.body: must be valid JSON: finite numbers and valid Unicode"),
+        ({"url": "http://a/", "body": "\ud800"}, "config.body: must be valid JSON: finite numbers and valid Unicode"),
+        ({"url": "http://a/", "body": "x" * 1048577}, "config.body: must be at most 1 MiB"),
+        ({"url": "http://a/", "expected_status": []}, "config.expected_status: must name at least one status"),
+        (
+            {"url": "http://a/", "expected_status": [99]},
+            'config.expected_status: 99 is neither a status code from 100 to 599 nor a range such as "200-299"',
+        ),
+        (
+            {"url": "http://a/", "expected_status": ["299-200"]},
+            "config.expected_status: '299-200' is neither a status code from 100 to 599 nor a range such as \"200-299\"",
+        ),
+        (
+            {"url": "http://a/", "expected_status": ["2xx"]},
+            "config.expected_status: '2xx' is neither a status code from 100 to 599 nor a range such as \"200-299\"",
+        ),
+        (
+            {"url": "http://a/", "auth": {"username": "a:b", "password": "x"}},
+            "config.auth.username: must not hold a colon (RFC 7617)",
+        ),
+        ({"url": "http://a/", "auth": {"username": "a", "password": 12345}}, "config.auth.password: must be text"),
+        ({"url": "http://a/", "auth": "user:geheim"}, "config.auth: must be an object"),
+        ({"url": "http://a/${env:HOME}"}, "config.url: ${env:'HOME'}: only variables named CHRONOTASK_SECRET_… may be read"),
+        (
+            {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_API_TOKEN}"}},
+            "config.headers: ${env:'CHRONOTASK_API_TOKEN'}: only variables named CHRONOTASK_SECRET_… may be read",
+        ),
+        ({"url": "http://a/", "body": {"a": ["${file:}"]}}, "config.body: ${file:…} needs the path of a file below SECRETS_DIR"),
+    ],
+)
+def test_an_http_config_is_refused_with_what_would_be_accepted(config: Any, message: str) -> None:
+    assert refusal("http", config) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.command: is required"),
+        ({"command": ""}, "config.command: must be at least 1 characters long"),
+        ({"command": " \n"}, "config.command: must hold a command"),
+        ({"command": "a\0b"}, "config.command: must not hold a NUL character"),
+        ({"command": "x" * 65537}, "config.command: must be at most 65536 characters long"),
+        ({"command": ["ls"]}, "config.command: must be text"),
+        ({"command": "\ud800"}, "config.command: must be text of valid Unicode, not '\\ud800'"),
+        ({"command": "a", "args": "b"}, "config.args: must be a list, not 'b'"),
+        ({"command": "a", "args": ["b", 3]}, "config.args[1]: must be text, not 3"),
+        ({"command": "a", "args": ["b\0"]}, "config.args[0]: must not hold a NUL character"),
+        ({"command": "a", "args": ["x"] * 1001}, "config.args: must be at most 1000 entries long"),
+        (
+            {"command": "a", "args": ["x" * 65536] * 2},
+            "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)",
+        ),
+        (
+            {"command": "a", "env": {"1A": "x"}},
+            "config.env: '1A' is not a valid variable name (letters, digits and _, no digit first)",
+        ),
+        (
+            {"command": "a", "env": {"BASH_FUNC_echo%%": "() { :; }"}},
+            "config.env: 'BASH_FUNC_echo%%' is not a valid variable name (letters, digits and _, no digit first)",
+        ),
+        (
+            {"command": "a", "env": {"A=B": "x"}},
+            "config.env: 'A=B' is not a valid variable name (letters, digits and _, no digit first)",
+        ),
+        (
+            {"command": "a", "env": {"CHRONOTASK_RUN_ID": "x"}},
+            "config.env: CHRONOTASK_RUN_ID cannot be set: CHRONOTASK_… belongs to the service",
+        ),
+        (
+            {"command": "a", "env": {"A": "x\0"}},
+            "config.env: the value of A must be at most 65536 bytes, without a NUL character",
+        ),
+        ({"command": "a", "env": {"A": 5}}, "config.env.A: must be text"),
+        ({"command": "a", "working_dir": ""}, "config.working_dir: must be at least 1 characters long"),
+        ({"command": "a", "timeout": 0.5}, "config.timeout: must be at least 1, not 0.5"),
+        ({"comand": "a"}, "config.command: is required; config.comand: unknown field (did you mean command?)"),
+    ],
+)
+def test_a_bash_config_is_refused_with_what_would_be_accepted(config: Any, message: str) -> None:
+    assert refusal("bash", config) == message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"url": "https://user:pw@a.example:8443/p?q=1#f"},
+        {"url": "http://[::1]:8000/"},
+        {"url": "http://bücher.example/"},
+        {"url": "${env:CHRONOTASK_SECRET_URL}"},
+        {"url": "https://${env:CHRONOTASK_SECRET_HOST}:8443/x"},
+        {"url": "http://a/", "timeout": 1.5},
+        {"url": "http://a/", "timeout": 604800},
+        {"url": "http://a/", "expected_status": [200, "204", "300-399"]},
+        {"url": "http://a/", "params": {"a": "x", "b": 1, "c": 1.5, "d": True, "e": ["x", 2, False]}},
+        {"url": "http://a/", "body": {"a": None, "b": [1, {"c": "é"}]}},
+        {"url": "http://a/", "body": []},
+        {"url": "http://a/", "body": ""},
+        {"url": "http://a/", "body": "literal $HOME ${HOME} ${unknown:x}"},
+        {"url": "http://a/", "headers": {"X-Tab": "a\tb", "X-Empty": "", "X-Umlaut": "ü"}},
+        {"url": "http://a/", "auth": {"username": "u", "password": ""}},
+    ],
+)
+def test_an_http_config_is_accepted_as_it_is(config: dict[str, Any]) -> None:
+    assert parse_config("http", config) == config
+
+
+def test_a_deeply_nested_body_is_refused_without_recursion() -> None:
+    body: Any = []
+    for _ in range(100_000):
+        body = [body]
+    assert nesting(body) == 100_001
+    assert refusal("http", {"url": "http://a/", "body": body}) == "config.body: must not be nested deeper than 64 levels"
+
+
+def test_a_refusal_never_shows_a_secret() -> None:
+    config = {
+        "url": "http://user:hunter2secret@[bad/",
+        "headers": {"Authorization": "Bearer hunter2secret\n"},
+        "auth": {"username": "u", "password": ["hunter2secret"], "hunter": "hunter2secret"},
+        "body": {"hunter2secret": float("nan")},
+    }
+    assert "hunter2secret" not in refusal("http", config)
+
+
+def test_messages_of_other_models_come_from_the_same_helper() -> None:
+    class Inner(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        count: int
+
+    class Outer(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        items: list[Inner]
+        size: int | str
+
+    try:
+        Outer.model_validate({"items": [{"count": 1}, {"count": "x"}], "size": 1.5, "sise": 1})
+    except ValueError as error:
+        found = field_errors(error, "body", Outer.model_fields)  # type: ignore[arg-type]
+    assert [tuple(entry) for entry in found] == [
+        ("body.items[1].count", "must be a whole number, not 'x'"),
+        ("body.size", "must be a whole number or text, not 1.5"),
+        ("body.sise", "unknown field (did you mean size?)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "codes"),
+    [(204, (204, 204)), ("204", (204, 204)), ("200-299", (200, 299)), ("2xx", (0, 0)), (-200, (0, 0)), ("200-", (0, 0))],
+)
+def test_expected_status_entries_are_codes_or_ranges(entry: int | str, codes: tuple[int, int]) -> None:
+    assert status_range(entry) == codes
+
+
+def test_args_are_appended_as_literal_words() -> None:
+    assert bash_source("backup.sh", ["--full", "a b"]) == "backup.sh --full 'a b'"
+    assert bash_source("echo\n", ["$HOME", "`id`", "'", ""]) == "echo '$HOME' '`id`' ''\"'\"'' ''"
+    assert bash_source("echo a\n", []) == "echo a\n"
+
+
+SECRET_CONFIG = {
+    "url": "https://user:pw@a.example/x",
+    "headers": {"authorization": "Bearer abc", "COOKIE": "a=b", "Proxy-Authorization": "Basic x", "X-Plain": "seen"},
+    "auth": {"username": "u", "password": "secret"},
+}
+MASKED_CONFIG = {
+    "url": f"https://{MASK}@a.example/x",
+    "headers": {"authorization": MASK, "COOKIE": MASK, "Proxy-Authorization": MASK, "X-Plain": "seen"},
+    "auth": {"username": "u", "password": MASK},
+}
+
+
+def test_secrets_are_masked() -> None:
+    assert mask_config("http", SECRET_CONFIG) == MASKED_CONFIG
+    assert SECRET_CONFIG["auth"] == {"username": "u", "password": "secret"}
+    assert mask_config("bash", {"command": "true"}) == {"command": "true"}
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("http://a/x", "http://a/x"),
+        ("http://a/x@y", "http://a/x@y"),
+        ("http://u:p@a/x", f"http://{MASK}@a/x"),
+        ("http://token@a", f"http://{MASK}@a"),
+        ("HTTP://u:p@x@a:1?q", f"HTTP://{MASK}@a:1?q"),
+        ("http://u:${env:CHRONOTASK_SECRET_P}@a/", "http://u:${env:CHRONOTASK_SECRET_P}@a/"),
+        ("http://u:x${env:CHRONOTASK_SECRET_P}@a/", f"http://{MASK}@a/"),
+        ("${env:CHRONOTASK_SECRET_URL}", "${env:CHRONOTASK_SECRET_URL}"),
+    ],
+)
+def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
+    assert mask_url(url) == masked
+
+
+def test_references_to_secrets_stay_readable() -> None:
+    config = {
+        "url": "http://a/",
+        "headers": {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "sid=abc${env:CHRONOTASK_SECRET_T}"},
+        "auth": {"username": "u", "password": "${file:/run/secrets/p}"},
+    }
+    masked = mask_config("http", config)
+    assert masked["headers"] == {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
+    assert masked["auth"]["password"] == "${file:/run/secrets/p}"
+
+
+def test_a_mask_sent_back_keeps_the_stored_secret() -> None:
+    assert unmask_config("http", MASKED_CONFIG, SECRET_CONFIG) == SECRET_CONFIG
+
+
+def test_a_mask_is_restored_only_in_the_fields_that_are_masked() -> None:
+    new = {"url": "http://a/", "headers": {"X-Plain": MASK}, "body": MASK}
+    assert unmask_config("http", new, {"url": "http://a/"}) == new
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        (f"https://{MASK}@a.example/elsewhere?x=1", True),
+        (f"https://{MASK}@a.example:443/x", True),
+        (f"https://{MASK}@A.EXAMPLE/x", True),
+        (f"http://{MASK}@a.example/x", False),
+        (f"https://{MASK}@a.example:8443/x", False),
+        (f"https://{MASK}@evil.example/x", False),
+        (f"https://{MASK}@a.example.evil.example/x", False),
+        (f"https://{MASK}@a.example@evil.example/x", False),
+    ],
+)
+def test_a_mask_counts_only_while_scheme_host_and_port_stay_the_same(url: str, same: bool) -> None:
+    new = {**MASKED_CONFIG, "url": url}
+    if same:
+        assert unmask_config("http", new, SECRET_CONFIG)["auth"]["password"] == "secret"
+        return
+    with pytest.raises(InvalidInput) as caught:
+        unmask_config("http", new, SECRET_CONFIG)
+    assert [error.field for error in caught.value.errors] == [
+        "config.url",
+        "config.auth.password",
+        "config.headers.authorization",
+        "config.headers.COOKIE",
+        "config.headers.Proxy-Authorization",
+    ]
+
+
+@pytest.mark.parametrize("stored", [None, {"url": "http://a/"}])
+def test_a_mask_without_a_stored_secret_is_refused(stored: dict[str, Any] | None) -> None:
+    with pytest.raises(InvalidInput, match=r"config\.auth\.password: give the secret again"):
+        unmask_config("http", {"url": "http://a/", "auth": {"username": "u", "password": MASK}}, stored)
+
+
+def test_a_mask_inside_a_longer_value_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"config\.headers\.Authorization: give the secret again"):
+        unmask_config("http", {"url": "http://a/", "headers": {"Authorization": f"Bearer {MASK}"}}, SECRET_CONFIG)
+
+
+# ======================================================================================================================
+# 4. Timer queue (pure)
+# ======================================================================================================================
+
+
+def test_an_empty_queue_has_nothing_due() -> None:
+    timers = TimerQueue()
+    assert (timers.next_due(), timers.pop_due(10**18, 10), len(timers)) == (None, [], 0)
+
+
+def test_keys_come_out_when_they_are_due_earliest_first() -> None:
+    timers = TimerQueue()
+    for key, at in [(1, 30), (2, 10), (3, 20), (4, 40)]:
+        timers.set(key, at)
+    assert timers.next_due() == 10
+    assert timers.pop_due(9, 10) == []
+    assert timers.pop_due(30, 10) == [2, 3, 1]
+    assert (timers.next_due(), len(timers)) == (40, 1)
+
+
+def test_a_key_leaves_the_queue_when_it_is_popped() -> None:
+    timers = TimerQueue()
+    timers.set(1, 10)
+    assert timers.pop_due(10, 10) == [1]
+    assert timers.pop_due(10, 10) == []
+
+
+def test_setting_a_key_again_replaces_its_time() -> None:
+    timers = TimerQueue()
+    timers.set(1, 10)
+    timers.set(1, 50)
+    assert timers.pop_due(49, 10) == []
+    timers.set(1, 20)
+    assert timers.next_due() == 20
+    assert timers.pop_due(100, 10) == [1]
+    assert (timers.next_due(), len(timers)) == (None, 0)
+
+
+def test_setting_a_key_twice_to_the_same_time_makes_it_due_once() -> None:
+    timers = TimerQueue()
+    for at in (10, 20, 10, 10):
+        timers.set(1, at)
+    assert timers.pop_due(100, 10) == [1]
+    assert timers.pop_due(100, 10) == []
+
+
+def test_none_takes_a_key_out() -> None:
+    timers = TimerQueue()
+    timers.set(1, 10)
+    timers.set(2, 20)
+    timers.set(1, None)
+    timers.set(99, None)
+    assert (timers.next_due(), len(timers)) == (20, 1)
+
+
+def test_at_most_limit_keys_come_out_at_once() -> None:
+    timers = TimerQueue()
+    for key in range(5):
+        timers.set(key, 10)
+    assert len(timers.pop_due(10, 3)) == 3
+    assert len(timers.pop_due(10, 3)) == 2
+
+
+def test_rebuilding_replaces_everything() -> None:
+    timers = TimerQueue()
+    timers.set(1, 10)
+    timers.rebuild([(2, 30), (3, 20)])
+    assert (timers.next_due(), timers.pop_due(100, 10)) == (20, [3, 2])
+    timers.rebuild([])
+    assert (timers.next_due(), len(timers)) == (None, 0)
+
+
+def test_changing_times_over_and_over_does_not_grow_the_queue() -> None:
+    timers = TimerQueue()
+    for at in range(20_000):
+        timers.set(at % 3, at + 100)
+    held = sum(sys.getsizeof(value) for value in vars(timers).values())
+    assert (len(timers), held < 10_000) == (3, True)
+
+
+def test_a_thousand_random_steps_agree_with_a_plain_dict() -> None:
+    draw, timers, plain = random.Random(4), TimerQueue(), dict[int, int]()
+    for now in range(1000):
+        key, at = draw.randrange(30), draw.choice([None, now + draw.randrange(40)])
+        timers.set(key, at)
+        plain.pop(key, None)
+        if at is not None:
+            plain[key] = at
+        if draw.random() < 0.3:
+            due = timers.pop_due(now, 1000)
+            assert sorted(due) == sorted(k for k, t in plain.items() if t <= now)
+            assert [plain[k] for k in due] == sorted(plain[k] for k in due)
+            plain = {k: t for k, t in plain.items() if t > now}
+        assert (timers.next_due(), len(timers)) == (min(plain.values(), default=None), len(plain))
+
+
+# ======================================================================================================================
+# 5. Clock
+# ======================================================================================================================
+
+
+def test_the_clock_reads_microseconds_since_the_epoch() -> None:
+    before, now, after = time.time_ns() // 1000, Clock().now(), time.time_ns() // 1000
+    assert before <= now <= after
+    assert isinstance(now, int)
+
+
+def test_the_monotonic_clock_reads_seconds() -> None:
+    before, now, after = time.monotonic(), Clock().monotonic(), time.monotonic()
+    assert before <= now <= after
+
+
+def test_time_that_just_passes_is_no_step() -> None:
+    clock = FakeClock()
+    assert clock.step() == 0
+    clock.advance(86_400)
+    assert clock.step() == 0
+
+
+def test_a_step_of_the_wall_clock_is_told_once() -> None:
+    clock = FakeClock()
+    clock.advance(5)
+    clock.set_wall(START + 3605 * S)
+    assert clock.step() == 3600 * S
+    assert clock.step() == 0
+    clock.set_wall(START)
+    assert clock.step() == -3605 * S
+
+
+def test_a_suspended_machine_looks_like_a_step_forward() -> None:
+    clock = FakeClock()
+    clock.set_wall(clock.now() + 30 * S)  # CLOCK_MONOTONIC stands still in a suspend
+    assert clock.step() == 30 * S
+
+
+async def test_waiting_ends_at_once_when_the_event_is_set_or_the_time_has_come() -> None:
+    clock, event = Clock(), asyncio.Event()
+    begun = time.monotonic()
+    await clock.wait(event, clock.now() - 5 * S)
+    event.set()
+    await clock.wait(event, None)
+    await clock.wait(event, clock.now() + 3600 * S)
+    assert time.monotonic() - begun < 0.2
+
+
+async def test_waiting_ends_when_the_event_is_set_meanwhile() -> None:
+    clock, event = Clock(), asyncio.Event()
+    asyncio.get_running_loop().call_soon(event.set)
+    begun = time.monotonic()
+    await clock.wait(event, None)
+    assert time.monotonic() - begun < 0.2
+
+
+async def test_waiting_looks_at_the_wall_clock_again_after_a_nap() -> None:
+    """asyncio sleeps on the monotonic clock: a wait of an hour that trusted it would sleep through a step forward."""
+    clock, event = Clock(), asyncio.Event()
+    begun = time.monotonic()
+    await clock.wait(event, clock.now() + 3600 * S)
+    assert time.monotonic() - begun < 1
+
+
+async def test_a_cancelled_wait_stays_cancelled() -> None:
+    job = asyncio.ensure_future(Clock().wait(asyncio.Event(), None))
+    await asyncio.sleep(0)
+    job.cancel()
+    await asyncio.wait({job})
+    assert job.cancelled()
+
+
+# ======================================================================================================================
+# 6. Store
+# ======================================================================================================================
+
+
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def a_database(path: Path, *statements: str) -> None:
+    db = sqlite3.connect(path, isolation_level=None)
+    for statement in statements:
+        db.execute(statement)
+    db.close()
+
+
+def test_a_new_database_has_the_newest_schema_and_can_give_space_back(tmp_path: Path) -> None:
+    db = open_database(tmp_path / "made" / "for you" / "c.db")
+    values = [
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id", "auto_vacuum", "journal_mode")
+    ]
+    assert values == [len(MIGRATIONS), APPLICATION_ID, 2, "wal"]
+    assert [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")] == [2, 1]
+    db.close()
+
+
+def test_opening_a_database_again_leaves_it_as_it_is(tmp_path: Path) -> None:
+    db = open_database(tmp_path / "c.db")
+    set_meta(db, "x", 5)
+    db.close()
+    db = open_database(tmp_path / "c.db")
+    assert get_meta(db, "x") == 5
+    db.close()
+
+
+def test_an_empty_file_is_a_new_database(tmp_path: Path) -> None:
+    (tmp_path / "c.db").touch()
+    open_database(tmp_path / "c.db").close()
+    assert (tmp_path / "c.db").stat().st_size > 0
+
+
+MIGRATION_1 = ("CREATE TABLE a (x)", "INSERT INTO a VALUES (1)")
+MIGRATION_2 = ("ALTER TABLE a ADD COLUMN y DEFAULT 7", "CREATE TABLE b (z)")
+FAILING_MIGRATION = ("CREATE TABLE c (z)", "UPDATE a SET x = 99", "INSERT INTO nowhere VALUES (1)")
+
+
+def schema_of(db: sqlite3.Connection) -> Any:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    return version, db.execute("SELECT sql FROM sqlite_master ORDER BY 1").fetchall(), db.execute("SELECT * FROM a").fetchall()
+
+
+def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
+    migrate(db, [MIGRATION_1])
+    assert schema_of(db)[0] == 1
+    migrate(db, [MIGRATION_1, MIGRATION_2])
+    assert schema_of(db) == (2, [("CREATE TABLE a (x, y DEFAULT 7)",), ("CREATE TABLE b (z)",)], [(1, 7)])
+    migrate(db, [MIGRATION_1, MIGRATION_2])
+    assert schema_of(db)[0] == 2
+    db.close()
+
+
+def test_a_failing_migration_leaves_the_database_as_it_was(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
+    migrate(db, [MIGRATION_1, MIGRATION_2])
+    before, file_before = schema_of(db), (tmp_path / "c.db").read_bytes()
+    with pytest.raises(sqlite3.OperationalError, match="nowhere"):
+        migrate(db, [MIGRATION_1, MIGRATION_2, FAILING_MIGRATION])
+    assert (schema_of(db), db.in_transaction) == (before, False)
+    db.close()
+    assert (tmp_path / "c.db").read_bytes() == file_before
+
+
+def test_migrations_before_a_failing_one_are_kept(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
+    migrate(db, [MIGRATION_1])
+    with pytest.raises(sqlite3.OperationalError):
+        migrate(db, [MIGRATION_1, MIGRATION_2, FAILING_MIGRATION])
+    assert schema_of(db)[0] == 2
+    db.close()
+
+
+def refusal_of(path: Path) -> str:
+    """The one line that opening `path` ends with; nothing that was there has changed."""
+    before = bytes_of(path.parent)
+    with pytest.raises(StartupError) as caught:
+        open_database(path)
+    after = bytes_of(path.parent)
+    assert {name: after[name] for name in before} == before
+    assert not any(after[name] for name in after.keys() - before.keys() if name.endswith("-wal"))
+    assert caught.value.exit_status == 1 and "\n" not in caught.value.detail
+    return caught.value.detail
+
+
+def test_a_database_of_a_future_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    open_database(path).close()
+    a_database(path, "PRAGMA user_version=99")
+    assert refusal_of(path) == (
+        f"{path} has schema version 99, made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: "
+        "upgrade ChronoTask, or restore an older backup"
+    )
+
+
+@pytest.mark.parametrize(
+    "statements", [["CREATE TABLE theirs (x)"], ["PRAGMA user_version=3"], ["CREATE TABLE tasks (x)", "PRAGMA application_id=77"]]
+)
+def test_a_database_of_another_program_is_refused(tmp_path: Path, statements: list[str]) -> None:
+    path = tmp_path / "c.db"
+    a_database(path, *statements)
+    assert refusal_of(path) == f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file"
+
+
+@pytest.mark.parametrize("content", [b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192, b"SQLite format 3\0" + b"\xff" * 8000])
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.db"
+    path.write_bytes(content)
+    assert "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file" in refusal_of(path)
+
+
+def damaged(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    db = open_database(path)
+    for number in range(500):
+        set_meta(db, f"key {number}", "x" * 200)
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    damaged(path, path.stat().st_size - 3 * 4096, b"\xa5" * 8192)
+    detail = refusal_of(path)
+    assert "damaged" in detail or "malformed" in detail
+    assert "it was left as it was; restore a backup" in detail
+
+
+def test_a_truncated_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    open_database(path).close()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "it was left as it was" in refusal_of(path)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_a_wal_beside_a_missing_or_empty_database_is_refused(tmp_path: Path, what: str) -> None:
+    path, wal = tmp_path / "c.db", tmp_path / "c.db-wal"
+    wal.write_bytes(b"precious")
+    if what == "empty":
+        path.touch()
+    assert refusal_of(path) == (
+        f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
+    )
+
+
+def test_an_empty_wal_beside_a_missing_database_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "c.db-wal").touch()
+    open_database(tmp_path / "c.db").close()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/c.db", "/dev/null/c.db"])
+def test_a_folder_that_cannot_be_made_is_told_with_the_setting(place: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        open_database(Path(place))
+    assert "cannot be used" in caught.value.detail and "CHRONOTASK_DATABASE_URL" in caught.value.detail
+
+
+def test_a_folder_in_the_place_of_the_database_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StartupError) as caught:
+        open_database(tmp_path)
+    assert caught.value.detail == f"{tmp_path} is a folder: set CHRONOTASK_DATABASE_URL to a file"
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StartupError, match="must be writable"):
+        open_database(tmp_path / "c.db")
+
+
+@pytest.mark.slow
+def test_a_database_that_another_program_holds_is_told(tmp_path: Path) -> None:
+    open_database(tmp_path / "c.db").close()
+    other = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StartupError, match="locked; another program holds a lock on it"):
+        open_database(tmp_path / "c.db")
+    other.close()
+
+
+# --- Writing and reading ----------------------------------------------------------------------------------------------
+
+
+class Bell:
+    """A monotonic clock that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = Store(tmp_path / "c.db", Bell())
+    yield opened
+    opened.close()
+
+
+async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]) -> list[Any]:
+    """Runs the calls as one batch: they gather while the writer is kept busy. Results, or exceptions."""
+    begun, go = threading.Event(), threading.Event()
+
+    def keep_busy(db: sqlite3.Connection) -> None:
+        begun.set()
+        go.wait(5)
+
+    first = asyncio.ensure_future(store.write(keep_busy))
+    await asyncio.to_thread(begun.wait, 5)
+    jobs = [asyncio.ensure_future(store.write(call)) for call in calls]
+    await asyncio.sleep(0)
+    go.set()
+    await first
+    return await asyncio.gather(*jobs, return_exceptions=True)
+
+
+def put(key: str, value: Any = 1) -> Callable[[sqlite3.Connection], str]:
+    def run(db: sqlite3.Connection) -> str:
+        set_meta(db, key, value)
+        return key
+
+    return run
+
+
+def add(key: str) -> Callable[[sqlite3.Connection], None]:
+    def run(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO meta VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET value = value + 1", (key,))
+
+    return run
+
+
+async def keys_of(store: Store) -> list[str]:
+    rows = await store.read(lambda db: db.execute("SELECT key FROM meta WHERE key LIKE 'k%' ORDER BY 1").fetchall())
+    return [row[0] for row in rows]
+
+
+async def test_what_was_written_is_on_disk_when_the_write_returns(store: Store) -> None:
+    assert await store.write(put("k1", 42)) == "k1"
+    other = sqlite3.connect(store.path)
+    assert other.execute("SELECT value FROM meta WHERE key = 'k1'").fetchone() == (42,)
+    other.close()
+    assert await store.read(lambda db: get_meta(db, "k1")) == 42
+
+
+async def test_writes_that_wait_share_one_transaction(store: Store) -> None:
+    statements: list[str] = []
+    await store.write(lambda db: db.set_trace_callback(statements.append))
+    statements.clear()
+    results = await in_one_batch(store, *(put(f"k{n}") for n in range(9)))
+    assert results == [f"k{n}" for n in range(9)]
+    assert statements.count("COMMIT") == 2  # the one that kept the writer busy, then all nine
+    assert statements.count("BEGIN IMMEDIATE") == 2
+
+
+async def test_a_write_that_breaks_a_constraint_does_no_harm_to_the_others_of_its_batch(store: Store) -> None:
+    def twice(db: sqlite3.Connection) -> None:
+        set_meta(db, "kbad", 1)
+        db.execute("INSERT INTO meta VALUES ('kbad', 2)")
+
+    results = await in_one_batch(store, put("k1"), twice, put("k2"))
+    assert (results[0], results[2]) == ("k1", "k2")
+    assert isinstance(results[1], Unavailable) and "UNIQUE" in str(results[1])
+    assert await keys_of(store) == ["k1", "k2"]
+    assert store.problem() is None
+
+
+async def test_a_write_that_raises_after_a_change_is_undone_alone(store: Store) -> None:
+    def changes_its_mind(db: sqlite3.Connection) -> None:
+        set_meta(db, "kbad", 1)
+        raise Conflict("no")
+
+    results = await in_one_batch(store, put("k1"), changes_its_mind, put("k2"))
+    assert isinstance(results[1], Conflict)
+    assert await keys_of(store) == ["k1", "k2"]
+
+
+async def test_a_write_that_raises_before_a_change_costs_the_batch_nothing(store: Store) -> None:
+    def refuses(db: sqlite3.Connection) -> None:
+        raise Conflict("no")
+
+    statements: list[str] = []
+    await store.write(lambda db: db.set_trace_callback(statements.append))
+    statements.clear()
+    results = await in_one_batch(store, put("k1"), refuses, put("k2"))
+    assert [type(result).__name__ for result in results] == ["str", "Conflict", "str"]
+    assert statements.count("COMMIT") == 2
+
+
+async def test_a_programming_error_in_a_write_reaches_its_caller_only(store: Store) -> None:
+    def wrong(db: sqlite3.Connection) -> None:
+        db.execute("SELECT nonsense FROM nowhere")
+
+    results = await in_one_batch(store, wrong, put("k1"), lambda db: [][1])
+    assert [type(result).__name__ for result in results] == ["Unavailable", "str", "IndexError"]
+    assert await keys_of(store) == ["k1"]
+
+
+async def test_a_caller_that_has_gone_does_no_harm_to_the_others(store: Store) -> None:
+    jobs = [asyncio.ensure_future(store.write(put(f"k{n}"))) for n in range(3)]
+    await asyncio.sleep(0)
+    jobs[1].cancel()
+    await asyncio.wait(jobs)
+    assert [jobs[0].result(), jobs[2].result()] == ["k0", "k2"]
+
+
+async def test_reads_do_not_wait_for_a_write(store: Store) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection) -> None:
+        set_meta(db, "k1", 1)
+        begun.set()
+        go.wait(5)
+
+    job = asyncio.ensure_future(store.write(slow))
+    await asyncio.to_thread(begun.wait, 5)
+    assert await keys_of(store) == []
+    go.set()
+    await job
+    assert await keys_of(store) == ["k1"]
+
+
+async def test_a_reader_cannot_write(store: Store) -> None:
+    with pytest.raises(Unavailable, match="readonly"):
+        await store.read(put("k1"))
+
+
+async def test_a_read_that_fails_does_no_harm_to_others(store: Store) -> None:
+    await store.write(put("k1"))
+    results = await asyncio.gather(
+        *(
+            store.read(lambda db: db.execute("SELECT x FROM nowhere")) if n % 2 else store.read(lambda db: get_meta(db, "k1"))
+            for n in range(8)
+        ),
+        return_exceptions=True,
+    )
+    assert [result for result in results if not isinstance(result, Unavailable)] == [1] * 4
+
+
+async def test_commits_of_other_processes_are_noticed_and_own_ones_are_not(store: Store) -> None:
+    await store.foreign_changes()
+    await store.write(put("k1"))
+    assert await store.foreign_changes() is False
+    a_database(store.path, "INSERT INTO meta VALUES ('k2', 2)")
+    assert await store.foreign_changes() is True
+    assert await store.foreign_changes() is False
+
+
+async def test_only_a_leader_checkpoints(store: Store) -> None:
+    async def pages() -> int:
+        return await store.write(lambda db: int(db.execute("PRAGMA wal_autocheckpoint").fetchone()[0]))
+
+    assert await pages() == 0
+    await store.set_leading(True)
+    assert await pages() == 1000
+    await store.set_leading(False)
+    assert await pages() == 0
+
+
+async def test_a_write_that_does_not_come_back_is_told(tmp_path: Path) -> None:
+    bell = Bell()
+    store = Store(tmp_path / "c.db", bell)
+    begun, go = threading.Event(), threading.Event()
+
+    def hangs(db: sqlite3.Connection) -> None:
+        begun.set()
+        go.wait(5)
+
+    job = asyncio.ensure_future(store.write(hangs))
+    await asyncio.to_thread(begun.wait, 5)
+    assert store.problem() is None
+    bell.now = 12
+    assert store.problem() == "a write to the database has not come back for 12 s"
+    go.set()
+    await job
+    assert store.problem() is None
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_writer_that_has_died_is_told(store: Store) -> None:
+    def dies(db: sqlite3.Connection) -> None:
+        raise SystemExit
+
+    job = asyncio.ensure_future(store.write(dies))
+    async with asyncio.timeout(5):
+        while store.problem() is None:
+            await asyncio.sleep(0.001)
+    assert store.problem() == "the database writer has died"
+    job.cancel()
+
+
+# --- Faults of the disk -----------------------------------------------------------------------------------------------
+
+
+async def set_room(store: Store, pages: int) -> None:
+    """The database may have so many pages more than now."""
+
+    def limit(db: sqlite3.Connection) -> None:
+        now = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count={now + pages}").fetchone()
+
+    await store.write(limit)
+
+
+async def test_a_full_database_fails_writes_but_not_reads_and_loses_nothing(store: Store) -> None:
+    await store.write(put("k1"))
+    await set_room(store, 1)
+    with pytest.raises(Unavailable, match="full"):
+        await store.write(put("kbig", "x" * 100_000))
+    assert "full" in str(store.problem())
+    assert await keys_of(store) == ["k1"]
+    await set_room(store, 1000)
+    assert await store.foreign_changes() in (True, False)  # tries a real write after a failure
+    assert store.problem() is None
+    await store.write(put("kbig", "x" * 100_000))
+    assert await keys_of(store) == ["k1", "kbig"]
+
+
+async def test_in_a_full_database_small_writes_of_the_same_batch_still_succeed(store: Store) -> None:
+    await set_room(store, 1)
+    results = await in_one_batch(store, add("k1"), put("kbig", "x" * 100_000), add("k2"))
+    assert [type(result).__name__ for result in results] == ["NoneType", "Unavailable", "NoneType"]
+    rows = await store.read(lambda db: db.execute("SELECT key, value FROM meta WHERE key LIKE 'k%' ORDER BY 1").fetchall())
+    assert rows == [("k1", 1), ("k2", 1)]  # each ran exactly once, though the batch was rolled back in its middle
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 1 MiB, if this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root, to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_full_disk_is_told_and_recovers_by_itself(tiny_disk: Path) -> None:
+    store = Store(tiny_disk / "c.db", Bell())
+    await store.write(put("k1"))
+    (tiny_disk / "ballast").write_bytes(b"x" * 600_000)
+    accepted, failed = [], 0
+    for number in range(60):
+        try:
+            accepted.append(await store.write(put(f"k{number:02}", "x" * 10_000)))
+        except Unavailable:
+            failed += 1
+    assert accepted and failed
+    assert "full" in str(store.problem()) or "disk" in str(store.problem())
+    assert set(accepted) <= set(await keys_of(store))
+    (tiny_disk / "ballast").unlink()
+    await store.foreign_changes()
+    assert store.problem() is None
+    assert await store.write(put("kend")) == "kend"
+    assert set(accepted) <= set(await keys_of(store))
+    store.close()
+
+
+async def test_a_table_that_was_damaged_while_open_fails_its_own_queries(store: Store) -> None:
+    await store.write(lambda db: db.execute("CREATE TABLE extra (x)"))
+    a_database(store.path, "DROP TABLE extra")
+    with pytest.raises(Unavailable, match="no such table"):
+        await store.write(lambda db: db.execute("INSERT INTO extra VALUES (1)"))
+    await store.write(put("k1"))
+    assert store.problem() is None
+
+
+async def test_closing_finishes_what_waits(tmp_path: Path) -> None:
+    store = Store(tmp_path / "c.db", Bell())
+    jobs = [asyncio.ensure_future(store.write(put(f"k{n}"))) for n in range(20)]
+    await asyncio.sleep(0)
+    store.close()
+    assert await asyncio.gather(*jobs) == [f"k{n}" for n in range(20)]
+    db = sqlite3.connect(tmp_path / "c.db")
+    assert db.execute("SELECT count(*) FROM meta WHERE key LIKE 'k%'").fetchone() == (20,)
+    db.close()
+
+
+async def test_closing_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
+    store = Store(tmp_path / "c.db", Bell())
+    await store.set_leading(True)
+    await store.write(put("k1", "precious"))
+    await keys_of(store)
+    store.close()
+    assert list(bytes_of(tmp_path)) == ["c.db"]
+    assert b"precious" in (tmp_path / "c.db").read_bytes()
+
+
+async def test_closing_is_quick(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    for number in range(5):
+        store = Store(tmp_path / f"{number}.db", Bell())
+        begun = loop.time()
+        store.close()
+        assert loop.time() - begun < 2
+
+
+# --- Backup -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_backup_holds_all_that_was_committed_in_one_file(store: Store, tmp_path: Path) -> None:
+    for number in range(50):
+        await store.write(put(f"k{number:02}"))
+    backup(store.path, tmp_path / "copy.db")
+    copy = sqlite3.connect(f"file:{tmp_path}/copy.db?immutable=1", uri=True)
+    assert copy.execute("SELECT count(*) FROM meta WHERE key LIKE 'k%'").fetchone() == (50,)
+    assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    copy.close()
+    open_database(tmp_path / "copy.db").close()
+
+
+async def test_a_backup_is_consistent_while_writes_go_on(store: Store, tmp_path: Path) -> None:
+    def both(number: int) -> Callable[[sqlite3.Connection], None]:
+        def run(db: sqlite3.Connection) -> None:
+            set_meta(db, "ka", number)
+            set_meta(db, "kb", number)
+
+        return run
+
+    await store.write(both(0))
+    copying = asyncio.ensure_future(asyncio.to_thread(backup, store.path, tmp_path / "copy.db"))
+    number = 0
+    while not copying.done():
+        number += 1
+        await store.write(both(number))
+    await copying
+    copy = sqlite3.connect(tmp_path / "copy.db")
+    assert len(set(copy.execute("SELECT value FROM meta WHERE key LIKE 'k%'").fetchall())) == 1
+    copy.close()
+
+
+async def test_a_backup_replaces_the_one_before_at_once(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_text("an older one")
+    backup(store.path, tmp_path / "copy.db")
+    assert (tmp_path / "copy.db").read_bytes().startswith(b"SQLite format 3\0")
+
+
+def test_a_backup_that_fails_leaves_the_target_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "c.db").write_text("no database at all")
+    (tmp_path / "copy.db").write_text("an older one")
+    with pytest.raises(Unavailable, match=r"the backup of .* failed: file is not a database"):
+        backup(tmp_path / "c.db", tmp_path / "copy.db")
+    assert bytes_of(tmp_path) == {"c.db": b"no database at all", "copy.db": b"an older one"}
+
+
+# --- Locks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert (first.acquire(), second.acquire(), first.held(), second.held()) == (True, False, True, False)
+    assert first.acquire() is True
+    first.release()
+    assert (first.held(), second.acquire()) == (False, True)
+    second.release()
+
+
+def test_shared_locks_exclude_only_an_exclusive_one(tmp_path: Path) -> None:
+    first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
+    assert (first.acquire(shared=True), second.acquire(shared=True), third.acquire()) == (True, True, False)
+    first.release()
+    assert third.acquire() is False
+    second.release()
+    assert third.acquire() is True
+    third.release()
+
+
+def test_a_lock_on_a_file_that_was_replaced_is_not_held(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    lock.acquire()
+    (tmp_path / "lock").unlink()
+    assert lock.held() is False
+    (tmp_path / "lock").touch()
+    assert lock.held() is False
+    other = FileLock(tmp_path / "lock")
+    assert other.acquire() is True
+    lock.release()
+    other.release()
+
+
+def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
+    lock, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    lock.acquire()
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    lock.release()
+    free = other.acquire()
+    child.kill()
+    child.wait()
+    other.release()
+    assert free is True
+
+
+def test_working_locks_are_recognised_and_leave_nothing_behind(tmp_path: Path) -> None:
+    assert locks_work(tmp_path / "c.db") is True
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_takes_no_lock_file_is_told() -> None:
+    with pytest.raises(OSError, match="No such file or directory"):
+        locks_work(Path("/proc/c.db"))
+
+
+# ======================================================================================================================
+# 7. Executors
+# ======================================================================================================================
+
+
+PATH = os.environ.get("PATH", os.defpath)
+RUN_ID = "0b9f3c1e-5a51-4f0e-9a57-6f2d1c3b4a50"
+ATTEMPT = Attempt(7, "näme", 8, 9, 1_700_000_000_250_000, 2, RUN_ID, "11111111-2222-3333-4444-555555555555")
+
+
+async def bash(
+    command: str,
+    *,
+    settings: Settings | None = None,
+    environ: dict[str, str] | None = None,
+    live: LiveOutput | None = None,
+    attempt: Attempt = ATTEMPT,
+    **config: Any,
+) -> Outcome:
+    settings = settings or Settings()
+    live = live or LiveOutput(settings.output_limit)
+    return await run_bash({"command": command, **config}, attempt, settings, environ or {"PATH": PATH}, live)
+
+
+def out(outcome: Outcome) -> str:
+    assert outcome.output is not None
+    return str(outcome.output["stdout"])
+
+
+def of_run(run_id: str) -> list[int]:
+    """The living processes that carry this CHRONOTASK_RUN_ID."""
+    wanted, found = f"CHRONOTASK_RUN_ID={run_id}".encode(), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+# ---- Output
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 64, 5000])
+def test_the_clipper_keeps_the_first_quarter_and_the_last_three_quarters(step: int) -> None:
+    data = b"".join(b"%04d\n" % number for number in range(1000))
+    clipper = Clipper(100)
+    for start in range(0, len(data), step):
+        clipper.feed(data[start : start + step])
+    assert clipper.total == 5000
+    assert clipper.truncated
+    assert clipper.text() == (
+        "0000\n0001\n0002\n0003\n0004\n\n[… 4900 bytes left out …]\n" + "".join(f"{number:04d}\n" for number in range(985, 1000))
+    )
+
+
+def test_output_of_exactly_the_limit_is_not_clipped() -> None:
+    clipper = Clipper(8)
+    clipper.feed(b"12345678")
+    assert (clipper.truncated, clipper.text()) == (False, "12345678")
+    clipper.feed(b"9")
+    assert (clipper.truncated, clipper.text()) == (True, "12\n[… 1 bytes left out …]\n456789")
+
+
+def test_binary_output_is_decoded_with_replacement() -> None:
+    clipper = Clipper(100)
+    clipper.feed("é".encode()[:1])
+    clipper.feed("é".encode()[1:] + b"\xff\0")
+    assert clipper.text() == "é\ufffd\0"
+
+
+@pytest.mark.parametrize("charset", ["idna", "punycode", "unicode_escape", "utf-7", "base64", "rot13", "no-such"])
+def test_odd_character_sets_are_read_as_utf_8(charset: str) -> None:
+    clipper = Clipper(100)
+    clipper.feed(b"\\ud800 +2AA- caf\xc3\xa9")
+    assert clipper.text(charset) == "\\ud800 +2AA- café"
+
+
+def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
+    clipper, chunk = Clipper(65536), b"x" * 65536
+    for _ in range(16384):
+        clipper.feed(chunk)
+    assert clipper.total == 1 << 30
+    assert len(clipper.text()) == 65536 + len("\n[… 1073676288 bytes left out …]\n")
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 1000])
+def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
+    masker = SecretMasker(["hunter2!", "hunter2!more", "er2!xyz"])
+    data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
+    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.finish()
+    assert shown == b"a ******** b ******** c ********xyz hunter2 ********mor"
+
+
+def test_a_secret_is_found_in_its_encoded_forms() -> None:
+    secret = 'pä"ss/ word'
+    text = " ".join(
+        [secret, json.dumps(secret), "p%C3%A4%22ss%2F%20word", "p%C3%A4%22ss%2F+word", base64.b64encode(secret.encode()).decode()]
+    )
+    assert SecretMasker([secret]).mask(text.encode()).decode() == f'{MASK} "{MASK}" {MASK} {MASK} {MASK}'
+
+
+def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
+    masker = SecretMasker(["secret-value"])
+    assert masker.feed(b"progress 1\n") == b"progress 1\n"
+    assert masker.feed(b"is it sec") == b"is it "
+    assert masker.feed(b"ond?") == b"second?"
+
+
+def test_an_output_full_of_beginnings_of_a_secret_is_masked_in_linear_time() -> None:
+    masker = SecretMasker(["a" * 5000 + "b"])
+    fed = sum(len(masker.feed(b"a" * 65536)) for _ in range(20))
+    assert fed + len(masker.finish()) == 20 * 65536
+
+
+def test_followers_see_masked_output_as_it_comes() -> None:
+    live, seen = LiveOutput(100), []
+    live.begin(("stdout", "stderr"), ["secret-value", "short"])
+
+    def follower(stream: str, data: bytes) -> None:
+        seen.append((stream, data))
+
+    live.subscribe(follower)
+    live.feed("stdout", b"one secret-")
+    live.feed("stderr", b"short")
+    live.feed("stdout", b"value two")
+    assert live.snapshot() == {
+        "stdout": "one ******** two",
+        "stderr": "short",
+        "stdout_bytes": 20,
+        "stderr_bytes": 5,
+        "truncated": False,
+    }
+    live.close()
+    live.unsubscribe(follower)
+    assert seen == [("stdout", b"one "), ("stderr", b"short"), ("stdout", b"******** two"), ("", b"")]
+
+
+# ---- Secrets
+
+
+def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("from-file\n")
+    environ = {"CHRONOTASK_SECRET_A": "value-a/b?c"}
+    config = {
+        "url": "http://u:${env:CHRONOTASK_SECRET_A}@a/${env:CHRONOTASK_SECRET_A}?q=${env:CHRONOTASK_SECRET_A}",
+        "headers": {"X": "k ${file:token}"},
+        "params": {"p": ["${env:CHRONOTASK_SECRET_A}", 1]},
+        "body": {"a": [{"b": f"${{file:{tmp_path}/token}}"}]},
+        "auth": {"username": "u", "password": "${file:token}"},
+        "method": "POST",
+    }
+    resolved, secrets = resolve_secrets("http", config, environ, tmp_path)
+    assert resolved == {
+        "url": "http://u:value-a%2Fb%3Fc@a/value-a/b%3Fc?q=value-a/b%3Fc",
+        "headers": {"X": "k from-file"},
+        "params": {"p": ["value-a/b?c", 1]},
+        "body": {"a": [{"b": "from-file"}]},
+        "auth": {"username": "u", "password": "from-file"},
+        "method": "POST",
+    }
+    assert set(secrets) == {"value-a/b?c", "from-file"}
+
+
+def test_a_whole_url_or_host_may_be_a_secret() -> None:
+    environ = {"CHRONOTASK_SECRET_URL": "https://a.example:1/x?y=1", "CHRONOTASK_SECRET_HOST": "a.example:1"}
+    for url, resolved in [
+        ("${env:CHRONOTASK_SECRET_URL}", "https://a.example:1/x?y=1"),
+        ("https://${env:CHRONOTASK_SECRET_HOST}/x", "https://a.example:1/x"),
+    ]:
+        assert resolve_secrets("http", {"url": url}, environ, Path("/nonexistent"))[0] == {"url": resolved}
+
+
+def test_only_env_of_a_bash_task_is_resolved() -> None:
+    config = {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "${env:CHRONOTASK_SECRET_A}"}}
+    resolved, _ = resolve_secrets("bash", config, {"CHRONOTASK_SECRET_A": "value"}, Path("/nonexistent"))
+    assert resolved == {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "value"}}
+
+
+def secret_files(folder: Path) -> Path:
+    secrets = folder / "secrets"
+    (secrets / "sub").mkdir(parents=True)
+    (folder / "outside").write_text("hidden-content")
+    (secrets / "big").write_bytes(b"x" * 65537)
+    (secrets / "binary").write_bytes(b"\xff\xfe-hidden-content")
+    (secrets / "link").symlink_to("../outside")
+    (secrets / "loop").symlink_to("loop")
+    (secrets / "folder").symlink_to("..")
+    os.mkfifo(secrets / "pipe")
+    return secrets
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("${env:HOME}", "only variables named CHRONOTASK_SECRET_… may be read"),
+        ("${env:CHRONOTASK_API_TOKEN}", "only variables named CHRONOTASK_SECRET_… may be read"),
+        ("${env:CHRONOTASK_SECRET_NO}", "the service has no such variable"),
+        ("${file:missing}", "cannot be read (no such file or directory)"),
+        ("${file:../outside}", "only files below"),
+        ("${file:sub/../../outside}", "only files below"),
+        ("${file:/etc/passwd}", "only files below"),
+        ("${file:link}", "only files below"),
+        ("${file:folder/outside}", "only files below"),
+        ("${file:loop}", "cannot be read"),
+        ("${file:.}", "cannot be read (is a directory)"),
+        ("${file:sub}", "cannot be read (is a directory)"),
+        ("${file:pipe}", "is not a regular file"),
+        ("${file:big}", "is larger than 65536 bytes"),
+        ("${file:binary}", "is not UTF-8 text"),
+        ("${file:a\0b}", "cannot be read"),
+    ],
+)
+async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path: Path, reference: str, reason: str) -> None:
+    environ = {"PATH": PATH, "CHRONOTASK_API_TOKEN": "hidden-content"}
+    outcome = await bash("true", settings=Settings(secrets_dir=secret_files(tmp_path)), environ=environ, env={"A": reference})
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert reason in str(outcome.error_message)
+    assert "hidden-content" not in str(outcome.error_message)
+
+
+def test_kubernetes_style_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..2026" / "token").write_text("inside")
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "token").symlink_to("..data/token")
+    assert resolve_secrets("bash", {"env": {"A": "${file:token}"}}, {}, tmp_path)[0] == {"env": {"A": "inside"}}
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\0b"])
+def test_a_secret_cannot_inject_headers(value: str) -> None:
+    config = {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_SECRET_A}"}}
+    with pytest.raises(ChronoTaskError, match=r"^config\.headers\.X: the secret holds a line break or control character$"):
+        resolve_secrets("http", config, {"CHRONOTASK_SECRET_A": value}, Path("/nonexistent"))
+
+
+@pytest.mark.slow
+async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
+    outcome = await bash(
+        'echo "one $A two"; printf value-; sleep 0.05; printf "of-a"; echo "$A" >&2; exit 3',
+        environ={"PATH": PATH, "CHRONOTASK_SECRET_A": "value-of-a"},
+        env={"A": "${env:CHRONOTASK_SECRET_A}"},
+    )
+    assert outcome.output is not None
+    assert (outcome.output["stdout"], outcome.output["stderr"]) == ("one ******** two\n********", "********\n")
+    assert outcome.error_message == "exit status 3: ********"
+
+
+# ---- bash
+
+
+@pytest.mark.slow
+async def test_a_command_succeeds_with_exit_status_0() -> None:
+    outcome = await bash("echo hi; echo oops >&2")
+    assert outcome == Outcome(
+        "succeeded",
+        output={
+            "exit_code": 0,
+            "signal": None,
+            "stdout": "hi\n",
+            "stderr": "oops\n",
+            "stdout_bytes": 3,
+            "stderr_bytes": 5,
+            "truncated": False,
+        },
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message", "retryable"),
+    [
+        ("exit 3", "exit status 3", True),
+        ("echo first >&2; echo 'last \x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
+        ("printf 'a\\033[31mb\\n' >&2; exit 1", "exit status 1: a [31mb", True),
+        ("kill -KILL $$", "was killed by SIGKILL", True),
+        ("exit 126", "exit status 126", False),
+        ("exit 127", "exit status 127", False),
+    ],
+)
+async def test_other_ends_are_failures(command: str, message: str, retryable: bool) -> None:
+    outcome = await bash(command.replace("\x1b", "\\x1b"))
+    assert (outcome.status, outcome.error_message, outcome.retryable) == ("failed", message, retryable)
+
+
+@pytest.mark.slow
+async def test_a_killed_command_has_a_signal_and_no_exit_code() -> None:
+    outcome = await bash("echo before; kill -TERM $$")
+    assert outcome.output is not None
+    assert (outcome.output["exit_code"], outcome.output["signal"], outcome.output["stdout"]) == (None, "SIGTERM", "before\n")
+
+
+@pytest.mark.slow
+async def test_args_are_never_parsed_by_the_shell(tmp_path: Path) -> None:
+    words = ["a b", "$HOME", "`id`", "$(id)", ";", "&&", "|", ">", "*", "~", "'", '"', "\\", "", "-n", "é\n2"]
+    outcome = await bash("printf '<%s>'", args=words, working_dir=str(tmp_path))
+    assert out(outcome) == "".join(f"<{word}>" for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+async def test_the_environment_is_the_services_without_its_own_variables_plus_the_attempts() -> None:
+    environ = {"PATH": PATH, "KEPT": "1", "CHANGED": "old", "CHRONOTASK_API_TOKEN": "x", "CHRONOTASK_SECRET_A": "y"}
+    outcome = await bash("env", environ=environ, env={"CHANGED": "new", "ADDED": "ü"})
+    found = dict(line.split("=", 1) for line in out(outcome).splitlines())
+    for shell_variable in ("PWD", "SHLVL", "_", "OLDPWD"):
+        found.pop(shell_variable, None)
+    assert found == {
+        "PATH": PATH,
+        "KEPT": "1",
+        "CHANGED": "new",
+        "ADDED": "ü",
+        "CHRONOTASK_TASK_ID": "7",
+        "CHRONOTASK_TASK_NAME": "näme",
+        "CHRONOTASK_EXECUTION_ID": "8",
+        "CHRONOTASK_SCHEDULE_ID": "9",
+        "CHRONOTASK_SCHEDULED_FOR": "2023-11-14T22:13:20.250000Z",
+        "CHRONOTASK_ATTEMPT": "2",
+        "CHRONOTASK_RUN_ID": RUN_ID,
+    }
+
+
+@pytest.mark.slow
+async def test_a_manual_run_has_no_slot_in_its_environment() -> None:
+    manual = Attempt(7, "t", 8, None, None, 1, RUN_ID, "k")
+    assert "CHRONOTASK_SCHEDULE" not in out(await bash("env", attempt=manual))
+
+
+@pytest.mark.slow
+async def test_stdin_is_dev_null_and_the_process_leads_its_session_and_group() -> None:
+    outcome = await bash("readlink /proc/self/fd/0; read -r x; echo $?; ps -o pid=,pgid=,sid= -p $$ | xargs; echo $$")
+    null, read, ids, pid = out(outcome).splitlines()
+    assert (null, read, ids) == ("/dev/null", "1", f"{pid} {pid} {pid}")
+
+
+@pytest.mark.slow
+async def test_a_child_inherits_no_descriptor(tmp_path: Path) -> None:
+    with open(tmp_path / "database", "wb"), socket.create_server(("127.0.0.1", 0)):
+        assert out(await bash("ls -l /proc/$$/fd | grep -c -e database -e socket:")) == "0\n"
+
+
+@pytest.mark.slow
+async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
+    live = LiveOutput(1000)
+    outcome = await run_bash({"command": "umask"}, ATTEMPT, Settings(), {"PATH": PATH}, live, 0o027)
+    assert out(outcome) == "0027\n"
+
+
+@pytest.mark.slow
+async def test_a_task_cannot_replace_the_shell_by_its_path(tmp_path: Path) -> None:
+    planted = tmp_path / "bash"
+    planted.write_text("#!/bin/sh\necho planted\n")
+    planted.chmod(0o755)
+    assert out(await bash("echo real", env={"PATH": str(tmp_path)}, working_dir=str(tmp_path))) == "real\n"
+
+
+@pytest.mark.slow
+async def test_a_missing_working_dir_is_final_and_named() -> None:
+    outcome = await bash("true", working_dir="/nonexistent")
+    assert outcome == Outcome("failed", "working_dir '/nonexistent': no such file or directory")
+
+
+@pytest.mark.slow
+async def test_a_command_that_lies_in_the_working_dir_is_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "backup.sh").write_text("true")
+    outcome = await bash("backup.sh --full", working_dir=str(tmp_path))
+    assert outcome.retryable is False
+    assert str(outcome.error_message).endswith("command not found; the file is in the working directory: use ./backup.sh")
+
+
+@pytest.mark.slow
+async def test_a_missing_bash_is_said() -> None:
+    outcome = await bash("true", environ={"PATH": "/nonexistent"})
+    assert outcome == Outcome("failed", "the command 'bash' was not found on the service's PATH")
+
+
+@pytest.mark.slow
+async def test_a_timeout_ends_the_whole_group_and_keeps_the_output() -> None:
+    outcome = await bash("echo before; sleep 60 & sleep 60", timeout=0.2)
+    assert (outcome.status, outcome.error_message, outcome.retryable) == ("timed_out", "was still running after 0.2 s", True)
+    assert outcome.output is not None
+    assert (outcome.output["stdout"], outcome.output["signal"]) == ("before\n", "SIGTERM")
+    assert of_run(RUN_ID) == []
+
+
+@pytest.mark.slow
+async def test_a_command_may_end_itself_on_sigterm() -> None:
+    outcome = await bash("trap 'echo bye; exit 0' TERM; sleep 60 & wait", timeout=0.2)
+    assert outcome.status == "timed_out"
+    assert out(outcome) == "bye\n"
+
+
+@pytest.mark.slow
+async def test_a_command_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
+    outcome = await bash("trap '' TERM; echo deaf; while :; do sleep 60; done", timeout=0.2)
+    assert outcome.output is not None
+    assert (outcome.output["stdout"], outcome.output["signal"]) == ("deaf\n", "SIGKILL")
+    assert of_run(RUN_ID) == []
+
+
+@pytest.mark.slow
+async def test_a_member_of_the_group_that_ignores_sigterm_is_killed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
+    outcome = await bash("(trap '' TERM; exec sleep 60) & exec sleep 60", timeout=0.2)
+    assert outcome.status == "timed_out"
+    assert of_run(RUN_ID) == []
+
+
+@pytest.mark.slow
+async def test_a_daemon_that_left_the_group_is_swept_at_a_timeout() -> None:
+    outcome = await bash("setsid sleep 60 & setsid setsid sleep 60 & sleep 60", timeout=0.2)
+    assert outcome.status == "timed_out"
+    assert of_run(RUN_ID) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reason", "retryable"), [("cancelled", False), ("interrupted", True)])
+async def test_an_attempt_is_stopped_from_outside(reason: str, retryable: bool) -> None:
+    live = LiveOutput(1000)
+    running = asyncio.ensure_future(bash("echo begun; setsid sleep 60 & sleep 60", live=live))
+    begun = asyncio.get_running_loop().create_future()
+    live.subscribe(lambda stream, data: None if begun.done() else begun.set_result(data))
+    await begun
+    live.stop(reason)
+    live.stop("cancelled")
+    outcome = await running
+    assert (outcome.status, outcome.retryable, out(outcome)) == (reason, retryable, "begun\n")
+    assert of_run(RUN_ID) == []
+
+
+async def test_an_attempt_that_was_stopped_before_it_began_starts_nothing(tmp_path: Path) -> None:
+    live = LiveOutput(1000)
+    live.stop("cancelled")
+    outcome = await bash(f"touch {tmp_path}/marker", live=live)
+    assert outcome == Outcome("cancelled", "cancelled")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+async def test_a_cancelled_job_kills_everything_at_once() -> None:
+    live = LiveOutput(1000)
+    running = asyncio.ensure_future(bash("trap '' TERM; echo begun; setsid sleep 60 & sleep 60", live=live))
+    begun = asyncio.get_running_loop().create_future()
+    live.subscribe(lambda stream, data: None if begun.done() else begun.set_result(data))
+    await begun
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert of_run(RUN_ID) == []
+
+
+@pytest.mark.slow
+async def test_a_background_child_that_holds_the_pipes_does_not_keep_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.1)
+    outcome = await bash("sleep 60 & echo done")
+    assert (outcome.status, out(outcome)) == ("succeeded", "done\n")
+    left = of_run(RUN_ID)
+    assert len(left) == 1  # as with cron, it goes on
+    assert kill_leftovers({RUN_ID}) == 1
+
+
+@pytest.mark.slow
+async def test_many_at_once_are_all_run_and_reaped() -> None:
+    outcomes = await asyncio.gather(*(bash(f"echo {number}; exit {number % 2}") for number in range(100)))
+    assert [out(outcome) for outcome in outcomes] == [f"{number}\n" for number in range(100)]
+    assert {outcome.status for outcome in outcomes[::2]} == {"succeeded"}
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.slow
+async def test_without_pidfd_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    assert (await bash("exit 3")).error_message == "exit status 3"
+    assert (await bash("sleep 60", timeout=0.1)).status == "timed_out"
+
+
+@pytest.mark.slow
+async def test_a_gigabyte_of_output_stays_in_bounded_memory() -> None:
+    code = """
+import asyncio, os, resource
+from chronotask import Attempt, LiveOutput, Settings, run_bash
+async def main():
+    attempt = Attempt(1, "t", 1, None, None, 1, "4b9f3c1e-run", "k")
+    config = {"command": "head -c 1000000000 /dev/zero", "timeout": 300}
+    return await run_bash(config, attempt, Settings(), dict(os.environ), LiveOutput(65536))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+outcome = asyncio.run(main())
+print(outcome.status, outcome.output["stdout_bytes"], outcome.output["truncated"], len(outcome.output["stdout"]) < 66000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    environ = os.environ | {"PYTHONPATH": str(Path(chronotask.__file__).parent)}
+    text = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout
+    first, grown = text.splitlines()
+    assert first == "succeeded 1000000000 True True"
+    assert int(grown) < 16384  # KiB
+
+
+@pytest.mark.slow
+async def test_endless_output_without_newline_leaves_the_loop_responsive() -> None:
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(bash("cat /dev/zero", timeout=1))
+    turns = 0
+    while not running.done():
+        await asyncio.sleep(0)
+        turns += 1
+    outcome = await running
+    assert outcome.status == "timed_out"
+    assert outcome.output is not None
+    assert outcome.output["truncated"]
+    assert turns > 200
+    assert loop.is_running()
+
+
+@pytest.mark.slow
+async def test_leftovers_of_other_runs_are_not_touched() -> None:
+    other = subprocess.Popen(["sleep", "60"], env={"PATH": PATH, "CHRONOTASK_RUN_ID": RUN_ID + "-other"})
+    mine = subprocess.Popen(["sleep", "60"], env={"PATH": PATH, "CHRONOTASK_RUN_ID": RUN_ID})
+    try:
+        assert kill_leftovers({RUN_ID, "another"}) == 1
+        assert mine.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+async def test_kill_leftovers_never_kills_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kill_leftovers({"no-such-run"}) == 0
+
+
+# ---- The list of allowed commands
+
+LISTED = Settings(allowed_bash_commands=("echo", "ls", "cat"), allowed_bash_env=("LANG", "LD_PRELOAD", "PATH", "PYTHONPATH"))
+
+# Each: a name, the configuration, and what may come of it: "refused", or the exact output of the harmless command.
+# {marker} is a file that must never appear, {planted} a folder of programs that would make it.
+ATTACKS: list[tuple[str, dict[str, Any], str]] = [
+    ("another command", {"command": "touch {marker}"}, "refused"),
+    ("semicolon", {"command": "echo a; touch {marker}"}, "a; touch {marker}\n"),
+    ("semicolon without blanks", {"command": "echo a;touch {marker}"}, "a;touch {marker}\n"),
+    ("semicolon first", {"command": "; touch {marker}"}, "refused"),
+    ("pipe", {"command": "echo a | tee {marker}"}, "a | tee {marker}\n"),
+    ("and", {"command": "echo a && touch {marker}"}, "a && touch {marker}\n"),
+    ("or", {"command": "echo a || touch {marker}"}, "a || touch {marker}\n"),
+    ("background", {"command": "echo a & touch {marker}"}, "a & touch {marker}\n"),
+    ("newline", {"command": "echo a\ntouch {marker}"}, "refused"),
+    ("carriage return", {"command": "echo a\rtouch {marker}"}, "refused"),
+    ("line separator", {"command": "echo a\u2028touch {marker}"}, "refused"),
+    ("vertical tab", {"command": "echo\x0btouch {marker}"}, "refused"),
+    ("tab", {"command": "echo\ta"}, "refused"),
+    ("escape character", {"command": "echo \x1b[2J"}, "refused"),
+    ("next line control", {"command": "echo a\x85touch {marker}"}, "refused"),
+    ("newline in args", {"command": "echo", "args": ["a\ntouch {marker}"]}, "refused"),
+    ("NUL in args", {"command": "echo", "args": ["a\0touch {marker}"]}, "refused"),
+    ("command substitution", {"command": "echo $(touch {marker})"}, "$(touch {marker})\n"),
+    ("quoted substitution", {"command": 'echo "$(touch {marker})"'}, "$(touch {marker})\n"),
+    ("backticks", {"command": "echo `touch {marker}`"}, "`touch {marker}`\n"),
+    ("process substitution", {"command": "cat <(touch {marker})"}, "cat: "),
+    ("substitution as command", {"command": "$(echo touch) {marker}"}, "refused"),
+    ("backticks as command", {"command": "`echo touch` {marker}"}, "refused"),
+    ("IFS", {"command": "echo$IFS{marker}"}, "refused"),
+    ("braced IFS", {"command": "touch${IFS}{marker}"}, "refused"),
+    ("brace expansion", {"command": "{touch,{marker}}"}, "refused"),
+    ("variable as command", {"command": "$SHELL -c 'touch {marker}'"}, "refused"),
+    ("positional variable", {"command": "echo $0"}, "$0\n"),
+    ("arithmetic", {"command": "echo $((1+1))"}, "$((1+1))\n"),
+    ("history expansion", {"command": "echo !!"}, "!!\n"),
+    ("redirection out", {"command": "echo a > {marker}"}, "a > {marker}\n"),
+    ("redirection without blank", {"command": "echo a >{marker}"}, "a >{marker}\n"),
+    ("redirection first", {"command": ">{marker} echo a"}, "refused"),
+    ("here string", {"command": "cat <<< {marker}"}, "cat: "),
+    ("file descriptor", {"command": "echo a 3>{marker}"}, "a 3>{marker}\n"),
+    ("quotes inside the word", {"command": "e''cho a"}, "a\n"),
+    ("backslash inside the word", {"command": "e\\cho a"}, "a\n"),
+    ("quoted word with arguments", {"command": "'echo a; touch {marker}'"}, "refused"),
+    ("open quote", {"command": "echo 'a"}, "refused"),
+    ("trailing backslash", {"command": "echo a\\"}, "refused"),
+    ("ANSI-C quoting", {"command": "$'touch' {marker}"}, "refused"),
+    ("comment", {"command": "echo a # touch {marker}"}, "a # touch {marker}\n"),
+    ("empty command", {"command": "''"}, "refused"),
+    ("only blanks", {"command": "   "}, "refused"),
+    ("empty first word", {"command": "'' echo"}, "refused"),
+    ("assignment first", {"command": "PATH={planted} echo a"}, "refused"),
+    ("env as command", {"command": "env PATH={planted} echo"}, "refused"),
+    ("command builtin", {"command": "command touch {marker}"}, "refused"),
+    ("exec builtin", {"command": "exec touch {marker}"}, "refused"),
+    ("bash as command", {"command": "bash -c 'touch {marker}'"}, "refused"),
+    ("busybox as command", {"command": "busybox touch {marker}"}, "refused"),
+    ("absolute path", {"command": "/bin/echo a"}, "refused"),
+    ("relative path", {"command": "./echo a"}, "refused"),
+    ("parent path", {"command": "../planted/echo a"}, "refused"),
+    ("double slash", {"command": "//bin/echo a"}, "refused"),
+    ("planted path", {"command": "{planted}/echo a"}, "refused"),
+    ("upper case", {"command": "ECHO a"}, "refused"),
+    ("cyrillic e", {"command": "\u0435cho a"}, "refused"),
+    ("full width letters", {"command": "\uff45\uff43\uff48\uff4f a"}, "refused"),
+    ("zero width space", {"command": "echo\u200b a"}, "refused"),
+    ("no-break space", {"command": "echo\u00a0a"}, "refused"),
+    ("combining accent", {"command": "echo\u0301 a"}, "refused"),
+    ("prefix of an entry", {"command": "ech a"}, "refused"),
+    ("entry with suffix", {"command": "echo.exe a"}, "refused"),
+    ("list as command", {"command": "echo,ls a"}, "refused"),
+    ("planted in the working directory", {"command": "echo a", "working_dir": "{planted}"}, "a\n"),
+    ("option of the list", {"command": "ls -d /"}, "/\n"),
+    ("PATH by env", {"command": "echo a", "env": {"PATH": "{planted}"}}, "refused"),
+    ("LD_PRELOAD", {"command": "echo a", "env": {"LD_PRELOAD": "{planted}/x.so"}}, "refused"),
+    ("LD_AUDIT", {"command": "echo a", "env": {"LD_AUDIT": "{planted}/x.so"}}, "refused"),
+    ("LD_LIBRARY_PATH", {"command": "echo a", "env": {"LD_LIBRARY_PATH": "{planted}"}}, "refused"),
+    ("GCONV_PATH", {"command": "echo a", "env": {"GCONV_PATH": "{planted}"}}, "refused"),
+    ("GLIBC_TUNABLES", {"command": "echo a", "env": {"GLIBC_TUNABLES": "x"}}, "refused"),
+    ("BASH_ENV", {"command": "echo a", "env": {"BASH_ENV": "{planted}/rc"}}, "refused"),
+    ("ENV", {"command": "echo a", "env": {"ENV": "{planted}/rc"}}, "refused"),
+    ("exported function", {"command": "echo a", "env": {"BASH_FUNC_echo%%": "() {{ touch {marker}; }}"}}, "refused"),
+    ("PYTHONPATH", {"command": "echo a", "env": {"PYTHONPATH": "{planted}"}}, "refused"),
+    ("PERL5OPT", {"command": "echo a", "env": {"PERL5OPT": "-Mx"}}, "refused"),
+    ("NODE_OPTIONS", {"command": "echo a", "env": {"NODE_OPTIONS": "-r x"}}, "refused"),
+    ("unlisted variable", {"command": "echo a", "env": {"ANYTHING": "1"}}, "refused"),
+    ("listed variable", {"command": "echo a", "env": {"LANG": "C"}}, "a\n"),
+    ("args with separators", {"command": "echo", "args": ["a; touch {marker}"]}, "a; touch {marker}\n"),
+    ("args with substitution", {"command": "echo", "args": ["$(touch {marker})"]}, "$(touch {marker})\n"),
+    ("args as command", {"command": " ", "args": ["touch", "{marker}"]}, "refused"),
+]
+
+
+def filled(value: Any, marker: Path, planted: Path) -> Any:
+    if isinstance(value, str):
+        return value.replace("{marker}", str(marker)).replace("{planted}", str(planted)).replace("{{", "{").replace("}}", "}")
+    if isinstance(value, dict):
+        return {name: filled(item, marker, planted) for name, item in value.items()}
+    return [filled(item, marker, planted) for item in value]
+
+
+def test_at_least_60_attacks_on_the_list_are_tried() -> None:
+    assert len({name for name, _, _ in ATTACKS}) == len(ATTACKS) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "result"), [(config, result) for _, config, result in ATTACKS], ids=[a[0] for a in ATTACKS])
+async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
+    tmp_path: Path, config: dict[str, Any], result: str
+) -> None:
+    marker, planted = tmp_path / "marker", tmp_path / "planted"
+    planted.mkdir()
+    for name in ("echo", "ls", "cat", "rc"):
+        (planted / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
+        (planted / name).chmod(0o755)
+    config = filled(config, marker, planted)
+    outcome = await run_bash(config, ATTEMPT, LISTED, {"PATH": PATH}, LiveOutput(65536))
+    assert not marker.exists()
+    if result == "refused":
+        with pytest.raises(InvalidInput):
+            check_allowed("bash", config, LISTED)
+        assert (outcome.status, outcome.retryable, outcome.output) == ("failed", False, None)
+    elif result == "cat: ":
+        assert outcome.output is not None
+        assert outcome.output["stderr"].startswith(("cat: ", "/"))
+    else:
+        assert out(outcome) == filled(result, marker, planted)
+
+
+def test_what_is_refused_says_what_is_allowed() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_allowed("bash", {"command": "rm -rf /"}, LISTED)
+    assert caught.value.detail == (
+        "config.command: the command must be one of echo, ls, cat (CHRONOTASK_ALLOWED_BASH_COMMANDS), not 'rm'"
+    )
+    with pytest.raises(InvalidInput) as caught:
+        check_allowed("bash", {"command": "echo", "env": {"LD_PRELOAD": "x", "HOME": "x"}}, LISTED)
+    assert [error.field for error in caught.value.errors] == ["config.env.LD_PRELOAD", "config.env.HOME"]
+    assert "only LANG (" in caught.value.errors[0].message
+
+
+def test_an_entry_that_is_a_path_must_be_given_as_that_path() -> None:
+    settings = Settings(allowed_bash_commands=("/bin/echo",))
+    assert bash_words({"command": "/bin/echo a 'b c'", "args": ["d"]}, settings) == ["/bin/echo", "a", "b c", "d"]
+    with pytest.raises(InvalidInput):
+        bash_words({"command": "echo a"}, settings)
+
+
+@pytest.mark.slow
+async def test_an_allowed_command_that_is_not_installed_says_so() -> None:
+    settings = Settings(allowed_bash_commands=("no-such-program",))
+    assert await bash("no-such-program", settings=settings) == Outcome(
+        "failed", "the command 'no-such-program' was not found on the service's PATH"
+    )
+
+
+@pytest.mark.slow
+async def test_a_relative_folder_on_the_services_path_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "echo").write_text("#!/bin/sh\necho planted\n")
+    (tmp_path / "echo").chmod(0o755)
+    outcome = await bash("echo a", settings=LISTED, environ={"PATH": ".::" + PATH})
+    assert out(outcome) == "a\n"
+
+
+@pytest.mark.slow
+async def test_bash_tasks_can_be_forbidden_altogether() -> None:
+    settings = Settings(allow_host_commands=False)
+    with pytest.raises(Forbidden):
+        check_allowed("bash", {"command": "true"}, settings)
+    check_allowed("http", {"url": "http://a/"}, settings)
+    outcome = await bash("true", settings=settings)
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert "CHRONOTASK_ALLOW_HOST_COMMANDS=false" in str(outcome.error_message)
+
+
+# ---- Addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "open_net", "private_blocked"),
+    [
+        ("8.8.8.8", None, None),
+        ("2606:4700::1111", None, None),
+        ("127.0.0.1", None, "private"),
+        ("127.8.9.1", None, "private"),
+        ("0.0.0.0", None, "private"),
+        ("10.1.2.3", None, "private"),
+        ("172.16.0.1", None, "private"),
+        ("192.168.1.1", None, "private"),
+        ("100.64.0.1", None, "private"),
+        ("224.0.0.1", None, "private"),
+        ("255.255.255.255", None, "private"),
+        ("::1", None, "private"),
+        ("::", None, "private"),
+        ("fd12:3456::1", None, "private"),
+        ("fec0::1", None, "private"),
+        ("ff02::1", None, "private"),
+        ("::ffff:127.0.0.1", None, "private"),
+        ("::ffff:10.0.0.1", None, "private"),
+        ("::ffff:8.8.8.8", None, None),
+        ("::127.0.0.1", None, "private"),
+        ("64:ff9b::7f00:1", None, "private"),
+        ("2002:7f00:1::", None, "private"),
+        ("169.254.169.254", "link-local", "link-local"),
+        ("169.254.0.1", "link-local", "link-local"),
+        ("fe80::1", "link-local", "link-local"),
+        ("fe80::1%2", "link-local", "link-local"),
+        ("::ffff:169.254.169.254", "link-local", "link-local"),
+        ("64:ff9b::a9fe:a9fe", "link-local", "link-local"),
+        ("2002:a9fe:a9fe::1", "link-local", "link-local"),
+        ("fd00:ec2::254", "link-local", "link-local"),
+        ("100.100.100.200", "link-local", "link-local"),
+        ("168.63.129.16", "link-local", "link-local"),
+    ],
+)
+def test_refused_addresses(address: str, open_net: str | None, private_blocked: str | None) -> None:
+    for settings, expected in [(Settings(), open_net), (Settings(block_private_networks=True), private_blocked)]:
+        refusal = refused_address(address, settings)
+        assert (refusal and refusal.split()[0]) == expected
+
+
+def test_allowed_networks_open_what_is_refused() -> None:
+    networks = (ipaddress.ip_network("169.254.169.254/32"), ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
+    settings = Settings(block_private_networks=True, allowed_networks=networks)
+    assert refused_address("169.254.169.254", settings) is None
+    assert refused_address("::ffff:10.0.0.1", settings) is None
+    assert refused_address("fd00:ec2::254", settings) is None
+    assert refused_address("169.254.169.253", settings) is not None
+    assert refused_address("192.168.0.1", settings) is not None
+
+
+# ---- http
+
+
+Handler = Callable[[Any], Awaitable[web.StreamResponse]]
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A loopback server; the URL without the last slash."""
+    runner = web.ServerRunner(web.Server(handler), shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context)
+    await site.start()
+    scheme = "https" if ssl_context else "http"
+    try:
+        yield f"{scheme}://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: bytes, then: Callable[[asyncio.StreamWriter], Awaitable[None]] | None = None) -> AsyncIterator[str]:
+    """A loopback server that sends these very bytes, and then closes or does something else."""
+
+    writers = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            if then is not None:
+                await then(writer)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def http_executors(
+    url: str,
+    *,
+    settings: Settings | None = None,
+    environ: dict[str, str] | None = None,
+    live: LiveOutput | None = None,
+    attempt: Attempt = ATTEMPT,
+    now: Callable[[], int] | None = None,
+    **config: Any,
+) -> Outcome:
+    settings = settings or Settings()
+    live = live or LiveOutput(settings.output_limit)
+    async with make_session(settings) as session:
+        return await run_http({"url": url, **config}, attempt, settings, session, environ or {}, live, now)
+
+
+async def echo(request: web.Request) -> web.Response:
+    return web.json_response(
+        {
+            "method": request.method,
+            "path": request.raw_path,
+            "headers": {name.lower(): value for name, value in request.headers.items()},
+            "body": (await request.read()).decode(),
+        }
+    )
+
+
+async def echoed(url: str = "/", **config: Any) -> dict[str, Any]:
+    async with serving(echo) as base:
+        outcome = await http_executors(base.replace("//", f"//{config.pop('userinfo', '')}") + url, **config)
+    assert outcome.output is not None
+    body = outcome.output["body"]
+    assert isinstance(body, dict)
+    return body
+
+
+async def test_a_get_has_the_documented_headers() -> None:
+    seen = await echoed("/a?b=c")
+    headers = seen["headers"]
+    assert (seen["method"], seen["path"], seen["body"]) == ("GET", "/a?b=c", "")
+    assert re.fullmatch(r"ChronoTask/[0-9.]+", headers["user-agent"])
+    assert headers["x-chronotask-execution-id"] == "8"
+    assert headers["x-chronotask-scheduled-for"] == "2023-11-14T22:13:20.250000Z"
+    assert headers["x-chronotask-attempt"] == "2"
+    assert headers["idempotency-key"] == "11111111-2222-3333-4444-555555555555"
+    assert "authorization" not in headers
+    assert "cookie" not in headers
+
+
+async def test_a_manual_run_sends_no_slot() -> None:
+    seen = await echoed(attempt=Attempt(1, "t", 2, None, None, 1, "r", "k"))
+    assert "x-chronotask-scheduled-for" not in seen["headers"]
+
+
+async def test_the_tasks_own_headers_win() -> None:
+    seen = await echoed(headers={"user-agent": "mine", "IDEMPOTENCY-KEY": "own", "X-A": "ü"}, method="PUT")
+    assert (seen["headers"]["user-agent"], seen["headers"]["idempotency-key"], seen["method"]) == ("mine", "own", "PUT")
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "sent"),
+    [
+        ({"a": [1, None, "é"]}, "application/json", '{"a": [1, null, "é"]}'),
+        ([], "application/json", "[]"),
+        ("plain é", "text/plain; charset=utf-8", "plain é"),
+    ],
+)
+async def test_a_body_is_sent_as_json_or_as_it_is(body: Any, content_type: str, sent: str) -> None:
+    seen = await echoed(method="POST", body=body)
+    assert (seen["headers"]["content-type"], seen["body"]) == (content_type, sent)
+    seen = await echoed(method="POST", body=body, headers={"content-type": "application/x"})
+    assert (seen["headers"]["content-type"], seen["body"]) == ("application/x", sent)
+
+
+async def test_params_are_added_to_the_query() -> None:
+    seen = await echoed("/p?a=1", params={"b": "x y&z", "c": [1, 2.5, True], "d": False})
+    assert seen["path"] == "/p?a=1&b=x+y%26z&c=1&c=2.5&c=true&d=false"
+
+
+@pytest.mark.parametrize(
+    ("config", "authorization"),
+    [
+        ({"auth": {"username": "ü", "password": "p:w"}}, "ü:p:w"),
+        ({"userinfo": "u%40:p%2F@"}, "u@:p/"),
+        ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}}, "a:b"),
+        ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}, "headers": {"authorization": "Token abcdefgh"}}, None),
+    ],
+)
+async def test_an_authorization_header_wins_over_auth_and_auth_over_the_url(
+    config: dict[str, Any], authorization: str | None
+) -> None:
+    received = []
+
+    async def handler(request: web.Request) -> web.Response:
+        received.append(request.headers["Authorization"])
+        return web.Response()
+
+    async with serving(handler) as base:
+        outcome = await http_executors(base.replace("//", f"//{config.pop('userinfo', '')}"), **config)
+    assert outcome.status == "succeeded"
+    expected = "Token abcdefgh" if authorization is None else "Basic " + base64.b64encode(authorization.encode()).decode()
+    assert received == [expected]
+
+
+async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"a": [1, 2]}, headers={"X-A": "1"})
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url)
+    assert outcome.output is not None
+    assert outcome.status == "succeeded"
+    assert outcome.output["headers"]["X-A"] == "1"
+    assert {name: value for name, value in outcome.output.items() if name != "headers"} == {
+        "status_code": 200,
+        "body": {"a": [1, 2]},
+        "body_bytes": 13,
+        "truncated": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content_type", "text", "body"),
+    [
+        ("application/problem+json", '{"a": 1}', {"a": 1}),
+        ("text/plain", '{"a": 1}', '{"a": 1}'),
+        ("application/json", "{broken", "{broken"),
+        ("application/json", "", ""),
+        ("application/json", "[NaN]", "[NaN]"),
+        ("application/json", "[1e999]", "[1e999]"),
+        ("application/json", '["\\ud800"]', '["\\ud800"]'),
+        ("application/json", "[" * 65 + "]" * 65, "[" * 65 + "]" * 65),
+        ("application/json", "[" * 30000, "[" * 30000),
+        ("application/json", "1" * 5000, "1" * 5000),
+    ],
+)
+async def test_json_that_cannot_be_written_again_stays_text(content_type: str, text: str, body: Any) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=text.encode(), headers={"Content-Type": content_type})
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url)
+    assert outcome.output is not None
+    assert outcome.output["body"] == body
+
+
+async def test_a_charset_is_respected_and_binary_replaced() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=b"caf\xe9", headers={"Content-Type": request.query["type"]})
+
+    async with serving(handler) as url:
+        latin = await http_executors(url + "/?type=text/plain;charset=iso-8859-1")
+        binary = await http_executors(url + "/?type=image/png")
+    assert latin.output is not None
+    assert binary.output is not None
+    assert (latin.output["body"], binary.output["body"]) == ("café", "caf\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected", "success", "retryable"),
+    [
+        (200, None, True, False),
+        (204, None, True, False),
+        (302, None, False, False),
+        (404, None, False, False),
+        (404, [404], True, False),
+        (404, ["400-499"], True, False),
+        (200, ["400-499", 301], False, False),
+        (408, None, False, True),
+        (425, None, False, True),
+        (429, None, False, True),
+        (500, None, False, True),
+        (501, None, False, True),
+        (503, [503], True, False),
+    ],
+)
+async def test_the_status_decides_about_success_and_retry(status: int, expected: Any, success: bool, retryable: bool) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=status)
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url, **({"expected_status": expected} if expected else {}))
+    assert (outcome.status, outcome.retryable) == ("succeeded" if success else "failed", retryable)
+
+
+async def test_an_unexpected_status_is_explained() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/moved":
+            return web.Response(status=302, headers={"Location": "/"})
+        return web.Response(status=404)
+
+    async with serving(handler) as url:
+        assert (await http_executors(url)).error_message == "answered 404 Not Found; expected 200-299"
+        assert (
+            await http_executors(url, expected_status=[200, "204"])
+        ).error_message == "answered 404 Not Found; expected 200, 204"
+        moved = await http_executors(url + "/moved", follow_redirects=False)
+    assert moved.error_message == "answered 302 Found; expected 200-299 (follow_redirects is false)"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"retry-after": " 0 "}, 0.0),
+        ({"Retry-After": "999999999999"}, 3600.0),
+        ({"Retry-After": "-5"}, None),
+        ({"Retry-After": "1.5"}, None),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:30 GMT"}, 0.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 10:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 3600.0),
+        ({"Retry-After": "Thu, 01 Jan 1970 00:00:42 GMT"}, 22.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(headers, lambda: 20_000_000) == seconds
+
+
+@pytest.mark.parametrize(("status", "wait"), [(503, 7.0), (429, 7.0), (500, None), (404, None)])
+async def test_retry_after_counts_on_429_and_503(status: int, wait: float | None) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Retry-After": "7"})
+
+    async with serving(handler) as url:
+        assert (await http_executors(url)).retry_after == wait
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "then"),
+    [
+        (301, "POST", "GET"),
+        (302, "POST", "GET"),
+        (303, "POST", "GET"),
+        (303, "PUT", "GET"),
+        (303, "HEAD", "HEAD"),
+        (301, "PUT", "PUT"),
+        (302, "DELETE", "DELETE"),
+        (307, "POST", "POST"),
+        (308, "PATCH", "PATCH"),
+    ],
+)
+async def test_the_method_changes_on_redirects_as_in_browsers(status: int, method: str, then: str) -> None:
+    seen = []
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/":
+            return web.Response(status=status, headers={"Location": "next?x=1"})
+        seen.append((request.method, request.raw_path, await request.text(), request.headers.get("Content-Type")))
+        return web.Response()
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url + "/", method=method, body="data")
+    assert outcome.status == "succeeded"
+    kept = then == method
+    assert seen == [(then, "/next?x=1", "data" if kept else "", "text/plain; charset=utf-8" if kept else None)]
+
+
+async def test_redirects_without_end_are_given_up() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": "/again"})
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, outcome.retryable, outcome.error_message) == (
+        "failed",
+        False,
+        "more than 10 redirects, the last one to 127.0.0.1",
+    )
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)"])
+async def test_a_redirect_to_anything_but_http_is_refused(location: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": location})
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert str(outcome.error_message).endswith("which is no http or https URL")
+
+
+CREDENTIALS = {
+    "Cookie": "a=b",
+    "Proxy-Authorization": "x",
+    "X-Api-Key": "x",
+    "X-Auth-Token": "x",
+    "X-Amz-Security-Token": "x",
+    "X-Hub-Signature": "x",
+    "My-Password": "x",
+    "Client-Secret": "x",
+    "X-Session-Id": "x",
+}
+
+
+@pytest.mark.parametrize("by", ["headers", "auth", "url"])
+async def test_credentials_are_not_sent_on_to_another_server(by: str) -> None:
+    async with serving(echo) as other:
+
+        async def handler(request: web.Request) -> web.Response:
+            if request.path == "/here":
+                return await echo(request)
+            return web.Response(status=307, headers={"Location": "/here" if request.path == "/same" else other + "/there"})
+
+        async with serving(handler) as url:
+            config: dict[str, Any] = {"headers": dict(CREDENTIALS)}
+            if by == "headers":
+                config["headers"]["Authorization"] = "Bearer 1"
+            elif by == "auth":
+                config["auth"] = {"username": "u", "password": "p"}
+            base = url.replace("//", "//u:p@") if by == "url" else url
+            same = await http_executors(base + "/same", **config)
+            away = await http_executors(base + "/away", **config)
+    assert same.output is not None
+    assert away.output is not None
+    secret = {name.lower() for name in CREDENTIALS} | {"authorization"}
+    assert secret <= set(same.output["body"]["headers"])
+    assert not secret & set(away.output["body"]["headers"])
+    assert "idempotency-key" in away.output["body"]["headers"]
+
+
+async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -> None:
+    environ = {"CHRONOTASK_SECRET_A": "value-of-a"}
+    async with serving(echo) as other:
+
+        async def handler(request: web.Request) -> web.Response:
+            return web.Response(status=307, headers={"Location": other})
+
+        async with serving(handler) as url:
+            header = await http_executors(url, environ=environ, headers={"X-Plain": "${env:CHRONOTASK_SECRET_A}", "X-Other": "1"})
+            body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
+    assert header.output is not None
+    assert "x-plain" not in header.output["body"]["headers"]
+    assert header.output["body"]["headers"]["x-other"] == "1"
+    assert (body.status, body.retryable, body.error_message) == (
+        "failed",
+        False,
+        "redirected to 127.0.0.1, which must not get the secret in the body",
+    )
+
+
+async def test_a_refusal_after_a_redirect_says_that_credentials_were_left_behind() -> None:
+    async def closed(request: web.Request) -> web.Response:
+        return web.Response(status=401)
+
+    async with serving(closed) as other:
+
+        async def handler(request: web.Request) -> web.Response:
+            return web.Response(status=302, headers={"Location": other})
+
+        async with serving(handler) as url:
+            outcome = await http_executors(url, auth={"username": "u", "password": "p"})
+    assert outcome.error_message == (
+        "answered 401 Unauthorized; expected 200-299 (credentials for 127.0.0.1 were not sent on to 127.0.0.1)"
+    )
+
+
+async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
+    seen = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Cookie"))
+        response = web.Response(status=302 if request.path == "/" else 200, headers={"Location": "/next"})
+        response.set_cookie("sid", "1")
+        return response
+
+    settings = Settings()
+    async with serving(handler) as url, make_session(settings) as session:
+        for _ in range(2):
+            await run_http({"url": url + "/"}, ATTEMPT, settings, session, {}, LiveOutput(1000))
+    assert seen == [None, None, None, None]
+
+
+async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        headers = {"X-Echo": request.headers["X-Key"], "Content-Type": "application/json"}
+        return web.Response(body=json.dumps(dict(request.headers) | {"path": request.raw_path}).encode(), headers=headers)
+
+    config: dict[str, Any] = {
+        "headers": {"X-Key": "${env:CHRONOTASK_SECRET_A}", "Cookie": "sid=0123456789"},
+        "auth": {"username": "user", "password": "pass-word-1"},
+        "params": {"q": "${env:CHRONOTASK_SECRET_A}"},
+    }
+    async with serving(handler) as url:
+        outcome = await http_executors(url, environ={"CHRONOTASK_SECRET_A": 'va"lue/1'}, **config)
+    assert outcome.output is not None
+    assert outcome.output["headers"]["X-Echo"] == MASK
+    assert outcome.output["body"]["X-Key"] == MASK
+    assert outcome.output["body"]["Cookie"] == MASK
+    assert outcome.output["body"]["Authorization"] == f"Basic {MASK}"
+    assert outcome.output["body"]["path"] == f"/?q={MASK}"
+
+
+async def test_a_body_is_clipped_in_the_middle() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=b"a" * 300000 + b"z" * 300000)
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url, settings=Settings(output_limit=1024))
+    assert outcome.output is not None
+    assert outcome.output["body"] == "a" * 256 + "\n[… 598976 bytes left out …]\n" + "z" * 768
+    assert (outcome.output["body_bytes"], outcome.output["truncated"]) == (600000, True)
+
+
+@pytest.mark.slow
+async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
+    bomb = Path(os.environ.get("TMPDIR", "/tmp")) / f"bomb-{os.getpid()}.gz"
+    with gzip.open(bomb, "wb", 9) as file:
+        for _ in range(300):
+            file.write(bytes(1 << 20))
+    code = f"""
+import asyncio, os, resource
+from chronotask import Attempt, LiveOutput, Settings, make_session, run_http
+async def talk(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    data = open({str(bomb)!r}, "rb").read()
+    writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Encoding: gzip\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(data) + data)
+    await writer.drain()
+    writer.close()
+async def main():
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
+    async with make_session(Settings()) as session:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        attempt = Attempt(1, "t", 1, None, None, 1, "r", "k")
+        outcome = await run_http({{"url": url, "timeout": 120}}, attempt, Settings(), session, {{}}, LiveOutput(65536))
+        print(outcome.status, outcome.output["body_bytes"], outcome.output["truncated"])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+asyncio.run(main())
+"""
+    try:
+        environ = os.environ | {"PYTHONPATH": str(Path(chronotask.__file__).parent)}
+        result = await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+        )
+    finally:
+        bomb.unlink()
+    first, grown = result.stdout.splitlines()
+    assert first == f"succeeded {300 << 20} True"
+    assert int(grown) < 65536  # KiB
+
+
+async def test_a_broken_compressed_body_is_a_failed_answer() -> None:
+    body = zlib.compress(b"x" * 1000)[:-8] + b"garbage!"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with answering(answer) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, outcome.retryable) == ("failed", True)
+    assert outcome.error_message == "the answer broke off before its end, or could not be decoded"
+
+
+async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
+    async def forever(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"x" * 65536)
+            await writer.drain()
+
+    async with answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", forever) as url:
+        outcome = await http_executors(url, timeout=0.3)
+    assert (outcome.status, outcome.error_message, outcome.retryable) == (
+        "timed_out",
+        "answered 200, but not completely within 0.3 s",
+        True,
+    )
+    assert outcome.output is not None
+    assert outcome.output["truncated"]
+    assert outcome.output["headers"] == {"Content-Type": "text/plain"}
+
+
+async def test_a_server_that_dribbles_is_ended_by_the_timeout_of_the_whole_attempt() -> None:
+    async def dribble(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    async with answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", dribble) as url:
+        outcome = await http_executors(url, timeout=0.3)
+    assert outcome.status == "timed_out"
+    assert outcome.output is not None
+    assert outcome.output["body"].startswith("beginx")
+
+
+async def test_a_server_that_never_answers_times_out() -> None:
+    async def wait(writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async with answering(b"", wait) as url:
+        outcome = await http_executors(url, timeout=0.1)
+    assert outcome == Outcome("timed_out", "no answer within 0.1 s", None, retryable=True)
+
+
+@pytest.mark.parametrize(("reason", "retryable"), [("cancelled", False), ("interrupted", True)])
+async def test_a_request_is_stopped_from_outside(reason: str, retryable: bool) -> None:
+    live = LiveOutput(1000)
+
+    async def stop(writer: asyncio.StreamWriter) -> None:
+        live.subscribe(lambda stream, data: live.stop(reason) if data else None)
+        await writer.drain()
+        await asyncio.Event().wait()
+
+    async with answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", stop) as url:
+        outcome = await http_executors(url, live=live)
+    assert (outcome.status, outcome.retryable) == (reason, retryable)
+    assert outcome.output is not None
+    assert outcome.output["body"] == "begin"
+
+
+async def test_a_cancelled_job_ends_its_request() -> None:
+    started = asyncio.get_running_loop().create_future()
+
+    async def wait(writer: asyncio.StreamWriter) -> None:
+        started.set_result(None)
+        await asyncio.Event().wait()
+
+    async with answering(b"", wait) as url:
+        running = asyncio.ensure_future(http_executors(url))
+        await started
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"", "the server closed the connection without an answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", "the answer broke off before its end, or could not be decoded"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "the server's answer is not valid HTTP: "),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n", "the server's answer is not valid HTTP: "),
+    ],
+)
+async def test_broken_answers_are_network_errors(answer: bytes, message: str) -> None:
+    async with answering(answer) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, outcome.retryable) == ("failed", True)
+    assert str(outcome.error_message).startswith(message)
+
+
+async def test_a_refused_connection_is_named_without_the_password() -> None:
+    async with answering(b"") as url:
+        port = url.rpartition(":")[2]
+    outcome = await http_executors(f"http://user:geheim@127.0.0.1:{port}/geheim")
+    assert outcome == Outcome("failed", f"could not connect to 127.0.0.1:{port}: connection refused", None, retryable=True)
+
+
+async def test_a_name_that_does_not_exist_is_named() -> None:
+    outcome = await http_executors("http://user:geheim@no-such-host.invalid/")
+    assert (outcome.status, outcome.retryable) == ("failed", True)
+    assert str(outcome.error_message).startswith("the name no-such-host.invalid could not be resolved: ")
+
+
+@pytest.mark.parametrize("url", ["http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/"])
+async def test_a_name_that_cannot_exist_is_named(url: str) -> None:
+    outcome = await http_executors(url)
+    assert outcome.status == "failed"
+    assert "geheim" not in str(outcome.error_message)
+    assert "unexpected" not in str(outcome.error_message)
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "0xa9fea9fe", "2852039166"])
+async def test_metadata_addresses_are_refused_before_a_packet_is_sent(host: str) -> None:
+    outcome = await http_executors(f"http://{host}/latest/meta-data/", timeout=5)
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert str(outcome.error_message).endswith(
+        ("link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)", "is not a valid http or https URL")
+    )
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "127.1", "[::ffff:127.0.0.1]"])
+async def test_private_addresses_are_refused_when_blocked_however_they_are_written(host: str) -> None:
+    called = []
+
+    async def handler(request: web.Request) -> web.Response:
+        called.append(request)
+        return web.Response()
+
+    async with serving(handler) as url:
+        port = url.rpartition(":")[2]
+        outcome = await http_executors(f"http://{host}:{port}/", settings=Settings(block_private_networks=True), timeout=5)
+    assert (outcome.status, outcome.retryable, called) == ("failed", False, [])
+    assert str(outcome.error_message).endswith(
+        ("private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)", "is not a valid http or https URL")
+    )
+
+
+async def test_a_redirect_to_a_refused_address_is_refused() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": "http://169.254.169.254/"})
+
+    async with serving(handler) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert "169.254.169.254:80 may not be called" in str(outcome.error_message)
+
+
+# A certificate for localhost and 127.0.0.1 that nobody trusts, valid for a hundred years. Made for these tests alone.
+TLS_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1P6Pf12FIqVQ9Ezz
+cm/PgAWLjVkLezyaKTcKatQvz2yhRANCAATvPPmYmI5Kkz7FCsmhz9RHfIgD/+7P
+QAem9tuNylFU9XOR2UgAPGxLJbaRg6/GP3by2Vxv3G+m7QReK0OvhSq2
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUZgkkd5YhQz0+r+WtHi+gtYyYv4QwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA1MjcyMVoYDzIxMjYxMDMx
+MDUyNzIxWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATvPPmYmI5Kkz7FCsmhz9RHfIgD/+7PQAem9tuNylFU9XOR2UgAPGxL
+JbaRg6/GP3by2Vxv3G+m7QReK0OvhSq2o28wbTAdBgNVHQ4EFgQUqZ80LLQWS0do
+rk9SLVw0qO1rEPkwHwYDVR0jBBgwFoAUqZ80LLQWS0dork9SLVw0qO1rEPkwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAL9OQ+ECnk8KutFqW3Dqm7OkIZ/jfHHWb66SBe7KrhoSAiEA
+vLLkAGLgVxgX6VSmwLksAP8GK7CQV5QEoJJ1p/GyATg=
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> ssl.SSLContext:
+    (tmp_path / "tls.pem").write_text(TLS_PEM)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.pem")
+    return context
+
+
+async def test_an_untrusted_certificate_is_refused_unless_verify_tls_is_false(tls: ssl.SSLContext) -> None:
+    async with serving(echo, tls) as url:
+        refused = await http_executors(url)
+        accepted = await http_executors(url, verify_tls=False)
+    assert (refused.status, refused.retryable, refused.error_message) == (
+        "failed",
+        False,
+        "the TLS certificate of 127.0.0.1 is refused: self-signed certificate (verify_tls: false accepts any)",
+    )
+    assert accepted.status == "succeeded"
+
+
+async def test_tls_against_a_plain_server_is_explained() -> None:
+    async with serving(echo) as url:
+        outcome = await http_executors(url.replace("http:", "https:"))
+    assert (outcome.status, outcome.retryable) == ("failed", True)
+    assert re.fullmatch(r"TLS with 127\.0\.0\.1:\d+ failed: .+", str(outcome.error_message))
+
+
+async def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1/")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1/")
+    monkeypatch.setenv("no_proxy", "")
+    assert (await echoed())["method"] == "GET"
+
+
+async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
+    all_here, arrived = asyncio.Event(), []
+
+    async def handler(request: web.Request) -> web.Response:
+        arrived.append(request)
+        if len(arrived) == 150:
+            all_here.set()
+        await all_here.wait()
+        return web.Response()
+
+    settings = Settings()
+    async with serving(handler) as url, make_session(settings) as session:
+        outcomes = await asyncio.gather(
+            *(run_http({"url": url}, ATTEMPT, settings, session, {}, LiveOutput(1000)) for _ in range(150))
+        )
+    assert {outcome.status for outcome in outcomes} == {"succeeded"}
+
+
+async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    outcome = await http_executors("http://a/", timeout="geheim")
+    assert (outcome.status, outcome.error_message) == ("failed", "unexpected TypeError in ChronoTask: its log has the details")
+    assert "geheim" not in caplog.text
+
+
+async def test_a_session_looks_names_up_in_daemon_threads() -> None:
+    async with serving(echo) as url:
+        assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-dns")
+
+
+# ======================================================================================================================
+# 8. Service
+# ======================================================================================================================
+
+
+# --- Deciding about slots (pure) --------------------------------------------------------------------------------------
+
+
+def a_schedule(**changes: Any) -> Schedule:
+    """Schedule 7 of task 1: every 60 s, made at START, nothing of it dealt with yet."""
+    fields: dict[str, Any] = {
+        "id": 7,
+        "task_id": 1,
+        "schedule_type": "interval",
+        "schedule_config": {"seconds": 60, "timezone": "UTC"},
+        "is_active": True,
+        "overlap": "skip",
+        "catchup": "latest",
+        "catchup_window": 86400,
+        "jitter": 0,
+        "start_at": None,
+        "end_at": None,
+        "max_runs": None,
+        "created_at": START,
+        "updated_at": START,
+        "settled_until": START,
+        "next_slot": START + 60 * S,
+        "next_fire": START + 60 * S,
+        **changes,
+    }
+    return Schedule(**fields)
+
+
+CROWDS = {
+    "nobody": [],
+    "manual": [Unfinished(1, None, "manual", False, 1)],
+    "own": [Unfinished(1, 7, "schedule", False, 1)],
+    "own+waiting": [Unfinished(1, 7, "schedule", False, 1), Unfinished(1, 7, "schedule", True, 1)],
+    "own catch-up": [Unfinished(1, 7, "catchup", False, 1)],
+    "other catch-up": [Unfinished(1, 8, "catchup", False, 1)],
+    "other task": [Unfinished(2, 9, "schedule", False, 5)],
+}
+LETTERS = {"missed": "m", "skipped": "s", "cancelled": "x"}
+
+
+def claimed(schedule: Schedule, crowd: str, now: float) -> tuple[Claim, str]:
+    """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued).
+
+    A queued one may wait behind o(verlap) and behind c(atch-up).
+    """
+    claim = Claim()
+    claim_slots(claim, schedule, Crowd(CROWDS[crowd]), START + round(now * S))
+    words = []
+    for row in claim.rows:
+        held = "o" * bool(row.hold & Hold.OVERLAP) + "c" * bool(row.hold & Hold.CATCHUP)
+        assert row.scheduled_for is not None
+        words.append(f"{(row.scheduled_for - START) // S}{LETTERS.get(row.status, 'q')}{held}")
+    return claim, " ".join(words)
+
+
+# At START + 183 s: the slots 60 and 120 were missed, 180 is on time.
+CLAIMS = """
+skip    latest  nobody          60m 120q 180s
+skip    all     nobody          60q 120qc 180s
+skip    skip    nobody          60m 180q
+queue   latest  nobody          60m 120q 180qo
+queue   all     nobody          60q 120qc 180qo
+queue   skip    nobody          60m 180q
+allow   latest  nobody          60m 120q 180q
+allow   all     nobody          60q 120qc 180q
+allow   skip    nobody          60m 180q
+cancel  latest  nobody          60m 120x 180qo
+cancel  all     nobody          60x 120x 180qo
+cancel  skip    nobody          60m 180q
+skip    latest  manual          60m 120s 180s
+skip    all     manual          60s 120s 180s
+skip    skip    manual          60m 180s
+queue   latest  manual          60m 120qo 180s
+queue   all     manual          60qo 120qoc 180s
+queue   skip    manual          60m 180qo
+allow   latest  manual          60m 120q 180q
+allow   all     manual          60q 120qc 180q
+allow   skip    manual          60m 180q
+cancel  latest  manual          60m 120x 180qo
+cancel  all     manual          60x 120x 180qo
+cancel  skip    manual          60m 180qo
+skip    latest  own             60m 120s 180s
+skip    all     own             60s 120s 180s
+skip    skip    own             60m 180s
+queue   latest  own             60m 120qo 180s
+queue   all     own             60qo 120qoc 180s
+queue   skip    own             60m 180qo
+allow   latest  own             60m 120q 180q
+allow   all     own             60q 120qc 180q
+allow   skip    own             60m 180q
+cancel  latest  own             60m 120x 180qo
+cancel  all     own             60x 120x 180qo
+cancel  skip    own             60m 180qo
+skip    latest  own+waiting     60m 120s 180s
+skip    all     own+waiting     60s 120s 180s
+skip    skip    own+waiting     60m 180s
+queue   latest  own+waiting     60m 120s 180s
+queue   all     own+waiting     60s 120s 180s
+queue   skip    own+waiting     60m 180s
+allow   latest  own+waiting     60m 120q 180q
+allow   all     own+waiting     60q 120qc 180q
+allow   skip    own+waiting     60m 180q
+cancel  latest  own+waiting     60m 120x 180qo
+cancel  all     own+waiting     60x 120x 180qo
+cancel  skip    own+waiting     60m 180qo
+skip    latest  own catch-up    60m 120qc 180s
+skip    all     own catch-up    60qc 120qc 180s
+skip    skip    own catch-up    60m 180s
+queue   latest  own catch-up    60m 120qc 180qo
+queue   all     own catch-up    60qc 120qc 180qo
+queue   skip    own catch-up    60m 180qo
+allow   latest  own catch-up    60m 120qc 180q
+allow   all     own catch-up    60qc 120qc 180q
+allow   skip    own catch-up    60m 180q
+cancel  latest  own catch-up    60m 120x 180qo
+cancel  all     own catch-up    60x 120x 180qo
+cancel  skip    own catch-up    60m 180qo
+skip    latest  other catch-up  60m 120s 180s
+skip    all     other catch-up  60s 120s 180s
+skip    skip    other catch-up  60m 180s
+queue   latest  other catch-up  60m 120qo 180s
+queue   all     other catch-up  60qo 120qoc 180s
+queue   skip    other catch-up  60m 180qo
+allow   latest  other catch-up  60m 120q 180q
+allow   all     other catch-up  60q 120qc 180q
+allow   skip    other catch-up  60m 180q
+cancel  latest  other catch-up  60m 120x 180qo
+cancel  all     other catch-up  60x 120x 180qo
+cancel  skip    other catch-up  60m 180qo
+skip    latest  other task      60m 120q 180s
+skip    all     other task      60q 120qc 180s
+skip    skip    other task      60m 180q
+queue   latest  other task      60m 120q 180qo
+queue   all     other task      60q 120qc 180qo
+queue   skip    other task      60m 180q
+allow   latest  other task      60m 120q 180q
+allow   all     other task      60q 120qc 180q
+allow   skip    other task      60m 180q
+cancel  latest  other task      60m 120x 180qo
+cancel  all     other task      60x 120x 180qo
+cancel  skip    other task      60m 180q
+"""
+
+
+@pytest.mark.parametrize("line", CLAIMS.strip().splitlines())
+def test_overlap_and_catchup_decide_what_becomes_of_due_slots(line: str) -> None:
+    overlap, catchup, crowd, expected = line[:8].strip(), line[8:16].strip(), line[16:32].strip(), line[32:].strip()
+    schedule = a_schedule(overlap=overlap, catchup=catchup)
+    assert claimed(schedule, crowd, 183)[1] == expected
+    assert (schedule.settled_until, schedule.next_slot, schedule.is_active) == (START + 180 * S, START + 240 * S, True)
+
+
+@pytest.mark.parametrize("line", [line for line in CLAIMS.strip().splitlines() if line.startswith("cancel")])
+def test_overlap_cancel_asks_for_the_end_of_what_is_unfinished(line: str) -> None:
+    catchup, crowd = line[8:16].strip(), line[16:32].strip()
+    claim, text = claimed(a_schedule(overlap="cancel", catchup=catchup), crowd, 183)
+    assert bool(claim.cancels) == ("180qo" in text)
+
+
+def test_a_slot_is_on_time_up_to_5_seconds_after_its_time_and_missed_later() -> None:
+    assert claimed(a_schedule(), "nobody", 65)[0].rows[0].trigger == "schedule"
+    late = claimed(a_schedule(), "nobody", 65.000001)[0].rows[0]
+    assert (late.trigger, late.status) == ("catchup", "queued")
+
+
+def test_all_slots_of_the_last_5_seconds_fire_oldest_first() -> None:
+    schedule = a_schedule(schedule_config={"seconds": 1, "timezone": "UTC"}, overlap="allow", next_slot=START + S)
+    assert claimed(schedule, "nobody", 4)[1] == "1q 2q 3q 4q"
+
+
+def test_missed_slots_that_follow_each_other_are_one_row_with_first_last_and_count() -> None:
+    claim, text = claimed(a_schedule(catchup="skip"), "nobody", 600.0)
+    assert text == "60m 600q"
+    assert claim.rows[0].error_message == (
+        "missed: 9 slots from 2026-01-01T00:01:00+00:00 to 2026-01-01T00:09:00+00:00 (UTC); catchup=skip"
+    )
+
+
+def test_missed_slots_are_counted_up_to_1000() -> None:
+    claim, _ = claimed(a_schedule(catchup="skip"), "nobody", 5000 * 60.0)
+    assert str(claim.rows[0].error_message).startswith("missed: 1000 or more slots from ")
+
+
+def test_catchup_all_runs_the_newest_100_oldest_first() -> None:
+    claim, text = claimed(a_schedule(catchup="all", overlap="allow"), "nobody", 60 * 105 + 30)
+    assert text.startswith("60m 360q 420qc 480qc ") and text.endswith(" 6240qc 6300qc")
+    assert str(claim.rows[0].error_message).startswith("missed: 5 slots from ")
+    assert len(claim.rows) == 101
+
+
+def test_slots_older_than_the_catchup_window_are_never_caught_up() -> None:
+    claim, text = claimed(a_schedule(catchup="all", overlap="allow", catchup_window=300), "nobody", 630)
+    assert text == "60m 360q 420qc 480qc 540qc 600qc"
+    assert "older than the catchup_window of 300 s" in str(claim.rows[0].error_message)
+
+
+def test_a_catchup_window_of_0_catches_nothing_up() -> None:
+    assert claimed(a_schedule(catchup="all", catchup_window=0), "nobody", 630)[1] == "60m"
+
+
+def test_max_runs_ends_a_claim_and_the_schedule() -> None:
+    schedule = a_schedule(catchup="all", overlap="allow", max_runs=3, run_count=1)
+    assert claimed(schedule, "nobody", 630)[1] == "60q 120qc"
+    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
+
+
+def test_skipped_slots_do_not_use_up_max_runs() -> None:
+    schedule = a_schedule(max_runs=1)
+    assert claimed(schedule, "own", 60)[1] == "60s"
+    assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
+
+
+def test_end_at_is_inclusive_and_ends_the_schedule() -> None:
+    schedule = a_schedule(end_at=START + 60 * S)
+    assert claimed(schedule, "nobody", 60)[1] == "60q"
+    assert (schedule.is_active, schedule.next_slot) == (False, None)
+
+
+def test_a_backward_step_under_3_hours_fires_nothing_until_the_claimed_slot_is_passed() -> None:
+    schedule = a_schedule(settled_until=START + 10_740 * S)
+    assert claimed(schedule, "nobody", 0)[1] == ""
+    assert schedule.next_slot == START + 10_800 * S
+
+
+def test_a_backward_step_of_3_hours_is_a_correction() -> None:
+    schedule = a_schedule(settled_until=START + 10_800 * S, created_at=START - 86400 * S)
+    assert claimed(schedule, "nobody", 0)[1] == ""
+    assert schedule.next_slot == START + 60 * S
+
+
+def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
+    claim, schedule = Claim(), a_schedule()
+    claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
+    row = claim.rows[0]
+    assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
+    assert "no such zone" in str(row.error_message)
+    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
+
+
+ONCE = {"datetime": "2026-01-01T00:01:00Z", "timezone": "UTC"}
+CRON = {"expression": "* * * * *", "timezone": "UTC"}
+#        what                 the schedule                                              resumed at, next slot, row at, active
+RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool]] = {
+    "interval, in between": ({}, 90, 120, None, True),
+    "interval, on a slot": ({}, 120, 180, None, True),
+    "interval, at once": ({}, 0, 60, None, True),
+    "cron": ({"schedule_type": "cron", "schedule_config": CRON}, 150, 180, None, True),
+    "once, still to come": ({"schedule_type": "once", "schedule_config": ONCE}, 30, 60, None, True),
+    "once, passed": ({"schedule_type": "once", "schedule_config": ONCE}, 90, None, 60, False),
+    "once, passed this instant": ({"schedule_type": "once", "schedule_config": ONCE}, 60, None, 60, False),
+    "end_at passed": ({"end_at": START + 100 * S}, 110, None, None, False),
+    "start_at to come": ({"start_at": START + 600 * S}, 110, 600, None, True),
+    "max_runs reached": ({"max_runs": 2, "run_count": 2}, 110, None, None, False),
+    "clock was set back a little": ({"settled_until": START + 240 * S, "next_slot": START + 300 * S}, 110, 300, None, True),
+}
+
+
+@pytest.mark.parametrize("what", RESUMED)
+def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
+    changes, now, next_slot, row_at, active = RESUMED[what]
+    schedule = a_schedule(**changes)
+    row = resume_schedule(schedule, START + round(now * S))
+    found = None if schedule.next_slot is None else (schedule.next_slot - START) / S
+    assert (found, schedule.is_active) == (next_slot, active)
+    if row_at is None:
+        assert row is None
+    else:
+        assert row is not None and row.status == "skipped" and row.scheduled_for == START + round(row_at * S)
+        assert "paused" in str(row.error_message)
+
+
+# --- Retries (pure) ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attempt", "delay", "backoff", "seconds"),
+    [
+        (1, 5, 2, 5),
+        (2, 5, 2, 10),
+        (3, 5, 2, 20),
+        (4, 5, 1, 5),
+        (3, 7, 1.5, 15.75),
+        (1, 0, 2, 0),
+        (20, 5, 2, 3600),
+        (100, 86400, 10, 3600),
+    ],
+)
+def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float, backoff: float, seconds: float) -> None:
+    assert retry_wait(attempt, delay, backoff, 0) == seconds
+    assert retry_wait(attempt, delay, backoff, 1) == pytest.approx(seconds * 1.1)
+    assert retry_wait(attempt, delay, backoff, -1) == pytest.approx(seconds * 0.9)
+
+
+def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
+    return Run(
+        execution_id=1,
+        task_id=1,
+        schedule_id=None,
+        trigger="manual",
+        scheduled_for=None,
+        fire_at=None,
+        attempt=attempt,
+        uuid="00000000-0000-4000-8000-000000000000",
+        started_at=START,
+        task_name="t",
+        task_type="bash",
+        config={},
+        max_retries=max_retries,
+        retry_delay=5,
+        retry_backoff=2,
+    )
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
+def test_an_end_that_is_not_retryable_is_final(status: str) -> None:
+    settlement = settle(a_run(), Outcome(status), START, 0)
+    assert (settlement.status, settlement.next_attempt_at) == (status, None)
+
+
+@pytest.mark.parametrize("status", ["failed", "timed_out", "interrupted"])
+def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None:
+    outcome = Outcome(status, retryable=True)
+    again = settle(a_run(attempt=3), outcome, START, 0)
+    assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
+    assert settle(a_run(attempt=4), outcome, START, 0).status == status
+    assert settle(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
+
+
+def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
+    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
+    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
+
+
+# --- Slots, end to end ------------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_fires_at_its_time_and_not_before(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task())
+    await rig.at(59.999)
+    assert await rig.rows() == []
+    assert rig.clock.until == START + 60 * S
+    await rig.at(60)
+    await rig.finish()
+    (row,) = await rig.rows()
+    assert (row["schedule_id"], row["trigger"], row["status"], row["success"]) == (schedule_id, "schedule", "succeeded", True)
+    assert (row["scheduled_for"], row["queued_at"]) == ("2026-01-01T00:01:00Z", "2026-01-01T00:01:00Z")
+    assert rig.clock.until == START + 120 * S
+
+
+async def test_the_heart_waits_for_nothing_when_nothing_is_planned(rig: Rig) -> None:
+    assert rig.clock.until is None
+    await rig.schedule(await rig.task(), is_active=False)
+    await rig.beat()
+    assert rig.clock.until is None
+
+
+async def test_claiming_a_slot_and_moving_the_schedule_on_is_one_transaction(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task())
+    rig.sql("CREATE TRIGGER t BEFORE UPDATE OF next_slot ON schedules BEGIN SELECT RAISE(ABORT, 'planted'); END")
+    rig.clock.advance(60)
+    with pytest.raises(Unavailable, match="planted"):
+        await rig.service.beat()
+    assert rig.sql("SELECT count(*) FROM executions") == [(0,)]
+    rig.sql("DROP TRIGGER t")
+    rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
+    with pytest.raises(Unavailable, match="planted"):
+        await rig.service.beat()
+    assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START,)]
+    rig.sql("DROP TRIGGER t")
+    await rig.beat()
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 60)]
+    assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START + 60 * S,)]
+
+
+async def test_one_slot_has_one_execution_by_a_unique_key_in_the_database(rig: Rig) -> None:
+    await rig.schedule(await rig.task())
+    await rig.at(60)
+    await rig.finish()
+    columns = "task_id, schedule_id, trigger, status, scheduled_for, queued_at, uuid"
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        rig.sql(f"INSERT INTO executions ({columns}) VALUES (1, 1, 'x', 'queued', ?, 1, 'u')", START + 60 * S)
+
+
+async def test_the_running_row_is_on_disk_before_the_side_effect(rig: Rig, target: Target) -> None:
+    await rig.execute(await rig.task(**target.config("/hold")))
+    await rig.beat()
+    while not target.held:
+        await asyncio.sleep(0)
+    assert rig.sql("SELECT status, attempt FROM executions") == [("running", 1)]
+    target.let_go.set()
+    await rig.finish()
+
+
+async def test_an_accepted_execution_is_on_disk_before_the_caller_hears_of_it(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task())
+    assert rig.sql("SELECT id, status, trigger FROM executions") == [(execution_id, "queued", "manual")]
+
+
+async def test_10_schedules_of_one_instant_all_fire(rig: Rig) -> None:
+    for number in range(10):
+        await rig.schedule(await rig.task(name=f"t{number}"))
+    await rig.at(60)
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded"] * 10
+
+
+async def test_a_once_schedule_fires_once_and_is_over(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), "once")
+    await rig.at(61)
+    await rig.finish()
+    view = await rig.service.get_schedule(schedule_id)
+    assert (view["is_active"], view["next_run"], view["run_count"], view["upcoming"]) == (False, None, 1, [])
+    assert await rig.brief() == [("schedule", "succeeded", 60)]
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_schedule(schedule_id, is_active=True)
+    assert caught.value.errors[0].field == "schedule_config.datetime"
+
+
+async def test_max_runs_ends_a_schedule_and_raising_it_goes_on(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), max_runs=2)
+    for seconds in (60, 120, 180):
+        await rig.at(seconds)
+        await rig.finish()
+    view = await rig.service.get_schedule(schedule_id)
+    assert (view["run_count"], view["is_active"], view["next_run"]) == (2, False, None)
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_schedule(schedule_id, is_active=True)
+    assert caught.value.errors[0].field == "max_runs"
+    view = await rig.patch_schedule(schedule_id, is_active=True, max_runs=3)
+    assert (view["is_active"], view["next_run"], [u["utc"] for u in view["upcoming"]]) == (
+        True,
+        "2026-01-01T00:04:00Z",
+        ["2026-01-01T00:04:00Z"],
+    )
+
+
+async def test_start_at_and_end_at_are_both_inclusive(rig: Rig) -> None:
+    bounds = {"start_at": "2026-01-01T00:02:00Z", "end_at": "2026-01-01T00:03:00Z"}
+    schedule_id = await rig.schedule(await rig.task(), **bounds)
+    for seconds in (60, 120, 180, 240):
+        await rig.at(seconds)
+        await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 120), ("schedule", "succeeded", 180)]
+    assert (await rig.service.get_schedule(schedule_id))["is_active"] is False
+
+
+async def test_a_schedule_past_its_end_at_names_it_when_turned_on_again(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), end_at="2026-01-01T00:01:30Z")
+    await rig.at(60)
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_schedule(schedule_id, is_active=True)
+    assert caught.value.errors[0].field == "end_at"
+
+
+async def test_jitter_moves_the_firing_but_not_the_slot(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), jitter=30)
+    view = await rig.service.get_schedule(schedule_id)
+    fires = offset(view["next_run"])
+    assert 60 < fires <= 90 and fires != 60  # derived from the id and the slot: the same for ever
+    assert view["upcoming"][0]["utc"] == view["next_run"]
+    await rig.at(fires - 0.001)
+    assert await rig.rows() == []
+    await rig.at(fires)
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 60)]
+
+
+async def test_lateness_is_counted_from_the_jittered_time(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), jitter=30)
+    await rig.at(offset((await rig.service.get_schedule(schedule_id))["next_run"]) + 4.9)
+    await rig.finish()
+    assert (await rig.rows())[0]["trigger"] == "schedule"
+    late = (await rig.service.scheduler_status())["lateness"]
+    assert late["count"] == 1 and late["max"] == pytest.approx(4.9)
+
+
+async def test_a_change_of_a_schedule_takes_effect_at_once_in_the_timer_queue(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), schedule_config={"seconds": 3600})
+    await rig.patch_schedule(schedule_id, schedule_config={"seconds": 10})
+    await rig.at(10)
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 10)]
+    await rig.service.delete_schedule(schedule_id)
+    await rig.at(20)
+    assert len(await rig.rows()) == 1
+    assert rig.clock.until is None
+
+
+# --- Catch-up, overlap and pause, end to end --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("catchup", "expected"),
+    [
+        ("latest", [("schedule", "missed", 60), ("catchup", "succeeded", 180)]),
+        ("all", [("catchup", "succeeded", 60), ("catchup", "succeeded", 120), ("catchup", "succeeded", 180)]),
+        ("skip", [("schedule", "missed", 60)]),
+    ],
+)
+async def test_after_a_restart_missed_slots_are_caught_up_by_policy(
+    rig: Rig, open_rig: OpenRig, catchup: str, expected: list[Any]
+) -> None:
+    await rig.schedule(await rig.task(), catchup=catchup)
+    later = await restarted(rig, open_rig, 200)
+    await later.finish()
+    assert await later.brief() == expected
+    assert later.clock.until == START + 240 * S
+
+
+async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: Rig, open_rig: OpenRig, target: Target) -> None:
+    await rig.schedule(await rig.task(**target.config("/hold")), catchup="all", overlap="allow")
+    later = await restarted(rig, open_rig, 200)
+    assert await later.statuses() == ["running", "queued", "queued"]
+    target.let_go.set()
+    await later.finish()
+    rows = await later.rows()
+    assert [row["status"] for row in rows] == ["succeeded"] * 3
+    assert [request.headers["X-ChronoTask-Scheduled-For"] for request in target.requests] == [
+        "2026-01-01T00:01:00Z",
+        "2026-01-01T00:02:00Z",
+        "2026-01-01T00:03:00Z",
+    ]
+
+
+async def test_a_clock_that_jumps_forward_is_caught_up_like_a_stop(rig: Rig) -> None:
+    await rig.schedule(await rig.task())
+    rig.clock.set_wall(START + 3600 * S + 30 * S)
+    await rig.beat()
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "missed", 60), ("catchup", "succeeded", 3600)]
+
+
+async def test_overlap_skip_records_a_skipped_row_that_says_why(rig: Rig, target: Target) -> None:
+    schedule_id = await rig.schedule(await rig.task(**target.config("/hold")))
+    await rig.at(60)
+    await rig.at(120)
+    target.let_go.set()
+    await rig.finish()
+    first, second = await rig.rows()
+    assert (first["status"], second["status"], second["success"], second["duration"]) == ("succeeded", "skipped", None, None)
+    assert (second["started_at"], second["attempt"], second["retry_count"]) == (None, 0, 0)
+    assert second["error_message"] == "skipped: the previous execution is still running (overlap=skip)"
+    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 1
+
+
+async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config("/hold"))
+    await rig.schedule(task_id)
+    await rig.execute(task_id)
+    await rig.beat()
+    await rig.at(60)
+    await rig.execute(task_id)
+    await rig.beat()
+    assert [(row["trigger"], row["status"]) for row in await rig.rows()] == [
+        ("manual", "running"),
+        ("schedule", "skipped"),
+        ("manual", "running"),
+    ]
+    target.let_go.set()
+    await rig.finish()
+
+
+async def test_overlap_queue_lets_one_wait_and_skips_further_slots(rig: Rig, target: Target) -> None:
+    await rig.schedule(await rig.task(**target.config("/hold")), overlap="queue")
+    for seconds in (60, 120, 180):
+        await rig.at(seconds)
+    rows = await rig.rows()
+    assert [row["status"] for row in rows] == ["running", "queued", "skipped"]
+    assert rows[2]["error_message"] == "skipped: another execution is already waiting (overlap=queue)"
+    target.let_go.set()
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded", "succeeded", "skipped"]
+
+
+async def test_overlap_queue_waits_for_executions_that_are_retrying(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=70), overlap="queue")
+    await rig.at(60)
+    await rig.finish()
+    await rig.at(120)
+    assert await rig.statuses() == ["retrying", "queued"]
+    await rig.at(138)
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded", "succeeded"]
+
+
+async def test_overlap_allow_runs_side_by_side(rig: Rig, target: Target) -> None:
+    await rig.schedule(await rig.task(**target.config("/hold")), overlap="allow")
+    for seconds in (60, 120, 180):
+        await rig.at(seconds)
+    assert await rig.statuses() == ["running"] * 3
+    target.let_go.set()
+    await rig.finish()
+
+
+async def test_overlap_cancel_ends_all_unfinished_ones_and_then_starts(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(config={"command": "exec sleep 60"})
+    await rig.schedule(task_id, overlap="cancel")
+    manual = await rig.execute(task_id)
+    await rig.beat()
+    await rig.at(60)
+    assert await rig.statuses() == ["running", "queued"]
+    await rig.patch_task(task_id, config={"command": "true"})
+    await rig.finish()
+    assert await rig.statuses() == ["cancelled", "succeeded"]
+    row = await rig.service.get_execution(manual)
+    assert (row["success"], row["error_message"]) == (None, "cancelled: a later slot started instead (overlap=cancel)")
+
+
+async def test_overlap_cancel_ends_a_retrying_execution(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    await rig.schedule(await rig.task(**target.config(), max_retries=3, retry_delay=500), overlap="cancel")
+    await rig.at(60)
+    await rig.finish()
+    await rig.at(120)
+    await rig.finish()
+    assert await rig.statuses() == ["cancelled", "succeeded"]
+    assert len(target.requests) == 2
+
+
+async def test_waiting_for_a_place_never_makes_a_slot_skip(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    blocker = await rig.execute(await rig.task(name="blocker", **target.config("/hold")))
+    await rig.schedule(await rig.task(name="scheduled"))
+    await rig.beat()
+    await rig.at(60)
+    assert [(row["id"] == blocker, row["status"]) for row in await rig.rows()] == [(True, "running"), (False, "queued")]
+    target.let_go.set()
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded", "succeeded"]
+
+
+PAUSES = ("task", "schedule", "scheduler")
+
+
+async def set_pause(rig: Rig, what: str, on: bool, task_id: int = 1, schedule_id: int = 1) -> None:
+    if what == "task":
+        await rig.patch_task(task_id, status="paused" if on else "active")
+    elif what == "schedule":
+        await rig.patch_schedule(schedule_id, is_active=not on)
+    elif on:
+        await rig.service.pause_scheduler()
+    else:
+        await rig.service.resume_scheduler()
+
+
+@pytest.mark.parametrize("what", PAUSES)
+@pytest.mark.parametrize("catchup", ["latest", "all", "skip"])
+async def test_a_pause_stops_slots_and_nothing_of_it_is_caught_up_or_recorded(rig: Rig, what: str, catchup: str) -> None:
+    await rig.schedule(await rig.task(), catchup=catchup)
+    await set_pause(rig, what, True)
+    await rig.at(61)
+    assert await rig.rows() == []
+    view = await rig.service.get_schedule(1)
+    assert (view["next_run"], view["upcoming"], (await rig.service.get_task(1))["next_run"]) == (None, [], None)
+    await rig.at(150)
+    await set_pause(rig, what, False)
+    assert (await rig.service.get_schedule(1))["next_run"] == "2026-01-01T00:03:00Z"
+    assert (await rig.service.get_task(1))["next_run"] == "2026-01-01T00:03:00Z"
+    await rig.at(180)
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 180)]
+
+
+@pytest.mark.parametrize("what", PAUSES)
+async def test_a_once_schedule_whose_time_passed_in_a_pause_gets_one_skipped_row_and_is_over(rig: Rig, what: str) -> None:
+    await rig.schedule(await rig.task(), "once")
+    await set_pause(rig, what, True)
+    await rig.at(90)
+    await set_pause(rig, what, False)
+    await rig.beat()
+    (row,) = await rig.rows()
+    assert (row["status"], row["scheduled_for"], row["success"]) == ("skipped", "2026-01-01T00:01:00Z", None)
+    assert "paused" in str(row["error_message"])
+    assert (await rig.service.get_schedule(1))["is_active"] is False
+    await set_pause(rig, "scheduler", True)
+    await set_pause(rig, "scheduler", False)
+    assert len(await rig.rows()) == 1
+
+
+@pytest.mark.parametrize("what", PAUSES)
+async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str) -> None:
+    await rig.schedule(await rig.task())
+    await set_pause(rig, what, True)
+    later = await restarted(rig, open_rig, 150)
+    assert await later.rows() == []
+    assert (await later.service.scheduler_status())["paused"] is (what == "scheduler")
+    await set_pause(later, what, False)
+    await later.at(180)
+    await later.finish()
+    assert await later.brief() == [("schedule", "succeeded", 180)]
+
+
+@pytest.mark.parametrize("what", PAUSES)
+async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: OpenRig, target: Target, what: str) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    target.answer(500)
+    task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
+    await rig.schedule(task_id)
+    first, second = await rig.execute(task_id), await rig.execute(task_id)
+    await set_pause(rig, what, True)
+    await rig.finish()
+    assert (await rig.service.get_execution(first))["status"] == "retrying"
+    assert (await rig.service.get_execution(second))["status"] == "succeeded"
+    third = await rig.execute(task_id)
+    await rig.at(30)
+    await rig.finish()
+    assert (await rig.service.get_execution(first))["status"] == "succeeded"
+    assert (await rig.service.get_execution(third))["status"] == "succeeded"
+
+
+async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retrying_ones(
+    open_rig: OpenRig, target: Target
+) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    target.answer(500)
+    task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
+    await rig.schedule(task_id)
+    retrying = await rig.execute(task_id)
+    await rig.finish()
+    blocker = await rig.execute(await rig.task(name="blocker", **target.config("/hold")))
+    await rig.beat()
+    queued = await rig.execute(task_id)
+    await rig.patch_task(task_id, status="disabled")
+    with pytest.raises(Conflict, match="disabled"):
+        await rig.execute(task_id)
+    target.let_go.set()
+    await rig.at(70)
+    await rig.finish()
+    assert (await rig.service.get_execution(blocker))["status"] == "succeeded"
+    assert (await rig.service.get_execution(retrying))["status"] == "retrying"
+    assert (await rig.service.get_execution(queued))["status"] == "queued"
+    assert len(await rig.rows(task_id=task_id)) == 2
+    await rig.patch_task(task_id, status="active")
+    await rig.finish()
+    assert await rig.statuses(task_id=task_id) == ["succeeded", "succeeded"]
+
+
+async def test_a_disabled_task_holds_back_its_executions_across_a_restart(rig: Rig, open_rig: OpenRig, target: Target) -> None:
+    target.answer(500)
+    task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
+    await rig.execute(task_id)
+    await rig.finish()
+    await rig.execute(task_id)
+    await rig.patch_task(task_id, status="disabled")
+    later = await restarted(rig, open_rig, 60)
+    await later.finish()
+    assert await later.statuses() == ["retrying", "queued"]
+    await later.patch_task(task_id, status="paused")
+    await later.finish()
+    assert await later.statuses() == ["succeeded", "succeeded"]
+
+
+async def test_no_place_is_left_and_the_oldest_slot_goes_first(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    blocker = await rig.task(name="blocker", **target.config("/hold"))
+    await rig.execute(blocker)
+    await rig.beat()
+    for seconds in (30, 10, 20):
+        await rig.schedule(
+            await rig.task(name=f"at {seconds}", **target.config(f"/{seconds}")),
+            "once",
+            schedule_config={"datetime": f"2026-01-01T00:00:{seconds}Z"},
+        )
+    rig.clock.advance(33)
+    await rig.execute(await rig.task(name="by hand", **target.config("/manual")))
+    rig.clock.advance(1)
+    await rig.beat()
+    assert (await rig.service.scheduler_status())["queue_length"] == 4
+    target.let_go.set()
+    await rig.finish()
+    assert [request.path for request in target.requests] == ["/hold", "/10", "/20", "/30", "/manual"]
+
+
+async def test_never_more_than_the_limit_run_at_once(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=3)
+    task_id = await rig.task(**target.config("/hold"))
+    for _ in range(8):
+        await rig.execute(task_id)
+    await rig.beat()
+    await rig.beat()
+    assert sorted(await rig.statuses()) == ["queued"] * 5 + ["running"] * 3
+    target.let_go.set()
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded"] * 8
+
+
+# --- How executions end -----------------------------------------------------------------------------------------------
+
+
+async def test_a_success_has_all_its_fields(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task(config={"command": "echo hello"}))
+    rig.clock.advance(1)
+    await rig.beat()
+    rig.clock.advance(2)
+    await rig.finish()
+    row = await rig.service.get_execution(execution_id)
+    output, attempts = row.pop("output_data"), row.pop("attempts")
+    assert row == {
+        "id": execution_id,
+        "task_id": 1,
+        "schedule_id": None,
+        "trigger": "manual",
+        "status": "succeeded",
+        "success": True,
+        "scheduled_for": None,
+        "queued_at": "2026-01-01T00:00:00Z",
+        "started_at": "2026-01-01T00:00:01Z",
+        "finished_at": "2026-01-01T00:00:03Z",
+        "duration": 2.0,
+        "attempt": 1,
+        "retry_count": 0,
+        "next_attempt_at": None,
+        "error_message": None,
+    }
+    assert output is not None and (output["exit_code"], output["stdout"]) == (0, "hello\n")
+    assert [(a["attempt"], a["status"], a["duration"]) for a in attempts] == [(1, "succeeded", 2.0)]
+
+
+async def test_a_failure_without_retries_is_failed(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task(config={"command": "echo why >&2; exit 3"}))
+    await rig.finish()
+    row = await rig.service.get_execution(execution_id)
+    assert (row["status"], row["success"], row["retry_count"]) == ("failed", False, 0)
+    assert row["output_data"] is not None and row["output_data"]["exit_code"] == 3
+    assert row["error_message"]
+
+
+async def test_an_attempt_over_its_timeout_is_timed_out(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task(config={"command": "echo begun; exec sleep 60", "timeout": 1}))
+    await rig.finish()
+    row = await rig.service.get_execution(execution_id)
+    assert (row["status"], row["success"]) == ("timed_out", False)
+    assert row["output_data"] is not None and row["output_data"]["stdout"] == "begun\n"
+
+
+async def meanwhile(rig: Rig, call: Any) -> Any:
+    """The result of a use case that needs the heart to beat on."""
+    job = asyncio.ensure_future(call)
+    while not job.done():
+        await rig.beat()
+        await asyncio.wait({job}, timeout=0.005)
+    return job.result()
+
+
+async def test_cancelling_a_running_execution_ends_it(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task(config={"command": "echo begun; exec sleep 60"}, max_retries=3))
+    await rig.beat()
+    row = await meanwhile(rig, rig.service.cancel_execution(execution_id))
+    assert (row["status"], row["success"], row["next_attempt_at"]) == ("cancelled", None, None)
+    with pytest.raises(Conflict, match="cancelled"):
+        await rig.service.cancel_execution(execution_id)
+
+
+async def test_cancelling_a_queued_execution_ends_it_before_it_started(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    await rig.execute(await rig.task(**target.config("/hold")))
+    await rig.beat()
+    execution_id = await rig.execute(await rig.task())
+    row = await rig.service.cancel_execution(execution_id)
+    assert (row["status"], row["started_at"], row["duration"], row["success"]) == ("cancelled", None, None, None)
+    assert row["finished_at"] == "2026-01-01T00:00:00Z" and row["attempts"] == []
+    target.let_go.set()
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded", "cancelled"]
+
+
+async def test_cancelling_a_retrying_execution_ends_the_wait(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=3))
+    await rig.finish()
+    row = await rig.service.cancel_execution(execution_id)
+    assert (row["status"], row["next_attempt_at"], row["attempt"], row["success"]) == ("cancelled", None, 1, None)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
+    await rig.at(3600)
+    await rig.finish()
+    assert len(target.requests) == 1
+
+
+async def test_cancelling_what_is_over_or_was_never_there_is_refused(rig: Rig) -> None:
+    execution_id = await rig.execute(await rig.task())
+    await rig.finish()
+    with pytest.raises(Conflict, match="succeeded"):
+        await rig.service.cancel_execution(execution_id)
+    with pytest.raises(NotFound):
+        await rig.service.cancel_execution(999)
+
+
+async def test_retries_keep_every_attempt_and_the_last_one_decides(rig: Rig, target: Target) -> None:
+    for status in (500, 503):
+        target.answer(status, body=b"no")
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=3, retry_delay=10, retry_backoff=3))
+    await rig.finish()
+    row = await rig.service.get_execution(execution_id)
+    assert (row["status"], row["success"], row["attempt"], row["retry_count"]) == ("retrying", None, 1, 0)
+    assert 9 <= offset(row["next_attempt_at"]) <= 11
+    assert (row["finished_at"], row["duration"]) == (None, None)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
+    await rig.at(11)
+    await rig.finish()
+    second = await rig.service.get_execution(execution_id)
+    assert (second["status"], second["attempt"]) == ("retrying", 2)
+    assert 11 + 27 <= offset(second["next_attempt_at"]) <= 11 + 33
+    await rig.at(50)
+    await rig.finish()
+    last = await rig.service.get_execution(execution_id)
+    assert (last["status"], last["success"], last["attempt"], last["retry_count"]) == ("succeeded", True, 3, 2)
+    assert (last["started_at"], last["finished_at"], last["duration"]) == ("2026-01-01T00:00:00Z", "2026-01-01T00:00:50Z", 50.0)
+    assert last["error_message"] is None
+    assert [(a["attempt"], a["status"], (a["output_data"] or {}).get("status_code")) for a in last["attempts"]] == [
+        (1, "failed", 500),
+        (2, "failed", 503),
+        (3, "succeeded", 200),
+    ]
+    task = await rig.service.get_task(1)
+    assert (task["run_count"], task["success_count"], task["failure_count"]) == (1, 1, 0)
+
+
+async def test_a_retry_that_waits_for_a_place_shows_each_attempt_once(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    target.answer(500)
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=10))
+    await rig.finish()
+    await rig.execute(await rig.task(**target.config("/hold")))
+    await rig.beat()
+    await rig.at(12)
+    row = await rig.service.get_execution(execution_id)
+    assert (row["status"], row["attempt"]) == ("queued", 1)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
+    target.let_go.set()
+    await rig.finish()
+
+
+async def test_when_no_attempt_is_left_the_last_one_decides(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    target.answer(503)
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=0))
+    await rig.finish()
+    await rig.beat()
+    await rig.finish()
+    row = await rig.service.get_execution(execution_id)
+    assert (row["status"], row["attempt"], row["retry_count"]) == ("failed", 2, 1)
+    assert (row["output_data"] or {})["status_code"] == 503
+
+
+@pytest.mark.parametrize(("status", "wait"), [(429, 17), (503, 17)])
+async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Target, status: int, wait: int) -> None:
+    target.answer(status, {"Retry-After": "17"})
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=500))
+    await rig.finish()
+    assert offset((await rig.service.get_execution(execution_id))["next_attempt_at"]) == wait
+
+
+async def test_retry_after_is_ignored_on_other_statuses(rig: Rig, target: Target) -> None:
+    target.answer(500, {"Retry-After": "17"})
+    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=500))
+    await rig.finish()
+    assert 450 <= offset((await rig.service.get_execution(execution_id))["next_attempt_at"]) <= 550
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("exit 1", "retrying"), ("kill -9 $$", "retrying"), ("exit 126", "failed"), ("exit 127", "failed")]
+)
+async def test_which_bash_failures_are_retried(rig: Rig, command: str, status: str) -> None:
+    await rig.execute(await rig.task(config={"command": command}, max_retries=1))
+    await rig.finish()
+    assert await rig.statuses() == [status]
+
+
+async def test_a_missing_working_dir_is_not_retried(rig: Rig) -> None:
+    await rig.execute(await rig.task(config={"command": "true", "working_dir": "/nonexistent/x"}, max_retries=1))
+    await rig.finish()
+    (row,) = await rig.rows()
+    assert row["status"] == "failed" and "/nonexistent/x" in str(row["error_message"])
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(400, "failed"), (404, "failed"), (408, "retrying"), (425, "retrying"), (429, "retrying"), (502, "retrying")],
+)
+async def test_which_http_statuses_are_retried(rig: Rig, target: Target, code: int, status: str) -> None:
+    target.answer(code)
+    await rig.execute(await rig.task(**target.config(), max_retries=1))
+    await rig.finish()
+    assert await rig.statuses() == [status]
+
+
+async def test_every_attempt_uses_the_task_as_it_is_then(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    task_id = await rig.task(**target.config("/before"), max_retries=1, retry_delay=10)
+    await rig.execute(task_id)
+    await rig.finish()
+    await rig.patch_task(task_id, config=target.config("/after")["config"])
+    await rig.at(12)
+    await rig.finish()
+    assert [request.path for request in target.requests] == ["/before", "/after"]
+    keys = {request.headers["Idempotency-Key"] for request in target.requests}
+    assert len(keys) == 1
+    assert [request.headers["X-ChronoTask-Attempt"] for request in target.requests] == ["1", "2"]
+
+
+async def test_what_a_task_is_told_in_its_environment(rig: Rig, tmp_path: Path) -> None:
+    command = f"env | grep ^CHRONOTASK_ | grep -v RUN_ID | sort > {tmp_path}/seen"
+    await rig.schedule(await rig.task(name="told", config={"command": command}))
+    await rig.at(60)
+    await rig.finish()
+    assert (tmp_path / "seen").read_text().split() == [
+        "CHRONOTASK_ATTEMPT=1",
+        "CHRONOTASK_EXECUTION_ID=1",
+        "CHRONOTASK_SCHEDULED_FOR=2026-01-01T00:01:00Z",
+        "CHRONOTASK_SCHEDULE_ID=1",
+        "CHRONOTASK_TASK_ID=1",
+        "CHRONOTASK_TASK_NAME=told",
+    ]
+
+
+async def test_counters_count_executions_that_started_once_each(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config(), max_retries=1, retry_delay=1)
+    schedule_id = await rig.schedule(task_id)
+    await rig.at(60)  # succeeds
+    await rig.finish()
+    target.answer(404)
+    await rig.at(120)  # fails
+    await rig.finish()
+    target.answer(500)
+    await rig.execute(task_id)  # fails, then succeeds
+    await rig.finish()
+    await rig.at(125)
+    await rig.finish()
+    task = await rig.service.get_task(task_id)
+    assert (task["run_count"], task["success_count"], task["failure_count"]) == (3, 2, 1)
+    assert task["last_run"] == "2026-01-01T00:02:00Z"
+    schedule = await rig.service.get_schedule(schedule_id)
+    assert (schedule["run_count"], schedule["last_run"]) == (2, "2026-01-01T00:02:00Z")
+
+
+async def test_counters_survive_retention(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=1)
+    task_id = await rig.task()
+    for _ in range(4):
+        await rig.execute(task_id)
+    await rig.finish()
+    await rig.service.retain(rig.clock.now())
+    assert (await rig.history(task_id))["total"] == 1
+    assert (await rig.service.get_task(task_id))["run_count"] == 4
+
+
+async def test_executing_with_wait_answers_when_it_is_over(rig: Rig) -> None:
+    task_id = await rig.task(config={"command": "exit 4"})
+    row = await meanwhile(rig, rig.service.execute_task(task_id, wait=30))
+    assert (row["status"], row["attempts"][0]["status"]) == ("failed", "failed")
+
+
+async def test_executing_with_wait_answers_at_the_time_when_it_is_not_over(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config("/hold"))
+    row = await meanwhile(rig, rig.service.execute_task(task_id, wait=0.05))
+    assert row["status"] == "running"
+    target.let_go.set()
+    await rig.finish()
+
+
+async def test_forbidden_bash_tasks_are_neither_made_nor_executed_and_their_slots_fail(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(max_retries=3)
+    await rig.schedule(task_id)
+    later = await restarted(rig, open_rig, 30, allow_host_commands=False)
+    with pytest.raises(Forbidden, match="ALLOW_HOST_COMMANDS"):
+        await later.task()
+    with pytest.raises(Forbidden, match="ALLOW_HOST_COMMANDS"):
+        await later.execute(task_id)
+    await later.at(60)
+    await later.finish()
+    (row,) = await later.rows()
+    assert (row["status"], row["retry_count"]) == ("failed", 0)
+    assert "ALLOW_HOST_COMMANDS" in str(row["error_message"])
+
+
+# --- Restart and recovery ---------------------------------------------------------------------------------------------
+
+
+async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(name="a", description="words", config={"command": "true", "args": ["x"]}, retry_backoff=1.5)
+    for schedule_type in ("interval", "cron", "once"):
+        await rig.schedule(task_id, schedule_type, jitter=7, overlap="allow", max_runs=9)
+    await rig.execute(task_id)
+    await rig.finish()
+
+    async def everything(one: Rig) -> Any:
+        schedules = await one.service.list_schedules(ScheduleQuery())
+        return await one.service.list_tasks(TaskQuery()), schedules, await one.rows(), one.clock.until
+
+    before = await everything(rig)
+    later = await restarted(rig, open_rig)
+    assert await everything(later) == before
+
+
+async def test_the_phase_of_an_interval_survives_restarts(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.schedule(await rig.task(), schedule_config={"seconds": 7})
+    later = await restarted(rig, open_rig, 8)
+    await later.finish()
+    assert later.clock.until == START + 14 * S
+    last = await restarted(later, open_rig, 1000)
+    assert last.clock.until == START + 1001 * S
+
+
+async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    target.answer(500)
+    await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=100))
+    await rig.finish()
+    queued = await rig.execute(await rig.task())
+    later = await restarted(rig, open_rig, 60)
+    await later.finish()
+    assert (await later.service.get_execution(queued))["status"] == "succeeded"
+    assert await later.statuses() == ["retrying", "succeeded"]
+    await later.at(120)
+    await later.finish()
+    assert await later.statuses() == ["succeeded", "succeeded"]
+
+
+async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 30) -> Rig:
+    """A service on the database as a crash at this moment leaves it. (The old one runs on, on its own file.)"""
+    copy = tmp_path / "after the crash" / "chronotask.db"
+    copy.parent.mkdir()
+    backup(rig.path, copy)
+    return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
+
+
+async def test_after_a_crash_a_running_execution_is_interrupted_when_no_attempt_is_left(
+    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
+) -> None:
+    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=0))
+    await rig.beat()
+    later = await crashed(rig, open_rig, tmp_path)
+    row = await later.service.get_execution(execution_id)
+    assert (row["status"], row["success"], row["finished_at"]) == ("interrupted", False, "2026-01-01T00:00:30Z")
+    assert row["error_message"]
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted")]
+    assert (await later.service.get_task(1))["failure_count"] == 1
+
+
+async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left(
+    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
+) -> None:
+    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=1, retry_delay=10))
+    await rig.beat()
+    later = await crashed(rig, open_rig, tmp_path)
+    row = await later.service.get_execution(execution_id)
+    assert (row["status"], row["attempt"]) == ("retrying", 1)
+    assert 39 <= offset(row["next_attempt_at"]) <= 41
+    target.let_go.set()
+    await later.at(42)
+    await later.finish()
+    row = await later.service.get_execution(execution_id)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted"), (2, "succeeded")]
+    assert (await later.service.get_task(1))["run_count"] == 1
+
+
+async def test_after_a_crash_processes_that_survived_it_are_killed(rig: Rig, open_rig: OpenRig, tmp_path: Path) -> None:
+    await rig.execute(await rig.task(config={"command": "exec sleep 60"}, max_retries=1))
+    await rig.beat()
+    (active,) = rig.service.running.values()
+    while "sleep" not in running_commands(active.run.run_id):
+        await asyncio.sleep(0.005)
+    await crashed(rig, open_rig, tmp_path)
+    assert running_commands(active.run.run_id) == []
+
+
+def running_commands(run_id: str) -> list[str]:
+    """The names of living processes that belong to an attempt."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if run_id.encode() in (folder / "environ").read_bytes() and ") Z " not in (folder / "stat").read_text():
+                found.append((folder / "comm").read_text().strip())
+        except OSError:
+            continue
+    return found
+
+
+async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.execute(await rig.task(name="once", config={"command": "exec sleep 60"}, max_retries=0))
+    await rig.execute(await rig.task(name="again", config={"command": "exec sleep 60"}, max_retries=1))
+    await rig.beat()
+    later = await restarted(rig, open_rig)
+    assert await later.statuses() == ["interrupted", "retrying"]
+    assert [a["status"] for a in (await later.service.get_execution(2))["attempts"]] == ["interrupted"]
+
+
+async def test_a_service_that_stops_takes_no_new_work(rig: Rig) -> None:
+    task_id = await rig.task()
+    rig.service.stopping = True
+    for call in (rig.task(), rig.execute(task_id), rig.schedule(task_id), rig.service.delete_task(task_id)):
+        with pytest.raises(Unavailable, match="shutting down"):
+            await call
+    rig.service.stopping = False
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_clock_set_back_under_3_hours_fires_no_slot_twice(rig: Rig) -> None:
+    await rig.schedule(await rig.task(), "cron")
+    await rig.at(60)
+    await rig.finish()
+    rig.clock.set_wall(START - 7200 * S)
+    await rig.beat()
+    assert rig.clock.until == START + 120 * S
+    await rig.at(60)
+    await rig.at(119)
+    assert len(await rig.rows()) == 1
+    await rig.at(120)
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
+
+
+async def test_a_clock_set_back_by_3_hours_or_more_is_a_correction(rig: Rig) -> None:
+    await rig.schedule(await rig.task(), "cron")
+    await rig.at(60)
+    await rig.finish()
+    rig.clock.set_wall(START - 14_400 * S)
+    await rig.beat()
+    assert rig.clock.until == START - 14_340 * S
+    await rig.at(-14_340)
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", -14_340), ("schedule", "succeeded", 60)]
+
+
+async def test_no_slot_fires_twice_when_time_passes_it_again_after_a_correction(rig: Rig) -> None:
+    await rig.schedule(await rig.task(), "cron", schedule_config={"expression": "0 * * * *"})
+    await rig.at(3600)
+    await rig.finish()
+    rig.clock.set_wall(START - 14_000 * S)
+    await rig.beat()
+    for hour in (-3, -2, -1, 0, 1):
+        await rig.at(3600 * hour)
+        await rig.finish()
+    assert [row[2] for row in await rig.brief()] == [-10_800, -7200, -3600, 0, 3600]
+    assert await rig.statuses() == ["succeeded"] * 5
+
+
+async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.schedule(await rig.task(), "cron")
+    await rig.at(60)
+    await rig.finish()
+    later = await restarted(rig, open_rig, -86_400)
+    assert later.clock.until == START - 86_340 * S
+
+
+async def test_slots_are_computed_anew_when_the_rules_of_a_zone_have_changed(rig: Rig, open_rig: OpenRig) -> None:
+    schedule_id = await rig.schedule(
+        await rig.task(), "cron", schedule_config={"expression": "0 12 * * *", "timezone": "Europe/Berlin"}
+    )
+    await rig.close()
+    rig.sql("UPDATE schedules SET next_slot = next_slot + 3600000000, next_fire = next_fire + 3600000000")
+    rig.sql("UPDATE meta SET value = 'old rules' WHERE key = 'zone:Europe/Berlin'")
+    if not rig.sql("SELECT 1 FROM meta WHERE key = 'zone:Europe/Berlin'"):
+        rig.sql("INSERT INTO meta VALUES ('zone:Europe/Berlin', 'old rules')")
+    later = await open_rig()
+    assert (await later.service.get_schedule(schedule_id))["next_run"] == "2026-01-01T11:00:00Z"
+
+
+# --- Nothing broken stops the rest ------------------------------------------------------------------------------------
+
+BROKEN_CONFIGS = {
+    "no cron expression": '{"expression": "nonsense", "timezone": "UTC"}',
+    "unknown zone": '{"expression": "* * * * *", "timezone": "Mars/Phobos"}',
+    "missing fields": "{}",
+    "another type": "[1, 2]",
+    "no JSON": "{oops",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_CONFIGS)
+async def test_a_broken_schedule_row_is_switched_off_and_the_others_go_on(rig: Rig, what: str) -> None:
+    for _ in range(3):
+        await rig.schedule(await rig.task(), "cron")
+    rig.sql("UPDATE schedules SET schedule_config = ? WHERE id = 2", BROKEN_CONFIGS[what])
+    rig.clock.advance(60)
+    await rig.service.beat()
+    await rig.finish()
+    assert rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id") == [
+        (1, "succeeded"),
+        (2, "failed"),
+        (3, "succeeded"),
+    ]
+    assert rig.sql("SELECT is_active FROM schedules ORDER BY id") == [(1,), (0,), (1,)]
+    (row,) = await rig.rows(schedule_id=2)
+    assert "switched off" in str(row["error_message"])
+
+
+@pytest.mark.parametrize("what", BROKEN_CONFIGS)
+async def test_a_broken_schedule_row_stops_neither_a_start_nor_a_listing(rig: Rig, open_rig: OpenRig, what: str) -> None:
+    for _ in range(2):
+        await rig.schedule(await rig.task(), "cron")
+    await rig.close()
+    rig.sql("UPDATE schedules SET schedule_config = ? WHERE id = 1", BROKEN_CONFIGS[what])
+    later = await open_rig()
+    page = await later.service.list_schedules(ScheduleQuery())
+    assert [schedule["id"] for schedule in page["schedules"]] == [1, 2]
+    assert (await later.service.get_schedule(1))["id"] == 1
+    await later.at(60)
+    await later.finish()
+    assert later.sql("SELECT status FROM executions WHERE schedule_id = 2") == [("succeeded",)]
+    await later.service.delete_schedule(1)
+
+
+@pytest.mark.parametrize("config", ["{oops", "[]", '{"url": 5}', "{}"])
+async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config: str) -> None:
+    broken, good = await rig.task(max_retries=3), await rig.task()
+    await rig.schedule(broken)
+    await rig.schedule(good)
+    rig.sql("UPDATE tasks SET config = ? WHERE id = ?", config, broken)
+    await rig.at(60)
+    await rig.finish()
+    assert rig.sql("SELECT task_id, status FROM executions ORDER BY task_id") == [(broken, "failed"), (good, "succeeded")]
+
+
+async def test_two_calls_that_fail_do_not_stop_the_heart(rig: Rig) -> None:
+    await rig.schedule(await rig.task())
+    rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
+    rig.clock.advance(60)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await rig.service.beat()
+    rig.sql("DROP TRIGGER t")
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 60)]
+
+
+async def test_a_heart_that_does_not_tick_for_10_seconds_is_told(rig: Rig) -> None:
+    assert rig.service.problem() is None
+    rig.clock.steady += 10.5
+    assert "has not ticked for 10 s" in str(rig.service.problem())
+    await rig.beat()
+    assert rig.service.problem() is None
+
+
+# --- Deleting ---------------------------------------------------------------------------------------------------------
+
+
+async def test_deleting_a_task_kills_what_it_runs_and_removes_every_row(rig: Rig) -> None:
+    task_id = await rig.task(config={"command": "exec sleep 60"})
+    await rig.schedule(task_id)
+    execution_id = await rig.execute(task_id)
+    await rig.beat()
+    (active,) = rig.service.running.values()
+    waiter = asyncio.ensure_future(rig.service.wait_for(execution_id, 30))
+    await meanwhile(rig, rig.service.delete_task(task_id))
+    await waiter
+    assert running_commands(active.run.run_id) == []
+    for table in ("tasks", "schedules", "executions", "attempts"):
+        assert rig.sql(f"SELECT count(*) FROM {table}") == [(0,)]
+    for call in (rig.service.get_task(task_id), rig.service.get_execution(execution_id), rig.service.get_schedule(1)):
+        with pytest.raises(NotFound):
+            await call
+
+
+async def test_deleting_a_task_removes_a_long_history(rig: Rig) -> None:
+    await rig.task()
+    other = await rig.task()
+    plant_rows(rig, 2500, "succeeded", 1)
+    await rig.execute(other)
+    await rig.finish()
+    await meanwhile(rig, rig.service.delete_task(1))
+    assert rig.sql("SELECT DISTINCT task_id FROM executions") == [(other,)]
+
+
+async def test_deleting_a_task_starts_none_of_its_queued_executions(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    task_id = await rig.task(config={"command": f"echo x >> {tmp_path}/started; exec sleep 60"})
+    for _ in range(4):
+        await rig.execute(task_id)
+    await rig.beat()
+    while not (tmp_path / "started").exists():
+        await asyncio.sleep(0.005)
+    await meanwhile(rig, rig.service.delete_task(task_id))
+    assert (tmp_path / "started").read_text() == "x\n"
+
+
+async def test_a_waiter_for_an_execution_of_a_deleted_task_hears_that_it_is_gone(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config("/hold"))
+    waiting = asyncio.ensure_future(rig.service.execute_task(task_id, wait=30))
+    while not rig.service.running:
+        await rig.beat()
+    await meanwhile(rig, rig.service.delete_task(task_id))
+    with pytest.raises(NotFound):
+        await meanwhile(rig, waiting)
+
+
+async def test_ids_are_never_used_again(rig: Rig) -> None:
+    first = await rig.task()
+    await rig.schedule(first)
+    await rig.execute(first)
+    await rig.finish()
+    await meanwhile(rig, rig.service.delete_task(first))
+    second = await rig.task()
+    assert (second, await rig.schedule(second), await rig.execute(second)) == (2, 2, 2)
+    await rig.finish()
+
+
+async def test_deleting_a_schedule_cancels_its_queued_executions_and_lets_running_ones_end(
+    open_rig: OpenRig, target: Target
+) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    task_id = await rig.task(**target.config("/hold"))
+    schedule_id = await rig.schedule(task_id, overlap="allow")
+    await rig.at(60)
+    await rig.at(120)
+    manual = await rig.execute(task_id)
+    await rig.service.delete_schedule(schedule_id)
+    target.let_go.set()
+    await rig.finish()
+    rows = await rig.rows()
+    assert [row["status"] for row in rows] == ["succeeded", "cancelled", "succeeded"]
+    assert [row["schedule_id"] for row in rows] == [schedule_id, schedule_id, None]
+    assert rows[1]["error_message"] == "cancelled: its schedule was deleted" and rows[2]["id"] == manual
+    with pytest.raises(NotFound):
+        await rig.service.get_schedule(schedule_id)
+
+
+async def test_deleting_a_schedule_lets_a_retrying_execution_end(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    schedule_id = await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=5))
+    await rig.at(60)
+    await rig.finish()
+    await rig.service.delete_schedule(schedule_id)
+    await rig.at(70)
+    await rig.finish()
+    assert await rig.statuses() == ["succeeded"]
+
+
+# --- Changing tasks and schedules -------------------------------------------------------------------------------------
+
+TASK_CHANGES: dict[str, Any] = {
+    "name": "new name",
+    "description": "new words",
+    "config": {"command": "false"},
+    "max_retries": 9,
+    "retry_delay": 7.5,
+    "retry_backoff": 3,
+    "status": "paused",
+}
+
+
+@pytest.mark.parametrize("field", TASK_CHANGES)
+async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig, field: str) -> None:
+    task_id = await rig.task(name="old", description="old words")
+    before = await rig.service.get_task(task_id)
+    rig.clock.advance(5)
+    after = await rig.patch_task(task_id, **{field: TASK_CHANGES[field]})
+    assert after == {**before, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05Z"}
+    assert await rig.service.get_task(task_id) == after
+
+
+SCHEDULE_CHANGES: dict[str, Any] = {
+    "is_active": False,
+    "overlap": "queue",
+    "catchup": "all",
+    "catchup_window": 60,
+    "max_runs": 5,
+}
+SCHEDULE_TIMING: dict[str, tuple[Any, str]] = {
+    "schedule_config": ({"seconds": 90}, "2026-01-01T00:01:30Z"),
+    "start_at": ("2026-01-01T00:02:00Z", "2026-01-01T00:02:00Z"),
+    "end_at": ("2026-01-01T09:00:00Z", "2026-01-01T00:01:00Z"),
+}
+
+
+@pytest.mark.parametrize("field", SCHEDULE_CHANGES)
+async def test_a_change_of_one_schedule_field_leaves_the_others_and_the_next_run(rig: Rig, field: str) -> None:
+    schedule_id = await rig.schedule(await rig.task(), schedule_config={"seconds": 3600}, jitter=1800)
+    before = await rig.service.get_schedule(schedule_id)
+    rig.clock.advance(5)
+    after = await rig.patch_schedule(schedule_id, **{field: SCHEDULE_CHANGES[field]})
+    changed = {"next_run": None, "upcoming": []} if field == "is_active" else {}
+    assert after == {**before, field: SCHEDULE_CHANGES[field], **changed, "updated_at": "2026-01-01T00:00:05Z"}
+
+
+@pytest.mark.parametrize("field", SCHEDULE_TIMING)
+async def test_a_change_of_a_timing_field_computes_the_next_run_anew(rig: Rig, field: str) -> None:
+    schedule_id = await rig.schedule(await rig.task())
+    value, next_run = SCHEDULE_TIMING[field]
+    view = await rig.patch_schedule(schedule_id, **{field: value})
+    shown = {**value, "timezone": "UTC"} if field == "schedule_config" else value
+    assert (view[field], view["next_run"]) == (shown, next_run)
+
+
+async def test_null_clears_the_nullable_fields(rig: Rig) -> None:
+    task_id = await rig.task(description="words")
+    schedule_id = await rig.schedule(task_id, start_at="2026-01-01T00:05:00Z", end_at="2026-01-01T09:00:00Z", max_runs=3)
+    assert (await rig.patch_task(task_id, description=None))["description"] is None
+    view = await rig.patch_schedule(schedule_id, start_at=None, end_at=None, max_runs=None)
+    assert (view["start_at"], view["end_at"], view["max_runs"], view["next_run"]) == (None, None, None, "2026-01-01T00:01:00Z")
+
+
+async def test_config_and_schedule_config_are_replaced_as_a_whole(rig: Rig) -> None:
+    task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
+    assert (await rig.patch_task(task_id, config={"command": "false"}))["config"] == {"command": "false"}
+    schedule_id = await rig.schedule(task_id, schedule_config={"seconds": 60, "start_date": "2026-01-01T00:00:30Z"})
+    view = await rig.patch_schedule(schedule_id, schedule_config={"seconds": 60})
+    assert view["schedule_config"] == {"seconds": 60, "timezone": "UTC"}
+
+
+async def test_a_new_type_needs_its_config_in_the_same_request(rig: Rig) -> None:
+    task_id = await rig.task()
+    schedule_id = await rig.schedule(task_id)
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_task(task_id, task_type="http")
+    assert [error.field for error in caught.value.errors] == ["config"]
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_schedule(schedule_id, schedule_type="cron")
+    assert [error.field for error in caught.value.errors] == ["schedule_config"]
+    task = await rig.patch_task(task_id, task_type="http", config={"url": "http://127.0.0.1/"})
+    assert (task["task_type"], task["config"]["url"]) == ("http", "http://127.0.0.1/")
+    schedule = await rig.patch_schedule(schedule_id, schedule_type="cron", schedule_config={"expression": "0 5 * * *"})
+    assert (schedule["schedule_type"], schedule["next_run"]) == ("cron", "2026-01-01T05:00:00Z")
+
+
+async def test_a_schedule_stays_with_its_task(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task())
+    other = await rig.task()
+    assert (await rig.patch_schedule(schedule_id, task_id=1))["task_id"] == 1
+    with pytest.raises(InvalidInput) as caught:
+        await rig.patch_schedule(schedule_id, task_id=other)
+    assert [error.field for error in caught.value.errors] == ["task_id"]
+
+
+async def test_what_get_gave_can_be_sent_back_and_changes_nothing(rig: Rig) -> None:
+    task_id = await rig.task(description="words", config={"command": "true", "args": ["a b"], "env": {"A": "1"}})
+    for schedule_type, more in [
+        ("interval", {"start_at": "2026-01-01T00:01:00.5Z", "jitter": 3}),
+        ("cron", {"end_at": "2027-01-01T00:00:00+01:00"}),
+        ("once", {"max_runs": 1}),
+        ("interval", {"schedule_config": {"seconds": 1.5, "start_date": "2026-01-01T00:00:00"}, "is_active": False}),
+    ]:
+        schedule_id = await rig.schedule(task_id, schedule_type, **more)
+        before = await rig.service.get_schedule(schedule_id)
+        assert await rig.patch_schedule(schedule_id, **before) == before
+    await rig.at(61)
+    await rig.finish()
+    for schedule in (await rig.service.list_schedules(ScheduleQuery()))["schedules"]:
+        again = await rig.patch_schedule(schedule["id"], **schedule)
+        again.pop("upcoming")
+        assert again == {**schedule, "updated_at": "2026-01-01T00:01:01Z"}
+    task = await rig.service.get_task(task_id)
+    assert await rig.patch_task(task_id, **task) == {**task, "updated_at": "2026-01-01T00:01:01Z"}
+
+
+async def test_a_schedule_that_can_never_fire_is_refused(rig: Rig) -> None:
+    task_id = await rig.task()
+    for fields, field in [
+        ({"schedule_type": "cron", "schedule_config": {"expression": "0 0 31 2 *"}}, "schedule_config.expression"),
+        ({"schedule_type": "once", "schedule_config": {"datetime": "2025-12-31T23:59:59Z"}}, "schedule_config.datetime"),
+        ({"end_at": "2026-01-01T00:00:30Z"}, "end_at"),
+        ({"start_at": "2026-01-01T02:00:00Z", "end_at": "2026-01-01T01:00:00Z"}, "end_at"),
+        ({"start_at": "yesterday"}, "start_at"),
+    ]:
+        with pytest.raises(InvalidInput) as caught:
+            await rig.schedule(task_id, **fields)
+        assert [error.field for error in caught.value.errors] == [field]
+    assert (await rig.service.list_schedules(ScheduleQuery()))["total"] == 0
+
+
+async def test_a_preview_shows_slots_and_stores_nothing(rig: Rig) -> None:
+    body = {"schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON", "timezone": "Europe/Berlin"}, "count": 2}
+    view = await rig.service.preview_schedule(parse(SchedulePreview, {**body, "after": "2026-02-01T00:00:00"}))
+    assert view["upcoming"] == [
+        {"utc": "2026-02-02T08:00:00Z", "local": "2026-02-02T09:00:00+01:00"},
+        {"utc": "2026-02-09T08:00:00Z", "local": "2026-02-09T09:00:00+01:00"},
+    ]
+    assert "Europe/Berlin" in view["description"]
+    assert (await rig.service.list_schedules(ScheduleQuery()))["total"] == 0
+    jittered = await rig.service.preview_schedule(parse(SchedulePreview, {**body, "jitter": 60}))
+    assert "jitter" in jittered["note"] and jittered["upcoming"][0]["utc"] == "2026-01-05T08:00:00Z"
+
+
+async def test_upcoming_lists_5_slots_in_utc_and_local_time(rig: Rig) -> None:
+    config = {"expression": "0 12 * * *", "timezone": "Asia/Kolkata"}
+    view = await rig.service.get_schedule(await rig.schedule(await rig.task(), "cron", schedule_config=config))
+    assert view["upcoming"][0] == {"utc": "2026-01-01T06:30:00Z", "local": "2026-01-01T12:00:00+05:30"}
+    assert len(view["upcoming"]) == 5 and view["next_run"] == "2026-01-01T06:30:00Z"
+
+
+async def test_the_zone_is_resolved_and_stored_when_a_schedule_is_written(rig: Rig, open_rig: OpenRig) -> None:
+    schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config={"expression": "0 12 * * *"})
+    later = await restarted(rig, open_rig, scheduler_timezone="America/New_York")
+    assert (await later.service.get_schedule(schedule_id))["next_run"] == "2026-01-01T12:00:00Z"
+    other = await later.schedule(1, "cron", schedule_config={"expression": "0 12 * * *"})
+    view = await later.service.get_schedule(other)
+    assert (view["schedule_config"]["timezone"], view["next_run"]) == ("America/New_York", "2026-01-01T17:00:00Z")
+
+
+async def test_defaults_of_retries_are_filled_in_at_creation(open_rig: OpenRig) -> None:
+    rig = await open_rig(max_retries=7, retry_delay=2.5)
+    view = await rig.service.create_task(parse(TaskCreate, {"name": "t", "task_type": "bash", "config": {"command": "true"}}))
+    assert (view["max_retries"], view["retry_delay"], view["retry_backoff"]) == (7, 2.5, 2)
+    later = await restarted(rig, open_rig, max_retries=1)
+    assert (await later.service.get_task(view["id"]))["max_retries"] == 7
+
+
+async def test_a_schedule_needs_a_task_that_exists(rig: Rig) -> None:
+    with pytest.raises(NotFound):
+        await rig.service.create_schedule(
+            parse(ScheduleCreate, {"task_id": 9, "schedule_type": "interval", "schedule_config": {"seconds": 9}})
+        )
+
+
+# --- Retention --------------------------------------------------------------------------------------------------------
+
+
+def plant_rows(
+    rig: Rig, count: int, status: str, age_days: float, schedule_id: int | None = None, slot: int | None = None
+) -> None:
+    """Rows of task 1, all of one age."""
+    at = rig.clock.now() - round(age_days * 86400) * S
+    end = None if status in ("queued", "running", "retrying") else at
+    rows = [(schedule_id, status, None if slot is None else slot + n, at, end) for n in range(count)]
+    columns = "schedule_id, status, scheduled_for, queued_at, finished_at, task_id, trigger, next_attempt_at, uuid"
+    db = sqlite3.connect(rig.path)
+    db.executemany(f"INSERT INTO executions ({columns}) VALUES (?, ?, ?, ?, ?, 1, 'schedule', {2**60}, 'u')", rows)
+    db.commit()
+    db.close()
+
+
+async def test_old_history_is_deleted_by_age_in_pieces(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 2500, "succeeded", 31)
+    plant_rows(rig, 10, "succeeded", 29)
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(10,)]
+
+
+async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=5)
+    await rig.task()
+    for _ in range(8):
+        await rig.execute(1)
+    await rig.finish()
+    await rig.service.retain(rig.clock.now())
+    assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
+
+
+async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no_run(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=5)
+    await rig.task()
+    plant_rows(rig, 4, "succeeded", 1)
+    plant_rows(rig, 90, "skipped", 1)
+    plant_rows(rig, 60, "missed", 1)
+    await rig.execute(1)
+    await rig.finish()
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1") == [
+        ("missed", 60),
+        ("skipped", 40),
+        ("succeeded", 5),
+    ]
+
+
+@pytest.mark.parametrize("status", ["queued", "retrying"])
+async def test_retention_never_deletes_unfinished_rows(open_rig: OpenRig, status: str) -> None:
+    rig = await open_rig(history_days=1, history_per_task=1)
+    await rig.task(status="disabled")
+    plant_rows(rig, 5, status, 99)
+    plant_rows(rig, 5, "failed", 99)
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [(status, 5)]
+
+
+async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=1, history_per_task=1)
+    await rig.schedule(await rig.task())
+    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() + 3600 * S)
+    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() - 3600 * S)
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
+
+
+async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=0, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 1200, "succeeded", 9999)
+    await rig.execute(1)
+    await rig.finish()
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(1201,)]
+
+
+async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(history_days=1)
+    target.answer(500)
+    await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=0))
+    await rig.finish()
+    await rig.finish()
+    assert rig.sql("SELECT count(*) FROM attempts") == [(1,)]
+    rig.clock.advance(86400 * 3)
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT (SELECT count(*) FROM executions), (SELECT count(*) FROM attempts)") == [(0, 0)]
+
+
+# --- A random life ----------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """Random tasks and schedules, and what happens to them: time, failures, pauses, stops, crashes, hands."""
+
+    def __init__(self, seed: int, open_rig: OpenRig, target: Target, folder: Path) -> None:
+        self.draw, self.open_rig, self.target, self.folder = random.Random(seed), open_rig, target, folder
+        self.limit = self.draw.choice([1, 2, 100])
+        self.schedules: dict[int, int] = {}  # id → task
+        self.paused: set[int] = set()  # schedules that were paused at some time
+        self.rig: Rig = Any
+
+    async def begin(self) -> None:
+        pick, self.rig = self.draw.choice, await self.open_rig(max_concurrent_runs=self.limit, history_per_task=0)
+        for _ in range(self.draw.randrange(1, 5)):
+            fields = self.target.config(pick(["/", "/", "/hold"]))
+            task_id = await self.rig.task(**fields, max_retries=pick([0, 0, 1, 3]), retry_delay=pick([0, 7, 45]))
+            for _ in range(self.draw.randrange(1, 3)):
+                self.schedules[await self.a_schedule(task_id)] = task_id
+
+    async def a_schedule(self, task_id: int) -> int:
+        pick = self.draw.choice
+        schedule_type, config = pick(
+            [
+                ("interval", {"seconds": pick([2, 10, 60, 7.5])}),
+                ("cron", {"expression": pick(["* * * * *", "*/10 * * * * *", "30 2 * * *"]), "timezone": "Europe/Berlin"}),
+                ("once", {"datetime": f"2026-01-01T00:0{pick('12345')}:00Z"}),
+            ]
+        )
+        policies = {"overlap": pick(["skip", "queue", "allow", "cancel"]), "catchup": pick(["latest", "all", "skip"])}
+        limits = {"catchup_window": pick([86400, 100, 0]), "jitter": pick([0, 0, 1, 20]), "max_runs": pick([None, None, 3, 10])}
+        return await self.rig.schedule(task_id, schedule_type, schedule_config=config, **policies, **limits)
+
+    async def goes_on(self) -> None:
+        weights = {self.time: 50, self.failures: 8, self.let_go: 10, self.hand: 8, self.pause: 8, self.cancel: 5, self.again: 8}
+        await self.draw.choices(list(weights), list(weights.values()))[0]()
+
+    async def time(self) -> None:
+        self.rig.clock.advance(self.draw.choice([0.5, 1, 2, 5, 10, 60, 60, 300, 5000]))
+        await self.rig.beat()
+
+    async def failures(self) -> None:
+        for _ in range(self.draw.randrange(1, 5)):
+            self.target.answer(*self.draw.choice([(500, {}), (404, {}), (503, {"Retry-After": "9"}), (200, {})]))
+
+    async def let_go(self) -> None:
+        self.target.let_go.set()
+        self.target.let_go = asyncio.Event()
+        await asyncio.sleep(0.002)
+        await self.rig.beat()
+
+    async def hand(self) -> None:
+        await self.rig.execute(self.draw.choice(list(self.schedules.values())))
+
+    async def pause(self) -> None:
+        schedule_id, task_id = self.draw.choice(list(self.schedules.items()))
+        what = self.draw.choice(PAUSES)
+        touched = {"schedule": {schedule_id}, "task": {s for s, t in self.schedules.items() if t == task_id}}
+        self.paused |= touched.get(what, set(self.schedules))
+        await set_pause(self.rig, what, True, task_id, schedule_id)
+        await self.time()
+        with contextlib.suppress(InvalidInput):  # no slot is left
+            await set_pause(self.rig, what, False, task_id, schedule_id)
+
+    async def cancel(self) -> None:
+        for row in [*await self.rig.rows(status="queued"), *await self.rig.rows(status="retrying")][:2]:
+            await self.rig.service.cancel_execution(row["id"])
+
+    async def again(self) -> None:
+        """A stop or a crash, and a new start after a while."""
+        later, path = FakeClock(self.rig.clock.wall + self.draw.choice([0, 30, 4000]) * S), self.rig.path
+        if self.draw.random() < 0.5:
+            path = self.folder / f"{len(list(self.folder.iterdir()))}.db"
+            backup(self.rig.path, path)
+        await self.rig.close()
+        changes = {"max_concurrent_runs": self.limit, "history_per_task": 0}
+        self.rig = await self.open_rig(clock=later, database_url=path, **changes)
+
+    async def ends(self) -> None:
+        """No slot is claimed any more; what is unfinished comes to its end."""
+        for schedule_id in self.schedules:
+            await self.rig.patch_schedule(schedule_id, is_active=False)
+        for _ in range(1000):
+            await self.let_go()
+            if not self.rig.sql("SELECT 1 FROM executions WHERE status IN ('queued', 'running', 'retrying')"):
+                return
+            self.rig.clock.advance(60)
+        raise AssertionError("executions never end")
+
+    async def check_task(self, task_id: int) -> None:
+        rows, task = await self.rig.rows(task_id=task_id), await self.rig.service.get_task(task_id)
+        assert task["run_count"] == sum(row["started_at"] is not None for row in rows)
+        assert task["success_count"] == sum(row["success"] is True for row in rows)
+        assert task["failure_count"] == sum(row["success"] is False for row in rows)
+        for row in rows:
+            assert row["status"] not in ("skipped", "missed") or row["error_message"]
+            attempts = (await self.rig.service.get_execution(row["id"])).get("attempts", [])
+            assert [attempt["attempt"] for attempt in attempts] == list(range(1, row["attempt"] + 1))
+
+    async def check_schedule(self, schedule_id: int) -> None:
+        rows, schedule = await self.rig.rows(schedule_id=schedule_id), await self.rig.service.get_schedule(schedule_id)
+        runs = sum(row["status"] not in ("skipped", "missed") for row in rows)
+        assert schedule["run_count"] == runs <= (schedule["max_runs"] or runs)
+        assert len({row["scheduled_for"] for row in rows}) == len(rows)
+        if schedule_id not in self.paused and schedule["max_runs"] is None:
+            texts = [str(row["error_message"]) for row in rows if row["status"] == "missed"]
+            missed = [int(text.split()[1]) for text in texts]
+            (until,) = self.rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id)[0]
+            timing = make_timing(schedule["schedule_type"], schedule["schedule_config"], START)
+            if 1000 not in missed and len(rows) - runs < 100:  # there counting stops, and retention begins
+                assert sum(missed) + len(rows) - len(missed) == timing.count(START + 1, until, 10**6)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_in_a_random_life_every_slot_has_its_row_and_every_count_is_right(
+    seed: int, open_rig: OpenRig, target: Target, tmp_path: Path
+) -> None:
+    life = Life(seed, open_rig, target, tmp_path)
+    await life.begin()
+    for _ in range(40):
+        await life.goes_on()
+    await life.ends()
+    for task_id in set(life.schedules.values()):
+        await life.check_task(task_id)
+    for schedule_id in life.schedules:
+        await life.check_schedule(schedule_id)
+
+
+# --- Two processes on one database ------------------------------------------------------------------------------------
+
+
+async def until_true(condition: Any) -> None:
+    async with asyncio.timeout(2):  # what the contract allows for a takeover
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, open_rig: OpenRig) -> None:
+    second = await open_rig()
+    assert (rig.service.leading, second.service.leading) == (True, False)
+    await rig.close()
+    await until_true(lambda: second.service.leading)
+    assert (await second.service.scheduler_status())["leader"] is True
+
+
+async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
+    follower = await open_rig()
+    task_id = await follower.task()
+    schedule_id = await follower.schedule(task_id)
+    execution_id = await follower.execute(task_id)
+    while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
+        await rig.beat()
+        await asyncio.sleep(0.01)
+    await rig.at(60)
+    await rig.finish()
+    assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
+    assert follower.service.running == {}
+
+
+async def test_a_mcp_process_yields_to_a_service(open_rig: OpenRig) -> None:
+    mcp = await open_rig(kind="mcp")
+    assert mcp.service.leading is True
+    service = await open_rig()
+    await until_true(lambda: service.service.leading)
+    assert mcp.service.leading is False
+
+
+async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
+    await rig.task(name="ünï", config={"command": "echo ü"})
+    assert rig.sql("SELECT config FROM tasks") == [
+        (json.dumps({"command": "echo ü"}, separators=(",", ":"), ensure_ascii=False),)
+    ]
+
+
+# ======================================================================================================================
+# 9. Operations
+# ======================================================================================================================
+
+
+# Section 7 of the contract.
+TOOLS_OPERATIONS = """create_task list_tasks get_task update_task delete_task execute_task
+    create_schedule list_schedules update_schedule
+    delete_schedule get_task_history get_scheduler_status preview_schedule get_execution cancel_execution""".split()
+
+
+def test_every_operation_has_a_name_and_a_route_of_its_own() -> None:
+    assert len({operation.name for operation in OPERATIONS}) == len(OPERATIONS)
+    assert len({(operation.method, operation.path) for operation in OPERATIONS}) == len(OPERATIONS)
+
+
+def test_the_operations_that_mcp_offers_are_those_of_the_contract() -> None:
+    assert sorted(operation.name for operation in OPERATIONS if operation.tool) == sorted(TOOLS_OPERATIONS)
+
+
+def test_an_operation_on_one_thing_says_what_its_id_is_called() -> None:
+    for operation in OPERATIONS:
+        assert (operation.id_name is not None) == ("{id}" in operation.path), operation.name
+        if operation.id_name is not None:
+            thing = re.match(r"/(task|schedule|execution)s/", operation.path)
+            assert thing is not None and operation.id_name == f"{thing[1]}_id"
+
+
+def test_only_changes_take_a_body_and_what_is_created_has_a_place() -> None:
+    for operation in OPERATIONS:
+        assert operation.body is None or operation.method in ("POST", "PATCH"), operation.name
+        assert (operation.location is not None) == (operation.status in (201, 202)), operation.name
+        assert (operation.result is None) == (operation.status == 204), operation.name
+
+
+# ======================================================================================================================
+# 10. REST
+# ======================================================================================================================
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Door:
+    """A client of the REST interface of a service whose heart goes by itself, at a time that stands still."""
+
+    def __init__(self, client: TestClient[Any, Any], rig: Rig) -> None:
+        self.client, self.rig = client, rig
+
+    async def __call__(self, method: str, path: str, body: Any = None, **more: Any) -> Answer:
+        """`path` below /api/v1; one that begins with // is taken from the root. `raw=` sends bytes as they are."""
+        url = path[1:] if path.startswith("//") else API + path
+        raw = more.pop("raw", None)
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        async with self.client.request(
+            method, url, data=data, headers={**headers, **more.pop("headers", {})}, allow_redirects=False, **more
+        ) as response:
+            return Answer(response.status, response.headers, await response.text())
+
+    async def made(self, path: str, body: Any) -> int:
+        answer = await self("POST", path, body)
+        assert answer.status == 201, answer.text
+        return int(answer.json["id"])
+
+    async def task(self, **fields: Any) -> int:
+        return await self.made("/tasks", {**BASH, "max_retries": 0, **fields})
+
+    async def schedule(self, task_id: int, **fields: Any) -> int:
+        return await self.made(
+            "/schedules", {"task_id": task_id, "schedule_type": "interval", "schedule_config": {"seconds": 60}, **fields}
+        )
+
+    async def executed(self, task_id: int) -> int:
+        """The id of an execution that is over."""
+        answer = await self("POST", f"/tasks/{task_id}/execute?wait=30")
+        assert answer.status == 200, answer.text
+        return int(answer.json["id"])
+
+
+BASH = {"name": "t", "task_type": "bash", "config": {"command": "true"}}
+EVERY_MINUTE = {"task_id": 1, "schedule_type": "interval", "schedule_config": {"seconds": 60}}
+
+
+@pytest.fixture
+async def open_door(open_rig: OpenRig) -> AsyncIterator[Any]:
+    clients: list[TestClient[Any, Any]] = []
+
+    async def open_one(**changes: Any) -> Door:
+        rig = await open_rig(clock=FakeClock(free=True), **changes)
+        client = TestClient(TestServer(make_app(rig.service)))
+        clients.append(client)
+        await client.start_server()
+        return Door(client, rig)
+
+    yield open_one
+    for client in clients:
+        await client.close()
+
+
+@pytest.fixture
+async def api(open_door: Any) -> Door:
+    door: Door = await open_door()
+    return door
+
+
+def problem_of(answer: Answer, status: int, *fields: str) -> str:
+    """The detail of an error answer in the shape of RFC 9457 that complains about exactly these fields."""
+    assert answer.status == status, answer.text
+    assert answer.headers["Content-Type"].partition(";")[0] == "application/problem+json"
+    body = answer.json
+    assert set(body) == {"type", "title", "status", "detail", "errors"}
+    assert (body["status"], type(body["detail"]), bool(body["title"])) == (status, str, True)
+    assert sorted(error["field"] for error in body["errors"]) == sorted(fields), answer.text
+    assert all(set(error) == {"field", "message"} and error["message"] for error in body["errors"])
+    return str(body["detail"])
+
+
+# --- Tasks ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_is_created_with_all_its_fields(api: Door) -> None:
+    answer = await api("POST", "/tasks", {**BASH, "description": "words"})
+    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/tasks/1")
+    assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+    assert answer.json == {
+        "id": 1,
+        "name": "t",
+        "description": "words",
+        "task_type": "bash",
+        "status": "active",
+        "config": {"command": "true"},
+        "max_retries": 3,
+        "retry_delay": 5,
+        "retry_backoff": 2,
+        "created_at": "2026-01-01T00:00:00Z",
+        "updated_at": "2026-01-01T00:00:00Z",
+        "last_run": None,
+        "next_run": None,
+        "run_count": 0,
+        "success_count": 0,
+        "failure_count": 0,
+    }
+    assert (await api("GET", "/tasks/1")).json == answer.json
+
+
+async def test_tasks_are_listed_in_pages(api: Door) -> None:
+    for number in range(5):
+        await api.task(name=f"t{number}")
+    page = (await api("GET", "/tasks?skip=1&limit=2")).json
+    assert (page["total"], page["skip"], page["limit"], [t["name"] for t in page["tasks"]]) == (5, 1, 2, ["t1", "t2"])
+    assert set(page) == {"total", "skip", "limit", "tasks"}
+    page = (await api("GET", "/tasks")).json
+    assert (page["skip"], page["limit"], len(page["tasks"])) == (0, 100, 5)
+    assert (await api("GET", "/tasks?skip=99")).json == {"total": 5, "skip": 99, "limit": 100, "tasks": []}
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("status=paused", ["b 100%"]),
+        ("status=active", ["a_c", "abc"]),
+        ("task_type=http", ["abc"]),
+        ("task_type=bash&status=active", ["a_c"]),
+        ("q=B", ["b 100%", "abc"]),
+        ("q=%25", ["b 100%"]),
+        ("q=a_c", ["a_c"]),
+        ("q=words", ["a_c"]),
+        ("q=nothing", []),
+        ("q=\\", []),
+    ],
+)
+async def test_tasks_can_be_filtered(api: Door, query: str, names: list[str]) -> None:
+    await api.task(name="a_c", description="some Words")
+    await api.task(name="b 100%", status="paused")
+    await api.task(name="abc", task_type="http", config={"url": "http://127.0.0.1/"})
+    page = (await api("GET", f"/tasks?{query}")).json
+    assert ([task["name"] for task in page["tasks"]], page["total"]) == (names, len(names))
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+async def test_put_and_patch_change_only_what_is_sent(api: Door, method: str) -> None:
+    task_id = await api.task(description="words", config={"command": "true", "timeout": 9})
+    before = (await api("GET", f"/tasks/{task_id}")).json
+    answer = await api(method, f"/tasks/{task_id}", {"name": "new"})
+    assert (answer.status, answer.json) == (200, {**before, "name": "new"})
+    schedule_id = await api.schedule(task_id, max_runs=5)
+    before = (await api("GET", f"/schedules/{schedule_id}")).json
+    answer = await api(method, f"/schedules/{schedule_id}", {"overlap": "allow"})
+    assert (answer.status, answer.json) == (200, {**before, "overlap": "allow"})
+
+
+async def test_what_get_gave_can_be_put_back(api: Door) -> None:
+    config = {
+        "url": "http://u:pw@127.0.0.1/x?a=b",
+        "method": "POST",
+        "headers": {"Authorization": "Bearer secret-token", "X-A": "1"},
+        "params": {"a": [1, "b", True]},
+        "body": {"x": [1, 2.5, None]},
+        "auth": {"username": "u", "password": "geheim!"},
+        "timeout": 2.5,
+        "expected_status": [200, "300-399"],
+        "follow_redirects": False,
+        "verify_tls": False,
+    }
+    task_id = await api.task(task_type="http", config=config)
+    shown = (await api("GET", f"/tasks/{task_id}")).json
+    assert "secret-token" not in json.dumps(shown) and "geheim!" not in json.dumps(shown)
+    assert (await api("PUT", f"/tasks/{task_id}", shown)).json == shown
+    stored = json.loads(api.rig.sql("SELECT config FROM tasks")[0][0])
+    assert stored["auth"]["password"] == "geheim!" and stored["headers"]["Authorization"] == "Bearer secret-token"
+    schedule_id = await api.schedule(task_id, jitter=7, start_at="2026-01-02T00:00:00+02:00", max_runs=3)
+    shown = (await api("GET", f"/schedules/{schedule_id}")).json
+    assert (await api("PUT", f"/schedules/{schedule_id}", shown)).json == shown
+
+
+async def test_null_clears_nullable_fields_and_is_refused_elsewhere(api: Door) -> None:
+    await api.task(description="words")
+    assert (await api("PATCH", "/tasks/1", {"description": None})).json["description"] is None
+    for name in ("name", "task_type", "config", "status", "max_retries", "retry_delay", "retry_backoff"):
+        problem_of(await api("PATCH", "/tasks/1", {name: None}), 422, name)
+    await api.schedule(1, start_at="2026-02-01T00:00:00Z", end_at="2026-03-01T00:00:00Z", max_runs=3)
+    cleared = (await api("PATCH", "/schedules/1", {"start_at": None, "end_at": None, "max_runs": None})).json
+    assert (cleared["start_at"], cleared["end_at"], cleared["max_runs"]) == (None, None, None)
+    for name in ("task_id", "schedule_type", "schedule_config", "is_active", "overlap", "catchup", "catchup_window", "jitter"):
+        problem_of(await api("PATCH", "/schedules/1", {name: None}), 422, name)
+
+
+async def test_read_only_fields_are_ignored_in_a_change_and_unknown_ones_refused(api: Door) -> None:
+    await api.task()
+    read_only = {"id": 9, "created_at": "x", "updated_at": 1, "last_run": [], "next_run": {}, "run_count": -1}
+    assert (await api("PATCH", "/tasks/1", {**read_only, "success_count": 5, "failure_count": 5})).json["run_count"] == 0
+    await api.schedule(1)
+    ignored = {**read_only, "description": 5, "upcoming": "never"}
+    assert (await api("PATCH", "/schedules/1", ignored)).json["id"] == 1
+    problem_of(await api("PATCH", "/schedules/1", {"success_count": 5}), 422, "success_count")
+
+
+async def test_deleting_a_task_answers_204_once_the_rows_are_gone(api: Door) -> None:
+    task_id = await api.task(config={"command": "exec sleep 60"})
+    schedule_id = await api.schedule(task_id)
+    await api("POST", f"/tasks/{task_id}/execute")
+    answer = await api("DELETE", f"/tasks/{task_id}")
+    assert (answer.status, answer.text) == (204, "")
+    for table in ("tasks", "schedules", "executions"):
+        assert api.rig.sql(f"SELECT count(*) FROM {table}") == [(0,)]
+    for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/history", f"/schedules/{schedule_id}", "/executions/1"):
+        problem_of(await api("GET", path), 404)
+    problem_of(await api("DELETE", f"/tasks/{task_id}"), 404)
+
+
+async def test_a_new_task_type_needs_its_config(api: Door) -> None:
+    await api.task()
+    assert "task_type" in problem_of(await api("PATCH", "/tasks/1", {"task_type": "http"}), 422, "config")
+
+
+async def test_every_bad_field_of_a_task_is_listed_with_the_nearest_name(api: Door) -> None:
+    body = {
+        "name": "",
+        "task_type": "ftp",
+        "config": [],
+        "descripton": "x",
+        "status": "on",
+        "max_retries": 101,
+        "retry_delay": -1,
+        "retry_backoff": 0.5,
+        "id": 5,
+    }
+    detail = problem_of(await api("POST", "/tasks", body), 422, *body)
+    assert "description" in detail and "'ftp'" in detail
+    problem_of(await api("POST", "/tasks", {}), 422, "name", "task_type", "config")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("name", ["", "x" * 256, 5, None, " ", "a\nb", "a\x00b"]),
+        ("description", ["x" * 1001, 5, "a\x00b"]),
+        ("status", ["Active", "", None, 1]),
+        ("max_retries", [-1, 101, 1.5, "3", True, None]),
+        ("retry_delay", [-1, 86401, "5", True, None]),
+        ("retry_backoff", [0.99, 10.01, "2", None]),
+        ("config", [None, [], "x", 5]),
+        ("task_type", ["HTTP", "", None, 5]),
+    ],
+)
+async def test_limits_of_the_fields_of_a_task(api: Door, field: str, values: list[Any]) -> None:
+    for value in values:
+        problem_of(await api("POST", "/tasks", {**BASH, field: value}), 422, field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "x" * 255},
+        {"name": "ü" * 255},
+        {"description": "x" * 1000},
+        {"description": None},
+        {"max_retries": 0},
+        {"max_retries": 100},
+        {"retry_delay": 0},
+        {"retry_delay": 86400},
+        {"retry_delay": 0.5},
+        {"retry_backoff": 1},
+        {"retry_backoff": 10},
+        {"status": "disabled"},
+    ],
+)
+async def test_what_the_limits_of_a_task_allow(api: Door, fields: dict[str, Any]) -> None:
+    answer = await api("POST", "/tasks", {**BASH, **fields})
+    assert answer.status == 201
+    assert {name: answer.json[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({}, "config.command"),
+        ({"command": "true", "comand": "x"}, "config.comand"),
+        ({"command": "true", "timeout": 0}, "config.timeout"),
+        ({"command": "true", "env": {"CHRONOTASK_X": "1"}}, "config.env.CHRONOTASK_X"),
+        ({"command": 5}, "config.command"),
+    ],
+)
+async def test_errors_in_a_config_are_named_by_their_path(api: Door, config: Any, field: str) -> None:
+    answer = await api("POST", "/tasks", {**BASH, "config": config})
+    assert answer.status == 422
+    assert field in [error["field"] for error in answer.json["errors"]] or field.rpartition(".")[0] in answer.json["detail"]
+    assert field.split(".")[-1] in answer.json["detail"]
+
+
+# --- Executing --------------------------------------------------------------------------------------------------------
+
+
+async def test_executing_answers_202_with_the_place_of_the_execution(api: Door) -> None:
+    await api.task()
+    answer = await api("POST", "/tasks/1/execute")
+    assert (answer.status, answer.headers["Location"]) == (202, "/api/v1/executions/1")
+    assert (answer.json["id"], answer.json["trigger"], answer.json["scheduled_for"]) == (1, "manual", None)
+    assert answer.json["status"] in ("queued", "running", "succeeded")
+
+
+@pytest.mark.parametrize(("command", "status", "success"), [("echo hi", "succeeded", True), ("exit 3", "failed", False)])
+async def test_executing_with_wait_answers_200_once_it_is_over(api: Door, command: str, status: str, success: bool) -> None:
+    await api.task(config={"command": command})
+    answer = await api("POST", "/tasks/1/execute?wait=30")
+    assert (answer.status, answer.json["status"], answer.json["success"]) == (200, status, success)
+    assert len(answer.json["attempts"]) == 1
+
+
+async def test_executing_with_wait_answers_202_at_the_time(api: Door, target: Target) -> None:
+    await api.task(**target.config("/hold"))
+    answer = await api("POST", "/tasks/1/execute?wait=0.05")
+    assert (answer.status, answer.json["status"]) == (202, "running")
+    target.let_go.set()
+
+
+@pytest.mark.parametrize("wait", ["-1", "301", "nan", "inf", "x", "", "1,5"])
+async def test_a_wait_that_is_no_number_from_0_to_300_is_refused(api: Door, wait: str) -> None:
+    await api.task()
+    problem_of(await api("POST", f"/tasks/1/execute?wait={wait}"), 422, "wait")
+    assert (await api("GET", "/executions")).json["executions"] == []
+
+
+async def test_a_waiting_client_hears_404_when_the_task_is_deleted(api: Door, target: Target) -> None:
+    await api.task(**target.config("/hold"))
+    waiting = asyncio.ensure_future(api("POST", "/tasks/1/execute?wait=30"))
+    while not target.held:
+        await asyncio.sleep(0.002)
+    assert (await api("DELETE", "/tasks/1")).status == 204
+    problem_of(await waiting, 404)
+
+
+async def test_a_waiting_client_hears_202_at_shutdown(open_door: Any, target: Target) -> None:
+    door: Door = await open_door(shutdown_grace=5.0)
+    await door.task(**target.config("/hold"))
+    waiting = asyncio.ensure_future(door("POST", "/tasks/1/execute?wait=30"))
+    while not target.held:
+        await asyncio.sleep(0.002)
+    stopping = asyncio.ensure_future(door.rig.close())
+    answer = await waiting
+    assert (answer.status, answer.json["status"]) == (202, "running")
+    target.let_go.set()
+    await stopping
+
+
+async def test_a_stopping_service_answers_503(api: Door) -> None:
+    await api.task()
+    api.rig.service.stopping = True
+    problem_of(await api("POST", "/tasks", BASH), 503)
+    problem_of(await api("POST", "/tasks/1/execute"), 503)
+    assert (await api("GET", "/tasks/1")).status == 200
+    api.rig.service.stopping = False
+
+
+async def test_a_disabled_task_answers_409_and_a_paused_one_runs(api: Door) -> None:
+    await api.task(status="disabled")
+    await api.task(status="paused")
+    assert "disabled" in problem_of(await api("POST", "/tasks/1/execute"), 409)
+    assert (await api("POST", "/tasks/2/execute?wait=30")).json["status"] == "succeeded"
+
+
+async def test_forbidden_bash_tasks_answer_403(open_door: Any) -> None:
+    door: Door = await open_door(allow_host_commands=False)
+    assert "ALLOW_HOST_COMMANDS" in problem_of(await door("POST", "/tasks", BASH), 403)
+
+
+async def test_a_command_that_is_not_allowed_answers_422(open_door: Any) -> None:
+    door: Door = await open_door(allowed_bash_commands=("ls",))
+    assert "ALLOWED_BASH_COMMANDS" in problem_of(await door("POST", "/tasks", BASH), 422, "config.command")
+    assert (await door("POST", "/tasks", {**BASH, "config": {"command": "ls /"}})).status == 201
+
+
+async def test_history_is_newest_first_and_can_be_filtered(api: Door) -> None:
+    task_id = await api.task()
+    ids = [await api.executed(task_id) for _ in range(2)]
+    await api("PATCH", f"/tasks/{task_id}", {"config": {"command": "exit 1"}})
+    failed = await api.executed(task_id)
+    await api.executed(await api.task())
+
+    async def found(query: str) -> Any:
+        page = (await api("GET", f"/tasks/{task_id}/history?{query}")).json
+        assert set(page) == {"total", "skip", "limit", "history"}
+        return page["total"], [row["id"] for row in page["history"]]
+
+    assert await found("") == (3, [failed, ids[1], ids[0]])
+    assert await found("success=true") == (2, [ids[1], ids[0]])
+    assert await found("success=false") == (1, [failed])
+    assert await found("status=failed") == (1, [failed])
+    assert await found("status=queued") == (0, [])
+    assert await found("success=true&status=failed") == (0, [])
+    assert await found("skip=1&limit=1") == (3, [ids[1]])
+    problem_of(await api("GET", "/tasks/99/history"), 404)
+
+
+async def test_executions_are_listed_newest_first_with_filters_and_a_cursor(api: Door) -> None:
+    first, second = await api.task(), await api.task(config={"command": "exit 1"})
+    await api.schedule(first)
+    ids = [await api.executed(task) for task in (first, second, first, second)]
+    api.rig.clock.go(60)
+    while len(rows := (await api("GET", "/executions")).json["executions"]) < 5 or rows[0]["status"] != "succeeded":
+        await asyncio.sleep(0.002)
+
+    async def found(query: str) -> list[int]:
+        return [row["id"] for row in (await api("GET", f"/executions?{query}")).json["executions"]]
+
+    assert await found("") == [5, *reversed(ids)]
+    assert await found(f"task_id={second}") == [ids[3], ids[1]]
+    assert await found("schedule_id=1") == [5]
+    assert await found("trigger=schedule") == [5]
+    assert await found("trigger=manual&status=failed") == [ids[3], ids[1]]
+    assert await found("status=running") == []
+    assert await found(f"before_id={ids[2]}") == [ids[1], ids[0]]
+    page = (await api("GET", "/executions?limit=2")).json
+    assert set(page) == {"executions", "next_before_id"} and [row["id"] for row in page["executions"]] == [5, 4]
+    seen, before = [], ""
+    for _ in range(5):
+        page = (await api("GET", f"/executions?limit=2{before}")).json
+        seen += [row["id"] for row in page["executions"]]
+        if page["next_before_id"] is None:
+            break
+        before = f"&before_id={page['next_before_id']}"
+    assert seen == [5, 4, 3, 2, 1]
+
+
+async def test_an_execution_is_shown_with_its_attempts(api: Door, target: Target) -> None:
+    target.answer(404, body=b"gone")
+    await api.executed(await api.task(**target.config()))
+    row = (await api("GET", "/executions/1")).json
+    assert (row["status"], row["output_data"]["status_code"], row["output_data"]["body"]) == ("failed", 404, "gone")
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
+    assert set(row["attempts"][0]) == {
+        "attempt",
+        "status",
+        "started_at",
+        "finished_at",
+        "duration",
+        "error_message",
+        "output_data",
+    }
+
+
+async def test_cancelling_answers_200_when_it_is_over_and_409_afterwards(api: Door) -> None:
+    await api.task(config={"command": "exec sleep 60"})
+    await api("POST", "/tasks/1/execute")
+    answer = await api("POST", "/executions/1/cancel")
+    assert (answer.status, answer.json["status"], answer.json["success"]) == (200, "cancelled", None)
+    assert "cancelled" in problem_of(await api("POST", "/executions/1/cancel"), 409)
+    problem_of(await api("POST", "/executions/99/cancel"), 404)
+
+
+async def test_texts_in_lists_are_cut_to_4096_characters(api: Door) -> None:
+    await api.executed(await api.task(config={"command": "head -c 5000 /dev/zero | tr '\\0' x; echo short >&2"}))
+    for path, key in (("/tasks/1/history", "history"), ("/executions", "executions")):
+        output = (await api("GET", path)).json[key][0]["output_data"]
+        assert (output["stdout"][:4096], len(output["stdout"]) < 4300, output["stderr"]) == ("x" * 4096, True, "short\n")
+        assert "904 more" in output["stdout"]
+        full = (await api("GET", f"{path}?output=full")).json[key][0]["output_data"]
+        assert full["stdout"] == "x" * 5000
+        assert (await api("GET", f"{path}?output=none")).json[key][0]["output_data"] is None
+        problem_of(await api("GET", f"{path}?output=some"), 422, "output")
+    assert (await api("GET", "/executions/1")).json["output_data"]["stdout"] == "x" * 5000
+
+
+async def test_a_text_of_4096_characters_is_not_cut(api: Door) -> None:
+    await api.executed(await api.task(config={"command": "head -c 4096 /dev/zero | tr '\\0' x"}))
+    assert (await api("GET", "/executions")).json["executions"][0]["output_data"]["stdout"] == "x" * 4096
+
+
+async def test_a_large_json_body_in_a_list_is_cut_too(api: Door, target: Target) -> None:
+    target.answer(200, {"Content-Type": "application/json"}, json.dumps({"list": ["x" * 10] * 2000}).encode())
+    await api.executed(await api.task(**target.config()))
+    body = (await api("GET", "/executions")).json["executions"][0]["output_data"]["body"]
+    assert len(json.dumps(body)) < 5000
+    assert (await api("GET", "/executions/1")).json["output_data"]["body"] == {"list": ["x" * 10] * 2000}
+
+
+async def test_the_output_is_given_as_plain_text(api: Door) -> None:
+    await api.executed(await api.task(config={"command": "echo one; echo two"}))
+    answer = await api("GET", "/executions/1/output")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+    assert "one\ntwo\n" in answer.text
+    problem_of(await api("GET", "/executions/99/output"), 404)
+    problem_of(await api("GET", "/executions/1/output?follow=perhaps"), 422, "follow")
+
+
+async def test_output_can_be_followed_until_the_execution_is_over(api: Door, tmp_path: Path) -> None:
+    await api.task(config={"command": f"echo begun; mkfifo {tmp_path}/gate; cat {tmp_path}/gate"})
+    await api("POST", "/tasks/1/execute")
+    following = asyncio.ensure_future(api("GET", "/executions/1/output?follow=true"))
+    while not (tmp_path / "gate").exists():
+        await asyncio.sleep(0.002)
+    await asyncio.to_thread((tmp_path / "gate").write_text, "ended\n")
+    answer = await following
+    assert (answer.status, answer.text.split()) == (200, ["begun", "ended"])
+
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_schedule_is_created_with_all_its_fields(api: Door) -> None:
+    await api.task()
+    answer = await api("POST", "/schedules", EVERY_MINUTE)
+    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/schedules/1")
+    body = answer.json
+    assert re.fullmatch(r".*minute.*\(UTC\)", body.pop("description"))
+    assert body == {
+        "id": 1,
+        "task_id": 1,
+        "schedule_type": "interval",
+        "schedule_config": {"seconds": 60, "timezone": "UTC"},
+        "is_active": True,
+        "overlap": "skip",
+        "catchup": "latest",
+        "catchup_window": 86400,
+        "jitter": 0,
+        "start_at": None,
+        "end_at": None,
+        "max_runs": None,
+        "created_at": "2026-01-01T00:00:00Z",
+        "updated_at": "2026-01-01T00:00:00Z",
+        "last_run": None,
+        "next_run": "2026-01-01T00:01:00Z",
+        "run_count": 0,
+        "upcoming": [
+            {"utc": f"2026-01-01T00:0{minute}:00Z", "local": f"2026-01-01T00:0{minute}:00+00:00"} for minute in range(1, 6)
+        ],
+    }
+    assert (await api("GET", "/schedules/1")).json == answer.json
+    assert (await api("GET", "/tasks/1")).json["next_run"] == "2026-01-01T00:01:00Z"
+
+
+async def test_schedules_are_listed_in_pages_with_filters(api: Door) -> None:
+    first, second = await api.task(), await api.task()
+    for task_id, active in ((first, True), (second, True), (first, False)):
+        await api.schedule(task_id, is_active=active)
+    page = (await api("GET", "/schedules?limit=2")).json
+    assert (set(page), page["total"], [s["id"] for s in page["schedules"]]) == (
+        {"total", "skip", "limit", "schedules"},
+        3,
+        [1, 2],
+    )
+    for query, ids in [
+        (f"task_id={first}", [1, 3]),
+        ("is_active=true", [1, 2]),
+        ("is_active=false", [3]),
+        ("task_id=99", []),
+        ("skip=2", [3]),
+    ]:
+        page = (await api("GET", f"/schedules?{query}")).json
+        assert [schedule["id"] for schedule in page["schedules"]] == ids, query
+
+
+async def test_a_schedule_of_a_task_that_does_not_exist_answers_404(api: Door) -> None:
+    problem_of(await api("POST", "/schedules", {**EVERY_MINUTE, "task_id": 99}), 404)
+
+
+async def test_deleting_a_schedule_answers_204(api: Door) -> None:
+    await api.schedule(await api.task())
+    answer = await api("DELETE", "/schedules/1")
+    assert (answer.status, answer.text) == (204, "")
+    problem_of(await api("GET", "/schedules/1"), 404)
+    problem_of(await api("DELETE", "/schedules/1"), 404)
+    assert (await api("GET", "/tasks/1")).json["next_run"] is None
+
+
+async def test_every_bad_field_of_a_schedule_is_listed(api: Door) -> None:
+    await api.task()
+    body = {
+        "task_id": 0,
+        "schedule_type": "hourly",
+        "schedule_config": 5,
+        "is_active": "yes",
+        "overlap": "maybe",
+        "catchup": "none",
+        "catchup_window": -1,
+        "jitter": 3601,
+        "max_runs": 0,
+        "start_at": 5,
+        "end_at": [],
+        "ovrlap": "skip",
+    }
+    assert "overlap" in problem_of(await api("POST", "/schedules", body), 422, *body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"schedule_type": "cron", "schedule_config": {"expression": "* * * *"}}, "schedule_config.expression"),
+        ({"schedule_type": "cron", "schedule_config": {}}, "schedule_config.expression"),
+        (
+            {"schedule_type": "cron", "schedule_config": {"expression": "* * * * *", "timezone": "Mars"}},
+            "schedule_config.timezone",
+        ),
+        ({"schedule_type": "cron", "schedule_config": {"expression": "* * * * *", "seconds": 5}}, "schedule_config.seconds"),
+        ({"schedule_type": "once", "schedule_config": {"datetime": "2025-01-01T00:00:00Z"}}, "schedule_config.datetime"),
+        ({"schedule_type": "once", "schedule_config": {"datetime": "tomorrow"}}, "schedule_config.datetime"),
+        ({"schedule_config": {"seconds": 0.5}}, "schedule_config.seconds"),
+        ({"schedule_config": {"seconds": 315360001}}, "schedule_config.seconds"),
+        ({"schedule_config": {"seconds": True}}, "schedule_config.seconds"),
+        ({"schedule_config": {"seconds": 60, "start_date": "x"}}, "schedule_config.start_date"),
+        ({"start_at": "x"}, "start_at"),
+        ({"end_at": "2026-13-01T00:00:00Z"}, "end_at"),
+        ({"end_at": "2025-01-01T00:00:00Z"}, "end_at"),
+        ({"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at"),
+    ],
+)
+async def test_what_is_wrong_with_a_schedule_is_named_by_its_path(api: Door, fields: dict[str, Any], field: str) -> None:
+    await api.task()
+    problem_of(await api("POST", "/schedules", {**EVERY_MINUTE, **fields}), 422, field)
+    preview = {name: value for name, value in {**EVERY_MINUTE, **fields}.items() if name != "task_id"}
+    problem_of(await api("POST", "/schedules/preview", preview), 422, field)
+
+
+async def test_both_bad_fields_of_a_schedule_config_are_listed(api: Door) -> None:
+    await api.task()
+    config = {"expression": "nonsense", "timezone": "Mars", "x": 1}
+    answer = await api("POST", "/schedules", {**EVERY_MINUTE, "schedule_type": "cron", "schedule_config": config})
+    problem_of(answer, 422, "schedule_config.expression", "schedule_config.timezone", "schedule_config.x")
+
+
+async def test_a_preview_answers_words_and_slots(api: Door) -> None:
+    body = {"schedule_type": "cron", "schedule_config": {"expression": "30 9 * * *", "timezone": "Europe/Berlin"}, "count": 2}
+    answer = await api("POST", "/schedules/preview", body)
+    assert answer.status == 200
+    assert answer.json["upcoming"] == [
+        {"utc": "2026-01-01T08:30:00Z", "local": "2026-01-01T09:30:00+01:00"},
+        {"utc": "2026-01-02T08:30:00Z", "local": "2026-01-02T09:30:00+01:00"},
+    ]
+    assert "Europe/Berlin" in answer.json["description"]
+    after = await api("POST", "/schedules/preview", {**body, "after": "2026-07-01T12:00:00"})
+    assert after.json["upcoming"][0] == {"utc": "2026-07-02T07:30:00Z", "local": "2026-07-02T09:30:00+02:00"}
+    assert len((await api("POST", "/schedules/preview", {**body, "count": 1000})).json["upcoming"]) == 1000
+    assert (await api("GET", "/schedules")).json["total"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "fields"),
+    [
+        ({"count": 0}, ["count"]),
+        ({"count": 1001}, ["count"]),
+        ({"count": 2.5}, ["count"]),
+        ({"after": "x"}, ["after"]),
+        ({"after": 5}, ["after"]),
+        ({"task_id": 1}, ["task_id"]),
+        ({"schedule_config": {"seconds": 60, "timezone": ["x"]}, "after": "2026-01-01T00:00:00"}, ["schedule_config.timezone"]),
+        ({"schedule_config": {"seconds": 60, "timezone": 5}, "after": "2026-01-01T00:00:00"}, ["schedule_config.timezone"]),
+        ({"schedule_config": {"seconds": 60, "timezone": "Mars"}, "after": "2026-01-01T00:00:00"}, ["schedule_config.timezone"]),
+    ],
+)
+async def test_what_is_wrong_with_a_preview_is_named(api: Door, more: dict[str, Any], fields: list[str]) -> None:
+    body = {"schedule_type": "interval", "schedule_config": {"seconds": 60}, **more}
+    problem_of(await api("POST", "/schedules/preview", body), 422, *fields)
+
+
+# --- The scheduler ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_status_of_the_scheduler(api: Door) -> None:
+    await api.schedule(await api.task(name="next"))
+    await api.schedule(await api.task(), is_active=False)
+    status = (await api("GET", "/scheduler/status")).json
+    assert (status["running"], status["leader"], status["paused"], status["timezone"]) == (True, True, False, "UTC")
+    assert (status["tasks"], status["schedules"], status["active_schedules"]) == (2, 2, 1)
+    assert status["executions"] == {"queued": 0, "running": 0, "retrying": 0}
+    assert [(run["task_name"], run["utc"]) for run in status["next_runs"]] == [("next", "2026-01-01T00:01:00Z")]
+    assert status["lateness"]["count"] == 0
+
+
+async def test_pause_and_resume_stop_and_resume_all_firing(api: Door) -> None:
+    await api.schedule(await api.task())
+    answer = await api("POST", "/scheduler/pause")
+    assert (answer.status, answer.json["paused"], answer.json["next_runs"]) == (200, True, [])
+    assert (await api("GET", "/tasks/1")).json["next_run"] is None
+    assert (await api("GET", "/schedules")).json["schedules"][0]["next_run"] is None
+    answer = await api("POST", "/scheduler/resume")
+    assert (answer.status, answer.json["paused"]) == (200, False)
+    assert (await api("GET", "/tasks/1")).json["next_run"] == "2026-01-01T00:01:00Z"
+
+
+# --- Outside of the API -----------------------------------------------------------------------------------------------
+
+
+async def test_the_root_tells_what_this_is(api: Door) -> None:
+    body = (await api("GET", "//")).json
+    assert (body["name"], body["version"], body["status"]) == ("ChronoTask", __version__, "healthy")
+    for link in body["links"].values():
+        if link != API:
+            assert (await api("GET", "/" + link)).status == 200, link
+
+
+async def test_health_is_200_and_503_with_the_reason(api: Door) -> None:
+    answer = await api("GET", "//health")
+    assert (answer.status, answer.json["status"]) == (200, "healthy")
+    api.rig.clock.steady += 11
+    answer = await api("GET", "//health")
+    assert (answer.status, answer.json["status"]) == (503, "unhealthy")
+    assert "has not ticked for 11 s" in answer.json["reason"]
+
+
+async def test_a_database_that_cannot_be_written_answers_503_to_writes_and_in_health(api: Door) -> None:
+    service: Service = api.rig.service
+    await api.task()
+
+    def fill(db: sqlite3.Connection) -> None:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count={pages}").fetchone()
+
+    await service.store.write(fill)
+    big = {**BASH, "config": {"command": "x" * 60_000}}
+    assert "full" in problem_of(await api("POST", "/tasks", big), 503)
+    assert (await api("GET", "/tasks/1")).status == 200
+    health = await api("GET", "//health")
+    assert health.status == 503 and "full" in health.json["reason"]
+    await service.store.write(lambda db: db.execute("PRAGMA max_page_count=100000").fetchone())
+    assert (await api("POST", "/tasks", big)).status == 201
+    assert (await api("GET", "//health")).status == 200
+
+
+async def test_head_answers_like_get_without_a_body(api: Door) -> None:
+    await api.task()
+    for path in ("/tasks", "/tasks/1", "/scheduler/status", "//", "//health"):
+        answer = await api("HEAD", path)
+        assert (answer.status, answer.text) == (200, "")
+
+
+async def test_metrics_are_in_the_format_of_prometheus(api: Door) -> None:
+    await api.executed(await api.task(name='a "quoted"\\ name'))
+    answer = await api("GET", "//metrics")
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    line = r'(# (HELP|TYPE) [a-z_]+ .+|[a-z_]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)+\})? -?([0-9.]+(e[+-]?[0-9]+)?|\+Inf|NaN))'
+    assert [text for text in answer.text.splitlines() if not re.fullmatch(line, text)] == []
+    assert 'chronotask_executions_total{task_type="bash",status="succeeded"} 1' in answer.text
+    assert "true" not in [text.split()[-1] for text in answer.text.splitlines()]
+
+
+async def test_openapi_names_every_route_of_the_contract(api: Door) -> None:
+    document = (await api("GET", "//openapi.json")).json
+    assert document["openapi"].startswith("3.1")
+    found = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert {(method, "/api/v1" + path) for path, methods in ROUTES.items() for method in methods} <= found
+    assert {("GET", path) for path in ("/", "/health", "/metrics", "/openapi.json", "/docs")} <= found
+
+
+async def test_the_backup_is_given_only_with_a_token(open_door: Any, tmp_path: Path) -> None:
+    door: Door = await open_door()
+    assert "API_TOKEN" in problem_of(await door("GET", "/backup"), 403)
+
+
+async def test_the_backup_is_a_consistent_copy(open_door: Any, tmp_path: Path) -> None:
+    door: Door = await open_door(api_token="0123456789abcdef")
+    headers = {"Authorization": "Bearer 0123456789abcdef"}
+    assert (await door("POST", "/tasks", BASH, headers=headers)).status == 201
+    async with door.client.get(f"{API}/backup", headers=headers) as response:
+        (tmp_path / "copy.db").write_bytes(await response.read())
+    copy = sqlite3.connect(tmp_path / "copy.db")
+    assert copy.execute("SELECT name FROM tasks").fetchall() == [("t",)]
+    assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    copy.close()
+
+
+async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Door) -> None:
+    async with api.client.get(f"{API}/events") as stream:
+        assert stream.status == 200 and stream.headers["Content-Type"].startswith("text/event-stream")
+        await stream.content.readuntil(b"\n\n")
+        await api.schedule(await api.task())
+        await api.executed(1)
+        kinds, last = [], {}
+        async with asyncio.timeout(5):
+            while last.get("status") != "succeeded":
+                fields = dict(
+                    line.split(": ", 1) for line in (await stream.content.readuntil(b"\n\n")).decode().strip().split("\n")
+                )
+                kinds.append(fields["event"])
+                last = json.loads(fields["data"])
+    assert kinds[:2] == ["task", "schedule"] and set(kinds[2:]) == {"execution"}
+    assert last["task_id"] == 1
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+ROUTES = {
+    "/tasks": ["GET", "POST"],
+    "/tasks/{id}": ["GET", "PUT", "PATCH", "DELETE"],
+    "/tasks/{id}/execute": ["POST"],
+    "/tasks/{id}/history": ["GET"],
+    "/schedules": ["GET", "POST"],
+    "/schedules/preview": ["POST"],
+    "/schedules/{id}": ["GET", "PUT", "PATCH", "DELETE"],
+    "/executions": ["GET"],
+    "/executions/{id}": ["GET"],
+    "/executions/{id}/cancel": ["POST"],
+    "/executions/{id}/output": ["GET"],
+    "/scheduler/status": ["GET"],
+    "/scheduler/pause": ["POST"],
+    "/scheduler/resume": ["POST"],
+    "/events": ["GET"],
+    "/backup": ["GET"],
+}
+
+
+async def test_another_method_answers_405_and_names_the_allowed_ones(api: Door) -> None:
+    routes = {"//": ["GET"], "//health": ["GET"], "//metrics": ["GET"], **ROUTES}
+    for path, allowed in routes.items():
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {*allowed}:
+            if path != "/schedules/preview" or method in ("OPTIONS",):  # else it is a schedule with an odd id
+                answer = await api(method, path.replace("{id}", "1"))
+                problem_of(answer, 405)
+                assert {*answer.headers["Allow"].split(", ")} >= {*allowed}, path
+                assert method not in answer.headers["Allow"].split(", "), path
+
+
+NOT_THERE = [
+    "//nothing",
+    "/nothing",
+    "/tasks/",
+    "/tasks/x",
+    "/tasks/0",
+    "/tasks/-1",
+    "/tasks/1.0",
+    "/tasks/99999999999999999999",
+    "/tasks/%E0%A4%A",
+    "/tasks/1/x",
+    "/schedules/9",
+    "/executions/9",
+    "//api/v2/tasks",
+    "/tasks/%00",
+    "/tasks/٣",
+]
+
+
+async def test_what_is_not_there_answers_404(api: Door) -> None:
+    for path in NOT_THERE:
+        problem_of(await api("GET", path), 404)
+
+
+MALFORMED = [
+    b"{",
+    b"",
+    b"   ",
+    b"{'a': 1}",
+    b'{"a": 1,}',
+    b'{"a": NaN}',
+    b'{"a": Infinity}',
+    b'{"a": -Infinity}',
+    b"\xff\xfe{}",
+    b'{"name": "\xff"}',
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b'{"a": ' + b"9" * 5000 + b"}",
+    b"{} {}",
+    b"nonsense",
+    b"\x00",
+]
+
+
+async def test_malformed_json_answers_400(api: Door) -> None:
+    for raw in MALFORMED:
+        problem_of(await api("POST", "/tasks", raw=raw), 400)
+
+
+@pytest.mark.parametrize("body", [[], "x", 5, True, [{"name": "t"}]])
+async def test_a_body_that_is_no_object_answers_422(api: Door, body: Any) -> None:
+    answer = await api("POST", "/tasks", body)
+    assert answer.status == 422 and len(answer.json["errors"]) == 1
+
+
+async def test_a_null_body_answers_422(api: Door) -> None:
+    assert (await api("POST", "/tasks", raw=b"null")).status == 422
+
+
+async def test_a_lone_surrogate_answers_422(api: Door) -> None:
+    assert (await api("POST", "/tasks", raw=json.dumps({**BASH, "name": "\ud800"}).encode())).status == 422
+
+
+async def test_a_body_over_1_mib_answers_413_and_one_of_1_mib_does_not(api: Door) -> None:
+    body = json.dumps(BASH).encode()
+    assert (await api("POST", "/tasks", raw=body.ljust(1_048_576))).status == 201
+    assert "1048576" in problem_of(await api("POST", "/tasks", raw=body.ljust(1_048_577)), 413)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "",
+        "application/jsonp",
+        "application/octet-stream",
+    ],
+)
+async def test_a_body_that_is_not_declared_as_json_answers_415(api: Door, content_type: str) -> None:
+    for method, path in (("POST", "/tasks"), ("POST", "/schedules/preview"), ("PUT", "/tasks/1"), ("POST", "/scheduler/pause")):
+        problem_of(await api(method, path, BASH, headers={"Content-Type": content_type}), 415)
+    assert (await api("GET", "/scheduler/status")).json["paused"] is False
+
+
+async def test_json_with_a_charset_is_taken_and_a_post_without_a_body_needs_no_content_type(api: Door) -> None:
+    assert (await api("POST", "/tasks", BASH, headers={"Content-Type": "application/json; charset=utf-8"})).status == 201
+    assert (await api("POST", "/scheduler/pause")).status == 200
+    assert (await api("POST", "/scheduler/resume", {})).status == 200
+    problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
+
+
+BAD_PARAMETERS = [
+    ("/tasks?limit=0", "limit"),
+    ("/tasks?limit=1001", "limit"),
+    ("/tasks?limit=x", "limit"),
+    ("/tasks?limit=", "limit"),
+    ("/tasks?limit=1.5", "limit"),
+    ("/tasks?limit=1_0", "limit"),
+    ("/tasks?skip=-1", "skip"),
+    ("/tasks?skip=99999999999999999999", "skip"),
+    ("/tasks?status=on", "status"),
+    ("/tasks?task_type=x", "task_type"),
+    ("/tasks?stauts=active", "stauts"),
+    ("/tasks?limit=1&limit=2", "limit"),
+    ("/schedules?is_active=maybe", "is_active"),
+    ("/schedules?task_id=0", "task_id"),
+    ("/executions?trigger=x", "trigger"),
+    ("/executions?before_id=0", "before_id"),
+    ("/executions?skip=1", "skip"),
+    ("/executions?status=done", "status"),
+    ("/tasks/1/history?success=2", "success"),
+    ("/scheduler/status?x=1", "x"),
+    ("/tasks/1?x=1", "x"),
+]
+
+
+async def test_a_bad_parameter_answers_422_with_its_name(api: Door) -> None:
+    await api.task()
+    for query, field in BAD_PARAMETERS:
+        problem_of(await api("GET", query), 422, field)
+
+
+async def test_an_unknown_parameter_is_told_with_the_nearest_name(api: Door) -> None:
+    assert "status" in problem_of(await api("GET", "/tasks?stauts=active"), 422, "stauts")
+
+
+@pytest.mark.parametrize("limit", [1, 1000])
+async def test_the_limits_of_a_page(api: Door, limit: int) -> None:
+    assert (await api("GET", f"/tasks?limit={limit}")).json["limit"] == limit
+
+
+async def test_an_error_never_shows_a_secret_that_was_sent(api: Door) -> None:
+    config = {
+        "url": "http://u:geheim1234@[/",
+        "auth": {"username": "u", "password": ["geheim1234"]},
+        "headers": {"Authorization": 5},
+    }
+    answer = await api("POST", "/tasks", {**BASH, "task_type": "http", "config": config})
+    assert answer.status == 422 and "geheim1234" not in answer.text
+
+
+# --- Who may ask ------------------------------------------------------------------------------------------------------
+
+HOSTS = {
+    "localhost": 200,
+    "localhost:1234": 200,
+    "LOCALHOST": 200,
+    "127.0.0.1": 200,
+    "192.168.7.7:8000": 200,
+    "[::1]": 200,
+    "[::1]:8000": 200,
+    "tasks.example.com": 200,
+    "Tasks.Example.com:8000": 200,
+    "evil.example": 403,
+    "localhost.evil.example": 403,
+    "evil.example:127": 403,
+    "tasks.example.com.evil": 403,
+    "127.0.0.1.evil.example": 403,
+    "127.0.0.1@evil.example": 403,
+    "2130706433": 403,
+    "a b": 403,
+    "": 403,
+}
+
+
+async def test_which_hosts_are_served(open_door: Any) -> None:
+    door: Door = await open_door(allowed_hosts=("tasks.example.com",))
+    for host, status in HOSTS.items():
+        for path in ("/tasks", "//", "//metrics", "//docs"):
+            assert (await door("GET", path, headers={"Host": host})).status == status, (host, path)
+        assert (await door("GET", "//health", headers={"Host": host})).status == 200, host
+
+
+async def test_a_refused_host_is_told_the_setting(api: Door) -> None:
+    assert "CHRONOTASK_ALLOWED_HOSTS" in problem_of(await api("GET", "/tasks", headers={"Host": "evil.example"}), 403)
+
+
+ORIGINS = {
+    "http://127.0.0.1:8000": 200,
+    "https://127.0.0.1:8000": 200,
+    "http://tasks.example.com": 200,
+    "https://tasks.example.com:444": 200,
+    "http://127.0.0.1": 403,
+    "http://127.0.0.1:8001": 403,
+    "http://localhost:8000": 403,
+    "http://evil.example": 403,
+    "http://127.0.0.1:8000.evil.example": 403,
+    "null": 403,
+    "": 403,
+    "file://": 403,
+    "chrome-extension://abcdef": 403,
+}
+
+
+async def test_which_origins_are_served(open_door: Any) -> None:
+    door: Door = await open_door(allowed_hosts=("tasks.example.com",))
+    for origin, status in ORIGINS.items():
+        headers = {"Host": "127.0.0.1:8000", "Origin": origin}
+        assert (await door("GET", "/tasks", headers=headers)).status == status, origin
+        assert (await door("POST", "/scheduler/pause", headers=headers)).status == status, origin
+
+
+NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+FETCHES: list[tuple[str, str, dict[str, str], int]] = [
+    ("GET", "/tasks", {"Sec-Fetch-Site": "same-origin"}, 200),
+    ("GET", "/tasks", {"Sec-Fetch-Site": "none"}, 200),
+    ("GET", "/tasks", {"Sec-Fetch-Site": "cross-site"}, 403),
+    ("GET", "/tasks", {"Sec-Fetch-Site": "same-site"}, 403),
+    ("GET", "/tasks", {"Sec-Fetch-Site": "nonsense"}, 403),
+    ("GET", "/tasks", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 403),
+    ("POST", "/scheduler/pause", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 403),
+    ("GET", "//", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 200),
+    ("GET", "//docs", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 200),
+    ("GET", "//", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}, 403),
+    ("GET", "//", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, 403),
+    ("GET", "//openapi.json", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 403),
+    ("GET", "//metrics", {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, 403),
+]
+
+
+async def test_which_requests_of_a_browser_are_served(api: Door) -> None:
+    for method, path, headers, status in FETCHES:
+        assert (await api(method, path, headers=headers)).status == status, (method, path, headers)
+
+
+TOKEN = "0123456789abcdef"
+TOKENS: list[tuple[str, dict[str, str], int]] = [
+    ("/tasks", {}, 401),
+    ("/tasks", {"Authorization": f"Bearer {TOKEN}"}, 200),
+    ("/tasks", {"Authorization": f"bearer {TOKEN}"}, 200),
+    ("/tasks", {"Authorization": f"Bearer {TOKEN}x"}, 401),
+    ("/tasks", {"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
+    ("/tasks", {"Authorization": "Bearer "}, 401),
+    ("/tasks", {"Authorization": "Bearer ü"}, 401),
+    ("/tasks", {"Authorization": TOKEN}, 401),
+    ("/tasks", {"Authorization": f"Basic {TOKEN}"}, 401),
+    (f"/tasks?token={TOKEN}", {}, 401),
+    ("/nothing", {}, 401),
+    ("//metrics", {}, 401),
+    ("//openapi.json", {}, 401),
+    ("//", {}, 401),
+    ("//", {"Accept": "text/html"}, 200),
+    ("//", {"Authorization": f"Bearer {TOKEN}"}, 200),
+    ("//docs", {}, 200),
+    ("//health", {}, 200),
+]
+
+
+async def test_what_needs_the_token(open_door: Any) -> None:
+    door: Door = await open_door(api_token=TOKEN)
+    for path, headers, status in TOKENS:
+        answer = await door("GET", path, headers=headers)
+        assert answer.status == status, (path, headers)
+        if status == 401:
+            problem_of(answer, 401)
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+async def test_with_a_token_health_tells_strangers_the_status_alone(open_door: Any) -> None:
+    door: Door = await open_door(api_token=TOKEN)
+    assert (await door("GET", "//health")).json == {"status": "healthy"}
+
+
+async def test_a_stranger_learns_nothing_from_a_write(open_door: Any) -> None:
+    door: Door = await open_door(api_token=TOKEN)
+    problem_of(await door("POST", "/tasks", raw=b"{"), 401)
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+# --- Anything at all --------------------------------------------------------------------------------------------------
+
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    60,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    -1e-308,
+    "",
+    " ",
+    "t",
+    "x" * 300,
+    "\0",
+    "a\r\nb",
+    "ünï😀",
+    "bash",
+    "http",
+    "cron",
+    "once",
+    "interval",
+    "active",
+    "* * * * *",
+    "@daily",
+    "60/7 25 L W#9 ?",
+    "2027-01-01T00:00:00Z",
+    "2026-03-29T02:30:00",
+    "9999-12-31T23:59:59Z",
+    "0001-01-01T00:00:00+23:59",
+    "Europe/Berlin",
+    "../../etc/passwd",
+    "http://127.0.0.1/",
+    "http://[::1",
+    "http://user:pw@host:99999/\\",
+    "${env:HOME}",
+    "${file:/etc/passwd}",
+    [],
+    {},
+    [[]],
+    [1, "a", None],
+    {"a": {"b": [{}]}},
+    {"command": "true"},
+    {"url": "http://127.0.0.1/"},
+    {"seconds": 60},
+    {"expression": "* * * * *"},
+]
+ODD_NAMES = [
+    *(
+        "name task_type config description status max_retries retry_delay retry_backoff id task_id schedule_type schedule_config"
+    ).split(),
+    *("is_active overlap catchup catchup_window jitter start_at end_at max_runs after count upcoming x").split(),
+    *(
+        "command args env working_dir timeout url method headers params body auth expected_status follow_redirects verify_tls"
+    ).split(),
+    *("expression timezone datetime seconds start_date username password").split(),
+]
+
+
+def odd_object(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in draw.sample(ODD_NAMES, draw.randrange(1, 9)):
+        found[name] = odd_object(draw, depth + 1) if depth < 2 and draw.random() < 0.3 else draw.choice(ODD_VALUES)
+    return found
+
+
+async def test_no_json_at_all_makes_the_server_fail(api: Door) -> None:
+    draw = random.Random(10)
+    await api.task()
+    await api.schedule(1)
+    doors = [("POST", "/tasks"), ("PATCH", "/tasks/1"), ("PUT", "/tasks/1"), ("POST", "/schedules"), ("PATCH", "/schedules/1")]
+    doors += [("POST", "/schedules/preview"), ("POST", "/tasks/1/execute"), ("POST", "/scheduler/pause")]
+    valid = [BASH, {**BASH, "task_type": "http", "config": {"url": "http://127.0.0.1/"}}, EVERY_MINUTE]
+    valid += [
+        {**EVERY_MINUTE, "schedule_type": "cron", "schedule_config": {"expression": "*/5 * * * *", "timezone": "Asia/Tokyo"}}
+    ]
+    for _ in range(400):
+        method, path = draw.choice(doors)
+        body = {**draw.choice([{}, *valid]), **odd_object(draw)}
+        if path == "/schedules/preview":
+            body.pop("task_id", None)
+        for name in list(body):
+            if isinstance(body[name], dict) and draw.random() < 0.5:
+                body[name] = {**body[name], draw.choice(ODD_NAMES): draw.choice(ODD_VALUES)}
+        answer = await api(method, path, body)
+        assert answer.status < 500, (method, path, body, answer.text)
+
+
+async def test_no_query_at_all_makes_the_server_fail(api: Door) -> None:
+    draw = random.Random(11)
+    await api.executed(await api.task())
+    paths = ["/tasks", "/schedules", "/executions", "/tasks/1/history", "/scheduler/status", "/executions/1/output", "/overview"]
+    names = "status task_type q skip limit task_id is_active success output trigger before_id schedule_id follow wait x".split()
+    for _ in range(300):
+        pairs = [(draw.choice(names), str(draw.choice(ODD_VALUES))) for _ in range(draw.randrange(4))]
+        answer = await api("GET", draw.choice(paths), params=pairs)
+        assert answer.status < 500, (pairs, answer.text)
+
+
+async def test_no_bytes_at_all_make_the_server_fail(api: Door) -> None:
+    draw = random.Random(12)
+    whole = b"POST /api/v1/tasks?x=1 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 62\r\n\r\n"
+    whole += b'{"name": "t", "task_type": "bash", "config": {"command": "true"}}'
+    for _ in range(150):
+        sent = bytearray(whole)
+        for _ in range(draw.randrange(1, 6)):
+            at = draw.randrange(len(sent))
+            sent[at : at + draw.randrange(3)] = draw.choice(
+                [bytes([draw.randrange(256)]), b"\r\n", b"\0", b"%00", b" ", b"\xff\xfe", b""]
+            )
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
+        writer.write(bytes(sent))
+        writer.write_eof()
+        async with asyncio.timeout(5):
+            head = await reader.read(100)
+        writer.close()
+        if head:
+            assert re.match(rb"HTTP/1\.[01] [1-4]\d\d ", head), (bytes(sent), head)
+    assert (await api("GET", "//health")).status == 200
+
+
+# ======================================================================================================================
+# 11. MCP
+# ======================================================================================================================
+
+
+PROGRAM = Path(chronotask.__file__)
+TOOL_NAMES = {
+    "create_task", "list_tasks", "get_task", "update_task", "delete_task", "execute_task", "create_schedule", "list_schedules",
+    "update_schedule", "delete_schedule", "get_task_history", "get_scheduler_status", "preview_schedule", "get_execution",
+    "cancel_execution",
+}  # fmt: skip
+OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
+NEW_VERSION = "2026-07-28"
+WEEKDAYS = {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}
+Json = Any
+
+
+def tools() -> list[Json]:
+    return [tool.model_dump(by_alias=True, exclude_none=True, mode="json") for tool in make_tools().tools]
+
+
+def tool(name: str) -> Json:
+    return next(tool for tool in tools() if tool["name"] == name)
+
+
+def refused(name: str, /, **arguments: Json) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        tool_args(TOOLS[name], arguments)
+    return [(error.field, error.message) for error in caught.value.errors]
+
+
+# --- What tools/list says ---------------------------------------------------------------------------------------------
+
+
+def test_there_are_the_15_tools_of_the_contract() -> None:
+    assert {tool["name"] for tool in tools()} == TOOL_NAMES
+
+
+def test_the_list_of_tools_costs_less_than_4000_tokens() -> None:
+    assert len(json.dumps({"tools": tools()}, ensure_ascii=False, separators=(",", ":"))) < 4000 * 4
+
+
+def test_schemas_hold_no_titles_no_references_and_no_lists_of_types() -> None:
+    def words(schema: Json) -> Iterator[str]:
+        for word, value in schema.items():
+            yield word
+            assert word != "type" or isinstance(value, str)
+            inner = (
+                [*value.values()] if word == "properties" else [value] if word == "items" else value if word == "anyOf" else []
+            )
+            for one in inner:
+                yield from words(one)
+
+    plain = {"type", "properties", "required", "items", "enum", "default", "maximum", "description"}
+    for one in tools():
+        assert {*words(one["inputSchema"])} <= plain, one["name"]
+        assert {*words(one["outputSchema"])} <= plain | {"anyOf"}, one["name"]
+
+
+def test_null_is_stripped_from_arguments_and_kept_in_answers() -> None:
+    assert tool("create_task")["inputSchema"]["properties"]["description"] == {"type": "string"}
+    assert tool("get_task")["outputSchema"]["properties"]["description"] == {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    assert "last_run" not in tool("update_task")["outputSchema"]["properties"]
+
+
+def test_every_tool_has_all_four_annotations() -> None:
+    hints = {one["name"]: tuple(one["annotations"].values()) for one in tools()}
+    assert [*tools()[0]["annotations"]] == ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"]
+    assert {name for name, (read_only, *_) in hints.items() if read_only} == {
+        "list_tasks", "get_task", "list_schedules", "get_task_history", "get_scheduler_status", "preview_schedule",
+        "get_execution",
+    }  # fmt: skip
+    assert hints["delete_task"] == (False, True, True, False)
+    assert hints["execute_task"] == (False, True, False, True)
+    assert hints["create_task"] == (False, False, False, False)
+
+
+def test_every_tool_is_described_for_somebody_who_has_never_seen_chronotask() -> None:
+    for one in tools():
+        assert len(one["description"]) > 60, one["name"]
+        assert one["description"].endswith((".", "?")), one["name"]
+
+
+def test_the_arguments_are_the_fields_of_the_models_and_the_id_in_the_path() -> None:
+    for operation in OPERATIONS:
+        if operation.tool:
+            fields = {*(operation.body or operation.query or chronotask.Query).model_fields}
+            offered = {*tool(operation.name)["inputSchema"]["properties"]}
+            assert offered | chronotask.WITHOUT_EFFECT.get(operation.name, set()) == fields | {operation.id_name} - {None}
+
+
+def test_the_text_about_config_names_every_field_of_both_kinds_and_no_other() -> None:
+    text = tool("create_task")["inputSchema"]["properties"]["config"]["description"]
+    for kind, model in CONFIGS.items():
+        shape = re.search(rf"{kind}: {{((?:[^{{}}]|{{[^{{}}]*}})*)}}", text)
+        assert shape is not None
+        names = re.findall(r"(?:^|, )([a-z_]+)", re.sub(r"\(.*?\)|{.*?}", "", shape[1]))
+        assert names == [*model.model_fields]
+        required = [name for name in names if f"{name}?" not in shape[1]]
+        assert required == [name for name, field in model.model_fields.items() if field.is_required()]
+
+
+def test_defaults_suit_a_model() -> None:
+    history, execute = tool("get_task_history"), tool("execute_task")
+    assert history["inputSchema"]["properties"]["limit"] == {"type": "integer", "default": 5, "maximum": 100}
+    assert execute["inputSchema"]["properties"]["wait"]["default"] == 10
+    assert execute["inputSchema"]["properties"]["wait"]["maximum"] == 50
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_are_split_into_the_id_and_the_body() -> None:
+    args = tool_args(TOOLS["update_schedule"], {"schedule_id": 7, "overlap": "queue"})
+    assert (args.id, args.body.sent()) == (7, {"overlap": "queue"})
+
+
+def test_an_id_may_come_as_text() -> None:
+    assert tool_args(TOOLS["get_task"], {"task_id": "7"}).id == 7
+    assert tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x"}).id == 7
+
+
+def test_an_object_may_come_as_json_text() -> None:
+    sent = {"task_id": 1, "schedule_type": "cron", "schedule_config": json.dumps(WEEKDAYS)}
+    assert tool_args(TOOLS["create_schedule"], sent).body.schedule_config == WEEKDAYS
+
+
+def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
+    assert refused("create_task", name="", task_type="shell", config="ls", max_retry=3) == [
+        ("name", "must be at least 1 characters long"),
+        ("task_type", "must be one of 'http' or 'bash', not 'shell'"),
+        ("config", "must be an object, not 'ls'"),
+        ("max_retry", "unknown field (did you mean max_retries?)"),
+    ]
+
+
+def test_a_wrong_name_of_the_id_is_put_right() -> None:
+    assert refused("get_task", id=3) == [("task_id", "is required"), ("id", "unknown field (known: task_id)")]
+
+
+def test_an_id_of_zero_and_a_wait_of_a_minute_are_refused() -> None:
+    assert refused("get_task", task_id=0) == [("task_id", "must be at least 1, not 0")]
+    [(field, message)] = refused("execute_task", task_id=1, wait=60)
+    assert field == "wait" and message.startswith("must be at most 50")
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
+    assert clip("ä" * 30 + "end", 8, "elsewhere") == "ää\n[… 50 bytes left out: elsewhere …]\näääend"
+    assert clip("short", 8, "elsewhere") == "short"
+    assert clip({"a": "x" * 20}, 8, "there") == '{"\n[… 20 bytes left out: there …]\nxxxx"}'
+    assert clip(7, 0, "") == 7
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """A service as it runs, with the real clock."""
+    use_pidfd()
+    chosen = settings(tmp_path)
+    clock = Clock()
+    store = Store(chosen.database_url, clock.monotonic)
+    service = Service(chosen, store, clock, CHILD_ENVIRON)
+    await service.start()
+    yield service
+    await service.stop()
+    store.close()
+
+
+class Caller:
+    """Calls tools as a client does."""
+
+    def __init__(self, client: Json) -> None:
+        self.client = client
+
+    async def __call__(self, name: str, /, **arguments: Json) -> Json:
+        result = await self.client.call_tool(name, arguments)
+        assert not result.is_error, result.content[0].text
+        assert json.loads(result.content[0].text) == result.structured_content
+        return result.structured_content
+
+    async def refused(self, name: str, /, **arguments: Json) -> str:
+        result = await self.client.call_tool(name, arguments)
+        assert result.is_error and result.structured_content is None
+        return str(result.content[0].text)
+
+
+@pytest.fixture(params=["legacy", NEW_VERSION])
+async def call(service: Service, request: pytest.FixtureRequest) -> AsyncIterator[Caller]:
+    """The SDK's client in the same process, in both eras. It lives in one job, as its cancel scopes need."""
+    from mcp.client import Client
+
+    opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+    over = asyncio.Event()
+
+    async def live() -> None:
+        async with Client(make_server(service), mode=request.param) as client:
+            opened.set_result(client)
+            await over.wait()
+
+    job = asyncio.ensure_future(live())
+    yield Caller(await opened)
+    over.set()
+    await job
+
+
+async def bash_mcp(call: Caller, command: str, **more: Json) -> int:
+    body = {"name": "t", "task_type": "bash", "config": {"command": command}, "max_retries": 0, **more}
+    return int((await call("create_task", **body))["id"])
+
+
+async def use_every_tool(call: Caller) -> None:
+    """Calls each of the 15 tools; the client checks each answer by the tool's schema."""
+    listed = {tool.name for tool in (await call.client.list_tools()).tools}
+    assert listed == TOOL_NAMES
+    called = set()
+
+    async def use(name: str, /, **arguments: Json) -> Json:
+        called.add(name)
+        return await call(name, **arguments)
+
+    task = await use("create_task", name="hello", task_type="bash", config={"command": "echo hello"})
+    assert (await use("list_tasks", q="hell"))["total"] == 1
+    assert (await use("get_task", task_id=task["id"]))["config"] == {"command": "echo hello"}
+    assert (await use("update_task", task_id=task["id"], description="says hello"))["config"] == {"command": "echo hello"}
+    run = await use("execute_task", task_id=task["id"])
+    assert (run["status"], run["output_data"]["stdout"]) == ("succeeded", "hello\n")
+    assert (await use("get_execution", execution_id=run["id"]))["attempts"][0]["status"] == "succeeded"
+    assert (await use("get_task_history", task_id=task["id"]))["history"][0]["id"] == run["id"]
+    slow = await use("create_task", name="slow", task_type="bash", config={"command": "sleep 60"}, max_retries=0)
+    going = await use("execute_task", task_id=slow["id"], wait=0)
+    assert "get_execution" in going["note"]
+    assert (await use("cancel_execution", execution_id=going["id"]))["status"] == "cancelled"
+    preview = await use("preview_schedule", schedule_type="cron", schedule_config=WEEKDAYS)
+    made = await use("create_schedule", task_id=task["id"], schedule_type="cron", schedule_config=WEEKDAYS)
+    assert preview["description"] == made["description"] and preview["upcoming"] == made["upcoming"]
+    assert len((await use("list_schedules", task_id=task["id"]))["schedules"][0]["upcoming"]) == 5
+    assert (await use("update_schedule", schedule_id=made["id"], overlap="queue"))["overlap"] == "queue"
+    assert await use("delete_schedule", schedule_id=made["id"]) == {"id": made["id"], "deleted": True}
+    assert (await use("get_scheduler_status"))["timezone"] == "UTC"
+    assert await use("delete_task", task_id=task["id"]) == {"id": task["id"], "deleted": True}
+    assert called == TOOL_NAMES
+
+
+async def test_every_tool_can_be_called_in_both_eras(call: Caller) -> None:
+    await use_every_tool(call)
+
+
+async def test_an_unknown_tool_is_an_error_of_the_protocol_that_names_the_nearest_one(call: Caller) -> None:
+    from mcp import MCPError
+
+    with pytest.raises(MCPError) as caught:
+        await call.client.call_tool("create_tasks", {})
+    assert (caught.value.code, caught.value.message) == (-32602, "unknown tool 'create_tasks': did you mean create_task?")
+
+
+async def test_what_does_not_exist_is_answered_with_where_to_look(call: Caller) -> None:
+    assert await call.refused("get_task", task_id=99) == "there is no task 99: list_tasks shows those that exist"
+    assert (
+        await call.refused("delete_schedule", schedule_id=99) == "there is no schedule 99: list_schedules shows those that exist"
+    )
+    assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: get_task_history shows")
+
+
+async def test_a_partial_update_changes_only_what_was_sent(call: Caller) -> None:
+    task = await call("create_task", name="t", task_type="bash", config={"command": "true"}, max_retries=7, description="d")
+    changed = await call("update_task", task_id=task["id"], status="paused")
+    assert {name for name in task if task[name] != changed[name]} == {"status", "updated_at"}
+    assert (await call("list_tasks"))["tasks"][0]["status"] == "paused"
+    assert (await call("update_task", task_id=task["id"], description=None))["description"] is None
+
+
+async def test_a_schedule_says_zone_words_and_next_five_slots_local_and_utc(call: Caller) -> None:
+    task_id = await bash_mcp(call, "true")
+    made = await call("create_schedule", task_id=task_id, schedule_type="cron", schedule_config=WEEKDAYS)
+    assert made["schedule_config"]["timezone"] == "Europe/Berlin"
+    assert made["description"] == "Every weekday at 09:00 (Europe/Berlin)"
+    assert len(made["upcoming"]) == 5
+    for slot in made["upcoming"]:
+        assert re.fullmatch(r"....-..-..T09:00:00\+0[12]:00", slot["local"])
+        assert re.fullmatch(r"....-..-..T0[78]:00:00Z", slot["utc"])
+    assert (await call("list_schedules"))["schedules"][0]["upcoming"] == made["upcoming"]
+
+
+async def test_a_schedule_that_fires_nothing_now_says_why(call: Caller) -> None:
+    task_id = await bash_mcp(call, "true", status="paused")
+    made = await call("create_schedule", task_id=task_id, schedule_type="interval", schedule_config={"seconds": 60})
+    assert made["note"] == "nothing fires now: its task or the scheduler is paused"
+    off = await call("update_schedule", schedule_id=made["id"], is_active=False)
+    assert off["note"] == "nothing fires now: is_active is false"
+
+
+async def test_a_second_equal_task_is_noticed(call: Caller) -> None:
+    first = await bash_mcp(call, "true", name="backup")
+    again = await call("create_task", name="backup", task_type="bash", config={"command": "true"})
+    assert again["note"] == f"task {first} has the same name and configuration: delete one of them unless both are meant"
+    assert "note" not in await call("create_task", name="backup", task_type="bash", config={"command": "false"})
+
+
+async def test_a_run_that_goes_on_is_answered_with_its_id(call: Caller) -> None:
+    task_id = await bash_mcp(call, "sleep 60")
+    run = await call("execute_task", task_id=task_id, wait=0.05)
+    assert run["status"] in ("queued", "running")
+    assert run["note"] == f"not over: get_execution with execution_id {run['id']} shows its end, cancel_execution ends it"
+    assert (await call("cancel_execution", execution_id=run["id"]))["status"] == "cancelled"
+    assert await call.refused("cancel_execution", execution_id=run["id"]) == f"execution {run['id']} is over already: cancelled"
+
+
+async def test_history_is_short_and_says_how_to_get_more(call: Caller) -> None:
+    task_id = await bash_mcp(call, "head -c 3000 /dev/zero | tr '\\0' x")
+    for _ in range(6):
+        await call("execute_task", task_id=task_id)
+    page = await call("get_task_history", task_id=task_id)
+    assert len(page["history"]) == 5
+    assert page["note"] == "1 older ones: ask with skip=5, or with a higher limit"
+    short = page["history"][0]["output_data"]["stdout"]
+    assert "[… 2500 bytes left out: output=full or get_execution shows more …]" in short and len(short) < TOOL_LIST_TEXT + 100
+    full = await call("get_task_history", task_id=task_id, output="full", limit=1, skip=5)
+    assert full["history"][0]["output_data"]["stdout"] == "x" * 3000
+    assert "note" not in full
+    assert (await call("get_task_history", task_id=task_id, output="none"))["history"][0]["output_data"] is None
+
+
+async def test_long_output_is_clipped_and_whole_in_the_resource(call: Caller) -> None:
+    task_id = await bash_mcp(call, "head -c 50000 /dev/zero | tr '\\0' x")
+    run = await call("execute_task", task_id=task_id)
+    assert f"[… 42000 bytes left out: resource chronotask://executions/{run['id']} has all …]" in run["output_data"]["stdout"]
+    read = await call.client.read_resource(f"chronotask://executions/{run['id']}")
+    assert json.loads(read.contents[0].text)["output_data"]["stdout"] == "x" * 50000
+
+
+async def test_resources_can_be_listed_and_read(call: Caller) -> None:
+    from mcp import MCPError
+
+    task_id = await bash_mcp(call, "true")
+    listed = [str(one.uri) for one in (await call.client.list_resources()).resources]
+    templates = [one.uri_template for one in (await call.client.list_resource_templates()).resource_templates]
+    assert listed == ["chronotask://status"]
+    assert templates == ["chronotask://tasks/{id}", "chronotask://executions/{id}"]
+    read = (await call.client.read_resource(f"chronotask://tasks/{task_id}")).contents[0]
+    assert read.mime_type == "application/json" and json.loads(read.text)["name"] == "t"
+    for uri in ("chronotask://tasks/99", "chronotask://nothing", "file:///etc/passwd", "chronotask://tasks/1/../2"):
+        with pytest.raises(MCPError) as caught:
+            await call.client.read_resource(uri)
+        assert caught.value.code == -32602
+
+
+async def test_the_prompt_brings_the_facts_about_a_failing_task(call: Caller) -> None:
+    from mcp import MCPError
+
+    task_id = await bash_mcp(call, "echo no space left >&2; exit 3")
+    await call("execute_task", task_id=task_id)
+    [prompt] = (await call.client.list_prompts()).prompts
+    assert (prompt.name, prompt.arguments[0].name) == ("diagnose_task", "task_id")
+    got = await call.client.get_prompt("diagnose_task", {"task_id": str(task_id)})
+    assert "no space left" in got.messages[0].content.text and '"exit_code": 3' in got.messages[0].content.text
+    for name, arguments in (("diagnose_task", {"task_id": "99"}), ("diagnose_task", {}), ("nothing", {})):
+        with pytest.raises(MCPError):
+            await call.client.get_prompt(name, arguments)
+
+
+async def test_secrets_stay_masked_and_a_mask_sent_back_keeps_them(call: Caller) -> None:
+    config = {"url": "http://localhost/", "headers": {"Authorization": "Bearer secret"}}
+    task = await call("create_task", name="t", task_type="http", config=config)
+    assert "secret" not in json.dumps(task)
+    await call("update_task", task_id=task["id"], config=task["config"])
+    assert "secret" not in json.dumps(await call("get_task", task_id=task["id"]))
+
+
+async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) -> None:
+    from mcp.client import Client
+
+    async with Client(make_server(service), mode="legacy") as client:
+        call = Caller(client)
+        os.mkfifo(f"{service.store.path}.gate")
+        task_id = await bash_mcp(call, f"read line < {service.store.path}.gate; echo $line")
+        waiting = asyncio.ensure_future(client.call_tool("execute_task", {"task_id": task_id, "wait": 50}))
+        while not service.running:
+            await asyncio.sleep(0.005)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        await asyncio.to_thread(Path(f"{service.store.path}.gate").write_text, "on and on\n")
+        [run] = (await call("get_task_history", task_id=task_id))["history"]
+        await service.wait_for(run["id"], 10)
+        assert (await call("get_execution", execution_id=run["id"]))["output_data"]["stdout"] == "on and on\n"
+
+
+async def test_a_bug_is_answered_without_a_trace(open_rig: OpenRig, caplog: pytest.LogCaptureFixture) -> None:
+    from mcp.client import Client
+
+    rig: Rig = await open_rig()
+    async with Client(make_server(rig.service), mode="legacy") as client:
+        task_id = await rig.task()
+        rig.sql("UPDATE tasks SET task_type = 'http', config = '{}' WHERE id = ?", task_id)
+        text = await Caller(client).refused("get_task", task_id=task_id)
+    assert "Traceback" not in text and "Error" not in text
+
+
+# --- A dialogue -------------------------------------------------------------------------------------------------------
+
+
+def put_right(error: str, arguments: Json) -> Json:
+    """What a model does with `schedule_config.timezone: 'Berlin': … (did you mean Europe/Berlin?)`: it has only this text."""
+    match = re.fullmatch(r"(\w+)\.(\w+): '.*': .*\(did you mean (.+)\?\)", error)
+    assert match is not None, error
+    return {**arguments, match[1]: {**arguments[match[1]], match[2]: match[3]}}
+
+
+async def test_back_up_tmp_x_every_weekday_at_9_in_berlin(call: Caller, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").write_text("precious")
+    assert (await call("list_tasks", q="back"))["total"] == 0
+    command = f"tar -czf {tmp_path}/x.tgz -C {tmp_path} x"
+    task = await call("create_task", name="back up x", task_type="bash", config={"command": command})
+    assert (await call("execute_task", task_id=task["id"]))["status"] == "succeeded"
+    assert (tmp_path / "x.tgz").stat().st_size > 0
+    wanted = {
+        "task_id": task["id"],
+        "schedule_type": "cron",
+        "schedule_config": {"expression": "0 9 * * 1-5", "timezone": "Berlin"},
+    }
+    error = await call.refused("create_schedule", **wanted)
+    made = await call("create_schedule", **put_right(error, wanted))
+    assert made["description"] == "Every weekday at 09:00 (Europe/Berlin)"
+    assert {slot["local"][11:19] for slot in made["upcoming"]} == {"09:00:00"}
+
+
+# --- Lines ------------------------------------------------------------------------------------------------------------
+
+
+async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
+    """What comes out of a pipe into which `pieces` are written."""
+    source, sink = os.pipe()
+
+    def write() -> None:
+        for piece in pieces:
+            os.write(sink, piece)
+        os.close(sink)
+
+    try:
+        writing = asyncio.ensure_future(asyncio.to_thread(write))
+        found = [line async for line in read_lines(source)]
+        await writing
+        return found
+    finally:
+        os.close(source)
+
+
+async def test_lines_come_whole_however_the_stream_is_cut() -> None:
+    assert await lines_of(b'{"a"', b":1}\n\n{", b"}\nrest") == [(b'{"a":1}', 7), (b"", 0), (b"{}", 2), (b"rest", 4)]
+    assert await lines_of(b"") == [(b"", 0)]
+
+
+async def test_a_line_that_is_too_long_keeps_both_ends_and_its_size() -> None:
+    [(line, size), _] = await lines_of(b"start", *[b"x" * 60_000] * 50, b"end\n")
+    assert (size, line[:6], line[-4:]) == (3_000_008, b"startx", b"xend")
+    assert len(line) < MAX_BODY + 65536
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "number"),
+    [
+        (b"hello", -32700, None),
+        (b'{"jsonrpc":"2.0","id":3', -32700, None),
+        (b"\xff\xfe", -32700, None),
+        (b"[" * 100_000, -32700, None),
+        (b'{"jsonrpc":"2.0","id":3}', -32600, 3),
+        (b'{"id":"x","method":"ping"}', -32600, "x"),
+        (b'[{"jsonrpc":"2.0","id":3,"method":"ping"}]', -32600, None),
+        (b"null", -32600, None),
+        (b'{"id":true}', -32600, None),
+    ],
+)
+def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: bytes, code: int, number: Json) -> None:
+    from mcp import MCPError
+
+    with pytest.raises(MCPError) as caught:
+        read_message(line, len(line))
+    assert (caught.value.code, caught.value.data) == (code, number)
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"x"', 7),
+        (b'{"method":"tools/call","params":{"arguments":{"id":5}},"jsonrpc":"2.0","id":"a-1"}', "a-1"),
+        (b'{"method":"tools/call","params":{"id":5,"text":"', None),
+    ],
+)
+def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, number: Json) -> None:
+    from mcp import MCPError
+
+    with pytest.raises(MCPError) as caught:
+        read_message(line, MAX_BODY + 1)
+    assert caught.value.message == "a message may have at most 1048576 bytes, not 1048577"
+    assert caught.value.data == number
+
+
+# --- Real processes: stdio --------------------------------------------------------------------------------------------
+
+
+class Process:
+    """`chronotask.py` with raw lines on its stdin and stdout. Ends with the `with` block at the latest."""
+
+    def __init__(self, folder: Path, mode: str = "mcp", stdin: int = subprocess.PIPE, **settings: Json) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
+        own = {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
+        ports = {"CHRONOTASK_API_PORT": "0", "CHRONOTASK_MCP_PORT": "0"}
+        self.environ = {**inherited, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db", **ports, **own}
+        self.command = [sys.executable, str(PROGRAM), "--mode", mode]
+        self.log_file = folder / "log"
+        self.started = time.monotonic()
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environ, stdin=stdin, stdout=subprocess.PIPE, stderr=log, cwd=folder
+            )
+        self.lines: Queue[bytes] = Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for line in self.process.stdout:
+                self.lines.put(line)
+        self.lines.put(b"")
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def write(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def send(self, method: str, number: Json = None, /, **params: Json) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params} | ({} if number is None else {"id": number})
+        self.write(json.dumps(message).encode() + b"\n")
+
+    def answer(self, seconds: float = 20) -> Json:
+        """The next line on stdout, which must be a JSON-RPC message."""
+        line = self.lines.get(timeout=seconds)
+        assert line, self.log()
+        message = json.loads(line)
+        assert message["jsonrpc"] == "2.0"
+        return message
+
+    def rest(self) -> list[Json]:
+        """All lines until the end of stdout."""
+        return [json.loads(line) for line in iter(lambda: self.lines.get(timeout=20), b"")]
+
+    def hello(self, version: str = "2025-11-25") -> Json:
+        self.send("initialize", 0, protocolVersion=version, capabilities={}, clientInfo={"name": "test", "version": "1"})
+        answer = self.answer()
+        self.send("notifications/initialized")
+        return answer["result"]
+
+    def call(self, number: int, name: str, /, **arguments: Json) -> Json:
+        self.send("tools/call", number, name=name, arguments=arguments)
+        answer = self.answer(70)
+        assert answer["id"] == number
+        return answer["result"]
+
+    def bash_mcp(self, command: str, **more: Json) -> int:
+        result = self.call(1000, "create_task", name="t", task_type="bash", config={"command": command}, max_retries=0, **more)
+        return int(result["structuredContent"]["id"])
+
+    def end_input(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def ended(self, seconds: float = 20) -> int:
+        return self.process.wait(seconds)
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def url(self) -> str:
+        found = wait_until(lambda: re.search(r"MCP on (http\S+)", self.log()))
+        return str(found[1])
+
+
+def wait_until(condition: Callable[[], Json], seconds: float = 30) -> Json:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+def test_stdio_speaks_every_version_with_a_handshake(tmp_path: Path, version: str) -> None:
+    with Process(tmp_path) as server:
+        hello = server.hello(version)
+        assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
+        assert "by default UTC" in hello["instructions"]
+        server.send("tools/list", 1)
+        listed = server.answer()["result"]["tools"]
+        assert {one["name"] for one in listed} == TOOL_NAMES
+        assert json.loads(server.call(2, "get_scheduler_status")["content"][0]["text"])["running"] is True
+        server.end_input()
+        assert server.ended() == 0
+
+
+@pytest.mark.slow
+def test_stdio_speaks_the_version_without_a_handshake(tmp_path: Path) -> None:
+    meta = {
+        "io.modelcontextprotocol/protocolVersion": NEW_VERSION,
+        "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }
+    with Process(tmp_path) as server:
+        server.send("server/discover", 1, _meta=meta)
+        assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
+        server.send("tools/call", 2, name="get_scheduler_status", arguments={}, _meta=meta)
+        assert server.answer()["result"]["structuredContent"]["running"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: str) -> None:
+    from mcp.client import Client
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    program = StdioServerParameters(command=sys.executable, args=[str(PROGRAM), "--mode", "mcp"], env=environ)
+    with (tmp_path / "log").open("w") as log:
+        async with Client(stdio_client(program, errlog=log), mode=mode) as client:
+            await use_every_tool(Caller(client))
+
+
+@pytest.mark.slow
+def test_the_first_answer_comes_soon_after_the_start(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        ticks = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        # Processor time, not wall time: it does not depend on what else the machine does.
+        assert sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") < 3.0
+
+
+@pytest.mark.slow
+def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answered(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        for number in range(1, 6):
+            server.send(
+                "tools/call",
+                number,
+                name="create_task",
+                arguments={"name": f"t{number}", "task_type": "bash", "config": {"command": "true"}},
+            )
+        server.end_input()
+        created = {answer["id"]: answer["result"]["isError"] for answer in server.rest()}
+        assert created == {1: False, 2: False, 3: False, 4: False, 5: False}
+        assert server.ended() == 0
+
+
+@pytest.mark.slow
+def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
+        server.end_input()
+        assert [answer["id"] for answer in server.rest()] == [1]
+        assert server.ended() == 0
+
+
+@pytest.mark.slow
+def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        task_id = server.bash(f"sleep 2.5; echo done > {tmp_path}/done")
+        server.send("tools/call", 1, name="execute_task", arguments={"task_id": task_id, "wait": 50})
+        wait_until(lambda: server.process.poll() is not None or child_of(server.process.pid))
+        server.end_input()
+        assert server.ended() == 0
+        assert (tmp_path / "done").read_text() == "done\n"
+
+
+def child_of(pid: int) -> bool:
+    return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_program_cleanly_while_input_stays_open(tmp_path: Path, number: int) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        server.process.send_signal(number)
+        assert server.ended(8) == 0
+        assert server.rest() == []
+
+
+@pytest.mark.slow
+def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
+    with Process(tmp_path, SHUTDOWN_GRACE=0) as server:
+        server.hello()
+        task_id = server.bash("sleep 60")
+        server.send("tools/call", 1, name="execute_task", arguments={"task_id": task_id, "wait": 50})
+        wait_until(lambda: child_of(server.process.pid))
+        server.process.terminate()
+        assert server.answer()["id"] == 1
+        assert server.ended(8) == 0
+
+
+@pytest.mark.slow
+def test_sigterm_after_the_end_of_input_is_no_second_signal(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        task_id = server.bash(f"sleep 2.5; echo done > {tmp_path}/done")
+        server.call(1, "execute_task", task_id=task_id, wait=0)
+        wait_until(lambda: child_of(server.process.pid))
+        server.end_input()
+        wait_until(lambda: "stopping" in server.log())
+        server.process.terminate()  # as MCP clients do that find it too slow
+        assert server.ended() == 0
+        assert (tmp_path / "done").exists()
+
+
+@pytest.mark.slow
+def test_a_closed_stdout_ends_the_program(tmp_path: Path) -> None:
+    with Deaf(tmp_path) as client:
+        client.send(1)
+        assert client.hear(10).startswith(b"{")
+        os.close(client.read_end)
+        client.send(2)
+        assert client.process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with Deaf(tmp_path) as client:
+        client.send(200)  # the answers are far more than a pipe holds
+        assert client.hear(10).startswith(b"{")
+        client.process.terminate()
+        assert client.process.wait(8) == 0
+
+
+class Deaf:
+    """A client with a pipe of its own for the answers, that it need not read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.read_end, write_end = os.pipe()
+        environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db"}
+        command = [sys.executable, str(PROGRAM), "--mode", "mcp"]
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=write_end, stderr=log)
+        os.close(write_end)
+        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+        self.write({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
+
+    def __enter__(self) -> Deaf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(5)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            os.close(self.read_end)
+
+    def write(self, message: Json) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def send(self, calls: int) -> None:
+        for number in range(1, calls + 1):
+            self.write({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
+
+    def hear(self, size: int) -> bytes:
+        return os.read(self.read_end, size)
+
+
+@pytest.mark.slow
+def test_a_line_of_10_mb_is_refused_and_the_session_goes_on(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        huge = "x" * 10_000_000
+        server.send(
+            "tools/call", 7, name="create_task", arguments={"name": "t", "task_type": "bash", "config": {"command": huge}}
+        )
+        error = server.answer()
+        assert error["id"] == 7 and error["error"]["code"] == -32600
+        assert re.fullmatch(r"a message may have at most 1048576 bytes, not 100001\d\d", error["error"]["message"])
+        assert server.call(8, "list_tasks")["structuredContent"]["total"] == 0
+        memory = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+        assert memory is not None and int(memory[1]) < 200_000
+
+
+@pytest.mark.slow
+def test_garbage_lines_are_answered_and_the_session_goes_on(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        server.write(b"garbage\n\n\r\n\x00\xff\xfe\n" + b"[" * 100_000 + b'\n{"id":3}\n[]\n')
+        errors = [server.answer() for _ in range(5)]
+        assert [(error.get("id"), error["error"]["code"]) for error in errors] == [
+            (None, -32700), (None, -32700), (None, -32700), (3, -32600), (None, -32600),
+        ]  # fmt: skip
+        assert server.call(4, "list_tasks")["isError"] is False
+
+
+@pytest.mark.slow
+def test_nothing_that_a_task_prints_or_reads_reaches_the_wire(tmp_path: Path) -> None:
+    with Process(tmp_path, LOG_LEVEL="DEBUG") as server:
+        server.hello()
+        loud = "echo out; echo err >&2; cat; ls -l /proc/self/fd | wc -l; echo '{}' > /proc/$PPID/fd/1; exit 1"
+        task_id = server.bash(loud)
+        result = server.call(1, "execute_task", task_id=task_id)["structuredContent"]
+        assert result["output_data"]["stdout"].startswith("out\n")
+        server.end_input()
+        assert server.rest() == []
+        assert server.ended() == 0
+
+
+@pytest.mark.slow
+def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: Path) -> None:
+    with Process(tmp_path, SHUTDOWN_GRACE=0) as server:
+        server.hello()
+        task_id = server.bash("sleep 60")
+        server.send("tools/call", 7, name="execute_task", arguments={"task_id": task_id, "wait": 50})
+        wait_until(lambda: child_of(server.process.pid))
+        server.send("notifications/cancelled", requestId=7)
+        server.call(8, "list_tasks")
+        server.end_input()
+        assert server.rest() == []
+        assert server.ended() == 0
+
+
+@pytest.mark.slow
+def test_many_calls_at_once_are_all_answered(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        for number in range(1, 1001):
+            server.send("tools/call", number, name="get_scheduler_status", arguments={})
+        assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
+
+
+# --- Real processes: both, and HTTP -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_mode_http_imports_nothing_of_mcp(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, os, signal, sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import chronotask
+opened = chronotask._open
+async def open_and_stop(*args, **more):
+    await opened(*args, **more)
+    os.kill(os.getpid(), signal.SIGTERM)
+chronotask._open = open_and_stop
+status = chronotask.main(["--port", "0"])
+found = {{name.partition(".")[0] for name in sys.modules}} & {{"mcp", "mcp_types", "starlette", "uvicorn", "anyio"}}
+print(status, sorted(found))
+"""
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0 []\n", done.stderr
+
+
+@pytest.mark.slow
+def test_both_without_a_client_on_stdin_serves_http_only(tmp_path: Path) -> None:
+    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
+        url = server.url()
+        wait_until(lambda: "client on stdio has gone" in server.log())
+        assert asyncio.run(first_tool(url)) == "create_task"
+        server.process.terminate()
+        assert server.ended(8) == 0
+        assert server.rest() == []
+
+
+async def first_tool(url: str) -> str:
+    from mcp.client import Client
+
+    async with Client(url) as client:
+        return str((await client.list_tools()).tools[0].name)
+
+
+@pytest.mark.slow
+def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(tmp_path: Path) -> None:
+    with Process(tmp_path, "both") as server:
+        server.hello()
+        server.bash("true")
+        url = server.url()
+        server.end_input()
+        wait_until(lambda: "client on stdio has gone" in server.log())
+        assert server.process.poll() is None
+        assert asyncio.run(first_tool(url)) == "create_task"
+
+
+@pytest.mark.slow
+def test_both_with_a_terminal_on_stdin_starts_no_session(tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    try:
+        with Process(tmp_path, "both", stdin=slave) as server:
+            server.url()
+            os.write(master, b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
+            assert asyncio.run(first_tool(server.url())) == "create_task"
+            with pytest.raises(Empty):
+                server.lines.get_nowait()
+            assert "MCP on stdio" not in server.log()
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.slow
+def test_mcp_turned_off(tmp_path: Path) -> None:
+    with Process(tmp_path, "both", MCP_ENABLED="false") as server:
+        wait_until(lambda: "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in server.log())
+        assert "MCP on" not in server.log()
+    (tmp_path / "second").mkdir()
+    with Process(tmp_path / "second", "mcp", MCP_ENABLED="false") as server:
+        assert server.ended() == 2
+        assert server.log() == "chronotask: --mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One process in mode `both` for all tests that leave it as it is."""
+    with Process(tmp_path_factory.mktemp("both"), "both", stdin=subprocess.DEVNULL) as server:
+        server.url()
+        yield server
+
+
+JSON = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+
+
+def post(url: str, message: Json, headers: dict[str, str] | None = None, path: str = "/mcp") -> tuple[int, Json, dict[str, str]]:
+    """Status, the message in the answer (JSON or event stream), headers in lower case."""
+    connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+    body = message if isinstance(message, bytes) else json.dumps(message).encode()
+    connection.request("POST", path, body, JSON | (headers or {}))
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    found = re.search(r"^data: (\{.*\})", text, re.MULTILINE)
+    parsed = json.loads(found[1]) if found else json.loads(text) if text.startswith("{") else text
+    return answer.status, parsed, {name.lower(): value for name, value in answer.getheaders()}
+
+
+def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
+    return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_the_sdks_client_uses_every_tool_over_http(tmp_path: Path, mode: str) -> None:
+    from mcp.client import Client
+
+    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
+        url = await asyncio.to_thread(server.url)
+        async with Client(url, mode=mode) as client:
+            await use_every_tool(Caller(client))
+        assert "ERROR" not in server.log() and "Traceback" not in server.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+def test_http_speaks_every_version_with_a_handshake(both: Process, version: str) -> None:
+    hello = rpc("initialize", protocolVersion=version, capabilities={}, clientInfo={"name": "t", "version": "1"})
+    status, answer, headers = post(both.url(), hello)
+    assert (status, answer["result"]["protocolVersion"]) == (200, version)
+    assert "mcp-session-id" not in headers and headers["x-content-type-options"] == "nosniff"
+    version_header = {"MCP-Protocol-Version": version}
+    assert post(both.url(), {"jsonrpc": "2.0", "method": "notifications/initialized"}, version_header)[0] == 202
+    status, answer, _ = post(both.url(), rpc("tools/call", 2, name="list_tasks", arguments={}), version_header)
+    assert (status, answer["id"], answer["result"]["isError"]) == (200, 2, False)
+
+
+@pytest.mark.slow
+def test_http_speaks_the_version_without_a_handshake(both: Process) -> None:
+    meta = {
+        "io.modelcontextprotocol/protocolVersion": NEW_VERSION,
+        "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }
+    headers = {"MCP-Protocol-Version": NEW_VERSION, "Mcp-Method": "tools/call", "Mcp-Name": "list_tasks"}
+    status, answer, got = post(both.url(), rpc("tools/call", name="list_tasks", arguments={}, _meta=meta), headers)
+    assert (status, answer["result"]["isError"]) == (200, False)
+    assert got["content-type"].startswith("application/json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("headers", "status", "words"),
+    [
+        ({"Host": "evil.example"}, 403, "Host 'evil.example' is not accepted here"),
+        ({"Origin": "https://evil.example"}, 403, "Origin 'https://evil.example' is not accepted here"),
+        ({"Origin": "null"}, 403, "Origin 'null'"),
+        ({"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
+        ({"Content-Type": "text/plain"}, 415, "application/json"),
+        ({"Content-Type": "application/jsonp"}, 415, "application/json"),
+    ],
+)
+def test_http_refuses_strangers_as_rest_does(both: Process, headers: dict[str, str], status: int, words: str) -> None:
+    got, answer, _ = post(both.url(), rpc("ping"), headers)
+    assert got == status and words in answer["detail"]
+
+
+@pytest.mark.slow
+def test_http_refuses_what_is_too_large_or_no_message(both: Process) -> None:
+    assert post(both.url(), b"x" * (MAX_BODY + 1))[0] == 413
+    assert post(both.url(), b"garbage")[0] == 400
+    assert post(both.url(), [rpc("ping")])[0] == 400
+    assert post(both.url(), rpc("ping"), {"Accept": "text/html"})[0] == 406
+    assert post(both.url(), rpc("ping"), path="/")[0] == 404
+
+
+@pytest.mark.slow
+def test_http_needs_the_bearer_token_when_one_is_set(tmp_path: Path) -> None:
+    with Process(tmp_path, "both", stdin=subprocess.DEVNULL, API_TOKEN="correct-horse") as server:
+        status, _, headers = post(server.url(), rpc("ping"))
+        assert (status, headers["www-authenticate"]) == (401, 'Bearer realm="ChronoTask"')
+        assert post(server.url(), rpc("ping"), {"Authorization": "Bearer wrong-horse"})[0] == 401
+        assert post(server.url(), rpc("ping"), {"Authorization": "Bearer correct-horse"})[0] == 200
+
+
+@pytest.mark.slow
+def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Process, tmp_path: Path) -> None:
+    url = both.url()
+    config = {"command": f"sleep 1; echo on > {tmp_path}/on"}
+    task = post(url, rpc("tools/call", name="create_task", arguments={"name": "t", "task_type": "bash", "config": config}))[1]
+    arguments = {"task_id": task["result"]["structuredContent"]["id"], "wait": 50}
+    connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+    connection.request("POST", "/mcp", json.dumps(rpc("tools/call", name="execute_task", arguments=arguments)), JSON)
+    answer = connection.getresponse()
+    assert answer.getheader("Content-Type") == "text/event-stream"
+    assert not (tmp_path / "on").exists()
+    wait_until(lambda: child_of(both.process.pid))
+    connection.close()
+    answer.close()
+    wait_until(lambda: (tmp_path / "on").exists())
+
+
+@pytest.mark.slow
+def test_open_streams_do_not_hold_up_the_stop(tmp_path: Path) -> None:
+    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
+        url = server.url()
+        open_streams = []
+        for _ in range(5):
+            connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+            connection.request("GET", "/mcp", headers={"Accept": "text/event-stream"})
+            answer = connection.getresponse()
+            assert answer.status == 200
+            open_streams.append((connection, answer))
+        start = time.monotonic()
+        server.process.terminate()
+        assert server.ended(8) == 0
+        assert time.monotonic() - start < 3
+        for connection, answer in open_streams:
+            answer.close()
+            connection.close()
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.slow
+def test_standard_streams_that_are_closed_or_odd_do_not_harm(tmp_path: Path) -> None:
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    command = f"exec {sys.executable} {PROGRAM} --mode mcp"
+    for closed in ("<&-", "<&- >&-", "<&- >&- 2>&-", "</dev/null"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {closed}"], env=environ, capture_output=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+        assert (done.returncode, done.stdout) == (0, b""), closed
+
+
+def test_the_wire_is_kept_from_everything_else(tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import chronotask
+source, sink = chronotask.take_stdio()
+print("a stray print", flush=True)
+os.system("echo a child; cat")
+assert not os.get_inheritable(source) and not os.get_inheritable(sink)
+os.write(sink, b"wire:" + os.read(source, 100))
+"""
+    done = subprocess.run([sys.executable, "-c", program], input=b"hello", capture_output=True, timeout=60)
+    assert done.stdout == b"wire:hello"
+    assert done.stderr == b"a stray print\na child\n"
+
+
+# ======================================================================================================================
+# 12. Main
+# ======================================================================================================================
+
+
+def loaded(argv: list[str], environ: dict[str, str]) -> Settings:
+    return load_settings(parse_command_line(argv), environ)[0]
+
+
+def test_options_win_over_variables_and_variables_over_defaults() -> None:
+    environ = {"CHRONOTASK_API_PORT": "9000", "CHRONOTASK_API_HOST": "0.0.0.0"}
+    assert (loaded([], {}).api_port, loaded([], {}).api_host) == (8000, "127.0.0.1")
+    assert (loaded([], environ).api_port, loaded([], environ).api_host) == (9000, "0.0.0.0")
+    assert (loaded(["--port", "9001", "--host", "::1"], environ).api_port) == 9001
+    assert (loaded(["--port", "9001", "--host", "::1"], environ).api_host) == "::1"
+
+
+def test_the_default_mode_is_http() -> None:
+    assert parse_command_line([]).mode == "http"
+
+
+COMMAND_LINES = {
+    "unknown mode": (["--mode", "x"], "--mode", "x", "http"),
+    "unknown option": (["--prot", "1"], "--prot", "", ""),
+    "abbreviated option": (["--por", "1"], "--por", "", ""),
+    "stray word": (["serve"], "serve", "", ""),
+    "bad port": (["--port", "eighty"], "--port", "eighty", "0 to 65535"),
+    "port out of range": (["--port", "70000"], "--port", "70000", "0 to 65535"),
+    "empty port": (["--port", ""], "--port", "", "0 to 65535"),
+    "bad host": (["--host", "a b"], "--host", "a b", "host name or IP address"),
+    "missing value": (["--port"], "--port", "", ""),
+}
+
+
+@pytest.mark.parametrize("what", COMMAND_LINES)
+def test_a_bad_option_ends_with_status_2_and_one_line(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, *wanted = COMMAND_LINES[what]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("chronotask: ")) == ("", 1, True)
+    assert all(text in err for text in wanted)
+
+
+def test_a_bad_variable_ends_with_status_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHRONOTASK_API_PORT", "x\ny")
+    assert main([]) == 2
+    assert re.fullmatch(r"chronotask: CHRONOTASK_API_PORT='x\\ny': must be .+ 0 to 65535\n", capsys.readouterr().err)
+
+
+def test_mcp_cannot_be_the_mode_when_it_is_turned_off() -> None:
+    with pytest.raises(StartupError) as caught:
+        loaded(["--mode", "mcp"], {"CHRONOTASK_MCP_ENABLED": "false"})
+    assert caught.value.exit_status == 2 and "CHRONOTASK_MCP_ENABLED" in caught.value.detail
+    assert loaded(["--mode", "both"], {"CHRONOTASK_MCP_ENABLED": "false"}).mcp_enabled is False
+
+
+def test_a_probable_typo_is_warned_about() -> None:
+    _, warnings = load_settings(parse_command_line([]), {"CHRONOTASK_LOGLEVEL": "INFO", "CHRONOTASK_SECRET_X": "y"})
+    assert warnings == ["unknown variable 'CHRONOTASK_LOGLEVEL': did you mean CHRONOTASK_LOG_LEVEL?"]
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--version", "--mode", "mcp"]])
+def test_version_tells_the_version(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"ChronoTask {__version__}\n")
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(option in text for option in ("--mode", "--host", "--port", "--backup", "--version", "--help"))
+
+
+async def test_a_backup_is_a_consistent_single_file_made_while_the_service_writes(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig()
+    await rig.task(name="kept")
+    run_backup(rig.service.settings, str(tmp_path / "copy.db"))
+    await rig.task(name="later")
+    copy = sqlite3.connect(f"file:{tmp_path}/copy.db?mode=ro&immutable=1", uri=True)
+    assert copy.execute("SELECT name FROM tasks").fetchall() == [("kept",)]
+    assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    copy.close()
+    assert stat.S_ISREG((tmp_path / "copy.db").stat().st_mode)
+
+
+async def test_a_backup_restores_as_a_database(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig()
+    task_id = await rig.task(name="kept")
+    await rig.schedule(task_id)
+    run_backup(rig.service.settings, str(tmp_path / "copy.db"))
+    other = await open_rig(database_url=tmp_path / "copy.db")
+    assert (await other.service.get_task(task_id))["next_run"] == "2026-01-01T00:01:00Z"
+
+
+async def test_a_backup_to_standard_output_is_the_database(open_rig: OpenRig, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    rig = await open_rig()
+    await rig.task(name="kept")
+    run_backup(rig.service.settings, "-")
+    out = capfdbinary.readouterr().out
+    assert out.startswith(b"SQLite format 3\0") and b"kept" in out
+    assert not list(rig.path.parent.glob(".backup-*"))
+
+
+async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig()
+    with pytest.raises(Unavailable, match=r"the backup of .* failed"):
+        run_backup(rig.service.settings, str(tmp_path / "no" / "such" / "folder.db"))
+    (tmp_path / "other.db").write_text("no database")
+    (tmp_path / "target").write_text("before")
+    with pytest.raises(Unavailable, match=r"the backup of .* failed"):
+        run_backup(settings(tmp_path, database_url=tmp_path / "other.db"), str(tmp_path / "target"))
+    assert (tmp_path / "target").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_there_is_nothing_to_back_up_without_a_database(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="there is no database"):
+        run_backup(settings(tmp_path), str(tmp_path / "copy.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_line_cannot_be_forged() -> None:
+    assert escape_controls("a\nb\x1b[2Jc\td") == "a\\nb\\x1b[2Jc\td"
+
+
+# ======================================================================================================================
+# Whole processes
+# ======================================================================================================================
+#
+# Real processes: crashes, several processes on one database, clock steps, storage faults, shutdown, hostile tasks.
+
+
+MODULE_FILE = Path(chronotask.__file__)
+FINAL = {"succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"}
+JsonValue = Any
+
+
+# --- A real process ---------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A `chronotask.py` process with its files in `folder`; further keywords are settings, `environ` is added as it is."""
+
+    alive: ClassVar[set[Server]] = set()
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: str = "http",
+        program: Path = MODULE_FILE,
+        database: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.mode, self.program = folder, mode, program
+        self.database = database or folder / "chronotask.db"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
+        own = {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
+        self.environ = {**inherited, "CHRONOTASK_DATABASE_URL": f"sqlite:///{self.database}", **own, **(environ or {})}
+        self.log_file = folder / f"{mode}-{id(self):x}.log"
+        self.port = 0
+
+    def start(self, ready: bool = True) -> Self:
+        self._log_from = self.log_file.stat().st_size if self.log_file.exists() else 0
+        command = [sys.executable, str(self.program), "--mode", self.mode, "--port", "0"]
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
+            )
+        self.alive.add(self)
+        if ready:
+            self.wait_ready()
+        return self
+
+    def log(self) -> str:
+        return self.log_file.read_bytes()[self._log_from :].decode(errors="replace")
+
+    def wait_ready(self) -> None:
+        """Until it listens (or leads or follows, in mode mcp, which has no port to ask)."""
+        wanted = r"REST on http://127\.0\.0\.1:(\d+)" if self.mode != "mcp" else r"(this process leads|MCP on stdio)"
+        found = until(lambda: re.search(wanted, self.log()) or self.process.poll() is not None, 30, "the service is ready")
+        assert isinstance(found, re.Match), f"ended with {self.process.returncode}: {self.log()[-2000:]}"
+        self.port = int(found[1]) if self.mode != "mcp" else 0
+
+    def ask(self, method: str, path: str, body: JsonValue = None, timeout: float = 30, **headers: str) -> tuple[int, JsonValue]:
+        return ask(self.port, method, path, body, timeout, **headers)
+
+    def get(self, path: str) -> JsonValue:
+        return self.expect(200, "GET", path)
+
+    def expect(self, status: int, method: str, path: str, body: JsonValue = None, timeout: float = 30) -> JsonValue:
+        got, answer = self.ask(method, path, body, timeout)
+        assert got == status, f"{method} {path}: {got} {answer}\n{self.log()[-1500:]}"
+        return answer
+
+    def bash(self, command: str, **fields: JsonValue) -> int:
+        """Makes a bash task; its id."""
+        config = {"command": command, "timeout": fields.pop("timeout", 300)}
+        body = {"name": fields.pop("name", "bash"), "task_type": "bash", "config": config, "max_retries": 0, "retry_delay": 0.1}
+        return int(self.expect(201, "POST", "/tasks", {**body, **fields})["id"])
+
+    def every(self, seconds: int, task_id: int, **fields: JsonValue) -> int:
+        """Makes an interval schedule; its id."""
+        body = {"task_id": task_id, "schedule_type": "interval", "schedule_config": {"seconds": seconds}, **fields}
+        return int(self.expect(201, "POST", "/schedules", body)["id"])
+
+    def execute(self, task_id: int, wait: float = 0) -> JsonValue:
+        status, answer = self.ask("POST", f"/tasks/{task_id}/execute" + (f"?wait={wait}" if wait else ""), timeout=wait + 30)
+        assert status in (200, 202), f"{status} {answer}"
+        return answer
+
+    def rows(self, query: str = "") -> list[JsonValue]:
+        return list(self.get(f"/executions?limit=1000&output=none{query}")["executions"])
+
+    def is_leader(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.port != 0 and bool(self.ask("GET", "/scheduler/status", timeout=5)[1]["leader"])
+        return False
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._reap(10)
+
+    def stop(self, seconds: float = 20) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self._reap(seconds)
+
+    def _reap(self, seconds: float) -> int:
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait(5)
+            self.alive.discard(self)
+            if self.process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self.process.stdin.close()
+        return status
+
+    def rss(self) -> int:
+        """Bytes of memory in use."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    def sql(self, query: str, *values: Any) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.database)) as db:
+            return db.execute(query, values).fetchall()
+
+
+@atexit.register
+def kill_all() -> None:
+    for server in list(Server.alive):
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGCONT)
+            server.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    kill_all()
+
+
+def ask(port: int, method: str, path: str, body: JsonValue = None, timeout: float = 30, **headers: str) -> tuple[int, JsonValue]:
+    """One request, below /api/v1 unless it is for /health: status and JSON. Raises OSError, HTTPException."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        data = None if body is None else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = named if data is None else {**named, "Content-Type": "application/json"}
+        connection.request(method, path if path == "/health" else f"/api/v1{path}", data, sent)
+        answer = connection.getresponse()
+        raw = answer.read()
+        return answer.status, json.loads(raw) if "json" in answer.headers.get("Content-Type", "") else raw
+    finally:
+        connection.close()
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of `condition()`; fails after `seconds`, three times that on a machine that is busy otherwise."""
+    end = time.monotonic() + seconds * (3 if os.getloadavg()[0] > 2 * (os.cpu_count() or 1) else 1)
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def micros(text: str) -> int:
+    """An ISO instant as microseconds since the epoch."""
+    return (datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def children_named(name: str) -> list[int]:
+    """Processes that belong to a run of a task with this name."""
+    found, wanted = [], f"CHRONOTASK_TASK_NAME={name}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+class Counting(http.server.ThreadingHTTPServer):
+    """A loopback server that writes down which attempt of which execution it saw. /flaky fails first attempts."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        super().__init__(("127.0.0.1", 0), CountingHandler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A killed client is nothing to tell."""
+
+
+class CountingHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Counting)
+        attempt = int(self.headers["X-ChronoTask-Attempt"])
+        self.server.seen.append((int(self.headers["X-ChronoTask-Execution-Id"]), attempt))
+        if self.path == "/hang":
+            time.sleep(60)
+        self.send_response(503 if self.path == "/flaky" and attempt == 1 else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    server = Counting()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# --- The crash harness: `.ci/crash` runs the same for longer ----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class CrashReport:
+    """What a crash run did; `broken` has one line for each broken promise."""
+
+    rounds: int = 0
+    kills: int = 0
+    accepted: int = 0
+    executions: int = 0
+    attempts: int = 0
+    slots: int = 0
+    missed: int = 0
+    lost: int = 0
+    doubled: int = 0
+    by_status: Counter[str] = dataclasses.field(default_factory=Counter)
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: CrashReport) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def __str__(self) -> str:
+        statuses = ", ".join(f"{count} {status}" for status, count in sorted(self.by_status.items()))
+        return (
+            f"{self.rounds} rounds, {self.kills} kills, {self.accepted} answered with 202, {self.executions} executions"
+            f" ({statuses}), {self.attempts} attempts seen, {self.slots} slots ({self.missed} in missed rows);"
+            f" {self.lost} lost, {self.doubled} doubled, {len(self.broken)} promises broken"
+        )
+
+
+class Crash:
+    """A service under load that is killed again and again; then every promise is checked."""
+
+    def __init__(self, folder: Path, seed: int, program: Path = MODULE_FILE) -> None:
+        self.report = CrashReport()
+        self._random = random.Random(seed)
+        self._seed = seed
+        self._name = f"crash-{os.getpid()}-{seed}-{id(self):x}"
+        self._ran = folder / "ran.txt"
+        self._ran.touch()
+        self._web = Counting()
+        self._server = Server(
+            folder,
+            program=program,
+            MAX_CONCURRENT_RUNS=20,
+            HISTORY_PER_TASK=0,
+            HISTORY_DAYS=0,
+            SHUTDOWN_GRACE=2,
+            LOG_LEVEL="INFO",
+        )
+        self._tasks: list[int] = []
+        self._schedules: list[JsonValue] = []
+        self._accepted: dict[int, tuple[int, str]] = {}  # execution → task, queued_at
+        self._made: dict[str, set[int]] = {"tasks": set(), "schedules": set()}
+        self._deleted: set[int] = set()
+        self._over = threading.Event()
+
+    def run(self, rounds: int) -> CrashReport:
+        server, chance = self._server, self._random
+        server.start()
+        self._set_up()
+        clients = [threading.Thread(target=self._client, args=(number,), daemon=True) for number in range(3)]
+        for client in clients:
+            client.start()
+        try:
+            for number in range(rounds):
+                self._one_round(number, chance)
+            server.start()
+            self._drain()
+        finally:
+            self._over.set()
+            for client in clients:
+                client.join(10)
+            if server.process.poll() is None:
+                server.kill()
+            self._web.shutdown()
+            self._web.server_close()
+        self._check()
+        return self.report
+
+    def _one_round(self, number: int, chance: random.Random) -> None:
+        if number:
+            early = chance.random() < 0.25  # a crash while it is still recovering from the last one
+            self._server.start(ready=not early)
+            time.sleep(chance.uniform(0.05, 0.8) if early else 0)
+        time.sleep(chance.uniform(0.3, 2.0))
+        self._server.kill()
+        self.report.rounds += 1
+        self.report.kills += 1
+        if number % 6 == 5:
+            time.sleep(chance.uniform(5.5, 8))  # long enough that slots are missed
+
+    def _set_up(self) -> None:
+        """Tasks of both types, with and without retries, under every overlap and catch-up policy."""
+        append = f'echo "$CHRONOTASK_EXECUTION_ID $CHRONOTASK_ATTEMPT" >> {self._ran}'
+        flaky = f'{append}; [ "$CHRONOTASK_ATTEMPT" -gt 1 ]'
+        self._bash(append, 0, 1, overlap="allow", catchup="all")
+        self._bash(flaky, 3, 1, overlap="allow", catchup="latest")
+        self._bash(f"{append}; sleep 1.3", 0, 1, overlap="skip", catchup="all")
+        self._bash(f"{append}; sleep 1.3", 2, 1, overlap="queue", catchup="latest")
+        self._bash(f"{append}; sleep 3", 1, 2, overlap="cancel", catchup="skip")
+        self._http("/count", 0, 1, overlap="allow", catchup="all")
+        self._http("/flaky", 5, 1, overlap="allow", catchup="skip")
+        cron = {"schedule_type": "cron", "schedule_config": {"expression": "*/2 * * * * *"}, "overlap": "allow"}
+        self._schedules.append({"task_id": self._tasks[0], **cron})
+        for schedule in self._schedules:
+            self._server.expect(201, "POST", "/schedules", schedule)
+
+    def _bash(self, command: str, retries: int, seconds: int, **policy: str) -> None:
+        self._add(self._server.bash(command, name=self._name, max_retries=retries), seconds, policy)
+
+    def _http(self, path: str, retries: int, seconds: int, **policy: str) -> None:
+        config = {"url": self._web.url(path), "method": "POST"}
+        body = {"name": self._name, "task_type": "http", "config": config, "max_retries": retries, "retry_delay": 0.1}
+        self._add(int(self._server.expect(201, "POST", "/tasks", body)["id"]), seconds, policy)
+
+    def _add(self, task: int, seconds: int, policy: Mapping[str, str]) -> None:
+        self._tasks.append(task)
+        self._schedules.append({"task_id": task, "schedule_type": "interval", "schedule_config": {"seconds": seconds}, **policy})
+
+    def _client(self, number: int) -> None:
+        chance = random.Random(self._seed * 1000 + number)
+        while not self._over.is_set():
+            time.sleep(chance.uniform(0.02, 0.1))
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                self._one_call(chance)
+
+    def _one_call(self, chance: random.Random) -> None:
+        kind, port = chance.random(), self._server.port
+        if kind < 0.1:
+            soon = datetime.now(UTC) + timedelta(seconds=chance.uniform(0.5, 3))
+            config = {"datetime": soon.isoformat()}
+            body = {"task_id": self._tasks[0], "schedule_type": "once", "schedule_config": config, "overlap": "allow"}
+            self._note("schedules", ask(port, "POST", "/schedules", body, 5))
+        elif kind < 0.15:
+            body = {"name": f"{self._name}-extra", "task_type": "bash", "config": {"command": "true"}}
+            self._note("tasks", ask(port, "POST", "/tasks", body, 5))
+        elif kind < 0.18 and self._made["tasks"]:
+            task = self._made["tasks"].pop()
+            if ask(port, "DELETE", f"/tasks/{task}", None, 5)[0] == 204:
+                self._deleted.add(task)
+        elif kind < 0.25 and self._accepted:
+            ask(port, "POST", f"/executions/{max(self._accepted) - chance.randrange(5)}/cancel", None, 7)
+        else:
+            wait = "?wait=0.3" if chance.random() < 0.2 else ""
+            task = chance.choice(self._tasks)
+            status, answer = ask(port, "POST", f"/tasks/{task}/execute{wait}", None, 5)
+            if status in (200, 202):
+                self._accepted[answer["id"]] = (task, answer["queued_at"])
+
+    def _note(self, what: str, answer: tuple[int, JsonValue]) -> None:
+        if answer[0] == 201:
+            self._made[what].add(int(answer[1]["id"]))
+
+    def _drain(self) -> None:
+        """No more load; what was accepted gets its time to end."""
+        server, told = self._server, self.report.broken
+        time.sleep(1.5)
+        self._over.set()
+        self._paused_at = time.time_ns() // 1000
+        server.expect(200, "POST", "/scheduler/pause")
+        counts, since = server.get("/scheduler/status")["executions"], time.monotonic()
+        while any(counts.values()) and time.monotonic() < since + 8:  # nothing here takes that long by itself
+            time.sleep(0.1)
+            before, counts = counts, server.get("/scheduler/status")["executions"]
+            since = since if counts == before else time.monotonic()
+        if any(counts.values()):
+            told.append(f"executions that never came to an end: {counts}")
+        status, health = server.ask("GET", "/health")
+        if status != 200:
+            told.append(f"unhealthy at the end: {health}")
+        if (code := server.stop()) != 0:
+            told.append(f"exit status {code} at SIGTERM")
+        if survivors := children_named(self._name):
+            told.append(f"processes that outlived the service: {survivors}")
+
+    def _check(self) -> None:
+        with contextlib.closing(sqlite3.connect(self._server.database)) as db:
+            db.row_factory = sqlite3.Row
+            rows = {row["id"]: row for row in db.execute("SELECT * FROM executions")}
+            tasks = {row["id"]: row for row in db.execute("SELECT * FROM tasks")}
+            schedules = {row["id"]: row for row in db.execute("SELECT * FROM schedules")}
+            past = Counter(row[0] for row in db.execute("SELECT execution_id FROM attempts"))
+            integrity = db.execute("PRAGMA integrity_check").fetchall()
+        if [tuple(row) for row in integrity] != [("ok",)]:
+            self.report.broken.append(f"integrity_check: {[tuple(row) for row in integrity]}")
+        self.report.executions = len(rows)
+        self.report.accepted = len(self._accepted)
+        self.report.by_status = Counter(row["status"] for row in rows.values())
+        self._check_accepted(rows, tasks, schedules)
+        self._check_runs(rows, tasks, past)
+        for schedule in schedules.values():
+            mine = [row for row in rows.values() if row["schedule_id"] == schedule["id"]]
+            self._check_slots(schedule, mine)
+        for task in tasks.values():
+            self._check_counters(task, [row for row in rows.values() if row["task_id"] == task["id"]])
+
+    def _check_accepted(self, rows: dict[int, Any], tasks: dict[int, Any], schedules: dict[int, Any]) -> None:
+        told = self.report.broken
+        for what, known in (("tasks", tasks), ("schedules", schedules)):
+            if gone := self._made[what] - known.keys():
+                told.append(f"{what} answered with 201 are gone: {sorted(gone)[:5]}")
+        if back := [task for task, row in tasks.items() if task in self._deleted or row["deleted"]]:
+            told.append(f"tasks that were deleted are there: {back}")
+        for execution_id, (task, queued_at) in self._accepted.items():
+            row = rows.get(execution_id)
+            if row is None or (row["task_id"], row["trigger"], row["queued_at"]) != (task, "manual", micros(queued_at)):
+                told.append(f"execution {execution_id} of task {task} was answered with 202 and is gone")
+                self.report.lost += 1
+        for row in rows.values():
+            if row["status"] not in FINAL:
+                told.append(f"execution {row['id']} is still {row['status']}")
+
+    def _check_runs(self, rows: dict[int, Any], tasks: dict[int, Any], past: Counter[int]) -> None:
+        """What the tasks themselves saw, against what the database says."""
+        told = self.report.broken
+        lines = [tuple(map(int, line.split())) for line in self._ran.read_text().splitlines()]
+        seen = Counter([*lines, *self._web.seen])
+        self.report.attempts = sum(seen.values())
+        for (execution_id, attempt), times in seen.items():
+            row = rows.get(execution_id)
+            if times > 1:
+                told.append(f"attempt {attempt} of execution {execution_id} ran {times} times")
+                self.report.doubled += times - 1
+            if row is None or attempt > row["attempt"]:
+                told.append(f"attempt {attempt} of execution {execution_id} ran without a row that says so")
+        for row in rows.values():
+            retries, attempt, tracked = tasks[row["task_id"]]["max_retries"], row["attempt"], row["task_id"] in self._tasks
+            if attempt > retries + 1:
+                told.append(f"execution {row['id']} had {attempt} attempts with max_retries {retries}")
+                self.report.doubled += 1
+            if row["status"] == "succeeded" and tracked and (row["id"], attempt) not in seen:
+                told.append(f"execution {row['id']} says succeeded, but attempt {attempt} never ran")
+                self.report.lost += 1
+            if row["status"] == "interrupted" and attempt <= retries:
+                told.append(f"execution {row['id']} is interrupted with retries left")
+            if attempt and past[row["id"]] not in (attempt - 1, attempt):
+                told.append(f"execution {row['id']}: {past[row['id']]} earlier attempts on record, of {attempt}")
+
+    def _check_slots(self, schedule: Any, rows: list[Any]) -> None:
+        told, covered = self.report.broken, Counter[int]()
+        slots = self._expected_slots(schedule)
+        place = {slot: index for index, slot in enumerate(slots)}
+        for row in rows:
+            count, at = 1, row["scheduled_for"]
+            if row["status"] == "missed":
+                count = int(re.findall(r"missed: (\d+) slot", row["error_message"])[0])
+                self.report.missed += count
+            if at not in place:
+                told.append(f"schedule {schedule['id']}: a row at {at}, which is no slot")
+            else:
+                covered.update(slots[place[at] : place[at] + count])
+        self.report.slots += len(covered)
+        marks = [row["scheduled_for"] for row in rows if row["status"] in ("skipped", "missed")]
+        oldest = min(marks) if len(marks) >= 100 else 0  # retention keeps 100 of them a task
+        due = [slot for slot in slots if oldest <= slot < self._paused_at - 5_000_000]
+        for slot in due:
+            if covered[slot] == 0:
+                told.append(f"schedule {schedule['id']}: slot {slot} has no row")
+                self.report.lost += 1
+        for slot, times in covered.items():
+            if times > 1:
+                told.append(f"schedule {schedule['id']}: slot {slot} is in {times} rows")
+                self.report.doubled += 1
+
+    def _expected_slots(self, schedule: Any) -> list[int]:
+        config, made = json.loads(schedule["schedule_config"]), schedule["created_at"]
+        if schedule["schedule_type"] == "once":
+            return [micros(config["datetime"])]
+        step = 2_000_000 if schedule["schedule_type"] == "cron" else config["seconds"] * 1_000_000
+        first = made // step * step + step if schedule["schedule_type"] == "cron" else made + step
+        return list(range(first, self._paused_at + 1_000_000, step))
+
+    def _check_counters(self, task: Any, rows: list[Any]) -> None:
+        started = sum(1 for row in rows if row["started_at"] is not None)
+        good = sum(1 for row in rows if row["status"] == "succeeded")
+        bad = sum(1 for row in rows if row["status"] in ("failed", "timed_out", "interrupted") and row["started_at"])
+        counted = (task["run_count"], task["success_count"], task["failure_count"])
+        if counted != (started, good, bad):
+            self.report.broken.append(f"task {task['id']} counts {counted}, its rows say {(started, good, bad)}")
+
+
+ROUNDS_PER_DATABASE = 10  # a new one now and then: what the harness has to look through stays small
+
+
+def crash_rounds(folder: Path, rounds: int, seed: int, program: Path = MODULE_FILE) -> CrashReport:
+    """Kills a service under load `rounds` times and checks every promise; the same seed makes the same load and kills."""
+    total = CrashReport()
+    for number in range(0, rounds, ROUNDS_PER_DATABASE):
+        place = folder / f"crash-{seed + number}"
+        place.mkdir(parents=True)
+        total.add(Crash(place, seed + number, program).run(min(ROUNDS_PER_DATABASE, rounds - number)))
+    return total
+
+
+# Bugs that the harness must catch: what is replaced in the module, by what.
+SEEDED_BUGS = {
+    "acknowledges before the commit": [
+        (
+            """                    return False
+            db.execute("COMMIT")
+""",
+            """                    return False
+            if early := [call for call in batch if "_queue_manual" in repr(call.run)]:
+                early[0].loop.call_soon_threadsafe(_deliver, early)
+                time.sleep(0.1)
+            db.execute("COMMIT")
+""",
+        ),
+        ("if call.future.cancelled():", "if call.future.done():"),
+    ],
+    "does not settle what a crash left running": [("        if not dead:\n", "        if True:\n")],
+    "retries what must run at most once": [("outcome.retryable and run.attempt <= run.max_retries", "outcome.retryable")],
+    "claims and moves on in two transactions": [
+        (
+            "    claim.rows, beat.new_ids = insert_slots(db, claim.rows)\n",
+            """    advance_schedules(db, claim.schedules)
+    db.execute("COMMIT")
+    time.sleep(0.7)
+    db.execute("BEGIN IMMEDIATE")
+    claim.rows, beat.new_ids = insert_slots(db, claim.rows)
+""",
+        )
+    ],
+}
+
+
+def with_bug(name: str, folder: Path) -> Path:
+    """A copy of the module with this bug in it."""
+    source = MODULE_FILE.read_text(encoding="utf-8")
+    for old, new in SEEDED_BUGS[name]:
+        assert source.count(old) == 1, f"the seeded bug {name!r} no longer fits: {old!r} is there {source.count(old)} times"
+        source = source.replace(old, new)
+    folder.mkdir(parents=True)
+    copy = folder / "chronotask.py"
+    copy.write_text(source, encoding="utf-8")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def crash_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CrashReport]:
+    """Six rounds with the module as it is (""), five with each seeded bug, all at the same time."""
+    folder, reports = tmp_path_factory.mktemp("crash"), dict[str, CrashReport]()
+    programs = {"": MODULE_FILE} | {name: with_bug(name, folder / f"bug-{number}") for number, name in enumerate(SEEDED_BUGS)}
+
+    def run(number: int, name: str) -> None:
+        place, rounds = folder / f"run-{number}", 5 if name else 6
+        reports[name] = crash_rounds(place, rounds, seed=number, program=programs[name])
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate(programs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return reports
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments(crash_reports: dict[str, CrashReport]) -> None:
+    report = crash_reports[""]
+    print(report)
+    assert report.broken == []
+    assert report.kills == 6 and report.accepted > 10
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS)
+@pytest.mark.slow
+def test_the_crash_harness_catches_a_service_that(bug: str, crash_reports: dict[str, CrashReport]) -> None:
+    print(bug, "→", crash_reports[bug].broken[:2])
+    assert crash_reports[bug].broken
+
+
+# --- Several processes on one database --------------------------------------------------------------------------------
+
+STOP_SECONDS = 2 + 1.5  # beyond SHUTDOWN_GRACE: what the contract allows, and something for a busy machine
+LONG = bool(os.environ.get("LONG_TESTS"))  # `LONG_TESTS=1 pytest -m slow`: the full durations and sizes
+
+
+def appended(file: Path) -> list[list[str]]:
+    """The lines that tasks have appended to a file, as words."""
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def leader_of(servers: Sequence[Server], seconds: float = 5) -> Server:
+    found = until(lambda: next((server for server in servers if server.is_leader()), None), seconds, "somebody leads")
+    assert isinstance(found, Server)
+    return found
+
+
+def assert_each_slot_once(rows: list[JsonValue], made: int, seconds: int, end: int) -> int:
+    """Every slot of an interval schedule has exactly one row, up to 5 s before `end`; how many slots that are."""
+    slots = Counter(micros(row["scheduled_for"]) for row in rows)
+    expected = range(made + seconds * 1_000_000, end - 5_000_000, seconds * 1_000_000)
+    assert [slot for slot in expected if slots[slot] != 1] == []
+    return len(expected)
+
+
+@pytest.mark.slow
+def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path: Path) -> None:
+    """Contract, section 8, with two services and one `mcp` process. Every third time both services die, and `mcp` leads."""
+    database, once, again = tmp_path / "shared.db", tmp_path / "once.txt", tmp_path / "again.txt"
+    pair = [Server(tmp_path / name, database=database) for name in ("one", "two")]
+    for server in pair:
+        server.start()
+    third = Server(tmp_path / "three", database=database, mode="mcp").start(ready=False)
+    line = 'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >>'
+    most_once = pair[1].every(1, pair[1].bash(f"{line} {once}", name="once"), overlap="allow", catchup="skip")
+    at_least = pair[0].every(1, pair[0].bash(f"{line} {again}", max_retries=3), overlap="allow", catchup="skip")
+    end, kills, takeovers = time.monotonic() + (60 if LONG else 0), 0, list[float]()
+    while kills < 3 or time.monotonic() < end:
+        time.sleep(1.5)
+        leader = leader_of(pair)
+        follower = pair[1 - pair.index(leader)]
+        start = time.monotonic()
+        leader.kill()
+        if kills % 3 == 2:
+            follower.kill()
+            until(lambda: any(int(words[1]) == third.process.pid for words in appended(once)), 6, "mcp leads")
+            pair[0].start()
+        else:
+            leader_of([follower])
+            takeovers.append(time.monotonic() - start)
+        kills += 1
+        for server in pair:
+            if server.process.poll() is not None:
+                server.start()
+    time.sleep(1.5)
+    asked = time.time_ns() // 1000
+    rows = pair[0].rows(f"&schedule_id={most_once}"), pair[0].rows(f"&schedule_id={at_least}")
+    made = [micros(pair[0].get(f"/schedules/{schedule}")["created_at"]) for schedule in (most_once, at_least)]
+    slots = assert_each_slot_once(rows[0], made[0], 1, asked) + assert_each_slot_once(rows[1], made[1], 1, asked)
+    print(f"{kills} times killed, takeovers in {', '.join(f'{t:.2f}' for t in takeovers)} s, {slots} slots")
+    ran_once, ran_again = (Counter(words[0] for words in appended(file)) for file in (once, again))
+    assert [row for row in rows[0] + rows[1] if row["status"] in ("missed", "skipped")] == []
+    assert {slot: times for slot, times in ran_once.items() if times > 1} == {}
+    assert [
+        row["scheduled_for"] for row in rows[1] if row["status"] == "succeeded" and row["scheduled_for"] not in ran_again
+    ] == []
+    assert {row["status"] for row in rows[1]} <= {"succeeded", "running", "queued", "retrying"}
+    assert max(takeovers) < 4
+    for server in [*pair, third]:
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_second(tmp_path: Path) -> None:
+    database, file = tmp_path / "shared.db", tmp_path / "ran.txt"
+    leader = Server(tmp_path / "one", database=database).start()
+    other = Server(tmp_path / "two", database=database).start()
+    assert leader.is_leader() and not other.is_leader()
+    quick, long = other.bash(f"date +%s.%N >> {file}"), other.bash("sleep 300", name="long-there")
+    figures = {}
+
+    start = time.monotonic()
+    assert other.execute(quick, wait=10)["status"] == "succeeded"
+    figures["execute and wait"] = time.monotonic() - start
+
+    run = other.execute(long)["id"]
+    until(lambda: other.get(f"/executions/{run}")["status"] == "running", 3, "it runs")
+    start = time.monotonic()
+    assert other.expect(200, "POST", f"/executions/{run}/cancel")["status"] == "cancelled"
+    figures["cancel"] = time.monotonic() - start
+
+    run = other.execute(long)["id"]
+    until(lambda: children_named("long-there"), 3, "it runs")
+    start = time.monotonic()
+    assert other.ask("DELETE", f"/tasks/{long}")[0] == 204
+    figures["delete"] = time.monotonic() - start
+    assert children_named("long-there") == []
+    assert leader.ask("GET", f"/executions/{run}")[0] == 404
+
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    body = {"task_id": quick, "schedule_type": "once", "schedule_config": {"datetime": soon.isoformat()}}
+    schedule = other.expect(201, "POST", "/schedules", body)["id"]
+    until(lambda: other.rows(f"&schedule_id={schedule}&status=succeeded"), 5, "its slot ran")
+    figures["slot behind its time"] = float(appended(file)[-1][0]) - soon.timestamp()
+
+    other.expect(200, "POST", "/scheduler/pause")
+    start = time.monotonic()
+    until(lambda: leader.get("/scheduler/status")["paused"], 3, "the leader is paused")
+    figures["pause"] = time.monotonic() - start
+
+    waiting: list[JsonValue] = []
+    slow = other.bash("sleep 1.2")
+    client = threading.Thread(target=lambda: waiting.append(other.execute(slow, wait=20)))
+    client.start()
+    time.sleep(0.5)
+    leader.kill()
+    assert until(other.is_leader, 4, "the other takes over")
+    client.join(20)
+    assert waiting[0]["status"] == "interrupted"  # its wait went on through the change of leader
+    print({name: round(seconds, 3) for name, seconds in figures.items()})
+    assert max(figures.values()) < 3  # 1 s is meant; a busy machine is given some more
+
+
+@pytest.mark.slow
+def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: Path) -> None:
+    database, file, slow = tmp_path / "shared.db", tmp_path / "ran.txt", tmp_path / "slow.txt"
+    service = Server(tmp_path / "service", database=database).start()
+    schedule = service.every(
+        1, service.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >> {file}'), overlap="allow", catchup="skip"
+    )
+    long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
+    assistant = Server(tmp_path / "assistant", database=database, mode="mcp").start(ready=False)
+    time.sleep(1)
+    if assistant.process.poll() is not None:
+        pytest.skip(f"mode mcp does not run yet: {assistant.log()[-300:]}")
+
+    def ran_by(server: Server) -> bool:
+        return int(appended(file)[-1][1]) == server.process.pid
+
+    until(lambda: appended(file), 4, "the schedule runs")
+    assert ran_by(service)
+    assert service.stop() == 0
+    until(lambda: ran_by(assistant), 5, "mcp leads")
+    run = queue_and_wait_until_it_runs(database, long)
+    start = time.monotonic()
+    service.start()
+    until(lambda: ran_by(service), 5, "the service leads")
+    print(f"the service runs slots {time.monotonic() - start:.1f} s after its start")
+    assert service.get(f"/executions/{run}")["status"] == "running"
+    (tmp_path / "go").touch()
+    ended = until(lambda: finished(service, run), 15, "what mcp started is over")
+    assert (ended["status"], appended(slow)) == ("succeeded", [[str(assistant.process.pid)]])
+    slots = Counter(words[0] for words in appended(file))
+    assert {slot: times for slot, times in slots.items() if times > 1} == {}
+    assert [
+        row for row in service.rows(f"&schedule_id={schedule}") if row["status"] in ("missed", "skipped", "interrupted")
+    ] == []
+
+
+@pytest.mark.slow
+def test_what_an_mcp_process_was_finishing_when_it_died_is_settled_by_the_service(tmp_path: Path) -> None:
+    database = tmp_path / "shared.db"
+    service = Server(tmp_path / "service", database=database).start()
+    task = service.bash("sleep 60", name="left-by-mcp")
+    assert service.stop() == 0
+    assistant = Server(tmp_path / "assistant", database=database, mode="mcp").start(ready=False)
+    run = queue_and_wait_until_it_runs(database, task)
+    service.start()
+    until(service.is_leader, 5, "the service leads")
+    time.sleep(0.6)
+    assert service.get(f"/executions/{run}")["status"] == "running"
+    assistant.kill()
+    ended = until(lambda: finished(service, run), 5, "it is settled")
+    assert ended["status"] == "interrupted"
+    assert children_named("left-by-mcp") == []
+
+
+def finished(server: Server, execution_id: int) -> JsonValue:
+    execution = server.get(f"/executions/{execution_id}")
+    return execution if execution["status"] in FINAL else None
+
+
+def queue_and_wait_until_it_runs(database: Path, task: int) -> int:
+    """Queues a run of the task as a client of the `mcp` process would, and waits until it is running."""
+    with contextlib.closing(sqlite3.connect(database, timeout=10)) as db:
+        row = "(task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', ?, lower(hex(randomblob(16))))"
+        run = db.execute(f"INSERT INTO executions {row}", (task, time.time_ns() // 1000)).lastrowid
+        db.commit()
+        assert run is not None
+        status = "SELECT status FROM executions WHERE id = ?"
+        until(lambda: db.execute(status, (run,)).fetchone()[0] == "running", 8, "mcp runs it")
+    return run
+
+
+@pytest.mark.slow
+def test_a_killed_services_processes_are_ended_before_the_retry(tmp_path: Path) -> None:
+    """Both the child and what left its group by setsid: known by the attempt's CHRONOTASK_RUN_ID."""
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    command = f"""if [ "$CHRONOTASK_ATTEMPT" = 1 ]; then
+        setsid sleep 300 & echo "$$ $!" > {first}.part; mv {first}.part {first}; trap '' TERM; sleep 300; sleep 300
+    else for pid in $(cat {first}); do
+        [ "$(tr -d '\\0' < /proc/$pid/cmdline)" ] && echo alive || echo gone
+    done > {second}; fi"""
+    server = Server(tmp_path).start()
+    run = server.execute(server.bash(command, max_retries=1))["id"]
+    until(first.exists, 5, "the first attempt runs")
+    server.kill()
+    old = [int(word) for word in first.read_text().split()]
+    assert all(Path(f"/proc/{pid}").exists() for pid in old)
+    server.start()
+    execution = until(lambda: finished(server, run), 10, "the retry is over")
+    assert (execution["status"], execution["attempt"]) == ("succeeded", 2)
+    assert [attempt["status"] for attempt in execution["attempts"]] == ["interrupted", "succeeded"]
+    assert second.read_text().split() == ["gone", "gone"]
+
+
+class DroppingServer(threading.Thread):
+    """Answers the first request on each connection; reads the second one and closes. Keeps the execution id of each."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.seen: list[int] = []
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b""):
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    if not (data := connection.recv(65536)):
+                        return
+                    request += data
+                self.seen += map(int, re.findall(rb"X-ChronoTask-Execution-Id: (\d+)", request))
+                connection.sendall(answer)
+
+
+@pytest.mark.slow
+def test_a_request_that_the_server_dropped_is_not_sent_again_within_the_same_attempt(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    for method in ("GET", "PUT", "DELETE", "POST"):
+        web = DroppingServer()
+        config = {"url": f"http://127.0.0.1:{web.listener.getsockname()[1]}/", "method": method}
+        body = {"name": "dropped", "task_type": "http", "config": config, "max_retries": 0}
+        task = server.expect(201, "POST", "/tasks", body)["id"]
+        runs = [server.execute(task, wait=10) for _ in range(2)]
+        web.listener.close()
+        assert web.seen == [run["id"] for run in runs], method
+        assert [run["status"] for run in runs] == ["succeeded", "failed"]
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+FAKETIME = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+
+
+class Stepped(Server):
+    """A service with a wall clock of its own, which `step` sets. (Its tasks have it too, and cannot sleep: a libfaketime bug.)"""
+
+    def __init__(self, folder: Path, offset: int = 0) -> None:
+        if FAKETIME is None:
+            pytest.skip("needs libfaketime (Debian: apt-get install faketime)")
+        self._offset_file = folder / "offset"
+        fake = {"LD_PRELOAD": FAKETIME, "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        super().__init__(folder, environ={**fake, "FAKETIME_TIMESTAMP_FILE": str(self._offset_file)})
+        self.step(offset)
+
+    def step(self, offset: int) -> None:
+        """Sets the wall clock to the real time and `offset` seconds."""
+        part = self._offset_file.with_suffix(".part")
+        part.write_text(f"{offset:+d}\n")
+        part.rename(self._offset_file)
+
+    def cpu(self) -> float:
+        """Seconds of CPU used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+HOUR_PROCESSES = 3600
+
+
+@pytest.mark.slow
+def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path) -> None:
+    server, file = Stepped(tmp_path), tmp_path / "ran.txt"
+    server.start()
+    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
+    schedule = server.every(1, task, overlap="allow")
+
+    def ran_after(seconds: float) -> int:
+        before = len(appended(file))
+        time.sleep(seconds)
+        return len(appended(file)) - before
+
+    def goes_on(more: int = 0) -> None:
+        """Slots run again, not over one a second and `more`."""
+        before, start = len(appended(file)), time.monotonic()
+        until(lambda: len(appended(file)) > before, 10, "the next slot runs")
+        time.sleep(1.5)
+        assert len(appended(file)) - before <= time.monotonic() - start + 1.5 + more
+
+    goes_on()
+    first = time.time()
+    server.step(5 * HOUR_PROCESSES)
+    goes_on(more=6)  # the newest missed slot, and those of the last 5 seconds
+    rows = server.rows(f"&schedule_id={schedule}")
+    assert Counter(row["status"] for row in rows)["missed"] == 1
+    assert Counter(row["trigger"] for row in rows)["catchup"] == 1
+    missed = next(row for row in rows if row["status"] == "missed")
+    assert "1000 or more" in missed["error_message"]
+
+    server.step(3 * HOUR_PROCESSES)
+    used = server.cpu()
+    ran_after(0.5)
+    assert ran_after(1.5) == 0, "set back by less than 3 h: nothing until the last claimed slot is passed"
+    assert server.cpu() - used < 1.5, "and no busy loop"
+    server.step(5 * HOUR_PROCESSES)
+    goes_on(more=5)
+
+    server.step(round(first - time.time()) - 1)  # back by more than 3 h, into a time whose first slots have run
+    goes_on()  # a correction: slots are taken from now on
+    slots = Counter(words[0] for words in appended(file))
+    assert {slot: times for slot, times in slots.items() if times > 1} == {}
+    assert server.get("/scheduler/status")["executions"] == {"queued": 0, "running": 0, "retrying": 0}
+    assert server.ask("GET", "/health")[0] == 200
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_retry_does_not_wait_for_hours_because_the_clock_was_set_back(tmp_path: Path) -> None:
+    server = Stepped(tmp_path, offset=2 * HOUR_PROCESSES).start()
+    run = server.execute(server.bash('[ "$CHRONOTASK_ATTEMPT" -gt 1 ]', max_retries=3, retry_delay=3))["id"]
+    until(lambda: server.get(f"/executions/{run}")["status"] == "retrying", 5, "it waits for its retry")
+    server.step(0)
+    ended = until(lambda: finished(server, run), 10, "it was retried")
+    assert (ended["status"], ended["attempt"]) == ("succeeded", 2)
+
+
+@pytest.mark.slow
+def test_the_clock_reaches_a_gap_and_the_fixed_job_of_that_night_runs_once_right_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "ran.txt"
+    eve = datetime(2025, 3, 30, 0, 0, 0, tzinfo=UTC)  # 01:00 in Berlin, where 02:00 becomes 03:00
+    server = Stepped(tmp_path, round(eve.timestamp() - time.time())).start()
+    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
+    config = {"expression": "30 2 * * *", "timezone": "Europe/Berlin"}
+    body = {"task_id": task, "schedule_type": "cron", "schedule_config": config}
+    assert server.expect(201, "POST", "/schedules", body)["next_run"] == "2025-03-30T01:00:00Z"
+    server.step(round(eve.timestamp() + 3597 - time.time()))
+    until(lambda: appended(file), 12, "it ran")
+    assert appended(file) == [["2025-03-30T01:00:00Z"]]
+    assert server.get("/schedules/1")["next_run"] == "2025-03-31T00:30:00Z"
+
+
+@pytest.mark.slow
+def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
+    server, file = Server(tmp_path).start(), tmp_path / "ran.txt"
+    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
+    schedule = server.every(1, task, overlap="allow")
+    time.sleep(1.2)
+    server.signal(signal.SIGSTOP)
+    time.sleep(30 if LONG else 7)
+    before = len(appended(file))
+    server.signal(signal.SIGCONT)
+    time.sleep(1.5)
+    burst = len(appended(file)) - before
+    rows = server.rows(f"&schedule_id={schedule}")
+    kinds = Counter((row["trigger"], row["status"]) for row in rows)
+    missed = next(row for row in rows if row["status"] == "missed")
+    count = int(re.findall(r"missed: (\d+) slot", missed["error_message"])[0])
+    made = micros(server.get(f"/schedules/{schedule}")["created_at"])
+    slots = sorted(micros(row["scheduled_for"]) for row in rows)
+    place = slots.index(micros(missed["scheduled_for"]))
+    slots[place : place + 1] = [slots[place] + k * 1_000_000 for k in range(count)]
+    assert slots == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]  # every slot once, none left out
+    assert kinds["catchup", "succeeded"] == 1
+    assert 5 <= burst <= 9, "one catch-up, and the slots of the last 5 seconds, which count as on time"
+    assert max(Counter(words[0] for words in appended(file)).values()) == 1
+
+
+@pytest.mark.slow
+def test_zone_rules_that_change_between_two_starts_move_the_next_slot(tmp_path: Path) -> None:
+    zones, folder = Path(str(importlib.resources.files("tzdata"))) / "zoneinfo", tmp_path / "zoneinfo"
+    for name in ("Europe/Berlin", "UTC"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(zones / name, folder / name)
+    server = Server(tmp_path, environ={"PYTHONTZPATH": str(folder)}).start()
+    config = {"expression": "0 12 1 1 *", "timezone": "Europe/Berlin"}
+    body = {"task_id": server.bash("true"), "schedule_type": "cron", "schedule_config": config}
+    assert server.expect(201, "POST", "/schedules", body)["next_run"].endswith("-01-01T11:00:00Z")
+    server.stop()
+    shutil.copy(zones / "Asia/Tokyo", folder / "Europe/Berlin")
+    server.start()
+    schedule = server.get("/schedules/1")
+    assert schedule["next_run"].endswith("-01-01T03:00:00Z")
+    assert schedule["upcoming"][0]["local"].endswith("-01-01T12:00:00+09:00")
+    assert server.rows() == []
+
+
+# --- Storage faults ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], check=False, capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"needs root to mount a small tmpfs: {made.stderr.strip()}")
+    yield folder
+    kill_all()
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("ab", buffering=0) as ballast:
+        while True:
+            ballast.write(b"\0" * 4096)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: Path, small_disk: Path) -> None:
+    server = Server(tmp_path, database=small_disk / "chronotask.db").start()
+    every = server.every(1, server.bash("true"), overlap="allow", catchup="all")
+    accepted, refusal = [server.bash("true") for _ in range(20)], None
+    fill(small_disk / "ballast")
+    for number in range(3000):
+        body = {"name": f"t{number}", "description": "x" * 1000, "task_type": "bash", "config": {"command": "true"}}
+        status, answer = server.ask("POST", "/tasks", body)
+        if status != 201:
+            refusal = (status, answer["detail"])
+            break
+        accepted.append(answer["id"])
+    assert refusal is not None and refusal[0] == 503 and "full" in refusal[1]
+    status, health = server.ask("GET", "/health")
+    assert status == 503 and "full" in health["reason"]
+    assert server.get("/tasks")["total"] == len(accepted) + 1
+    status, answer = server.ask("DELETE", f"/tasks/{accepted[0]}")
+    print(f"{len(accepted)} tasks before the disk was full; DELETE then answers {status}")
+    assert status == 204 or (status == 503 and "full" in answer["detail"])
+    accepted = accepted[1:] if status == 204 else accepted
+    size = len(server.log())
+    time.sleep(3)
+    assert len(server.log()) - size < 3000, server.log()[-3000:]
+    (small_disk / "ballast").unlink()
+    until(lambda: server.ask("GET", "/health")[0] == 200, 5, "it recovers by itself")
+    last = server.bash("echo again")
+    assert server.execute(last, wait=10)["status"] == "succeeded"
+    time.sleep(1)
+    assert [task for task in accepted if server.ask("GET", f"/tasks/{task}")[0] != 200] == []
+    slots = server.rows(f"&schedule_id={every}")
+    made = micros(server.get(f"/schedules/{every}")["created_at"])
+    assert sorted(micros(row["scheduled_for"]) for row in slots) == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]
+    assert {row["status"] for row in slots} <= {"succeeded", "running"}
+    assert server.stop() == 0
+    assert server.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.slow
+def test_a_database_that_another_program_has_locked_is_told_and_waited_for(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    task = server.bash("true")
+    schedule = server.every(1, task, overlap="allow", catchup="all")
+    with contextlib.closing(sqlite3.connect(server.database, timeout=10, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        start = time.monotonic()
+        status, answer = server.ask("POST", f"/tasks/{task}/execute")
+        print(f"answered after {time.monotonic() - start:.1f} s: {answer['detail']}")
+        assert status == 503 and "locked" in answer["detail"]
+        status, health = server.ask("GET", "/health")
+        assert status == 503 and "locked" in health["reason"]
+        assert server.get("/tasks")["total"] == 1  # reads go on
+        db.execute("ROLLBACK")
+    until(lambda: server.ask("GET", "/health")[0] == 200, 8, "it recovers by itself")
+    assert server.execute(task, wait=10)["status"] == "succeeded"
+    slots = sorted(micros(row["scheduled_for"]) for row in server.rows(f"&schedule_id={schedule}"))
+    made = micros(server.get(f"/schedules/{schedule}")["created_at"])
+    assert slots == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]
+
+
+@pytest.mark.slow
+def test_a_stop_with_a_full_disk_ends_in_time_and_the_next_start_settles_what_could_not_be_written(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    server = Server(tmp_path, database=small_disk / "chronotask.db", SHUTDOWN_GRACE=1).start()
+    run = server.execute(server.bash("sleep 60", name="full-disk"))["id"]
+    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
+    fill(small_disk / "ballast")
+    until(lambda: server.ask("POST", "/tasks/1/execute")[0] == 503, 20, "the disk is full")
+    start = time.monotonic()
+    status = server.stop(15)
+    assert (status, time.monotonic() - start < 1 + STOP_SECONDS) == (0, True), server.log()[-3000:]
+    assert children_named("full-disk") == []
+    server.start()  # reads work, so it serves them, and leads as soon as it can
+    status, health = server.ask("GET", "/health")
+    assert status == 503 and "full" in health["reason"]
+    assert server.get(f"/executions/{run}")["status"] == "running"
+    (small_disk / "ballast").unlink()
+    until(lambda: server.ask("GET", "/health")[0] == 200, 5, "it recovers by itself")
+    assert server.get(f"/executions/{run}")["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_stop_while_another_program_holds_a_lock_ends_in_time(tmp_path: Path) -> None:
+    server = Server(tmp_path, SHUTDOWN_GRACE=1).start()
+    run = server.execute(server.bash("sleep 60", name="locked"))["id"]
+    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
+    with contextlib.closing(sqlite3.connect(server.database, timeout=10, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        start = time.monotonic()
+        status = server.stop(20)
+        took = time.monotonic() - start
+        assert (status, took < 1 + STOP_SECONDS) == (0, True), (status, took, server.log()[-3000:])
+        db.execute("ROLLBACK")
+    server.start()
+    assert server.get(f"/executions/{run}")["status"] == "interrupted"
+
+
+def refusal_to_start(server: Server) -> str:
+    """What it prints when it does not start: one line, status 1."""
+    server.start(ready=False)
+    status = server._reap(15)
+    text = server.log()
+    assert status == 1, text
+    assert text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.iterdir() if file.is_file() and ".log" not in file.name)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def stopped_database(folder: Path) -> Server:
+    """A service with some rows, stopped."""
+    server = Server(folder).start()
+    for number in range(60):
+        server.bash("true", name=f"task {number}", description="x" * 500)
+    assert server.stop() == 0
+    return server
+
+
+@pytest.mark.slow
+def test_a_clean_stop_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
+    server = stopped_database(tmp_path)
+    assert not Path(f"{server.database}-wal").exists()
+    assert server.sql("SELECT count(*) FROM tasks") == [(60,)]
+
+
+@pytest.mark.slow
+def test_damaged_and_foreign_files_stop_the_start_and_are_left_as_they_are(tmp_path: Path) -> None:
+    def check(name: str, spoil: Callable[[Server], None], *wanted: str) -> None:
+        folder = tmp_path / name
+        shutil.copytree(original.folder, folder)
+        server = Server(folder)
+        spoil(server)
+        before = contents(folder)
+        text = refusal_to_start(server)
+        assert all(word in text for word in wanted), (name, text)
+        after = contents(folder)
+        assert {file: after.get(file) for file in before if "-shm" not in file} == {
+            f: h for f, h in before.items() if "-shm" not in f
+        }
+
+    def corrupt_page(server: Server) -> None:
+        root = server.sql("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'")[0][0]
+        with server.database.open("r+b") as file:
+            file.seek((root - 1) * 4096)
+            file.write(b"\xa5" * 4096)
+
+    def future_version(server: Server) -> None:
+        with contextlib.closing(sqlite3.connect(server.database)) as db:
+            db.execute("PRAGMA user_version=99")
+
+    def foreign(server: Server) -> None:
+        server.database.unlink()
+        with contextlib.closing(sqlite3.connect(server.database)) as db:
+            db.execute("CREATE TABLE notes (text)")
+            db.commit()
+
+    def wal_alone(server: Server) -> None:
+        server.database.rename(server.folder / "gone")
+        Path(f"{server.database}-wal").write_bytes(b"x" * 5000)
+
+    def wal_beside_empty(server: Server) -> None:
+        server.database.write_bytes(b"")
+        Path(f"{server.database}-wal").write_bytes(b"x" * 5000)
+
+    def folder_in_place(server: Server) -> None:
+        server.database.unlink()
+        server.database.mkdir()
+
+    original = stopped_database(tmp_path / "original")
+    check("page", corrupt_page, "damaged", "left as it", "backup")
+    check("text", lambda server: void(server.database.write_text("Dear diary, " * 1000)), "not a database", "left as it")
+    check("cut", lambda server: os.truncate(server.database, 3 * 4096), "left as it")
+    check("future", future_version, "schema version 99", "newer ChronoTask")
+    check("foreign", foreign, "another program")
+    check("wal", wal_alone, "missing", "-wal")
+    check("empty", wal_beside_empty, "empty", "-wal")
+    check("folder", folder_in_place, "chronotask.db")
+
+
+def void(value: object) -> None:
+    """For lambdas that return nothing."""
+
+
+@pytest.mark.slow
+def test_a_read_only_file_system_stops_the_start_with_advice(tmp_path: Path, small_disk: Path) -> None:
+    server = Server(tmp_path, database=small_disk / "chronotask.db").start()
+    assert server.stop() == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    text = refusal_to_start(server)
+    assert "chronotask.db" in text and ("writable" in text or "read-only" in text.lower()), text
+
+
+# --- Shutdown ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(tmp_path: Path, counting: Counting) -> None:
+    server = Server(tmp_path, SHUTDOWN_GRACE=1, MAX_CONCURRENT_RUNS=30).start()
+    stubborn = "trap '' TERM; setsid sleep 300 & while true; do sleep 1; done"
+    final = server.bash(stubborn, name="stubborn")
+    retried = server.bash(stubborn, name="stubborn", max_retries=2)
+    body = {"name": "hangs", "task_type": "http", "config": {"url": counting.url("/hang"), "method": "POST"}, "max_retries": 1}
+    hanging = server.expect(201, "POST", "/tasks", body)["id"]
+    quick = server.bash("sleep 0.5")
+    server.every(1, server.bash("true"), overlap="allow")
+    answers: list[tuple[int, JsonValue]] = []
+
+    def waiting_client(task: int) -> None:
+        answers.append(server.ask("POST", f"/tasks/{task}/execute?wait=60", timeout=70))
+
+    clients = [threading.Thread(target=waiting_client, args=(task,), daemon=True) for task in (final, retried, hanging) * 4]
+    for client in clients:
+        client.start()
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+    for number, connection in enumerate(idle):
+        connection.sendall((b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"POST /api/v1/tasks HTTP/1.1\r\n")[number % 3])
+    until(lambda: server.get("/scheduler/status")["executions"]["running"] >= 12, 10, "all of it runs")
+    until(lambda: len(children_named("stubborn")) >= 16, 5, "the processes run")
+    queued = [server.execute(final)["id"] for _ in range(40)]
+    last = server.execute(quick)["id"]
+    start = time.monotonic()
+    status = server.stop(10)
+    took = time.monotonic() - start
+    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
+    assert status == 0
+    assert took < 1 + STOP_SECONDS, server.log()[-2000:]
+    assert children_named("stubborn") == []
+    for client in clients:
+        client.join(2)
+    assert Counter(status for status, _ in answers) == {202: 12}
+    for connection in idle:
+        connection.close()
+    assert not Path(f"{server.database}-wal").exists()
+    found = dict(server.sql("SELECT task_id || ' ' || status, count(*) FROM executions GROUP BY 1"))
+    assert found.get(f"{final} interrupted", 0) >= 4 and f"{final} running" not in found
+    assert found.get(f"{retried} retrying") == 4 and found.get(f"{hanging} retrying") == 4, found
+    assert server.sql("SELECT count(*) FROM executions WHERE status = 'running'") == [(0,)]
+    assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, [*queued, last]))})") == [(41,)]
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    server = Server(tmp_path, SHUTDOWN_GRACE=30).start()
+    server.execute(server.bash("sleep 300", name="second-signal"))
+    until(lambda: children_named("second-signal"), 5, "it runs")
+    server.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    start = time.monotonic()
+    server.signal(signal.SIGINT)
+    assert server._reap(5) != 0
+    assert time.monotonic() - start < 1
+    server.start()  # its left-over child is found and ended
+    until(lambda: not children_named("second-signal"), 5, "no child is left")
+    assert [row["status"] for row in server.rows()] == ["interrupted"]
+
+
+@pytest.mark.slow
+def test_requests_during_a_stop_get_503_or_no_connection_and_running_work_may_finish(tmp_path: Path) -> None:
+    server = Server(tmp_path, SHUTDOWN_GRACE=10).start()
+    run = server.execute(server.bash("sleep 1.5"))["id"]
+    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
+    server.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
+        assert server.ask("POST", "/tasks/1/execute")[0] == 503
+    assert server._reap(8) == 0
+    assert server.sql("SELECT status FROM executions") == [("succeeded",)]
+
+
+# --- Hostile tasks ----------------------------------------------------------------------------------------------------
+
+
+class HostileHandler(CountingHandler):
+    def do_GET(self) -> None:
+        """/drip: one byte a second; anything else: a body that never ends."""
+        drip = self.path == "/drip"
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(30 if drip else 1_000_000):
+                self.wfile.write(b"x" if drip else b"x" * 65536)
+                time.sleep(1 if drip else 0)
+
+
+class Watcher(threading.Thread):
+    """Asks for /health and runs a quick task again and again; keeps the longest waits, and the most memory in use."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server, self.over = server, threading.Event()
+        self.quick = server.bash("true", name="quick")
+        self.health = self.started = 0.0
+        self.memory = self.asked = 0
+        self.errors: list[str] = []
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            try:
+                self._look()
+            except (OSError, http.client.HTTPException, AssertionError) as error:
+                self.errors.append(repr(error))
+
+    def _look(self) -> None:
+        start = time.monotonic()
+        status, answer = self.server.ask("GET", "/health", timeout=15)
+        self.health = max(self.health, time.monotonic() - start)
+        assert status == 200, answer
+        execution = self.server.execute(self.quick, wait=15)
+        assert execution["status"] == "succeeded", execution
+        self.started = max(self.started, (micros(execution["started_at"]) - micros(execution["queued_at"])) / 1e6)
+        self.memory = max(self.memory, self.server.rss())
+        self.asked += 1
+
+    def close(self) -> str:
+        self.over.set()
+        self.join(20)
+        waits = f"/health at most {self.health:.3f} s, starts at most {self.started:.3f} s late"
+        return f"{waits}, {self.memory >> 20} MiB, {self.asked} looks"
+
+
+@pytest.mark.slow
+def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(tmp_path: Path) -> None:
+    web = Counting()
+    web.RequestHandlerClass = HostileHandler
+    server = Server(tmp_path).start()
+    size = 1_000_000_000 if LONG else 100_000_000
+    base = server.rss()
+    watcher = Watcher(server)
+    watcher.start()
+
+    def web_task(path: str) -> int:
+        config = {"url": web.url(path), "timeout": 3}
+        body = {"name": "hostile", "task_type": "http", "config": config, "max_retries": 0}
+        return int(server.expect(201, "POST", "/tasks", body)["id"])
+
+    tasks = {
+        "much output": server.bash(f"head -c {size} /dev/zero | tr '\\0' x", name="hostile"),
+        "endless output": server.bash("yes", name="hostile", timeout=3),
+        "no newline": server.bash("cat /dev/zero", name="hostile", timeout=3),
+        "both streams": server.bash("yes >&2 & yes", name="hostile", timeout=3),
+        "children": server.bash("for i in $(seq 300); do sleep 60 & done; wait", name="hostile", timeout=4),
+        "ignores TERM": server.bash("trap '' TERM; while true; do sleep 1; done", name="hostile", timeout=1),
+        "daemons": server.bash(
+            "setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60", name="hostile", timeout=1
+        ),
+        "drip": web_task("/drip"),
+        "endless body": web_task("/endless"),
+    }
+    runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
+    ends = {name: until(lambda run=run: finished(server, run), 90, name) for name, run in runs.items()}  # type: ignore[misc]
+    print({name: (end["status"], round(end["duration"], 1)) for name, end in ends.items()})
+    print(watcher.close(), f"(before: {base >> 20} MiB)")
+    web.shutdown()
+    statuses = {name: end["status"] for name, end in ends.items()}
+    assert statuses.pop("much output") == "succeeded"
+    assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
+    assert set(statuses.values()) == {"timed_out"}
+    assert ends["much output"]["output_data"]["stdout_bytes"] == size
+    assert all(len(end["output_data"]["stdout"]) < 70_000 for end in ends.values() if "stdout" in end["output_data"])
+    assert watcher.errors == []
+    assert children_named("hostile") == []
+    assert watcher.health < 2 and watcher.started < 2
+    assert watcher.memory < base + 100 * 2**20
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    command = f"""exec 3<>/dev/tcp/127.0.0.1/{server.port}
+        printf 'DELETE /api/v1/tasks/%s HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n' "$CHRONOTASK_TASK_ID" >&3; sleep 60"""
+    task = server.bash(command, name="suicidal")
+    server.every(1, task)
+    status, answer = server.ask("POST", f"/tasks/{task}/execute?wait=10")
+    assert status == 404, answer
+    until(lambda: not children_named("suicidal"), 4, "its process is gone")
+    assert server.ask("GET", f"/tasks/{task}")[0] == 404
+    assert server.get("/schedules")["total"] == 0
+    assert server.rows() == []
+    time.sleep(1.5)
+    assert server.rows() == [] and server.ask("GET", "/health")[0] == 200
+
+
+# --- Backup and retention ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_before_and_can_be_restored(tmp_path: Path) -> None:
+    server = Server(tmp_path / "live", API_TOKEN="a-token-for-backups").start()
+    auth = {"Authorization": "Bearer a-token-for-backups"}
+    over, accepted = threading.Event(), list[int]()
+
+    def ask_all(method: str, path: str, body: JsonValue = None) -> tuple[int, JsonValue]:
+        return ask(server.port, method, path, body, 30, **auth)
+
+    task = ask_all("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0})[1]["id"]
+
+    def client() -> None:
+        while not over.is_set():
+            accepted.append(ask_all("POST", f"/tasks/{task}/execute")[1]["id"])
+
+    writer = threading.Thread(target=client)
+    writer.start()
+    time.sleep(0.5)
+    copies = {}
+    try:
+        for kind in ("file", "stdout", "api"):
+            before, copy = list(accepted), tmp_path / f"{kind}.db"
+            if kind == "api":
+                status, data = ask_all("GET", "/backup")
+                if status == 404:
+                    print("GET /backup is not built yet")
+                    continue
+                assert status == 200
+                copy.write_bytes(data)
+            else:
+                target = str(copy) if kind == "file" else "-"
+                command = [sys.executable, str(MODULE_FILE), "--backup", target]
+                made = subprocess.run(command, check=False, env=server.environ, capture_output=True, timeout=60)
+                assert made.returncode == 0, made.stderr
+                if kind == "stdout":
+                    copy.write_bytes(made.stdout)
+                else:
+                    assert made.stdout == b"" and copy.stat().st_mode & 0o777 == 0o600
+            copies[copy] = before
+    finally:
+        over.set()
+        writer.join()
+        server.stop()
+    for number, (copy, before) in enumerate(copies.items()):
+        restored = Server(tmp_path / f"restored-{number}")
+        shutil.copy(copy, restored.database)
+        assert restored.sql("PRAGMA integrity_check") == [("ok",)]
+        known = {row[0] for row in restored.sql("SELECT id FROM executions")}
+        assert before and set(before) - known == set()
+    restored.start()
+    until(lambda: not sum(restored.get("/scheduler/status")["executions"].values()), 30, "what was waiting is run")
+    assert {row["status"] for row in restored.rows()} <= FINAL
+    print(f"{len(copies)} backups while {len(accepted)} executions were accepted")
+    assert list(tmp_path.glob("live/.*")) == []  # nothing half-made is left
+
+
+@pytest.mark.slow
+def test_old_history_is_deleted_in_the_background_and_writes_go_on(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    task = server.bash("true")
+    server.stop()
+    count, old, now = 200_000 if LONG else 60_000, time.time_ns() // 1000 - 40 * 86_400_000_000, time.time_ns() // 1000
+    with contextlib.closing(sqlite3.connect(server.database)) as db:
+        names = "task_id, trigger, status, queued_at, started_at, finished_at, attempt, uuid, output_data"
+        values = "?1, 'manual', 'succeeded', ?2 + value, ?2 + value, ?2 + value, 1, hex(randomblob(16)), printf('%300c', 'x')"
+        numbers = "(WITH RECURSIVE n(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM n WHERE value < ?3) SELECT value FROM n)"
+        db.execute(f"INSERT INTO executions ({names}) SELECT {values} FROM {numbers}", (task, old, count))
+        names = "task_id, trigger, status, queued_at, uuid, hold"
+        held = db.execute(f"INSERT INTO executions ({names}) VALUES (?, 'manual', 'queued', ?, 'u', 4)", (task, now)).lastrowid
+        db.commit()
+        size = server.database.stat().st_size
+    server.start()
+    times, left = list[float](), count
+    end = time.monotonic() + 90
+    while left and time.monotonic() < end:
+        start = time.monotonic()
+        server.expect(200, "PATCH", f"/tasks/{task}", {"description": f"at {start}"})
+        times.append(time.monotonic() - start)
+        if len(times) % 20 == 0:
+            left = server.sql("SELECT count(*) FROM executions WHERE finished_at < ?", now - 86_400_000_000)[0][0]
+        time.sleep(0.005)
+    times.sort()
+    figures = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100], "max": times[-1]}
+    print(f"{count} rows deleted; {len(times)} writes meanwhile:", {name: f"{1000 * t:.1f} ms" for name, t in figures.items()})
+    assert left == 0
+    assert server.get(f"/executions/{held}")["status"] == "queued"
+    until(lambda: server.database.stat().st_size < size / 2 or not server.sql("PRAGMA wal_checkpoint"), 15, "space is given back")
+    assert server.stop() == 0
+    print(f"the file had {size >> 10} KiB and has {server.database.stat().st_size >> 10}")
+    assert server.database.stat().st_size < size / 2
+
+
+# ======================================================================================================================
+# Attacks
+# ======================================================================================================================
+#
+# A closed door: each test is an attack, and is named after it.
+
+
+assert open_door  # a fixture, imported only while the tests are in several files
+GOOD_TOKEN = "correct-horse-battery"
+BEARER = {"Authorization": f"Bearer {GOOD_TOKEN}"}
+
+
+# --- Malformed requests: smuggling, duplicates, what no client sends --------------------------------------------------
+
+
+async def raw_answer(port: int, data: bytes, seconds: float = 10) -> bytes:
+    """All that a server says to these bytes until it closes, or has been silent for a moment."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    got = b""
+    with contextlib.suppress(OSError, TimeoutError):
+        writer.write(data)
+        await writer.drain()
+        async with asyncio.timeout(seconds):
+            while piece := await reader.read(65536):
+                got += piece
+                if b"Connection: close" not in data and got.count(b"\r\n\r\n"):
+                    async with asyncio.timeout(0.2):
+                        while piece := await reader.read(65536):
+                            got += piece
+                    break
+    writer.close()
+    return got
+
+
+def statuses_in(answer: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/\d\.\d (\d\d\d) ", answer)]
+
+
+HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
+BODY = json.dumps(BASH).encode()
+SMUGGLED = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+def posted(headers: bytes, body: bytes = BODY) -> bytes:
+    return b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + headers + b"\r\n" + body
+
+
+SMUGGLING = {
+    "two lengths": posted(b"Content-Length: 3\r\nContent-Length: %d\r\n" % len(BODY)),
+    "two equal lengths": posted(b"Content-Length: %d\r\nContent-Length: %d\r\n" % (len(BODY), len(BODY))),
+    "a list of lengths": posted(b"Content-Length: 5, 5\r\n", b"abcde"),
+    "a length and chunks": posted(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunks and a length": posted(b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "unknown transfer encoding": posted(b"Transfer-Encoding: xchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunked is not the last": posted(b"Transfer-Encoding: chunked, identity\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunked twice": posted(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "blank before the colon": posted(b"Transfer-Encoding : chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "tab in the name": posted(b"Transfer-Encoding\t: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "vertical tab in the value": posted(b"Transfer-Encoding: \x0bchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "negative length": posted(b"Content-Length: -5\r\n"),
+    "length with a sign": posted(b"Content-Length: +5\r\n", b"abcde"),
+    "length in hexadecimal": posted(b"Content-Length: 0x5\r\n", b"abcde"),
+    "length with an underscore": posted(b"Content-Length: 1_0\r\n", b"abcdefghij"),
+    "length in other digits": posted("Content-Length: ٥\r\n".encode(), b"abcde"),
+    "length over 64 bits": posted(b"Content-Length: 99999999999999999999999\r\n"),
+    "empty length": posted(b"Content-Length:\r\n"),
+    "blank before a chunk size": posted(b"Transfer-Encoding: chunked\r\n", b" 2\r\n{}\r\n0\r\n\r\n"),
+    "negative chunk size": posted(b"Transfer-Encoding: chunked\r\n", b"-2\r\n{}\r\n0\r\n\r\n"),
+    "chunk size with an underscore": posted(b"Transfer-Encoding: chunked\r\n", b"0_2\r\n{}\r\n0\r\n\r\n"),
+    "chunk longer than its size": posted(b"Transfer-Encoding: chunked\r\n", b"2\r\n{}{}\r\n0\r\n\r\n"),
+    "line ends without CR": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\n"),
+    "line ends without LF": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\r"),
+    "folded header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
+    "NUL in a header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
+    "NUL in the path": b"GET /api/v1/ta\0sks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "blank in the path": b"GET /api/v1/tasks x HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two hosts": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    "two hosts, the good one last": b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /api/v1/tasks HTTP/1.1\r\n\r\n",
+    "no host in HTTP/1.0": b"GET /api/v1/tasks HTTP/1.0\r\n\r\n",
+    "two content types": posted(b"Content-Type: text/plain\r\nContent-Length: %d\r\n" % len(BODY)),
+    "TLS on a plain port": bytes.fromhex("1603010200010001fc0303") + b"a" * 300,
+    "HTTP/2 by prior knowledge": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "an HTTP version of the future": b"GET / HTTP/1.9\r\nHost: localhost\r\n\r\n",
+    "an unknown method": b"FOO /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "TRACE": b"TRACE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a request line of 20 KB": b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a request line without end": b"GET /" + b"a" * 3_000_000,
+    "a header of 20 KB": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    "a header without end": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3_000_000,
+    "a header name without end": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a" * 3_000_000,
+    "1000 headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(1000)) + b"\r\n",
+    "an expectation that nobody can meet": posted(b"Expect: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
+    "a body that is not what its encoding says": posted(b"Content-Encoding: gzip\r\nContent-Length: %d\r\n" % len(BODY)),
+    "an unknown encoding": posted(b"Content-Encoding: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
+    "an encoding that needs a package": posted(b"Content-Encoding: br\r\nContent-Length: %d\r\n" % len(BODY)),
+}
+
+
+@pytest.mark.parametrize("attack", SMUGGLING)
+async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(open_door: Any, attack: str) -> None:
+    door: Door = await open_door()
+    answer = await raw_answer(door.client.port, SMUGGLING[attack])
+    found = statuses_in(answer)
+    assert found and all(400 <= status < 500 for status in found), answer
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert (await door("GET", "//health")).status == 200
+
+
+async def test_a_request_after_an_upgrade_that_was_not_accepted_is_checked_like_any_other(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    answer = await raw_answer(door.client.port, upgrade + SMUGGLED)
+    assert statuses_in(answer) == [200, 401]
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_pipelined_requests_are_each_checked_and_answered_in_order(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    stolen = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    evil = b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    answer = await raw_answer(door.client.port, one * 40 + stolen + one + evil)
+    assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
+
+
+async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(
+    open_door: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronotask, "SLOW_BODY", 0.3)
+    door: Door = await open_door()
+    for beginning, end in ((b"Content-Length: 500\r\n\r\n", BODY), (b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", b"zz\r\n")):
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.client.port)
+        writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + beginning)
+        await writer.drain()
+        writer.write(end)
+        async with asyncio.timeout(10):
+            answer = await reader.read(2000)
+        assert statuses_in(answer)[:1] in ([408], [400]), answer
+        writer.close()
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_a_body_without_end_is_refused_at_1_mib(open_door: Any) -> None:
+    door: Door = await open_door()
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.client.port)
+    writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    answer = asyncio.ensure_future(reader.read(2000))
+    for _ in range(400):  # 25 MB
+        if answer.done():
+            break
+        writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        await writer.drain()
+    assert statuses_in(await answer) == [413]
+    writer.close()
+
+
+async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    bomb = gzip.compress(b" " * (1 << 26) + BODY)
+    for headers, status in ((BEARER, 415), ({}, 401)):
+        answer = await door("POST", "/tasks", raw=bomb, headers={**headers, "Content-Encoding": "gzip"})
+        problem_of(answer, status)
+
+
+NUMBERS = [
+    "1e999",
+    "-1e999",
+    "9" * 4000,
+    "1" + "0" * 400,
+    "1e308",
+    "-9223372036854775809",
+    "18446744073709551616",
+    "1.7976931348623159e308",
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
+async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(open_door: Any, number: str) -> None:
+    door: Door = await open_door()
+    task_id = await door.task()
+    places = {
+        "/tasks": [
+            '{"name":"t","task_type":"bash","config":{"command":"true"},"max_retries":N}',
+            '{"name":"t","task_type":"bash","config":{"command":"true"},"retry_delay":N}',
+            '{"name":"t","task_type":"bash","config":{"command":"true","timeout":N}}',
+            '{"name":"t","task_type":"http","config":{"url":"http://127.0.0.1:9/","body":{"a":[N]}}}',
+            '{"name":"t","task_type":"http","config":{"url":"http://127.0.0.1:9/","params":{"a":N}}}',
+            '{"name":"t","task_type":"http","config":{"url":"http://127.0.0.1:9/","expected_status":[N]}}',
+            '{"name":N,"task_type":N,"config":N}',
+        ],
+        "/schedules": [
+            '{"task_id":N,"schedule_type":"interval","schedule_config":{"seconds":60}}',
+            f'{{"task_id":{task_id},"schedule_type":"interval","schedule_config":{{"seconds":N}}}}',
+            f'{{"task_id":{task_id},"schedule_type":"interval","schedule_config":{{"seconds":60}},"jitter":N,"max_runs":N}}',
+            f'{{"task_id":{task_id},"schedule_type":"interval","schedule_config":{{"seconds":60}},"catchup_window":N}}',
+        ],
+        "/schedules/preview": ['{"schedule_type":"interval","schedule_config":{"seconds":60},"count":N}'],
+    }
+    for path, bodies in places.items():
+        for body in bodies:
+            answer = await door("POST", path, raw=body.replace("N", number).encode())
+            assert answer.status in (201, 400, 404, 422), (body, answer.text)
+            assert len(answer.text) < 20_000
+    for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
+        assert (await door("GET", query)).status in (404, 422), query
+    assert (await door("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
+    for path in ("/tasks?limit=1000", "/schedules", "/overview"):
+        listed = await door("GET", path)
+        assert listed.status == 200 and listed.json, path
+
+
+@pytest.mark.parametrize("character", ["\\u0000", "\\ud800", "\\udfff\\ud800"])
+async def test_nul_and_lone_surrogates_are_refused_in_every_text(open_door: Any, character: str) -> None:
+    door: Door = await open_door()
+    task_id = await door.task()
+    bodies = {
+        "/tasks": [
+            '{"name":"aX","task_type":"bash","config":{"command":"true"}}',
+            '{"name":"a","description":"aX","task_type":"bash","config":{"command":"true"}}',
+            '{"name":"a","task_type":"bash","config":{"command":"trueX"}}',
+            '{"name":"a","task_type":"bash","config":{"command":"true","args":["aX"]}}',
+            '{"name":"a","task_type":"bash","config":{"command":"true","env":{"A":"aX"}}}',
+            '{"name":"a","task_type":"bash","config":{"command":"true","env":{"AX":"a"}}}',
+            '{"name":"a","task_type":"bash","config":{"command":"true","working_dir":"/X"}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/X"}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","headers":{"A":"aX"}}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","headers":{"AX":"a"}}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","auth":{"username":"aX","password":"a"}}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","auth":{"username":"a","password":"aX"}}}',
+            '{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/${file:aX}"}}',
+        ],
+        "/schedules": [
+            f'{{"task_id":{task_id},"schedule_type":"cron","schedule_config":{{"expression":"* * * * *X"}}}}',
+            f'{{"task_id":{task_id},"schedule_type":"cron","schedule_config":{{"expression":"* * * * *","timezone":"UTCX"}}}}',
+            f'{{"task_id":{task_id},"schedule_type":"once","schedule_config":{{"datetime":"2027-01-01X"}}}}',
+        ],
+    }
+    for path, texts in bodies.items():
+        for text in texts:
+            answer = await door("POST", path, raw=text.replace("X", character).encode())
+            assert answer.status == 422 and answer.json["errors"], (text, answer.text)
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
+
+
+# --- The token --------------------------------------------------------------------------------------------------------
+
+
+def every_door() -> Iterator[tuple[str, str]]:
+    for operation in OPERATIONS:
+        yield operation.method, API + operation.path.replace("{id}", "1")
+        if operation.method == "PATCH":
+            yield "PUT", API + operation.path.replace("{id}", "1")
+    for page in PAGES:
+        yield "GET", page.path.replace("{id}", "1")
+    spellings = (
+        "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
+    )
+    for path in spellings.split():
+        yield "GET", path
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+        yield method, "/"
+        yield method, "/docs"
+
+
+OPEN_WITHOUT_TOKEN = {("GET", "/health"), ("GET", "/docs")}
+
+
+async def test_going_round_the_token_by_another_route_method_or_spelling(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    task_id = (await door("POST", "/tasks", BASH, headers=BEARER)).json["id"]
+    for method, path in every_door():
+        answer = await raw_answer(
+            door.client.port, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert statuses_in(answer) == [200 if (method, path) in OPEN_WITHOUT_TOKEN else 401], (method, path, answer)
+    assert door.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
+    assert door.rig.sql("SELECT count(*) FROM executions") == [(0,)]
+
+
+async def test_what_is_open_without_the_token_tells_nothing(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    assert (await door("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
+    assert (await door("GET", "//health")).text == '{"status":"healthy"}'
+    for path in ("//", "//docs"):
+        answer = await door("GET", path, headers={"Accept": "text/html"})
+        assert answer.status == 200 and "geheim-name" not in answer.text
+
+
+ODD_TOKENS = [
+    b"", b" ", b"\xc3\xa4\xc3\xb6", b"\xff\xfe", b"correct-horse-batter\xc3\xa4", b"correct-horse-battery,", b"x" * 8000,
+    b"correct-horse-batter", b"CORRECT-HORSE-BATTERY", b"correct-horse-battery correct-horse-battery", b"\tx", b"null", b"\\u0063",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", ODD_TOKENS)
+async def test_an_odd_token_is_a_wrong_token(open_door: Any, token: bytes) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    head = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    answer = await raw_answer(door.client.port, head + b"Authorization: Bearer " + token + b"\r\n\r\n")
+    assert statuses_in(answer) == [401], answer
+
+
+async def test_a_good_token_after_a_bad_one_counts_for_nothing(open_door: Any) -> None:
+    door: Door = await open_door(api_token=GOOD_TOKEN)
+    head = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    both = b"Authorization: Bearer wrong-horse\r\nAuthorization: Bearer " + GOOD_TOKEN.encode() + b"\r\n\r\n"
+    assert statuses_in(await raw_answer(door.client.port, head + both)) == [401]
+
+
+def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    genuine = chronotask.hmac.compare_digest
+
+    def watched(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return genuine(a, b)
+
+    monkeypatch.setattr(chronotask.hmac, "compare_digest", watched)
+    from multidict import CIMultiDict, CIMultiDictProxy
+
+    guesses = ["c", GOOD_TOKEN, GOOD_TOKEN[:-1] + "ä", "\udcff"]
+    for guess in guesses:
+        headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "Authorization": f"Bearer {guess}"}))
+        with contextlib.suppress(chronotask.Unauthorized):
+            check_caller(headers, "GET", "/metrics", settings(tmp_path, api_token=GOOD_TOKEN))
+    assert [a for a, _ in compared] == [guess.encode("utf-8", "surrogateescape") for guess in guesses]
+    assert {b for _, b in compared} == {GOOD_TOKEN.encode()}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "tasks.example.com", "fe80::1"])
+def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    warn_if_open(settings(tmp_path, api_host=host))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (line,) = caplog.messages
+    assert host in line and "CHRONOTASK_API_TOKEN" in line and "ANYONE" in line
+    caplog.clear()
+    warn_if_open(settings(tmp_path, api_host=host, api_token=GOOD_TOKEN))
+    for local in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        warn_if_open(settings(tmp_path, api_host=local))
+    assert caplog.messages == []
+
+
+# --- The MCP port: the same door --------------------------------------------------------------------------------------
+
+MCP_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+
+
+@pytest.fixture
+async def open_mcp(open_rig: OpenRig) -> AsyncIterator[Any]:
+    clients: list[TestClient[Any, Any]] = []
+
+    async def open_one(**changes: Any) -> Door:
+        rig = await open_rig(clock=FakeClock(free=True), **changes)
+        client = TestClient(TestServer(make_mcp_app(rig.service, make_server(rig.service))))
+        clients.append(client)
+        await client.start_server()
+        return Door(client, rig)
+
+    yield open_one
+    for client in clients:
+        await client.close()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_rebinding_host_name_on_the_mcp_port(open_mcp: Any, host: str) -> None:
+    door: Door = await open_mcp(allowed_hosts=("tasks.example.com",))
+    answer = await door("POST", "//mcp", PING, headers={**MCP_HEADERS, "Host": host})
+    assert answer.status == HOSTS[host], answer.text
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+async def test_a_page_of_another_origin_on_the_mcp_port(open_mcp: Any, origin: str) -> None:
+    door: Door = await open_mcp(allowed_hosts=("tasks.example.com",))
+    headers = {**MCP_HEADERS, "Host": "127.0.0.1:8000", "Origin": origin}
+    assert (await door("POST", "//mcp", PING, headers=headers)).status == ORIGINS[origin]
+    if ORIGINS[origin] == 403:
+        for method in ("GET", "DELETE"):
+            assert (await door(method, "//mcp", headers=headers)).status == 403
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "nonsense"])
+async def test_a_form_an_image_or_a_navigation_of_another_site_on_the_mcp_port(open_mcp: Any, site: str) -> None:
+    door: Door = await open_mcp()
+    for more in ({}, {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}, {"Sec-Fetch-Mode": "no-cors"}):
+        for method in ("GET", "POST"):
+            headers = {**MCP_HEADERS, "Sec-Fetch-Site": site, **more}
+            assert (await door(method, "//mcp", PING if method == "POST" else None, headers=headers)).status == 403
+    for content_type in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "text/plain; application/json",
+    ):
+        answer = await door("POST", "//mcp", PING, headers={**MCP_HEADERS, "Content-Type": content_type})
+        assert answer.status == 415, content_type
+
+
+async def test_going_round_the_token_on_the_mcp_port(open_mcp: Any) -> None:
+    door: Door = await open_mcp(api_token=GOOD_TOKEN)
+    for method, path in itertools.product(
+        ("GET", "POST", "DELETE", "PUT", "OPTIONS"), ("//mcp", "//mcp/", "//", "//docs", "///mcp")
+    ):
+        answer = await door(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
+        static = method == "GET" and path == "//docs"  # nothing is there on this port
+        assert answer.status == (404 if static else 401), (method, path)
+    assert (await door("GET", "//health")).status == 404
+    assert (await door("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
+
+
+async def test_a_preflight_gets_no_cors_headers_on_either_port(open_door: Any, open_mcp: Any) -> None:
+    rest: Door = await open_door()
+    mcp: Door = await open_mcp()
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type, authorization"}
+    for door, path in ((rest, "/tasks"), (rest, "//metrics"), (rest, "//"), (rest, "/events"), (mcp, "//mcp")):
+        same = f"http://127.0.0.1:{door.client.port}"
+        for origin, method in itertools.product(("https://evil.example", "null", same), ("OPTIONS", "HEAD", "DELETE")):
+            answer = await door(method, path, headers={"Origin": origin, **asked})
+            assert not [name for name in answer.headers if name.lower().startswith("access-control")], (path, origin, method)
+            assert answer.status >= 400 or (origin == same and method == "HEAD")
+
+
+MCP_GARBAGE = {
+    "deep list": b"[" * 100_000,
+    "deep object": b'{"a":' * 50_000,
+    "deep arguments": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"list_tasks","arguments":{"q":'
+    + b"[" * 150 + b"]" * 150 + b"}}}",
+    "number of 5000 digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
+    "infinite id": b'{"jsonrpc":"2.0","id":1e999,"method":"ping"}',
+    "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+    "NUL": b"\0",
+    "NUL in a name": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":'
+    b'{"name":"a\\u0000","task_type":"bash","config":{"command":"true"}}}}',
+    "lone surrogate": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":'
+    b'{"name":"\\ud800","task_type":"bash","config":{"command":"true"}}}}',
+    "lone surrogate in JSON as text": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":'
+    b'{"name":"a","task_type":"bash","config":"{\\"command\\":\\"\\\\ud800\\"}"}}}',
+    "deep JSON as text": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":'
+    b'{"name":"a","task_type":"http","config":"' + b"[" * 100_000 + b'"}}}',
+    "huge number in arguments": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":'
+    b'{"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","body":{"a":1e999}}}}}',
+    "no UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff\xfe"}',
+    "a list of a thousand calls": b"[" + b",".join([b'{"jsonrpc":"2.0","id":1,"method":"ping"}'] * 1000) + b"]",
+    "terminal escapes as a method": b'{"jsonrpc":"2.0","id":1,"method":"\\u001b[2J\\u001b]0;owned\\u0007\\nforged"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("garbage", MCP_GARBAGE)
+async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(
+    open_mcp: Any, garbage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    door: Door = await open_mcp()
+    answer = await door("POST", "//mcp", raw=MCP_GARBAGE[garbage], headers=MCP_HEADERS)
+    assert answer.status < 500 and len(answer.text) < 10_000, answer
+    assert "\x1b" not in answer.text
+    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert not [record for record in caplog.records if record.exc_info]
+    assert (await door("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200
+
+
+# --- Tasks made before a rule was set ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"allowed_bash_commands": ("echo",)}, "CHRONOTASK_ALLOWED_BASH_COMMANDS"),
+        ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS"),
+    ],
+)
+async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or_queue(
+    open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
+) -> None:
+    rig = await open_rig()
+    mark = tmp_path / "mark"
+    made = await rig.task(config={"command": f"echo on > {mark}"}, max_retries=3)
+    await rig.schedule(made)
+    failing = await rig.task(config={"command": f"test -e {tmp_path}/never && echo on > {mark}"}, max_retries=3, retry_delay=30)
+    await rig.execute(failing)
+    await rig.finish()
+    assert await rig.statuses() == ["retrying"]
+    later = await restarted(rig, open_rig, 61, **rule)
+    await later.finish()
+    await later.at(62)
+    await later.finish()
+    found = {(row["task_id"], row["status"], row["attempt"]) for row in await later.rows()}
+    assert found == {(made, "failed", 1), (failing, "failed", 2)}
+    assert all(words in row["error_message"] for row in await later.rows())
+    assert not mark.exists()
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def secret_config(target: Target) -> dict[str, Any]:
+    return {
+        "url": target.url.replace("://", "://anna:url-secret-1@"),
+        "auth": {"username": "anna", "password": "auth-secret-2"},
+        "headers": {"Authorization": "Bearer header-secret-3", "COOKIE": "s=cookie-secret-4", "proxy-authorization": "proxy-secret-5", "X": "y"},
+    }  # fmt: skip
+
+
+SECRETS = ("url-secret-1", "auth-secret-2", "header-secret-3", "cookie-secret-4", "proxy-secret-5")
+
+
+async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks_come_back(
+    open_door: Any, target: Target
+) -> None:
+    door: Door = await open_door()
+    task_id = await door.task(task_type="http", config=secret_config(target))
+    shown = (await door("GET", f"/tasks/{task_id}")).json
+    assert shown["config"]["auth"] == {"username": "anna", "password": MASK}
+    assert shown["config"]["headers"] == {"Authorization": MASK, "COOKIE": MASK, "proxy-authorization": MASK, "X": "y"}
+    assert shown["config"]["url"] == target.url.replace("://", f"://{MASK}@")
+    for method in ("PUT", "PATCH"):
+        answer = await door(method, f"/tasks/{task_id}", shown)
+        assert answer.status == 200 and answer.json["config"] == shown["config"]
+    answer = await run_tool(door.rig.service, "update_task", {"task_id": task_id, "config": shown["config"]})
+    assert not answer.is_error
+    await door.executed(task_id)
+    (request,) = target.requests
+    assert (request.headers["Authorization"], request.headers["Cookie"]) == ("Bearer header-secret-3", "s=cookie-secret-4")
+    texts = [
+        (await door("GET", path)).text
+        for path in ("/tasks", f"/tasks/{task_id}", "/overview", "/executions?output=full", "/executions/1")
+    ]
+    for tool, arguments in (("get_task", {"task_id": task_id}), ("list_tasks", {}), ("get_execution", {"execution_id": 1})):
+        texts.append(str((await run_tool(door.rig.service, tool, arguments)).model_dump()))
+    for secret, text in itertools.product(SECRETS, texts):
+        assert secret not in text
+        assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
+
+
+def moved(url: str) -> dict[str, str]:
+    """Ways to have a kept secret sent elsewhere. `url` is of the form http://********@127.0.0.1:PORT."""
+    host = url.partition("@")[2]
+    return {
+        "another port": f"http://{MASK}@127.0.0.1:9/",
+        "another host": f"http://{MASK}@127.0.0.2:{host.partition(':')[2]}/",
+        "another scheme": f"https://{MASK}@{host}/",
+        "the old host as user": f"http://{host}@127.0.0.2/",
+        "the old host as user and the mask": f"http://{MASK}@{host}@127.0.0.2/",
+        "the old host as password": f"http://{MASK}:{host}@127.0.0.2/",
+        "the old host as path": f"http://127.0.0.2/{MASK}@{host}",
+        "the old host as query": f"http://127.0.0.2?{MASK}@{host}",
+        "the old host as fragment": f"http://127.0.0.2#{MASK}@{host}",
+        "a longer name": f"http://{MASK}@{host}.evil.example/",
+        "a longer port": f"http://{MASK}@{host}0/",
+        "no port": f"http://{MASK}@127.0.0.1/",
+        "a secret as host": f"http://{MASK}@${{env:CHRONOTASK_SECRET_X}}/",
+        "a secret behind the host": f"http://{MASK}@{host}${{env:CHRONOTASK_SECRET_X}}/",
+    }
+
+
+@pytest.mark.parametrize("way", moved("http://x@127.0.0.1:1"))
+async def test_a_mask_does_not_follow_the_url_to_another_server(open_door: Any, target: Target, way: str) -> None:
+    door: Door = await open_door()
+    task_id = await door.task(task_type="http", config=secret_config(target))
+    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
+    answer = await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": moved(shown["url"])[way]}})
+    assert answer.status == 422, answer.text
+    fields = {error["field"] for error in answer.json["errors"]}
+    wanted = {
+        "config.auth.password",
+        "config.headers.Authorization",
+        "config.headers.COOKIE",
+        "config.headers.proxy-authorization",
+    }
+    assert fields >= wanted or fields == {"config.url"}, fields
+    assert not [secret for secret in SECRETS if secret in answer.text]
+    kept = json.loads(door.rig.sql("SELECT config FROM tasks")[0][0])
+    assert (kept["url"], kept["auth"]["password"]) == (secret_config(target)["url"], "auth-secret-2")
+
+
+async def test_the_path_and_query_may_change_while_the_masks_stay(open_door: Any, target: Target) -> None:
+    door: Door = await open_door()
+    task_id = await door.task(task_type="http", config=secret_config(target))
+    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
+    assert (await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
+    await door.executed(task_id)
+    assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
+
+
+# --- Output is data ---------------------------------------------------------------------------------------------------
+
+FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07'
+
+
+async def test_what_a_task_prints_forges_no_event_and_no_header(open_door: Any) -> None:
+    door: Door = await open_door()
+    forged = json.dumps(FORGED).replace("'", "")
+    command = f"python3 -c 'import sys; sys.stdout.write({forged}); sys.stderr.write({forged}); sys.exit(3)'"
+    async with door.client.get(f"{API}/events") as stream:
+        await stream.content.readuntil(b"\n\n")
+        task_id = await door.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
+        execution_id = await door.executed(task_id)
+        statuses: list[str] = []
+        async with asyncio.timeout(10):
+            while "failed" not in statuses:
+                lines = (await stream.content.readuntil(b"\n\n")).decode()[:-2].split("\n")
+                if lines[0].startswith(":"):
+                    continue
+                assert [line.partition(": ")[0] for line in lines] == ["id", "event", "data"], lines
+                assert lines[1].removeprefix("event: ") in {"task", "execution", "schedule", "scheduler"}
+                statuses.append(json.loads(lines[2].removeprefix("data: ")).get("status"))
+    for path in (f"/executions/{execution_id}/output", f"/executions/{execution_id}/output?follow=true"):
+        answer = await door("GET", path)
+        assert FORGED in answer.text and "Set-Cookie" not in answer.headers
+        assert answer.headers["Content-Type"].startswith("text/plain") and answer.headers["X-Content-Type-Options"] == "nosniff"
+    for path in (f"/executions/{execution_id}", f"/tasks/{task_id}/history", "/executions", "/overview"):
+        answer = await door("GET", path)
+        assert answer.headers["Content-Type"].startswith("application/json")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff" and not set(answer.text) & set("\n\r\x1b\x07")
+
+
+async def test_what_a_server_answers_sets_no_header_of_ours(open_door: Any, target: Target) -> None:
+    door: Door = await open_door()
+    evil = {
+        "Set-Cookie": "a=b",
+        "Location": "http://evil.example/",
+        "Content-Type": "text/html",
+        "Access-Control-Allow-Origin": "*",
+    }
+    target.answer(200, evil, b"<script>alert(1)</script>")
+    execution_id = await door.executed(await door.task(**target.config()))
+    for path in (f"/executions/{execution_id}", f"/executions/{execution_id}/output"):
+        headers = (await door("GET", path)).headers
+        assert not {"Set-Cookie", "Location", "Access-Control-Allow-Origin"} & {*headers}
+        assert "html" not in headers["Content-Type"]
+
+
+@pytest.mark.parametrize("name", ['a"} 1 #', "a\\", 'a\\"', "{}", "a,b=c", "ä\u3000#"])
+async def test_the_name_of_a_task_forges_no_metric(open_door: Any, name: str) -> None:
+    door: Door = await open_door()
+    await door.executed(await door.task(name=name))
+    sample = re.compile(r'[a-z_]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)*\})? [0-9.e+-]+|# (HELP|TYPE) .*')
+    lines = (await door("GET", "//metrics")).text.splitlines()
+    assert lines and all(sample.fullmatch(line) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[2J", "a\u2028b", "a\x00", "a\u202eb", "\x7f"])
+async def test_a_name_that_could_move_a_cursor_or_break_a_line_is_refused_or_harmless(open_door: Any, name: str) -> None:
+    door: Door = await open_door()
+    answer = await door("POST", "/tasks", {**BASH, "name": name})
+    assert answer.status == 422, answer.text
+    assert not set(answer.text) & set("\n\r\x1b\x7f\u2028\u202e")
+
+
+def log_lines(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log.txt").read_text().split("\n")
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    root, before = logging.getLogger(), logging.getLogger().handlers[:]
+    level = root.level
+    yield
+    for handler in set(root.handlers) - set(before):
+        handler.close()
+    root.handlers[:], root.level = before, level
+    logging.getLogger("aiohttp.server").filters.clear()
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: Path) -> None:
+    set_up_logging(settings(tmp_path, log_file=tmp_path / "log.txt"))
+    logger = logging.getLogger("chronotask")
+    logger.warning("told: %s", "a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202e")
+    try:
+        raise ValueError("x\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J")
+    except ValueError:
+        logger.exception("in %s", "a\nb")
+    lines = log_lines(tmp_path)
+    assert lines[0].endswith(r"WARNING told: a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202e")
+    assert lines[1].endswith(r"ERROR in a\nb")
+    assert all(line.startswith("    ") for line in lines[2:-1]) and any("forged" in line for line in lines[2:])
+    assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
+
+
+# --- Real processes ---------------------------------------------------------------------------------------------------
+
+WRAPPER = """
+import os, resource, sys
+sys.path.insert(0, {folder!r})
+{before}
+import chronotask
+{after}
+sys.exit(chronotask.main())
+"""
+
+
+def wrapped(tmp_path: Path, before: str = "", after: str = "") -> Path:
+    """A program that is chronotask.py, with something done before or after it is imported."""
+    program = tmp_path / "wrapped.py"
+    program.write_text(WRAPPER.format(folder=str(MODULE_FILE.parent), before=before, after=after))
+    return program
+
+
+def connected(server: Server, data: bytes = b"", port: int = 0) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port or server.port), timeout=20)
+    client.sendall(data)
+    return client
+
+
+def everything_from(client: socket.socket) -> bytes:
+    got = b""
+    with contextlib.suppress(OSError):
+        while piece := client.recv(65536):
+            got += piece
+    client.close()
+    return got
+
+
+def mcp_port(server: Server) -> int:
+    found = wait_until(lambda: re.search(r"MCP on http://127\.0\.0\.1:(\d+)/mcp", server.log()))
+    return int(found[1])
+
+
+@contextlib.contextmanager
+def many_descriptors(wanted: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < wanted:
+        pytest.skip(f"{wanted} file descriptors are needed, {hard} are allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_out(tmp_path: Path) -> None:
+    program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))")
+    server = Server(tmp_path, program=program, API_TOKEN=GOOD_TOKEN).start()
+    made = server.ask("POST", "/tasks", {**BASH, "config": {"command": "echo on"}}, **BEARER)
+    before = server.rss()
+    idle: list[socket.socket] = []
+    with many_descriptors(3000):
+        for i in range(2000):
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            with contextlib.suppress(OSError):
+                client.sendall(
+                    (
+                        b"",
+                        b"GET / HTTP/1.1\r\nX: ",
+                        b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{",
+                    )[i % 3]
+                )
+            idle.append(client)
+            if i % 250 == 249:
+                start = time.monotonic()
+                assert server.ask("GET", "/health", timeout=10)[0] == 200
+                status, run = server.ask("POST", f"/tasks/{made[1]['id']}/execute?wait=10", timeout=20, **BEARER)
+                assert (status, run["status"]) == (200, "succeeded"), run
+                assert time.monotonic() - start < 5
+    assert server.rss() - before < 60_000_000
+    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 600
+    for client in idle:
+        client.close()
+    assert "out of system resource" not in server.log() and len(server.log()) < 20_000
+
+
+@pytest.mark.slow
+def test_slow_heads_and_slow_bodies_are_ended_while_others_are_served(tmp_path: Path) -> None:
+    program = wrapped(tmp_path, after="chronotask.SLOW_BODY = chronotask.IDLE_CONNECTION = 1.0")
+    server = Server(tmp_path, program=program, mode="both").start()
+    port = mcp_port(server)
+    body = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
+    slow = {
+        "nothing at all": connected(server),
+        "half a head": connected(server, b"GET / HTTP/1.1\r\nHost: local"),
+        "half a head to MCP": connected(server, b"GET / HTTP/1.1\r\nHost: local", port),
+        "half a body": connected(server, b"POST /api/v1/tasks HTTP/1.1\r\n" + body),
+        "half a body to MCP": connected(
+            server, b"POST /mcp HTTP/1.1\r\nAccept: application/json, text/event-stream\r\n" + body, port
+        ),
+        "silence after an answer": connected(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    }
+    start = time.monotonic()
+    while time.monotonic() - start < 0.8:
+        for client in list(slow.values())[1:5]:
+            client.sendall(b"x")  # one byte at a time does not help
+        assert server.ask("GET", "/health")[0] == 200
+        time.sleep(0.1)
+    answers = {what: everything_from(client) for what, client in slow.items()}
+    assert time.monotonic() - start < 8
+    assert [what for what, answer in answers.items() if statuses_in(answer) == [408]] == ["half a body", "half a body to MCP"]
+    assert [answers[what] for what in ("nothing at all", "half a head", "half a head to MCP")] == [b"", b"", b""]
+
+
+def growth(server: Server, attack: Any, rounds: int) -> int:
+    """By how many bytes memory grows over the later rounds of an attack; the first rounds may fill pools."""
+    sizes = []
+    for _ in range(rounds):
+        attack()
+        assert server.ask("GET", "/health", timeout=10)[0] == 200
+        sizes.append(server.rss())
+    return sizes[-1] - min(sizes[: rounds // 2])
+
+
+@pytest.mark.slow
+def test_uploads_that_break_off_leave_nothing_in_memory(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+
+    def attack() -> None:
+        head = (
+            b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+        )
+        clients = [connected(server, head + b" " * 900_000) for _ in range(40)]
+        for client in clients:
+            client.close()
+
+    assert growth(server, attack, 8) < 60_000_000
+    assert server.log().count("\n") < 10
+
+
+@pytest.mark.slow
+def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
+    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN).start()
+    bomb = gzip.compress(b" " * (1 << 27))
+    common = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    attacks = [
+        (common + b"Content-Length: 1000000\r\n\r\n" + b" " * 1_000_000, 401),
+        (common + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb, 401),
+        (
+            common
+            + b"Authorization: Bearer %s\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+            % (GOOD_TOKEN.encode(), len(bomb))
+            + bomb,
+            415,
+        ),
+        (common + b"Authorization: Bearer %s\r\nContent-Length: -1\r\n\r\n" % GOOD_TOKEN.encode(), 400),
+        (b"GET / HTTP/1.1\nHost: localhost\nAuthorization: Bearer %s\n\n" % GOOD_TOKEN.encode(), 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer\r\n %s\r\n\r\n" % GOOD_TOKEN.encode(), 400),
+    ]
+
+    def attack() -> None:
+        for data, status in attacks * 4:
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            with contextlib.suppress(OSError):
+                client.sendall(data)
+            found = statuses_in(everything_from(client))
+            assert found in ([status], []), (data[:200], found)  # [] when the reset outran the answer
+
+    start = time.process_time()
+    assert growth(server, attack, 8) < 40_000_000
+    assert time.process_time() - start < 60
+    assert GOOD_TOKEN not in server.log() and server.log().count("\n") < 10
+
+
+@pytest.mark.slow
+def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are_bounded(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    one = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    upgrade = b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
+    piles = [(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n", one), (b"", one), (upgrade, b"a" * 100_000)]
+    before = server.rss()
+    for beginning, pile in piles:
+        client = connected(server, beginning)
+        client.setblocking(False)
+        sent, end = 0, time.monotonic() + 1.5
+        while time.monotonic() < end and sent < 100_000_000:
+            if select.select([], [client], [], 0.1)[1]:
+                with contextlib.suppress(BlockingIOError):
+                    sent += client.send(pile)
+        assert sent < 50_000_000  # it does not take more: the rest waits in the sender
+        assert server.ask("GET", "/health")[0] == 200
+        client.close()
+    assert server.rss() - before < 40_000_000
+
+
+def hostile_answers(port_of: list[int]) -> threading.Thread:
+    """A server whose status line, headers and body try to break out of whatever they are written to."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port_of.append(listener.getsockname()[1])
+
+    def answer() -> None:
+        for reply in (
+            b"HTTP/1.1 500 \x1b[2Jforged\r\nX: a\r\nContent-Length: 2\r\n\r\nno",
+            b"HTTP/1.1 200 OK\r\nX\x1b[2J: a\r\n\r\n",
+            b"\x1b[2J\n2026-01-01 00:00:00,000 ERROR forged\r\n\r\n",
+            b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\x1b[2J%0a\r\nContent-Length: 0\r\n\r\n",
+        ):
+            client, _ = listener.accept()
+            with client:
+                client.settimeout(5)
+                with contextlib.suppress(OSError):
+                    client.recv(65536)
+                    client.sendall(reply)
+        listener.close()
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(tmp_path: Path) -> None:
+    server = Server(tmp_path, LOG_LEVEL="DEBUG", LOG_FILE=tmp_path / "log" / "log.txt").start()
+    port: list[int] = []
+    thread = hostile_answers(port)
+    for _ in range(4):
+        url = f"http://127.0.0.1:{port[0]}/"
+        task = server.expect(
+            201, "POST", "/tasks", {"name": "h", "task_type": "http", "config": {"url": url, "timeout": 5}, "max_retries": 0}
+        )
+        assert server.execute(task["id"], wait=20)["status"] == "failed"
+    thread.join(10)
+    text = r"'\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J'"
+    server.execute(server.bash(f"printf {text}; printf {text} >&2; exit 1"), wait=20)
+    for path in ("/%0a2026-01-01%2000:00:00,000%20ERROR%20forged%1b[2J", "/api/v1/tasks/%1b[2J", "/api/v1/tasks?%0aforged=%1b"):
+        everything_from(connected(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()))
+    everything_from(connected(server, b"GET / HTTP/1.1\r\nHost: evil\x1b[2J\r\nUser-Agent: \x1b[2J\r\nConnection: close\r\n\r\n"))
+    server.stop()
+    for log in (server.log(), (tmp_path / "log" / "log.txt").read_text()):
+        assert not set(log) & {chr(code) for code in range(32) if code != 10} - {"\t"}
+        assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ |    ", line) for line in log.splitlines())
+        assert "\n2026-01-01" not in log
+
+
+class Echo:
+    """A server that tells each client all that it sent."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        echo = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                told = f"{self.path}\n{self.headers}\n".encode() + body
+                echo.seen.append(told)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(told)))
+                self.send_header("X-Echo", self.headers.get("X-Api-Key", ""))
+                self.end_headers()
+                self.wfile.write(told)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.port = self.server.server_address[1]
+
+
+RESOLVED = {"ENV": "resolved-env-value-1", "FILE": "resolved-file-value-2", "URL": "resolved-url-value-3"}
+STORED = ("stored-auth-value-4", "stored-header-value-5", "stored-cookie-value-6", "stored-userinfo-value-7")
+
+
+@pytest.mark.slow
+def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_line(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "f").write_text(RESOLVED["FILE"] + "\n")
+    (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
+    server = Server(
+        tmp_path, mode="both", API_TOKEN_FILE=tmp_path / "token", SECRETS_DIR=tmp_path / "secrets", LOG_LEVEL="DEBUG",
+        LOG_FILE=tmp_path / "log.txt", MCP_PORT=0, SECRET_ENV=RESOLVED["ENV"], SECRET_URL=RESOLVED["URL"],
+    ).start()  # fmt: skip
+    port, echo = mcp_port(server), Echo()
+    told: dict[str, bytes] = {}
+
+    def ask(method: str, path: str, body: Any = None, to: int = 0) -> Any:
+        client = http.client.HTTPConnection("127.0.0.1", to or server.port, timeout=30)
+        client.request(
+            method, path, None if body is None else json.dumps(body), {**BEARER, **MCP_HEADERS} if body is not None else BEARER
+        )
+        answer = client.getresponse()
+        told[f"{len(told)} {method} {path} {str(body)[:80]}"] = answer.read() + str(answer.headers).encode()
+        client.close()
+        return answer, told[[*told][-1]]
+
+    def listen() -> None:
+        stream = connected(
+            server, f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GOOD_TOKEN}\r\n\r\n".encode()
+        )
+        told["events"] = everything_from(stream)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    everywhere = "${env:CHRONOTASK_SECRET_ENV} ${file:f}"
+    config = {
+        "url": f"http://anna:{STORED[3]}@127.0.0.1:{echo.port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}", "method": "POST",
+        "headers": {"Authorization": f"Bearer {STORED[1]}", "Cookie": f"s={STORED[2]}", "X-Api-Key": everywhere},
+        "params": {"p": everywhere}, "body": {"deep": [everywhere]}, "auth": {"username": "anna", "password": STORED[0]}, "timeout": 5,
+    }  # fmt: skip
+    bash = {
+        "command": 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1',
+        "env": {"S": everywhere},
+    }
+    configs = [("http", config), ("bash", bash)]
+    configs.append(("http", {**config, "url": config["url"].replace(str(echo.port), "1")}))
+    configs.append(("http", {**config, "url": config["url"].replace("127.0.0.1", "no.such.host.invalid")}))
+    configs.append(("http", {**config, "expected_status": [201]}))
+    configs.append(("http", {**config, "url": "http://127.0.0.1:1${env:CHRONOTASK_SECRET_ENV}/"}))
+    configs.append(("bash", {"command": "true", "env": {"S": "${env:CHRONOTASK_SECRET_MISSING}${file:../token}"}}))
+    for number, (kind, each) in enumerate(configs, 1):
+        answer, _ = ask("POST", "/api/v1/tasks", {"name": f"t{number}", "task_type": kind, "config": each, "max_retries": 0})
+        assert answer.status == 201
+        follower = ask if kind == "http" else None
+        ask("POST", f"/api/v1/tasks/{number}/execute")
+        if follower is None:
+            ask("GET", f"/api/v1/executions/{number}/output?follow=true")
+        ask("POST", f"/api/v1/tasks/{number}/execute?wait=20")
+        for path in (f"/api/v1/tasks/{number}", f"/api/v1/tasks/{number}/history?output=full"):
+            ask("GET", path)
+        ask("PATCH", f"/api/v1/tasks/{number}", {"config": {**each, "timeout": -1}})
+        for name, arguments in (
+            ("get_task", {}),
+            ("get_task_history", {"output": "full"}),
+            ("execute_task", {"wait": 20}),
+            ("update_task", {"config": {**each, "no": 1}}),
+        ):
+            call = {"name": name, "arguments": {"task_id": number, **arguments}}
+            ask("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}, port)
+    runs = json.loads(
+        ask("GET", "/api/v1/executions?output=full")[1].partition(b"\n}")[0].split(b"Content-Type")[0].decode().rpartition("}")[0]
+        + "}"
+    )["executions"]
+    for run in runs:
+        ask("GET", f"/api/v1/executions/{run['id']}")
+        ask("GET", f"/api/v1/executions/{run['id']}/output")
+    for path in (
+        "/",
+        "/metrics",
+        "/openapi.json",
+        "/api/v1/tasks",
+        "/api/v1/overview",
+        "/api/v1/scheduler/status",
+        "/api/v1/nothing",
+    ):
+        ask("GET", path)
+    for uri in ("chronotask://status", "chronotask://tasks/1", "chronotask://executions/1"):
+        ask("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "resources/read", "params": {"uri": uri}}, port)
+    told["command line"] = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    rows = b"".join(path.read_bytes() for path in tmp_path.glob("chronotask.db*"))
+    server.stop()
+    listener.join(10)
+    told["log"], told["stderr"] = (tmp_path / "log.txt").read_bytes(), server.log().encode()
+    assert len(told["events"]) > 1000 and b"succeeded" in told["events"]
+    assert all(value.encode() in b"".join(echo.seen) for value in RESOLVED.values())  # the tasks had them
+    secrets = [*RESOLVED.values(), *STORED, GOOD_TOKEN]
+    secrets += [base64.b64encode(f"anna:{STORED[0]}".encode()).decode(), base64.b64encode(f"anna:{STORED[3]}".encode()).decode()]
+    leaks = [(what, secret) for what, text in told.items() for secret in secrets if secret.encode() in text]
+    assert leaks == []
+    assert [value for value in (*RESOLVED.values(), GOOD_TOKEN) if value.encode() in rows] == []
+
+
+@pytest.mark.slow
+def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(tmp_path: Path) -> None:
+    before = os.umask(0o000)
+    try:
+        server = Server(
+            tmp_path, database=tmp_path / "data" / "c.db", API_TOKEN=GOOD_TOKEN, LOG_FILE=tmp_path / "logs" / "log.txt"
+        ).start()
+        backup = subprocess.run(
+            [sys.executable, str(MODULE_FILE), "--backup", str(tmp_path / "copy.db")], env=server.environ, timeout=30, check=True
+        )
+        assert backup.returncode == 0
+    finally:
+        os.umask(before)
+    server.ask(
+        "POST", "/tasks", {**BASH, "config": {"command": f"umask; touch {tmp_path}/made; mkdir {tmp_path}/folder"}}, **BEARER
+    )
+    _, run = server.ask("POST", "/tasks/1/execute?wait=10", **BEARER)
+    assert run["output_data"]["stdout"] == "0000\n"
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o666
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777
+    assert server.ask("GET", "/backup", **BEARER)[0] == 200
+    own = [
+        tmp_path / "copy.db",
+        tmp_path / "data",
+        tmp_path / "logs",
+        *(tmp_path / "data").iterdir(),
+        *(tmp_path / "logs").iterdir(),
+    ]
+    assert {path.name for path in own} >= {"c.db", "c.db-wal", "c.db-shm", "c.db.leader", "c.db.service", "log.txt", "copy.db"}
+    assert {path.name: oct(path.stat().st_mode & 0o077) for path in own if path.stat().st_mode & 0o077} == {}
+
+
+PROBE = r"""
+for fd in /proc/self/fd/*; do readlink "$fd"; done | grep -v '^/proc/' ; echo --
+tr '\0' '\n' </proc/self/environ; echo --
+for file in environ mem maps fd cwd; do
+  if [ -d /proc/$PPID/$file ]; then ls /proc/$PPID/$file; else head -c 100 /proc/$PPID/$file; fi >/dev/null 2>&1 && echo "read $file"
+done
+echo --
+tr '\0' ' ' </proc/$PPID/cmdline; echo
+sleep 100 & head -c 10 /proc/$!/environ >/dev/null && echo control; kill $!
+"""
+# The rights of a user without privileges, for a test that runs as root: root may read everything.
+DROP_RIGHTS = """
+import ctypes
+for right in range(64):
+    ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
+if os.environ.pop("AGAIN", "yes") == "yes":
+    os.environ["AGAIN"] = "no"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["http", "both"])
+def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_service(tmp_path: Path, mode: str) -> None:
+    program = wrapped(tmp_path, DROP_RIGHTS if os.geteuid() == 0 else "")
+    server = Server(
+        tmp_path,
+        program=program,
+        mode=mode,
+        MCP_PORT=0,
+        API_TOKEN=GOOD_TOKEN,
+        SECRET_X="secret-of-the-service",
+        LOG_FILE=tmp_path / "l.txt",
+    ).start()
+    if mode == "both":
+        mcp_port(server)
+    streams = [
+        connected(
+            server, f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GOOD_TOKEN}\r\n\r\n".encode()
+        )
+        for _ in range(3)
+    ]
+    made = server.ask("POST", "/tasks", {**BASH, "config": {"command": PROBE, "env": {"MINE": "1"}}}, **BEARER)[1]
+    run = server.ask("POST", f"/tasks/{made['id']}/execute?wait=20", **BEARER)[1]
+    open_files, environ, looked, command = run["output_data"]["stdout"].split("--\n")
+    kinds = {re.sub(r":\[\d+\]", "", line) for line in open_files.split()}
+    assert kinds == {"/dev/null", "pipe"}, open_files
+    names = {line.partition("=")[0] for line in environ.splitlines() if line.startswith("CHRONOTASK_")}
+    assert names == {f"CHRONOTASK_{name}" for name in ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "ATTEMPT", "RUN_ID")}
+    assert "MINE=1" in environ.splitlines()
+    assert looked == "", "the service's memory or environment can be read by its tasks"
+    assert "control" in command and GOOD_TOKEN not in command
+    assert "secret-of-the-service" not in str(run) and GOOD_TOKEN not in str(run)
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.slow
+def test_the_backup_is_closed_without_a_token_and_leaves_no_copy_behind(tmp_path: Path) -> None:
+    server = Server(tmp_path / "open").start()
+    assert server.ask("GET", "/backup")[0] == 403
+    server.stop()
+    (tmp_path / "token").write_text(f"  {GOOD_TOKEN}\r\n")
+    server = Server(tmp_path / "closed", API_TOKEN_FILE=tmp_path / "token").start()
+    assert [server.ask("GET", "/backup", Authorization=f"Bearer {token}")[0] for token in ("", "wrong-horse", GOOD_TOKEN)] == [
+        401,
+        401,
+        200,
+    ]
+    status, copy = server.ask("GET", "/backup", **BEARER)
+    assert status == 200 and copy.startswith(b"SQLite format 3\0")
+    assert server.ask("GET", "/health")[1] == {"status": "healthy"}
+    assert [path.name for path in (tmp_path / "closed").iterdir() if "backup" in path.name or "part" in path.name] == []
+
+
+# ======================================================================================================================
+# The browser
+# ======================================================================================================================
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. REST: the dashboard and /docs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+TOP = Path(chronotask.__file__).parent
+DASHBOARD = TOP / "dashboard.html"
+
+
+def test_the_dashboard_is_one_small_file_that_fetches_nothing_from_elsewhere() -> None:
+    page = DASHBOARD.read_text(encoding="utf-8")
+    assert len(page.encode()) < 40_000
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)\S+", page) == []
+    assert re.findall(r"""\son[a-z]+=["']|\sstyle=|<script src|<link rel="stylesheet""", page) == []
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page) == []
+    assert (page.count("<script>"), page.count("<style>")) == (1, 1)
+
+
+def test_the_policy_of_the_page_names_its_own_script_and_style_and_nothing_else() -> None:
+    policy = chronotask.page_policy(DASHBOARD.read_text(encoding="utf-8"))["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", policy)) == 2
+    assert "unsafe" not in policy and "*" not in policy
+
+
+def browser_modules() -> Path:
+    """The folder with playwright-core and axe-core; skips, and says so, where the browser's tools are missing."""
+    modules = Path(os.environ.get("CHRONOTASK_TEST_NODE_MODULES") or "missing")
+    wanted = {
+        "node": shutil.which("node"),
+        "chromium": shutil.which("chromium") or shutil.which("chromium-browser"),
+        "playwright-core (CHRONOTASK_TEST_NODE_MODULES)": (modules / "playwright-core").exists(),
+        "axe-core (CHRONOTASK_TEST_NODE_MODULES)": (modules / "axe-core").exists(),
+    }
+    missing = [name for name, found in wanted.items() if not found]
+    if missing:
+        pytest.skip(f"BROWSER TESTS DID NOT RUN: there is no {', no '.join(missing)} (.ci/run installs them)")
+    return modules
+
+
+@pytest.mark.slow
+def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_pages(tmp_path: Path) -> None:
+    """.ci/browser.mjs has the facts; it prints `ok NAME` or `FAILED NAME` for each."""
+    script = TOP / ".ci" / "browser.mjs"
+    command = ["node", str(script), sys.executable, chronotask.__file__, str(tmp_path), str(browser_modules())]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    print(done.stdout)
+    assert failed == [] and done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.count("\nok ") >= 20
+
+
+# ======================================================================================================================
+# The documentation
+# ======================================================================================================================
+
+
+HERE = Path(chronotask.__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+CHANGELOG = (HERE / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """A section of the README, without its heading."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def shell_blocks(text: str) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("tour")).start()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_every_command_of_the_tour_works_in_order(tour: Server) -> None:
+    answers: list[Any] = []
+    for block in shell_blocks(section("Five minutes with curl")):
+        script = block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{tour.port}")
+        for command in re.split(r"\n(?=curl )", script):
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, command
+            answers.append(json.loads(done.stdout))
+    hello, first_run, cron, interval, once, _, health_run, history, status, paused, preview = answers
+    assert hello["id"] == 1 and first_run["status"] == "succeeded"
+    assert first_run["output_data"]["stdout"].startswith("hello from ")
+    assert cron["description"] == "Every weekday at 09:00 (Europe/Berlin)"
+    assert len(cron["upcoming"]) == 5
+    assert interval["schedule_config"]["seconds"] == 30 and len(once["upcoming"]) == 1
+    assert health_run["output_data"]["status_code"] == 200
+    assert history["total"] >= 1 and history["history"][-1]["success"] is True
+    assert status["leader"] is True and status["tasks"] == 2
+    assert paused["status"] == "paused"
+    assert len(preview["upcoming"]) == 3
+
+
+def test_every_setting_is_in_the_readme_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", section("Settings"), re.MULTILINE))
+    fields = {field.name.upper(): field.default for field in chronotask.dataclasses.fields(chronotask.Settings)}
+    assert rows.keys() == fields.keys()
+    for name, default in fields.items():
+        if isinstance(default, bool):
+            assert rows[name] == f"`{str(default).lower()}`"
+        elif isinstance(default, (int, float)):
+            assert rows[name] == f"`{default:g}`"
+        elif isinstance(default, str):
+            assert rows[name] == f"`{default}`"
+
+
+def test_every_route_is_in_the_readme() -> None:
+    text = section("REST")
+    for operation in chronotask.OPERATIONS:
+        methods = ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
+        for method in methods:
+            path = re.escape(chronotask.API + operation.path)
+            row = rf"^\|.*`{method}`.*{path}[`?]|{method} {path}[`?]"
+            assert re.search(row, text, re.MULTILINE), f"{method} {operation.path}"
+    for page in chronotask.PAGES:
+        assert re.search(rf"GET {re.escape(page.path)}[`?]", text), page.path
+
+
+def test_every_field_of_tasks_and_schedules_is_in_the_readme() -> None:
+    for view, title in ((chronotask.TaskView, "Tasks"), (chronotask.ScheduleView, "Schedules")):
+        for name in view.__annotations__:
+            assert re.search(rf"\b{name}\b", section(title)), f"{title}: {name}"
+
+
+def test_every_status_is_in_the_readme() -> None:
+    for status in (*chronotask.UNFINISHED, *chronotask.FINISHED):
+        assert f"`{status}`" in section("What happens when"), status
+
+
+@pytest.mark.parametrize("expression", re.findall(r"^\| `([^`]+)`(?:,| \|)", section("Cron"), re.MULTILINE))
+def test_every_cron_example_is_accepted(expression: str) -> None:
+    config = {"expression": expression}
+    checked = chronotask.check_schedule_config("cron", config, "UTC", int(time.time() * 1_000_000))
+    assert checked == {"expression": expression, "timezone": "UTC"}
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    assert re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)[0] == chronotask.__version__
+
+
+def run_time_requirements() -> list[str]:
+    lines = (HERE / "requirements.txt").read_text().split("# --- tests ---")[0].splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_time() -> None:
+    text = Path(chronotask.__file__).read_text(encoding="utf-8")
+    block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
+    assert block
+    import tomllib
+
+    script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    assert script == {"requires-python": ">=3.11", "dependencies": run_time_requirements()}
+
+
+def test_each_requirement_gives_its_reason() -> None:
+    lines = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+ +# \S.*", line) for line in lines), lines
+
+
+def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
+    allowed = {
+        "chronotask.py", "test_chronotask.py", "bench_chronotask.py", "dashboard.html", "Dockerfile", "docker-compose.yml",
+        "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml",
+    }  # fmt: skip
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tops = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in tops if not name.startswith(".")} <= allowed
