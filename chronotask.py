@@ -3188,6 +3188,7 @@ def backup(path: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+@functools.lru_cache(1024)
 def zone_rules(name: str) -> str:
     """A digest of the zone's rules: it changes when a tzdata release changes them."""
     for folder in zoneinfo.TZPATH:
@@ -3452,12 +3453,15 @@ def live_schedules(db: DB) -> list[Schedule]:
     return [_schedule(row) for row in db.execute(f"SELECT {_S} {_S_JOIN} WHERE {_LIVE}")]
 
 
-def used_zones(db: DB) -> list[str]:
-    """The time zones of active schedules."""
-    zone = "json_extract(schedule_config, '$.timezone')"
-    return [
-        row[0] for row in db.execute(f"SELECT DISTINCT {zone} FROM schedules WHERE is_active AND json_valid(schedule_config)")
-    ]
+def remember_zone(db: DB, zone: str) -> None:
+    """Notes the rules by which slots in a zone are computed, so that the next start sees whether they have changed."""
+    db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"zone:{zone}", zone_rules(zone)))
+
+
+def known_zones(db: DB) -> dict[str, str]:
+    """The rules that were noted, by zone."""
+    rows = db.execute("SELECT key, value FROM meta WHERE key LIKE 'zone:%'")
+    return {key.removeprefix("zone:"): value for key, value in rows}
 
 
 def all_task_ids(db: DB) -> list[int]:
@@ -5836,16 +5840,12 @@ class Service:
         return not free
 
     async def _check_zone_rules(self) -> None:
-        """Slots of zones whose rules have changed since the last start are computed anew."""
+        """Slots of zones whose rules have changed since they were computed are computed anew."""
         await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
-        for zone in await self.store.read(used_zones):
-            try:
-                rules = zone_rules(zone)
-            except (OSError, *DAMAGE):
-                continue
-            known = await self.store.read(partial(get_meta, key=f"zone:{zone}"))
-            if known != rules:
-                await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules))
+        for zone, known in (await self.store.read(known_zones)).items():
+            with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
+                if (rules := zone_rules(zone)) != known:
+                    await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules))
 
     async def _load_state(self) -> int:
         rev, paused = await self.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
@@ -6029,6 +6029,7 @@ class Service:
         def insert(db: DB) -> None:
             get_task(db, schedule.task_id)
             insert_schedule(db, schedule)
+            remember_zone(db, schedule.zone)
             if schedule.jitter:  # it is derived from the id, which is known only now
                 _place(schedule)
                 update_schedule(db, schedule)
@@ -6424,7 +6425,7 @@ def _restart_slots(db: DB, now: int, settled_after: int) -> None:
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
-    """Computes next slots anew; a zone that was never seen at a start may have changed since its first schedule was made."""
+    """Computes the next slots of a zone's schedules anew."""
     set_meta(db, f"zone:{zone}", rules)
     for schedule in active_schedules(db, zone=zone):
         before = schedule.next_fire
@@ -6486,6 +6487,7 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
     elif schedule.plan().remaining == 0:
         schedule.move_to(None, schedule.plan())
     update_schedule(db, schedule)
+    remember_zone(db, schedule.zone)
 
 
 def _reactivate(db: DB, schedule: Schedule, now: int) -> None:
