@@ -11184,7 +11184,7 @@ def test_uploads_that_break_off_leave_nothing_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
-    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN).start()
+    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
     bomb = gzip.compress(b" " * (1 << 27))
     common = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     attacks = [
@@ -11444,13 +11444,12 @@ def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_uma
 
 PROBE = r"""
 for fd in /proc/self/fd/*; do readlink "$fd"; done | grep -v '^/proc/' ; echo --
-tr '\0' '\n' </proc/self/environ; echo --
-for file in environ mem maps fd cwd; do
-  if [ -d /proc/$PPID/$file ]; then ls /proc/$PPID/$file; else head -c 100 /proc/$PPID/$file; fi >/dev/null 2>&1 && echo "read $file"
-done
+cat /proc/self/environ | tr '\0' '\n'; echo --
+for file in environ mem maps; do ( : </proc/$PPID/$file ) 2>/dev/null && echo "opened $file"; done
+for link in fd/0 cwd exe; do readlink /proc/$PPID/$link >/dev/null && echo "followed $link"; done
 echo --
-tr '\0' ' ' </proc/$PPID/cmdline; echo
-sleep 100 & head -c 10 /proc/$!/environ >/dev/null && echo control; kill $!
+cat /proc/$PPID/cmdline | tr '\0' ' '; echo
+sleep 100 & ( : </proc/$!/environ && : </proc/$!/maps ) && readlink /proc/$!/fd/0 >/dev/null && echo control; kill $!
 """
 # The rights of a user without privileges, for a test that runs as root: root may read everything.
 DROP_RIGHTS = """
@@ -11515,6 +11514,39 @@ def test_the_backup_is_closed_without_a_token_and_leaves_no_copy_behind(tmp_path
     assert status == 200 and copy.startswith(b"SQLite format 3\0")
     assert server.ask("GET", "/health")[1] == {"status": "healthy"}
     assert [path.name for path in (tmp_path / "closed").iterdir() if "backup" in path.name or "part" in path.name] == []
+
+
+@pytest.mark.slow
+def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
+    server.bash("true", name="secret-name")
+    (tmp_path / "shared").mkdir()
+    plant = (
+        "import os; folder = os.environ['SHARED']\n"
+        "names = ('.copy.db.%d.part', 'copy.db.%d.part', '.copy.db.part', 'copy.db.part', '.copy.db.tmp', 'copy.db.tmp')\n"
+        "for name in names: open(f'{folder}/{name % os.getpid() if chr(37) in name else name}', 'w').close()\n"
+    )
+    program = wrapped(tmp_path, plant)
+    environ = {**server.environ, "SHARED": str(tmp_path / "shared")}
+    command = [sys.executable, str(program), "--backup", str(tmp_path / "shared" / "copy.db")]
+    done = subprocess.run(command, env=environ, timeout=30, capture_output=True)
+    planted = [path for path in (tmp_path / "shared").iterdir() if path.name != "copy.db"]
+    assert len(planted) == 6 and [path.name for path in planted if path.stat().st_size] == []
+    if done.returncode == 0:
+        assert stat.S_IMODE((tmp_path / "shared" / "copy.db").stat().st_mode) == 0o600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["http", "both"])
+def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path: Path, mode: str) -> None:
+    alone = (
+        "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # a network of its own: CLONE_NEWNET
+    )
+    server = Server(tmp_path, program=wrapped(tmp_path, alone), mode=mode, API_HOST="0.0.0.0", MCP_PORT=0).start(ready=False)
+    wait_until(lambda: "REST on" in server.log() or server.process.poll() is not None)
+    if "no namespace" in server.log():
+        pytest.skip("a network namespace needs more rights")
+    assert len(re.findall(r"WARNING .*ANYONE WHO REACHES 0\.0\.0\.0 .*CHRONOTASK_API_TOKEN", server.log())) == 1
 
 
 # ======================================================================================================================
