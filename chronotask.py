@@ -2042,8 +2042,8 @@ class Run:
 
 
 def run_id(execution_uuid: str, attempt: int) -> str:
-    """The UUID of one attempt: known again after a crash without being stored."""
-    return str(uuid.uuid5(uuid.UUID(execution_uuid), str(attempt)))
+    """The UUID of one attempt, known again after a crash without being stored: the execution's, its end the attempt's number."""
+    return f"{execution_uuid[:-4]}{attempt:04x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -2597,15 +2597,14 @@ def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
 
 def clip_texts(output: dict[str, Any] | None) -> dict[str, Any] | None:
     """Output as it stands in lists: each text is cut to 4,096 characters, and says so."""
-    if output is None or len(repr(output)) <= LIST_TEXT_LIMIT:
-        return output
+    if output is None:
+        return None
     return {name: _clip_value(value) for name, value in output.items()}
 
 
 def _clip_value(value: Any) -> Any:
-    if isinstance(value, (dict, list)):
-        text = json.dumps(value, ensure_ascii=False)
-        return value if len(text) <= LIST_TEXT_LIMIT else _clip_value(text)
+    if isinstance(value, (dict, list)) and len(text := json.dumps(value, ensure_ascii=False)) > LIST_TEXT_LIMIT:
+        value = text
     if isinstance(value, str) and len(value) > LIST_TEXT_LIMIT:
         return value[:LIST_TEXT_LIMIT] + f"… [{len(value) - LIST_TEXT_LIMIT} more characters: ask for output=full]"
     return value
@@ -2804,14 +2803,18 @@ MIGRATIONS: list[tuple[str, ...]] = [
             recent BLOB NOT NULL, PRIMARY KEY (execution_id, stream)
         )""",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-        "INSERT INTO meta VALUES ('paused', 0), ('rev', 0)",
+        "INSERT INTO meta VALUES ('paused', 0), ('rev', 0), ('tasks', 0)",
         # `rev` numbers the changes of tasks and schedules that other processes must notice.
-        "CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
+        """CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
+            UPDATE meta SET value = new.rev WHERE key = 'rev'; UPDATE meta SET value = value + 1 WHERE key = 'tasks';
+        END""",
+        """CREATE TRIGGER tasks_deleted AFTER UPDATE OF deleted ON tasks
+            BEGIN UPDATE meta SET value = value - 1 WHERE key = 'tasks'; END""",
         "CREATE TRIGGER tasks_changed AFTER UPDATE OF rev ON tasks BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
         "CREATE TRIGGER schedules_added AFTER INSERT ON schedules BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END",
         """CREATE TRIGGER schedules_changed AFTER UPDATE OF rev ON schedules
             BEGIN UPDATE meta SET value = new.rev WHERE key = 'rev'; END""",
-        # Counting 100,000 rows for a page of history takes longer than the page.
+        # Counting rows for a page takes longer than the page: 10,000 tasks, and still more for a history of 100,000.
         """CREATE TRIGGER executions_added AFTER INSERT ON executions
             BEGIN UPDATE tasks SET history_count = history_count + 1 WHERE id = new.task_id; END""",
         """CREATE TRIGGER executions_removed AFTER DELETE ON executions
@@ -3418,7 +3421,7 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | No
             r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'": like,
         }
     )
-    total = db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
+    total = get_meta(db, "tasks") if not values else db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
     page = f"FROM tasks NOT INDEXED {where} ORDER BY id LIMIT ? OFFSET ?"  # an index would count faster, but page slower
     rows = fetch(
         db, f"{_TASKS}, next_run", f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run {page})", [*values, query.limit, query.skip]
@@ -3794,9 +3797,16 @@ def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
 _SUCCESS_SQL = {True: "status = 'succeeded'", False: "status IN ('failed', 'timed_out', 'interrupted')"}
 
 
-def _execution_page(db: DB, where: str, values: Sequence[Any], with_output: bool) -> list[Execution]:
-    columns = _EXECUTIONS if with_output else _EXECUTIONS.replace("output_data", "NULL AS output_data")
-    return [_execution(row) for row in fetch(db, _EXECUTIONS, f"FROM (SELECT {columns} FROM executions {where})", values)]
+def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | None) -> list[Execution]:
+    """Executions with their whole output (`full`), without (`none`), or with its texts cut (None)."""
+    columns = _EXECUTIONS.replace("output_data", "NULL AS output_data") if output == "none" else _EXECUTIONS
+    source = f"FROM (SELECT {columns}, length(output_data) AS size FROM executions {where})"
+    executions = []
+    for row in fetch(db, f"{_EXECUTIONS}, size", source, values):
+        executions.append(_execution(row[:-1]))
+        if output is None and (row[-1] or 0) > LIST_TEXT_LIMIT:  # only then one of its texts can be too long
+            executions[-1].output_data = clip_texts(executions[-1].output_data)
+    return executions
 
 
 def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
@@ -3815,7 +3825,7 @@ def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[E
     else:
         total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
     page = f"{where} ORDER BY id DESC LIMIT ? OFFSET ?"
-    return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output != "none")
+    return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output)
 
 
 def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
@@ -3834,7 +3844,7 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
         }
     )
     page = f"{where} ORDER BY id DESC LIMIT ?"
-    return _execution_page(db, page, [*values, query.limit], query.output != "none")
+    return _execution_page(db, page, [*values, query.limit], query.output)
 
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
@@ -4586,7 +4596,8 @@ _spawn_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]
 
 async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
     # Spawning blocks the loop until exec: one in each turn of the loop, so that 500 at once hold it up 7 ms at a time, not 600.
-    async with _spawn_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+    loop = asyncio.get_running_loop()
+    async with _spawn_locks.get(loop) or _spawn_locks.setdefault(loop, asyncio.Lock()):
         stdout, stderr = pipes.open()
         return await asyncio.create_subprocess_exec(
             *command.words,
@@ -5212,7 +5223,9 @@ def _connect_reason(error: OSError) -> str:
 # knows is an index over the store, rebuilt by `_take_over`.
 
 FIRST_BATCH = 16  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
-BATCH = 64  # slots claimed in one beat at most: more would leave places empty while they are claimed
+BATCH = 128  # slots claimed in one beat at most: more would leave places empty while they are claimed
+BUSY_FROM = 8  # attempts under way from which on ends are gathered
+BEAT_GAP = 0.01  # seconds between beats then
 KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
@@ -5500,6 +5513,7 @@ class Service:
         self._closed = False
         self.started_at = clock.now()
         self.last_beat = clock.monotonic()
+        self._last_beat_end = 0.0
         self._environ = environ
         self._umask = umask
         self._kind = kind
@@ -5612,6 +5626,7 @@ class Service:
     # --- the heart ---
 
     async def _heart(self) -> None:
+        await self._gather_ends()
         self._wake.clear()
         moved = self.clock.step()
         if moved <= -1_000_000 and self.leading:
@@ -5620,7 +5635,18 @@ class Service:
             await self._correct_slots()
         self.last_beat = self.clock.monotonic()
         await self.beat()
+        self._last_beat_end = self.clock.monotonic()
         await self.clock.wait(self._wake, self._next_due())
+
+    async def _gather_ends(self) -> None:
+        """Under load, waits until some more attempts have ended: a beat for many costs little more than a beat for one."""
+        if len(self.running) >= BUSY_FROM and not self.stopping:
+            pause = self._last_beat_end + BEAT_GAP - self.clock.monotonic()
+            due = self._next_due()
+            if due is not None:
+                pause = min(pause, (due - self.clock.now()) / 1_000_000)
+            if pause > 0:
+                await asyncio.sleep(pause)
 
     def _next_due(self) -> int | None:
         if not self.leading or self.stopping:
@@ -6194,12 +6220,12 @@ class Service:
 
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
         total, rows = await self.store.read(partial(list_history, task_id=task_id, query=query))
-        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=_listed_views(rows, query))
+        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[execution_view(row) for row in rows])
 
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         rows = await self.store.read(partial(list_executions, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
-        return ExecutionPage(executions=_listed_views(rows, query), next_before_id=more)
+        return ExecutionPage(executions=[execution_view(row) for row in rows], next_before_id=more)
 
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
         """Ends an execution; waits up to 5 s for the end of a running one. Raises NotFound, Conflict if it was over."""
@@ -6553,13 +6579,6 @@ def _cancel(db: DB, execution_id: int, now: int) -> str:
 def _fire_times(schedule: Schedule, count: int) -> list[int]:
     """The next firings of a stored schedule, jitter included."""
     return schedule.plan().upcoming(schedule.settled_until, count) if schedule.is_active else []
-
-
-def _listed_views(rows: Sequence[Execution], query: OutputQuery) -> list[ExecutionView]:
-    if query.output is None:
-        for row in rows:
-            row.output_data = clip_texts(row.output_data)
-    return [execution_view(row) for row in rows]
 
 
 def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:
@@ -8220,7 +8239,7 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
     store = Store(settings.database_url, clock.monotonic)
-    service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service", umask)
+    service = Service(settings, store, clock, dict(environ), "mcp" if mode == "mcp" else "service", umask)
     runners: list[web.AppRunner] = []
     session: asyncio.Task[None] | None = None
     try:

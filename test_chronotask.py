@@ -10655,7 +10655,8 @@ async def test_what_is_open_without_the_token_tells_nothing(open_door: Any) -> N
 
 ODD_TOKENS = [
     b"", b" ", b"\xc3\xa4\xc3\xb6", b"\xff\xfe", b"correct-horse-batter\xc3\xa4", b"correct-horse-battery,", b"x" * 8000,
-    b"correct-horse-batter", b"CORRECT-HORSE-BATTERY", b"correct-horse-battery correct-horse-battery", b"\tx", b"null", b"\\u0063",
+    b"correct-horse-batter", b"CORRECT-HORSE-BATTERY", b"correct-horse-battery correct-horse-battery", b"\tx", b"null",
+    b"\\u0063",
 ]  # fmt: skip
 
 
@@ -10865,8 +10866,13 @@ def secret_config(target: Target) -> dict[str, Any]:
     return {
         "url": target.url.replace("://", "://anna:url-secret-1@"),
         "auth": {"username": "anna", "password": "auth-secret-2"},
-        "headers": {"Authorization": "Bearer header-secret-3", "COOKIE": "s=cookie-secret-4", "proxy-authorization": "proxy-secret-5", "X": "y"},
-    }  # fmt: skip
+        "headers": {
+            "Authorization": "Bearer header-secret-3",
+            "COOKIE": "s=cookie-secret-4",
+            "proxy-authorization": "proxy-secret-5",
+            "X": "y",
+        },
+    }
 
 
 SECRETS = ("url-secret-1", "auth-secret-2", "header-secret-3", "cookie-secret-4", "proxy-secret-5")
@@ -10941,6 +10947,25 @@ async def test_a_mask_does_not_follow_the_url_to_another_server(open_door: Any, 
     assert (kept["url"], kept["auth"]["password"]) == (secret_config(target)["url"], "auth-secret-2")
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.2:PORT/", "http://127.0.0.1:9/", "https://127.0.0.1:PORT/", "http://127.0.0.1/"])
+async def test_a_masked_header_does_not_follow_a_url_without_user_to_another_server(
+    open_door: Any, target: Target, url: str
+) -> None:
+    door: Door = await open_door()
+    task_id = await door.task(task_type="http", config={**secret_config(target), "url": target.url})
+    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
+    elsewhere = url.replace("PORT", target.url.rpartition(":")[2])
+    answer = await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": elsewhere}})
+    wanted = (
+        "config.auth.password",
+        "config.headers.Authorization",
+        "config.headers.COOKIE",
+        "config.headers.proxy-authorization",
+    )
+    problem_of(answer, 422, *wanted)
+    assert json.loads(door.rig.sql("SELECT config FROM tasks")[0][0])["url"] == target.url
+
+
 async def test_the_path_and_query_may_change_while_the_masks_stay(open_door: Any, target: Target) -> None:
     door: Door = await open_door()
     task_id = await door.task(task_type="http", config=secret_config(target))
@@ -10952,7 +10977,8 @@ async def test_the_path_and_query_may_change_while_the_masks_stay(open_door: Any
 
 # --- Output is data ---------------------------------------------------------------------------------------------------
 
-FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07'
+FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
+FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
 
 
 async def test_what_a_task_prints_forges_no_event_and_no_header(open_door: Any) -> None:
@@ -11351,7 +11377,8 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
     config = {
         "url": f"http://anna:{STORED[3]}@127.0.0.1:{echo.port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}", "method": "POST",
         "headers": {"Authorization": f"Bearer {STORED[1]}", "Cookie": f"s={STORED[2]}", "X-Api-Key": everywhere},
-        "params": {"p": everywhere}, "body": {"deep": [everywhere]}, "auth": {"username": "anna", "password": STORED[0]}, "timeout": 5,
+        "params": {"p": everywhere}, "body": {"deep": [everywhere]}, "timeout": 5,
+        "auth": {"username": "anna", "password": STORED[0]},
     }  # fmt: skip
     bash = {
         "command": 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1',
