@@ -2828,27 +2828,58 @@ BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transacti
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
 
+class _Lane:
+    """Calls on their way to workers: what one turn of the loop asks for is handed over at once, as one batch."""
+
+    def __init__(self) -> None:
+        self._batches: queue.SimpleQueue[list[_Call] | None] = queue.SimpleQueue()
+        self._pending: list[_Call] = []
+
+    def submit(self, call: _Call) -> None:
+        self._pending.append(call)
+        if len(self._pending) == 1:
+            call.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        if self._pending:
+            self._batches.put(self._pending)
+            self._pending = []
+
+    def end(self) -> None:
+        """Lets one worker end, after what is waiting."""
+        self.flush()
+        self._batches.put(None)
+
+    def take(self) -> tuple[list[_Call], bool]:
+        """All that is waiting, at least one batch, and whether this worker shall end then."""
+        batch = self._batches.get()
+        calls = list(batch or ())
+        while batch is not None and len(calls) < 500:
+            try:
+                batch = self._batches.get_nowait()
+            except queue.Empty:
+                break
+            calls += batch or ()
+        return calls, batch is None
+
+    def __len__(self) -> int:
+        return len(self._pending) + self._batches.qsize()
+
+
 class _Worker(threading.Thread):
     """A thread that runs functions of its connection, all that are waiting at once as one batch."""
 
-    def __init__(self, name: str, run: Callable[[list[_Call]], None], calls: queue.SimpleQueue[_Call | None]) -> None:
+    def __init__(self, name: str, run: Callable[[list[_Call]], None], lane: _Lane) -> None:
         super().__init__(name=name, daemon=True)
-        self._run, self._calls = run, calls
+        self._run, self._lane = run, lane
 
     def run(self) -> None:
-        open_ended = True
-        while open_ended:
-            batch = [self._calls.get()]
-            while len(batch) < 500 and batch[-1] is not None:  # a worker takes one end mark, not its sibling's too
-                try:
-                    batch.append(self._calls.get_nowait())
-                except queue.Empty:
-                    break
-            open_ended = None not in batch
-            work = [call for call in batch if call is not None]
-            if work:
-                self._run(work)
-                work[0].loop.call_soon_threadsafe(_deliver, work)
+        ending = False
+        while not ending:
+            calls, ending = self._lane.take()
+            if calls:
+                self._run(calls)
+                calls[0].loop.call_soon_threadsafe(_deliver, calls)
 
 
 @dataclass(slots=True)
@@ -2887,8 +2918,7 @@ class Store:
         self._monotonic = monotonic
         self._writing: _Call | None = None
         self._version = 0
-        self._writes: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._reads: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._writes, self._reads = _Lane(), _Lane()
         self._db = open_database(path)
         self._threads = [_Worker("store-writer", self._write_batch, self._writes)]
         self._readers = [connect(path, read_only=True) for _ in range(2)]
@@ -2919,10 +2949,10 @@ class Store:
         """SQLite before 3.51.3 can corrupt a file that several connections checkpoint: only the leader does."""
         await self.write(lambda db: db.execute(f"PRAGMA wal_autocheckpoint={1000 if leading else 0}").fetchone())
 
-    def _submit(self, calls: queue.SimpleQueue[_Call | None], run: Callable[[DB], Any]) -> asyncio.Future[Any]:
+    def _submit(self, lane: _Lane, run: Callable[[DB], Any]) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         call = _Call(run, loop.create_future(), loop, self._monotonic())
-        calls.put(call)
+        lane.submit(call)
         return call.future
 
     def _write_batch(self, batch: list[_Call]) -> None:
@@ -2971,14 +3001,14 @@ class Store:
 
     @property
     def waiting_writes(self) -> int:
-        return self._writes.qsize()
+        return len(self._writes)
 
     def close(self) -> None:
         """Finishes what is waiting and closes all connections. Blocks for 0.3 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
-        self._writes.put(None)
-        for _ in self._threads[1:]:
-            self._reads.put(None)
+        self._writes.end()
+        for _ in self._readers:
+            self._reads.end()
         end = self._monotonic() + 0.3
         for thread in self._threads:
             thread.join(max(0.0, end - self._monotonic()))
