@@ -2331,9 +2331,8 @@ M = TypeVar("M", bound=BaseModel)
 
 def parse(model: type[M], data: Any) -> M:
     """`data` as `model`. Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones."""
-    read_only = getattr(model, "read_only", None)
-    if read_only and isinstance(data, dict):  # so that what GET gave can be sent back
-        data = {name: value for name, value in data.items() if name not in read_only}
+    if issubclass(model, (TaskUpdate, ScheduleUpdate)) and isinstance(data, dict):  # so that what GET gave can be sent back
+        data = {name: value for name, value in data.items() if name not in model.read_only}
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -7120,7 +7119,7 @@ async def json_bytes(request: web.Request) -> bytes:
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
-        async with asyncio.timeout(SLOW_BODY):
+        async with asyncio.timeout(SLOW_BODY) if not request.content.is_eof() else contextlib.nullcontext():
             raw = await request.read() if request.body_exists else b""
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
