@@ -750,7 +750,8 @@ def _range_end(field: _Field, part: str, low: int, text: str | None) -> int:
     if field.name == "day-of-week" and high == 0 and low > 0:
         high = 7  # Sunday may end a range
     if high < low:
-        wrapped = f"{part.partition('-')[0]}-{field.high},{field.low}-{text}"
+        names = field.name == "day-of-week" and not text.isdigit()
+        wrapped = f"{part.partition('-')[0]}-{'sat' if names else field.high},{'sun' if names else field.low}-{text}"
         raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
     return high
 
@@ -1535,7 +1536,14 @@ def _message(detail: ErrorDetails, loc: tuple[int | str, ...], known: list[str])
         return f"must be one of {context['expected']}" + _echo(loc, detail["input"])
     if kind in _BOUNDS:
         name, text = _BOUNDS[kind]
-        return "must be " + text.format(f"{context[name]}") + ("" if "too_" in kind else _echo(loc, detail["input"]))
+        bound = context[name]
+        if (kind, bound) in (("string_too_short", 1), ("too_short", 1)):
+            return "must not be empty"
+        return (
+            "must be "
+            + text.format(f"{bound:g}" if isinstance(bound, float) else bound)
+            + ("" if "too_" in kind else _echo(loc, detail["input"]))
+        )
     return f"must be {_WANTED[kind]}{_echo(loc, detail['input'])}" if kind in _WANTED else detail["msg"]
 
 
@@ -2100,7 +2108,7 @@ class Query(BaseModel):
     @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", mode="before", check_fields=False)
     @classmethod
     def _digits(cls, value: Any) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,19}", value):
+        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value):
             raise ValueError(f"must be a whole number, not {shown(value)}")
         return value
 
@@ -2207,6 +2215,10 @@ class ScheduleTiming(Input):
     end_at: Instant | None = None
     max_runs: MaxRuns | None = None
 
+    def times(self) -> dict[str, str | None]:
+        """The instants as they were sent."""
+        return {"start_at": self.start_at, "end_at": self.end_at}
+
 
 class ScheduleCreate(ScheduleTiming):
     task_id: Id
@@ -2223,6 +2235,10 @@ class SchedulePreview(ScheduleTiming):
     catchup_window: CatchupWindow = 86400
     after: Instant | None = None
     count: Annotated[int, Field(ge=1, le=1000)] = 5
+    task_id: Id = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
+
+    def times(self) -> dict[str, str | None]:
+        return {**ScheduleTiming.times(self), "after": self.after}
 
 
 class ScheduleUpdate(Input):
@@ -2336,7 +2352,22 @@ def parse(model: type[M], data: Any) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise InvalidInput(*field_errors(error, known=model.model_fields)) from None
+        raise InvalidInput(*field_errors(error, known=model.model_fields), *_inner_errors(model, data)) from None
+
+
+def _inner_errors(model: type[BaseModel], data: Any) -> tuple[FieldError, ...]:
+    """What is wrong inside the configuration of a body that has other bad fields too: all of them are told at once."""
+    try:
+        if issubclass(model, TaskCreate) and data.get("task_type") in TASK_TYPES and isinstance(data.get("config"), dict):
+            parse_config(data["task_type"], data["config"])
+        if issubclass(model, ScheduleTiming) and data.get("schedule_type") in SCHEDULE_TYPES:
+            if isinstance(data.get("schedule_config"), dict):
+                check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
+    except InvalidInput as error:
+        return error.errors
+    except AttributeError:  # no object at all
+        pass
+    return ()
 
 
 # --- What a client gets -----------------------------------------------------------------------------------------------
@@ -2534,6 +2565,11 @@ def news(recent: bytes, fresh: int) -> bytes:
     """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
     lost = fresh - len(recent)
     return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
+
+
+def plain_number(value: float) -> float:
+    """5 instead of 5.0, as SQLite gives it back."""
+    return int(value) if value == int(value) else value
 
 
 def instant_or_none(t: int | None) -> str | None:
@@ -3106,8 +3142,8 @@ def _remedy(error: sqlite3.Error, path: Path) -> str:
     if "unable to open" in text or "readonly" in text or "read-only" in text:
         uid, folder = os.getuid(), path.parent
         return (
-            f"uid {uid} must be able to write {folder}, which belongs to uid {folder.stat().st_uid}: chown -R {uid} that folder, "
-            "or run ChronoTask as its owner (in a container: --user)"
+            f"uid {uid} must be able to write {folder}, which belongs to uid {folder.stat().st_uid} (or is it read-only?): "
+            f"chown -R {uid} that folder, or run ChronoTask as its owner (in a container: --user)"
         )
     if "locked" in text:
         return "another program holds a lock on it"
@@ -4294,7 +4330,7 @@ def resolve_secrets(
     Raises ChronoTaskError with the reason, never with a content.
     """
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
-    if "${" not in repr(config):
+    if not any("${" in repr(config[name]) for name in fields if name in config):
         return config, []
     secrets: list[str] = []
 
@@ -4367,7 +4403,7 @@ def _secret_file(name: str, secrets_dir: Path) -> str:
 def _check_filled(config: dict[str, Any], task_type: str) -> None:
     """A secret must not smuggle in further headers, nor end an environment variable early."""
     if task_type == "bash":
-        for name, value in config["env"].items():
+        for name, value in (config.get("env") or {}).items():
             if "\0" in value:
                 raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
         return
@@ -5725,7 +5761,7 @@ class Service:
             self._stop_run(execution_id)
         for run in beat.runs:
             self._start_run(run)
-        self._notify([s.run.execution_id for s in settlements] + beat.cancelled)
+        self._notify([*(s.run.execution_id for s in settlements if s.next_attempt_at is None), *beat.cancelled])
         for schedule in beat.claim.schedules:
             self._touched.add(schedule.task_id)
         if not self.leading and not self.running:
@@ -5741,6 +5777,11 @@ class Service:
             return
         stats, run = self.stats, settlement.run
         stats.ended[run.task_type, settlement.status] += 1
+        if SUCCESS.get(settlement.status) is False:
+            why = settlement.error_message or "no reason was given"
+            logger.warning(
+                "task %d (%s), execution %d: %s: %s", run.task_id, run.task_name, run.execution_id, settlement.status, why
+            )
         stats.durations.add((settlement.finished_at - run.started_at) / 1_000_000)
 
     def _start_run(self, run: Run) -> None:
@@ -6015,7 +6056,7 @@ class Service:
             status=body.status,
             config=config,
             max_retries=body.max_retries if "max_retries" in sent else settings.max_retries,
-            retry_delay=body.retry_delay if "retry_delay" in sent else settings.retry_delay,
+            retry_delay=plain_number(body.retry_delay if "retry_delay" in sent else settings.retry_delay),
             retry_backoff=body.retry_backoff,
             created_at=now,
             updated_at=now,
@@ -6095,10 +6136,18 @@ class Service:
         await self.store.write(insert)
         return await self._schedule_changed(schedule.id)
 
-    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int, after: str | None = None) -> Schedule:
-        """A schedule as `body` describes it, placed before its first slot after `after` (None: now)."""
-        config = check_schedule_config(body.schedule_type, body.schedule_config, self.settings.scheduler_timezone, now)
-        bounds = _bounds(body.start_at, body.end_at, str(config["timezone"]))
+    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int) -> Schedule:
+        """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
+        errors: list[FieldError] = []
+        zone = self.settings.scheduler_timezone
+        try:
+            config = check_schedule_config(body.schedule_type, body.schedule_config, zone, now)
+            zone = str(config["timezone"])
+        except InvalidInput as error:
+            errors += error.errors
+        times = {name: _instant(errors, name, text, zone) for name, text in body.times().items()}
+        if errors:
+            raise InvalidInput(*errors)
         schedule = Schedule(
             id=0,
             task_id=task_id,
@@ -6109,13 +6158,14 @@ class Service:
             catchup="latest",
             catchup_window=86400,
             jitter=body.jitter,
-            start_at=bounds[0],
-            end_at=bounds[1],
+            start_at=times["start_at"],
+            end_at=times["end_at"],
             max_runs=body.max_runs,
             created_at=now,
             updated_at=now,
-            settled_until=now if after is None else _instant("after", after, str(config["timezone"])),
+            settled_until=now if (after := times.get("after")) is None else after,
         )
+        _check_bounds(schedule)
         _place(schedule)
         if not schedule.is_active:
             raise InvalidInput(_nothing_left(schedule))
@@ -6130,7 +6180,7 @@ class Service:
         return await self._in_checks(partial(self._preview, body, self.clock.now()))
 
     def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
-        schedule = self._new_schedule(body, 0, now, body.after)
+        schedule = self._new_schedule(body, 0, now)
         after, plan = schedule.settled_until, dataclasses.replace(schedule.plan(), schedule_id=None)
         view = PreviewView(
             description=plan.timing.describe(), upcoming=upcoming_view(plan.upcoming(after, body.count), schedule.zone)
@@ -6176,9 +6226,11 @@ class Service:
         if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
             sent["schedule_config"] = config = check_schedule_config(schedule_type, config, self.settings.scheduler_timezone, now)
         zone = str(config["timezone"])
-        for name in ("start_at", "end_at"):
-            if sent.get(name) is not None:
-                sent[name] = _instant(name, sent[name], zone)
+        errors: list[FieldError] = []
+        for name in sent.keys() & {"start_at", "end_at"}:
+            sent[name] = _instant(errors, name, sent[name], zone)
+        if errors:
+            raise InvalidInput(*errors)
         return {name: value for name, value in sent.items() if value != getattr(schedule, name)}
 
     async def delete_schedule(self, schedule_id: int) -> None:
@@ -6222,15 +6274,20 @@ class Service:
 
     async def wait_for(self, execution_id: int, seconds: float) -> None:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(execution_id, set()).add(future)
-        try:
-            if not await self.store.read(partial(finished_among, ids=[execution_id])) and not self.stopping:
-                await asyncio.wait({future}, timeout=seconds)
-        finally:
-            self._waiting[execution_id].discard(future)
-            if not self._waiting[execution_id]:
-                del self._waiting[execution_id]
+        until = self.clock.monotonic() + seconds
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        while not self.stopping:
+            futures = self._waiting.setdefault(execution_id, set())
+            futures.add(future)
+            try:
+                over = await self.store.read(partial(finished_among, ids=[execution_id]))
+                if over or not (await asyncio.wait({future}, timeout=until - self.clock.monotonic()))[0]:
+                    return
+            finally:
+                futures.discard(future)
+                if not futures:
+                    self._waiting.pop(execution_id, None)
+            future = asyncio.get_running_loop().create_future()  # woken, perhaps by the end of an attempt that is retried
 
     def _notify(self, execution_ids: Iterable[int]) -> None:
         for execution_id in execution_ids:
@@ -6568,19 +6625,13 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
 
 
-def _instant(name: str, text: str, zone: Any) -> int:
+def _instant(errors: list[FieldError], name: str, text: str | None, zone: str) -> int | None:
+    """An instant that a client sent; what is wrong with it goes to `errors`."""
     try:
-        return parse_instant(text, zone)
+        return None if text is None else parse_instant(text, zone)
     except ValueError as error:
-        raise InvalidInput(FieldError(name, f"{shown(text)}: {error}")) from None
-
-
-def _bounds(start_at: str | None, end_at: str | None, zone: str) -> tuple[int | None, int | None]:
-    start = None if start_at is None else _instant("start_at", start_at, zone)
-    end = None if end_at is None else _instant("end_at", end_at, zone)
-    if start is not None and end is not None and end < start:
-        raise InvalidInput(FieldError("end_at", "must not be before start_at"))
-    return start, end
+        errors.append(FieldError(name, f"{shown(text)}: {error}"))
+        return None
 
 
 def _check_bounds(schedule: Schedule) -> None:
@@ -8164,8 +8215,16 @@ IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the 
 OPTIONS = {"host": "API_HOST", "port": "API_PORT"}  # options that stand for a setting, and win over its variable
 
 
+_OPTION_NAMES = ("--mode", "--host", "--port", "--backup", "--version", "--help")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2]
+            hint = nearest(word.partition("=")[0], _OPTION_NAMES)
+            known = f"did you mean {hint}?" if hint else "known are " + ", ".join(_OPTION_NAMES)
+            message = f"{shown(word)} is no option: {known}"
         raise StartupError(message, exit_status=2)
 
 
@@ -8267,6 +8326,8 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
+    if sockets:
+        warn_if_open(settings)
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, dict(environ), "mcp" if mode == "mcp" else "service", umask)
     runners: list[web.AppRunner] = []
@@ -8360,6 +8421,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return [_bound(family, address) for family, _, _, _, address in found]
+    except socket.gaierror as error:
+        raise StartupError(f"cannot listen on {host}: must be an address of this machine ({error.strerror})", 2) from None
     except (OSError, OverflowError) as error:
         raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
 
@@ -8429,12 +8492,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(settings)
         for warning in warnings:
             logger.warning("%s", warning)
-        if options.mode != "mcp":
-            warn_if_open(settings)
         allow_connections()
         sys.setswitchinterval(0.0005)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
         return 0
+    except BrokenPipeError:  # who read the backup has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ChronoTaskError as error:
         print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
