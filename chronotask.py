@@ -17,6 +17,7 @@ The words, one meaning each
     job         an asyncio task (never called a task here)
     beat        one round of the heart: one transaction that settles, claims and starts
     leader      the one process on a database that fires schedules and runs executions
+    door        REST or MCP: a way to ask the one service
 
 How a run comes about
     request ─→ model ─→ Service ─→ Store (the truth) ─→ TimerQueue (an index, rebuilt at start)
@@ -29,11 +30,11 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      2 Schedules (pure)      slots of cron, once and interval; what to do about a slot; no clock, no I/O
      3 Models                what a client sends and gets, what the store keeps; no SQL, HTTP or MCP
      4 Timer queue (pure)    a heap with lazy deletion; does not know what a schedule is
-     5 Clock                 the only reads of wall and monotonic time
-     6 Store                 migrations, transactions, queries, locks; decides nothing, reads no clock
-     7 Executors             run_bash, run_http: a config in, an Outcome out; do not see the store
+     5 Clock                 the only reads of wall and monotonic time, and the wait that notices a clock that was set
+     6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
+     7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Service               the use cases and the heart; does not know requests, JSON or MCP
-     9 Operations            one table of what can be asked, for both doors (design.md has it inside 8 and 9)
+     9 Operations            one table of what can be asked, for both doors
     10 REST                  routes, error answers, OpenAPI; holds no rule of the business
     11 MCP                   tools, resources, transports; holds no rule of the business
     12 Main                  command line, wiring, signals, order of shutdown
@@ -464,7 +465,7 @@ _LAST_LOCAL = LAST_INSTANT - 2 * DAY  # up to here, all readings of a local time
 _EPOCH = datetime(1970, 1, 1)
 _TICK = timedelta(microseconds=1)
 
-# -- Instants and zones ------------------------------------------------------------------------------------------------
+# --- Instants and zones -----------------------------------------------------------------------------------------------
 
 
 def _clock_face(t: int) -> datetime:
@@ -594,7 +595,7 @@ def _parse_offset(text: str) -> int:
     return -size if text[0] == "-" else size
 
 
-# -- Cron: reading an expression ---------------------------------------------------------------------------------------
+# --- Cron: reading an expression --------------------------------------------------------------------------------------
 #
 # croniter finds the matching dates. It gets plain numbers only, because it reads an equal range (5-5) as "every", lets
 # ranges run backwards, and takes more syntax than engines agree on (H, R, W, seven fields).
@@ -784,7 +785,7 @@ def _field_rule(field: _Field, part: str) -> str:
     return f"{field.name} {shown(part)} {rule}" + (f" ({hint})" if hint else "")
 
 
-# -- Cron: slots -------------------------------------------------------------------------------------------------------
+# --- Cron: slots ------------------------------------------------------------------------------------------------------
 #
 # croniter finds the matching days, remembered for all expressions that share their day fields. It sees no zone: its own
 # handling of them is wrong around changes of the clocks and can take seconds. The times of a matching day are arithmetic.
@@ -927,6 +928,8 @@ class Timing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cron:
+    """Slots of a checked cron expression, read in the local time of `zone`."""
+
     expression: str
     zone: str
 
@@ -955,6 +958,8 @@ class Cron:
 
 @dataclass(frozen=True, slots=True)
 class Once:
+    """A single slot."""
+
     at: int
     zone: str
 
@@ -1011,7 +1016,7 @@ def _span_words(span: int) -> str:
     return "second" if span == SECOND else f"{span / SECOND:.3f}".rstrip("0").rstrip(".") + " seconds"
 
 
-# -- Cron: words -------------------------------------------------------------------------------------------------------
+# --- Cron: words ------------------------------------------------------------------------------------------------------
 
 
 def _and(words: Sequence[str], link: str = "and") -> str:
@@ -1128,7 +1133,7 @@ def _weekday_words(weekdays: tuple[int, ...]) -> str:
     return "every " + _and([_WEEKDAYS[day] for day in week])
 
 
-# -- Configurations ----------------------------------------------------------------------------------------------------
+# --- Configurations ---------------------------------------------------------------------------------------------------
 
 _CONFIG_FIELDS = {
     "cron": ("expression", "timezone"),
@@ -1243,7 +1248,7 @@ def _check_seconds(value: Any) -> int | float:
     return int(value) if value == int(value) else value
 
 
-# -- What to do about due slots ----------------------------------------------------------------------------------------
+# --- What to do about due slots ---------------------------------------------------------------------------------------
 
 SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=skip)"
 SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
@@ -1414,8 +1419,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 class Outcome:
     """How one attempt ended.
 
-    `status` is succeeded, failed, timed_out, cancelled or interrupted; `output` is the contract's `output_data`; `retryable` says
-    whether this kind of end allows a retry at all; `retry_after` is the wait in seconds that the server asked for.
+    `status` is succeeded, failed, timed_out, cancelled or interrupted; `output` becomes the `output_data` of answers;
+    `retryable` says whether this kind of end allows a retry at all; `retry_after` is the wait in seconds that the server asked
+    for.
     """
 
     status: str
@@ -1439,7 +1445,7 @@ class Attempt:
     idempotency_key: str
 
 
-# ---- Readable messages for refused fields
+# --- Readable messages for refused fields -----------------------------------------------------------------------------
 
 
 def field_errors(
@@ -1557,7 +1563,7 @@ def _echo(loc: tuple[int | str, ...], value: object) -> str:
     return ", not null" if value is None else f", not {shown(value)}"
 
 
-# ---- The two kinds of configuration
+# --- The two kinds of configuration -----------------------------------------------------------------------------------
 
 
 def _no_control(text: str) -> str:
@@ -1788,7 +1794,7 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
     }
 
 
-# ---- Masks: what a reader sees instead of a secret
+# --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
 
 
 def mask_url(url: str) -> str:
@@ -1871,7 +1877,7 @@ def _origin(url: str) -> tuple[str, str]:
     return scheme, host.removesuffix(default) if default else host
 
 
-# --- Tasks, schedules, executions --------------------------------------------------------------------------------------
+# --- Tasks, schedules, executions -------------------------------------------------------------------------------------
 
 TASK_TYPES = ("http", "bash")
 TASK_STATUSES = ("active", "paused", "disabled")
@@ -2779,11 +2785,16 @@ class Clock:
 # 6. Store
 # ======================================================================================================================
 #
-# One writer thread takes all waiting writes as one transaction (group commit: FULL costs next to nothing then); two
-# reader threads have read-only connections. What is passed to `write` and `read` is a function of the connection; it
-# may run twice (see `_write_batch`), so it must have no effect but on the database. Functions below that take `db` are
-# the queries. Many rows are read and written in few steps (`fetch`, `bulk`): sqlite3 gives up and retakes the GIL at every
+# One writer thread takes all waiting writes as one transaction (group commit: FULL costs next to nothing then); two reader
+# threads, on read-only connections, answer all waiting reads from one snapshot. What is passed to `write` and `read` is a
+# function of the connection. One for `write` may run twice (see `_write_batch`): it must have no effect but on the database.
+#
+# The functions below that take `db` are these functions, or parts of them: the queries. They run in their caller's
+# transaction. Many rows are read and written in few steps (`fetch`, `bulk`): sqlite3 gives up and retakes the GIL at every
 # step, and each retake costs up to a switch interval while the loop is busy.
+#
+# Processes on one database notice each other's changes of tasks and schedules by their `rev`, a number that only grows, and
+# those of executions by looking at the few that are unfinished.
 
 DB = sqlite3.Connection
 T = TypeVar("T")
@@ -4076,7 +4087,8 @@ def give_back_space(db: DB) -> None:
 # ======================================================================================================================
 #
 # `run_bash` and `run_http` take a stored configuration and give an Outcome. They never raise, but for the cancellation of
-# their own job.
+# their own job. Each fills the secrets in, checks once more that this may run here, and feeds what comes back into a
+# LiveOutput, through which the service looks on and stops them.
 
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
@@ -4091,7 +4103,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
 
 
-# ---- Output: bounded, masked, and visible while it grows
+# --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
 
 
 class Clipper:
@@ -4216,11 +4228,10 @@ def _secret_forms(secret: str) -> set[bytes]:
 
 
 class LiveOutput:
-    """An attempt seen from outside while it runs: its output so far, its followers, and the way to stop it.
+    """An attempt seen from outside while it runs: its output so far, and the way to stop it.
 
-    The service makes one for each attempt and hands it to the executor. Secrets are masked before anything is kept or shown.
-    Followers are called with the stream's name (stdout, stderr or body) and new bytes, at the end with two empty values;
-    they must not raise.
+    The service makes one for each attempt and hands it to the executor. Streams are stdout and stderr, or body. Secrets are
+    masked before anything is kept or shown.
     """
 
     def __init__(self, limit: int) -> None:
@@ -4236,7 +4247,7 @@ class LiveOutput:
         self._followers: list[Callable[[str, bytes], None]] = []
         self._deadline: asyncio.Timeout | None = None
 
-    # -- for the executor
+    # --- for the executor ---
 
     def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
         long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
@@ -4272,7 +4283,7 @@ class LiveOutput:
         """Bytes that came, before masking and clipping."""
         return self._received.get(stream, 0)
 
-    # -- for everybody else
+    # --- for everybody else ---
 
     def stop(self, reason: str) -> None:
         """End the attempt: `reason` is cancelled or interrupted, and becomes its status. The first call counts."""
@@ -4319,7 +4330,7 @@ class LiveOutput:
             follower(stream, data)
 
 
-# ---- Secrets
+# --- Secrets ----------------------------------------------------------------------------------------------------------
 
 
 def resolve_secrets(
@@ -4424,7 +4435,7 @@ def _one_line(text: str, limit: int) -> str:
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
-# ---- What may run
+# --- What may run -----------------------------------------------------------------------------------------------------
 
 
 # Variables by which a loader, shell, interpreter or library can be made to run or load other code. glibc's list of
@@ -4508,7 +4519,7 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
     return [inner for inner in found if inner is not None]
 
 
-# ---- bash
+# --- bash -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -4870,7 +4881,7 @@ def _same_folder_hint(command: _Command, stderr: str) -> str | None:
     return None
 
 
-# ---- HTTP
+# --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
 # Headers that a redirect to another server must not carry along. Our own Idempotency-Key is none of them.
@@ -5286,6 +5297,12 @@ def _connect_reason(error: OSError) -> str:
 # Three jobs: the heart claims due slots, starts what is ready and settles what has ended, all in one transaction a beat;
 # the watch looks at what other processes did and at who leads; housekeeping deletes old history. Everything that a job
 # knows is an index over the store, rebuilt by `_take_over`.
+#
+# Three kinds of lock files lie beside the database, for the processes that share it:
+#   .leader         held by the one process that leads
+#   .service        shared by all services, so that a process of kind `mcp` sees that one is alive, and yields to it
+#   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
+#                   take these executions for those of a dead process
 
 FIRST_BATCH = 16  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
 BATCH = 128  # slots claimed in one beat at most: more would leave places empty while they are claimed
@@ -5342,9 +5359,8 @@ class Claim:
 
     rows: list[NewExecution] = dataclasses.field(default_factory=list)
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
-    cancels: list[tuple[Schedule, str]] = dataclasses.field(
-        default_factory=list
-    )  # overlap `cancel`: by which schedule and trigger
+    # Overlap `cancel`: by which schedule and trigger.
+    cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
 
 
 def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int) -> None:
@@ -5497,7 +5513,7 @@ class Feed:
 
 @dataclass(slots=True)
 class Active:
-    """An attempt that this process is running. `ended` is set between its end and its settlement on disk."""
+    """An attempt that this process is running, from its `running` row on disk to the settlement on disk."""
 
     run: Run
     live: LiveOutput
@@ -5585,19 +5601,19 @@ class Service:
         self._owner = str(uuid.uuid4())
         self._timers = TimerQueue()  # schedule id → its next firing
         self._retries = TimerQueue()  # execution id → its next attempt
-        self._ended: list[tuple[Run, Outcome, int]] = []
+        self._ended: list[tuple[Run, Outcome, int]] = []  # attempts to settle in the next beat, with the instants of their ends
         self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
         self._wake = asyncio.Event()
-        self._rev = -1
+        self._rev = -1  # changes are taken up to here; -1: everything is to be looked at
         self._looking = asyncio.Lock()
-        self._next_look: asyncio.Task[None] | None = None
+        self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
         self._stale = False  # another process has written what this one has not taken up yet
         self._heart_job: asyncio.Task[None] | None = None
         self._shown: dict[int, str] = {}  # unfinished executions as followers of the feed know them
         self._shown_up_to = 0
-        self._purging: dict[int, asyncio.Task[None]] = {}
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._purging: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
         self._jobs: set[asyncio.Task[Any]] = set()
         self._touched: set[int] = set()  # tasks that have run since the last housekeeping
         self._drained_owners = False  # another process is finishing executions that it started as leader
