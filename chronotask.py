@@ -445,8 +445,6 @@ def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str
 #   The jitter of a slot is less than the gap to the next one, so slots fire in their order.
 
 SCHEDULE_TYPES = ("cron", "once", "interval")
-OVERLAPS = ("skip", "queue", "allow", "cancel")
-CATCHUPS = ("latest", "all", "skip")
 
 SECOND = 1_000_000  # all instants are whole microseconds since the epoch, UTC
 MINUTE = 60 * SECOND
@@ -1880,11 +1878,9 @@ def _origin(url: str) -> tuple[str, str]:
 # --- Tasks, schedules, executions -------------------------------------------------------------------------------------
 
 TASK_TYPES = ("http", "bash")
-TASK_STATUSES = ("active", "paused", "disabled")
 UNSET: Any = None  # a default that marks "not sent": `model_fields_set` tells it from an explicit null
 UNFINISHED = ("queued", "running", "retrying")
 FINISHED = ("succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted")
-TRIGGERS = ("schedule", "catchup", "manual")
 NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothing
 SUCCESS: dict[str, bool] = {"succeeded": True, "failed": False, "timed_out": False, "interrupted": False}
 LIST_TEXT_LIMIT = 4096  # characters of each output text in lists
@@ -3173,9 +3169,8 @@ def _check_files(path: Path) -> None:
         wal_size = wal.stat().st_size if wal.exists() else 0
         beginning = _first_bytes(path) if size and path.is_file() else b""
     except OSError as error:
-        owner = f"uid {os.getuid()}"
         raise StartupError(
-            f"the database folder {path.parent} cannot be used by {owner}: {error.strerror}; "
+            f"the database folder {path.parent} cannot be used by uid {os.getuid()}: {error.strerror}; "
             f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
         ) from None
     if beginning and beginning != b"SQLite format 3\0":
@@ -4242,9 +4237,8 @@ class LiveOutput:
         self._limit = limit
         self._clippers: dict[str, Clipper] = {}
         self._maskers: dict[str, SecretMasker] = {}  # none of them while there are no secrets
-        self._received: dict[str, int] = {}
+        self._received: dict[str, int] = {}  # bytes that came, before masking and clipping
         self._masker: SecretMasker | None = None
-        self._followers: list[Callable[[str, bytes], None]] = []
         self._deadline: asyncio.Timeout | None = None
 
     # --- for the executor ---
@@ -4260,15 +4254,14 @@ class LiveOutput:
 
     def feed(self, stream: str, data: bytes) -> None:
         self._received[stream] += len(data)
-        self._keep(stream, self._maskers[stream].feed(data) if self._maskers else data)
+        self._clippers[stream].feed(self._maskers[stream].feed(data) if self._maskers else data)
 
     def close(self) -> None:
         """Nothing more comes."""
         if not self.closed:
             for stream, masker in self._maskers.items():
-                self._keep(stream, masker.finish())
+                self._clippers[stream].feed(masker.finish())
             self.closed = True
-            self._tell("", b"")
 
     def deadline(self, seconds: float) -> asyncio.Timeout:
         """The attempt's time limit as a context; `stop` makes it expire early."""
@@ -4279,10 +4272,6 @@ class LiveOutput:
         """`text` without the secrets of this attempt."""
         return self._masker.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._masker else text
 
-    def received(self, stream: str) -> int:
-        """Bytes that came, before masking and clipping."""
-        return self._received.get(stream, 0)
-
     # --- for everybody else ---
 
     def stop(self, reason: str) -> None:
@@ -4292,10 +4281,6 @@ class LiveOutput:
             if self._deadline is not None:
                 with contextlib.suppress(RuntimeError):  # it is just ending by itself
                     self._deadline.reschedule(0)
-
-    def text(self, stream: str) -> str:
-        """What is kept of one stream so far, as text."""
-        return self._clippers[stream].text(_charset(self.content_type)) if stream in self._clippers else ""
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
@@ -4311,23 +4296,6 @@ class LiveOutput:
             result[stream + "_bytes"] = received
         result["truncated"] = truncated
         return result
-
-    def subscribe(self, follower: Callable[[str, bytes], None]) -> None:
-        self._followers.append(follower)
-
-    def unsubscribe(self, follower: Callable[[str, bytes], None]) -> None:
-        if follower in self._followers:
-            self._followers.remove(follower)
-
-    def _keep(self, stream: str, data: bytes) -> None:
-        if data:
-            self._clippers[stream].feed(data)
-            if self._followers:
-                self._tell(stream, data)
-
-    def _tell(self, stream: str, data: bytes) -> None:
-        for follower in list(self._followers):
-            follower(stream, data)
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
@@ -4362,10 +4330,6 @@ def resolve_secrets(
         result["url"] = _filled_url(config["url"], secret)
     _check_filled(result, task_type)
     return result, secrets
-
-
-def _has_reference(value: Any) -> bool:
-    return "${" in value if isinstance(value, str) else any("${" in text for text in texts(value))
 
 
 def _filled_url(url: str, secret: Callable[[str, str], str]) -> str:
@@ -5047,7 +5011,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         resolved.get("verify_tls", True),
         resolved.get("follow_redirects", True),
         frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
-        body is not None and _has_reference(config["body"]),
+        body is not None and any("${" in text for text in texts(config["body"])),
     )
 
 
@@ -5074,9 +5038,6 @@ def _http_body(body: Any) -> tuple[bytes | None, str | None]:
     return json.dumps(body, ensure_ascii=False).encode(), "application/json"
 
 
-_slot_text = functools.lru_cache(256)(format_instant)  # a burst shares its slot
-
-
 def _http_headers(attempt: Attempt, authorization: str | None, content_type: str | None) -> dict[str, str]:
     headers = {
         "User-Agent": f"ChronoTask/{__version__}",
@@ -5085,7 +5046,7 @@ def _http_headers(attempt: Attempt, authorization: str | None, content_type: str
         "Idempotency-Key": attempt.idempotency_key,
     }
     if attempt.scheduled_for is not None:
-        headers["X-ChronoTask-Scheduled-For"] = _slot_text(attempt.scheduled_for)
+        headers["X-ChronoTask-Scheduled-For"] = format_instant(attempt.scheduled_for)
     if authorization:
         headers["Authorization"] = authorization
     if content_type:
@@ -5433,9 +5394,8 @@ def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
     passed = schedule.next_slot
     schedule.settled_until = max(schedule.settled_until, now) if schedule.settled_until < now + CORRECTION else now
     plan = schedule.plan()
-    over = plan.remaining == 0
-    schedule.move_to(None if over else plan.next_slot(schedule.settled_until), plan)
-    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and not over:
+    schedule.move_to(plan.next_slot(schedule.settled_until), plan)
+    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and plan.remaining != 0:
         return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
     return None
 
@@ -6213,8 +6173,9 @@ class Service:
         live = task_active and not self.paused
         view = schedule_view(schedule, live)
         view["upcoming"] = []
-        with contextlib.suppress(*DAMAGE):  # its description says so
-            view["upcoming"] = upcoming_view(_fire_times(schedule, 5) if live else (), schedule.zone)
+        if live and schedule.is_active:
+            with contextlib.suppress(*DAMAGE):  # its description says so
+                view["upcoming"] = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
         return view
 
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -6571,7 +6532,7 @@ def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
 def _place(schedule: Schedule) -> None:
     """Finds the first slot after `settled_until`; without one the schedule is over."""
     plan = schedule.plan()
-    schedule.move_to(None if plan.remaining == 0 else plan.next_slot(schedule.settled_until), plan)
+    schedule.move_to(plan.next_slot(schedule.settled_until), plan)
 
 
 def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
@@ -6670,11 +6631,6 @@ def _cancel(db: DB, execution_id: int, now: int) -> str:
     if before in UNFINISHED:
         release_held(db, None)
     return before
-
-
-def _fire_times(schedule: Schedule, count: int) -> list[int]:
-    """The next firings of a stored schedule, jitter included."""
-    return schedule.plan().upcoming(schedule.settled_until, count) if schedule.is_active else []
 
 
 def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:
@@ -6953,7 +6909,6 @@ OPERATIONS: tuple[Operation, ...] = (
         ExecutionPage,
         query=ExecutionQuery,
         errors=(422,),
-        hints=("read_only",),
     ),
     Operation(
         "get_execution",
@@ -7028,12 +6983,9 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 
 
-def json_answer(
-    value: Any, status: int = 200, content_type: str = "application/json", headers: Mapping[str, str] = HEADERS
-) -> web.Response:
-    return web.Response(
-        body=compact(value).encode(), status=status, headers={**headers, "Content-Type": f"{content_type}; charset=utf-8"}
-    )
+def json_answer(value: Any, status: int = 200, content_type: str = "application/json") -> web.Response:
+    headers = {**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"}
+    return web.Response(body=compact(value).encode(), status=status, headers=headers)
 
 
 def problem(error: ChronoTaskError) -> web.Response:
@@ -7217,16 +7169,13 @@ async def read_body(request: web.Request, model: type[Input] | None) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    known = model.model_fields if model is not None else {}
     repeated = [name for name in request.query if len(request.query.getall(name)) > 1]
     if repeated:
         raise InvalidInput(*(FieldError(name, "must be given once") for name in dict.fromkeys(repeated)))
     if model is not None:
         return parse(model, dict(request.query))
     if request.query:
-        raise InvalidInput(
-            *(FieldError(name, f"unknown parameter; known are {', '.join(known) or 'none'}") for name in request.query)
-        )
+        raise InvalidInput(*(FieldError(name, "unknown parameter; known are none") for name in request.query))
     return None
 
 
