@@ -1411,6 +1411,8 @@ _HARMLESS_USERINFO = re.compile(rf"[^:@$]*:{_REFERENCE}")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _AUTHORITY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
+NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1587,7 +1589,7 @@ def _references(text: str) -> str:
 
 
 def _url(text: str) -> str:
-    if re.search(r"[\x00-\x20\x7f\\]", text):
+    if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
     if SECRET_REFERENCE.match(_references(text)):
         return text  # the whole beginning is a secret: checked when it is known
@@ -1614,7 +1616,7 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{shown(name)} is not a valid header name")
         if name.lower() in REFUSED_HEADERS:
             raise ValueError(f"{name} cannot be set: it follows from the url and the body")
-        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) or len(value) > 8192:
+        if NOT_IN_HEADERS.search(value) or len(value) > 8192:
             raise ValueError(f"the value of {name} must be at most 8192 characters, without line breaks and control characters")
         _references(value)
     return headers
@@ -1884,7 +1886,7 @@ FINISHED = ("succeeded", "failed", "timed_out", "cancelled", "skipped", "missed"
 NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothing
 SUCCESS: dict[str, bool] = {"succeeded": True, "failed": False, "timed_out": False, "interrupted": False}
 LIST_TEXT_LIMIT = 4096  # characters of each output text in lists
-MAX_RETRY_WAIT = 3600.0  # seconds
+MAX_RETRY_WAIT = 3600.0  # seconds, also when a server asks for more
 
 
 def compact(value: Any) -> str:
@@ -2076,7 +2078,7 @@ def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
         wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
         if outcome.retry_after is not None:
             wait = min(outcome.retry_after, MAX_RETRY_WAIT)
-        status, again = "retrying", now + round(wait * 1_000_000)
+        status, again = "retrying", now + round(wait * SECOND)
     return Settlement(run, status, outcome.status, now, again, outcome.error_message, outcome.output)
 
 
@@ -2579,7 +2581,7 @@ def instant_or_none(t: int | None) -> str | None:
 
 
 def seconds_between(start: int | None, end: int | None) -> float | None:
-    return None if start is None or end is None else (end - start) / 1_000_000
+    return None if start is None or end is None else (end - start) / SECOND
 
 
 def task_view(task: Task, next_run: int | None) -> TaskView:
@@ -3144,6 +3146,9 @@ def _open_for_writing(path: Path) -> DB:
     return db
 
 
+_LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+
+
 def _remedy(error: sqlite3.Error, path: Path) -> str:
     text = str(error)
     if "unable to open" in text or "readonly" in text or "read-only" in text:
@@ -3156,7 +3161,7 @@ def _remedy(error: sqlite3.Error, path: Path) -> str:
         return "another program holds a lock on it"
     if "full" in text:
         return "make room on its disk"
-    return "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+    return _LEFT_ALONE
 
 
 def _check_files(path: Path) -> None:
@@ -3174,9 +3179,7 @@ def _check_files(path: Path) -> None:
             f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
         ) from None
     if beginning and beginning != b"SQLite format 3\0":
-        raise StartupError(
-            f"{path} is not a database: it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
-        )
+        raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
     if not size and wal_size:
         what = "missing" if size is None else "empty"
         raise StartupError(
@@ -3233,10 +3236,7 @@ def _check_integrity(db: DB, path: Path) -> None:
         return
     found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
     if found != ["ok"]:
-        raise StartupError(
-            f"the database {path} is damaged ({'; '.join(found)}): it was left as it was; restore a backup, "
-            "or set CHRONOTASK_DATABASE_URL to another file"
-        )
+        raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
 
 
 def backup(path: Path, target: Path) -> None:
@@ -3273,7 +3273,7 @@ def zone_rules(name: str) -> str:
     return hashlib.sha256(packaged.read_bytes()).hexdigest()
 
 
-# --- The leader's lock ------------------------------------------------------------------------------------------------
+# --- File locks -------------------------------------------------------------------------------------------------------
 
 
 class FileLock:
@@ -3317,6 +3317,14 @@ class FileLock:
             self._fd = None
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another holder has the lock on `path` now. Makes the file if there is none."""
+    probe = FileLock(path)
+    free = probe.acquire()
+    probe.release()
+    return not free
+
+
 def locks_work(path: Path) -> bool:
     """Whether flock excludes a second holder on this file system (some network file systems pretend). Raises OSError."""
     probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
@@ -3347,6 +3355,7 @@ _NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
 _TASKS = ", ".join(TASK_COLUMNS)
 _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
+_WITHOUT_OUTPUT = _EXECUTIONS.replace("output_data", "NULL AS output_data")
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
 
 
@@ -3450,19 +3459,23 @@ def delete_schedule(db: DB, schedule_id: int) -> None:
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
 
 
+def _one(row: Any, what: str, row_id: int) -> Any:
+    """`row`, which a query found or not. Raises NotFound."""
+    if row is None:
+        raise NotFound(f"there is no {what} {row_id}")
+    return row
+
+
 def get_task(db: DB, task_id: int) -> Task:
     """Raises NotFound, also for a task that is being deleted."""
     row = db.execute(f"SELECT {_TASKS} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no task {task_id}")
-    return _task(row)
+    return _task(_one(row, "task", task_id))
 
 
 def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
     row = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no task {task_id}")
-    return _task(row[:-1]), row[-1]
+    *task, next_run = _one(row, "task", task_id)
+    return _task(task), next_run
 
 
 def find_equal_task(db: DB, task: Task) -> int | None:
@@ -3508,9 +3521,8 @@ _S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
 def get_schedule(db: DB, schedule_id: int) -> tuple[Schedule, bool]:
     """The schedule, and whether its task is active. Raises NotFound."""
     row = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.id = ? AND NOT t.deleted", (schedule_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no schedule {schedule_id}")
-    return _schedule(row[:-1]), bool(row[-1])
+    *schedule, task_active = _one(row, "schedule", schedule_id)
+    return _schedule(schedule), bool(task_active)
 
 
 def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[tuple[Schedule, bool]]]:
@@ -3799,18 +3811,17 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
 def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
     """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
     row = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no execution {execution_id}")
-    if row[0] == "running":
+    status = str(_one(row, "execution", execution_id)[0])
+    if status == "running":
         db.execute("UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id = ?", (reason, execution_id))
-    elif row[0] in UNFINISHED:
+    elif status in UNFINISHED:
         db.execute(
             """UPDATE executions SET status = 'cancelled', finished_at = ?, next_attempt_at = NULL,
                 error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
             WHERE id = ?3""",
             (now, reason, execution_id),
         )
-    return str(row[0])
+    return status
 
 
 def unfinished_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
@@ -3843,25 +3854,19 @@ def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
 def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttempt]]:
     """An execution with its earlier attempts, oldest first. Raises NotFound."""
     row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no execution {execution_id}")
+    execution = _execution(_one(row, "execution", execution_id))
     past = db.execute(
         """SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts
         WHERE execution_id = ? ORDER BY attempt""",
         (execution_id,),
     )
-    return _execution(row), [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and json.loads(a[5])) for a in past]
+    return execution, [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and json.loads(a[5])) for a in past]
 
 
 def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
     """Those of the executions `ids` that exist, without output, oldest first."""
-    columns = _EXECUTIONS.replace("output_data", "NULL AS output_data")
-    rows = fetch(
-        db,
-        _EXECUTIONS,
-        f"FROM (SELECT {columns} FROM executions WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id)",
-        (compact(list(ids)),),
-    )
+    source = f"FROM (SELECT {_WITHOUT_OUTPUT} FROM executions WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id)"
+    rows = fetch(db, _EXECUTIONS, source, (compact(list(ids)),))
     return [_execution(row) for row in rows]
 
 
@@ -3870,7 +3875,7 @@ _SUCCESS_SQL = {True: "status = 'succeeded'", False: "status IN ('failed', 'time
 
 def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | None) -> list[Execution]:
     """Executions with their whole output (`full`), without (`none`), or with its texts cut (None)."""
-    columns = _EXECUTIONS.replace("output_data", "NULL AS output_data") if output == "none" else _EXECUTIONS
+    columns = _WITHOUT_OUTPUT if output == "none" else _EXECUTIONS
     source = f"FROM (SELECT {columns}, length(output_data) AS size FROM executions {where})"
     executions = []
     for row in fetch(db, f"{_EXECUTIONS}, size", source, values):
@@ -3883,17 +3888,14 @@ def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | Non
 def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
     """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
     row = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    if row is None:
-        raise NotFound(f"there is no task {task_id}")
+    total = _one(row, "task", task_id)[0]
     conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
     if query.success is not None:
         conditions[_SUCCESS_SQL[query.success]] = True
     if query.status in UNFINISHED:
         conditions[UNFINISHED_SQL] = True
     where, values = _where(conditions)
-    if query.status is None and query.success is None:
-        total = row[0]
-    else:
+    if query.status is not None or query.success is not None:
         total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
     page = f"{where} ORDER BY id DESC LIMIT ? OFFSET ?"
     return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output)
@@ -4033,7 +4035,7 @@ def show_output(db: DB, news: Mapping[int, Sequence[tuple[str, int, bytes]]], no
         for stream, total, recent in streams:
             db.execute(
                 "INSERT OR REPLACE INTO live_output VALUES (?, ?, ?, ?, ?)",
-                (execution_id, stream, now + 10_000_000, total, recent),
+                (execution_id, stream, now + 10 * SECOND, total, recent),
             )
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
@@ -4091,7 +4093,6 @@ KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
 DNS_LOOKUPS = 64  # at once
 MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
-MAX_RETRY_AFTER = 3600.0
 MAX_SECRET_BYTES = 65536
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
@@ -4383,9 +4384,9 @@ def _check_filled(config: dict[str, Any], task_type: str) -> None:
                 raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
         return
     for name, value in config.get("headers", {}).items():
-        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+        if NOT_IN_HEADERS.search(value):
             raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
-    if re.search(r"[\x00-\x20\x7f\\]", config["url"]):
+    if NOT_IN_URLS.search(config["url"]):
         raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
 
 
@@ -4814,7 +4815,7 @@ _FINAL_ERRORS = {"ENOENT", "ENOTDIR", "EACCES", "EPERM", "ENOEXEC", "E2BIG", "EL
 
 def _not_started(error: OSError, command: _Command) -> Outcome:
     _found_program.cache_clear()  # it may have been moved
-    reason = (error.strerror or type(error).__name__).lower()
+    reason = _reason(error)
     if command.cwd is not None and error.filename == command.cwd:
         return Outcome("failed", f"working_dir {shown(command.cwd)}: {reason}")
     if error.errno == errno.ENOEXEC:
@@ -4853,9 +4854,6 @@ _CREDENTIAL_HEADER = re.compile(
     r"(?!idempotency-key$).*(auth|cookie|key|token|secret|passw|signature|credential|session).*", re.IGNORECASE
 )
 _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
-
-
-_SUCCESS = ["200-299"]
 
 
 @dataclass(slots=True)
@@ -5005,7 +5003,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
     return _Request(
         resolved.get("method", "GET"),
-        url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url,
+        _without_user(url),
         headers,
         body,
         resolved.get("verify_tls", True),
@@ -5013,6 +5011,10 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
         body is not None and any("${" in text for text in texts(config["body"])),
     )
+
+
+def _without_user(url: URL) -> URL:
+    return url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -5086,7 +5088,7 @@ def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> URL
         target = request.url.join(URL(location))
         if target.scheme not in ("http", "https") or not target.host:
             raise ValueError
-        return target.with_user(None) if target.raw_user is not None or target.raw_password is not None else target
+        return _without_user(target)
     except ValueError:
         raise ChronoTaskError(f"redirected to {_one_line(mask_url(location), 100)}, which is no http or https URL") from None
 
@@ -5174,8 +5176,8 @@ def _judged(
     now: Callable[[], int] | None,
 ) -> Outcome:
     status, output = response.status, _http_output(live)
-    expected = config.get("expected_status") or _SUCCESS
-    if 200 <= status <= 299 if expected is _SUCCESS else any(low <= status <= high for low, high in map(status_range, expected)):
+    expected = config.get("expected_status") or ["200-299"]
+    if any(low <= status <= high for low, high in map(status_range, expected)):
         return Outcome("succeeded", output=output)
     message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
     message += f"; expected {', '.join(map(str, expected))}"
@@ -5192,11 +5194,11 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None
     lower = {name.lower(): value.strip() for name, value in headers.items()}
     text = lower.get("retry-after", "")
     if re.fullmatch("[0-9]{1,12}", text):
-        return min(float(text), MAX_RETRY_AFTER)
+        return min(float(text), MAX_RETRY_WAIT)
     until, start = _http_date(text), _http_date(lower.get("date", ""))
     if start is None and now is not None:
-        start = now() / 1e6
-    return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_AFTER)
+        start = now() / SECOND
+    return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_WAIT)
 
 
 def _http_date(text: str) -> float | None:
@@ -5310,8 +5312,8 @@ class Crowd:
         self._groups[schedule.task_id] = [g for g in groups if _same_catchup(g, schedule.id, trigger)]
 
 
-def _same_catchup(group: Unfinished, schedule_id: int, trigger: str) -> bool:
-    return trigger == "catchup" and group.trigger == "catchup" and group.schedule_id == schedule_id
+def _same_catchup(other: Unfinished | NewExecution, schedule_id: int, trigger: str) -> bool:
+    return trigger == "catchup" and other.trigger == "catchup" and other.schedule_id == schedule_id
 
 
 @dataclass(slots=True)
@@ -5373,8 +5375,7 @@ def _new_row(schedule: Schedule, slot: int, trigger: str, now: int, **more: Any)
 
 
 def _cancelled_by(schedule: Schedule, trigger: str, row: NewExecution) -> NewExecution:
-    same = trigger == "catchup" and row.trigger == "catchup" and row.schedule_id == schedule.id
-    if row.task_id != schedule.task_id or row.status != "queued" or same:
+    if row.task_id != schedule.task_id or row.status != "queued" or _same_catchup(row, schedule.id, trigger):
         return row
     return dataclasses.replace(row, status="cancelled", hold=0, error_message=CANCELLED_BY_OVERLAP)
 
@@ -5670,7 +5671,7 @@ class Service:
         await self._gather_ends()
         self._wake.clear()
         moved = self.clock.step()
-        if moved <= -1_000_000 and self.leading:
+        if moved <= -SECOND and self.leading:
             await self._shift_retries(moved)
         if moved <= -CORRECTION:
             await self._correct_slots()
@@ -5685,7 +5686,7 @@ class Service:
             pause = self._last_beat_end + BEAT_GAP - self.clock.monotonic()
             due = self._next_due()
             if due is not None:
-                pause = min(pause, (due - self.clock.now()) / 1_000_000)
+                pause = min(pause, (due - self.clock.now()) / SECOND)
             if pause > 0:
                 await asyncio.sleep(pause)
 
@@ -5758,11 +5759,11 @@ class Service:
             logger.warning(
                 "task %d (%s), execution %d: %s: %s", run.task_id, run.task_name, run.execution_id, settlement.status, why
             )
-        stats.durations.add((settlement.finished_at - run.started_at) / 1_000_000)
+        stats.durations.add((settlement.finished_at - run.started_at) / SECOND)
 
     def _start_run(self, run: Run) -> None:
         if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
-            late = max(0.0, (run.started_at - run.fire_at) / 1_000_000)
+            late = max(0.0, (run.started_at - run.fire_at) / SECOND)
             self.stats.recent_late.append(late)
             self.stats.lateness.add(late)
         active = Active(run, LiveOutput(self.settings.output_limit))
@@ -5822,16 +5823,10 @@ class Service:
 
     async def _must_yield(self) -> bool:
         """Whether a service is alive. Asked twice: another `mcp` process may have been looking at the same moment."""
-        if not self._service_alive():
+        if not is_locked(self._service_lock.path):
             return False
         await asyncio.sleep(0.01)
-        return self._service_alive()
-
-    def _service_alive(self) -> bool:
-        probe = FileLock(self._service_lock.path)
-        free = probe.acquire()
-        probe.release()
-        return not free
+        return is_locked(self._service_lock.path)
 
     async def _watch(self) -> None:
         before = self.clock.monotonic()
@@ -5907,12 +5902,10 @@ class Service:
         path = self._drain_path(owner)
         if not path.exists():
             return False
-        probe = FileLock(path)
-        free = probe.acquire()
-        probe.release()
-        if free:
+        draining = is_locked(path)
+        if not draining:
             path.unlink(missing_ok=True)
-        return not free
+        return draining
 
     async def _check_zone_rules(self) -> None:
         """Slots of zones whose rules have changed since they were computed are computed anew."""
@@ -5979,7 +5972,7 @@ class Service:
     async def retain(self, now: int) -> None:
         """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
         settings, after = self.settings, 0
-        cutoff = now - settings.history_days * 86_400_000_000
+        cutoff = now - settings.history_days * DAY
         while settings.history_days and self.leading:
             step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
             if (reached := await self.store.write(step)) is None:
@@ -6371,7 +6364,7 @@ class Service:
 
     async def _foreign_output(self, execution: Execution) -> list[tuple[str, int, bytes]]:
         if execution.status == "running":
-            return await self.store.write(partial(ask_for_output, execution_id=execution.id, until=self.clock.now() + 5_000_000))
+            return await self.store.write(partial(ask_for_output, execution_id=execution.id, until=self.clock.now() + 5 * SECOND))
         return await self.store.read(partial(shown_output, execution_id=execution.id))
 
     async def _show_output(self) -> None:
@@ -6402,9 +6395,9 @@ class Service:
 
     async def metrics(self) -> Metrics:
         """Everything that /metrics shows, in the store's words."""
-        counts, tasks = await self.store.read(lambda db: ((object_counts(db), status_counts(db)), task_moments(db, 1000)))
+        objects, counts, tasks = await self.store.read(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return Metrics(self.stats, counts[0], counts[1], tasks, size, self.store.waiting_writes, self.leading, len(self.running))
+        return Metrics(self.stats, objects, counts, tasks, size, self.store.waiting_writes, self.leading, len(self.running))
 
     # --- use cases: the scheduler ---
 
@@ -7360,9 +7353,9 @@ def metrics_text(metrics: Metrics) -> str:
     schedules = [('{state="firing"}', active), ('{state="idle"}', metrics.objects["schedules"] - active)]
     family("schedules", "gauge", "Schedules.", schedules)
     labels = [(f'{{task_id="{key}",task="{_label(name)}"}}', last, following) for key, name, last, following in metrics.tasks]
-    successes = [(label, last / 1_000_000) for label, last, _ in labels if last is not None]
+    successes = [(label, last / SECOND) for label, last, _ in labels if last is not None]
     family("task_last_success_timestamp_seconds", "gauge", "End of the last success.", successes)
-    slots = [(label, following / 1_000_000) for label, _, following in labels if following is not None]
+    slots = [(label, following / SECOND) for label, _, following in labels if following is not None]
     family("task_next_slot_timestamp_seconds", "gauge", "Next firing.", slots)
     family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", metrics.database_bytes)])
     family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", metrics.waiting_writes)])
