@@ -7590,7 +7590,7 @@ TOOL_TEXT = 8000  # characters of each output text in an answer about one execut
 TOOL_LIST_TEXT = 500  # the same in lists
 MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
-SETTLE = 1.5  # seconds that calls in flight get after the end of stdin
+LAST_CALLS = 1.5  # seconds that calls in flight get after the end of stdin
 R = TypeVar("R")
 TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
 
@@ -7749,7 +7749,7 @@ def clip(value: Any, limit: int, where: str) -> Any:
     return f"{head}\n[… {left_out} bytes left out: {where} …]\n{tail}"
 
 
-def _clip_texts(holder: Any, field: str, limit: int, where: str) -> None:
+def _clip_field(holder: Any, field: str, limit: int, where: str) -> None:
     if holder.get(field):
         holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
 
@@ -7759,8 +7759,8 @@ def _clip_execution(view: Any) -> None:
     for attempt in view.get("attempts", ()):
         if attempt["output_data"] == view["output_data"]:
             attempt["output_data"] = None  # the last attempt's output is the execution's
-        _clip_texts(attempt, "output_data", TOOL_LIST_TEXT, where)
-    _clip_texts(view, "output_data", TOOL_TEXT, where)
+        _clip_field(attempt, "output_data", TOOL_LIST_TEXT, where)
+    _clip_field(view, "output_data", TOOL_TEXT, where)
 
 
 async def complete_answer(service: Service, operation: Operation, args: Args, view: Any) -> None:
@@ -7771,7 +7771,7 @@ async def complete_answer(service: Service, operation: Operation, args: Args, vi
                 view["note"] = f"task {other} has the same name and configuration: delete one of them unless both are meant"
         case "list_tasks":
             for task in view["tasks"]:
-                _clip_texts(task, "config", TOOL_LIST_TEXT, "get_task shows all")
+                _clip_field(task, "config", TOOL_LIST_TEXT, "get_task shows all")
         case "execute_task" | "get_execution" | "cancel_execution":
             if view["status"] in UNFINISHED:
                 view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
@@ -7779,7 +7779,7 @@ async def complete_answer(service: Service, operation: Operation, args: Args, vi
         case "get_task_history":
             if args.query.output == "short":
                 for execution in view["history"]:
-                    _clip_texts(execution, "output_data", TOOL_LIST_TEXT, "output=full or get_execution shows more")
+                    _clip_field(execution, "output_data", TOOL_LIST_TEXT, "output=full or get_execution shows more")
             if (seen := view["skip"] + len(view["history"])) < view["total"]:
                 view["note"] = f"{view['total'] - seen} older ones: ask with skip={seen}, or with a higher limit"
         case "list_schedules":
@@ -7840,6 +7840,8 @@ def _where_to_look(error: ChronoTaskError) -> str:
 # --- Resources, the prompt, the server --------------------------------------------------------------------------------
 
 SCHEME = "chronotask://"
+JSON_TEXT: Any = {"mime_type": "application/json"}
+PROMPT = "diagnose_task"
 INSTRUCTIONS = """\
 ChronoTask runs HTTP requests and bash commands by schedule. A task says what to do, a schedule when, an execution is one run.
 To plan something: list_tasks (does it exist?), create_task, execute_task (does it work?), create_schedule, then compare the
@@ -7875,24 +7877,44 @@ async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     history = (await service.get_task_history(args.id, args.query))["history"]
     schedules = (await service.list_schedules(ScheduleQuery(task_id=args.id, limit=20)))["schedules"]
     for execution in history:
-        _clip_texts(execution, "output_data", 4 * TOOL_LIST_TEXT, "get_execution shows more")
+        _clip_field(execution, "output_data", 4 * TOOL_LIST_TEXT, "get_execution shows more")
     return DIAGNOSE + json.dumps({"task": task, "schedules": schedules, "history": history}, ensure_ascii=False, indent=1)
+
+
+@functools.cache
+def make_resources() -> types.ListResourcesResult:
+    from mcp import types
+
+    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **JSON_TEXT)
+    return types.ListResourcesResult(resources=[status])
+
+
+@functools.cache
+def make_templates() -> types.ListResourceTemplatesResult:
+    from mcp import types
+
+    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
+    return types.ListResourceTemplatesResult(
+        resource_templates=[
+            types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **JSON_TEXT)
+            for name, text in about.items()
+        ]
+    )
+
+
+@functools.cache
+def make_prompts() -> types.ListPromptsResult:
+    from mcp import types
+
+    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
+    prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
+    return types.ListPromptsResult(prompts=[prompt])
 
 
 def make_server(service: Service) -> Server[Any]:
     """The MCP server of a service, for any transport and every protocol version that the SDK knows."""
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
-
-    json_text: Any = {"mime_type": "application/json"}
-    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **json_text)
-    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    templates = [
-        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **json_text)
-        for name, text in about.items()
-    ]
-    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
-    diagnose = types.Prompt(name="diagnose_task", description="Find out why a task fails", arguments=[task_id])
 
     def always(make: Callable[[], R]) -> Callable[[Any, Any], Awaitable[R]]:
         async def answer(_: Any, params: Any) -> R:
@@ -7903,16 +7925,16 @@ def make_server(service: Service) -> Server[Any]:
     async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         return await run_tool(service, params.name, params.arguments or {})
 
-    async def read(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+    async def get_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
         try:
             text = compact(await read_resource(service, params.uri))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
-        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **json_text)])
+        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])
 
     async def get_prompt(_: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
-        if params.name != diagnose.name:
-            raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {diagnose.name}")
+        if params.name != PROMPT:
+            raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {PROMPT}")
         try:
             text = await diagnose_task(service, params.arguments or {})
         except ChronoTaskError as error:
@@ -7925,10 +7947,10 @@ def make_server(service: Service) -> Server[Any]:
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
         on_list_tools=always(make_tools),
         on_call_tool=call_tool,
-        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status])),
-        on_list_resource_templates=always(lambda: types.ListResourceTemplatesResult(resource_templates=templates)),
-        on_read_resource=read,
-        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[diagnose])),
+        on_list_resources=always(make_resources),
+        on_list_resource_templates=always(make_templates),
+        on_read_resource=get_resource,
+        on_list_prompts=always(make_prompts),
         on_get_prompt=get_prompt,
     )
 
@@ -8018,67 +8040,80 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
     raise MCPError(types.INVALID_REQUEST, "this line is no JSON-RPC 2.0 message (one object a line, no batches)", number)
 
 
-async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
-    """Serves one client until it closes its end of `source` (calls in flight get `SETTLE` seconds) or of `sink`."""
-    import anyio
+class _Unanswered:
+    """The ids of one client's calls that have no answer yet."""
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._fewer = asyncio.Event()
+
+    def add(self, number: Any) -> None:
+        self._ids.add(str(number))
+
+    def discard(self, number: Any) -> None:
+        self._ids.discard(str(number))
+        self._fewer.set()
+
+    async def at_most(self, count: int) -> None:
+        """Waits until no more than `count` are left."""
+        while len(self._ids) > count:
+            self._fewer.clear()
+            await self._fewer.wait()
+
+
+async def _take_in(source: int, calls: _Unanswered, into: Any, refusals: Any) -> None:
+    """Passes messages on to the server, no faster than it answers; what is no message is refused at once."""
     from mcp import MCPError, types
     from mcp.shared.message import SessionMessage
 
-    into, inbox = anyio.create_memory_object_stream[Any](0)
-    outbox, out_of = anyio.create_memory_object_stream[Any](0)
-    refusals = outbox.clone()
-    pending: set[str] = set()  # ids of calls without an answer
-    fewer = asyncio.Event()
-
-    async def until_pending(count: int) -> None:
-        while len(pending) > count:
-            fewer.clear()
-            await fewer.wait()
-
-    def settled(number: Any) -> None:
-        pending.discard(str(number))
-        fewer.set()
-
-    async def accept(line: bytes, size: int) -> None:
+    async for line, size in read_lines(source):
+        if not line.strip():
+            continue
         try:
             message = read_message(line, size)
         except MCPError as error:
             about = types.ErrorData(code=error.code, message=error.message)
             await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
-            return
-        await until_pending(MAX_PENDING)
+            continue
+        await calls.at_most(MAX_PENDING)
         if isinstance(message, types.JSONRPCRequest):
-            pending.add(str(message.id))
+            calls.add(message.id)
         elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-            settled((message.params or {}).get("requestId"))
+            calls.discard((message.params or {}).get("requestId"))
         await into.send(SessionMessage(message))
 
-    async def read() -> None:
-        async for line, size in read_lines(source):
-            if line.strip():
-                await accept(line, size)
 
-    async def write() -> None:
-        async for answer in out_of:
-            answers = [answer.message]
-            with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):  # what is ready goes out in one piece
-                while len(answers) < 64:
-                    answers.append(out_of.receive_nowait().message)
-            lines = [message.model_dump_json(by_alias=True, exclude_unset=True) + "\n" for message in answers]
-            await in_daemon(write_all, sink, "".join(lines).encode())
-            for message in answers:
-                settled(getattr(message, "id", None))
+async def _give_out(sink: int, calls: _Unanswered, out_of: Any) -> None:
+    """Writes the server's messages, one a line."""
+    import anyio
 
-    jobs = [
-        asyncio.ensure_future(job) for job in (server.run(inbox, outbox, server.create_initialization_options()), write(), read())
-    ]
-    serving, writing, _ = jobs
+    async for first in out_of:
+        ready = [first.message]
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):  # what is ready goes out in one piece
+            while len(ready) < 64:
+                ready.append(out_of.receive_nowait().message)
+        lines = [message.model_dump_json(by_alias=True, exclude_unset=True) + "\n" for message in ready]
+        await in_daemon(write_all, sink, "".join(lines).encode())
+        for message in ready:
+            calls.discard(getattr(message, "id", None))
+
+
+async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
+    """Serves one client until it closes its end of `source` (calls in flight get `LAST_CALLS` seconds) or of `sink`."""
+    import anyio
+
+    into, inbox = anyio.create_memory_object_stream[Any](0)
+    outbox, out_of = anyio.create_memory_object_stream[Any](0)
+    refusals, calls = outbox.clone(), _Unanswered()
+    serving = asyncio.ensure_future(server.run(inbox, outbox, server.create_initialization_options()))
+    writing = asyncio.ensure_future(_give_out(sink, calls, out_of))
+    jobs = [serving, writing, asyncio.ensure_future(_take_in(source, calls, into, refusals))]
     try:
         done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         for job in done - {writing}:  # which ends by an error when the client no longer listens
             job.result()
-        jobs.append(asyncio.ensure_future(until_pending(0)))
-        await asyncio.wait({writing, jobs[-1]}, timeout=SETTLE, return_when=asyncio.FIRST_COMPLETED)
+        jobs.append(asyncio.ensure_future(calls.at_most(0)))
+        await asyncio.wait({writing, jobs[-1]}, timeout=LAST_CALLS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await into.aclose()  # the server cancels what is left, and says so to the client
         await refusals.aclose()
