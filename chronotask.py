@@ -1250,12 +1250,12 @@ def _check_seconds(value: Any) -> int | float:
 
 SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=skip)"
 SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
+SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
 _UNCAUGHT = {
     "skip": "catchup=skip",
     "latest": "catchup=latest runs only the newest",
     "all": f"catchup=all runs only the newest {CATCHUP_MOST}",
 }
-SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -2209,8 +2209,8 @@ class TaskUpdate(Input):
     retry_backoff: RetryBackoff = UNSET
 
 
-class ScheduleTiming(Input):
-    """The fields of a schedule that a preview knows too."""
+class ScheduleBody(Input):
+    """What a new schedule and a preview of one have in common."""
 
     schedule_type: ScheduleType
     schedule_config: ScheduleConfig
@@ -2218,31 +2218,27 @@ class ScheduleTiming(Input):
     start_at: Instant | None = None
     end_at: Instant | None = None
     max_runs: MaxRuns | None = None
+    is_active: bool = True
+    overlap: Overlap = "skip"
+    catchup: Catchup = "latest"
+    catchup_window: CatchupWindow = 86400
 
     def times(self) -> dict[str, str | None]:
         """The instants as they were sent."""
         return {"start_at": self.start_at, "end_at": self.end_at}
 
 
-class ScheduleCreate(ScheduleTiming):
+class ScheduleCreate(ScheduleBody):
     task_id: Id
-    is_active: bool = True
-    overlap: Overlap = "skip"
-    catchup: Catchup = "latest"
-    catchup_window: CatchupWindow = 86400
 
 
-class SchedulePreview(ScheduleTiming):
-    is_active: bool = True
-    overlap: Overlap = "skip"
-    catchup: Catchup = "latest"
-    catchup_window: CatchupWindow = 86400
+class SchedulePreview(ScheduleBody):
     after: Instant | None = None
     count: Annotated[int, Field(ge=1, le=1000)] = 5
     task_id: Id = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
 
     def times(self) -> dict[str, str | None]:
-        return {**ScheduleTiming.times(self), "after": self.after}
+        return {**ScheduleBody.times(self), "after": self.after}
 
 
 class ScheduleUpdate(Input):
@@ -2364,7 +2360,7 @@ def _inner_errors(model: type[BaseModel], data: Any) -> tuple[FieldError, ...]:
     try:
         if issubclass(model, TaskCreate) and data.get("task_type") in TASK_TYPES and isinstance(data.get("config"), dict):
             parse_config(data["task_type"], data["config"])
-        if issubclass(model, ScheduleTiming) and data.get("schedule_type") in SCHEDULE_TYPES:
+        if issubclass(model, ScheduleBody) and data.get("schedule_type") in SCHEDULE_TYPES:
             if isinstance(data.get("schedule_config"), dict):
                 check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
     except InvalidInput as error:
@@ -4029,13 +4025,13 @@ def wanted_output(db: DB, now: int) -> list[int]:
     return [row[0] for row in db.execute("SELECT execution_id FROM live_output WHERE stream = '' AND wanted_until > ?", (now,))]
 
 
-def show_output(db: DB, news: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
+def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
     """Writes recent output for followers in other processes, and forgets what nobody asks for any more."""
-    for execution_id, streams in news.items():
-        for stream, total, recent in streams:
+    for execution_id, streams in recent.items():
+        for stream, total, data in streams:
             db.execute(
                 "INSERT OR REPLACE INTO live_output VALUES (?, ?, ?, ?, ?)",
-                (execution_id, stream, now + 10 * SECOND, total, recent),
+                (execution_id, stream, now + 10 * SECOND, total, data),
             )
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
@@ -4733,9 +4729,7 @@ def _stat_of(pid: int) -> list[str]:
 
 
 _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
-
-
-_to_sweep: set[str] = set()
+_to_sweep: set[str] = set()  # run ids
 
 
 async def _sweep(run_id: str) -> None:
@@ -5512,6 +5506,17 @@ class Histogram:
         return [*buckets, ("_sum", self._sum), ("_count", float(sum(self._counts)))]
 
 
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start of this process, for /metrics and /scheduler/status. Durations in seconds."""
+
+    ended: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # by task type and status
+    durations: Histogram = dataclasses.field(default_factory=Histogram)
+    lateness: Histogram = dataclasses.field(default_factory=Histogram)
+    recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
+    loop_lag: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """A snapshot for /metrics. Instants are microseconds, sizes bytes; `tasks`: id, name, last success, next slot."""
@@ -5524,17 +5529,6 @@ class Metrics:
     waiting_writes: int
     leading: bool
     running_here: int
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the start of this process, for /metrics and /scheduler/status. Durations in seconds."""
-
-    ended: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # by task type and status
-    durations: Histogram = dataclasses.field(default_factory=Histogram)
-    lateness: Histogram = dataclasses.field(default_factory=Histogram)
-    recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
-    loop_lag: float = 0.0
 
 
 class Service:
@@ -5871,6 +5865,7 @@ class Service:
         await self._settle_orphans()
         now = self.clock.now()
         await self.store.write(partial(_restart_slots, now=now, settled_after=now + CORRECTION))
+        await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
         await self._check_zone_rules()
         self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
         self.leading, self._rev, self._ready = True, -1, True
@@ -5886,8 +5881,7 @@ class Service:
         dead = [run for owner, run in others if owner not in living]
         if not dead:
             return
-        boot = _boot_id()
-        if await self.store.read(partial(get_meta, key="boot")) == boot:
+        if await self.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
             killed = await asyncio.to_thread(kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"})
             logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
         now = self.clock.now()
@@ -5909,7 +5903,6 @@ class Service:
 
     async def _check_zone_rules(self) -> None:
         """Slots of zones whose rules have changed since they were computed are computed anew."""
-        await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
         for zone, known in (await self.store.read(known_zones)).items():
             with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
                 if (rules := zone_rules(zone)) != known:
@@ -6091,7 +6084,6 @@ class Service:
         self._refuse_when_stopping()
         await self.store.read(partial(get_task, task_id=body.task_id))
         schedule = await self._in_checks(partial(self._new_schedule, body, body.task_id, self.clock.now()))
-        schedule.overlap, schedule.catchup, schedule.catchup_window = body.overlap, body.catchup, body.catchup_window
         schedule.is_active = body.is_active
 
         def insert(db: DB) -> None:
@@ -6105,8 +6097,8 @@ class Service:
         await self.store.write(insert)
         return await self._schedule_changed(schedule.id)
 
-    def _new_schedule(self, body: ScheduleTiming, task_id: int, now: int) -> Schedule:
-        """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
+    def _new_schedule(self, body: ScheduleBody, task_id: int, now: int) -> Schedule:
+        """An active schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
         errors: list[FieldError] = []
         zone = self.settings.scheduler_timezone
         try:
@@ -6123,9 +6115,9 @@ class Service:
             schedule_type=body.schedule_type,
             schedule_config=config,
             is_active=True,
-            overlap="skip",
-            catchup="latest",
-            catchup_window=86400,
+            overlap=body.overlap,
+            catchup=body.catchup,
+            catchup_window=body.catchup_window,
             jitter=body.jitter,
             start_at=times["start_at"],
             end_at=times["end_at"],
@@ -6371,8 +6363,8 @@ class Service:
         """Writes what running executions print for followers in other processes, while there are any."""
         if not self.running or not (wanted := await self.store.read(partial(wanted_output, now=self.clock.now()))):
             return
-        news = {key: live.recent() for key in wanted if (active := self.running.get(key)) and (live := active.live)}
-        await self.store.write(partial(show_output, news=news, now=self.clock.now()))
+        recent = {key: active.live.recent() for key in wanted if (active := self.running.get(key))}
+        await self.store.write(partial(show_output, recent=recent, now=self.clock.now()))
 
     async def overview(self, query: TaskQuery) -> OverviewPage:
         """A page of tasks, each with its last 30 executions and what these say about it."""
@@ -6973,6 +6965,7 @@ BUSY: web.AppKey[set[Any]] = web.AppKey("busy")  # connections whose request is 
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+DASHBOARD = Path(__file__).absolute().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 
 
@@ -7226,9 +7219,6 @@ async def show_page(request: web.Request) -> web.Response:
         text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
         return web.Response(text=text, headers=HEADERS)
     return web.Response(text=page, content_type="text/html", headers={**HEADERS, **page_policy(page)})
-
-
-DASHBOARD = Path(__file__).absolute().parent / "dashboard.html"
 
 
 @functools.lru_cache(2)
