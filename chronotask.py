@@ -248,6 +248,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)`, to be put behind a message; nothing when no known word is near."""
+    hint = nearest(word, known)
+    return f" (did you mean {hint}?)" if hint else ""
+
+
 def shown(value: object, limit: int = 80) -> str:
     """`value` as it may stand in a message: quoted, on one line, of bounded length."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
@@ -301,10 +307,10 @@ def _networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network,
 
 def _zone_name(text: str) -> str:
     try:
-        zoneinfo.ZoneInfo(text)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        hint = nearest(text, zoneinfo.available_timezones())
-        raise ValueError("an IANA time zone such as Europe/Berlin" + (f" (did you mean {hint}?)" if hint else "")) from None
+        ZoneInfo(text)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
+        hint = did_you_mean(text, zoneinfo.available_timezones())
+        raise ValueError("an IANA time zone such as Europe/Berlin" + hint) from None
     return text
 
 
@@ -701,8 +707,7 @@ def _cron_texts(expression: str) -> list[str]:
         raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
     text = expression.strip(" \t").lower()
     if text.startswith("@") and text not in _ALIASES:
-        hint = nearest(text, _ALIASES)
-        raise ValueError(_CRON_RULE + (f" (did you mean {hint}?)" if hint else ""))
+        raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
     texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
     if len(texts) not in {5, 6} or not all(texts):
         raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
@@ -1188,8 +1193,7 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 
 def _unknown_field(name: object, schedule_type: str) -> FieldError:
     known = _CONFIG_FIELDS[schedule_type]
-    hint = nearest(str(name)[:100], known)
-    text = f"unknown field, {schedule_type} takes {_and(known)}" + (f" (did you mean {hint}?)" if hint else "")
+    text = f"unknown field, {schedule_type} takes {_and(known)}" + did_you_mean(str(name)[:100], known)
     return FieldError(f"schedule_config.{str(name)[:100]}", text)
 
 
@@ -1534,8 +1538,8 @@ def _message(detail: ErrorDetails, loc: tuple[int | str, ...], known: list[str])
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
-        hint = nearest(str(loc[-1]), known)
-        return "unknown field" + (f" (did you mean {hint}?)" if hint else f" (known: {', '.join(known)})" if known else "")
+        names = f" (known: {', '.join(known)})" if known else ""
+        return "unknown field" + (did_you_mean(str(loc[-1]), known) or names)
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
@@ -4996,14 +5000,14 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         given = {name.lower() for name in own}
         headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
     return _Request(
-        resolved.get("method", "GET"),
-        _without_user(url),
-        headers,
-        body,
-        resolved.get("verify_tls", True),
-        resolved.get("follow_redirects", True),
-        frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
-        body is not None and any("${" in text for text in texts(config["body"])),
+        method=resolved.get("method", "GET"),
+        url=_without_user(url),
+        headers=headers,
+        body=body,
+        verify_tls=resolved.get("verify_tls", True),
+        follow=resolved.get("follow_redirects", True),
+        private=frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
+        private_body=body is not None and any("${" in text for text in texts(config["body"])),
     )
 
 
@@ -5767,14 +5771,14 @@ class Service:
     async def _attempt(self, active: Active) -> None:
         run = active.run
         attempt = Attempt(
-            run.task_id,
-            run.task_name,
-            run.execution_id,
-            run.schedule_id,
-            run.scheduled_for,
-            run.attempt,
-            run.run_id if run.task_type == "bash" else "",  # only processes carry it
-            run.uuid,
+            task_id=run.task_id,
+            task_name=run.task_name,
+            execution_id=run.execution_id,
+            schedule_id=run.schedule_id,
+            scheduled_for=run.scheduled_for,
+            number=run.attempt,
+            run_id=run.run_id if run.task_type == "bash" else "",  # only processes carry it
+            idempotency_key=run.uuid,
         )
         try:
             config = dict(run.config)
@@ -8292,7 +8296,7 @@ def give_back_memory() -> None:
 
 
 def use_pidfd() -> None:
-    """3.11's default watcher makes a thread for every child; from 3.12 on pidfd is the default."""
+    """3.11's default watcher makes a thread for every child; from 3.12 on pidfd (Linux 5.3) is the default where it works."""
     if sys.version_info < (3, 12):
         watcher = asyncio.PidfdChildWatcher()
         watcher.attach_loop(asyncio.get_running_loop())
