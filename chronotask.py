@@ -7106,7 +7106,7 @@ def _http_problem(error: web.HTTPException) -> web.Response:
 def load_json(raw: bytes) -> Any:
     """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:
             compact(value).encode("utf-8")
         return value
@@ -7124,6 +7124,9 @@ def load_json(raw: bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 async def json_bytes(request: web.Request) -> bytes:
@@ -7162,6 +7165,8 @@ async def read_body(request: web.Request, model: type[Input] | None) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
+    if model is None and not request.query_string:
+        return None
     repeated = [name for name in request.query if len(request.query.getall(name)) > 1]
     if repeated:
         raise InvalidInput(*(FieldError(name, "must be given once") for name in dict.fromkeys(repeated)))
