@@ -8306,6 +8306,10 @@ def give_back_memory() -> None:
 def use_pidfd() -> None:
     """3.11's default watcher makes a thread for every child; from 3.12 on pidfd (Linux 5.3) is the default where it works."""
     if sys.version_info < (3, 12):
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+        except (AttributeError, OSError):  # no Linux, an older one, or a sandbox that knows no pidfd: threads do it too
+            return
         watcher = asyncio.PidfdChildWatcher()
         watcher.attach_loop(asyncio.get_running_loop())
         asyncio.get_event_loop_policy().set_child_watcher(watcher)
