@@ -44,6 +44,28 @@ All instants are integers: microseconds since the epoch, UTC. Durations are seco
 
 from __future__ import annotations
 
+import marshal
+import os
+import sys
+
+# CPython keeps the syntax tree of a script for as long as it runs: 17 MB for this file. So a script goes on at once as
+# a new interpreter, in the same process, that is handed the compiled code. (`python -m chronotask` keeps no tree.) The
+# garbage collector waits until the service is up (`settle_memory`): what imports make is there to stay.
+if __name__ == "__main__" and __spec__ is None and sys.executable and len(sys.orig_argv) == len(sys.argv) + 1:
+    try:
+        with os.fdopen(os.memfd_create("chronotask", 0), "w+b") as file:
+            marshal.dump((sys.argv, sys.path, __file__, sys._getframe().f_code), file)
+            file.seek(0)
+            lines = (
+                "import gc, marshal, sys",
+                "gc.disable()",
+                f"with open({file.fileno()}, 'rb') as file: sys.argv[:], sys.path[:], __file__, code = marshal.load(file)",
+                "exec(code)",
+            )
+            os.execv(sys.executable, [sys.executable, "-c", "\n".join(lines), *sys.argv])
+    except (OSError, AttributeError):  # no Linux, or a sandbox that forbids it
+        pass
+
 import argparse
 import asyncio
 import base64
@@ -58,9 +80,11 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
+import importlib
 import ipaddress
 import itertools
 import json
@@ -68,7 +92,6 @@ import logging
 import logging.handlers
 import math
 import operator
-import os
 import queue
 import random
 import re
@@ -80,7 +103,6 @@ import socket
 import sqlite3
 import ssl
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -95,6 +117,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -111,10 +134,6 @@ from typing import (
 )
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import aiohttp
-from aiohttp import web
-from aiohttp.http import HttpProcessingError
-from multidict import CIMultiDictProxy
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -130,7 +149,23 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
-from yarl import URL
+
+if TYPE_CHECKING:
+    import aiohttp
+    import yarl
+    from aiohttp import web
+    from multidict import CIMultiDictProxy
+else:
+
+    class _Later(ModuleType):
+        """A module that is imported when something of it is used: who starts `--mode mcp` need not wait 0.3 s for aiohttp."""
+
+        def __getattr__(self, name):
+            module = importlib.import_module(self.__name__)
+            self.__dict__.update(vars(module))
+            return getattr(module, name)
+
+    aiohttp, web, yarl = _Later("aiohttp"), _Later("aiohttp.web"), _Later("yarl")
 
 __version__ = "1.0.0"
 logger = logging.getLogger("chronotask")
@@ -4860,7 +4895,7 @@ _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
 @dataclass(slots=True)
 class _Request:
     method: str
-    url: URL
+    url: yarl.URL
     headers: dict[str, str]
     body: bytes | None
     verify_tls: bool
@@ -4989,7 +5024,7 @@ def _credentials(config: dict[str, Any]) -> list[str]:
 
 def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Attempt) -> _Request:
     try:
-        url = URL(resolved["url"])
+        url = yarl.URL(resolved["url"])
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError
         if params := resolved.get("params"):
@@ -5014,7 +5049,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
     )
 
 
-def _without_user(url: URL) -> URL:
+def _without_user(url: yarl.URL) -> yarl.URL:
     return url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url
 
 
@@ -5026,7 +5061,7 @@ def _param_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _basic_auth(auth: dict[str, str] | None, url: URL) -> str | None:
+def _basic_auth(auth: dict[str, str] | None, url: yarl.URL) -> str | None:
     user, password = (auth["username"], auth["password"]) if auth else (url.user, url.password)
     if user is None and password is None:
         return None
@@ -5081,12 +5116,12 @@ async def _exchange(
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
 
-def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> URL | None:
+def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
     location = response.headers.get("Location")
     if not request.follow or response.status not in (301, 302, 303, 307, 308) or location is None:
         return None
     try:
-        target = request.url.join(URL(location))
+        target = request.url.join(yarl.URL(location))
         if target.scheme not in ("http", "https") or not target.host:
             raise ValueError
         return _without_user(target)
@@ -5094,7 +5129,7 @@ def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> URL
         raise ChronoTaskError(f"redirected to {_one_line(mask_url(location), 100)}, which is no http or https URL") from None
 
 
-def _redirected(request: _Request, status: int, target: URL) -> _Request:
+def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
     """The next request: the method changes as browsers do it (RFC 9110, 15.4), credentials stay with their own server."""
     method, body, headers = request.method, request.body, request.headers
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
@@ -5597,7 +5632,6 @@ class Service:
             raise StartupError(f"file locks do not work in {self.store.path.parent}: put the database on a local file system")
         while self._kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
-        self._session = make_session(self.settings)
         await self._load_state()
         try:
             await self._look_for_leadership()
@@ -5788,10 +5822,8 @@ class Service:
             if run.task_type == "bash":
                 outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
             else:
-                assert self._session is not None
-                outcome = await run_http(
-                    config, attempt, self.settings, self._session, self._environ, active.live, self.clock.now
-                )
+                session = self._session or await self._open_session()
+                outcome = await run_http(config, attempt, self.settings, session, self._environ, active.live, self.clock.now)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
@@ -5799,6 +5831,11 @@ class Service:
             outcome = Outcome("interrupted", "the service was stopped", retryable=True)
         self._ended.append((run, outcome, self.clock.now()))
         self._wake.set()
+
+    async def _open_session(self) -> aiohttp.ClientSession:
+        await asyncio.to_thread(importlib.import_module, "aiohttp")  # in mode `mcp` only the first http task needs it
+        self._session = self._session or make_session(self.settings)  # another attempt may have been faster
+        return self._session
 
     def _stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
@@ -6967,8 +7004,6 @@ HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
 MAX_BODY = 1024 * 1024  # bytes
-SERVICE: web.AppKey[Service] = web.AppKey("service")
-BUSY: web.AppKey[set[Any]] = web.AppKey("busy")  # connections whose request is being answered
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -7063,10 +7098,9 @@ def wants_html(headers: CIMultiDictProxy[str]) -> bool:
     return "text/html" in headers.get("Accept", "")
 
 
-@web.middleware
 async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Every request passes here: who may ask is checked before, and every error becomes an answer after."""
-    service, busy = request.app[SERVICE], request.app[BUSY]
+    service, busy = service_of(request), request.app[app_key("busy")]
     busy.add(request.protocol)
     try:
         check_caller(request.headers, request.method, request.path, service.settings)
@@ -7098,6 +7132,16 @@ def _http_problem(error: web.HTTPException) -> web.Response:
     if isinstance(error, web.HTTPNotFound):
         return problem(NotFound("there is nothing at this path; GET / lists where to look"))
     return problem(MalformedBody(error.reason or "the request is malformed"))
+
+
+@functools.cache
+def app_key(name: str) -> web.AppKey[Any]:
+    """Of what an application carries: its `service`, and the `busy` connections, whose request is being answered."""
+    return web.AppKey(name)
+
+
+def service_of(request: web.Request) -> Service:
+    return cast(Service, request.app[app_key("service")])
 
 
 # --- Bodies and queries -----------------------------------------------------------------------------------------------
@@ -7190,7 +7234,7 @@ def path_id(request: web.Request) -> int:
 def operation_handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
         args = Args(path_id(request), read_query(request, operation.query), await read_body(request, operation.body))
-        result = await operation.call(request.app[SERVICE], args)
+        result = await operation.call(service_of(request), args)
         if result is None:
             return web.Response(status=204)
         over = operation.status == 202 and args.query.wait > 0 and result["status"] in FINISHED
@@ -7210,7 +7254,7 @@ async def show_root(request: web.Request) -> web.StreamResponse:
         {
             "name": "ChronoTask",
             "version": __version__,
-            "status": "healthy" if request.app[SERVICE].problem() is None else "unhealthy",
+            "status": "healthy" if service_of(request).problem() is None else "unhealthy",
             "links": {
                 "api": API,
                 "status": f"{API}/scheduler/status",
@@ -7249,7 +7293,7 @@ def page_policy(page: str) -> dict[str, str]:
 
 
 async def show_health(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
+    service = service_of(request)
     reason = service.problem()
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
     if service.settings.api_token is None:
@@ -7262,7 +7306,7 @@ async def show_health(request: web.Request) -> web.Response:
 async def send_output(request: web.Request) -> web.StreamResponse:
     """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
     query = read_query(request, FollowQuery)
-    service, execution_id = request.app[SERVICE], path_id(request)
+    service, execution_id = service_of(request), path_id(request)
     if not query.follow:
         return web.Response(text=await service.get_output(execution_id), headers=HEADERS)
     pieces = service.follow_output(execution_id)
@@ -7283,7 +7327,7 @@ async def deliver(answer: web.StreamResponse, data: bytes) -> None:
 
 async def show_events(request: web.Request) -> web.StreamResponse:
     """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
-    query, service = read_query(request, EventQuery), request.app[SERVICE]
+    query, service = read_query(request, EventQuery), service_of(request)
     reader, missed = await service.open_feed(request.headers.get("Last-Event-ID"))
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
@@ -7312,7 +7356,7 @@ async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | N
 
 async def show_backup(request: web.Request) -> web.StreamResponse:
     """A consistent copy of the database. Without a token this would hand all secrets to whoever asks."""
-    service = request.app[SERVICE]
+    service = service_of(request)
     if service.settings.api_token is None:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
     with await service.backup() as copy:
@@ -7331,7 +7375,7 @@ async def show_backup(request: web.Request) -> web.StreamResponse:
 
 
 async def show_metrics(request: web.Request) -> web.Response:
-    text = metrics_text(await request.app[SERVICE].metrics())
+    text = metrics_text(await service_of(request).metrics())
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -7563,8 +7607,8 @@ def _route(path: str) -> str:
 
 def make_app(service: Service) -> web.Application:
     """The REST application of a service."""
-    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app[SERVICE], app[BUSY] = service, set()
+    app = web.Application(middlewares=[web.middleware(gate)], client_max_size=MAX_BODY)
+    app[app_key("service")], app[app_key("busy")] = service, set()
     for operation in OPERATIONS:
         handler, path = operation_handler(operation), _route(API + operation.path)
         for method in _methods(operation):
@@ -8127,8 +8171,6 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
-MCP_MANAGER: web.AppKey[Any] = web.AppKey("mcp_manager")
-
 
 async def handle_mcp(request: web.Request) -> web.StreamResponse:
     """A request as an ASGI call of the SDK. Headers go out at once: a stream is seen to be open before it has data."""
@@ -8159,7 +8201,7 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
         "query_string": request.query_string.encode(),
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
     }
-    await request.app[MCP_MANAGER].handle_request(scope, receive, send)
+    await request.app[app_key("manager")].handle_request(scope, receive, send)
     with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
         await answer.write_eof()
     return answer
@@ -8170,8 +8212,8 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 
     Run it with `handler_cancellation=True`, so that a stream ends with its client.
     """
-    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app[SERVICE], app[BUSY] = service, set()
+    app = web.Application(middlewares=[web.middleware(gate)], client_max_size=MAX_BODY)
+    app[app_key("service")], app[app_key("busy")] = service, set()
     for method in ("POST", "GET", "DELETE"):
         app.router.add_route(method, "/mcp", handle_mcp)
     app.cleanup_ctx.append(partial(_run_manager, server=server))
@@ -8193,7 +8235,7 @@ async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterat
             ready.set()
             await over.wait()
 
-    app[MCP_MANAGER] = manager
+    app[app_key("manager")] = manager
     job = asyncio.ensure_future(run())
     await ready.wait()
     yield
@@ -8260,7 +8302,7 @@ class _Lines(logging.Formatter):
 
 
 def _is_malformed_request(record: logging.LogRecord) -> bool:
-    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
+    return record.exc_info is not None and isinstance(record.exc_info[1], aiohttp.http.HttpProcessingError)
 
 
 def escape_controls(text: str) -> str:
@@ -8297,8 +8339,13 @@ def hide_from_children() -> int:
     return os.umask(0o077)
 
 
-def give_back_memory() -> None:
-    """What compiling this file took, 17 MB, stays with glibc otherwise (musl gives it back by itself)."""
+def settle_memory() -> None:
+    """After the start: what is there stays, so the garbage collector need not look at it; what was freed goes back.
+
+    glibc keeps freed memory otherwise (musl gives it back by itself).
+    """
+    gc.freeze()
+    gc.enable()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -8333,17 +8380,19 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     session: asyncio.Task[None] | None = None
     try:
         await service.start()
-        await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
+        if sockets:
+            await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
         if mode != "http" and settings.mcp_enabled:
             server = make_server(service)
-            app = make_mcp_app(service, server)
-            await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)
+            if mcp_sockets:
+                app = make_mcp_app(service, server)
+                await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)
             # A terminal starts no session in `both`: reading it from the background would stop the whole process.
             if wire is not None and (mode == "mcp" or not os.isatty(wire[0])):
                 session = loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None))
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
-        give_back_memory()
+        settle_memory()
         await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
@@ -8360,8 +8409,6 @@ async def _open(
     runners: list[web.AppRunner], what: str, sockets: Sequence[socket.socket], app: web.Application, **more: Any
 ) -> None:
     """Serves `app`, and adds its runner to those to clean up."""
-    if not sockets:
-        return
     runner = web.AppRunner(
         app, access_log=None, shutdown_timeout=0.2, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False, **more
     )
@@ -8369,7 +8416,7 @@ async def _open(
     listeners: list[asyncio.Server] = []
     app.on_shutdown.append(partial(_stop_listening, listeners))
     await runner.setup()
-    busy: set[Any] = app[BUSY]
+    busy: set[Any] = app[app_key("busy")]
     limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
     for sock in sockets:
         protocol = partial(_make_room, cast(web.Server, runner.server), busy, limit)

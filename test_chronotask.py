@@ -439,7 +439,7 @@ async def target() -> AsyncIterator[Target]:
 
 
 # aiohttp has no public way to keep it from sending a request twice (its own test client does the same).
-PRIVATE_BY_NEED = {"os._exit", "session._retry_connection"}
+PRIVATE_BY_NEED = {"os._exit", "sys._getframe", "session._retry_connection"}
 MODULE = Path(chronotask.__file__).read_text(encoding="utf-8")
 SECTIONS = {
     1: "Errors and settings",
@@ -471,7 +471,7 @@ MAY_KNOW: dict[int, set[int]] = {
     11: {0, 1, 2, 3, 8, 9, 10},
     12: {*range(12)},
 }
-_WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "URL"}
+_WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "yarl"}
 # Imported names that contradict what a section promises: no I/O, no SQL, no HTTP, no JSON.
 MAY_NOT_USE: dict[int, set[str]] = {
     1: {"asyncio", "sqlite3", "threading", "os", "json", *_WIRE},
@@ -562,7 +562,7 @@ class House:
         roots = {name.split(".")[0] for name in names}
         if "mcp" in roots and section != 11:
             yield "imports mcp: only section 11 may"
-        yield from (f"imports {name}" for name in roots & MAY_NOT_USE[section] - {"mcp"})
+        yield from (f"imports {name}" for name in roots & MAY_NOT_USE.get(section, set()) - {"mcp"})
 
     def _wrong_name(self, name: str, section: int) -> Iterator[str]:
         home = self.home.get(name, section)
@@ -8171,12 +8171,14 @@ def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, num
 class Process:
     """`chronotask.py` with raw lines on its stdin and stdout. Ends with the `with` block at the latest."""
 
-    def __init__(self, folder: Path, mode: str = "mcp", stdin: int = subprocess.PIPE, **settings: Json) -> None:
+    def __init__(
+        self, folder: Path, mode: str = "mcp", stdin: int = subprocess.PIPE, python: Sequence[str] = (), **settings: Json
+    ) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
         own = {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
         ports = {"CHRONOTASK_API_PORT": "0", "CHRONOTASK_MCP_PORT": "0"}
         self.environ = {**inherited, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db", **ports, **own}
-        self.command = [sys.executable, str(PROGRAM), "--mode", mode]
+        self.command = [sys.executable, *python, str(PROGRAM), "--mode", mode]
         self.log_file = folder / "log"
         self.started = time.monotonic()
         with self.log_file.open("wb") as log:
@@ -8315,6 +8317,19 @@ def test_the_first_answer_comes_soon_after_the_start(tmp_path: Path) -> None:
         ticks = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         # Processor time, not wall time: it does not depend on what else the machine does.
         assert sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") < 3.0
+
+
+@pytest.mark.slow
+async def test_mode_mcp_imports_aiohttp_only_for_the_first_http_task(tmp_path: Path, target: Target) -> None:
+    with Process(tmp_path, python=("-X", "importtime")) as server:
+        server.hello()
+        server.bash("true")
+        assert "mcp.server" in server.log(), "the imports are seen"
+        assert "aiohttp" not in server.log()
+        made = server.call(1, "create_task", name="h", **target.config())["structuredContent"]
+        ran = [await asyncio.to_thread(server.call, n, "execute_task", task_id=made["id"], wait=20) for n in (2, 3)]
+        assert [one["structuredContent"]["status"] for one in ran] == ["succeeded", "succeeded"]
+        assert "aiohttp.client" in server.log()
 
 
 @pytest.mark.slow
@@ -8823,6 +8838,33 @@ def test_mcp_cannot_be_the_mode_when_it_is_turned_off() -> None:
 def test_a_probable_typo_is_warned_about() -> None:
     _, warnings = load_settings(parse_command_line([]), {"CHRONOTASK_LOGLEVEL": "INFO", "CHRONOTASK_SECRET_X": "y"})
     assert warnings == ["unknown variable 'CHRONOTASK_LOGLEVEL': did you mean CHRONOTASK_LOG_LEVEL?"]
+
+
+@pytest.mark.slow
+def test_a_script_goes_on_without_its_syntax_tree(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        server.hello()
+        seen = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
+        assert seen[1] == "-c", "a new interpreter, in the process that was started"
+        assert seen[3:-1] == [str(PROGRAM), "--mode", "mcp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", [(), ("-I",), ("-X", "utf8")], ids=" ".join)
+def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, python: Sequence[str]) -> None:
+    for name in ("argparse", "marshal", "gc", "aiohttp", "chronotask"):
+        (tmp_path / f"{name}.py").write_text("import os\nos._exit(66)\n")
+    command = [sys.executable, *python, str(PROGRAM), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_the_program_runs_as_a_module_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chronotask", "--port", "what"]
+    done = subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--port='what'" in done.stderr
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--version", "--mode", "mcp"]])
