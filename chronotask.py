@@ -3086,12 +3086,12 @@ class Store:
         return len(self._writes)
 
     def close(self) -> None:
-        """Finishes what is waiting and closes all connections. Blocks for 0.3 s at most: a write that waits for another
+        """Finishes what is waiting and closes all connections. Blocks for 0.2 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
         self._writes.end()
         for _ in self._readers:
             self._reads.end()
-        end = self._monotonic() + 0.3
+        end = self._monotonic() + 0.2
         for thread in self._threads:
             thread.join(max(0.0, end - self._monotonic()))
         for thread, db in zip(self._threads[::-1], (*self._readers[::-1], self._db), strict=True):
@@ -5647,20 +5647,21 @@ class Service:
         self._wake.set()
         self._notify(list(self._waiting))
         self.feed.close_all()
-        await self._until_idle(self.settings.shutdown_grace)
+        await self._until_idle(self._after(self.settings.shutdown_grace))
         for active in self.running.values():
             active.live.stop("interrupted")
-        await self._until_idle(1.4)
+        end = self._after(1.5)  # of the 2 s that a stop may take after the grace; the rest closes connections and files
+        await self._until_idle(end - 0.2)
         self._closed = True  # the heart ends by itself: cancelled in mid-write it would not know what was written
         self._wake.set()
         if self._heart_job is not None:
-            await asyncio.wait({self._heart_job}, timeout=0.2)
+            await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
         for job in list(self._jobs):
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
         if self._ended:
-            await self._settle_last(known)
+            await self._settle_last(known, end)
         if self._session is not None:
             await self._session.close()
         self._checks.shutdown(wait=False, cancel_futures=True)
@@ -5668,19 +5669,21 @@ class Service:
             lock.release()
         self._drain_lock.path.unlink(missing_ok=True)
 
-    async def _settle_last(self, known: bool) -> None:
+    async def _settle_last(self, known: bool, end: float) -> None:
         """Settles what ended last. What the database does not take now, the next start settles like after a crash."""
         try:
             if known:
-                async with asyncio.timeout(0.2):
+                async with asyncio.timeout(end - self.clock.monotonic()):
                     await self.beat()
         except (Unavailable, TimeoutError):
             known = False
         if not known:
             logger.error("the database cannot be written: %d executions are settled at the next start", len(self._ended))
 
-    async def _until_idle(self, seconds: float) -> None:
-        end = self.clock.monotonic() + seconds
+    def _after(self, seconds: float) -> float:
+        return self.clock.monotonic() + seconds
+
+    async def _until_idle(self, end: float) -> None:
         while len(self.running) > len(self._ended) and self.clock.monotonic() < end:  # what ended may be waiting for the disk
             await asyncio.sleep(0.02)
 
@@ -8400,8 +8403,7 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
         if session is not None:  # after the service: the calls that waited for it are answered
             session.cancel()
             await asyncio.wait({session})
-        for runner in reversed(runners):
-            await runner.cleanup()
+        await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
         store.close()
 
 

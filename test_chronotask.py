@@ -9538,7 +9538,7 @@ def test_the_crash_harness_catches_a_service_that(bug: str, crash_reports: dict[
 
 # --- Several processes on one database --------------------------------------------------------------------------------
 
-STOP_SECONDS = 2 + 1.5  # beyond SHUTDOWN_GRACE: what the contract allows, and something for a busy machine
+STOP_SECONDS = 2  # beyond SHUTDOWN_GRACE: what the contract allows
 LONG = bool(os.environ.get("LONG_TESTS"))  # `LONG_TESTS=1 pytest -m slow`: the full durations and sizes
 
 
@@ -10034,7 +10034,9 @@ def test_a_stop_with_a_full_disk_ends_in_time_and_the_next_start_settles_what_co
     until(lambda: server.ask("POST", "/tasks/1/execute")[0] == 503, 20, "the disk is full")
     start = time.monotonic()
     status = server.stop(15)
-    assert (status, time.monotonic() - start < 1 + STOP_SECONDS) == (0, True), server.log()[-3000:]
+    took = time.monotonic() - start
+    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
+    assert (status, took < 1 + STOP_SECONDS) == (0, True), (took, server.log()[-3000:])
     assert children_named("full-disk") == []
     server.start()  # reads work, so it serves them, and leads as soon as it can
     status, health = server.ask("GET", "/health")
@@ -10055,6 +10057,7 @@ def test_a_stop_while_another_program_holds_a_lock_ends_in_time(tmp_path: Path) 
         start = time.monotonic()
         status = server.stop(20)
         took = time.monotonic() - start
+        print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
         assert (status, took < 1 + STOP_SECONDS) == (0, True), (status, took, server.log()[-3000:])
         db.execute("ROLLBACK")
     server.start()
