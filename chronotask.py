@@ -511,13 +511,14 @@ def _clock_face(t: int) -> datetime:
     return _EPOCH + timedelta(microseconds=t)
 
 
+@functools.lru_cache(maxsize=4096)  # pages are read again and again
 def format_instant(t: int) -> str:
     """`t` as ISO 8601 in UTC: `2026-11-24T05:00:00Z`, with six decimals when it is no whole second."""
     second, rest = divmod(t, SECOND)
     return f"{_second_text(second)}.{rest:06d}Z" if rest else _second_text(second) + "Z"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)  # of a burst, every instant is another, but most lie in one second
 def _second_text(second: int) -> str:
     return _clock_face(second * SECOND).isoformat()
 
@@ -599,6 +600,7 @@ _INSTANT_RULE = (
 )
 
 
+@functools.lru_cache(maxsize=1024)  # a schedule's times are asked for at each of its slots and in each list
 def parse_instant(text: str, zone: str) -> int:
     """The instant that an ISO 8601 date-time means; without an offset it is read in `zone`.
 
@@ -1630,7 +1632,7 @@ def _references(text: str) -> str:
 def _url(text: str) -> str:
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
-    if SECRET_REFERENCE.match(_references(text)):
+    if "${" in text and SECRET_REFERENCE.match(_references(text)):
         return text  # the whole beginning is a secret: checked when it is known
     try:
         parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text))
@@ -1671,6 +1673,7 @@ def _status_ranges(entries: list[int | str]) -> list[int | str]:
     return entries
 
 
+@functools.lru_cache(256, typed=True)
 def status_range(entry: int | str) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
     match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
@@ -1827,10 +1830,7 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
         parsed = model.model_validate(config)
     except ValidationError as error:
         raise InvalidInput(*field_errors(error, "config", model.model_fields, {"auth": HttpAuth.model_fields})) from None
-    sent = {name: getattr(parsed, name) for name in model.model_fields if name in parsed.model_fields_set}
-    return {
-        name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in sent.items() if value is not None
-    }
+    return {name: value for name, value in parsed.model_dump(exclude_unset=True).items() if value is not None}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -1838,7 +1838,7 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
 
 def mask_url(url: str) -> str:
     """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
-    match = _AUTHORITY.match(url)
+    match = _AUTHORITY.match(url) if "@" in url else None
     userinfo, at, host = match[2].rpartition("@") if match else ("", "", "")
     if not match or not at or _HARMLESS_USERINFO.fullmatch(userinfo):
         return url
@@ -1870,7 +1870,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     Raises InvalidInput for a mask that stands for nothing, and for any mask once scheme, host or port of the URL differ:
     else whoever may edit a task could have its secret sent to a server of their own.
     """
-    if task_type != "http":
+    if task_type != "http" or MASK not in str(new):
         return new
     result, stored = dict(new), stored or {}
     refused: list[FieldError] = []
@@ -3008,9 +3008,15 @@ class Store:
         for thread in self._threads:
             thread.start()
 
-    async def write(self, run: Callable[[DB], T]) -> T:
-        """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable."""
-        return cast(T, await self._submit(self._writes, run))
+    async def write(self, run: Callable[[DB], T], at_once: bool = False) -> T:
+        """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable.
+
+        With `at_once` the writer does not wait for what else the loop has to do in this turn.
+        """
+        future = self._submit(self._writes, run)
+        if at_once:
+            self._writes.flush()
+        return cast(T, await future)
 
     async def read(self, run: Callable[[DB], T]) -> T:
         """Runs `run(db)` on a snapshot of everything committed so far."""
@@ -3548,7 +3554,8 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | No
     rows = fetch(
         db, f"{_TASKS}, next_run", f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run {page})", [*values, query.limit, query.skip]
     )
-    return total, [(_task(row[:-1]), row[-1]) for row in rows]
+    next_runs = [row.pop() for row in rows]
+    return total, list(zip(map(_task, rows), next_runs, strict=True))
 
 
 _LIVE = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
@@ -4907,11 +4914,12 @@ class _Request:
 
 def make_session(settings: Settings) -> aiohttp.ClientSession:
     """The one client session of all http tasks. To be called, and closed, on the event loop."""
+    refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
 
     def guarded_socket(info: Any) -> socket.socket:
         # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
         family, kind, protocol, _, address = info
-        if refusal := refused_address(address[0], settings):
+        if refusal := refusal_of(address[0]):
             raise OSError(REFUSED_ERRNO, refusal)
         return socket.socket(family, kind, protocol)
 
@@ -5632,6 +5640,8 @@ class Service:
             raise StartupError(f"file locks do not work in {self.store.path.parent}: put the database on a local file system")
         while self._kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
+        if self._kind == "service":
+            self._session = make_session(self.settings)
         await self._load_state()
         try:
             await self._look_for_leadership()
@@ -5748,7 +5758,8 @@ class Service:
         settlements = [settle(run, outcome, at, random.uniform(-1, 1)) for run, outcome, at in ended]
         try:
             beat = await self.store.write(
-                partial(_beat, now=now, slots=slots, retries=retries, settlements=settlements, places=places, owner=self._owner)
+                partial(_beat, now=now, slots=slots, retries=retries, settlements=settlements, places=places, owner=self._owner),
+                at_once=True,
             )
         except BaseException:  # nothing is lost: it is all tried again
             self._ended = ended + self._ended
@@ -5836,7 +5847,8 @@ class Service:
         self._wake.set()
 
     async def _open_session(self) -> aiohttp.ClientSession:
-        await asyncio.to_thread(importlib.import_module, "aiohttp")  # in mode `mcp` only the first http task needs it
+        """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
+        await asyncio.to_thread(importlib.import_module, "aiohttp")
         self._session = self._session or make_session(self.settings)  # another attempt may have been faster
         return self._session
 
@@ -7181,8 +7193,11 @@ async def json_bytes(request: web.Request) -> bytes:
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
-        async with asyncio.timeout(SLOW_BODY) if not request.content.is_eof() else contextlib.nullcontext():
+        if request.content.is_eof():
             raw = await request.read() if request.body_exists else b""
+        else:
+            async with asyncio.timeout(SLOW_BODY):
+                raw = await request.read()
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
     except (ConnectionError, web.RequestPayloadError) as error:
@@ -7225,7 +7240,9 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
 
 
 def path_id(request: web.Request) -> int:
-    text = request.match_info.get("id", "0")
+    text = request.match_info.get("id")
+    if text is None:
+        return 0
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
         raise NotFound(f"{shown(text)} is no id")
     return int(text)
@@ -8348,6 +8365,7 @@ def settle_memory() -> None:
     glibc keeps freed memory otherwise (musl gives it back by itself).
     """
     gc.freeze()
+    gc.set_threshold(10_000)  # requests and runs free what they used without its help
     gc.enable()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -8541,7 +8559,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in warnings:
             logger.warning("%s", warning)
         allow_connections()
-        sys.setswitchinterval(0.0005)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
+        sys.setswitchinterval(0.001)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
         return 0
     except BrokenPipeError:  # who read the backup has gone
