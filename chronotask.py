@@ -3465,17 +3465,20 @@ def set_meta(db: DB, key: str, value: Any) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
 
-def _values(row: Any, columns: Sequence[str]) -> list[Any]:
-    return [compact(v) if isinstance(v := getattr(row, name), dict) else v for name in columns]
+def _values(row: Any, columns: tuple[str, ...]) -> list[Any]:
+    return [compact(value) if isinstance(value, dict) else value for value in operator.attrgetter(*columns)(row)]
 
 
-def _insert(db: DB, table: str, row: Any, columns: Sequence[str]) -> int:
-    names, marks = ", ".join(columns[1:]), ", ".join("?" * (len(columns) - 1))
-    cursor = db.execute(f"INSERT INTO {table} ({names}, rev) VALUES ({marks}, {_NEXT_REV})", _values(row, columns[1:]))
-    return cast(int, cursor.lastrowid)
+@functools.cache
+def _insertion(table: str, columns: tuple[str, ...]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
 
 
-def _update(db: DB, table: str, row: Any, columns: Sequence[str]) -> None:
+def _insert(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> int:
+    return cast(int, db.execute(_insertion(table, columns[1:]), _values(row, columns[1:])).lastrowid)
+
+
+def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
     names = ", ".join(f"{name} = ?" for name in columns[1:])
     db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values(row, columns[1:]), row.id])
 
@@ -4133,6 +4136,8 @@ def give_back_space(db: DB) -> None:
 # LiveOutput, through which the service looks on and stops them.
 
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
+SPAWNS_AT_ONCE = 4
+UNHEARD_SECONDS = 0.02  # that output waits in the pipes at first: most commands are over by then, and it is read in one go
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
 KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
 DNS_LOOKUPS = 64  # at once
@@ -4535,17 +4540,29 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
 @dataclass(frozen=True, slots=True)
 class _Command:
     words: list[str]
-    env: dict[str, str]
+    env: dict[bytes, bytes]
     cwd: str | None
     timeout: float
     source: str
+
+
+class Environ(dict[str, str]):
+    """The service's environment; and what of it tasks inherit, encoded once, not for every process."""
+
+    @functools.cached_property
+    def inherited(self) -> dict[bytes, bytes]:
+        return _encoded({name: value for name, value in self.items() if not name.startswith(ENV_PREFIX)})
+
+
+def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
 async def run_bash(
     config: dict[str, Any],
     attempt: Attempt,
     settings: Settings,
-    environ: Mapping[str, str],
+    environ: Environ,
     live: LiveOutput,
     umask: int = -1,
 ) -> Outcome:
@@ -4579,15 +4596,13 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
     return live.snapshot() if live.facts else None
 
 
-def _bash_command(config: dict[str, Any], attempt: Attempt, settings: Settings, environ: Mapping[str, str]) -> _Command:
+def _bash_command(config: dict[str, Any], attempt: Attempt, settings: Settings, environ: Environ) -> _Command:
     if settings.allowed_bash_commands:
         words = bash_words(config, settings)
         words[0] = _program(words[0], environ)
     else:
         words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
-    env = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
-    env |= config.get("env", {})
-    env |= _attempt_variables(attempt)
+    env = environ.inherited | _encoded(config.get("env", {}) | _attempt_variables(attempt))
     return _Command(words, env, config.get("working_dir"), config.get("timeout", settings.bash_timeout), config["command"])
 
 
@@ -4630,6 +4645,7 @@ class _Pipes:
         self._readers: dict[int, str] = {}
         self._ended = self._loop.create_future()
         self._writers: list[int] = []
+        self._start: asyncio.TimerHandle | None = None  # of listening
 
     def open(self) -> list[int]:
         """The two ends to write to; `listen` closes them here."""
@@ -4639,28 +4655,42 @@ class _Pipes:
             self._writers.append(writer)
         return self._writers
 
-    def listen(self) -> None:
+    def listen(self, seconds: float) -> None:
+        """From in some seconds on, take what comes."""
         self._close_writers()
         for reader in self._readers:
             os.set_blocking(reader, False)
+        self._start = self._loop.call_later(seconds, self._listen)
+
+    def _listen(self) -> None:
+        for reader in self._readers:
             self._loop.add_reader(reader, self._read, reader)
 
-    def _read(self, reader: int) -> None:
+    def _read(self, reader: int) -> bool:
+        """Whether there may be more."""
         try:
             data = os.read(reader, 65536)
         except BlockingIOError:
-            return
+            return False
         if data:
             self._live.feed(self._readers[reader], data)
         else:
             self._close_reader(reader)
+        return bool(data)
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
-        if not self._ended.done():
+        if self._start is not None:
+            self._start.cancel()
+        for reader in list(self._readers):
+            self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
+        if self._readers:
+            self._listen()
             await asyncio.wait([self._ended], timeout=seconds)
 
     def close(self) -> None:
+        if self._start is not None:
+            self._start.cancel()
         self._close_writers()
         for reader in list(self._readers):
             self._close_reader(reader)
@@ -4677,17 +4707,22 @@ class _Pipes:
             self._ended.set_result(None)
 
 
-_spawn_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+_spawning: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _no_input() -> int:
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
-    # Spawning blocks the loop until exec: one in each turn of the loop, so that 500 at once hold it up 7 ms at a time, not 600.
+    # Spawning blocks the loop until exec: few in each turn of the loop, so that 500 at once hold it up for a few ms each time.
     loop = asyncio.get_running_loop()
-    async with _spawn_locks.get(loop) or _spawn_locks.setdefault(loop, asyncio.Lock()):
+    async with _spawning.get(loop) or _spawning.setdefault(loop, asyncio.Semaphore(SPAWNS_AT_ONCE)):
         stdout, stderr = pipes.open()
         return await asyncio.create_subprocess_exec(
             *command.words,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=_no_input(),
             stdout=stdout,
             stderr=stderr,
             env=command.env,
@@ -4719,37 +4754,39 @@ async def _watch(
     process: asyncio.subprocess.Process, command: _Command, attempt: Attempt, pipes: _Pipes, live: LiveOutput
 ) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
-    ended = asyncio.ensure_future(process.wait())
-    pipes.listen()
+    pipes.listen(UNHEARD_SECONDS)
     live.facts = {"exit_code": None, "signal": None}
-    if await _ended_by_itself(ended, live.deadline(command.timeout)):
+    if await _ended_by_itself(process, live.deadline(command.timeout)):
         await pipes.drain(DRAIN_SECONDS)
         return False
-    await _end_group(process.pid, ended, TERM_SECONDS[live.reason or "timed_out"])
+    await _end_group(process, TERM_SECONDS[live.reason or "timed_out"])
     await _sweep(attempt.run_id)
     await pipes.drain(KILLED_DRAIN_SECONDS)
     return True
 
 
-async def _ended_by_itself(ended: asyncio.Future[int], deadline: asyncio.Timeout) -> bool:
+async def _ended_by_itself(process: asyncio.subprocess.Process, deadline: asyncio.Timeout) -> bool:
     try:
         async with deadline:
-            await asyncio.wait([ended])
+            await process.wait()
     except TimeoutError:
         return False
     return True
 
 
-async def _end_group(group: int, ended: asyncio.Future[int], grace: float) -> None:
+async def _end_group(process: asyncio.subprocess.Process, grace: float) -> None:
     """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
+    group = process.pid
     _signal_group(group, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace):
-            await asyncio.wait([ended])
+            await process.wait()
             while _signal_group(group, 0) and _group_lives(group):
                 await asyncio.sleep(0.05)
     _signal_group(group, signal.SIGKILL)
-    await asyncio.wait([ended], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2):  # one that hangs in the kernel (a dead NFS server) is not waited for
+            await process.wait()
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -5314,7 +5351,7 @@ def _connect_reason(error: OSError) -> str:
 FIRST_BATCH = 16  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
 BATCH = 128  # slots claimed in one beat at most: more would leave places empty while they are claimed
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
-BEAT_GAP = 0.01  # seconds between beats then
+BEAT_GAP = 0.02  # seconds between beats then, at most
 KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
@@ -5600,7 +5637,7 @@ class Service:
         self.started_at = clock.now()
         self.last_beat = clock.monotonic()
         self._last_beat_end = 0.0
-        self._environ = environ
+        self._environ = Environ(environ)
         self._umask = umask
         self._kind = kind
         self._owner = str(uuid.uuid4())
@@ -5617,6 +5654,7 @@ class Service:
         self._heart_job: asyncio.Task[None] | None = None
         self._shown: dict[int, str] = {}  # unfinished executions as followers of the feed know them
         self._shown_up_to = 0
+        self._all_ended = asyncio.Event()  # of the attempts that run here
         self._purging: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
         self._jobs: set[asyncio.Task[Any]] = set()
@@ -5735,8 +5773,11 @@ class Service:
             due = self._next_due()
             if due is not None:
                 pause = min(pause, (due - self.clock.now()) / SECOND)
-            if pause > 0:
-                await asyncio.sleep(pause)
+            if pause > 0 and len(self._ended) < len(self.running):
+                self._all_ended.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._all_ended.wait()
 
     def _next_due(self) -> int | None:
         if not self.leading or self.stopping:
@@ -5845,6 +5886,8 @@ class Service:
             outcome = Outcome("interrupted", "the service was stopped", retryable=True)
         self._ended.append((run, outcome, self.clock.now()))
         self._wake.set()
+        if len(self._ended) >= len(self.running):
+            self._all_ended.set()
 
     async def _open_session(self) -> aiohttp.ClientSession:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""

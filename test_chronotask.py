@@ -76,6 +76,7 @@ from chronotask import (
     Cron,
     Crowd,
     Due,
+    Environ,
     ExecutionQuery,
     ExecutionView,
     FieldError,
@@ -3017,7 +3018,7 @@ async def bash(
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    return await run_bash({"command": command, **config}, attempt, settings, environ or {"PATH": PATH}, live)
+    return await run_bash({"command": command, **config}, attempt, settings, Environ(environ or {"PATH": PATH}), live)
 
 
 def out(outcome: Outcome) -> str:
@@ -3346,7 +3347,7 @@ async def test_a_child_inherits_no_descriptor(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
     live = LiveOutput(1000)
-    outcome = await run_bash({"command": "umask"}, ATTEMPT, Settings(), {"PATH": PATH}, live, 0o027)
+    outcome = await run_bash({"command": "umask"}, ATTEMPT, Settings(), Environ(PATH=PATH), live, 0o027)
     assert out(outcome) == "0027\n"
 
 
@@ -3484,11 +3485,11 @@ async def test_without_pidfd_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_a_gigabyte_of_output_stays_in_bounded_memory() -> None:
     code = """
 import asyncio, os, resource
-from chronotask import Attempt, LiveOutput, Settings, run_bash
+from chronotask import Attempt, Environ, LiveOutput, Settings, run_bash
 async def main():
     attempt = Attempt(1, "t", 1, None, None, 1, "4b9f3c1e-run", "k")
     config = {"command": "head -c 1000000000 /dev/zero", "timeout": 300}
-    return await run_bash(config, attempt, Settings(), dict(os.environ), LiveOutput(65536))
+    return await run_bash(config, attempt, Settings(), Environ(os.environ), LiveOutput(65536))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 outcome = asyncio.run(main())
 print(outcome.status, outcome.output["stdout_bytes"], outcome.output["truncated"], len(outcome.output["stdout"]) < 66000)
@@ -3651,7 +3652,7 @@ async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
         (planted / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
         (planted / name).chmod(0o755)
     config = filled(config, marker, planted)
-    outcome = await run_bash(config, ATTEMPT, LISTED, {"PATH": PATH}, LiveOutput(65536))
+    outcome = await run_bash(config, ATTEMPT, LISTED, Environ(PATH=PATH), LiveOutput(65536))
     assert not marker.exists()
     if result == "refused":
         with pytest.raises(InvalidInput):
