@@ -3466,6 +3466,35 @@ async def test_a_background_child_that_holds_the_pipes_does_not_keep_the_run(mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unheard", [0.0, 5.0], ids=["listened to", "read at the end"])
+async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.MonkeyPatch, unheard: float) -> None:
+    monkeypatch.setattr(chronotask, "UNHEARD_SECONDS", unheard)
+    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.1)
+    assert out(await bash("printf %65536s x")) == f"{'x':>65536}", "as much as a pipe holds"
+    both = await bash("echo good; echo bad >&2; exit 3")
+    assert both.output is not None
+    assert (both.output["stdout"], both.output["stderr"], both.error_message) == ("good\n", "bad\n", "exit status 3: bad")
+    ended = await bash("echo early; sleep 60", timeout=0.2)
+    assert (ended.status, out(ended)) == ("timed_out", "early\n")
+    chatty = await bash("(trap '' PIPE; while :; do echo more; done) & echo done")
+    assert (chatty.status, "done\n" in out(chatty)) == ("succeeded", True), "its noise does not keep the run"
+    assert kill_leftovers({RUN_ID}) == 1
+
+
+@pytest.mark.slow
+async def test_more_than_a_pipe_holds_is_taken_as_it_comes() -> None:
+    outcome = await bash("printf %3000000s x; printf %200000s y >&2")
+    assert outcome.output is not None
+    assert (outcome.output["stdout_bytes"], outcome.output["stderr_bytes"]) == (3000000, 200000)
+
+
+@pytest.mark.slow
+async def test_bytes_that_are_no_text_are_inherited_as_they_are() -> None:
+    outcome = await bash('printf %s "$ODD" | od -An -tx1', environ={"PATH": PATH, "ODD": os.fsdecode(b"\xff\xfe")})
+    assert out(outcome).split() == ["ff", "fe"]
+
+
+@pytest.mark.slow
 async def test_many_at_once_are_all_run_and_reaped() -> None:
     outcomes = await asyncio.gather(*(bash(f"echo {number}; exit {number % 2}") for number in range(100)))
     assert [out(outcome) for outcome in outcomes] == [f"{number}\n" for number in range(100)]
