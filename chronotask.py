@@ -1847,10 +1847,9 @@ def mask_url(url: str) -> str:
 
 def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` as answers, the log and the history may show it. Values that are only a `${…}` reference stay readable."""
-    if task_type != "http":
+    if task_type != "http" or not ("@" in config["url"] or "auth" in config or "headers" in config):
         return config
-    masked = dict(config)
-    masked["url"] = mask_url(config["url"])
+    masked = {**config, "url": mask_url(config["url"])}
     if "auth" in config:
         masked["auth"] = {**config["auth"], "password": _mask(config["auth"]["password"])}
     if "headers" in config:
@@ -3408,9 +3407,19 @@ _JSON_COLUMNS = re.compile(r"\b(config|schedule_config|output_data)\b")
 
 def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
     """All rows of a query as one JSON value: one step instead of one a row. Outputs and configurations come parsed."""
-    values = _JSON_COLUMNS.sub(r"CASE WHEN json_valid(\g<0>) THEN json(\g<0>) ELSE \g<0> END", columns)
-    text = db.execute(f"SELECT json_group_array(json_array({values})) FROM (SELECT {columns} {rest})", parameters).fetchone()[0]
+    try:
+        text = _fetch(db, r"json(\g<0>)", columns, rest, parameters)
+    except sqlite3.OperationalError as error:
+        if "malformed JSON" not in str(error):
+            raise
+        text = _fetch(db, r"CASE WHEN json_valid(\g<0>) THEN json(\g<0>) ELSE \g<0> END", columns, rest, parameters)
     return cast(list[list[Any]], json.loads(text))
+
+
+def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[Any]) -> str:
+    values = _JSON_COLUMNS.sub(parsed, columns)
+    row = db.execute(f"SELECT json_group_array(json_array({values})) FROM (SELECT {columns} {rest})", parameters).fetchone()
+    return cast(str, row[0])
 
 
 def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -5348,7 +5357,7 @@ def _connect_reason(error: OSError) -> str:
 #   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
 #                   take these executions for those of a dead process
 
-FIRST_BATCH = 16  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
+FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
 BATCH = 128  # slots claimed in one beat at most: more would leave places empty while they are claimed
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
