@@ -340,12 +340,37 @@ def _networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network,
         raise ValueError("a comma-separated list of networks, such as 10.0.0.0/8,192.168.1.7/32") from None
 
 
+@functools.lru_cache(maxsize=1024)
+def load_zone(name: str) -> ZoneInfo:
+    """The IANA time zone `name`. Raises ValueError, with the nearest known name, when there is none."""
+    try:
+        # Of these, "localtime" differs from machine to machine and "right/" counts leap seconds.
+        if name.startswith(("posix", "right/")) or name == "localtime":
+            raise ValueError
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
+        hint = _nearest_zone(name)
+        example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
+        raise ValueError(f"must be an IANA time zone {example}") from None
+
+
+@functools.cache
+def _zone_names() -> list[str]:
+    return sorted(zoneinfo.available_timezones())  # opens some 600 files
+
+
+def _nearest_zone(name: str) -> str | None:
+    known = _zone_names()
+    city = name.lower().replace(" ", "_").rpartition("/")[2]
+    same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
+    return same_city[0] if same_city else nearest(name[:100], known)
+
+
 def _zone_name(text: str) -> str:
     try:
-        ZoneInfo(text)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        hint = did_you_mean(text, zoneinfo.available_timezones())
-        raise ValueError("an IANA time zone such as Europe/Berlin" + hint) from None
+        load_zone(text)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("must be ")) from None
     return text
 
 
@@ -528,32 +553,6 @@ def format_local(t: int, zone: str) -> str:
     if t > _LAST_LOCAL:
         return format_instant(t)
     return datetime.fromtimestamp(t // SECOND, load_zone(zone)).replace(microsecond=t % SECOND).isoformat()
-
-
-@functools.lru_cache(maxsize=1024)
-def load_zone(name: str) -> ZoneInfo:
-    """The IANA time zone `name`. Raises ValueError, with the nearest known name, when there is none."""
-    try:
-        # Of these, "localtime" differs from machine to machine and "right/" counts leap seconds.
-        if name.startswith(("posix", "right/")) or name == "localtime":
-            raise ValueError
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        hint = _nearest_zone(name)
-        example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
-        raise ValueError(f"must be an IANA time zone {example}") from None
-
-
-@functools.cache
-def _zone_names() -> list[str]:
-    return sorted(zoneinfo.available_timezones())  # opens some 600 files
-
-
-def _nearest_zone(name: str) -> str | None:
-    known = _zone_names()
-    city = name.lower().replace(" ", "_").rpartition("/")[2]
-    same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
-    return same_city[0] if same_city else nearest(name[:100], known)
 
 
 def _offset(zone: ZoneInfo, t: int) -> int:
@@ -7083,7 +7082,7 @@ def json_answer(value: Any, status: int = 200, content_type: str = "application/
     return web.Response(body=compact(value).encode(), status=status, headers=headers)
 
 
-def problem(error: ChronoTaskError) -> web.Response:
+def problem_answer(error: ChronoTaskError) -> web.Response:
     """An error as RFC 9457 problem+json."""
     body = {
         "type": "about:blank",
@@ -7173,7 +7172,7 @@ async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[
         check_caller(request.headers, request.method, request.path, service.settings)
         return await handler(request)
     except ChronoTaskError as error:
-        return problem(error)
+        return problem_answer(error)
     except web.HTTPException as error:
         return _http_problem(error)
     except (ConnectionError, TimeoutError):  # the client has gone, or takes nothing any more: there is nobody to answer
@@ -7182,7 +7181,7 @@ async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[
         return web.Response(status=503)
     except Exception:
         logger.exception("%s %s", request.method, shown(request.path))
-        return problem(ChronoTaskError("something went wrong here; the log has the details"))
+        return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
     finally:
         busy.discard(request.protocol)
 
@@ -7191,14 +7190,14 @@ def _http_problem(error: web.HTTPException) -> web.Response:
     """The framework's own errors in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        answer = problem(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
+        answer = problem_answer(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
         answer.headers["Allow"] = allowed
         return answer
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return problem(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
+        return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
     if isinstance(error, web.HTTPNotFound):
-        return problem(NotFound("there is nothing at this path; GET / lists where to look"))
-    return problem(MalformedBody(error.reason or "the request is malformed"))
+        return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
+    return problem_answer(MalformedBody(error.reason or "the request is malformed"))
 
 
 @functools.cache

@@ -834,7 +834,7 @@ BAD_SETTINGS = {
     "DATABASE_URL": ["chronotask.db", "postgres://x", "sqlite://x", "sqlite:///"],
     "API_HOST": ["a b", "http://x"],
     "API_PORT": ["-1", "65536", "80.5", "eighty", "8000 ", "1_000", "٣"],
-    "SCHEDULER_TIMEZONE": ["Mars/Phobos", "America", "../etc/passwd", "CET+1x"],
+    "SCHEDULER_TIMEZONE": ["Mars/Phobos", "America", "../etc/passwd", "CET+1x", "right/UTC", "localtime"],
     "HTTP_TIMEOUT": ["0", "604801", "nan", "inf", "-5", "1e3"],
     "BASH_TIMEOUT": ["0", "604801", "x"],
     "MAX_RETRIES": ["-1", "101", "2.5"],
