@@ -51,19 +51,20 @@ import sys
 # CPython keeps the syntax tree of a script for as long as it runs: 17 MB for this file. So a script goes on at once as
 # a new interpreter, in the same process, that is handed the compiled code. (`python -m chronotask` keeps no tree.) The
 # garbage collector waits until the service is up (`settle_memory`): what imports make is there to stay.
-if __name__ == "__main__" and __spec__ is None and sys.executable and len(sys.orig_argv) == len(sys.argv) + 1:
+if __name__ == "__main__" and __spec__ is None and sys.executable and sys.orig_argv[1:] == sys.argv:
     try:
         with os.fdopen(os.memfd_create("chronotask", 0), "w+b") as file:
             marshal.dump((sys.argv, sys.path, __file__, sys._getframe().f_code), file)
             file.seek(0)
-            lines = (
-                "import gc, marshal, sys",
-                "gc.disable()",
-                f"with open({file.fileno()}, 'rb') as file: sys.argv[:], sys.path[:], __file__, code = marshal.load(file)",
-                "exec(code)",
+            resume = (
+                f"import gc, marshal, sys; gc.disable(); file = open({file.fileno()}, 'rb'); "
+                "sys.argv[:], sys.path[:], __file__, code = marshal.load(file); file.close(); exec(code)"
             )
-            os.execv(sys.executable, [sys.executable, "-c", "\n".join(lines), *sys.argv])
-    except (OSError, AttributeError):  # no Linux, or a sandbox that forbids it
+            # Not with closed standard streams, whose place the file would take; nor with another Python than this one.
+            if file.fileno() > 2 and os.path.samefile(sys.executable, "/proc/self/exe"):
+                # -P: until it has its path back, it must import nothing from the working directory.
+                os.execv(sys.executable, [sys.executable, "-P", "-c", resume, *sys.argv])
+    except (OSError, AttributeError, ValueError):  # no Linux, or a sandbox that forbids it
         pass
 
 import argparse
@@ -4720,7 +4721,7 @@ _spawning: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphor
 
 @functools.cache
 def _no_input() -> int:
-    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
 async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:

@@ -3489,6 +3489,11 @@ async def test_more_than_a_pipe_holds_is_taken_as_it_comes() -> None:
 
 
 @pytest.mark.slow
+async def test_stdin_is_empty_and_takes_everything() -> None:
+    assert out(await bash("cat; echo lost >&0 && echo fine")) == "fine\n"
+
+
+@pytest.mark.slow
 async def test_bytes_that_are_no_text_are_inherited_as_they_are() -> None:
     outcome = await bash('printf %s "$ODD" | od -An -tx1', environ={"PATH": PATH, "ODD": os.fsdecode(b"\xff\xfe")})
     assert out(outcome).split() == ["ff", "fe"]
@@ -8875,18 +8880,52 @@ def test_a_script_goes_on_without_its_syntax_tree(tmp_path: Path) -> None:
     with Process(tmp_path) as server:
         server.hello()
         seen = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
-        assert seen[1] == "-c", "a new interpreter, in the process that was started"
-        assert seen[3:-1] == [str(PROGRAM), "--mode", "mcp"]
+        assert seen[1:3] == ["-P", "-c"], "a new interpreter, in the process that was started"
+        assert seen[4:-1] == [str(PROGRAM), "--mode", "mcp"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("python", [(), ("-I",), ("-X", "utf8")], ids=" ".join)
 def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, python: Sequence[str]) -> None:
-    for name in ("argparse", "marshal", "gc", "aiohttp", "chronotask"):
+    for name in ("argparse", "marshal", "gc", "aiohttp", "chronotask", "linecache"):  # 3.13 imports the last one for any `-c`
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(66)\n")
     command = [sys.executable, *python, str(PROGRAM), "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param("import sys; sys.executable = '/bin/false'", id="another executable"),
+        pytest.param("import os; del os.memfd_create", id="no memfd"),
+        pytest.param("import pathlib, sys; sys.path.append(pathlib.Path('/nowhere'))", id="an odd path"),
+        pytest.param("import os; os.execv = None", id="must not"),
+    ],
+)
+def test_a_script_that_cannot_go_on_elsewhere_goes_on_here(tmp_path: Path, start: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(start + "\n")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    python = ("-B",) if "None" in start else ()  # an option of the interpreter keeps it from trying
+    command = [sys.executable, *python, str(PROGRAM), "--version"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_closed_standard_streams_do_not_change_the_exit_status(tmp_path: Path) -> None:
+    done = subprocess.run(["sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, str(PROGRAM)], timeout=60)
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_whoever_runs_the_file_as_a_part_of_something_is_not_replaced(tmp_path: Path) -> None:
+    wrapper = f"import atexit, runpy; atexit.register(print, 'still here'); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    (tmp_path / "wrapper.py").write_text(wrapper)
+    command = [sys.executable, str(tmp_path / "wrapper.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"ChronoTask {__version__}", "still here"])
 
 
 @pytest.mark.slow
