@@ -67,6 +67,11 @@ if __name__ == "__main__" and __spec__ is None and sys.executable and sys.orig_a
     except (OSError, AttributeError, ValueError):  # no Linux, or a sandbox that forbids it
         pass
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
+
 import argparse
 import asyncio
 import base64
@@ -99,7 +104,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
@@ -421,9 +425,7 @@ def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
 class Settings:
     """Everything that can be set, by its environment name in lower case. Durations are seconds, sizes bytes."""
 
-    database_url: Path = _setting(
-        _sqlite_path, Path(__file__).absolute().parent / "data" / "chronotask.db", "the SQLite database"
-    )
+    database_url: Path = _setting(_sqlite_path, Path(__file__).resolve().parent / "data" / "chronotask.db", "the SQLite database")
     api_host: str = _setting(_host, "127.0.0.1", "address of REST and MCP over HTTP")
     api_port: int = _setting(_whole(0, 65535), 8000, "port of REST and the dashboard (0: any free one)")
     scheduler_timezone: str = _setting(_zone_name, "UTC", "zone of cron and of date-times without an offset")
@@ -3280,6 +3282,21 @@ def _check_integrity(db: DB, path: Path) -> None:
     found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
     if found != ["ok"]:
         raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
+
+
+def refused_target(path: Path, target: Path) -> str | None:
+    """Why a backup of the database at `path` must not replace `target`, or None.
+
+    Whoever has a database open goes on writing to the file that was replaced; and a log of the old file spoils the new one.
+    """
+    own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", "-wal", "-shm", "-journal", ".leader", ".service")]
+    if target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
+        return "a file of its own, not one of the database"
+    if any(Path(f"{target}{suffix}").exists() for suffix in ("-wal", "-journal")):
+        return "a file of its own, not a database that is in use"
+    if target.exists() and not target.is_file():
+        return "a regular file, or a name that is free"
+    return None
 
 
 def backup(path: Path, target: Path) -> None:
@@ -7074,7 +7091,7 @@ MAX_BODY = 1024 * 1024  # bytes
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-DASHBOARD = Path(__file__).absolute().parent / "dashboard.html"
+DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 
 
@@ -8081,11 +8098,6 @@ def take_stdio() -> tuple[int, int]:
 
     Called before anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire.
     """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:  # closed by the parent: the next file or socket must not become a standard stream
-            os.open(os.devnull, os.O_RDWR)
     wire = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -8356,7 +8368,8 @@ def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tu
             try:
                 Settings.from_env({ENV_PREFIX + name: given[ENV_PREFIX + name] or " "})
             except StartupError as error:
-                raise StartupError(error.detail.replace(ENV_PREFIX + name, f"--{option}"), exit_status=2) from None
+                detail = error.detail.replace(ENV_PREFIX + name, f"--{option}").replace("=' '", "=''")
+                raise StartupError(detail, exit_status=2) from None
     settings, warnings = Settings.from_env({**environ, **given})
     if options.mode == "mcp" and not settings.mcp_enabled:
         raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
@@ -8551,6 +8564,7 @@ def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the IPv4 address has a socket of its own
     sock.bind(address)
+    sock.listen(1024)  # only this tells that the port is free: two programs may bind one that nobody listens to
     return sock
 
 
@@ -8571,12 +8585,24 @@ def warn_if_open(settings: Settings) -> None:
         )
 
 
-def allow_connections() -> None:
-    """Room for thousands of idle connections beside the work: the usual soft limit is 1024 descriptors."""
+def fill_standard_streams() -> None:
+    """Where the parent has closed one, the next file or socket must not become a standard stream."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def allow_files(runs: int) -> None:
+    """Room for thousands of idle connections beside the runs: the usual soft limit is 1024 descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if (limit := max(soft, wanted)) < 8 * runs + 64:
+        advice = "raise `ulimit -n`, or lower CHRONOTASK_MAX_CONCURRENT_RUNS"
+        logger.warning("%d open files are few for %d runs at a time: %s", limit, runs, advice)
 
 
 def run_backup(settings: Settings, target: str) -> None:
@@ -8585,21 +8611,31 @@ def run_backup(settings: Settings, target: str) -> None:
     if not source.exists():
         raise StartupError(f"there is no database {source} to back up")
     if target != "-":
-        backup(source, Path(target).absolute())
+        file = Path(target).absolute()
+        if refusal := refused_target(source, file) if target else "a file, or - for standard output":
+            raise StartupError(f"--backup={shown(target)}: must be {refusal}", 2)
+        backup(source, file)
         return
-    if sys.stdout.isatty():
+    if sys.stdout is None or sys.stdout.isatty():
         raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
     with tempfile.TemporaryDirectory(dir=source.parent, prefix=".backup-") as folder:
         copied = Path(folder) / "copy.db"
         backup(source, copied)
-        with copied.open("rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        try:
+            with copied.open("rb") as copy:
+                shutil.copyfileobj(copy, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer cannot be written either
+            raise StartupError(f"--backup=-: standard output cannot be written: {error.strerror}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0, 1 (it cannot run) or 2 (bad option or variable)."""
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        fill_standard_streams()
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = load_settings(options, os.environ)
         umask = hide_from_children()
@@ -8610,13 +8646,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(settings)
         for warning in warnings:
             logger.warning("%s", warning)
-        allow_connections()
+        allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.001)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
         return 0
-    except BrokenPipeError:  # who read the backup has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except KeyboardInterrupt:
+        return 130
     except ChronoTaskError as error:
         print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)

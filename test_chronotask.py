@@ -8914,6 +8914,62 @@ def test_a_script_that_cannot_go_on_elsewhere_goes_on_here(tmp_path: Path, start
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.15, 0.25, 0.35, 0.5])
+def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path, delay: float) -> None:
+    with Process(tmp_path, "http") as server:
+        time.sleep(delay)
+        server.process.send_signal(signal.SIGINT)
+        assert server.ended() in (0, 130, -signal.SIGINT)
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for settings in ({"API_PORT": port}, {"MCP_PORT": port}):
+            with Process(tmp_path, "both", **settings) as server:
+                assert server.ended() == 1
+                assert f"chronotask: cannot listen on 127.0.0.1 port {port}: " in server.log()
+                assert "Traceback" not in server.log() and "leads" not in server.log()
+
+
+@pytest.mark.slow
+def test_one_port_for_two_doors_is_said_before_anything_runs(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Process(tmp_path, "both", API_PORT=port, MCP_PORT=port) as server:
+        assert server.ended() == 1
+        assert "chronotask: cannot listen on" in server.log() and "leads" not in server.log()
+
+
+@pytest.mark.slow
+def test_a_link_to_the_program_uses_the_same_database(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name in ("chronotask.py", "dashboard.html"):
+        shutil.copy(PROGRAM.parent / name, tmp_path / "real" / name)
+    (tmp_path / "link.py").symlink_to(tmp_path / "real" / "chronotask.py")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "link.py"), "--backup", "x"], capture_output=True, text=True, timeout=60
+    )
+    assert f"there is no database {tmp_path}/real/data/chronotask.db to back up" in done.stderr
+
+
+@pytest.mark.slow
+def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
+    command = 'ulimit -n 128; exec "$0" "$1" --port 0'
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    with subprocess.Popen(["sh", "-c", command, sys.executable, str(PROGRAM)], env=environ, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, b"")
+        assert any(b"128 open files are few for 100 runs at a time" in line for line in lines)
+        process.terminate()
+
+
+@pytest.mark.slow
 def test_closed_standard_streams_do_not_change_the_exit_status(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, str(PROGRAM)], timeout=60)
     assert done.returncode == 2
@@ -8991,6 +9047,48 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(open_rig: 
         run_backup(settings(tmp_path, database_url=tmp_path / "other.db"), str(tmp_path / "target"))
     assert (tmp_path / "target").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".leader", ".service"])
+async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(open_rig: OpenRig, tmp_path: Path, suffix: str) -> None:
+    rig = await open_rig()
+    await rig.task(name="kept")
+    target = Path(f"{rig.path}{suffix}")
+    before = target.stat().st_ino if target.exists() else None
+    (tmp_path / "link").symlink_to(target)
+    for name in (target, tmp_path / "link", rig.path.parent / "." / ".." / rig.path.parent.name / target.name):
+        with pytest.raises(StartupError, match=r"must be a file of its own, not one of the database") as caught:
+            run_backup(rig.service.settings, str(name))
+        assert caught.value.exit_status == 2
+    assert (target.stat().st_ino if target.exists() else None) == before
+
+
+async def test_a_backup_replaces_a_file_and_nothing_else(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig()
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path / "pipe"), str(tmp_path), "/dev/null"):
+        with pytest.raises(StartupError, match=r"must be a regular file, or a name that is free"):
+            run_backup(rig.service.settings, name)
+    with pytest.raises(StartupError, match=r"--backup='': must be a file, or - for standard output"):
+        run_backup(rig.service.settings, "")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
+    with pytest.raises(StartupError, match=r"not a database that is in use"):
+        run_backup(rig.service.settings, str(tmp_path / "other.db"))
+    other.close()
+    run_backup(rig.service.settings, str(tmp_path / "other.db"))
+    run_backup(rig.service.settings, f"{rig.path}.bak")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("redirect", "said"), [(">&-", "redirect the output to a file"), (">/dev/full", "No space left")])
+def test_a_standard_output_that_takes_no_backup_is_said_in_one_line(tmp_path: Path, redirect: str, said: str) -> None:
+    sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    command = ["sh", "-c", f'"$0" "$1" --backup - {redirect}', sys.executable, str(PROGRAM)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_there_is_nothing_to_back_up_without_a_database(tmp_path: Path) -> None:
