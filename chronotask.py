@@ -1458,7 +1458,7 @@ NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab
 NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class Outcome:
     """How one attempt ended.
 
@@ -1474,7 +1474,7 @@ class Outcome:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class Attempt:
     """What an executor is told about the attempt it makes. `number` counts from 1, `scheduled_for` is in microseconds."""
 
@@ -1931,10 +1931,17 @@ MAX_RETRY_WAIT = 3600.0  # seconds, also when a server asks for more
 
 def compact(value: Any) -> str:
     """`value` as compact JSON text."""
-    return _ENCODER.encode(value)
+    return "".join(_encoded_parts(value, 0))
 
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+def _no_json(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+# What json.JSONEncoder.encode makes anew for every value. No indent; separators; then sort_keys, skipkeys, allow_nan.
+_encoded_parts: Callable[[Any, int], tuple[str, ...]] = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+    *(None, _no_json, json.encoder.encode_basestring), *(None, ":", ","), *(False, False, True)
+)
 
 
 class Hold:
@@ -2049,7 +2056,7 @@ class PastAttempt:
     output_data: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class NewExecution:
     """An execution, or the record of a slot that ran nothing, about to be written."""
 
@@ -2068,7 +2075,7 @@ class NewExecution:
         return None if self.status == "queued" else self.queued_at
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class Run:
     """An attempt that was just written as `running`: the execution, and its task as it is now."""
 
@@ -2098,7 +2105,7 @@ def run_id(execution_uuid: str, attempt: int) -> str:
     return f"{execution_uuid[:-4]}{attempt:04x}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class Settlement:
     """What becomes of an execution when an attempt of it ends."""
 
