@@ -30,7 +30,7 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      2 Schedules (pure)      slots of cron, once and interval; what to do about a slot; no clock, no I/O
      3 Models                what a client sends and gets, what the store keeps; no SQL, HTTP or MCP
      4 Timer queue (pure)    a heap with lazy deletion; does not know what a schedule is
-     5 Clock                 the only reads of wall and monotonic time, and the wait that notices a clock that was set
+     5 Clock                 the only reads of wall and monotonic time, the wait that notices a clock that was set; time limits
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Service               the use cases and the heart; does not know requests, JSON or MCP
@@ -1190,7 +1190,7 @@ def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int) 
     if schedule_type == "cron":
         return _shared_cron(config["expression"], zone)
     if schedule_type == "once":
-        return Once(parse_instant(config["datetime"], zone), zone)
+        return _shared_once(config["datetime"], zone)
     step, start = round(config["seconds"] * SECOND), config.get("start_date")
     if start is None:
         return Interval(step, created_at, created_at + step, zone)
@@ -1201,6 +1201,11 @@ def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int) 
 @functools.lru_cache(maxsize=4096)
 def _shared_cron(expression: str, zone: str) -> Cron:
     return Cron(expression, zone)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_once(text: str, zone: str) -> Once:
+    return Once(parse_instant(text, zone), zone)
 
 
 def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
@@ -1301,7 +1306,7 @@ _UNCAUGHT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every slot: frozen, it would be four times as dear
 class Plan:
     """All that decides when a schedule fires. Bounds are inclusive instants; jitter and catchup_window are seconds."""
 
@@ -1358,7 +1363,7 @@ class Missed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Due:
     """What to do about the slots that are due, in this order: record `missed`, run `catchup`, claim `on_time`."""
 
@@ -2825,6 +2830,76 @@ class Clock:
             pass
 
 
+class Alarms:
+    """Timers of an event loop that share its own by hundredths of a second, and ring that much late.
+
+    Most attempts end long before theirs: to set one of the loop's and take it back costs ten times as much.
+    """
+
+    TICK = 0.01  # seconds
+
+    def __init__(self) -> None:
+        self._ticks: dict[int, tuple[asyncio.TimerHandle, dict[object, Callable[[], None]]]] = {}
+
+    @staticmethod
+    def of_loop() -> Alarms:
+        """Those of the running loop."""
+        loop = asyncio.get_running_loop()
+        return _alarms.get(loop) or _alarms.setdefault(loop, Alarms())
+
+    def set(self, seconds: float, ring: Callable[[], None]) -> tuple[int, object]:
+        """Calls `ring` in so many seconds, unless what this returns is given to `cancel`."""
+        loop = asyncio.get_running_loop()
+        tick, key = math.ceil((loop.time() + seconds) / self.TICK), object()
+        if tick not in self._ticks:
+            self._ticks[tick] = (loop.call_at(tick * self.TICK, self._ring, tick), {})
+        self._ticks[tick][1][key] = ring
+        return tick, key
+
+    def cancel(self, alarm: tuple[int, object]) -> None:
+        tick, key = alarm
+        if tick in self._ticks:  # else it has rung
+            timer, rings = self._ticks[tick]
+            rings.pop(key, None)
+            if not rings:
+                timer.cancel()
+                del self._ticks[tick]
+
+    def _ring(self, tick: int) -> None:
+        for ring in self._ticks.pop(tick)[1].values():
+            ring()
+
+
+_alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Alarms] = weakref.WeakKeyDictionary()
+
+
+class Deadline:
+    """A time limit as a context, like `asyncio.timeout`, by an alarm: TimeoutError after so many seconds, or `expire`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.expired = False
+        self._seconds = seconds
+        self._job: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> None:
+        job = self._job = asyncio.current_task()
+        self._cancelling = job.cancelling() if job is not None else 0
+        self._alarms = Alarms.of_loop()
+        self._alarm = self._alarms.set(self._seconds, self.expire)
+
+    def expire(self) -> None:
+        """Ends it now. Without effect before it has begun, and once it is over."""
+        if self._job is not None and not self.expired:
+            self.expired = True
+            self._job.cancel()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._alarms.cancel(self._alarm)
+        job, self._job = self._job, None
+        if self.expired and job is not None and job.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+
 # ======================================================================================================================
 # 6. Store
 # ======================================================================================================================
@@ -2915,6 +2990,7 @@ APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' data
 UNFINISHED_SQL = "status IN ('queued', 'running', 'retrying')"  # to the letter, so that the partial index serves
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
+BULK_SIZES = (1, 4, 16, 64, 128)
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
 
@@ -3447,14 +3523,22 @@ def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[An
 
 
 def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Runs `statement`, in which {rows} stands for VALUES, for many rows at a time. (In sizes that are cached as prepared.)"""
-    done = 0
-    for size in (64, 16, 4, 1):
-        while len(rows) - done >= size:
-            marks = ", ".join(["(" + ", ".join("?" * len(rows[0])) + ")"] * size)
-            values = [value for row in rows[done : done + size] for value in row]
-            db.execute(statement.replace("{rows}", f"VALUES {marks}"), values)
-            done += size
+    """Runs `statement`, in which {rows} stands for VALUES (column1, column2 …), for many rows in one step.
+
+    Rows of NULLs fill them up to one of a few sizes, whose statements stay prepared: `statement` must pass over these.
+    """
+    most = BULK_SIZES[-1]
+    for start in range(0, len(rows), most):
+        some = rows[start : start + most]
+        width, size = len(some[0]), next(size for size in BULK_SIZES if size >= len(some))
+        values = [value for row in some for value in row] + [None] * (width * (size - len(some)))
+        db.execute(statement.replace("{rows}", _value_marks(width, size)), values)
+
+
+@functools.cache
+def _value_marks(width: int, size: int) -> str:
+    row = f"({', '.join('?' * width)})"
+    return f"VALUES {', '.join([row] * size)}"
 
 
 def _object(stored: Any) -> dict[str, Any]:
@@ -3715,7 +3799,7 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     values = operator.attrgetter(*_columns(NewExecution))
     bulk(
         db,
-        f"INSERT INTO executions ({names}, finished_at, uuid) {{rows}}",
+        f"INSERT INTO executions ({names}, finished_at, uuid) SELECT * FROM ({{rows}}) WHERE column1 IS NOT NULL",
         [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
     )
     last = int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
@@ -4169,7 +4253,6 @@ def give_back_space(db: DB) -> None:
 # LiveOutput, through which the service looks on and stops them.
 
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
-SPAWNS_AT_ONCE = 4
 UNHEARD_SECONDS = 0.02  # that output waits in the pipes at first: most commands are over by then, and it is read in one go
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
 KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
@@ -4211,9 +4294,9 @@ class Clipper:
 
     def text(self, encoding: str = "utf-8") -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
-        tail = self._tail[-self._tail_size :]
         if not self.truncated:
-            return _decoded(bytes(self._head + tail), encoding)
+            return _decoded(bytes(self._head + self._tail), encoding)
+        tail = self._tail[-self._tail_size :]
         left_out = self.total - len(self._head) - len(tail)
         return f"{_decoded(bytes(self._head), encoding)}\n[… {left_out} bytes left out …]\n{_decoded(bytes(tail), encoding)}"
 
@@ -4323,7 +4406,7 @@ class LiveOutput:
         self._maskers: dict[str, SecretMasker] = {}  # none of them while there are no secrets
         self._received: dict[str, int] = {}  # bytes that came, before masking and clipping
         self._masker: SecretMasker | None = None
-        self._deadline: asyncio.Timeout | None = None
+        self._deadline: Deadline | None = None
 
     # --- for the executor ---
 
@@ -4347,9 +4430,9 @@ class LiveOutput:
                 self._clippers[stream].feed(masker.finish())
             self.closed = True
 
-    def deadline(self, seconds: float) -> asyncio.Timeout:
+    def deadline(self, seconds: float) -> Deadline:
         """The attempt's time limit as a context; `stop` makes it expire early."""
-        self._deadline = asyncio.timeout(0 if self.reason else seconds)
+        self._deadline = Deadline(0 if self.reason else seconds)
         return self._deadline
 
     def masked(self, text: str) -> str:
@@ -4363,8 +4446,7 @@ class LiveOutput:
         if self.reason is None and not self.closed:
             self.reason = reason
             if self._deadline is not None:
-                with contextlib.suppress(RuntimeError):  # it is just ending by itself
-                    self._deadline.reschedule(0)
+                self._deadline.expire()
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
@@ -4392,6 +4474,8 @@ def resolve_secrets(
 
     Raises ChronoTaskError with the reason, never with a content.
     """
+    if "${" not in repr(config):
+        return config, []
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
     if not any("${" in repr(config[name]) for name in fields if name in config):
         return config, []
@@ -4678,7 +4762,9 @@ class _Pipes:
         self._readers: dict[int, str] = {}
         self._ended = self._loop.create_future()
         self._writers: list[int] = []
-        self._start: asyncio.TimerHandle | None = None  # of listening
+        self._listening = False
+        self._alarms = Alarms.of_loop()
+        self._start: tuple[int, object] | None = None  # the alarm for listening
 
     def open(self) -> list[int]:
         """The two ends to write to; `listen` closes them here."""
@@ -4693,9 +4779,10 @@ class _Pipes:
         self._close_writers()
         for reader in self._readers:
             os.set_blocking(reader, False)
-        self._start = self._loop.call_later(seconds, self._listen)
+        self._start = self._alarms.set(seconds, self._listen)
 
     def _listen(self) -> None:
+        self._listening = True
         for reader in self._readers:
             self._loop.add_reader(reader, self._read, reader)
 
@@ -4713,8 +4800,7 @@ class _Pipes:
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
-        if self._start is not None:
-            self._start.cancel()
+        self._put_off()
         for reader in list(self._readers):
             self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
         if self._readers:
@@ -4722,25 +4808,26 @@ class _Pipes:
             await asyncio.wait([self._ended], timeout=seconds)
 
     def close(self) -> None:
-        if self._start is not None:
-            self._start.cancel()
+        self._put_off()
         self._close_writers()
         for reader in list(self._readers):
             self._close_reader(reader)
+
+    def _put_off(self) -> None:
+        if self._start is not None:
+            self._alarms.cancel(self._start)
 
     def _close_writers(self) -> None:
         while self._writers:
             os.close(self._writers.pop())
 
     def _close_reader(self, reader: int) -> None:
-        self._loop.remove_reader(reader)
+        if self._listening:
+            self._loop.remove_reader(reader)
         del self._readers[reader]
         os.close(reader)
         if not self._readers and not self._ended.done():
             self._ended.set_result(None)
-
-
-_spawning: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -4749,20 +4836,17 @@ def _no_input() -> int:
 
 
 async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
-    # Spawning blocks the loop until exec: few in each turn of the loop, so that 500 at once hold it up for a few ms each time.
-    loop = asyncio.get_running_loop()
-    async with _spawning.get(loop) or _spawning.setdefault(loop, asyncio.Semaphore(SPAWNS_AT_ONCE)):
-        stdout, stderr = pipes.open()
-        return await asyncio.create_subprocess_exec(
-            *command.words,
-            stdin=_no_input(),
-            stdout=stdout,
-            stderr=stderr,
-            env=command.env,
-            cwd=command.cwd,
-            start_new_session=True,  # not preexec_fn: it costs a factor of three
-            umask=umask,
-        )
+    stdout, stderr = pipes.open()
+    return await asyncio.create_subprocess_exec(
+        *command.words,
+        stdin=_no_input(),
+        stdout=stdout,
+        stderr=stderr,
+        env=command.env,
+        cwd=command.cwd,
+        start_new_session=True,  # not preexec_fn: it costs a factor of three
+        umask=umask,
+    )
 
 
 async def _run_process(command: _Command, attempt: Attempt, live: LiveOutput, umask: int) -> Outcome:
@@ -4798,9 +4882,9 @@ async def _watch(
     return True
 
 
-async def _ended_by_itself(process: asyncio.subprocess.Process, deadline: asyncio.Timeout) -> bool:
+async def _ended_by_itself(process: asyncio.subprocess.Process, deadline: Deadline) -> bool:
     try:
-        async with deadline:
+        with deadline:
             await process.wait()
     except TimeoutError:
         return False
@@ -5075,10 +5159,10 @@ async def run_http(
         request = _http_request(config, resolved, attempt)
         deadline = live.deadline(timeout)
         try:
-            async with deadline:
+            with deadline:
                 request, response = await _exchange(session, request, live)
         except TimeoutError as error:  # may also be the system's: ETIMEDOUT
-            return _http_timeout(live, timeout) if deadline.expired() else _http_failure(error, live)
+            return _http_timeout(live, timeout) if deadline.expired else _http_failure(error, live)
         return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
         return Outcome("failed", live.masked(error.detail), _http_output(live))
@@ -5282,6 +5366,9 @@ def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
     return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=True)
 
 
+_SUCCESSFUL = ["200-299"]
+
+
 def _judged(
     config: dict[str, Any],
     request: _Request,
@@ -5290,9 +5377,10 @@ def _judged(
     now: Callable[[], int] | None,
 ) -> Outcome:
     status, output = response.status, _http_output(live)
-    expected = config.get("expected_status") or ["200-299"]
-    if any(low <= status <= high for low, high in map(status_range, expected)):
-        return Outcome("succeeded", output=output)
+    expected = config.get("expected_status") or _SUCCESSFUL
+    for low, high in map(status_range, expected):
+        if low <= status <= high:
+            return Outcome("succeeded", output=output)
     message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
     message += f"; expected {', '.join(map(str, expected))}"
     if status in (401, 403) and request.redirected_from:
@@ -5381,10 +5469,12 @@ def _connect_reason(error: OSError) -> str:
 #   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
 #                   take these executions for those of a dead process
 
-FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then twice as many
-BATCH = 128  # slots claimed in one beat at most: more would leave places empty while they are claimed
+FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
+BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
+TURN = 16  # attempts that begin in one turn of the loop, at most; a spawn, which holds it up until exec, counts for SPAWN of them
+SPAWN = 4
 KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
@@ -5411,7 +5501,10 @@ class Crowd:
 
         Catch-up executions of one schedule do not see each other: they run one after the other.
         """
-        groups = [g for g in self._groups.get(schedule.task_id, ()) if not _same_catchup(g, schedule.id, trigger)]
+        groups = self._groups.get(schedule.task_id)
+        if not groups:
+            return 0, 0
+        groups = [g for g in groups if not _same_catchup(g, schedule.id, trigger)]
         return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting)
 
     def has_catchup(self, schedule: Schedule) -> bool:
@@ -5447,13 +5540,13 @@ def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int) -> Non
     for missed in due.missed:
         text = missed_message(missed, schedule.zone)
         claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
-    slots = [(slot, "catchup") for slot in due.catchup] + [(slot, "schedule") for slot in due.on_time]
     left = plan.remaining
-    for slot, trigger in slots:
-        if left is not None and left <= 0:
-            break
-        row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, crowd, now)
-        left = left - 1 if left is not None and row.status == "queued" else left
+    for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
+        for slot in slots:
+            if left is not None and left <= 0:
+                break
+            row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, crowd, now)
+            left = left - 1 if left is not None and row.status == "queued" else left
     schedule.settled_until = due.settled_until
     schedule.move_to(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
@@ -5473,7 +5566,7 @@ def _judge_slot(claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigg
         )
     else:
         hold |= 0 if verdict == "run" else Hold.OVERLAP
-        row = _new_row(schedule, slot, trigger, now, hold=hold, fire_at=fire_at)
+        row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now, "queued", hold, None, fire_at)
     if verdict == "cancel":
         claim.cancels.append((schedule, trigger))
         claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
@@ -5663,6 +5756,7 @@ class Service:
         self.feed = Feed()
         self.stats = Stats()
         self.running: dict[int, Active] = {}
+        self._begin: deque[Active] = deque()  # those of them whose attempt has not begun yet
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -5679,6 +5773,7 @@ class Service:
         self._ended: list[tuple[Run, Outcome, int]] = []  # attempts to settle in the next beat, with the instants of their ends
         self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
+        self._claimed = False  # the last beat claimed something
         self._wake = asyncio.Event()
         self._rev = -1  # changes are taken up to here; -1: everything is to be looked at
         self._looking = asyncio.Lock()
@@ -5738,9 +5833,11 @@ class Service:
         if self._heart_job is not None:
             await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
-        for job in list(self._jobs):
+        self._begin.clear()
+        jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
+        for job in jobs:
             job.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        await asyncio.gather(*jobs, return_exceptions=True)
         if self._ended:
             await self._settle_last(known, end)
         if self._session is not None:
@@ -5797,14 +5894,16 @@ class Service:
         self.last_beat = self.clock.monotonic()
         await self.beat()
         self._last_beat_end = self.clock.monotonic()
-        await self.clock.wait(self._wake, self._next_due())
+        due = self._next_due()
+        if due is None or due > self.clock.now():  # else the next claim goes to the writer before this one's runs begin
+            await self.clock.wait(self._wake, due)
 
     async def _gather_ends(self) -> None:
         """Under load, waits until some more attempts have ended: a beat for many costs little more than a beat for one."""
         if len(self.running) >= BUSY_FROM and not self.stopping:
             pause = self._last_beat_end + BEAT_GAP - self.clock.monotonic()
             due = self._next_due()
-            if due is not None:
+            if due is not None and not self._claims_wait():
                 pause = min(pause, (due - self.clock.now()) / SECOND)
             if pause > 0 and len(self._ended) < len(self.running):
                 self._all_ended.clear()
@@ -5818,12 +5917,19 @@ class Service:
         times = [self._retries.next_due(), None if self.paused else self._timers.next_due()]
         return min((t for t in times if t is not None), default=None)
 
+    def _claims_wait(self) -> bool:
+        """While executions wait for a place, every other beat only settles and starts: it is short, and the claims of the
+        next one go on beside what it has started."""
+        return self._ready and self._claimed
+
     async def beat(self) -> None:
         """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects."""
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        slots = self._timers.pop_due(now, self._batch) if acting and not self.paused else []
-        retries = self._retries.pop_due(now, self._batch) if acting else []
+        claiming = acting and not self._claims_wait()
+        slots = self._timers.pop_due(now, self._batch) if claiming and not self.paused else []
+        retries = self._retries.pop_due(now, self._batch) if claiming else []
+        self._claimed = False
         ended, self._ended = self._ended, []
         places = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
         self._ready = self._ready or bool(slots or retries or ended)
@@ -5842,12 +5948,11 @@ class Service:
             for execution_id in retries:
                 self._retries.set(execution_id, now)
             raise
-        self._ready = len(beat.runs) == places
+        self._ready, self._claimed = len(beat.runs) == places, bool(slots or retries)
+        if claiming:
+            more = self._batch in (len(slots), len(retries))
+            self._batch = min(4 * self._batch, BATCH) if more else FIRST_BATCH
         await self._after_beat(beat, settlements, now)
-        more = self._batch in (len(slots), len(retries))
-        self._batch = min(2 * self._batch, BATCH) if more else FIRST_BATCH
-        if more:
-            self._wake.set()
 
     async def _after_beat(self, beat: Beat, settlements: Sequence[Settlement], now: int) -> None:
         for schedule in beat.claim.schedules:
@@ -5859,8 +5964,7 @@ class Service:
             self._count_end(s)
         for execution_id in beat.cancelled:
             self._stop_run(execution_id)
-        for run in beat.runs:
-            self._start_run(run)
+        self._start_runs(beat.runs)
         self._notify([*(s.run.execution_id for s in settlements if s.next_attempt_at is None), *beat.cancelled])
         for schedule in beat.claim.schedules:
             self._touched.add(schedule.task_id)
@@ -5884,14 +5988,26 @@ class Service:
             )
         stats.durations.add((settlement.finished_at - run.started_at) / SECOND)
 
-    def _start_run(self, run: Run) -> None:
-        if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
-            late = max(0.0, (run.started_at - run.fire_at) / SECOND)
-            self.stats.recent_late.append(late)
-            self.stats.lateness.add(late)
-        active = Active(run, LiveOutput(self.settings.output_limit))
-        self.running[run.execution_id] = active
-        active.job = self._spawn(self._attempt(active))
+    def _start_runs(self, runs: Sequence[Run]) -> None:
+        beginning = bool(self._begin)
+        for run in runs:
+            if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
+                late = max(0.0, (run.started_at - run.fire_at) / SECOND)
+                self.stats.recent_late.append(late)
+                self.stats.lateness.add(late)
+            active = self.running[run.execution_id] = Active(run, LiveOutput(self.settings.output_limit))
+            self._begin.append(active)
+        if not beginning:
+            self._begin_some()
+
+    def _begin_some(self) -> None:
+        room = TURN
+        while self._begin and room > 0:
+            active = self._begin.popleft()
+            active.job = asyncio.create_task(self._attempt(active))
+            room -= SPAWN if active.run.task_type == "bash" else 1
+        if self._begin:
+            asyncio.get_running_loop().call_soon(self._begin_some)
 
     async def _attempt(self, active: Active) -> None:
         run = active.run

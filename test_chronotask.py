@@ -66,6 +66,7 @@ from chronotask import (
     SECOND,
     TOOL_LIST_TEXT,
     TOOLS,
+    Alarms,
     Attempt,
     BodyTooLarge,
     ChronoTaskError,
@@ -75,6 +76,7 @@ from chronotask import (
     Conflict,
     Cron,
     Crowd,
+    Deadline,
     Due,
     Environ,
     ExecutionQuery,
@@ -90,6 +92,7 @@ from chronotask import (
     MalformedBody,
     MethodNotAllowed,
     Missed,
+    NewExecution,
     NotFound,
     Once,
     Outcome,
@@ -105,6 +108,7 @@ from chronotask import (
     Settings,
     StartupError,
     Store,
+    Task,
     TaskCreate,
     TaskQuery,
     TaskUpdate,
@@ -225,7 +229,7 @@ class FakeClock(Clock):
         self.until = until
         self._idle.set()
         if self.released:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # not 0: threads want to go on, too
         elif self.free:
             self._wake = event
             await event.wait()
@@ -465,7 +469,7 @@ MAY_KNOW: dict[int, set[int]] = {
     4: {0},
     5: {0},
     6: {0, 1, 2, 3},
-    7: {0, 1, 2, 3},
+    7: {0, 1, 2, 3, 5},
     8: {0, 1, 2, 3, 4, 5, 6, 7},
     9: {0, 1, 3, 8},
     10: {0, 1, 2, 3, 8, 9},
@@ -481,7 +485,7 @@ MAY_NOT_USE: dict[int, set[str]] = {
     4: {"asyncio", "threading", "os", "open", "datetime", *_WIRE},
     5: {"sqlite3", "os", "open", "datetime", *_WIRE},
     6: {"BaseModel", "random", *_WIRE},
-    7: {"sqlite3", "web", "mcp", "BaseModel"},
+    7: {"sqlite3", "web", "mcp", "BaseModel", "Clock"},
     8: {"sqlite3", "json", "web", "mcp", "BaseModel", "CIMultiDictProxy"},
     9: {"sqlite3", "json", *_WIRE},
     10: {"sqlite3", "mcp"},
@@ -675,6 +679,7 @@ PLANTED = {
         "uses the private job._callbacks",
     ),
     "time.time": (8, "def planted() -> float:\n    return time.time()", "reads a clock: time.time"),
+    "an executor that asks what time it is": (7, "def planted(c: Clock) -> int: ...", "uses Clock"),
     "time.monotonic": (7, "def planted() -> float:\n    return time.monotonic()", "reads a clock: time.monotonic"),
     "time.sleep": (6, "def planted() -> None:\n    time.sleep(1)", "reads a clock: time.sleep"),
     "datetime.now": (2, "PLANTED = datetime.now(UTC)", "reads a clock: datetime.now"),
@@ -2378,6 +2383,134 @@ async def test_a_cancelled_wait_stays_cancelled() -> None:
     assert job.cancelled()
 
 
+async def test_an_alarm_rings_after_its_time_and_at_most_a_tick_late() -> None:
+    alarms, loop, rung = Alarms(), asyncio.get_running_loop(), asyncio.Event()
+    begun = loop.time()
+    alarms.set(0.035, rung.set)
+    await rung.wait()
+    assert 0.035 <= loop.time() - begun < 0.3
+
+
+async def test_alarms_of_one_tick_ring_together_but_for_those_that_were_cancelled() -> None:
+    same = False
+    while not same:  # once more if the border of two ticks lay between
+        alarms, heard = Alarms(), list[int]()
+        first, second, third = (alarms.set(0, functools.partial(heard.append, n)) for n in range(3))
+        same = first[0] == second[0] == third[0]
+    alarms.cancel(second)
+    alarms.cancel(second)
+    await asyncio.sleep(0.03)
+    assert heard == [0, 2]
+    alarms.cancel(first)  # it has rung: nothing to do
+
+
+async def test_an_alarm_may_cancel_and_set_others_as_it_rings() -> None:
+    alarms, heard = Alarms(), list[str]()
+
+    def ring() -> None:
+        alarms.cancel(later)
+        alarms.set(0, functools.partial(heard.append, "new"))
+
+    alarms.set(0, ring)
+    later = alarms.set(0.05, functools.partial(heard.append, "cancelled"))
+    await asyncio.sleep(0.1)
+    assert heard == ["new"]
+
+
+async def test_cancelled_alarms_leave_no_timer_behind() -> None:
+    """100,000 attempts with a limit of an hour each must not fill the loop's heap."""
+    alarms, loop = Alarms(), asyncio.get_running_loop()
+    for n in range(2000):
+        alarms.cancel(alarms.set(3600 + n, lambda: None))
+        if n % 100 == 99:
+            await asyncio.sleep(0)
+    assert len(loop._scheduled) < 300
+    assert alarms._ticks == {}
+
+
+def test_each_loop_has_alarms_of_its_own() -> None:
+    """One loop's timers never ring for another: what a closed loop left must not swallow an alarm for the same tick."""
+
+    async def of_loop() -> Alarms:
+        Alarms.of_loop().set(0.05, lambda: None)
+        assert Alarms.of_loop() is Alarms.of_loop()
+        return Alarms.of_loop()
+
+    assert asyncio.run(of_loop()) is not asyncio.run(of_loop())
+
+
+async def test_a_deadline_that_is_not_reached_leaves_no_trace() -> None:
+    with Deadline(0.02):
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
+    job = asyncio.current_task()
+    assert job is not None
+    assert job.cancelling() == 0
+
+
+async def test_a_deadline_ends_what_takes_longer_with_a_timeout() -> None:
+    deadline = Deadline(0.02)
+    with pytest.raises(TimeoutError):
+        with deadline:
+            await asyncio.sleep(30)
+    assert deadline.expired
+    job = asyncio.current_task()
+    assert job is not None
+    assert job.cancelling() == 0, "the job can go on"
+    await asyncio.sleep(0)
+
+
+async def test_a_deadline_can_be_brought_forward_but_not_before_it_has_begun_or_after_it_is_over() -> None:
+    deadline = Deadline(30)
+    deadline.expire()
+    asyncio.get_running_loop().call_soon(deadline.expire)
+    with pytest.raises(TimeoutError):
+        with deadline:
+            await asyncio.sleep(30)
+    over = Deadline(30)
+    with over:
+        pass
+    over.expire()
+    await asyncio.sleep(0)
+    assert not over.expired
+
+
+async def test_a_cancelled_job_stays_cancelled_with_a_deadline_and_also_when_that_expires_at_the_same_time() -> None:
+    for both in (False, True):
+        deadline = Deadline(30)
+
+        async def work(deadline: Deadline = deadline) -> None:
+            with deadline:
+                await asyncio.sleep(30)
+
+        job = asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+        job.cancel()
+        if both:
+            deadline.expire()
+        await asyncio.wait({job})
+        assert job.cancelled()
+
+
+async def test_another_error_passes_a_deadline_as_it_is() -> None:
+    deadline = Deadline(30)
+    asyncio.get_running_loop().call_soon(deadline.expire)
+    with pytest.raises(KeyError, match="own"):
+        with deadline:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                raise KeyError("own") from None
+
+
+async def test_of_two_deadlines_the_inner_one_does_not_swallow_the_outer_one() -> None:
+    outer, inner = Deadline(0.02), Deadline(30)
+    with pytest.raises(TimeoutError):
+        with outer, inner:
+            await asyncio.sleep(30)
+    assert (outer.expired, inner.expired) == (True, False)
+
+
 # ======================================================================================================================
 # 6. Store
 # ======================================================================================================================
@@ -2995,6 +3128,29 @@ def test_working_locks_are_recognised_and_leave_nothing_behind(tmp_path: Path) -
 def test_a_folder_that_takes_no_lock_file_is_told() -> None:
     with pytest.raises(OSError, match="No such file or directory"):
         locks_work(Path("/proc/c.db"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
+async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
+    def write(db: sqlite3.Connection) -> list[int]:
+        task = chronotask.insert_task(db, Task(0, "t", None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0))
+        rows = [NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
+        return chronotask.insert_executions(db, rows)
+
+    ids = await store.write(write)
+    found = await store.read(lambda db: db.execute("SELECT id, queued_at, uuid FROM executions ORDER BY id").fetchall())
+    assert [row[:2] for row in found] == list(zip(ids, range(count), strict=True))
+    assert len({row[2] for row in found}) == count
+
+
+async def test_a_change_of_many_rows_leaves_the_others_alone(store: Store) -> None:
+    await store.write(lambda db: db.execute("CREATE TABLE things (id INTEGER PRIMARY KEY, value)").fetchall())
+    await store.write(lambda db: db.executemany("INSERT INTO things VALUES (?, 'old')", [(n,) for n in range(200)]).rowcount)
+    change = functools.partial(chronotask.bulk, statement="UPDATE things SET value = column2 FROM ({rows}) WHERE id = column1")
+    await store.write(lambda db: change(db, rows=[(n, None if n == 5 else "new") for n in range(130)]))
+    await store.write(lambda db: change(db, rows=[]))
+    found = await store.read(lambda db: db.execute("SELECT value, count(*) FROM things GROUP BY 1 ORDER BY 1").fetchall())
+    assert found == [(None, 1), ("new", 129), ("old", 70)]
 
 
 # ======================================================================================================================
@@ -5021,6 +5177,97 @@ async def test_a_change_of_a_schedule_takes_effect_at_once_in_the_timer_queue(ri
     await rig.at(20)
     assert len(await rig.rows()) == 1
     assert rig.clock.until is None
+
+
+# --- Bursts -----------------------------------------------------------------------------------------------------------
+
+
+async def due_at_once(rig: Rig, target: Target, count: int) -> None:
+    task_id = await rig.task(**target.config("/hold"))
+    for _ in range(count):
+        await rig.schedule(task_id, "once", overlap="allow")
+    rig.clock.advance(60)
+
+
+async def test_while_there_are_places_every_beat_claims_and_starts(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1000)
+    await due_at_once(rig, target, 100)
+    seen = []
+    for _ in range(4):
+        await rig.service.beat()
+        seen.append(Counter(await rig.statuses()))
+    assert seen == [{"running": 8}, {"running": 40}, {"running": 100}, {"running": 100}]
+
+
+async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_and_starts(
+    open_rig: OpenRig, target: Target
+) -> None:
+    rig = await open_rig(max_concurrent_runs=2)
+    await due_at_once(rig, target, 60)
+    seen = []
+    for _ in range(6):
+        await rig.service.beat()
+        seen.append(sum(Counter(await rig.statuses()).values()))
+    assert seen == [8, 8, 40, 40, 60, 60]
+    target.let_go.set()
+    await rig.finish()
+    assert Counter(await rig.statuses()) == {"succeeded": 60}
+
+
+async def test_a_claim_that_fails_is_tried_again_by_the_next_beat(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    await due_at_once(rig, target, 20)
+    await rig.service.beat()
+    await rig.service.beat()
+    rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="planted"):
+            await rig.service.beat()
+    rig.sql("DROP TRIGGER t")
+    await rig.service.beat()
+    assert Counter(await rig.statuses()) == {"running": 1, "queued": 19}
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("http", [16, 32, 40]), ("bash", [4, 8, 12])])
+async def test_a_burst_begins_little_by_little_so_that_others_have_the_loop_too(
+    open_rig: OpenRig, target: Target, kind: str, steps: list[int]
+) -> None:
+    rig = await open_rig(max_concurrent_runs=40)
+    task_id = await rig.task(**(target.config("/hold") if kind == "http" else {"config": {"command": "sleep 30"}}))
+    for _ in range(40):
+        await rig.execute(task_id)
+    await rig.service.beat()
+    begun = []
+    for _ in steps:
+        begun.append(sum(active.job is not None for active in rig.service.running.values()))
+        await asyncio.sleep(0)
+    assert begun == steps
+    target.let_go.set()
+    if kind == "http":
+        await rig.finish()
+
+
+async def test_what_is_cancelled_before_it_has_begun_starts_nothing(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig(max_concurrent_runs=20)
+    task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 0.1"})
+    ids = [await rig.execute(task_id) for _ in range(20)]
+    await rig.service.beat()
+    assert rig.service.running[ids[-1]].job is None
+    rig.service.running[ids[-1]].live.stop("cancelled")
+    await rig.finish()
+    assert Counter(await rig.statuses()) == {"succeeded": 19, "cancelled": 1}
+    assert not (tmp_path / str(ids[-1])).exists()
+
+
+async def test_a_stop_begins_nothing_more(open_rig: OpenRig, tmp_path: Path) -> None:
+    rig = await open_rig(max_concurrent_runs=40)
+    task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"}, max_retries=1)
+    for _ in range(40):
+        await rig.execute(task_id)
+    await rig.service.beat()
+    await rig.close()
+    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("retrying", 40)]
+    assert len(list(tmp_path.glob("[0-9]*"))) <= 4
 
 
 # --- Catch-up, overlap and pause, end to end --------------------------------------------------------------------------
