@@ -2867,7 +2867,10 @@ class Alarms:
 
     def _ring(self, tick: int) -> None:
         for ring in self._ticks.pop(tick)[1].values():
-            ring()
+            try:
+                ring()
+            except Exception:
+                logger.exception("an alarm could not ring")
 
 
 _alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Alarms] = weakref.WeakKeyDictionary()

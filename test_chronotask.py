@@ -2417,6 +2417,15 @@ async def test_an_alarm_may_cancel_and_set_others_as_it_rings() -> None:
     assert heard == ["new"]
 
 
+async def test_an_alarm_that_fails_keeps_no_other_from_ringing(caplog: pytest.LogCaptureFixture) -> None:
+    alarms, heard = Alarms(), list[int]()
+    for n in range(20):
+        alarms.set(0, functools.partial([].pop, 0) if n % 2 else functools.partial(heard.append, n))
+    await asyncio.sleep(0.05)
+    assert heard == list(range(0, 20, 2))
+    assert [record.getMessage() for record in caplog.records] == ["an alarm could not ring"] * 10
+
+
 async def test_cancelled_alarms_leave_no_timer_behind() -> None:
     """100,000 attempts with a limit of an hour each must not fill the loop's heap."""
     alarms, loop = Alarms(), asyncio.get_running_loop()
