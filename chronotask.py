@@ -2920,6 +2920,7 @@ class Deadline:
 
 DB = sqlite3.Connection
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 # Append only. Each entry is one schema version: its statements run in one transaction with the new user_version.
 MIGRATIONS: list[tuple[str, ...]] = [
@@ -3055,7 +3056,8 @@ class _Worker(threading.Thread):
 class _Call:
     """A function on its way to a worker, and what came of it."""
 
-    run: Callable[[DB], Any]
+    run: Callable[..., Any]
+    item: tuple[Any, ...]  # the one thing to do it for, if `run` does it for many
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     since: float
@@ -3105,6 +3107,11 @@ class Store:
             self._writes.flush()
         return cast(T, await future)
 
+    async def write_each(self, run: Callable[[DB, list[Item]], list[T]], item: Item) -> T:
+        """Like `write`, for what `run` does for many at once: it gets the items of all such calls that wait, and gives
+        one result for each."""
+        return cast(T, await self._submit(self._writes, run, (item,)))
+
     async def read(self, run: Callable[[DB], T]) -> T:
         """Runs `run(db)` on a snapshot of everything committed so far."""
         return cast(T, await self._submit(self._reads, run))
@@ -3124,9 +3131,9 @@ class Store:
         """SQLite before 3.51.3 can corrupt a file that several connections checkpoint: only the leader does."""
         await self.write(lambda db: db.execute(f"PRAGMA wal_autocheckpoint={1000 if leading else 0}").fetchone())
 
-    def _submit(self, lane: _Lane, run: Callable[[DB], Any]) -> asyncio.Future[Any]:
+    def _submit(self, lane: _Lane, run: Callable[..., Any], item: tuple[Any, ...] = ()) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        call = _Call(run, loop.create_future(), loop, self._monotonic())
+        call = _Call(run, item, loop.create_future(), loop, self._monotonic())
         lane.submit(call)
         return call.future
 
@@ -3145,9 +3152,9 @@ class Store:
         try:
             before = db.total_changes
             db.execute("BEGIN IMMEDIATE")
-            for call in batch:
-                if not _run_call(db, call):
-                    self.failure = str(call.error) if _is_fault(call.error) else self.failure
+            for calls in _alike(batch):
+                if not _run_calls(db, calls):
+                    self.failure = str(calls[0].error) if _is_fault(calls[0].error) else self.failure
                     return False
             db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
@@ -3192,15 +3199,28 @@ class Store:
                 db.close()  # the writer's last: then SQLite leaves one file that holds everything
 
 
-def _run_call(db: DB, call: _Call) -> bool:
-    """False if the call failed after it had changed something: then the transaction must not be kept."""
-    before = db.total_changes
+def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
+    """The calls one by one, but those that one run does together."""
+    groups: dict[object, list[_Call]] = {}
+    for call in batch:
+        groups.setdefault(call.run if call.item else id(call), []).append(call)
+    return groups.values()
+
+
+def _run_calls(db: DB, calls: list[_Call]) -> bool:
+    """False if they failed after a change, or it is not known which of them failed: the transaction must not be kept."""
+    before, first = db.total_changes, calls[0]
     try:
-        call.result = call.run(db)
+        if first.item:
+            results = first.run(db, [call.item[0] for call in calls])
+        else:
+            results = [first.run(db)]
+        for call, result in zip(calls, results, strict=True):
+            call.result = result
         return True
     except Exception as error:
-        call.error = error
-        return db.total_changes == before and not isinstance(error, sqlite3.Error)
+        first.error = error
+        return len(calls) == 1 and db.total_changes == before and not isinstance(error, sqlite3.Error)
 
 
 def _is_fault(error: Exception | None) -> bool:
@@ -3589,23 +3609,27 @@ def _values(row: Any, columns: tuple[str, ...]) -> list[Any]:
     return [compact(value) if isinstance(value, dict) else value for value in operator.attrgetter(*columns)(row)]
 
 
-@functools.cache
-def _insertion(table: str, columns: tuple[str, ...]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
-
-
-def _insert(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> int:
-    return cast(int, db.execute(_insertion(table, columns[1:]), _values(row, columns[1:])).lastrowid)
-
-
 def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
     names = ", ".join(f"{name} = ?" for name in columns[1:])
     db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values(row, columns[1:]), row.id])
 
 
-def insert_task(db: DB, task: Task) -> Task:
-    task.id = _insert(db, "tasks", task, TASK_COLUMNS)
-    return task
+def insert_tasks(db: DB, tasks: list[Task]) -> list[Task]:
+    columns = TASK_COLUMNS[1:]
+    bulk(
+        db,
+        f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}}) WHERE column1 IS NOT NULL",
+        [_values(task, columns) for task in tasks],
+    )
+    for task, task_id in zip(tasks, _last_ids(db, len(tasks)), strict=True):
+        task.id = task_id
+    return tasks
+
+
+def _last_ids(db: DB, count: int) -> list[int]:
+    """The ids of the rows that were just inserted, in order."""
+    last = int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
+    return list(range(last - count + 1, last + 1))
 
 
 def update_task(db: DB, task: Task) -> None:
@@ -3613,7 +3637,9 @@ def update_task(db: DB, task: Task) -> None:
 
 
 def insert_schedule(db: DB, schedule: Schedule) -> Schedule:
-    schedule.id = _insert(db, "schedules", schedule, SCHEDULE_COLUMNS)
+    columns = SCHEDULE_COLUMNS[1:]
+    statement = f"INSERT INTO schedules ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
+    schedule.id = cast(int, db.execute(statement, _values(schedule, columns)).lastrowid)
     return schedule
 
 
@@ -3805,8 +3831,7 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
         f"INSERT INTO executions ({names}, finished_at, uuid) SELECT * FROM ({{rows}}) WHERE column1 IS NOT NULL",
         [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
     )
-    last = int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
-    return list(range(last - len(rows) + 1, last + 1))
+    return _last_ids(db, len(rows))
 
 
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
@@ -6277,7 +6302,7 @@ class Service:
             created_at=now,
             updated_at=now,
         )
-        await self.store.write(partial(insert_task, task=task))
+        await self.store.write_each(insert_tasks, task)
         if self.feed.wanted:
             await self._sync()
         return task_view(task, None)

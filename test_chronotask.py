@@ -36,7 +36,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -134,6 +134,7 @@ from chronotask import (
     format_instant,
     format_local,
     get_meta,
+    insert_tasks,
     judge_overlap,
     kill_leftovers,
     load_settings,
@@ -2736,7 +2737,12 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]) -> list[Any]:
-    """Runs the calls as one batch: they gather while the writer is kept busy. Results, or exceptions."""
+    """Runs the calls as one batch. Results, or exceptions."""
+    return await gathered(store, *(store.write(call) for call in calls))
+
+
+async def gathered(store: Store, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What the writes give, or raise: they gather while the writer is kept busy."""
     begun, go = threading.Event(), threading.Event()
 
     def keep_busy(db: sqlite3.Connection) -> None:
@@ -2745,7 +2751,7 @@ async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]
 
     first = asyncio.ensure_future(store.write(keep_busy))
     await asyncio.to_thread(begun.wait, 5)
-    jobs = [asyncio.ensure_future(store.write(call)) for call in calls]
+    jobs = [asyncio.ensure_future(write) for write in writes]
     await asyncio.sleep(0)
     go.set()
     await first
@@ -3139,10 +3145,46 @@ def test_a_folder_that_takes_no_lock_file_is_told() -> None:
         locks_work(Path("/proc/c.db"))
 
 
+def some_task(name: str) -> Task:
+    return Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
+
+
+async def test_writes_of_one_kind_that_wait_are_done_in_one_step_and_each_gets_its_own_result(store: Store) -> None:
+    statements: list[str] = []
+    await store.write(lambda db: db.set_trace_callback(statements.append))
+    tasks = [some_task(f"t{n}") for n in range(40)]
+    writes = [store.write_each(insert_tasks, task) for task in tasks]
+    results = await gathered(store, *writes[:20], store.write(put("k1")), *writes[20:])
+    assert results == [*tasks[:20], "k1", *tasks[20:]]
+    assert [task.id for task in tasks] == list(range(1, 41))
+    assert len({statement for statement in statements if statement.startswith("INSERT INTO tasks")}) == 1
+    assert (await store.read(lambda db: db.execute("SELECT id, name FROM tasks").fetchall()))[-1] == (40, "t39")
+
+
+async def test_of_writes_of_one_kind_only_the_one_that_fails_fails(store: Store) -> None:
+    await store.write(
+        lambda db: db.execute(
+            "CREATE TRIGGER t BEFORE INSERT ON tasks WHEN new.name = 'bad' BEGIN SELECT RAISE(ABORT, 'planted'); END"
+        ).fetchall()
+    )
+    names = ["a", "bad", "b", "bad", "c"]
+    results = await gathered(store, *(store.write_each(insert_tasks, some_task(name)) for name in names), store.write(add("k1")))
+    assert [task.name for task in results[:5] if isinstance(task, Task)] == ["a", "b", "c"]
+    assert [str(error) for error in (results[1], results[3])] == ["the database cannot do this now: planted"] * 2
+    assert await store.read(lambda db: get_meta(db, "k1")) == 1, "what was in the transaction that was given up is done once"
+    assert await store.read(lambda db: [row[0] for row in db.execute("SELECT name FROM tasks ORDER BY id")]) == ["a", "b", "c"]
+    assert store.problem() is None
+
+
+async def test_an_item_that_is_none_or_one_that_makes_no_sense_fails_alone(store: Store) -> None:
+    results = await gathered(store, *(store.write_each(insert_tasks, item) for item in (some_task("a"), None, some_task("b"))))  # type: ignore[type-var]
+    assert [type(result) for result in results] == [Task, AttributeError, Task]
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
-        task = chronotask.insert_task(db, Task(0, "t", None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0))
+        [task] = insert_tasks(db, [some_task("t")])
         rows = [NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
         return chronotask.insert_executions(db, rows)
 
