@@ -5497,7 +5497,7 @@ def _connect_reason(error: OSError) -> str:
 #   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
 #                   take these executions for those of a dead process
 
-FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
+FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
 BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
@@ -5923,8 +5923,9 @@ class Service:
         await self.beat()
         self._last_beat_end = self.clock.monotonic()
         due = self._next_due()
-        if due is None or due > self.clock.now():  # else the next claim goes to the writer before this one's runs begin
+        if due is None or due > self.clock.now() or not self._ready:
             await self.clock.wait(self._wake, due)
+        # else all places are taken: the next claim goes to the writer before what was just started begins
 
     async def _gather_ends(self) -> None:
         """Under load, waits until some more attempts have ended: a beat for many costs little more than a beat for one."""
