@@ -3396,7 +3396,8 @@ def refused_target(path: Path, target: Path) -> str | None:
     Whoever has a database open goes on writing to the file that was replaced; and a log of the old file spoils the new one.
     """
     own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", "-wal", "-shm", "-journal", ".leader", ".service")]
-    if target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
+    draining = str(target.resolve()).startswith(f"{path.resolve()}.drain-")
+    if draining or target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
         return "a file of its own, not one of the database"
     if any(Path(f"{target}{suffix}").exists() for suffix in ("-wal", "-journal")):
         return "a file of its own, not a database that is in use"
@@ -8638,7 +8639,9 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
         if session is not None:  # after the service: the calls that waited for it are answered
             session.cancel()
             await asyncio.wait({session})
-        await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
+        for result in await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True):
+            if isinstance(result, Exception):
+                logger.error("a door could not be closed: %s", result, exc_info=result)
         store.close()
 
 

@@ -8888,6 +8888,32 @@ print(status, sorted(found))
 
 
 @pytest.mark.slow
+def test_a_door_that_cannot_be_closed_is_told_and_the_database_is_closed_all_the_same(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import chronotask
+made = chronotask.make_app
+async def stop(app):
+    os.kill(os.getpid(), signal.SIGTERM)
+async def fail(app):
+    raise RuntimeError("planted")
+def make(service):
+    app = made(service)
+    app.on_startup.append(stop)
+    app.on_cleanup.append(fail)
+    return app
+chronotask.make_app = make
+print(chronotask.main(["--port", "0"]))
+"""
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
+    assert "a door could not be closed: planted" in done.stderr
+    assert not (tmp_path / "c.db-wal").exists()
+
+
+@pytest.mark.slow
 def test_both_without_a_client_on_stdin_serves_http_only(tmp_path: Path) -> None:
     with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
         url = server.url()
@@ -9347,7 +9373,7 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(open_rig: 
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".leader", ".service"])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x"])
 async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(open_rig: OpenRig, tmp_path: Path, suffix: str) -> None:
     rig = await open_rig()
     await rig.task(name="kept")
