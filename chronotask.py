@@ -8420,12 +8420,17 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
         return messages.pop()
 
     async def send(message: Mapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            answer.set_status(message["status"])
-            answer.headers.update({name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]})
-            await answer.prepare(request)
-        elif message.get("body"):
-            await deliver(answer, message["body"])
+        try:
+            if message["type"] == "http.response.start":
+                answer.set_status(message["status"])
+                answer.headers.update({name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]})
+                await answer.prepare(request)
+            elif message.get("body"):
+                await deliver(answer, message["body"])
+        except (ConnectionError, TimeoutError):  # the SDK would log it: let the end of the connection end the call
+            if request.transport is not None:
+                request.transport.abort()
+            await asyncio.Event().wait()
 
     scope = {
         "type": "http",

@@ -9089,6 +9089,29 @@ def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Pro
 
 
 @pytest.mark.slow
+def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_file_open(tmp_path: Path) -> None:
+    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
+        host, _, port = server.url().split("/")[2].partition(":")
+        files, draw = Path(f"/proc/{server.process.pid}/fd"), random.Random(5)
+        post(server.url(), rpc("ping"))
+        before = len(list(files.iterdir())) if os.access(files, os.R_OK) else None
+        body = json.dumps(rpc("tools/list")).encode()
+        head = "".join(f"{name}: {value}\r\n" for name, value in {**JSON, "Content-Length": str(len(body))}.items())
+        for _ in range(500):
+            with socket.create_connection((host, int(port)), 5) as client:
+                client.sendall(f"POST /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n".encode() + body)
+                time.sleep(draw.choice((0, 0.001, 0.003)) * draw.random())
+                if draw.random() < 0.3:
+                    client.recv(100)
+        assert len(post(server.url(), rpc("tools/list"))[1]["result"]["tools"]) == 15
+        if before is not None:
+            wait_until(lambda: len(list(files.iterdir())) <= before + 1)
+        server.process.terminate()
+        assert server.ended(8) == 0
+        assert re.findall(r"ERROR|Traceback", server.log()) == []
+
+
+@pytest.mark.slow
 def test_open_streams_do_not_hold_up_the_stop(tmp_path: Path) -> None:
     with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
         url = server.url()
