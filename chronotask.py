@@ -2831,7 +2831,7 @@ class Clock:
 
 
 class Alarms:
-    """Timers of an event loop that share its own by hundredths of a second, and ring that much late.
+    """Timers of an event loop, rounded up to hundredths of a second: all of one share a timer of the loop's own.
 
     Most attempts end long before theirs: to set one of the loop's and take it back costs ten times as much.
     """
@@ -3208,7 +3208,7 @@ def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
 
 
 def _run_calls(db: DB, calls: list[_Call]) -> bool:
-    """False if they failed after a change, or it is not known which of them failed: the transaction must not be kept."""
+    """False if they failed in the database or after a change, or one of many failed: the transaction must not be kept."""
     before, first = db.total_changes, calls[0]
     try:
         if first.item:
@@ -3547,22 +3547,22 @@ def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[An
 
 
 def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Runs `statement`, in which {rows} stands for VALUES (column1, column2 …), for many rows in one step.
+    """Runs `statement`, in which {rows} stands for a SELECT of column1, column2 …, for up to 128 rows in one step.
 
-    Rows of NULLs fill them up to one of a few sizes, whose statements stay prepared: `statement` must pass over these.
+    They are filled up to one of a few sizes, whose statements stay prepared; LIMIT cuts off what was filled in.
     """
     most = BULK_SIZES[-1]
     for start in range(0, len(rows), most):
         some = rows[start : start + most]
         width, size = len(some[0]), next(size for size in BULK_SIZES if size >= len(some))
         values = [value for row in some for value in row] + [None] * (width * (size - len(some)))
-        db.execute(statement.replace("{rows}", _value_marks(width, size)), values)
+        db.execute(statement.replace("{rows}", _rows_sql(width, size)), [*values, len(some)])
 
 
 @functools.cache
-def _value_marks(width: int, size: int) -> str:
+def _rows_sql(width: int, size: int) -> str:
     row = f"({', '.join('?' * width)})"
-    return f"VALUES {', '.join([row] * size)}"
+    return f"SELECT * FROM (VALUES {', '.join([row] * size)}) LIMIT ?"
 
 
 def _object(stored: Any) -> dict[str, Any]:
@@ -3619,7 +3619,7 @@ def insert_tasks(db: DB, tasks: list[Task]) -> list[Task]:
     columns = TASK_COLUMNS[1:]
     bulk(
         db,
-        f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}}) WHERE column1 IS NOT NULL",
+        f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}})",
         [_values(task, columns) for task in tasks],
     )
     for task, task_id in zip(tasks, _last_ids(db, len(tasks)), strict=True):
@@ -3829,7 +3829,7 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     values = operator.attrgetter(*_columns(NewExecution))
     bulk(
         db,
-        f"INSERT INTO executions ({names}, finished_at, uuid) SELECT * FROM ({{rows}}) WHERE column1 IS NOT NULL",
+        f"INSERT INTO executions ({names}, finished_at, uuid) {{rows}}",
         [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
     )
     return _last_ids(db, len(rows))
@@ -4474,8 +4474,8 @@ class LiveOutput:
         """End the attempt: `reason` is cancelled or interrupted, and becomes its status. The first call counts."""
         if self.reason is None and not self.closed:
             self.reason = reason
-            if self._deadline is not None:
-                self._deadline.expire()
+            if self._deadline is not None:  # after this turn of the loop: what has just come to its end keeps its result
+                asyncio.get_running_loop().call_soon(self._deadline.expire)
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
@@ -5502,8 +5502,8 @@ FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first
 BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
-TURN = 16  # attempts that begin in one turn of the loop, at most; a spawn, which holds it up until exec, counts for SPAWN of them
-SPAWN = 4
+TURN = 16  # requests that begin in one turn of the loop, at most
+SPAWN_WEIGHT = 4  # requests that a spawn counts for: it holds up the loop until exec
 KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
@@ -5511,6 +5511,7 @@ RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 CANCELLED = "cancelled on request"
+INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
 
 
@@ -5714,7 +5715,7 @@ class Active:
 
     run: Run
     live: LiveOutput
-    job: asyncio.Task[None] | None = None
+    job: asyncio.Task[None] | None = None  # None until it begins
 
 
 @dataclass(slots=True)
@@ -5785,7 +5786,7 @@ class Service:
         self.feed = Feed()
         self.stats = Stats()
         self.running: dict[int, Active] = {}
-        self._begin: deque[Active] = deque()  # those of them whose attempt has not begun yet
+        self._to_begin: deque[Active] = deque()  # those of them that have no job yet
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -5802,7 +5803,9 @@ class Service:
         self._ended: list[tuple[Run, Outcome, int]] = []  # attempts to settle in the next beat, with the instants of their ends
         self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
-        self._claimed = False  # the last beat claimed something
+        self._backlog = False  # the last beat claimed something and filled all places
+        self._beating = False  # a beat's write is under way
+        self._ending = False  # the grace of a stop is over
         self._wake = asyncio.Event()
         self._rev = -1  # changes are taken up to here; -1: everything is to be looked at
         self._looking = asyncio.Lock()
@@ -5814,7 +5817,7 @@ class Service:
         self._all_ended = asyncio.Event()  # of the attempts that run here
         self._purging: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
-        self._jobs: set[asyncio.Task[Any]] = set()
+        self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
         self._touched: set[int] = set()  # tasks that have run since the last housekeeping
         self._drained_owners = False  # another process is finishing executions that it started as leader
         self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
@@ -5853,6 +5856,7 @@ class Service:
         self._notify(list(self._waiting))
         self.feed.close_all()
         await self._until_idle(self._after(self.settings.shutdown_grace))
+        self._ending = True
         for active in self.running.values():
             active.live.stop("interrupted")
         end = self._after(1.5)  # of the 2 s that a stop may take after the grace; the rest closes connections and files
@@ -5862,7 +5866,8 @@ class Service:
         if self._heart_job is not None:
             await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
-        self._begin.clear()
+        self._ended += [(active.run, INTERRUPTED, self.clock.now()) for active in self._to_begin]
+        self._to_begin.clear()
         jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
         for job in jobs:
             job.cancel()
@@ -5891,7 +5896,8 @@ class Service:
         return self.clock.monotonic() + seconds
 
     async def _until_idle(self, end: float) -> None:
-        while len(self.running) > len(self._ended) and self.clock.monotonic() < end:  # what ended may be waiting for the disk
+        """Until nothing runs, and no beat can start something more. What has ended may be waiting for the disk."""
+        while (self._beating or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -5924,16 +5930,17 @@ class Service:
         await self.beat()
         self._last_beat_end = self.clock.monotonic()
         due = self._next_due()
-        if due is None or due > self.clock.now() or not self._ready:
+        full = len(self.running) >= self.settings.max_concurrent_runs
+        if due is None or due > self.clock.now() or not full:
             await self.clock.wait(self._wake, due)
-        # else all places are taken: the next claim goes to the writer before what was just started begins
+        # else the next claim goes to the writer before what was just started begins
 
     async def _gather_ends(self) -> None:
         """Under load, waits until some more attempts have ended: a beat for many costs little more than a beat for one."""
         if len(self.running) >= BUSY_FROM and not self.stopping:
             pause = self._last_beat_end + BEAT_GAP - self.clock.monotonic()
             due = self._next_due()
-            if due is not None and not self._claims_wait():
+            if due is not None and not self._backlog:
                 pause = min(pause, (due - self.clock.now()) / SECOND)
             if pause > 0 and len(self._ended) < len(self.running):
                 self._all_ended.clear()
@@ -5947,25 +5954,25 @@ class Service:
         times = [self._retries.next_due(), None if self.paused else self._timers.next_due()]
         return min((t for t in times if t is not None), default=None)
 
-    def _claims_wait(self) -> bool:
-        """While executions wait for a place, every other beat only settles and starts: it is short, and the claims of the
-        next one go on beside what it has started."""
-        return self._ready and self._claimed
-
     async def beat(self) -> None:
-        """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects."""
+        """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects.
+
+        While executions wait for a place, every other beat only settles and starts: it is short, and the claims of the
+        next one go on beside what it has started.
+        """
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        claiming = acting and not self._claims_wait()
+        claiming = acting and not self._backlog
         slots = self._timers.pop_due(now, self._batch) if claiming and not self.paused else []
         retries = self._retries.pop_due(now, self._batch) if claiming else []
-        self._claimed = False
+        self._backlog = False
         ended, self._ended = self._ended, []
         places = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
         self._ready = self._ready or bool(slots or retries or ended)
         if not (ended or slots or retries or (self._ready and places > 0)):
             return
         settlements = [settle(run, outcome, at, random.uniform(-1, 1)) for run, outcome, at in ended]
+        self._beating = True
         try:
             beat = await self.store.write(
                 partial(_beat, now=now, slots=slots, retries=retries, settlements=settlements, places=places, owner=self._owner),
@@ -5978,7 +5985,10 @@ class Service:
             for execution_id in retries:
                 self._retries.set(execution_id, now)
             raise
-        self._ready, self._claimed = len(beat.runs) == places, bool(slots or retries)
+        finally:
+            self._beating = False
+        self._ready = len(beat.runs) == places
+        self._backlog = self._ready and bool(slots or retries)
         if claiming:
             more = self._batch in (len(slots), len(retries))
             self._batch = min(4 * self._batch, BATCH) if more else FIRST_BATCH
@@ -6019,24 +6029,26 @@ class Service:
         stats.durations.add((settlement.finished_at - run.started_at) / SECOND)
 
     def _start_runs(self, runs: Sequence[Run]) -> None:
-        beginning = bool(self._begin)
+        beginning = bool(self._to_begin)
         for run in runs:
             if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
                 late = max(0.0, (run.started_at - run.fire_at) / SECOND)
                 self.stats.recent_late.append(late)
                 self.stats.lateness.add(late)
             active = self.running[run.execution_id] = Active(run, LiveOutput(self.settings.output_limit))
-            self._begin.append(active)
+            if self._ending:
+                active.live.stop("interrupted")
+            self._to_begin.append(active)
         if not beginning:
             self._begin_some()
 
     def _begin_some(self) -> None:
         room = TURN
-        while self._begin and room > 0:
-            active = self._begin.popleft()
+        while self._to_begin and room > 0:
+            active = self._to_begin.popleft()
             active.job = asyncio.create_task(self._attempt(active))
-            room -= SPAWN if active.run.task_type == "bash" else 1
-        if self._begin:
+            room -= SPAWN_WEIGHT if active.run.task_type == "bash" else 1
+        if self._to_begin:
             asyncio.get_running_loop().call_soon(self._begin_some)
 
     async def _attempt(self, active: Active) -> None:
@@ -6062,7 +6074,7 @@ class Service:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
         except asyncio.CancelledError:
-            outcome = Outcome("interrupted", "the service was stopped", retryable=True)
+            outcome = INTERRUPTED
         self._ended.append((run, outcome, self.clock.now()))
         self._wake.set()
         if len(self._ended) >= len(self.running):

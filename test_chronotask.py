@@ -3176,9 +3176,13 @@ async def test_of_writes_of_one_kind_only_the_one_that_fails_fails(store: Store)
     assert store.problem() is None
 
 
-async def test_an_item_that_is_none_or_one_that_makes_no_sense_fails_alone(store: Store) -> None:
-    results = await gathered(store, *(store.write_each(insert_tasks, item) for item in (some_task("a"), None, some_task("b"))))  # type: ignore[type-var]
-    assert [type(result) for result in results] == [Task, AttributeError, Task]
+async def test_an_item_that_makes_no_sense_fails_alone(store: Store) -> None:
+    nameless: Any = dataclasses.replace(some_task("x"), name=None)
+    items: list[Any] = [some_task("a"), None, nameless, some_task("b")]
+    results = await gathered(store, *(store.write_each(insert_tasks, item) for item in items))
+    assert [type(result) for result in results] == [Task, AttributeError, Unavailable, Task]
+    found = await store.read(lambda db: db.execute("SELECT id, name FROM tasks ORDER BY id").fetchall())
+    assert found == [(results[0].id, "a"), (results[3].id, "b")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
@@ -3202,6 +3206,13 @@ async def test_a_change_of_many_rows_leaves_the_others_alone(store: Store) -> No
     await store.write(lambda db: change(db, rows=[]))
     found = await store.read(lambda db: db.execute("SELECT value, count(*) FROM things GROUP BY 1 ORDER BY 1").fetchall())
     assert found == [(None, 1), ("new", 129), ("old", 70)]
+
+
+async def test_a_row_of_nulls_is_a_row(store: Store) -> None:
+    await store.write(lambda db: db.execute("CREATE TABLE things (value, other)").fetchall())
+    rows = [(None, None), ("x", None), (None, None)]
+    await store.write(functools.partial(chronotask.bulk, statement="INSERT INTO things {rows}", rows=rows))
+    assert await store.read(lambda db: db.execute("SELECT * FROM things ORDER BY rowid").fetchall()) == rows
 
 
 # ======================================================================================================================
@@ -4506,6 +4517,39 @@ async def test_a_broken_compressed_body_is_a_failed_answer() -> None:
     assert outcome.error_message == "the answer broke off before its end, or could not be decoded"
 
 
+@contextlib.contextmanager
+def answering_in_a_thread(seconds: float) -> Iterator[str]:
+    """A server that answers, after a while, even when this loop is busy."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            time.sleep(seconds)
+            self.send_response(200)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"paid")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+async def test_an_answer_that_has_come_when_the_attempt_is_stopped_counts() -> None:
+    """Thrown away, it would be asked for a second time: a payment is made twice."""
+    live, loop = LiveOutput(1000), asyncio.get_running_loop()
+    with answering_in_a_thread(0.1) as url:
+        loop.call_later(0.05, time.sleep, 0.2)  # a busy turn, in which the answer comes
+        loop.call_later(0.15, live.stop, "interrupted")
+        outcome = await http_executors(url, live=live, method="POST")
+    assert (outcome.status, outcome.output and outcome.output["body"]) == ("succeeded", "paid")
+
+
 async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
     async def forever(writer: asyncio.StreamWriter) -> None:
         while True:
@@ -5319,6 +5363,26 @@ async def test_a_stop_begins_nothing_more(open_rig: OpenRig, tmp_path: Path) -> 
     await rig.close()
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("retrying", 40)]
     assert len(list(tmp_path.glob("[0-9]*"))) <= 4
+
+
+async def test_a_stop_while_a_beat_is_being_written_leaves_nothing_running(open_rig: OpenRig, tmp_path: Path) -> None:
+    """What that beat starts has its row on disk, and must get its end."""
+    rig = await open_rig(max_concurrent_runs=100)
+    task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"})
+    for _ in range(60):
+        await rig.execute(task_id)
+    begun, go = threading.Event(), threading.Event()
+    busy = asyncio.ensure_future(rig.service.store.write(lambda db: (begun.set(), go.wait(5))))
+    await asyncio.to_thread(begun.wait, 5)
+    beat = asyncio.ensure_future(rig.service.beat())
+    await asyncio.sleep(0)
+    stop = asyncio.ensure_future(rig.close())
+    await asyncio.sleep(0.05)
+    assert not stop.done()
+    go.set()
+    await asyncio.gather(busy, beat, stop)
+    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("interrupted", 60)]
+    assert list(tmp_path.glob("[0-9]*")) == []
 
 
 # --- Catch-up, overlap and pause, end to end --------------------------------------------------------------------------
