@@ -4503,10 +4503,8 @@ def resolve_secrets(
 
     Raises ChronoTaskError with the reason, never with a content.
     """
-    if "${" not in repr(config):
-        return config, []
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
-    if not any("${" in repr(config[name]) for name in fields if name in config):
+    if "${" not in repr([config[name] for name in fields if name in config]):
         return config, []
     secrets: list[str] = []
 
