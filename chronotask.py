@@ -114,7 +114,6 @@ import time
 import traceback
 import urllib.parse
 import uuid
-import weakref
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -1683,7 +1682,12 @@ def _status_ranges(entries: list[int | str]) -> list[int | str]:
 @functools.lru_cache(256, typed=True)
 def status_range(entry: int | str) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
-    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
+    return _status_range(str(entry))
+
+
+@functools.lru_cache(1024)
+def _status_range(entry: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", entry)
     return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
 
 
@@ -2787,10 +2791,11 @@ class TimerQueue:
     def pop_due(self, now: int, limit: int) -> list[int]:
         """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
         keys: list[int] = []
-        while len(keys) < limit and (at := self.next_due()) is not None and at <= now:
-            key = heapq.heappop(self._heap)[1]
-            del self._due[key]
-            keys.append(key)
+        while len(keys) < limit and self._heap and self._heap[0][0] <= now:
+            at, key = heapq.heappop(self._heap)
+            if self._due.get(key) == at:
+                del self._due[key]
+                keys.append(key)
         return keys
 
 
@@ -2831,53 +2836,60 @@ class Clock:
 
 
 class Alarms:
-    """Timers of an event loop, rounded up to hundredths of a second: all of one share a timer of the loop's own.
+    """Timers of an event loop that share one of the loop's own, which is set for the earliest of them.
 
-    Most attempts end long before theirs: to set one of the loop's and take it back costs ten times as much.
+    Most attempts end long before their time limit: to set an alarm and take it back costs a tenth of what a timer of the
+    loop's own costs. One that was taken back may still wake the loop, once.
     """
 
-    TICK = 0.01  # seconds
+    _latest: ClassVar[Alarms | None] = None
 
     def __init__(self) -> None:
-        self._ticks: dict[int, tuple[asyncio.TimerHandle, dict[object, Callable[[], None]]]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._rings: dict[object, tuple[float, Callable[[], None]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = math.inf
 
-    @staticmethod
-    def of_loop() -> Alarms:
+    @classmethod
+    def of_loop(cls) -> Alarms:
         """Those of the running loop."""
-        loop = asyncio.get_running_loop()
-        return _alarms.get(loop) or _alarms.setdefault(loop, Alarms())
+        if cls._latest is None or cls._latest._loop is not asyncio.get_running_loop():
+            cls._latest = cls()
+        return cls._latest
 
-    def set(self, seconds: float, ring: Callable[[], None]) -> tuple[int, object]:
+    def set(self, seconds: float, ring: Callable[[], None]) -> object:
         """Calls `ring` in so many seconds, unless what this returns is given to `cancel`."""
-        loop = asyncio.get_running_loop()
-        tick, key = math.ceil((loop.time() + seconds) / self.TICK), object()
-        if tick not in self._ticks:
-            self._ticks[tick] = (loop.call_at(tick * self.TICK, self._ring, tick), {})
-        self._ticks[tick][1][key] = ring
-        return tick, key
+        alarm, at = object(), self._loop.time() + seconds
+        self._rings[alarm] = at, ring
+        if at < self._wakes_at:
+            self._wake_at(at)
+        return alarm
 
-    def cancel(self, alarm: tuple[int, object]) -> None:
-        tick, key = alarm
-        if tick in self._ticks:  # else it has rung
-            timer, rings = self._ticks[tick]
-            rings.pop(key, None)
-            if not rings:
-                timer.cancel()
-                del self._ticks[tick]
+    def cancel(self, alarm: object) -> None:
+        self._rings.pop(alarm, None)  # unless it has rung
 
-    def _ring(self, tick: int) -> None:
-        for ring in self._ticks.pop(tick)[1].values():
-            try:
-                ring()
-            except Exception:
-                logger.exception("an alarm could not ring")
+    def _wake_at(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._wakes_at = self._loop.call_at(at, self._wake), at
 
-
-_alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Alarms] = weakref.WeakKeyDictionary()
+    def _wake(self) -> None:
+        self._wakes_at, now = math.inf, self._loop.time()
+        for _, alarm in sorted(((at, alarm) for alarm, (at, _) in self._rings.items() if at <= now), key=operator.itemgetter(0)):
+            if alarm in self._rings:  # else one that rang before has taken it back
+                try:
+                    self._rings.pop(alarm)[1]()
+                except Exception:
+                    logger.exception("an alarm could not ring")
+        earliest = min((at for at, _ in self._rings.values()), default=math.inf)
+        if earliest < self._wakes_at:
+            self._wake_at(earliest)
 
 
 class Deadline:
     """A time limit as a context, like `asyncio.timeout`, by an alarm: TimeoutError after so many seconds, or `expire`."""
+
+    __slots__ = ("_alarm", "_alarms", "_cancelling", "_job", "_seconds", "expired")
 
     def __init__(self, seconds: float) -> None:
         self.expired = False
@@ -2989,9 +3001,17 @@ MIGRATIONS: list[tuple[str, ...]] = [
         """CREATE TRIGGER executions_removed AFTER DELETE ON executions
             BEGIN UPDATE tasks SET history_count = history_count - 1 WHERE id = old.task_id; END""",
     ),
+    # IN with three values builds a table of them for every statement, and `status` changes twice in every run.
+    (
+        "DROP INDEX executions_unfinished",
+        "CREATE INDEX executions_unfinished ON executions (task_id) WHERE finished_at IS NULL",
+        "DROP INDEX executions_failed",
+        """CREATE INDEX executions_failed ON executions (task_id)
+            WHERE (status = 'failed' OR status = 'timed_out' OR status = 'interrupted')""",
+    ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
-UNFINISHED_SQL = "status IN ('queued', 'running', 'retrying')"  # to the letter, so that the partial index serves
+UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 BULK_SIZES = (1, 4, 16, 64, 128)
@@ -3549,20 +3569,23 @@ def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[An
 def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
     """Runs `statement`, in which {rows} stands for a SELECT of column1, column2 …, for up to 128 rows in one step.
 
-    They are filled up to one of a few sizes, whose statements stay prepared; LIMIT cuts off what was filled in.
+    They are filled up to one of a few sizes, whose statements stay prepared; LIMIT cuts off what was filled in. A column
+    that is None in all rows is NULL in the statement: sqlite3 takes ten times as long to bind None as to bind a number.
     """
     most = BULK_SIZES[-1]
     for start in range(0, len(rows), most):
         some = rows[start : start + most]
-        width, size = len(some[0]), next(size for size in BULK_SIZES if size >= len(some))
-        values = [value for row in some for value in row] + [None] * (width * (size - len(some)))
-        db.execute(statement.replace("{rows}", _rows_sql(width, size)), [*values, len(some)])
+        size = next(size for size in BULK_SIZES if size >= len(some))
+        columns = list(zip(*some, strict=True))
+        given = [column for column in columns if column.count(None) < len(some)]
+        values = [*itertools.chain.from_iterable(zip(*given, strict=True)), *itertools.repeat(0, len(given) * (size - len(some)))]
+        marks = ", ".join("NULL" if column.count(None) == len(some) else "?" for column in columns)
+        db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)])
 
 
-@functools.cache
-def _rows_sql(width: int, size: int) -> str:
-    row = f"({', '.join('?' * width)})"
-    return f"SELECT * FROM (VALUES {', '.join([row] * size)}) LIMIT ?"
+@functools.lru_cache(1024)
+def _rows_sql(marks: str, size: int) -> str:
+    return f"SELECT * FROM (VALUES {', '.join([f'({marks})'] * size)}) LIMIT ?"
 
 
 def _object(stored: Any) -> dict[str, Any]:
@@ -3814,11 +3837,13 @@ def task_exists(db: DB, task_id: int) -> bool:
 
 
 def random_uuids(count: int) -> Iterator[str]:
-    """Version 4 UUIDs, a tenth of the price of as many calls of uuid4."""
-    digits = os.urandom(16 * count).hex()
+    """Version 4 UUIDs (RFC 9562), a tenth of the price of as many calls of uuid4."""
+    data = bytearray(os.urandom(16 * count))
+    data[6::16] = bytes(0x40 | byte & 0x0F for byte in data[6::16])
+    data[8::16] = bytes(0x80 | byte & 0x3F for byte in data[8::16])
+    h = data.hex()
     for i in range(0, 32 * count, 32):
-        h = digits[i : i + 32]
-        yield f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{'89ab'[int(h[16], 16) & 3]}{h[17:20]}-{h[20:]}"
+        yield f"{h[i : i + 8]}-{h[i + 8 : i + 12]}-{h[i + 12 : i + 16]}-{h[i + 16 : i + 20]}-{h[i + 20 : i + 32]}"
 
 
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
@@ -4064,7 +4089,7 @@ def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
     return [_execution(row) for row in rows]
 
 
-_SUCCESS_SQL = {True: "status = 'succeeded'", False: "status IN ('failed', 'timed_out', 'interrupted')"}
+_SUCCESS_SQL = {True: "status = 'succeeded'", False: "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"}
 
 
 def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | None) -> list[Execution]:
@@ -4313,9 +4338,10 @@ class Clipper:
         if room > 0:
             self._head += data[:room]
             data = data[room:]
-        self._tail += data[-self._tail_size :]
-        if len(self._tail) > 2 * self._tail_size:  # not at every feed: moving the bytes costs
-            del self._tail[: -self._tail_size]
+        if data:
+            self._tail += data[-self._tail_size :]
+            if len(self._tail) > 2 * self._tail_size:  # not at every feed: moving the bytes costs
+                del self._tail[: -self._tail_size]
 
     @property
     def truncated(self) -> bool:
@@ -4324,10 +4350,10 @@ class Clipper:
     def text(self, encoding: str = "utf-8") -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         if not self.truncated:
-            return _decoded(bytes(self._head + self._tail), encoding)
+            return _decoded(self._head + self._tail, encoding)
         tail = self._tail[-self._tail_size :]
         left_out = self.total - len(self._head) - len(tail)
-        return f"{_decoded(bytes(self._head), encoding)}\n[… {left_out} bytes left out …]\n{_decoded(bytes(tail), encoding)}"
+        return f"{_decoded(self._head, encoding)}\n[… {left_out} bytes left out …]\n{_decoded(tail, encoding)}"
 
     def recent(self) -> bytes:
         """The end of the stream, as far as it is kept without a gap."""
@@ -4349,7 +4375,7 @@ def _charset(content_type: str) -> str:
     return found[1] if found else "utf-8"
 
 
-def _decoded(data: bytes, encoding: str) -> str:
+def _decoded(data: bytearray, encoding: str) -> str:
     if encoding != "utf-8" and _CHARSET.fullmatch(encoding):
         try:
             return data.decode(encoding, "replace")
@@ -4418,6 +4444,15 @@ def _secret_forms(secret: str) -> set[bytes]:
     return {form.encode("utf-8", "replace") for form in forms} | {base64.b64encode(secret.encode("utf-8", "replace"))}
 
 
+@dataclass(slots=True)
+class _Stream:
+    """One stream of an attempt: what is kept of it, and how many bytes came, before masking and clipping."""
+
+    kept: Clipper
+    masker: SecretMasker | None
+    received: int = 0
+
+
 class LiveOutput:
     """An attempt seen from outside while it runs: its output so far, and the way to stop it.
 
@@ -4431,10 +4466,8 @@ class LiveOutput:
         self.facts: dict[str, Any] = {}
         self.content_type = ""
         self._limit = limit
-        self._clippers: dict[str, Clipper] = {}
-        self._maskers: dict[str, SecretMasker] = {}  # none of them while there are no secrets
-        self._received: dict[str, int] = {}  # bytes that came, before masking and clipping
-        self._masker: SecretMasker | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._masker: SecretMasker | None = None  # None while there are no secrets
         self._deadline: Deadline | None = None
 
     # --- for the executor ---
@@ -4442,21 +4475,21 @@ class LiveOutput:
     def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
         long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
         for name in streams:
-            self._clippers[name] = Clipper(self._limit)
-            self._received[name] = 0
+            self._streams[name] = _Stream(Clipper(self._limit), SecretMasker(long_enough) if long_enough else None)
         if long_enough:
             self._masker = SecretMasker(long_enough)
-            self._maskers = {name: SecretMasker(long_enough) for name in self._clippers}
 
     def feed(self, stream: str, data: bytes) -> None:
-        self._received[stream] += len(data)
-        self._clippers[stream].feed(self._maskers[stream].feed(data) if self._maskers else data)
+        into = self._streams[stream]
+        into.received += len(data)
+        into.kept.feed(data if into.masker is None else into.masker.feed(data))
 
     def close(self) -> None:
         """Nothing more comes."""
         if not self.closed:
-            for stream, masker in self._maskers.items():
-                self._clippers[stream].feed(masker.finish())
+            for stream in self._streams.values():
+                if stream.masker is not None:
+                    stream.kept.feed(stream.masker.finish())
             self.closed = True
 
     def deadline(self, seconds: float) -> Deadline:
@@ -4479,16 +4512,16 @@ class LiveOutput:
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
-        return [(name, clipper.total, clipper.recent()) for name, clipper in self._clippers.items()]
+        return [(name, stream.kept.total, stream.kept.recent()) for name, stream in self._streams.items()]
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
         result, truncated, encoding = dict(self.facts), False, _charset(self.content_type)
-        for stream, clipper in self._clippers.items():
-            result[stream] = clipper.text(encoding)
-            truncated = truncated or clipper.truncated
-        for stream, received in self._received.items():
-            result[stream + "_bytes"] = received
+        for name, stream in self._streams.items():
+            result[name] = stream.kept.text(encoding)
+            truncated = truncated or stream.kept.truncated
+        for name, stream in self._streams.items():
+            result[name + "_bytes"] = stream.received
         result["truncated"] = truncated
         return result
 
@@ -4503,9 +4536,9 @@ def resolve_secrets(
 
     Raises ChronoTaskError with the reason, never with a content.
     """
-    fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
-    if "${" not in repr([config[name] for name in fields if name in config]):
+    if "${" not in str(config):
         return config, []
+    fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
     def secret(kind: str, name: str) -> str:
@@ -4791,7 +4824,7 @@ class _Pipes:
         self._writers: list[int] = []
         self._listening = False
         self._alarms = Alarms.of_loop()
-        self._start: tuple[int, object] | None = None  # the alarm for listening
+        self._start: object | None = None  # the alarm for listening
 
     def open(self) -> list[int]:
         """The two ends to write to; `listen` closes them here."""
@@ -5213,22 +5246,22 @@ def _credentials(config: dict[str, Any]) -> list[str]:
 
 def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Attempt) -> _Request:
     try:
-        url = yarl.URL(resolved["url"])
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError
+        url, authorization = _read_url(resolved["url"])
         if params := resolved.get("params"):
             url = url.extend_query([(name, _param_text(item)) for name, value in params.items() for item in _as_list(value)])
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
+    if auth := resolved.get("auth"):
+        authorization = _basic_auth(auth["username"], auth["password"])
     own = resolved.get("headers", {})
     body, content_type = _http_body(resolved.get("body"))
-    headers = _http_headers(attempt, _basic_auth(resolved.get("auth"), url), content_type)
+    headers = _http_headers(attempt, authorization, content_type)
     if own:
         given = {name.lower() for name in own}
         headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
     return _Request(
         method=resolved.get("method", "GET"),
-        url=_without_user(url),
+        url=url,
         headers=headers,
         body=body,
         verify_tls=resolved.get("verify_tls", True),
@@ -5236,6 +5269,16 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         private=frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
         private_body=body is not None and any("${" in text for text in texts(config["body"])),
     )
+
+
+@functools.lru_cache(1024)
+def _read_url(text: str) -> tuple[yarl.URL, str | None]:
+    """The URL without user and password, and these as an Authorization header. Raises ValueError."""
+    url = yarl.URL(text)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError
+    login = None if url.user is None and url.password is None else _basic_auth(url.user or "", url.password or "")
+    return _without_user(url), login
 
 
 def _without_user(url: yarl.URL) -> yarl.URL:
@@ -5250,11 +5293,8 @@ def _param_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _basic_auth(auth: dict[str, str] | None, url: yarl.URL) -> str | None:
-    user, password = (auth["username"], auth["password"]) if auth else (url.user, url.password)
-    if user is None and password is None:
-        return None
-    return "Basic " + base64.b64encode(f"{user or ''}:{password or ''}".encode()).decode()
+def _basic_auth(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def _http_body(body: Any) -> tuple[bytes | None, str | None]:
@@ -5306,9 +5346,9 @@ async def _exchange(
 
 
 def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
-    location = response.headers.get("Location")
-    if not request.follow or response.status not in (301, 302, 303, 307, 308) or location is None:
+    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "Location" not in response.headers:
         return None
+    location = response.headers["Location"]
     try:
         target = request.url.join(yarl.URL(location))
         if target.scheme not in ("http", "https") or not target.host:
@@ -5497,7 +5537,7 @@ def _connect_reason(error: OSError) -> str:
 #                   take these executions for those of a dead process
 
 FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
-BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
+BATCH = 512  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
 TURN = 16  # requests that begin in one turn of the loop, at most
