@@ -1478,20 +1478,6 @@ class Outcome:
     retry_after: float | None = None
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
-class Attempt:
-    """What an executor is told about the attempt it makes. `number` counts from 1, `scheduled_for` is in microseconds."""
-
-    task_id: int
-    task_name: str
-    execution_id: int
-    schedule_id: int | None
-    scheduled_for: int | None
-    number: int
-    run_id: str
-    idempotency_key: str
-
-
 # --- Readable messages for refused fields -----------------------------------------------------------------------------
 
 
@@ -4737,7 +4723,7 @@ def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
 
 async def run_bash(
     config: dict[str, Any],
-    attempt: Attempt,
+    run: Run,
     settings: Settings,
     environ: Environ,
     live: LiveOutput,
@@ -4751,9 +4737,9 @@ async def run_bash(
     try:
         check_allowed("bash", config, settings)
         resolved, secrets = resolve_secrets("bash", config, environ, settings.secrets_dir)
-        command = _bash_command(resolved, attempt, settings, environ)
+        command = _bash_command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), secrets)
-        return await _run_process(command, attempt, live, umask)
+        return await _run_process(command, run, live, umask)
     except ChronoTaskError as error:
         return Outcome("failed", error.detail)
     except Exception as error:
@@ -4773,13 +4759,13 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
     return live.snapshot() if live.facts else None
 
 
-def _bash_command(config: dict[str, Any], attempt: Attempt, settings: Settings, environ: Environ) -> _Command:
+def _bash_command(config: dict[str, Any], run: Run, settings: Settings, environ: Environ) -> _Command:
     if settings.allowed_bash_commands:
         words = bash_words(config, settings)
         words[0] = _program(words[0], environ)
     else:
         words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
-    env = environ.inherited | _encoded(config.get("env", {}) | _attempt_variables(attempt))
+    env = environ.inherited | _encoded(config.get("env", {}) | _run_variables(run))
     return _Command(words, env, config.get("working_dir"), config.get("timeout", settings.bash_timeout), config["command"])
 
 
@@ -4797,16 +4783,16 @@ def _found_program(name: str, path: str) -> str:
     raise ChronoTaskError(f"the command {shown(name)} was not found on the service's PATH")
 
 
-def _attempt_variables(attempt: Attempt) -> dict[str, str]:
+def _run_variables(run: Run) -> dict[str, str]:
     values = {
-        "TASK_ID": str(attempt.task_id),
-        "TASK_NAME": attempt.task_name,
-        "EXECUTION_ID": str(attempt.execution_id),
-        "ATTEMPT": str(attempt.number),
-        "RUN_ID": attempt.run_id,
+        "TASK_ID": str(run.task_id),
+        "TASK_NAME": run.task_name,
+        "EXECUTION_ID": str(run.execution_id),
+        "ATTEMPT": str(run.attempt),
+        "RUN_ID": run.run_id,
     }
-    if attempt.schedule_id is not None and attempt.scheduled_for is not None:
-        values |= {"SCHEDULE_ID": str(attempt.schedule_id), "SCHEDULED_FOR": format_instant(attempt.scheduled_for)}
+    if run.schedule_id is not None and run.scheduled_for is not None:
+        values |= {"SCHEDULE_ID": str(run.schedule_id), "SCHEDULED_FOR": format_instant(run.scheduled_for)}
     return {ENV_PREFIX + name: value for name, value in values.items()}
 
 
@@ -4909,7 +4895,7 @@ async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subpro
     )
 
 
-async def _run_process(command: _Command, attempt: Attempt, live: LiveOutput, umask: int) -> Outcome:
+async def _run_process(command: _Command, run: Run, live: LiveOutput, umask: int) -> Outcome:
     if live.reason:
         return _stopped(live, command.timeout)
     with contextlib.closing(_Pipes(live)) as pipes:
@@ -4918,18 +4904,16 @@ async def _run_process(command: _Command, attempt: Attempt, live: LiveOutput, um
         except OSError as error:
             return _not_started(error, command)
         try:
-            stopped = await _watch(process, command, attempt, pipes, live)
+            stopped = await _watch(process, command, run, pipes, live)
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
-            kill_leftovers({attempt.run_id})
+            kill_leftovers({run.run_id})
             raise
     live.facts = _exit_facts(process.returncode)
     return _stopped(live, command.timeout) if stopped else _bash_outcome(command, live)
 
 
-async def _watch(
-    process: asyncio.subprocess.Process, command: _Command, attempt: Attempt, pipes: _Pipes, live: LiveOutput
-) -> bool:
+async def _watch(process: asyncio.subprocess.Process, command: _Command, run: Run, pipes: _Pipes, live: LiveOutput) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
     pipes.listen(UNHEARD_SECONDS)
     live.facts = {"exit_code": None, "signal": None}
@@ -4937,7 +4921,7 @@ async def _watch(
         await pipes.drain(DRAIN_SECONDS)
         return False
     await _end_group(process, TERM_SECONDS[live.reason or "timed_out"])
-    await _sweep(attempt.run_id)
+    await _sweep(run.run_id)
     await pipes.drain(KILLED_DRAIN_SECONDS)
     return True
 
@@ -5202,7 +5186,7 @@ def _resolved(host: str, info: Any) -> dict[str, Any]:
 
 async def run_http(
     config: dict[str, Any],
-    attempt: Attempt,
+    run: Run,
     settings: Settings,
     session: aiohttp.ClientSession,
     environ: Mapping[str, str],
@@ -5216,7 +5200,7 @@ async def run_http(
         live.begin(("body",), [*secrets, *_credentials(resolved)])
         if live.reason:
             return _stopped(live, timeout)
-        request = _http_request(config, resolved, attempt)
+        request = _http_request(config, resolved, run)
         deadline = live.deadline(timeout)
         try:
             with deadline:
@@ -5244,7 +5228,7 @@ def _credentials(config: dict[str, Any]) -> list[str]:
     return [*found, userinfo, userinfo.partition(":")[2]]
 
 
-def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Attempt) -> _Request:
+def _http_request(config: dict[str, Any], resolved: dict[str, Any], run: Run) -> _Request:
     try:
         url, authorization = _read_url(resolved["url"])
         if params := resolved.get("params"):
@@ -5255,7 +5239,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], attempt: Att
         authorization = _basic_auth(auth["username"], auth["password"])
     own = resolved.get("headers", {})
     body, content_type = _http_body(resolved.get("body"))
-    headers = _http_headers(attempt, authorization, content_type)
+    headers = _http_headers(run, authorization, content_type)
     if own:
         given = {name.lower() for name in own}
         headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
@@ -5305,15 +5289,15 @@ def _http_body(body: Any) -> tuple[bytes | None, str | None]:
     return json.dumps(body, ensure_ascii=False).encode(), "application/json"
 
 
-def _http_headers(attempt: Attempt, authorization: str | None, content_type: str | None) -> dict[str, str]:
+def _http_headers(run: Run, authorization: str | None, content_type: str | None) -> dict[str, str]:
     headers = {
         "User-Agent": f"ChronoTask/{__version__}",
-        "X-ChronoTask-Execution-Id": str(attempt.execution_id),
-        "X-ChronoTask-Attempt": str(attempt.number),
-        "Idempotency-Key": attempt.idempotency_key,
+        "X-ChronoTask-Execution-Id": str(run.execution_id),
+        "X-ChronoTask-Attempt": str(run.attempt),
+        "Idempotency-Key": run.uuid,
     }
-    if attempt.scheduled_for is not None:
-        headers["X-ChronoTask-Scheduled-For"] = format_instant(attempt.scheduled_for)
+    if run.scheduled_for is not None:
+        headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     if authorization:
         headers["Authorization"] = authorization
     if content_type:
@@ -6091,23 +6075,13 @@ class Service:
 
     async def _attempt(self, active: Active) -> None:
         run = active.run
-        attempt = Attempt(
-            task_id=run.task_id,
-            task_name=run.task_name,
-            execution_id=run.execution_id,
-            schedule_id=run.schedule_id,
-            scheduled_for=run.scheduled_for,
-            number=run.attempt,
-            run_id=run.run_id if run.task_type == "bash" else "",  # only processes carry it
-            idempotency_key=run.uuid,
-        )
         try:
             config = dict(run.config)
             if run.task_type == "bash":
-                outcome = await run_bash(config, attempt, self.settings, self._environ, active.live, self._umask)
+                outcome = await run_bash(config, run, self.settings, self._environ, active.live, self._umask)
             else:
                 session = self._session or await self._open_session()
-                outcome = await run_http(config, attempt, self.settings, session, self._environ, active.live, self.clock.now)
+                outcome = await run_http(config, run, self.settings, session, self._environ, active.live, self.clock.now)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")

@@ -67,7 +67,6 @@ from chronotask import (
     TOOL_LIST_TEXT,
     TOOLS,
     Alarms,
-    Attempt,
     BodyTooLarge,
     ChronoTaskError,
     Claim,
@@ -3241,8 +3240,25 @@ async def test_a_row_of_nulls_is_a_row(store: Store) -> None:
 
 
 PATH = os.environ.get("PATH", os.defpath)
-RUN_ID = "0b9f3c1e-5a51-4f0e-9a57-6f2d1c3b4a50"
-ATTEMPT = Attempt(7, "näme", 8, 9, 1_700_000_000_250_000, 2, RUN_ID, "11111111-2222-3333-4444-555555555555")
+SECOND_RUN = Run(
+    execution_id=8,
+    task_id=7,
+    schedule_id=9,
+    trigger="schedule",
+    scheduled_for=1_700_000_000_250_000,
+    fire_at=1_700_000_000_250_000,
+    attempt=2,
+    uuid="11111111-2222-3333-4444-555555555555",
+    started_at=1_700_000_000_250_000,
+    task_name="näme",
+    task_type="bash",
+    config={},
+    max_retries=3,
+    retry_delay=5,
+    retry_backoff=2,
+)
+MANUAL_RUN = dataclasses.replace(SECOND_RUN, schedule_id=None, trigger="manual", scheduled_for=None, fire_at=None, attempt=1)
+RUN_ID = "11111111-2222-3333-4444-555555550002"
 
 
 async def bash(
@@ -3251,12 +3267,12 @@ async def bash(
     settings: Settings | None = None,
     environ: dict[str, str] | None = None,
     live: LiveOutput | None = None,
-    attempt: Attempt = ATTEMPT,
+    run: Run = SECOND_RUN,
     **config: Any,
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    return await run_bash({"command": command, **config}, attempt, settings, Environ(environ or {"PATH": PATH}), live)
+    return await run_bash({"command": command, **config}, run, settings, Environ(environ or {"PATH": PATH}), live)
 
 
 def out(outcome: Outcome) -> str:
@@ -3565,8 +3581,7 @@ async def test_the_environment_is_the_services_without_its_own_variables_plus_th
 
 @pytest.mark.slow
 async def test_a_manual_run_has_no_slot_in_its_environment() -> None:
-    manual = Attempt(7, "t", 8, None, None, 1, RUN_ID, "k")
-    assert "CHRONOTASK_SCHEDULE" not in out(await bash("env", attempt=manual))
+    assert "CHRONOTASK_SCHEDULE" not in out(await bash("env", run=MANUAL_RUN))
 
 
 @pytest.mark.slow
@@ -3585,7 +3600,7 @@ async def test_a_child_inherits_no_descriptor(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
     live = LiveOutput(1000)
-    outcome = await run_bash({"command": "umask"}, ATTEMPT, Settings(), Environ(PATH=PATH), live, 0o027)
+    outcome = await run_bash({"command": "umask"}, SECOND_RUN, Settings(), Environ(PATH=PATH), live, 0o027)
     assert out(outcome) == "0027\n"
 
 
@@ -3757,11 +3772,11 @@ async def test_without_pidfd_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_a_gigabyte_of_output_stays_in_bounded_memory() -> None:
     code = """
 import asyncio, os, resource
-from chronotask import Attempt, Environ, LiveOutput, Settings, run_bash
+from chronotask import Environ, LiveOutput, Run, Settings, run_bash
 async def main():
-    attempt = Attempt(1, "t", 1, None, None, 1, "4b9f3c1e-run", "k")
+    run = Run(1, 1, None, "manual", None, None, 1, "11111111-2222-3333-4444-555555555555", 0, "t", "bash", {}, 0, 0, 1)
     config = {"command": "head -c 1000000000 /dev/zero", "timeout": 300}
-    return await run_bash(config, attempt, Settings(), Environ(os.environ), LiveOutput(65536))
+    return await run_bash(config, run, Settings(), Environ(os.environ), LiveOutput(65536))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 outcome = asyncio.run(main())
 print(outcome.status, outcome.output["stdout_bytes"], outcome.output["truncated"], len(outcome.output["stdout"]) < 66000)
@@ -3924,7 +3939,7 @@ async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
         (planted / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
         (planted / name).chmod(0o755)
     config = filled(config, marker, planted)
-    outcome = await run_bash(config, ATTEMPT, LISTED, Environ(PATH=PATH), LiveOutput(65536))
+    outcome = await run_bash(config, SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
     assert not marker.exists()
     if result == "refused":
         with pytest.raises(InvalidInput):
@@ -4091,14 +4106,14 @@ async def http_executors(
     settings: Settings | None = None,
     environ: dict[str, str] | None = None,
     live: LiveOutput | None = None,
-    attempt: Attempt = ATTEMPT,
+    run: Run = SECOND_RUN,
     now: Callable[[], int] | None = None,
     **config: Any,
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
     async with make_session(settings) as session:
-        return await run_http({"url": url, **config}, attempt, settings, session, environ or {}, live, now)
+        return await run_http({"url": url, **config}, run, settings, session, environ or {}, live, now)
 
 
 async def echo(request: web.Request) -> web.Response:
@@ -4135,7 +4150,7 @@ async def test_a_get_has_the_documented_headers() -> None:
 
 
 async def test_a_manual_run_sends_no_slot() -> None:
-    seen = await echoed(attempt=Attempt(1, "t", 2, None, None, 1, "r", "k"))
+    seen = await echoed(run=MANUAL_RUN)
     assert "x-chronotask-scheduled-for" not in seen["headers"]
 
 
@@ -4455,7 +4470,7 @@ async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
     settings = Settings()
     async with serving(handler) as url, make_session(settings) as session:
         for _ in range(2):
-            await run_http({"url": url + "/"}, ATTEMPT, settings, session, {}, LiveOutput(1000))
+            await run_http({"url": url + "/"}, SECOND_RUN, settings, session, {}, LiveOutput(1000))
     assert seen == [None, None, None, None]
 
 
@@ -4498,7 +4513,7 @@ async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
             file.write(bytes(1 << 20))
     code = f"""
 import asyncio, os, resource
-from chronotask import Attempt, LiveOutput, Settings, make_session, run_http
+from chronotask import LiveOutput, Run, Settings, make_session, run_http
 async def talk(reader, writer):
     await reader.readuntil(b"\\r\\n\\r\\n")
     data = open({str(bomb)!r}, "rb").read()
@@ -4510,8 +4525,8 @@ async def main():
     url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
     async with make_session(Settings()) as session:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        attempt = Attempt(1, "t", 1, None, None, 1, "r", "k")
-        outcome = await run_http({{"url": url, "timeout": 120}}, attempt, Settings(), session, {{}}, LiveOutput(65536))
+        run = Run(1, 1, None, "manual", None, None, 1, "uuid", 0, "t", "http", {{}}, 0, 0, 1)
+        outcome = await run_http({{"url": url, "timeout": 120}}, run, Settings(), session, {{}}, LiveOutput(65536))
         print(outcome.status, outcome.output["body_bytes"], outcome.output["truncated"])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 asyncio.run(main())
@@ -4783,7 +4798,7 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
     settings = Settings()
     async with serving(handler) as url, make_session(settings) as session:
         outcomes = await asyncio.gather(
-            *(run_http({"url": url}, ATTEMPT, settings, session, {}, LiveOutput(1000)) for _ in range(150))
+            *(run_http({"url": url}, SECOND_RUN, settings, session, {}, LiveOutput(1000)) for _ in range(150))
         )
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
