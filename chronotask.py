@@ -3912,16 +3912,19 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
         (now, owner, compact([run.execution_id for run in runs])),
     )
     first = [run for run in runs if run.attempt == 1]
-    started = Counter(run.task_id for run in first)
-    changes = "run_count = run_count + column2, last_run = max(coalesce(last_run, 0), column3)"
-    bulk(db, f"UPDATE tasks SET {changes} FROM ({{rows}}) WHERE id = column1", [(key, n, now) for key, n in started.items()])
-    fired = {run.schedule_id for run in first} - {None}
-    bulk(
-        db,
-        "UPDATE schedules SET last_run = max(coalesce(last_run, 0), column2) FROM ({rows}) WHERE id = column1",
-        [(key, now) for key in fired],
+    _count(db, "run_count = run_count + n, last_run = max(coalesce(last_run, 0), :now)", (run.task_id for run in first), now)
+    db.execute(
+        "UPDATE schedules SET last_run = max(coalesce(last_run, 0), ?) WHERE id IN (SELECT value FROM json_each(?))",
+        (now, compact(list({run.schedule_id for run in first}))),
     )
     return runs
+
+
+def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
+    """Makes a change of tasks, in which `n` says how often each of them is named."""
+    if counts := Counter(task_ids):
+        source = "SELECT CAST(key AS INTEGER) AS task_id, value AS n FROM json_each(:counts)"
+        db.execute(f"UPDATE tasks SET {change} FROM ({source}) WHERE id = task_id", {"counts": compact(counts), "now": now})
 
 
 def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
@@ -3954,14 +3957,8 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
         FROM ({rows}) CROSS JOIN executions ON id = column1 AND attempt = column2 WHERE status = 'retrying'""",
         [(s.run.execution_id, s.run.attempt, s.attempt_status, s.finished_at) for s in settlements if s.status == "retrying"],
     )
-    good = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is True)
-    bad = Counter(s.run.task_id for s in settlements if SUCCESS.get(s.status) is False)
-    bulk(
-        db,
-        """UPDATE tasks SET success_count = success_count + column2, failure_count = failure_count + column3
-        FROM ({rows}) WHERE id = column1""",
-        [(task_id, good[task_id], bad[task_id]) for task_id in good.keys() | bad.keys()],
-    )
+    for name, success in (("success_count", True), ("failure_count", False)):
+        _count(db, f"{name} = {name} + n", (s.run.task_id for s in settlements if SUCCESS.get(s.status) is success))
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
