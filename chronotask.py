@@ -4697,7 +4697,7 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
 # --- bash -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class _Command:
     words: list[str]
     env: dict[bytes, bytes]
@@ -4762,7 +4762,7 @@ def _bash_command(config: dict[str, Any], run: Run, settings: Settings, environ:
         words[0] = _program(words[0], environ)
     else:
         words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
-    env = environ.inherited | _encoded(config.get("env", {}) | _run_variables(run))
+    env = environ.inherited | _encoded(config.get("env", {})) | _run_variables(run)
     return _Command(words, env, config.get("working_dir"), config.get("timeout", settings.bash_timeout), config["command"])
 
 
@@ -4780,17 +4780,21 @@ def _found_program(name: str, path: str) -> str:
     raise ChronoTaskError(f"the command {shown(name)} was not found on the service's PATH")
 
 
-def _run_variables(run: Run) -> dict[str, str]:
+def _run_variables(run: Run) -> dict[bytes, bytes]:
     values = {
-        "TASK_ID": str(run.task_id),
-        "TASK_NAME": run.task_name,
-        "EXECUTION_ID": str(run.execution_id),
-        "ATTEMPT": str(run.attempt),
-        "RUN_ID": run.run_id,
+        b"TASK_ID": b"%d" % run.task_id,
+        b"TASK_NAME": os.fsencode(run.task_name),
+        b"EXECUTION_ID": b"%d" % run.execution_id,
+        b"ATTEMPT": b"%d" % run.attempt,
+        b"RUN_ID": run.run_id.encode(),
     }
     if run.schedule_id is not None and run.scheduled_for is not None:
-        values |= {"SCHEDULE_ID": str(run.schedule_id), "SCHEDULED_FOR": format_instant(run.scheduled_for)}
-    return {ENV_PREFIX + name: value for name, value in values.items()}
+        values[b"SCHEDULE_ID"] = b"%d" % run.schedule_id
+        values[b"SCHEDULED_FOR"] = format_instant(run.scheduled_for).encode()
+    return {_PREFIX + name: value for name, value in values.items()}
+
+
+_PREFIX = ENV_PREFIX.encode()
 
 
 class _Pipes:
@@ -5517,8 +5521,8 @@ def _connect_reason(error: OSError) -> str:
 #   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
 #                   take these executions for those of a dead process
 
-FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
-BATCH = 512  # slots claimed in one beat at most: more would hold up other writes
+FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
+BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most
 TURN = 16  # requests that begin in one turn of the loop, at most
