@@ -4118,7 +4118,8 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
             _SUCCESS_SQL[False]: query.status is not None and SUCCESS.get(query.status) is False,
         }
     )
-    page = f"{where} ORDER BY id DESC LIMIT ?"
+    order = "+id" if query.status in UNFINISHED else "id"  # + for the index of the few, not the order of all rows
+    page = f"{where} ORDER BY {order} DESC LIMIT ?"
     return _execution_page(db, page, [*values, query.limit], query.output)
 
 
@@ -4175,7 +4176,7 @@ def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
     """The highest execution id, and the statuses of unfinished executions."""
     top = db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()[0]
     return top, dict(
-        db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY id DESC LIMIT 2000").fetchall()
+        db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY +id DESC LIMIT 2000").fetchall()
     )
 
 

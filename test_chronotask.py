@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -2625,6 +2626,57 @@ def test_migrations_before_a_failing_one_are_kept(tmp_path: Path) -> None:
     db.close()
 
 
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(tmp_path: Path, version: int) -> None:
+    db = chronotask.connect(tmp_path / "old.db")
+    migrate(db, MIGRATIONS[:version])
+    [task] = insert_tasks(db, [some_task("t")])
+    chronotask.insert_executions(db, [NewExecution(task.id, None, "manual", None, n) for n in range(3)])
+    ended = "UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?"
+    db.executemany(ended, [("failed", 1), ("succeeded", 2)])
+    rows = db.execute("SELECT * FROM executions").fetchall()
+    db.close()
+    newest = open_database(tmp_path / "new.db")
+    migrated = open_database(tmp_path / "old.db")
+    schema = "SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2"
+    assert migrated.execute(schema).fetchall() == newest.execute(schema).fetchall()
+    assert migrated.execute("SELECT * FROM executions").fetchall() == rows
+    assert migrated.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert chronotask.status_counts(migrated) == {"queued": 1, "running": 0, "retrying": 0}
+    assert [row.id for row in chronotask.list_history(migrated, task.id, HistoryQuery(success=False))[1]] == [1]
+    newest.close()
+    migrated.close()
+
+
+def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store: Store) -> None:
+    """Partial indexes serve only a condition that is written to the letter like theirs."""
+    db, queries = store._db, list[str]()
+    [task] = insert_tasks(db, [some_task("t")])
+    db.set_trace_callback(queries.append)
+    chronotask.unfinished_of(db, [task.id])
+    chronotask.retry_timers(db)
+    chronotask.retry_timers(db, task.id)
+    chronotask.shift_retries(db, 1)
+    chronotask.changed_retries(db, 0)
+    chronotask.unfinished_ids(db, {"task_id = ?": task.id})
+    chronotask.running_of_others(db, "me")
+    chronotask.finished_among(db, [1])
+    chronotask.status_counts(db)
+    chronotask.unfinished_statuses(db)
+    for status in ("queued", "running", "retrying"):
+        chronotask.list_history(db, task.id, HistoryQuery(status=status))
+        chronotask.list_executions(db, ExecutionQuery(status=status))
+    for status in (None, "failed", "timed_out", "interrupted"):
+        chronotask.list_history(db, task.id, HistoryQuery(success=False, status=status))
+    chronotask.start_ready(db, 10, START, "me")
+    chronotask.release_held(db, [task.id])
+    db.set_trace_callback(None)
+    plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries if "executions" in query}
+    assert len(plans) >= 20
+    whole = re.compile(r"SCAN (executions|e|held|a)( USING INTEGER PRIMARY KEY.*)?$")
+    assert {query: plan for query, plan in plans.items() if any(whole.match(step) for step in plan)} == {}
+
+
 def refusal_of(path: Path) -> str:
     """The one line that opening `path` ends with; nothing that was there has changed."""
     before = bytes_of(path.parent)
@@ -3227,11 +3279,30 @@ async def test_a_change_of_many_rows_leaves_the_others_alone(store: Store) -> No
     assert found == [(None, 1), ("new", 129), ("old", 70)]
 
 
-async def test_a_row_of_nulls_is_a_row(store: Store) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(None, None), ("x", None), (None, None)],
+        [(None, None)] * 5,
+        [("x", None)] * 5,
+        [(None, 1)] * 127 + [(2, 3)] * 4,
+        [(None, 1)] * 128 + [(2, 3)] * 4,
+    ],
+    ids=["some", "nothing else", "a column of them", "a first part", "a whole first step"],
+)
+async def test_rows_may_hold_nulls(store: Store, rows: list[tuple[Any, Any]]) -> None:
+    """A column that is NULL in all rows of a step is NULL in its statement."""
     await store.write(lambda db: db.execute("CREATE TABLE things (value, other)").fetchall())
-    rows = [(None, None), ("x", None), (None, None)]
     await store.write(functools.partial(chronotask.bulk, statement="INSERT INTO things {rows}", rows=rows))
     assert await store.read(lambda db: db.execute("SELECT * FROM things ORDER BY rowid").fetchall()) == rows
+
+
+def test_random_uuids_are_of_version_4() -> None:
+    found = list(chronotask.random_uuids(300))
+    assert len(set(found)) == 300
+    assert [str(uuid.UUID(text)) for text in found] == found
+    assert {(uuid.UUID(text).version, uuid.UUID(text).variant) for text in found} == {(4, uuid.RFC_4122)}
+    assert list(chronotask.random_uuids(0)) == []
 
 
 # ======================================================================================================================
@@ -5326,7 +5397,7 @@ async def test_while_there_are_places_every_beat_claims_and_starts(open_rig: Ope
     for _ in range(5):
         await rig.service.beat()
         seen.append(Counter(await rig.statuses()))
-    assert seen == [{"running": 4}, {"running": 20}, {"running": 84}, {"running": 100}, {"running": 100}]
+    assert seen == [{"running": 8}, {"running": 40}, {"running": 100}, {"running": 100}, {"running": 100}]
 
 
 async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_and_starts(
@@ -5338,7 +5409,7 @@ async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_a
     for _ in range(6):
         await rig.service.beat()
         seen.append(sum(Counter(await rig.statuses()).values()))
-    assert seen == [4, 4, 20, 20, 60, 60]
+    assert seen == [8, 8, 40, 40, 60, 60]
     target.let_go.set()
     await rig.finish()
     assert Counter(await rig.statuses()) == {"succeeded": 60}
