@@ -1668,12 +1668,7 @@ def _status_ranges(entries: list[int | str]) -> list[int | str]:
 @functools.lru_cache(256, typed=True)
 def status_range(entry: int | str) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
-    return _status_range(str(entry))
-
-
-@functools.lru_cache(1024)
-def _status_range(entry: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", entry)
+    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
     return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
 
 
@@ -3569,7 +3564,7 @@ def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)])
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(256)
 def _rows_sql(marks: str, size: int) -> str:
     return f"SELECT * FROM (VALUES {', '.join([f'({marks})'] * size)}) LIMIT ?"
 
@@ -5257,7 +5252,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], run: Run) ->
     )
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(256)
 def _read_url(text: str) -> tuple[yarl.URL, str | None]:
     """The URL without user and password, and these as an Authorization header. Raises ValueError."""
     url = yarl.URL(text)
