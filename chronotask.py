@@ -5517,7 +5517,7 @@ def _connect_reason(error: OSError) -> str:
 #   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
 #                   take these executions for those of a dead process
 
-FIRST_BATCH = 8  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
+FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
 BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 BEAT_GAP = 0.02  # seconds between beats then, at most

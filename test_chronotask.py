@@ -5397,7 +5397,7 @@ async def test_while_there_are_places_every_beat_claims_and_starts(open_rig: Ope
     for _ in range(5):
         await rig.service.beat()
         seen.append(Counter(await rig.statuses()))
-    assert seen == [{"running": 8}, {"running": 40}, {"running": 100}, {"running": 100}, {"running": 100}]
+    assert seen == [{"running": 4}, {"running": 20}, {"running": 84}, {"running": 100}, {"running": 100}]
 
 
 async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_and_starts(
@@ -5409,7 +5409,7 @@ async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_a
     for _ in range(6):
         await rig.service.beat()
         seen.append(sum(Counter(await rig.statuses()).values()))
-    assert seen == [8, 8, 40, 40, 60, 60]
+    assert seen == [4, 4, 20, 20, 60, 60]
     target.let_go.set()
     await rig.finish()
     assert Counter(await rig.statuses()) == {"succeeded": 60}
