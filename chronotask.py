@@ -151,7 +151,7 @@ from pydantic import (
     create_model,
     field_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json, to_json
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
@@ -1921,17 +1921,12 @@ MAX_RETRY_WAIT = 3600.0  # seconds, also when a server asks for more
 
 def compact(value: Any) -> str:
     """`value` as compact JSON text."""
-    return "".join(_encoded_parts(value, 0))
+    return to_json(value).decode()
 
 
-def _no_json(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} is no JSON")
-
-
-# What json.JSONEncoder.encode makes anew for every value. No indent; separators; then sort_keys, skipkeys, allow_nan.
-_encoded_parts: Callable[[Any, int], tuple[str, ...]] = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-    *(None, _no_json, json.encoder.encode_basestring), *(None, ":", ","), *(False, False, True)
-)
+def parsed(text: str) -> Any:
+    """The value of JSON text that SQLite or `compact` wrote. What comes from outside is read with the standard library."""
+    return from_json(text, cache_strings="keys")  # values may be secrets
 
 
 class Hold:
@@ -3538,7 +3533,7 @@ def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> li
         if "malformed JSON" not in str(error):
             raise
         text = _fetch(db, r"CASE WHEN json_valid(\g<0>) THEN json(\g<0>) ELSE \g<0> END", columns, rest, parameters)
-    return cast(list[list[Any]], json.loads(text))
+    return cast(list[list[Any]], parsed(text))
 
 
 def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[Any]) -> str:
@@ -3572,7 +3567,7 @@ def _rows_sql(marks: str, size: int) -> str:
 def _object(stored: Any) -> dict[str, Any]:
     """A stored JSON object, as text or parsed; {} for a damaged one, so that one broken row does not stop the others."""
     try:
-        value = json.loads(stored) if isinstance(stored, str) else stored
+        value = parsed(stored) if isinstance(stored, str) else stored
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
@@ -3594,7 +3589,7 @@ def _schedule(row: Sequence[Any]) -> Schedule:
 def _execution(row: Sequence[Any]) -> Execution:
     execution = Execution(*row)
     if isinstance(execution.output_data, str):
-        execution.output_data = json.loads(execution.output_data)
+        execution.output_data = parsed(execution.output_data)
     return execution
 
 
@@ -3888,7 +3883,7 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
             WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4)""",
         (compact(list(task_ids)),),
     ).fetchone()[0]
-    return [Unfinished(row[0], row[1], row[2], bool(row[3]), row[4]) for row in json.loads(rows)]
+    return [Unfinished(row[0], row[1], row[2], bool(row[3]), row[4]) for row in parsed(rows)]
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
@@ -4057,7 +4052,7 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttemp
         WHERE execution_id = ? ORDER BY attempt""",
         (execution_id,),
     )
-    return execution, [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and json.loads(a[5])) for a in past]
+    return execution, [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and parsed(a[5])) for a in past]
 
 
 def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
@@ -7271,7 +7266,7 @@ BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navig
 
 def json_answer(value: Any, status: int = 200, content_type: str = "application/json") -> web.Response:
     headers = {**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"}
-    return web.Response(body=compact(value).encode(), status=status, headers=headers)
+    return web.Response(body=to_json(value), status=status, headers=headers)
 
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
@@ -7410,7 +7405,7 @@ def load_json(raw: bytes) -> Any:
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:
-            compact(value).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
         raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
