@@ -29,6 +29,9 @@ limit and service take turns, round by round, and the ratio is the median of the
     growth      (--full only) burst, start and listing at 1, 10 and 100    growth of n log n
                 thousand
 
+Everything, the limits too, runs with the few environment variables that a service manager gives (ENVIRONMENT), not with
+those of the shell it is started from: a bash task inherits the service's, which takes more than 1 us for each of them.
+
 The target of HTTP tasks is a bare asyncio server in a process of its own, which answers a fixed 200: it is not the limit.
 One HTTP client, written on asyncio alone, drives both the service and the bare handler. CPU is the process's own clock.
 
@@ -79,6 +82,8 @@ CONNECTIONS = 32
 REQUESTS_AT_ONCE = 32  # more through one ClientSession are slower, not faster
 SPAWNS_AT_ONCE = 16  # more than two a core start no more processes a second
 DEADLINE = 600.0  # seconds after which any single step is given up
+# systemd(1) sets these; the others are what a Python may need to be found and to work as the caller's does.
+ENVIRONMENT = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|LD_LIBRARY_PATH|PYTHON[A-Z0-9]*")
 
 Pair = tuple[float, float]  # a round's figure and its limit
 
@@ -294,9 +299,8 @@ class Service:
     def __init__(self, folder: Path, **settings: object) -> None:
         self.folder, self.port = folder, free_port()
         self.log = folder / "service.log"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
         settings = {"DATABASE_URL": f"sqlite:///{self.database}", "LOG_LEVEL": "WARNING", **settings}
-        environment.update({f"CHRONOTASK_{name}": str(value) for name, value in settings.items()})
+        environment = os.environ | {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
         program = str(Path(__file__).with_name("chronotask.py"))
         start = time.perf_counter()
         with self.log.open("ab") as log:
@@ -1035,6 +1039,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
+    for name in list(os.environ):
+        if not ENVIRONMENT.fullmatch(name):
+            del os.environ[name]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped then, too
     rows, failed = measure(options.only or MEASURES, SIZES[options.mode])
     report = {"mode": options.mode, "machine": machine(), "failed": failed, "rows": [asdict(row) for row in rows]}

@@ -2075,7 +2075,7 @@ class Run:
     started_at: int
     task_name: str
     task_type: str
-    config: Any  # an object, or the text of a damaged one
+    config: str  # JSON text
     max_retries: int
     retry_delay: float
     retry_backoff: float
@@ -3512,7 +3512,7 @@ SCHEDULE_COLUMNS = _columns(Schedule)
 EXECUTION_COLUMNS = _columns(Execution)
 _RUNS = (
     "execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, started_at, name, task_type, "
-    "config, max_retries, retry_delay, retry_backoff"
+    "stored_config, max_retries, retry_delay, retry_backoff"
 )
 _NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
 _TASKS = ", ".join(TASK_COLUMNS)
@@ -3889,7 +3889,8 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
     source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at,
-            attempt + 1 AS attempt, uuid, ?1 AS started_at, name, task_type, config, max_retries, retry_delay, retry_backoff
+            attempt + 1 AS attempt, uuid, ?1 AS started_at, name, task_type, config AS stored_config, max_retries,
+            retry_delay, retry_backoff
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
     runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
@@ -4490,17 +4491,49 @@ class LiveOutput:
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        result, truncated, encoding = dict(self.facts), False, _charset(self.content_type)
+        texts, sizes, truncated, encoding = dict[str, str](), dict[str, int](), False, _charset(self.content_type)
         for name, stream in self._streams.items():
-            result[name] = stream.kept.text(encoding)
+            texts[name] = stream.kept.text(encoding)
+            sizes[name + "_bytes"] = stream.received
             truncated = truncated or stream.kept.truncated
-        for name, stream in self._streams.items():
-            result[name + "_bytes"] = stream.received
-        result["truncated"] = truncated
-        return result
+        return {**self.facts, **texts, **sizes, "truncated": truncated}
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+
+class StoredConfig(dict[str, Any]):
+    """A task's configuration, shared by all its runs: not to be changed. What can be told from it alone is told once."""
+
+    @functools.cached_property
+    def names_secrets(self) -> bool:
+        """Whether a reference is in it."""
+        return "${" in str(dict(self))
+
+    @functools.cached_property
+    def request(self) -> _Request:
+        """What an http task without secrets asks for. Raises ChronoTaskError."""
+        return _http_request(self, self)
+
+
+def stored_config(text: str) -> StoredConfig:
+    """The configuration that is stored as `text`. Raises ValueError."""
+    return _small_config(text) if len(text) <= 4096 else StoredConfig(parsed(text))
+
+
+@functools.lru_cache(256)
+def _small_config(text: str) -> StoredConfig:
+    return StoredConfig(parsed(text))
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
+
+
+def filled_config(
+    task_type: str, config: StoredConfig, environ: Mapping[str, str], secrets_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Like `resolve_secrets`; most configurations have none."""
+    return resolve_secrets(task_type, config, environ, secrets_dir) if config.names_secrets else (config, [])
 
 
 def resolve_secrets(
@@ -4510,8 +4543,6 @@ def resolve_secrets(
 
     Raises ChronoTaskError with the reason, never with a content.
     """
-    if "${" not in str(config):
-        return config, []
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
@@ -4710,7 +4741,7 @@ def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
 
 
 async def run_bash(
-    config: dict[str, Any],
+    config: StoredConfig,
     run: Run,
     settings: Settings,
     environ: Environ,
@@ -4724,7 +4755,7 @@ async def run_bash(
     """
     try:
         check_allowed("bash", config, settings)
-        resolved, secrets = resolve_secrets("bash", config, environ, settings.secrets_dir)
+        resolved, secrets = filled_config("bash", config, environ, settings.secrets_dir)
         command = _bash_command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), secrets)
         return await _run_process(command, run, live, umask)
@@ -5101,6 +5132,20 @@ class _Request:
     private_body: bool
     redirected_from: str | None = None  # the host whose credentials were taken off
 
+    def of_run(self, run: Run) -> _Request:
+        """The same with the headers that tell this run from others; the task's own win over them."""
+        headers = {
+            "User-Agent": f"ChronoTask/{__version__}",
+            "X-ChronoTask-Execution-Id": str(run.execution_id),
+            "X-ChronoTask-Attempt": str(run.attempt),
+            "Idempotency-Key": run.uuid,
+        }
+        if run.scheduled_for is not None:
+            headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
+        if self.headers:
+            headers = _overridden(headers, self.headers)
+        return _Request(self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body)
+
 
 def make_session(settings: Settings) -> aiohttp.ClientSession:
     """The one client session of all http tasks. To be called, and closed, on the event loop."""
@@ -5177,7 +5222,7 @@ def _resolved(host: str, info: Any) -> dict[str, Any]:
 
 
 async def run_http(
-    config: dict[str, Any],
+    config: StoredConfig,
     run: Run,
     settings: Settings,
     session: aiohttp.ClientSession,
@@ -5188,11 +5233,11 @@ async def run_http(
     """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
     timeout = config.get("timeout", settings.http_timeout)
     try:
-        resolved, secrets = resolve_secrets("http", config, environ, settings.secrets_dir)
+        resolved, secrets = filled_config("http", config, environ, settings.secrets_dir)
         live.begin(("body",), [*secrets, *_credentials(resolved)])
         if live.reason:
             return _stopped(live, timeout)
-        request = _http_request(config, resolved, run)
+        request = (_http_request(config, resolved) if config.names_secrets else config.request).of_run(run)
         deadline = live.deadline(timeout)
         try:
             with deadline:
@@ -5220,7 +5265,7 @@ def _credentials(config: dict[str, Any]) -> list[str]:
     return [*found, userinfo, userinfo.partition(":")[2]]
 
 
-def _http_request(config: dict[str, Any], resolved: dict[str, Any], run: Run) -> _Request:
+def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
     try:
         url, authorization = _read_url(resolved["url"])
         if params := resolved.get("params"):
@@ -5231,14 +5276,11 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any], run: Run) ->
         authorization = _basic_auth(auth["username"], auth["password"])
     own = resolved.get("headers", {})
     body, content_type = _http_body(resolved.get("body"))
-    headers = _http_headers(run, authorization, content_type)
-    if own:
-        given = {name.lower() for name in own}
-        headers = {name: value for name, value in headers.items() if name.lower() not in given} | own
+    headers = {"Authorization": authorization, "Content-Type": content_type}
     return _Request(
         method=resolved.get("method", "GET"),
         url=url,
-        headers=headers,
+        headers=_overridden({name: value for name, value in headers.items() if value}, own),
         body=body,
         verify_tls=resolved.get("verify_tls", True),
         follow=resolved.get("follow_redirects", True),
@@ -5281,20 +5323,10 @@ def _http_body(body: Any) -> tuple[bytes | None, str | None]:
     return json.dumps(body, ensure_ascii=False).encode(), "application/json"
 
 
-def _http_headers(run: Run, authorization: str | None, content_type: str | None) -> dict[str, str]:
-    headers = {
-        "User-Agent": f"ChronoTask/{__version__}",
-        "X-ChronoTask-Execution-Id": str(run.execution_id),
-        "X-ChronoTask-Attempt": str(run.attempt),
-        "Idempotency-Key": run.uuid,
-    }
-    if run.scheduled_for is not None:
-        headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
-    if authorization:
-        headers["Authorization"] = authorization
-    if content_type:
-        headers["Content-Type"] = content_type
-    return headers
+def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """`own`, and those of `headers` that it does not name."""
+    given = {name.lower() for name in own}
+    return {name: value for name, value in headers.items() if name.lower() not in given} | own
 
 
 async def _exchange(
@@ -5316,7 +5348,8 @@ async def _exchange(
                 await _read_body(response, live)
                 return request, response
         finally:
-            response.close() if not response.content.at_eof() else response.release()
+            if not response.closed:  # at its end it has given the connection back
+                response.close()
         request = _redirected(request, response.status, target)
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
@@ -5370,6 +5403,7 @@ def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[s
     headers: dict[str, str] = {}
     for name, value in response.headers.items():
         text = live.masked(value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        name = str(name)  # aiohttp's own kind of string takes ten times as long to write as JSON
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
 
@@ -6068,7 +6102,7 @@ class Service:
     async def _attempt(self, active: Active) -> None:
         run = active.run
         try:
-            config = dict(run.config)
+            config = stored_config(run.config)
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live, self._umask)
             else:

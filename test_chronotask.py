@@ -108,6 +108,7 @@ from chronotask import (
     Settings,
     StartupError,
     Store,
+    StoredConfig,
     Task,
     TaskCreate,
     TaskQuery,
@@ -3323,7 +3324,7 @@ SECOND_RUN = Run(
     started_at=1_700_000_000_250_000,
     task_name="näme",
     task_type="bash",
-    config={},
+    config="{}",
     max_retries=3,
     retry_delay=5,
     retry_backoff=2,
@@ -3343,7 +3344,7 @@ async def bash(
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    return await run_bash({"command": command, **config}, run, settings, Environ(environ or {"PATH": PATH}), live)
+    return await run_bash(StoredConfig(command=command, **config), run, settings, Environ(environ or {"PATH": PATH}), live)
 
 
 def out(outcome: Outcome) -> str:
@@ -3671,7 +3672,7 @@ async def test_a_child_inherits_no_descriptor(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
     live = LiveOutput(1000)
-    outcome = await run_bash({"command": "umask"}, SECOND_RUN, Settings(), Environ(PATH=PATH), live, 0o027)
+    outcome = await run_bash(StoredConfig(command="umask"), SECOND_RUN, Settings(), Environ(PATH=PATH), live, 0o027)
     assert out(outcome) == "0027\n"
 
 
@@ -3843,10 +3844,10 @@ async def test_without_pidfd_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_a_gigabyte_of_output_stays_in_bounded_memory() -> None:
     code = """
 import asyncio, os, resource
-from chronotask import Environ, LiveOutput, Run, Settings, run_bash
+from chronotask import Environ, LiveOutput, Run, Settings, StoredConfig, run_bash
 async def main():
-    run = Run(1, 1, None, "manual", None, None, 1, "11111111-2222-3333-4444-555555555555", 0, "t", "bash", {}, 0, 0, 1)
-    config = {"command": "head -c 1000000000 /dev/zero", "timeout": 300}
+    run = Run(1, 1, None, "manual", None, None, 1, "11111111-2222-3333-4444-555555555555", 0, "t", "bash", "", 0, 0, 1)
+    config = StoredConfig(command="head -c 1000000000 /dev/zero", timeout=300)
     return await run_bash(config, run, Settings(), Environ(os.environ), LiveOutput(65536))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 outcome = asyncio.run(main())
@@ -4010,7 +4011,7 @@ async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
         (planted / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
         (planted / name).chmod(0o755)
     config = filled(config, marker, planted)
-    outcome = await run_bash(config, SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
+    outcome = await run_bash(StoredConfig(config), SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
     assert not marker.exists()
     if result == "refused":
         with pytest.raises(InvalidInput):
@@ -4184,7 +4185,7 @@ async def http_executors(
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
     async with make_session(settings) as session:
-        return await run_http({"url": url, **config}, run, settings, session, environ or {}, live, now)
+        return await run_http(StoredConfig(url=url, **config), run, settings, session, environ or {}, live, now)
 
 
 async def echo(request: web.Request) -> web.Response:
@@ -4541,7 +4542,7 @@ async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
     settings = Settings()
     async with serving(handler) as url, make_session(settings) as session:
         for _ in range(2):
-            await run_http({"url": url + "/"}, SECOND_RUN, settings, session, {}, LiveOutput(1000))
+            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, session, {}, LiveOutput(1000))
     assert seen == [None, None, None, None]
 
 
@@ -4584,7 +4585,7 @@ async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
             file.write(bytes(1 << 20))
     code = f"""
 import asyncio, os, resource
-from chronotask import LiveOutput, Run, Settings, make_session, run_http
+from chronotask import LiveOutput, Run, Settings, StoredConfig, make_session, run_http
 async def talk(reader, writer):
     await reader.readuntil(b"\\r\\n\\r\\n")
     data = open({str(bomb)!r}, "rb").read()
@@ -4596,8 +4597,8 @@ async def main():
     url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
     async with make_session(Settings()) as session:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run = Run(1, 1, None, "manual", None, None, 1, "uuid", 0, "t", "http", {{}}, 0, 0, 1)
-        outcome = await run_http({{"url": url, "timeout": 120}}, run, Settings(), session, {{}}, LiveOutput(65536))
+        run = Run(1, 1, None, "manual", None, None, 1, "uuid", 0, "t", "http", "", 0, 0, 1)
+        outcome = await run_http(StoredConfig(url=url, timeout=120), run, Settings(), session, {{}}, LiveOutput(65536))
         print(outcome.status, outcome.output["body_bytes"], outcome.output["truncated"])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 asyncio.run(main())
@@ -4869,7 +4870,7 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
     settings = Settings()
     async with serving(handler) as url, make_session(settings) as session:
         outcomes = await asyncio.gather(
-            *(run_http({"url": url}, SECOND_RUN, settings, session, {}, LiveOutput(1000)) for _ in range(150))
+            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, session, {}, LiveOutput(1000)) for _ in range(150))
         )
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
@@ -5197,7 +5198,7 @@ def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
         started_at=START,
         task_name="t",
         task_type="bash",
-        config={},
+        config="{}",
         max_retries=max_retries,
         retry_delay=5,
         retry_backoff=2,
