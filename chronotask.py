@@ -4300,40 +4300,40 @@ REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of th
 class Clipper:
     """Beginning and end of a byte stream of any length: the first quarter and the last three quarters of `limit` bytes."""
 
-    __slots__ = ("_head", "_head_size", "_tail", "_tail_size", "total")
+    __slots__ = ("_kept", "_limit", "total")
 
     def __init__(self, limit: int) -> None:
         self.total = 0
-        self._head, self._head_size = bytearray(), limit // 4
-        self._tail, self._tail_size = bytearray(), limit - limit // 4
+        self._kept, self._limit = bytearray(), limit
 
     def feed(self, data: bytes) -> None:
         self.total += len(data)
-        room = self._head_size - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
-        if data:
-            self._tail += data[-self._tail_size :]
-            if len(self._tail) > 2 * self._tail_size:  # not at every feed: moving the bytes costs
-                del self._tail[: -self._tail_size]
+        self._kept += data
+        if len(self._kept) > 2 * self._limit:  # not at every feed: moving the bytes costs
+            self._cut()
+
+    def _cut(self) -> None:
+        """Leaves out the middle."""
+        head = self._limit // 4
+        del self._kept[head : head + max(0, len(self._kept) - self._limit)]
 
     @property
     def truncated(self) -> bool:
-        return self.total > self._head_size + self._tail_size
+        return self.total > self._limit
 
     def text(self, encoding: str = "utf-8") -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         if not self.truncated:
-            return _decoded(self._head + self._tail, encoding)
-        tail = self._tail[-self._tail_size :]
-        left_out = self.total - len(self._head) - len(tail)
-        return f"{_decoded(self._head, encoding)}\n[… {left_out} bytes left out …]\n{_decoded(tail, encoding)}"
+            return _decoded(self._kept, encoding)
+        self._cut()
+        head, tail = self._kept[: self._limit // 4], self._kept[self._limit // 4 :]
+        left_out = self.total - self._limit
+        return f"{_decoded(head, encoding)}\n[… {left_out} bytes left out …]\n{_decoded(tail, encoding)}"
 
     def recent(self) -> bytes:
         """The end of the stream, as far as it is kept without a gap."""
-        whole = self.total == len(self._head) + len(self._tail)
-        return bytes(self._head + self._tail if whole else self._tail)
+        whole = self.total == len(self._kept)
+        return bytes(self._kept if whole else self._kept[self._limit // 4 :])
 
 
 # Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
@@ -4491,12 +4491,14 @@ class LiveOutput:
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        texts, sizes, truncated, encoding = dict[str, str](), dict[str, int](), False, _charset(self.content_type)
+        output, truncated, encoding = self.facts.copy(), False, _charset(self.content_type)
         for name, stream in self._streams.items():
-            texts[name] = stream.kept.text(encoding)
-            sizes[name + "_bytes"] = stream.received
+            output[name] = stream.kept.text(encoding)
             truncated = truncated or stream.kept.truncated
-        return {**self.facts, **texts, **sizes, "truncated": truncated}
+        for name, stream in self._streams.items():
+            output[name + "_bytes"] = stream.received
+        output["truncated"] = truncated
+        return output
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
