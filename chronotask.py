@@ -4435,6 +4435,8 @@ class LiveOutput:
     masked before anything is kept or shown.
     """
 
+    __slots__ = ("_deadline", "_limit", "_masker", "_streams", "closed", "content_type", "facts", "reason")
+
     def __init__(self, limit: int) -> None:
         self.reason: str | None = None
         self.closed = False
@@ -4831,7 +4833,7 @@ class _Pipes:
         self._live = live
         self._loop = asyncio.get_running_loop()
         self._readers: dict[int, str] = {}
-        self._ended = self._loop.create_future()
+        self._ended: asyncio.Future[None] | None = None  # in `drain`
         self._writers: list[int] = []
         self._listening = False
         self._alarms = Alarms.of_loop()
@@ -4875,6 +4877,7 @@ class _Pipes:
         for reader in list(self._readers):
             self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
         if self._readers:
+            self._ended = self._loop.create_future()
             self._listen()
             await asyncio.wait([self._ended], timeout=seconds)
 
@@ -4897,7 +4900,7 @@ class _Pipes:
             self._loop.remove_reader(reader)
         del self._readers[reader]
         os.close(reader)
-        if not self._readers and not self._ended.done():
+        if not self._readers and self._ended is not None:
             self._ended.set_result(None)
 
 
