@@ -175,6 +175,7 @@ from chronotask import (
     settle,
     shown,
     status_range,
+    stored_config,
     tool_args,
     unmask_config,
     use_pidfd,
@@ -4229,6 +4230,71 @@ async def test_a_manual_run_sends_no_slot() -> None:
 async def test_the_tasks_own_headers_win() -> None:
     seen = await echoed(headers={"user-agent": "mine", "IDEMPOTENCY-KEY": "own", "X-A": "ü"}, method="PUT")
     assert (seen["headers"]["user-agent"], seen["headers"]["idempotency-key"], seen["method"]) == ("mine", "own", "PUT")
+
+
+async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> None:
+    async with serving(echo) as url, make_session(Settings()) as session:
+        text = json.dumps({"url": url + "/", "method": "POST", "body": [1], "headers": {"X-A": "a"}})
+        runs = [dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number) for number in (1, 2)]
+        outcomes = [await run_http(stored_config(text), run, Settings(), session, {}, LiveOutput(10000)) for run in runs]
+    seen = [outcome.output["body"]["headers"] for outcome in outcomes if outcome.output is not None]
+    assert [(one["x-chronotask-execution-id"], one["x-chronotask-attempt"]) for one in seen] == [("1", "1"), ("2", "2")]
+    assert {(one["x-a"], one["content-type"]) for one in seen} == {("a", "application/json")}
+    assert stored_config(text) is stored_config(text)
+    assert stored_config(text) == json.loads(text)
+
+
+async def test_a_secret_is_read_anew_at_each_run_of_a_shared_configuration() -> None:
+    async with serving(echo) as url, make_session(Settings()) as session:
+        config = stored_config(json.dumps({"url": url + "/", "headers": {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}}))
+        for value in ("one", "two"):
+            environ = {"CHRONOTASK_SECRET_A": value}
+            outcome = await run_http(config, SECOND_RUN, Settings(), session, environ, LiveOutput(10000))
+            assert outcome.output is not None
+            assert outcome.output["body"]["headers"]["x-a"] == f"is {value}"
+    assert config["headers"] == {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}
+
+
+def test_only_short_configurations_are_remembered() -> None:
+    text = json.dumps({"url": "http://a/", "body": "x" * 4096})
+    assert stored_config(text) == stored_config(text)
+    assert stored_config(text) is not stored_config(text)
+    for broken in ("", "{oops", "5"):
+        with pytest.raises((ValueError, TypeError)):
+            stored_config(broken)
+
+
+async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports: list[int] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        ports.append(request.transport.get_extra_info("peername")[1])
+        if request.path == "/moved":
+            return web.Response(status=307, headers={"Location": "/"})
+        return web.Response(status=204) if request.path == "/empty" else web.Response(text="x" * 1_000_000)
+
+    async with serving(handler) as url, make_session(Settings()) as session:
+
+        async def get(path: str, **config: Any) -> Outcome:
+            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), session, {}, LiveOutput(1000))
+
+        outcomes = [await get("/"), await get("/empty"), await get("/moved"), await get("/", method="HEAD"), await get("/")]
+        assert {outcome.status for outcome in outcomes} == {"succeeded"}
+        assert len(ports) == 6
+        assert len(set(ports)) == 1
+        monkeypatch.setattr("chronotask.MAX_BODY_BYTES", 1)
+        await get("/")
+        await get("/empty")
+        assert ports[-2] == ports[0] != ports[-1]
+
+
+async def test_header_names_are_plain_strings() -> None:
+    """aiohttp's own kind takes ten times as long to write as JSON."""
+    async with serving(echo) as url:
+        outcome = await http_executors(url + "/")
+    assert outcome.output is not None
+    assert {type(name) for name in outcome.output["headers"]} == {str}
 
 
 @pytest.mark.parametrize(
