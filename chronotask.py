@@ -3536,8 +3536,8 @@ def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> li
     return cast(list[list[Any]], parsed(text))
 
 
-def _fetch(db: DB, parsed: str, columns: str, rest: str, parameters: Sequence[Any]) -> str:
-    values = _JSON_COLUMNS.sub(parsed, columns)
+def _fetch(db: DB, as_json: str, columns: str, rest: str, parameters: Sequence[Any]) -> str:
+    values = _JSON_COLUMNS.sub(as_json, columns)
     row = db.execute(f"SELECT json_group_array(json_array({values})) FROM (SELECT {columns} {rest})", parameters).fetchone()
     return cast(str, row[0])
 
@@ -4512,7 +4512,7 @@ class StoredConfig(dict[str, Any]):
     @functools.cached_property
     def names_secrets(self) -> bool:
         """Whether a reference is in it."""
-        return "${" in str(dict(self))
+        return "${" in str(self)
 
     @functools.cached_property
     def request(self) -> _Request:
@@ -5242,7 +5242,7 @@ async def run_http(
         live.begin(("body",), [*secrets, *_credentials(resolved)])
         if live.reason:
             return _stopped(live, timeout)
-        request = (_http_request(config, resolved) if config.names_secrets else config.request).of_run(run)
+        request = (config.request if resolved is config else _http_request(config, resolved)).of_run(run)
         deadline = live.deadline(timeout)
         try:
             with deadline:
@@ -5294,7 +5294,6 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
     )
 
 
-@functools.lru_cache(256)
 def _read_url(text: str) -> tuple[yarl.URL, str | None]:
     """The URL without user and password, and these as an Authorization header. Raises ValueError."""
     url = yarl.URL(text)
