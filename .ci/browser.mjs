@@ -400,7 +400,7 @@ fact('a lost connection shows, and comes back with what happened meanwhile', asy
   await shot('disconnected');
   await service.start();
   await service.bash('Made meanwhile', 'true');
-  await page.getByRole('button', { name: 'Retry now' }).click().catch(() => {});
+  await page.getByRole('button', { name: 'Retry now' }).click({ timeout: 1000 }).catch(() => {}); // unless it has come back by itself
   await until(async () => await text('#link') === 'Live', 'it is live again', 20);
   await until(async () => (await text('#tasks')).includes('Made meanwhile'), 'what was made meanwhile');
   const id = (await service.ask('GET', '/tasks?q=meanwhile')).tasks[0].id;
