@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14.0", "croniter>=6.0.0", "mcp>=2.0.0"]
+# dependencies = ["aiohttp>=3.14.0,<4", "croniter>=6.0.0", "mcp>=2.0.0"]
 # ///
 """ChronoTask: a lightweight, reliable task scheduler in one module.
 
@@ -5152,8 +5152,8 @@ class _Request:
         return _Request(self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body)
 
 
-def make_session(settings: Settings) -> aiohttp.ClientSession:
-    """The one client session of all http tasks. To be called, and closed, on the event loop."""
+def make_connector(settings: Settings) -> aiohttp.TCPConnector:
+    """The connections of all http tasks. To be called, and closed, on the event loop."""
     refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
 
     def guarded_socket(info: Any) -> socket.socket:
@@ -5163,20 +5163,12 @@ def make_session(settings: Settings) -> aiohttp.ClientSession:
             raise OSError(REFUSED_ERRNO, refusal)
         return socket.socket(family, kind, protocol)
 
-    connector = aiohttp.TCPConnector(
+    return aiohttp.TCPConnector(
         limit=0,  # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts
         socket_factory=guarded_socket,
         resolver=cast(Any, Resolver()),
         keepalive_timeout=4,  # servers close idle connections after 5 s and more: be first, a POST cannot be sent twice
     )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),  # a shared jar would pass cookies from task to task
-        timeout=aiohttp.ClientTimeout(total=None),  # the attempt's deadline covers everything
-        trust_env=False,
-    )
-    session._retry_connection = False  # it would send a PUT twice as one attempt: retries are ours, and on record
-    return session
 
 
 class Resolver:
@@ -5230,7 +5222,7 @@ async def run_http(
     config: StoredConfig,
     run: Run,
     settings: Settings,
-    session: aiohttp.ClientSession,
+    connector: aiohttp.TCPConnector,
     environ: Mapping[str, str],
     live: LiveOutput,
     now: Callable[[], int] | None = None,
@@ -5246,7 +5238,7 @@ async def run_http(
         deadline = live.deadline(timeout)
         try:
             with deadline:
-                request, response = await _exchange(session, request, live)
+                request, response = await _exchange(connector, request, live)
         except TimeoutError as error:  # may also be the system's: ETIMEDOUT
             return _http_timeout(live, timeout) if deadline.expired else _http_failure(error, live)
         return _judged(config, request, response, live, now)
@@ -5334,18 +5326,11 @@ def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
 
 
 async def _exchange(
-    session: aiohttp.ClientSession, request: _Request, live: LiveOutput
+    connector: aiohttp.TCPConnector, request: _Request, live: LiveOutput
 ) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer."""
     for _ in range(MAX_REDIRECTS + 1):
-        response = await session.request(
-            request.method,
-            request.url,
-            headers=request.headers,
-            data=request.body,
-            allow_redirects=False,
-            ssl=request.verify_tls,
-        )
+        response = await _answer(connector, request)
         try:
             target = _redirect_target(request, response)
             if target is None:
@@ -5356,6 +5341,35 @@ async def _exchange(
                 response.close()
         request = _redirected(request, response.status, target)
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+
+
+async def _answer(connector: aiohttp.TCPConnector, request: _Request) -> aiohttp.ClientResponse:
+    """Send the request, exactly once, and read the head of its answer.
+
+    Not by a ClientSession, all of whose own would have to be switched off: cookies that pass from task to task, redirects
+    that carry credentials along, proxies and passwords from the environment, limits of time beside the attempt's, and a
+    second sending, as the same attempt, when a connection breaks off.
+    """
+    sent = aiohttp.ClientRequest(
+        request.method,
+        request.url,
+        headers=request.headers,
+        data=request.body,
+        loop=asyncio.get_running_loop(),
+        ssl=request.verify_tls,
+    )
+    connection = await connector.connect(sent, traces=[], timeout=aiohttp.ClientTimeout(total=None))
+    try:
+        cast(Any, connection.protocol).set_response_params(skip_payload=request.method == "HEAD", read_until_eof=True)
+        response = await sent.send(connection)
+        try:
+            return await response.start(connection)
+        except BaseException:
+            response.close()
+            raise
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
@@ -5876,7 +5890,7 @@ class Service:
         self._leader_lock = FileLock(Path(f"{store.path}.leader"))
         self._service_lock = FileLock(Path(f"{store.path}.service"))
         self._drain_lock = FileLock(self._drain_path(self._owner))
-        self._session: aiohttp.ClientSession | None = None
+        self._connector: aiohttp.TCPConnector | None = None
 
     # --- life ---
 
@@ -5891,7 +5905,7 @@ class Service:
         while self._kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
         if self._kind == "service":
-            self._session = make_session(self.settings)
+            self._connector = make_connector(self.settings)
         await self._load_state()
         try:
             await self._look_for_leadership()
@@ -5926,8 +5940,8 @@ class Service:
         await asyncio.gather(*jobs, return_exceptions=True)
         if self._ended:
             await self._settle_last(known, end)
-        if self._session is not None:
-            await self._session.close()
+        if self._connector is not None:
+            await self._connector.close()
         self._checks.shutdown(wait=False, cancel_futures=True)
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
             lock.release()
@@ -6110,8 +6124,8 @@ class Service:
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live, self._umask)
             else:
-                session = self._session or await self._open_session()
-                outcome = await run_http(config, run, self.settings, session, self._environ, active.live, self.clock.now)
+                connector = self._connector or await self._open_connector()
+                outcome = await run_http(config, run, self.settings, connector, self._environ, active.live, self.clock.now)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
@@ -6122,11 +6136,11 @@ class Service:
         if len(self._ended) >= len(self.running):
             self._all_ended.set()
 
-    async def _open_session(self) -> aiohttp.ClientSession:
+    async def _open_connector(self) -> aiohttp.TCPConnector:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
         await asyncio.to_thread(importlib.import_module, "aiohttp")
-        self._session = self._session or make_session(self.settings)  # another attempt may have been faster
-        return self._session
+        self._connector = self._connector or make_connector(self.settings)  # another attempt may have been faster
+        return self._connector
 
     def _stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):

@@ -143,9 +143,9 @@ from chronotask import (
     locks_work,
     main,
     make_app,
+    make_connector,
     make_mcp_app,
     make_server,
-    make_session,
     make_timing,
     make_tools,
     mask_config,
@@ -446,8 +446,7 @@ async def target() -> AsyncIterator[Target]:
 # ======================================================================================================================
 
 
-# aiohttp has no public way to keep it from sending a request twice (its own test client does the same).
-PRIVATE_BY_NEED = {"os._exit", "sys._getframe", "session._retry_connection"}
+PRIVATE_BY_NEED = {"os._exit", "sys._getframe"}
 MODULE = Path(chronotask.__file__).read_text(encoding="utf-8")
 SECTIONS = {
     1: "Errors and settings",
@@ -4185,8 +4184,8 @@ async def http_executors(
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    async with make_session(settings) as session:
-        return await run_http(StoredConfig(url=url, **config), run, settings, session, environ or {}, live, now)
+    async with make_connector(settings) as connector:
+        return await run_http(StoredConfig(url=url, **config), run, settings, connector, environ or {}, live, now)
 
 
 async def echo(request: web.Request) -> web.Response:
@@ -4233,10 +4232,10 @@ async def test_the_tasks_own_headers_win() -> None:
 
 
 async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> None:
-    async with serving(echo) as url, make_session(Settings()) as session:
+    async with serving(echo) as url, make_connector(Settings()) as connector:
         text = json.dumps({"url": url + "/", "method": "POST", "body": [1], "headers": {"X-A": "a"}})
         runs = [dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number) for number in (1, 2)]
-        outcomes = [await run_http(stored_config(text), run, Settings(), session, {}, LiveOutput(10000)) for run in runs]
+        outcomes = [await run_http(stored_config(text), run, Settings(), connector, {}, LiveOutput(10000)) for run in runs]
     seen = [outcome.output["body"]["headers"] for outcome in outcomes if outcome.output is not None]
     assert [(one["x-chronotask-execution-id"], one["x-chronotask-attempt"]) for one in seen] == [("1", "1"), ("2", "2")]
     assert {(one["x-a"], one["content-type"]) for one in seen} == {("a", "application/json")}
@@ -4245,11 +4244,11 @@ async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> Non
 
 
 async def test_a_secret_is_read_anew_at_each_run_of_a_shared_configuration() -> None:
-    async with serving(echo) as url, make_session(Settings()) as session:
+    async with serving(echo) as url, make_connector(Settings()) as connector:
         config = stored_config(json.dumps({"url": url + "/", "headers": {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}}))
         for value in ("one", "two"):
             environ = {"CHRONOTASK_SECRET_A": value}
-            outcome = await run_http(config, SECOND_RUN, Settings(), session, environ, LiveOutput(10000))
+            outcome = await run_http(config, SECOND_RUN, Settings(), connector, environ, LiveOutput(10000))
             assert outcome.output is not None
             assert outcome.output["body"]["headers"]["x-a"] == f"is {value}"
     assert config["headers"] == {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}
@@ -4274,10 +4273,10 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch:
             return web.Response(status=307, headers={"Location": "/"})
         return web.Response(status=204) if request.path == "/empty" else web.Response(text="x" * 1_000_000)
 
-    async with serving(handler) as url, make_session(Settings()) as session:
+    async with serving(handler) as url, make_connector(Settings()) as connector:
 
         async def get(path: str, **config: Any) -> Outcome:
-            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), session, {}, LiveOutput(1000))
+            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), connector, {}, LiveOutput(1000))
 
         outcomes = [await get("/"), await get("/empty"), await get("/moved"), await get("/", method="HEAD"), await get("/")]
         assert {outcome.status for outcome in outcomes} == {"succeeded"}
@@ -4606,9 +4605,9 @@ async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
         return response
 
     settings = Settings()
-    async with serving(handler) as url, make_session(settings) as session:
+    async with serving(handler) as url, make_connector(settings) as connector:
         for _ in range(2):
-            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, session, {}, LiveOutput(1000))
+            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, connector, {}, LiveOutput(1000))
     assert seen == [None, None, None, None]
 
 
@@ -4651,7 +4650,7 @@ async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
             file.write(bytes(1 << 20))
     code = f"""
 import asyncio, os, resource
-from chronotask import LiveOutput, Run, Settings, StoredConfig, make_session, run_http
+from chronotask import LiveOutput, Run, Settings, StoredConfig, make_connector, run_http
 async def talk(reader, writer):
     await reader.readuntil(b"\\r\\n\\r\\n")
     data = open({str(bomb)!r}, "rb").read()
@@ -4661,10 +4660,10 @@ async def talk(reader, writer):
 async def main():
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
-    async with make_session(Settings()) as session:
+    async with make_connector(Settings()) as connector:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run = Run(1, 1, None, "manual", None, None, 1, "uuid", 0, "t", "http", "", 0, 0, 1)
-        outcome = await run_http(StoredConfig(url=url, timeout=120), run, Settings(), session, {{}}, LiveOutput(65536))
+        outcome = await run_http(StoredConfig(url=url, timeout=120), run, Settings(), connector, {{}}, LiveOutput(65536))
         print(outcome.status, outcome.output["body_bytes"], outcome.output["truncated"])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 asyncio.run(main())
@@ -4934,9 +4933,9 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
         return web.Response()
 
     settings = Settings()
-    async with serving(handler) as url, make_session(settings) as session:
+    async with serving(handler) as url, make_connector(settings) as connector:
         outcomes = await asyncio.gather(
-            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, session, {}, LiveOutput(1000)) for _ in range(150))
+            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, connector, {}, LiveOutput(1000)) for _ in range(150))
         )
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
@@ -4947,7 +4946,7 @@ async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value(caplo
     assert "geheim" not in caplog.text
 
 
-async def test_a_session_looks_names_up_in_daemon_threads() -> None:
+async def test_names_are_looked_up_in_daemon_threads() -> None:
     async with serving(echo) as url:
         assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-dns")
@@ -12611,7 +12610,7 @@ def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_
 
 def test_each_requirement_gives_its_reason() -> None:
     lines = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+ +# \S.*", line) for line in lines), lines
+    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for line in lines), lines
 
 
 def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
