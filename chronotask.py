@@ -2811,6 +2811,12 @@ class Clock:
             pass
 
 
+class Alarm(Protocol):
+    """What an alarm wakes."""
+
+    def ring(self) -> None: ...
+
+
 class Alarms:
     """Timers of an event loop that share one of the loop's own, which is set for the earliest of them.
 
@@ -2822,7 +2828,7 @@ class Alarms:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._rings: dict[object, tuple[float, Callable[[], None]]] = {}
+        self._rings: dict[Alarm, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
 
@@ -2833,15 +2839,13 @@ class Alarms:
             cls._latest = cls()
         return cls._latest
 
-    def set(self, seconds: float, ring: Callable[[], None]) -> object:
-        """Calls `ring` in so many seconds, unless what this returns is given to `cancel`."""
-        alarm, at = object(), self._loop.time() + seconds
-        self._rings[alarm] = at, ring
+    def set(self, alarm: Alarm, seconds: float) -> None:
+        """Lets `alarm` ring in so many seconds, unless it is cancelled."""
+        self._rings[alarm] = at = time.monotonic() + seconds
         if at < self._wakes_at:
             self._wake_at(at)
-        return alarm
 
-    def cancel(self, alarm: object) -> None:
+    def cancel(self, alarm: Alarm) -> None:
         self._rings.pop(alarm, None)  # unless it has rung
 
     def _wake_at(self, at: float) -> None:
@@ -2850,14 +2854,14 @@ class Alarms:
         self._timer, self._wakes_at = self._loop.call_at(at, self._wake), at
 
     def _wake(self) -> None:
-        self._wakes_at, now = math.inf, self._loop.time()
-        for _, alarm in sorted(((at, alarm) for alarm, (at, _) in self._rings.items() if at <= now), key=operator.itemgetter(0)):
-            if alarm in self._rings:  # else one that rang before has taken it back
+        self._wakes_at, now = math.inf, time.monotonic()
+        for _, alarm in sorted(((at, alarm) for alarm, at in self._rings.items() if at <= now), key=operator.itemgetter(0)):
+            if self._rings.pop(alarm, None) is not None:  # else one that rang before has taken it back
                 try:
-                    self._rings.pop(alarm)[1]()
+                    alarm.ring()
                 except Exception:
                     logger.exception("an alarm could not ring")
-        earliest = min((at for at, _ in self._rings.values()), default=math.inf)
+        earliest = min(self._rings.values(), default=math.inf)
         if earliest < self._wakes_at:
             self._wake_at(earliest)
 
@@ -2865,7 +2869,7 @@ class Alarms:
 class Deadline:
     """A time limit as a context, like `asyncio.timeout`, by an alarm: TimeoutError after so many seconds, or `expire`."""
 
-    __slots__ = ("_alarm", "_alarms", "_cancelling", "_job", "_seconds", "expired")
+    __slots__ = ("_alarms", "_cancelling", "_job", "_seconds", "expired")
 
     def __init__(self, seconds: float) -> None:
         self.expired = False
@@ -2876,7 +2880,7 @@ class Deadline:
         job = self._job = asyncio.current_task()
         self._cancelling = job.cancelling() if job is not None else 0
         self._alarms = Alarms.of_loop()
-        self._alarm = self._alarms.set(self._seconds, self.expire)
+        self._alarms.set(self, self._seconds)
 
     def expire(self) -> None:
         """Ends it now. Without effect before it has begun, and once it is over."""
@@ -2884,8 +2888,10 @@ class Deadline:
             self.expired = True
             self._job.cancel()
 
+    ring = expire
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._alarms.cancel(self._alarm)
+        self._alarms.cancel(self)
         job, self._job = self._job, None
         if self.expired and job is not None and job.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
@@ -3520,6 +3526,7 @@ _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
 _WITHOUT_OUTPUT = _EXECUTIONS.replace("output_data", "NULL AS output_data")
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
+_TASK_WITH_NEXT_RUN = f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted"
 
 
 _JSON_COLUMNS = re.compile(r"\b(config|schedule_config|output_data)\b")
@@ -3553,9 +3560,10 @@ def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         some = rows[start : start + most]
         size = next(size for size in BULK_SIZES if size >= len(some))
         columns = list(zip(*some, strict=True))
-        given = [column for column in columns if column.count(None) < len(some)]
+        empty = [column.count(None) == len(some) for column in columns]
+        given = [column for column, is_empty in zip(columns, empty, strict=True) if not is_empty]
         values = [*itertools.chain.from_iterable(zip(*given, strict=True)), *itertools.repeat(0, len(given) * (size - len(some)))]
-        marks = ", ".join("NULL" if column.count(None) == len(some) else "?" for column in columns)
+        marks = ", ".join("NULL" if is_empty else "?" for is_empty in empty)
         db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)])
 
 
@@ -3666,9 +3674,8 @@ def get_task(db: DB, task_id: int) -> Task:
 
 
 def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
-    row = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    *task, next_run = _one(row, "task", task_id)
-    return _task(task), next_run
+    row = _one(db.execute(_TASK_WITH_NEXT_RUN, (task_id,)).fetchone(), "task", task_id)
+    return _task(row[:-1]), row[-1]
 
 
 def find_equal_task(db: DB, task: Task) -> int | None:
@@ -4516,8 +4523,18 @@ class StoredConfig(dict[str, Any]):
 
     @functools.cached_property
     def request(self) -> _Request:
-        """What an http task without secrets asks for. Raises ChronoTaskError."""
+        """What an http task without references asks for. Raises ChronoTaskError."""
         return _http_request(self, self)
+
+    @functools.cached_property
+    def credentials(self) -> list[str]:
+        """Those that are written into an http task itself."""
+        return _credentials(self)
+
+    @functools.cached_property
+    def expected(self) -> list[tuple[int, int]]:
+        """First and last status of what counts as success."""
+        return [status_range(entry) for entry in self.get("expected_status") or _SUCCESSFUL]
 
 
 def stored_config(text: str) -> StoredConfig:
@@ -4531,13 +4548,6 @@ def _small_config(text: str) -> StoredConfig:
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
-
-
-def filled_config(
-    task_type: str, config: StoredConfig, environ: Mapping[str, str], secrets_dir: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """Like `resolve_secrets`; most configurations have none."""
-    return resolve_secrets(task_type, config, environ, secrets_dir) if config.names_secrets else (config, [])
 
 
 def resolve_secrets(
@@ -4759,7 +4769,10 @@ async def run_bash(
     """
     try:
         check_allowed("bash", config, settings)
-        resolved, secrets = filled_config("bash", config, environ, settings.secrets_dir)
+        resolved: dict[str, Any] = config
+        secrets: list[str] = []
+        if config.names_secrets:
+            resolved, secrets = resolve_secrets("bash", config, environ, settings.secrets_dir)
         command = _bash_command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), secrets)
         return await _run_process(command, run, live, umask)
@@ -4837,7 +4850,6 @@ class _Pipes:
         self._writers: list[int] = []
         self._listening = False
         self._alarms = Alarms.of_loop()
-        self._start: object | None = None  # the alarm for listening
 
     def open(self) -> list[int]:
         """The two ends to write to; `listen` closes them here."""
@@ -4852,9 +4864,10 @@ class _Pipes:
         self._close_writers()
         for reader in self._readers:
             os.set_blocking(reader, False)
-        self._start = self._alarms.set(seconds, self._listen)
+        self._alarms.set(self, seconds)
 
-    def _listen(self) -> None:
+    def ring(self) -> None:
+        """Begins to listen."""
         self._listening = True
         for reader in self._readers:
             self._loop.add_reader(reader, self._read, reader)
@@ -4873,23 +4886,19 @@ class _Pipes:
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
-        self._put_off()
+        self._alarms.cancel(self)
         for reader in list(self._readers):
             self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
         if self._readers:
             self._ended = self._loop.create_future()
-            self._listen()
+            self.ring()
             await asyncio.wait([self._ended], timeout=seconds)
 
     def close(self) -> None:
-        self._put_off()
+        self._alarms.cancel(self)
         self._close_writers()
         for reader in list(self._readers):
             self._close_reader(reader)
-
-    def _put_off(self) -> None:
-        if self._start is not None:
-            self._alarms.cancel(self._start)
 
     def _close_writers(self) -> None:
         while self._writers:
@@ -5230,15 +5239,19 @@ async def run_http(
     """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
     timeout = config.get("timeout", settings.http_timeout)
     try:
-        resolved, secrets = filled_config("http", config, environ, settings.secrets_dir)
-        live.begin(("body",), [*secrets, *_credentials(resolved)])
+        if config.names_secrets:
+            resolved, secrets = resolve_secrets("http", config, environ, settings.secrets_dir)
+            live.begin(("body",), [*secrets, *_credentials(resolved)])
+            request = _http_request(config, resolved)
+        else:
+            live.begin(("body",), config.credentials)
+            request = config.request
         if live.reason:
             return _stopped(live, timeout)
-        request = (config.request if resolved is config else _http_request(config, resolved)).of_run(run)
         deadline = live.deadline(timeout)
         try:
             with deadline:
-                request, response = await _exchange(connector, request, live)
+                request, response = await _exchange(connector, request.of_run(run), live)
         except TimeoutError as error:  # may also be the system's: ETIMEDOUT
             return _http_timeout(live, timeout) if deadline.expired else _http_failure(error, live)
         return _judged(config, request, response, live, now)
@@ -5355,7 +5368,6 @@ async def _answer(connector: aiohttp.TCPConnector, request: _Request) -> aiohttp
         request.url,
         headers=request.headers,
         data=request.body,
-        loop=asyncio.get_running_loop(),
         ssl=request.verify_tls,
     )
     connection = await connector.connect(sent, traces=[], timeout=aiohttp.ClientTimeout(total=None))
@@ -5465,19 +5477,18 @@ _SUCCESSFUL = ["200-299"]
 
 
 def _judged(
-    config: dict[str, Any],
+    config: StoredConfig,
     request: _Request,
     response: aiohttp.ClientResponse,
     live: LiveOutput,
     now: Callable[[], int] | None,
 ) -> Outcome:
     status, output = response.status, _http_output(live)
-    expected = config.get("expected_status") or _SUCCESSFUL
-    for low, high in map(status_range, expected):
+    for low, high in config.expected:
         if low <= status <= high:
             return Outcome("succeeded", output=output)
     message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
-    message += f"; expected {', '.join(map(str, expected))}"
+    message += f"; expected {', '.join(map(str, config.get('expected_status') or _SUCCESSFUL))}"
     if status in (401, 403) and request.redirected_from:
         message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
     if 300 <= status < 400 and not request.follow:
@@ -7005,7 +7016,7 @@ def _boot_id() -> str:
 # MCP its tools. A rule that only one door has would be in the wrong place.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every request: frozen, it would be four times as dear
 class Args:
     """The checked arguments of one call: the id in the path, the query and the body, as far as the operation has them."""
 

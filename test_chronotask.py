@@ -2385,17 +2385,26 @@ async def test_a_cancelled_wait_stays_cancelled() -> None:
     assert job.cancelled()
 
 
+@dataclass(eq=False)
+class Chime:
+    """An alarm that calls a function."""
+
+    ring: Callable[[], object]
+
+
 async def test_an_alarm_rings_after_its_time_and_soon() -> None:
     alarms, loop, rung = Alarms(), asyncio.get_running_loop(), asyncio.Event()
     begun = loop.time()
-    alarms.set(0.035, rung.set)
+    alarms.set(Chime(rung.set), 0.035)
     await rung.wait()
     assert 0.035 <= loop.time() - begun < 0.3
 
 
 async def test_alarms_ring_in_the_order_of_their_times_but_for_those_that_were_cancelled() -> None:
     alarms, heard = Alarms(), list[int]()
-    late, early, never = (alarms.set(t, functools.partial(heard.append, n)) for n, t in enumerate((0.04, 0.01, 0.02)))
+    late, early, never = bells = [Chime(functools.partial(heard.append, n)) for n in range(3)]
+    for bell, seconds in zip(bells, (0.04, 0.01, 0.02), strict=True):
+        alarms.set(bell, seconds)
     alarms.cancel(never)
     alarms.cancel(never)
     await asyncio.sleep(0.06)
@@ -2407,7 +2416,7 @@ async def test_alarms_ring_in_the_order_of_their_times_but_for_those_that_were_c
 async def test_alarms_that_are_late_together_ring_the_earliest_first() -> None:
     alarms, heard = Alarms(), list[int]()
     for n, seconds in enumerate((0.003, 0.001, 0.002)):
-        alarms.set(seconds, functools.partial(heard.append, n))
+        alarms.set(Chime(functools.partial(heard.append, n)), seconds)
     time.sleep(0.01)  # the loop is held up
     await asyncio.sleep(0.01)
     assert heard == [1, 2, 0]
@@ -2416,25 +2425,27 @@ async def test_alarms_that_are_late_together_ring_the_earliest_first() -> None:
 async def test_an_alarm_rings_in_time_though_the_one_that_the_timer_was_set_for_was_cancelled() -> None:
     alarms, loop, rung = Alarms(), asyncio.get_running_loop(), asyncio.Event()
     begun = loop.time()
-    first = alarms.set(0.02, rung.set)
-    alarms.set(0.05, rung.set)
+    first = Chime(rung.set)
+    alarms.set(first, 0.02)
+    alarms.set(Chime(rung.set), 0.05)
     alarms.cancel(first)
     await rung.wait()
     assert loop.time() - begun >= 0.05
     rung.clear()
-    alarms.set(0.01, rung.set)  # after the last one has rung
+    alarms.set(Chime(rung.set), 0.01)  # after the last one has rung
     await rung.wait()
 
 
 async def test_an_alarm_may_cancel_and_set_others_as_it_rings() -> None:
     alarms, heard = Alarms(), list[str]()
+    later = Chime(functools.partial(heard.append, "cancelled"))
 
     def ring() -> None:
         alarms.cancel(later)
-        alarms.set(0, functools.partial(heard.append, "new"))
+        alarms.set(Chime(functools.partial(heard.append, "new")), 0)
 
-    alarms.set(0, ring)
-    later = alarms.set(0.05, functools.partial(heard.append, "cancelled"))
+    alarms.set(Chime(ring), 0)
+    alarms.set(later, 0.05)
     await asyncio.sleep(0.1)
     assert heard == ["new"]
 
@@ -2442,7 +2453,7 @@ async def test_an_alarm_may_cancel_and_set_others_as_it_rings() -> None:
 async def test_an_alarm_that_fails_keeps_no_other_from_ringing(caplog: pytest.LogCaptureFixture) -> None:
     alarms, heard = Alarms(), list[int]()
     for n in range(20):
-        alarms.set(0, functools.partial([].pop, 0) if n % 2 else functools.partial(heard.append, n))
+        alarms.set(Chime(functools.partial([].pop, 0) if n % 2 else functools.partial(heard.append, n)), 0)
     await asyncio.sleep(0.05)
     assert heard == list(range(0, 20, 2))
     assert [record.getMessage() for record in caplog.records] == ["an alarm could not ring"] * 10
@@ -2452,7 +2463,9 @@ async def test_cancelled_alarms_leave_no_timer_behind() -> None:
     """100,000 attempts with a limit of an hour each must not fill the loop's heap."""
     alarms, loop = Alarms(), asyncio.get_running_loop()
     for n in range(2000):
-        alarms.cancel(alarms.set(3600 + n, lambda: None))
+        bell = Chime(lambda: None)
+        alarms.set(bell, 3600 + n)
+        alarms.cancel(bell)
         if n % 100 == 99:
             await asyncio.sleep(0)
     assert len(loop._scheduled) < 10
@@ -2463,7 +2476,7 @@ def test_each_loop_has_alarms_of_its_own() -> None:
     """One loop's timers never ring for another: what a closed loop left must not swallow an alarm of the next one."""
 
     async def of_loop() -> Alarms:
-        Alarms.of_loop().set(0.05, lambda: None)
+        Alarms.of_loop().set(Chime(lambda: None), 0.05)
         assert Alarms.of_loop() is Alarms.of_loop()
         return Alarms.of_loop()
 
