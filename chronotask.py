@@ -2100,7 +2100,7 @@ class Settlement:
     finished_at: int
     next_attempt_at: int | None
     error_message: str | None
-    output: dict[str, Any] | None
+    output: str | None  # JSON text: made at once, where the parts are still at hand
 
 
 def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
@@ -2111,7 +2111,8 @@ def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
         if outcome.retry_after is not None:
             wait = min(outcome.retry_after, MAX_RETRY_WAIT)
         status, again = "retrying", now + round(wait * SECOND)
-    return Settlement(run, status, outcome.status, now, again, outcome.error_message, outcome.output)
+    output = None if outcome.output is None else compact(outcome.output)
+    return Settlement(run, status, outcome.status, now, again, outcome.error_message, output)
 
 
 def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
@@ -3937,15 +3938,7 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
             next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE column5 END
         FROM ({rows}) WHERE id = column1 AND status = 'running' AND attempt = column2""",
         [
-            (
-                s.run.execution_id,
-                s.run.attempt,
-                s.status,
-                s.finished_at,
-                s.next_attempt_at,
-                s.error_message,
-                s.output and compact(s.output),
-            )
+            (s.run.execution_id, s.run.attempt, s.status, s.finished_at, s.next_attempt_at, s.error_message, s.output)
             for s in settlements
         ],
     )
@@ -5877,7 +5870,7 @@ class Service:
         self._owner = str(uuid.uuid4())
         self._timers = TimerQueue()  # schedule id → its next firing
         self._retries = TimerQueue()  # execution id → its next attempt
-        self._ended: list[tuple[Run, Outcome, int]] = []  # attempts to settle in the next beat, with the instants of their ends
+        self._ended: list[Settlement] = []  # of attempts, for the next beat
         self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
         self._backlog = False  # the last beat claimed something and filled all places
@@ -5943,8 +5936,8 @@ class Service:
         if self._heart_job is not None:
             await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
-        self._ended += [(active.run, INTERRUPTED, self.clock.now()) for active in self._to_begin]
-        self._to_begin.clear()
+        while self._to_begin:
+            self._end(self._to_begin.popleft().run, INTERRUPTED)
         jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
         for job in jobs:
             job.cancel()
@@ -6043,12 +6036,11 @@ class Service:
         slots = self._timers.pop_due(now, self._batch) if claiming and not self.paused else []
         retries = self._retries.pop_due(now, self._batch) if claiming else []
         self._backlog = False
-        ended, self._ended = self._ended, []
-        places = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
-        self._ready = self._ready or bool(slots or retries or ended)
-        if not (ended or slots or retries or (self._ready and places > 0)):
+        settlements, self._ended = self._ended, []
+        places = self.settings.max_concurrent_runs - len(self.running) + len(settlements) if acting else 0
+        self._ready = self._ready or bool(slots or retries or settlements)
+        if not (settlements or slots or retries or (self._ready and places > 0)):
             return
-        settlements = [settle(run, outcome, at, random.uniform(-1, 1)) for run, outcome, at in ended]
         self._beating = True
         try:
             beat = await self.store.write(
@@ -6056,7 +6048,7 @@ class Service:
                 at_once=True,
             )
         except BaseException:  # nothing is lost: it is all tried again
-            self._ended = ended + self._ended
+            self._ended = settlements + self._ended
             for schedule_id in slots:
                 self._timers.set(schedule_id, now)
             for execution_id in retries:
@@ -6142,10 +6134,13 @@ class Service:
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
         except asyncio.CancelledError:
             outcome = INTERRUPTED
-        self._ended.append((run, outcome, self.clock.now()))
+        self._end(run, outcome)
         self._wake.set()
         if len(self._ended) >= len(self.running):
             self._all_ended.set()
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        self._ended.append(settle(run, outcome, self.clock.now(), random.uniform(-1, 1)))
 
     async def _open_connector(self) -> aiohttp.TCPConnector:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
