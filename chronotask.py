@@ -3119,6 +3119,10 @@ class Store:
         """Runs `run(db)` on a snapshot of everything committed so far."""
         return cast(T, await self._submit(self._reads, run))
 
+    async def read_each(self, run: Callable[[DB, list[Item]], list[T]], item: Item) -> T:
+        """Like `read`, for what `run` does for many at once, as `write_each`."""
+        return cast(T, await self._submit(self._reads, run, (item,)))
+
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
         version = await self.write(self._look)
@@ -3210,19 +3214,22 @@ def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
     return groups.values()
 
 
+def _take_results(db: DB, calls: list[_Call]) -> None:
+    """Runs what `_alike` has put together."""
+    run = calls[0].run
+    results = run(db, [call.item[0] for call in calls]) if calls[0].item else [run(db)]
+    for call, result in zip(calls, results, strict=True):
+        call.result = result
+
+
 def _run_calls(db: DB, calls: list[_Call]) -> bool:
     """False if they failed in the database or after a change, or one of many failed: the transaction must not be kept."""
-    before, first = db.total_changes, calls[0]
+    before = db.total_changes
     try:
-        if first.item:
-            results = first.run(db, [call.item[0] for call in calls])
-        else:
-            results = [first.run(db)]
-        for call, result in zip(calls, results, strict=True):
-            call.result = result
+        _take_results(db, calls)
         return True
     except Exception as error:
-        first.error = error
+        calls[0].error = error
         return len(calls) == 1 and db.total_changes == before and not isinstance(error, sqlite3.Error)
 
 
@@ -3241,14 +3248,22 @@ _FAULTS = {
 }
 
 
+def _read_calls(db: DB, calls: list[_Call]) -> None:
+    try:
+        _take_results(db, calls)
+    except Exception as error:
+        if len(calls) == 1:
+            calls[0].error = error
+        else:  # one that fails must not fail the others
+            for call in calls:
+                _read_calls(db, [call])
+
+
 def _read_batch(db: DB, batch: list[_Call]) -> None:
     try:
         db.execute("BEGIN")
-        for call in batch:
-            try:
-                call.result = call.run(db)
-            except Exception as error:
-                call.error = error
+        for calls in _alike(batch):
+            _read_calls(db, calls)
     except sqlite3.Error as error:
         for call in batch:
             call.error = error
@@ -3527,7 +3542,6 @@ _SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
 _EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
 _WITHOUT_OUTPUT = _EXECUTIONS.replace("output_data", "NULL AS output_data")
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
-_TASK_WITH_NEXT_RUN = f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted"
 
 
 _JSON_COLUMNS = re.compile(r"\b(config|schedule_config|output_data)\b")
@@ -3661,7 +3675,7 @@ def delete_schedule(db: DB, schedule_id: int) -> None:
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
 
 
-def _one(row: Any, what: str, row_id: int) -> Any:
+def existing(row: Any, what: str, row_id: int) -> Any:
     """`row`, which a query found or not. Raises NotFound."""
     if row is None:
         raise NotFound(f"there is no {what} {row_id}")
@@ -3671,12 +3685,17 @@ def _one(row: Any, what: str, row_id: int) -> Any:
 def get_task(db: DB, task_id: int) -> Task:
     """Raises NotFound, also for a task that is being deleted."""
     row = db.execute(f"SELECT {_TASKS} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    return _task(_one(row, "task", task_id))
+    return _task(existing(row, "task", task_id))
 
 
-def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
-    row = _one(db.execute(_TASK_WITH_NEXT_RUN, (task_id,)).fetchone(), "task", task_id)
-    return _task(row[:-1]), row[-1]
+def get_tasks_with_next_runs(db: DB, ids: list[int]) -> list[tuple[Task, int | None] | None]:
+    """The tasks `ids`, each with its next run; None for one that is not there."""
+    these = (
+        f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run FROM tasks WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted)"
+    )
+    rows = fetch(db, f"{_TASKS}, next_run", these, (compact(ids),))
+    found = {row[0]: (_task(row[:-1]), row[-1]) for row in rows}
+    return [found.get(task_id) for task_id in ids]
 
 
 def find_equal_task(db: DB, task: Task) -> int | None:
@@ -3723,7 +3742,7 @@ _S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
 def get_schedule(db: DB, schedule_id: int) -> tuple[Schedule, bool]:
     """The schedule, and whether its task is active. Raises NotFound."""
     row = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.id = ? AND NOT t.deleted", (schedule_id,)).fetchone()
-    *schedule, task_active = _one(row, "schedule", schedule_id)
+    *schedule, task_active = existing(row, "schedule", schedule_id)
     return _schedule(schedule), bool(task_active)
 
 
@@ -4004,7 +4023,7 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
 def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
     """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
     row = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    status = str(_one(row, "execution", execution_id)[0])
+    status = str(existing(row, "execution", execution_id)[0])
     if status == "running":
         db.execute("UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id = ?", (reason, execution_id))
     elif status in UNFINISHED:
@@ -4047,7 +4066,7 @@ def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
 def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttempt]]:
     """An execution with its earlier attempts, oldest first. Raises NotFound."""
     row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    execution = _execution(_one(row, "execution", execution_id))
+    execution = _execution(existing(row, "execution", execution_id))
     past = db.execute(
         """SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts
         WHERE execution_id = ? ORDER BY attempt""",
@@ -4081,7 +4100,7 @@ def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | Non
 def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
     """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
     row = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    total = _one(row, "task", task_id)[0]
+    total = existing(row, "task", task_id)[0]
     conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
     if query.success is not None:
         conditions[_SUCCESS_SQL[query.success]] = True
@@ -6384,8 +6403,9 @@ class Service:
         return task_view(task, None)
 
     async def get_task(self, task_id: int) -> TaskView:
-        task, next_run = await self.store.read(partial(get_task_with_next_run, task_id=task_id))
-        return self._task_view(task, next_run)
+        """Raises NotFound."""
+        found = await self.store.read_each(get_tasks_with_next_runs, task_id)
+        return self._task_view(*existing(found, "task", task_id))
 
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         total, rows = await self.store.read(partial(list_tasks, query=query))
@@ -7509,6 +7529,8 @@ async def json_bytes(request: web.Request) -> bytes:
 
 async def read_body(request: web.Request, model: type[Input] | None) -> Any:
     """The body as `model`; without one, only an empty body (or {}) is taken."""
+    if model is None and not request.body_exists:
+        return None
     raw = await json_bytes(request)
     if model is None:
         if raw.strip() and load_json(raw) != {}:
@@ -7535,11 +7557,14 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     return None
 
 
+_PATH_ID = re.compile("[0-9]{1,19}")
+
+
 def path_id(request: web.Request) -> int:
     text = request.match_info.get("id")
     if text is None:
         return 0
-    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+    if not _PATH_ID.fullmatch(text) or int(text) > MAX_ID:
         raise NotFound(f"{shown(text)} is no id")
     return int(text)
 

@@ -3270,6 +3270,28 @@ async def test_an_item_that_makes_no_sense_fails_alone(store: Store) -> None:
     assert found == [(results[0].id, "a"), (results[3].id, "b")]
 
 
+async def test_reads_of_one_kind_that_wait_are_done_in_one_step_and_each_gets_its_own_result(store: Store) -> None:
+    await store.write(lambda db: insert_tasks(db, [some_task("a"), some_task("b")]))
+    asked: list[list[int]] = []
+
+    def get(db: sqlite3.Connection, ids: list[int]) -> list[tuple[Task, int | None] | None]:
+        asked.append(ids)
+        return chronotask.get_tasks_with_next_runs(db, ids)
+
+    reads = [store.read_each(get, task_id) for task_id in (2, 1, 9, 2)]
+    *found, name = await gathered(store, *reads, store.read(lambda db: "other"))
+    assert [one and one[0].name for one in found] == ["b", "a", None, "b"]
+    assert (asked, name) == ([[2, 1, 9, 2]], "other")
+
+
+async def test_of_reads_of_one_kind_only_the_one_that_fails_fails(store: Store) -> None:
+    def halves(db: sqlite3.Connection, numbers: list[int]) -> list[float]:
+        return [1 / number for number in numbers]
+
+    results = await gathered(store, *(store.read_each(halves, number) for number in (1, 0, 2)))
+    assert (results[0], type(results[1]), results[2]) == (1, ZeroDivisionError, 0.5)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
