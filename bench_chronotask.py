@@ -92,7 +92,7 @@ Pair = tuple[float, float]  # a round's figure and its limit
 class Sizes:
     """How much each measure does. The default is what the wanted figures are meant for."""
 
-    rounds: int = 5
+    rounds: int = 7
     requests: int = 4_000
     page_reads: int = 300
     tasks: int = 10_000
@@ -114,8 +114,8 @@ SIZES = {
     "default": Sizes(),
     "full": Sizes(growth=(1_000, 10_000, 100_000)),
     "quick": Sizes(
-        rounds=3, requests=2_000, page_reads=200, lateness_seconds=10, idle_seconds=5, executions=5_000, deleted=100_000,
-        hostile_seconds=5,
+        rounds=5, requests=2_000, page_reads=200, lateness_seconds=8, idle_seconds=5, executions=5_000, deleted=100_000,
+        hostile_seconds=4,
     ),
     "smoke": Sizes(
         rounds=1, requests=100, page_reads=5, tasks=150, history=150, lateness_seconds=1, http_burst=50, bash_burst=10,
@@ -775,7 +775,7 @@ def bursts(bench: Bench, task: object, count: int, limit: Callable[[], Pair], pa
     with Service(bench.fresh()) as service:
         start = time.monotonic()
         tasks = service.create("/tasks", [task] * count)
-        lead = 1 + 2 * (time.monotonic() - start)
+        lead = 0.5 + 2 * (time.monotonic() - start)
         for _ in range(bench.sizes.rounds):
             bare = limit()
             rounds.append((fall_due(bench, service, tasks, count, lead, patience * bare[0]), bare))
