@@ -1627,7 +1627,7 @@ def _url(text: str) -> str:
     if "${" in text and SECRET_REFERENCE.match(_references(text)):
         return text  # the whole beginning is a secret: checked when it is known
     try:
-        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text))
+        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text) if "${" in text else text)
         host = parts.hostname
         parts.port  # noqa: B018 - reading it checks it
     except ValueError:  # its text may hold the password
@@ -1822,7 +1822,9 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
         parsed = model.model_validate(config)
     except ValidationError as error:
         raise InvalidInput(*field_errors(error, "config", model.model_fields, {"auth": HttpAuth.model_fields})) from None
-    return {name: value for name, value in parsed.model_dump(exclude_unset=True).items() if value is not None}
+    sent = parsed.model_fields_set
+    fields = {name: value for name, value in vars(parsed).items() if value is not None and name in sent}
+    return {name: value.model_dump() if isinstance(value, HttpAuth) else value for name, value in fields.items()}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -3564,13 +3566,14 @@ def _fetch(db: DB, as_json: str, columns: str, rest: str, parameters: Sequence[A
     return cast(str, row[0])
 
 
-def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> list[int]:
     """Runs `statement`, in which {rows} stands for a SELECT of column1, column2 …, for up to 128 rows in one step.
+    If it is an INSERT, gives the new ids, in order.
 
     They are filled up to one of a few sizes, whose statements stay prepared; LIMIT cuts off what was filled in. A column
     that is None in all rows is NULL in the statement: sqlite3 takes ten times as long to bind None as to bind a number.
     """
-    most = BULK_SIZES[-1]
+    most, last = BULK_SIZES[-1], 0
     for start in range(0, len(rows), most):
         some = rows[start : start + most]
         size = next(size for size in BULK_SIZES if size >= len(some))
@@ -3579,7 +3582,8 @@ def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         given = [column for column, is_empty in zip(columns, empty, strict=True) if not is_empty]
         values = [*itertools.chain.from_iterable(zip(*given, strict=True)), *itertools.repeat(0, len(given) * (size - len(some)))]
         marks = ", ".join("NULL" if is_empty else "?" for is_empty in empty)
-        db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)])
+        last = db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)]).lastrowid or 0
+    return list(range(last - len(rows) + 1, last + 1))
 
 
 @functools.lru_cache(256)
@@ -3639,20 +3643,14 @@ def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
 
 def insert_tasks(db: DB, tasks: list[Task]) -> list[Task]:
     columns = TASK_COLUMNS[1:]
-    bulk(
+    ids = bulk(
         db,
         f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}})",
         [_values(task, columns) for task in tasks],
     )
-    for task, task_id in zip(tasks, _last_ids(db, len(tasks)), strict=True):
+    for task, task_id in zip(tasks, ids, strict=True):
         task.id = task_id
     return tasks
-
-
-def _last_ids(db: DB, count: int) -> list[int]:
-    """The ids of the rows that were just inserted, in order."""
-    last = int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
-    return list(range(last - count + 1, last + 1))
 
 
 def update_task(db: DB, task: Task) -> None:
@@ -3851,16 +3849,13 @@ def random_uuids(count: int) -> Iterator[str]:
 
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    if not rows:
-        return []
     names = ", ".join(_columns(NewExecution))
     values = operator.attrgetter(*_columns(NewExecution))
-    bulk(
+    return bulk(
         db,
         f"INSERT INTO executions ({names}, finished_at, uuid) {{rows}}",
         [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
     )
-    return _last_ids(db, len(rows))
 
 
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
