@@ -1627,7 +1627,7 @@ def _url(text: str) -> str:
     if "${" in text and SECRET_REFERENCE.match(_references(text)):
         return text  # the whole beginning is a secret: checked when it is known
     try:
-        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text) if "${" in text else text)
+        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text))
         host = parts.hostname
         parts.port  # noqa: B018 - reading it checks it
     except ValueError:  # its text may hold the password
@@ -5951,7 +5951,7 @@ class Service:
             await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
         while self._to_begin:
-            self._end(self._to_begin.popleft().run, INTERRUPTED)
+            self._ended.append(self._settled(self._to_begin.popleft().run, INTERRUPTED))
         jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
         for job in jobs:
             job.cancel()
@@ -6143,18 +6143,19 @@ class Service:
             else:
                 connector = self._connector or await self._open_connector()
                 outcome = await run_http(config, run, self.settings, connector, self._environ, active.live, self.clock.now)
+            ended = self._settled(run, outcome)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
-            outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
+            ended = self._settled(run, Outcome("failed", f"ChronoTask could not run this task: {error!r}"))
         except asyncio.CancelledError:
-            outcome = INTERRUPTED
-        self._end(run, outcome)
+            ended = self._settled(run, INTERRUPTED)
+        self._ended.append(ended)
         self._wake.set()
         if len(self._ended) >= len(self.running):
             self._all_ended.set()
 
-    def _end(self, run: Run, outcome: Outcome) -> None:
-        self._ended.append(settle(run, outcome, self.clock.now(), random.uniform(-1, 1)))
+    def _settled(self, run: Run, outcome: Outcome) -> Settlement:
+        return settle(run, outcome, self.clock.now(), random.uniform(-1, 1))
 
     async def _open_connector(self) -> aiohttp.TCPConnector:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""

@@ -6421,6 +6421,19 @@ async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config:
     assert rig.sql("SELECT task_id, status FROM executions ORDER BY task_id") == [(broken, "failed"), (good, "succeeded")]
 
 
+@pytest.mark.parametrize("column", ["max_retries", "retry_delay"])
+async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that_of_others(rig: Rig, column: str) -> None:
+    broken, good = await rig.task(config={"command": "exit 1"}, max_retries=3), await rig.task()
+    await rig.schedule(broken)
+    await rig.schedule(good)
+    rig.sql(f"UPDATE tasks SET {column} = 'soon' WHERE id = ?", broken)
+    await rig.at(60)
+    await rig.finish()
+    found = rig.sql("SELECT status, error_message FROM executions ORDER BY task_id")
+    assert [row[0] for row in found] == ["failed", "succeeded"]
+    assert found[0][1].startswith("ChronoTask could not run this task: TypeError(")
+
+
 async def test_two_calls_that_fail_do_not_stop_the_heart(rig: Rig) -> None:
     await rig.schedule(await rig.task())
     rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
