@@ -2107,14 +2107,17 @@ class Settlement:
 
 def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
     """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %."""
-    status, again = outcome.status, None
-    if outcome.retryable and run.attempt <= run.max_retries:
-        wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
-        if outcome.retry_after is not None:
-            wait = min(outcome.retry_after, MAX_RETRY_WAIT)
-        status, again = "retrying", now + round(wait * SECOND)
+    status, again, error = outcome.status, None, outcome.error_message
+    try:
+        if outcome.retryable and run.attempt <= run.max_retries:
+            wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
+            if outcome.retry_after is not None:
+                wait = min(outcome.retry_after, MAX_RETRY_WAIT)
+            status, again = "retrying", now + round(wait * SECOND)
+    except TypeError:  # a damaged row must not keep others from being settled
+        error = f"{error or status}; not retried: the retry settings of the task are damaged"
     output = None if outcome.output is None else compact(outcome.output)
-    return Settlement(run, status, outcome.status, now, again, outcome.error_message, output)
+    return Settlement(run, status, outcome.status, now, again, error, output)
 
 
 def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:

@@ -6431,7 +6431,25 @@ async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that
     await rig.finish()
     found = rig.sql("SELECT status, error_message FROM executions ORDER BY task_id")
     assert [row[0] for row in found] == ["failed", "succeeded"]
-    assert found[0][1].startswith("ChronoTask could not run this task: TypeError(")
+    assert found[0][1].endswith("; not retried: the retry settings of the task are damaged")
+
+
+@pytest.mark.parametrize("column", ["max_retries", "retry_delay"])
+async def test_a_task_row_with_broken_retries_does_not_keep_the_next_start_from_settling(open_rig: OpenRig, column: str) -> None:
+    rig = await open_rig()
+    tasks = [await rig.task(max_retries=1), await rig.task()]
+    await rig.close()
+    for task_id in tasks:
+        rig.sql(
+            """INSERT INTO executions (task_id, trigger, status, queued_at, started_at, attempt, attempt_started_at, owner, uuid)
+            VALUES (?, 'manual', 'running', 1, 1, 1, 1, 'dead', ?)""",
+            task_id,
+            str(uuid.uuid4()),
+        )
+    rig.sql(f"UPDATE tasks SET {column} = 'soon' WHERE id = ?", tasks[0])
+    rig = await open_rig()
+    assert rig.service.leading
+    assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
 
 
 async def test_two_calls_that_fail_do_not_stop_the_heart(rig: Rig) -> None:
