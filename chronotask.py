@@ -133,6 +133,7 @@ from typing import (
     NoReturn,
     NotRequired,  # pydantic reads those of `typing` only from 3.12 on
     Protocol,
+    Required,
     TypeVar,
     cast,
 )
@@ -150,6 +151,7 @@ from pydantic import (
     WithJsonSchema,
     create_model,
     field_validator,
+    with_config,
 )
 from pydantic_core import ErrorDetails, from_json, to_json
 from typing_extensions import TypedDict
@@ -1459,6 +1461,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _AUTHORITY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
+_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,4})?(?:[/?#][!#%-\[\]-~]*)?")
 NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 
 
@@ -1622,6 +1625,8 @@ def _references(text: str) -> str:
 
 
 def _url(text: str) -> str:
+    if _PLAIN_URL.fullmatch(text):  # most are: no need to take them apart
+        return text
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
     if "${" in text and SECRET_REFERENCE.match(_references(text)):
@@ -1745,63 +1750,75 @@ _Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string
 _Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True, hide_input_in_errors=True, regex_engine="python-re")
+def _no_colon(text: str) -> str:
+    if ":" in SECRET_REFERENCE.sub("", text):
+        raise ValueError("must not hold a colon (RFC 7617)")
+    return text
 
 
-class HttpAuth(_Config):
+def _not_blank(command: str) -> str:
+    if not command.strip():
+        raise ValueError("must hold a command")
+    return command
+
+
+def _fits(args: list[str], info: ValidationInfo) -> list[str]:
+    if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
+        raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
+    return args
+
+
+def _default(value: bool | str) -> Any:
+    return Field(json_schema_extra={"default": value})
+
+
+# Checked, they are the dicts that are stored, with the fields that were sent: no default is filled in, no object made.
+_config = with_config(ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, regex_engine="python-re"))
+
+
+@_config
+class HttpAuth(TypedDict):
     """HTTP basic authentication."""
 
-    username: Annotated[_Text, Field(max_length=1024), AfterValidator(_no_control)]
+    username: Annotated[_Text, Field(max_length=1024), AfterValidator(_no_control), AfterValidator(_no_colon)]
     password: Annotated[_Text, Field(max_length=4096), AfterValidator(_no_control)]
 
-    @field_validator("username")
-    @classmethod
-    def _no_colon(cls, text: str) -> str:
-        if ":" in SECRET_REFERENCE.sub("", text):
-            raise ValueError("must not hold a colon (RFC 7617)")
-        return text
 
-
-class HttpConfig(_Config):
+@_config
+class HttpConfig(TypedDict, total=False):
     """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
 
-    url: Annotated[str, Field(max_length=8192), AfterValidator(_url)]
-    method: Annotated[Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], BeforeValidator(_method)] = "GET"
-    headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None = None
-    params: Annotated[dict[str, _Param], Field(max_length=1000)] | None = None
-    body: _Body | None = Field(None, description="An object or list is sent as JSON, a string as it is.")
-    auth: HttpAuth | None = None
-    timeout: _Timeout | None = None
-    expected_status: Annotated[list[int | str], Field(max_length=100), AfterValidator(_status_ranges)] | None = Field(
-        None, description='Codes or ranges that count as success; default ["200-299"].'
-    )
-    follow_redirects: bool = True
-    verify_tls: bool = True
+    url: Required[Annotated[str, Field(max_length=8192), AfterValidator(_url)]]
+    method: Annotated[
+        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], BeforeValidator(_method), _default("GET")
+    ]
+    headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
+    params: Annotated[dict[str, _Param], Field(max_length=1000)] | None
+    body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
+    auth: HttpAuth | None
+    timeout: _Timeout | None
+    expected_status: Annotated[
+        Annotated[list[int | str], Field(max_length=100), AfterValidator(_status_ranges)] | None,
+        Field(description='Codes or ranges that count as success; default ["200-299"].'),
+    ]
+    follow_redirects: Annotated[bool, _default(True)]
+    verify_tls: Annotated[bool, _default(True)]
 
 
-class BashConfig(_Config):
+@_config
+class BashConfig(TypedDict, total=False):
     """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
 
-    command: Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul)]
-    args: Annotated[list[Annotated[str, Field(max_length=65536), AfterValidator(_no_nul)]], Field(max_length=1000)] | None = None
-    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None = None
-    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)] | None = None
-    timeout: _Timeout | None = None
-
-    @field_validator("command")
-    @classmethod
-    def _not_blank(cls, command: str) -> str:
-        if not command.strip():
-            raise ValueError("must hold a command")
-        return command
-
-    @field_validator("args")
-    @classmethod
-    def _fits(cls, args: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        if args and len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
-            raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
-        return args
+    command: Required[Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul), AfterValidator(_not_blank)]]
+    args: (
+        Annotated[
+            list[Annotated[str, Field(max_length=65536), AfterValidator(_no_nul)]], Field(max_length=1000), AfterValidator(_fits)
+        ]
+        | None
+    )
+    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
+    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)] | None
+    timeout: _Timeout | None
 
 
 def bash_source(command: str, args: Sequence[str]) -> str:
@@ -1809,7 +1826,12 @@ def bash_source(command: str, args: Sequence[str]) -> str:
     return " ".join([command.rstrip("\n"), *map(shlex.quote, args)]) if args else command
 
 
-CONFIGS: dict[str, type[HttpConfig] | type[BashConfig]] = {"http": HttpConfig, "bash": BashConfig}
+CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
+
+
+@functools.cache
+def _config_adapter(task_type: str) -> TypeAdapter[dict[str, Any]]:
+    return TypeAdapter(CONFIGS[task_type])
 
 
 def parse_config(task_type: str, config: Any) -> dict[str, Any]:
@@ -1817,14 +1839,12 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
 
     Raises InvalidInput that lists every bad field as `config.…`.
     """
-    model = CONFIGS[task_type]
     try:
-        parsed = model.model_validate(config)
+        checked = _config_adapter(task_type).validate_python(config)
     except ValidationError as error:
-        raise InvalidInput(*field_errors(error, "config", model.model_fields, {"auth": HttpAuth.model_fields})) from None
-    sent = parsed.model_fields_set
-    fields = {name: value for name, value in vars(parsed).items() if value is not None and name in sent}
-    return {name: value.model_dump() if isinstance(value, HttpAuth) else value for name, value in fields.items()}
+        known, inside = CONFIGS[task_type].__annotations__, {"auth": HttpAuth.__annotations__}
+        raise InvalidInput(*field_errors(error, "config", known, inside)) from None
+    return {name: value for name, value in checked.items() if value is not None}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -3002,7 +3022,7 @@ APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' data
 UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
-BULK_SIZES = (1, 4, 16, 64, 128)
+BULK_SIZES = (1, 4, 8, 16, 32, 64, 128)
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
 
@@ -7334,6 +7354,7 @@ HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
 MAX_BODY = 1024 * 1024  # bytes
+_TOO_LARGE = f"a body may have at most {MAX_BODY} bytes"
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -7342,8 +7363,12 @@ BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navig
 
 
 def json_answer(value: Any, status: int = 200, content_type: str = "application/json") -> web.Response:
-    headers = {**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"}
-    return web.Response(body=to_json(value), status=status, headers=headers)
+    return web.Response(body=to_json(value), status=status, headers=_json_headers(content_type))
+
+
+@functools.cache
+def _json_headers(content_type: str) -> dict[str, str]:
+    return {**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"}
 
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
@@ -7428,26 +7453,33 @@ def wants_html(headers: CIMultiDictProxy[str]) -> bool:
     return "text/html" in headers.get("Accept", "")
 
 
-async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """Every request passes here: who may ask is checked before, and every error becomes an answer after."""
-    service, busy = service_of(request), request.app[app_key("busy")]
-    busy.add(request.protocol)
-    try:
-        check_caller(request.headers, request.method, request.path, service.settings)
-        return await handler(request)
-    except ChronoTaskError as error:
-        return problem_answer(error)
-    except web.HTTPException as error:
-        return _http_problem(error)
-    except (ConnectionError, TimeoutError):  # the client has gone, or takes nothing any more: there is nobody to answer
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response(status=503)
-    except Exception:
-        logger.exception("%s %s", request.method, shown(request.path))
-        return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
-    finally:
-        busy.discard(request.protocol)
+def make_gate(service: Service, busy: set[Any]) -> Any:
+    """What every request passes: who may ask is checked before, and every error becomes an answer after.
+
+    `busy` holds the connections whose request is being answered.
+    """
+
+    @web.middleware
+    async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        busy.add(request.protocol)
+        try:
+            check_caller(request.headers, request.method, request.path, service.settings)
+            return await handler(request)
+        except ChronoTaskError as error:
+            return problem_answer(error)
+        except web.HTTPException as error:
+            return _http_problem(error)
+        except (ConnectionError, TimeoutError):  # the client has gone, or takes nothing any more: there is nobody to answer
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=503)
+        except Exception:
+            logger.exception("%s %s", request.method, shown(request.path))
+            return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
+        finally:
+            busy.discard(request.protocol)
+
+    return gate
 
 
 def _http_problem(error: web.HTTPException) -> web.Response:
@@ -7458,7 +7490,7 @@ def _http_problem(error: web.HTTPException) -> web.Response:
         answer.headers["Allow"] = allowed
         return answer
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
+        return problem_answer(BodyTooLarge(_TOO_LARGE))
     if isinstance(error, web.HTTPNotFound):
         return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
     return problem_answer(MalformedBody(error.reason or "the request is malformed"))
@@ -7466,12 +7498,16 @@ def _http_problem(error: web.HTTPException) -> web.Response:
 
 @functools.cache
 def app_key(name: str) -> web.AppKey[Any]:
-    """Of what an application carries: its `service`, and the `busy` connections, whose request is being answered."""
+    """Of what an application carries: the `busy` connections of its gate, and the `manager` of MCP sessions."""
     return web.AppKey(name)
 
 
-def service_of(request: web.Request) -> Service:
-    return cast(Service, request.app[app_key("service")])
+def gated_app(service: Service) -> web.Application:
+    """An application without routes."""
+    busy: set[Any] = set()
+    app = web.Application(middlewares=[make_gate(service, busy)], client_max_size=MAX_BODY)
+    app[app_key("busy")] = busy
+    return app
 
 
 # --- Bodies and queries -----------------------------------------------------------------------------------------------
@@ -7504,12 +7540,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 async def json_bytes(request: web.Request) -> bytes:
-    """The body as it was sent, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody."""
+    """The body as it was sent, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody, BodyTooLarge."""
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
         if request.content.is_eof():
-            raw = await request.read() if request.body_exists else b""
+            raw = request.content.read_nowait()  # all of it has arrived
         else:
             async with asyncio.timeout(SLOW_BODY):
                 raw = await request.read()
@@ -7521,6 +7557,8 @@ async def json_bytes(request: web.Request) -> bytes:
         if isinstance(error, ConnectionError):
             raise
         raise MalformedBody("the body is not what its headers say: its chunks are malformed") from None
+    if len(raw) > MAX_BODY:
+        raise BodyTooLarge(_TOO_LARGE)
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
     return raw
@@ -7571,10 +7609,10 @@ def path_id(request: web.Request) -> int:
 # --- Routes -----------------------------------------------------------------------------------------------------------
 
 
-def operation_handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+def operation_handler(service: Service, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
         args = Args(path_id(request), read_query(request, operation.query), await read_body(request, operation.body))
-        result = await operation.call(service_of(request), args)
+        result = await operation.call(service, args)
         if result is None:
             return web.Response(status=204)
         over = operation.status == 202 and args.query.wait > 0 and result["status"] in FINISHED
@@ -7586,15 +7624,15 @@ def operation_handler(operation: Operation) -> Callable[[web.Request], Awaitable
     return handle
 
 
-async def show_root(request: web.Request) -> web.StreamResponse:
+async def show_root(service: Service, request: web.Request) -> web.StreamResponse:
     """The dashboard to a browser, what this is as JSON to everything else."""
     if wants_html(request.headers):
-        return await show_page(request)
+        return await show_page(service, request)
     return json_answer(
         {
             "name": "ChronoTask",
             "version": __version__,
-            "status": "healthy" if service_of(request).problem() is None else "unhealthy",
+            "status": "healthy" if service.problem() is None else "unhealthy",
             "links": {
                 "api": API,
                 "status": f"{API}/scheduler/status",
@@ -7607,7 +7645,7 @@ async def show_root(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def show_page(request: web.Request) -> web.Response:
+async def show_page(_service: Service, request: web.Request) -> web.Response:
     """dashboard.html, at `/` and at `/docs`. Its only scripts and styles are its own: their hashes are the policy."""
     try:
         page = DASHBOARD.read_text(encoding="utf-8")
@@ -7632,8 +7670,7 @@ def page_policy(page: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
-async def show_health(request: web.Request) -> web.Response:
-    service = service_of(request)
+async def show_health(service: Service, request: web.Request) -> web.Response:
     reason = service.problem()
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
     if service.settings.api_token is None:
@@ -7643,10 +7680,9 @@ async def show_health(request: web.Request) -> web.Response:
     return json_answer(answer, 200 if reason is None else 503)
 
 
-async def send_output(request: web.Request) -> web.StreamResponse:
+async def send_output(service: Service, request: web.Request) -> web.StreamResponse:
     """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
-    query = read_query(request, FollowQuery)
-    service, execution_id = service_of(request), path_id(request)
+    query, execution_id = read_query(request, FollowQuery), path_id(request)
     if not query.follow:
         return web.Response(text=await service.get_output(execution_id), headers=HEADERS)
     pieces = service.follow_output(execution_id)
@@ -7665,9 +7701,9 @@ async def deliver(answer: web.StreamResponse, data: bytes) -> None:
         await answer.write(data)
 
 
-async def show_events(request: web.Request) -> web.StreamResponse:
+async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
     """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
-    query, service = read_query(request, EventQuery), service_of(request)
+    query = read_query(request, EventQuery)
     reader, missed = await service.open_feed(request.headers.get("Last-Event-ID"))
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
@@ -7694,9 +7730,8 @@ async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | N
         await deliver(answer, f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
-async def show_backup(request: web.Request) -> web.StreamResponse:
+async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
     """A consistent copy of the database. Without a token this would hand all secrets to whoever asks."""
-    service = service_of(request)
     if service.settings.api_token is None:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
     with await service.backup() as copy:
@@ -7714,8 +7749,8 @@ async def show_backup(request: web.Request) -> web.StreamResponse:
         return answer
 
 
-async def show_metrics(request: web.Request) -> web.Response:
-    text = metrics_text(await service_of(request).metrics())
+async def show_metrics(service: Service, request: web.Request) -> web.Response:
+    text = metrics_text(await service.metrics())
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -7755,7 +7790,7 @@ def _label(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-async def show_openapi(request: web.Request) -> web.Response:
+async def show_openapi(_service: Service, request: web.Request) -> web.Response:
     return json_answer(openapi())
 
 
@@ -7764,7 +7799,7 @@ class Page:
     """A route that is no operation: outside of the API, or a stream. `answers` are its statuses with their media types."""
 
     path: str
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
     summary: str
     answers: Mapping[int, str]
     query: type[Query] | None = None
@@ -7947,17 +7982,18 @@ def _route(path: str) -> str:
 
 def make_app(service: Service) -> web.Application:
     """The REST application of a service."""
-    app = web.Application(middlewares=[web.middleware(gate)], client_max_size=MAX_BODY)
-    app[app_key("service")], app[app_key("busy")] = service, set()
+    app = gated_app(service)
     for operation in OPERATIONS:
-        handler, path = operation_handler(operation), _route(API + operation.path)
+        handler, path = operation_handler(service, operation), _route(API + operation.path)
         for method in _methods(operation):
             if method == "GET":
                 app.router.add_get(path, handler)  # answers HEAD too
             else:
                 app.router.add_route(method, path, handler)
     for page in PAGES:
-        app.router.add_get(_route(page.path), page.handler, allow_head=not page.path.startswith(API))  # no HEAD of a stream
+        app.router.add_get(
+            _route(page.path), partial(page.handler, service), allow_head=not page.path.startswith(API)
+        )  # no HEAD of a stream
     return app
 
 
@@ -8552,8 +8588,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 
     Run it with `handler_cancellation=True`, so that a stream ends with its client.
     """
-    app = web.Application(middlewares=[web.middleware(gate)], client_max_size=MAX_BODY)
-    app[app_key("service")], app[app_key("busy")] = service, set()
+    app = gated_app(service)
     for method in ("POST", "GET", "DELETE"):
         app.router.add_route(method, "/mcp", handle_mcp)
     app.cleanup_ctx.append(partial(_run_manager, server=server))

@@ -49,7 +49,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 import chronotask
 from chronotask import (
@@ -1880,6 +1880,18 @@ def test_every_bad_field_is_listed_with_its_path() -> None:
         "config.verify_tls",
         "config.tiemout",
     ]
+
+
+def test_a_plain_url_is_taken_without_a_look_at_its_parts_only_if_they_are_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(7)
+    pieces = ["http", "https", "ftp", "://", ":/", "a.example", "A", "127.0.0.1", "[::1]", "..", "-", "_", ":", ":80", ":9999",
+              ":70000", ":x", "/", "?", "#", "@", "u:p@", "%", "%zz", "[", "]", "{", "}", "|", "~", "$", "${env:X}", "\\",
+              " ", "\t", "\x7f", "ü", "x=1&y"]  # fmt: skip
+    made = ["http://" * dice.randint(0, 1) + "".join(dice.choices(pieces, k=dice.randint(0, 6))) for _ in range(100_000)]
+    plain = [url for url in made if chronotask._PLAIN_URL.fullmatch(url)]
+    assert len(plain) > 2_000
+    monkeypatch.setattr(chronotask, "_PLAIN_URL", re.compile("(?!)"))
+    assert [chronotask._url(url) for url in plain] == plain
 
 
 @pytest.mark.parametrize(
@@ -7943,6 +7955,13 @@ async def test_a_lone_surrogate_answers_422(api: Door) -> None:
     assert (await api("POST", "/tasks", raw=json.dumps({**BASH, "name": "\ud800"}).encode())).status == 422
 
 
+async def test_a_body_that_arrived_at_once_may_be_no_larger_either(api: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps(BASH).encode()
+    monkeypatch.setattr(chronotask, "MAX_BODY", len(body))
+    assert (await api("POST", "/tasks", raw=body)).status == 201
+    problem_of(await api("POST", "/tasks", raw=body + b" "), 413)
+
+
 async def test_a_body_over_1_mib_answers_413_and_one_of_1_mib_does_not(api: Door) -> None:
     body = json.dumps(BASH).encode()
     assert (await api("POST", "/tasks", raw=body.ljust(1_048_576))).status == 201
@@ -8397,9 +8416,10 @@ def test_the_text_about_config_names_every_field_of_both_kinds_and_no_other() ->
         shape = re.search(rf"{kind}: {{((?:[^{{}}]|{{[^{{}}]*}})*)}}", text)
         assert shape is not None
         names = re.findall(r"(?:^|, )([a-z_]+)", re.sub(r"\(.*?\)|{.*?}", "", shape[1]))
-        assert names == [*model.model_fields]
+        schema = TypeAdapter(model).json_schema()
+        assert names == [*schema["properties"]]
         required = [name for name in names if f"{name}?" not in shape[1]]
-        assert required == [name for name, field in model.model_fields.items() if field.is_required()]
+        assert required == schema["required"]
 
 
 def test_defaults_suit_a_model() -> None:
