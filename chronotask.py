@@ -8940,7 +8940,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in warnings:
             logger.warning("%s", warning)
         allow_files(settings.max_concurrent_runs)
-        sys.setswitchinterval(0.001)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
+        sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
         return 0
     except KeyboardInterrupt:
