@@ -5386,6 +5386,11 @@ async def _exchange(
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
 
+@functools.cache
+def _no_timeout() -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None)
+
+
 async def _answer(connector: aiohttp.TCPConnector, request: _Request) -> aiohttp.ClientResponse:
     """Send the request, exactly once, and read the head of its answer.
 
@@ -5400,7 +5405,7 @@ async def _answer(connector: aiohttp.TCPConnector, request: _Request) -> aiohttp
         data=request.body,
         ssl=request.verify_tls,
     )
-    connection = await connector.connect(sent, traces=[], timeout=aiohttp.ClientTimeout(total=None))
+    connection = await connector.connect(sent, traces=[], timeout=_no_timeout())
     try:
         cast(Any, connection.protocol).set_response_params(skip_payload=request.method == "HEAD", read_until_eof=True)
         response = await sent.send(connection)
