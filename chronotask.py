@@ -3655,21 +3655,24 @@ def set_meta(db: DB, key: str, value: Any) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
 
-def _values(row: Any, columns: tuple[str, ...]) -> list[Any]:
-    return [compact(value) if isinstance(value, dict) else value for value in operator.attrgetter(*columns)(row)]
+def _values(rows: Iterable[Any], columns: tuple[str, ...]) -> list[list[Any]]:
+    """Of each row its `columns`, as they are stored."""
+    values = operator.attrgetter(*columns)
+    return [[compact(value) if isinstance(value, dict) else value for value in values(row)] for row in rows]
 
 
 def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
     names = ", ".join(f"{name} = ?" for name in columns[1:])
-    db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values(row, columns[1:]), row.id])
+    db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values([row], columns[1:])[0], row.id])
 
 
 def insert_tasks(db: DB, tasks: list[Task]) -> list[Task]:
-    columns = TASK_COLUMNS[1:]
+    """Writes new tasks, and gives them their ids. They have not run: the columns from `last_run` on start as the schema says."""
+    columns = TASK_COLUMNS[1 : TASK_COLUMNS.index("last_run")]
     ids = bulk(
         db,
         f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}})",
-        [_values(task, columns) for task in tasks],
+        _values(tasks, columns),
     )
     for task, task_id in zip(tasks, ids, strict=True):
         task.id = task_id
@@ -3683,7 +3686,7 @@ def update_task(db: DB, task: Task) -> None:
 def insert_schedule(db: DB, schedule: Schedule) -> Schedule:
     columns = SCHEDULE_COLUMNS[1:]
     statement = f"INSERT INTO schedules ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
-    schedule.id = cast(int, db.execute(statement, _values(schedule, columns)).lastrowid)
+    schedule.id = cast(int, db.execute(statement, _values([schedule], columns)[0]).lastrowid)
     return schedule
 
 
