@@ -3137,8 +3137,7 @@ class Store:
 
     async def write_each(self, run: Callable[[DB, list[Item]], list[T]], item: Item) -> T:
         """Like `write`, for what `run` does for many at once: it gets the items of all such calls that wait, and gives
-        one result for each. It must be one statement (of BULK_SIZES[-1] items): without others that is a transaction of
-        its own, which spares BEGIN and COMMIT, after each of which the writer would wait for the GIL."""
+        one result for each."""
         return cast(T, await self._submit(self._writes, run, (item,)))
 
     async def read(self, run: Callable[[DB], T]) -> T:
@@ -3181,21 +3180,15 @@ class Store:
 
     def _transaction(self, batch: list[_Call]) -> bool:
         """Whether every call of `batch` has its answer. If not, nothing was kept and each must be tried alone."""
-        db, groups = self._db, _alike(batch)
-        one_step = _is_one_step(groups)
+        db = self._db
         try:
             before = db.total_changes
-            if not one_step:
-                db.execute("BEGIN IMMEDIATE")
-            for calls in groups:
+            db.execute("BEGIN IMMEDIATE")
+            for calls in _alike(batch):
                 if not _run_calls(db, calls):
                     self.failure = str(calls[0].error) if _is_fault(calls[0].error) else self.failure
-                    if not one_step or db.total_changes == before:
-                        return False
-                    for call in calls:  # it failed after it was on disk, and must not be written twice
-                        call.error = calls[0].error
-            if not one_step:
-                db.execute("COMMIT")
+                    return False
+            db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
                 self.failure = None
         except sqlite3.Error as error:
@@ -3238,17 +3231,12 @@ class Store:
                 db.close()  # the writer's last: then SQLite leaves one file that holds everything
 
 
-def _alike(batch: Iterable[_Call]) -> list[list[_Call]]:
+def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
     """The calls one by one, but those that one run does together."""
     groups: dict[object, list[_Call]] = {}
     for call in batch:
         groups.setdefault(call.run if call.item else id(call), []).append(call)
-    return list(groups.values())
-
-
-def _is_one_step(groups: Sequence[Sequence[_Call]]) -> bool:
-    """Whether all of it is one statement."""
-    return len(groups) == 1 and bool(groups[0][0].item) and len(groups[0]) <= BULK_SIZES[-1]
+    return groups.values()
 
 
 def _take_results(db: DB, calls: list[_Call]) -> None:

@@ -3258,29 +3258,6 @@ async def test_writes_of_one_kind_that_wait_are_done_in_one_step_and_each_gets_i
     assert (await store.read(lambda db: db.execute("SELECT id, name FROM tasks").fetchall()))[-1] == (40, "t39")
 
 
-@pytest.mark.parametrize(("count", "transactions"), [(1, 0), (128, 0), (129, 1)])
-async def test_writes_of_one_kind_alone_need_no_transaction_as_long_as_they_are_one_statement(
-    store: Store, count: int, transactions: int
-) -> None:
-    statements: list[str] = []
-    await store.write(lambda db: db.set_trace_callback(statements.append))
-    await gathered(store, *(store.write_each(insert_tasks, some_task("t")) for _ in range(count)))
-    frame = ["COMMIT", "BEGIN IMMEDIATE", "COMMIT"]  # of what set the trace, and of what kept the writer busy
-    begun = [statement for statement in statements if statement in ("BEGIN IMMEDIATE", "COMMIT")]
-    assert begun == frame + ["BEGIN IMMEDIATE", "COMMIT"] * transactions
-    assert await store.read(lambda db: db.execute("SELECT count(*) FROM tasks").fetchone()[0]) == count
-
-
-async def test_writes_of_one_kind_that_fail_after_they_are_on_disk_are_not_written_twice(store: Store) -> None:
-    def write(db: sqlite3.Connection, tasks: list[Task]) -> list[Task]:
-        insert_tasks(db, tasks)
-        raise RuntimeError("planted")
-
-    results = await gathered(store, *(store.write_each(write, some_task(name)) for name in "abc"))
-    assert [str(error) for error in results] == ["planted"] * 3
-    assert await store.read(lambda db: [row[0] for row in db.execute("SELECT name FROM tasks")]) == ["a", "b", "c"]
-
-
 async def test_of_writes_of_one_kind_only_the_one_that_fails_fails(store: Store) -> None:
     await store.write(
         lambda db: db.execute(
