@@ -7999,9 +7999,8 @@ def make_app(service: Service) -> web.Application:
             else:
                 app.router.add_route(method, path, handler)
     for page in PAGES:
-        app.router.add_get(
-            _route(page.path), partial(page.handler, service), allow_head=not page.path.startswith(API)
-        )  # no HEAD of a stream
+        head = not page.path.startswith(API)  # no HEAD of a stream
+        app.router.add_get(_route(page.path), partial(page.handler, service), allow_head=head)
     return app
 
 
