@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Queue
 from typing import Any, ClassVar, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
@@ -439,6 +439,327 @@ async def target() -> AsyncIterator[Target]:
         server.url = str(running.make_url("")).rstrip("/")
         yield server
         server.let_go.set()
+
+
+# --- Real processes ---------------------------------------------------------------------------------------------------
+
+PROGRAM = Path(chronotask.__file__)
+FINAL = {"succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"}
+Json = Any
+
+
+class Server:
+    """A `chronotask.py` process with its files in `folder`; further keywords are settings, `environ` is added as it is.
+
+    It is asked over REST (`ask`, `expect`), or in MCP by lines on its standard streams (`send`, `answer`, `call`).
+    """
+
+    alive: ClassVar[set[Server]] = set()
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str = "http",
+        *,
+        program: Path = PROGRAM,
+        python: Sequence[str] = (),
+        stdin: int = subprocess.PIPE,
+        stdout: int = subprocess.PIPE,
+        database: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.mode, self.streams = folder, mode, (stdin, stdout)
+        self.database = database or folder / "chronotask.db"
+        self.command = [sys.executable, *python, str(program), "--mode", mode]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
+        usual = {"DATABASE_URL": f"sqlite:///{self.database}", "API_PORT": 0, "MCP_PORT": 0}
+        own = {f"CHRONOTASK_{name}": str(value) for name, value in {**usual, **settings}.items()}
+        self.environ = {**inherited, **own, **(environ or {})}
+        self.token = {"Authorization": f"Bearer {settings['API_TOKEN']}"} if "API_TOKEN" in settings else {}
+        self.log_file = folder / f"{mode}-{id(self):x}.log"
+        self.port = 0
+
+    def start(self, ready: bool = True) -> Self:
+        self._log_from = self.log_file.stat().st_size if self.log_file.exists() else 0
+        stdin, stdout = self.streams
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.folder, env=self.environ, stdin=stdin, stdout=stdout, stderr=log
+            )
+        self.alive.add(self)
+        self.lines: Queue[bytes] = Queue()
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout, self.lines), daemon=True)
+        self._reader.start()
+        if ready:
+            self._wait_until_ready()
+        return self
+
+    @staticmethod
+    def _read(stdout: Any, lines: Queue[bytes]) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            for line in stdout or ():
+                lines.put(line)
+        lines.put(b"")
+
+    def _wait_until_ready(self) -> None:
+        """Until it listens (or leads or follows, in mode mcp, which has no port to ask)."""
+        wanted = r"REST on http://127\.0\.0\.1:(\d+)" if self.mode != "mcp" else r"(this process leads|MCP on stdio)"
+        found = until(lambda: re.search(wanted, self.log()) or self.process.poll() is not None, 30, "the service is ready")
+        assert isinstance(found, re.Match), f"ended with {self.process.returncode}: {self.log()[-2000:]}"
+        self.port = int(found[1]) if self.mode != "mcp" else 0
+
+    def log(self) -> str:
+        return self.log_file.read_bytes()[self._log_from :].decode(errors="replace")
+
+    def mcp_url(self) -> str:
+        return str(until(lambda: re.search(r"MCP on (http\S+)", self.log()), 30, "MCP listens")[1])
+
+    # REST
+
+    def ask(self, method: str, path: str, body: Json = None, timeout: float = 30, **headers: str) -> tuple[int, Json]:
+        return ask(self.port, method, path, body, timeout, **{**self.token, **headers})
+
+    def get(self, path: str) -> Json:
+        return self.expect(200, "GET", path)
+
+    def expect(self, status: int, method: str, path: str, body: Json = None, timeout: float = 30) -> Json:
+        got, answer = self.ask(method, path, body, timeout)
+        assert got == status, f"{method} {path}: {got} {answer}\n{self.log()[-1500:]}"
+        return answer
+
+    def create(self, what: str, **body: Json) -> int:
+        """Makes a task or a schedule; its id."""
+        if self.mode == "mcp":
+            return int(self.call(1000, f"create_{what}", **body)["structuredContent"]["id"])
+        return int(self.expect(201, "POST", f"/{what}s", body)["id"])
+
+    def bash(self, command: str, timeout: float = 300, **fields: Json) -> int:
+        """Makes a bash task; its id."""
+        config = {"command": command, "timeout": timeout}
+        return self.create("task", **{"task_type": "bash", "config": config, **ONE_ATTEMPT, "name": "bash", **fields})
+
+    def http(self, url: str, method: str = "GET", timeout: float = 30, **fields: Json) -> int:
+        """Makes an http task; its id."""
+        config = {"url": url, "method": method, "timeout": timeout}
+        return self.create("task", **{"task_type": "http", "config": config, **ONE_ATTEMPT, "name": "http", **fields})
+
+    def every(self, seconds: int, task_id: int, **fields: Json) -> int:
+        """Makes an interval schedule; its id."""
+        config = {"seconds": seconds}
+        return self.create("schedule", task_id=task_id, schedule_type="interval", schedule_config=config, **fields)
+
+    def execute(self, task_id: int, wait: float = 0) -> Json:
+        status, answer = self.ask("POST", f"/tasks/{task_id}/execute" + (f"?wait={wait}" if wait else ""), timeout=wait + 30)
+        assert status in (200, 202), f"{status} {answer}"
+        return answer
+
+    def running(self, task_id: int) -> int:
+        """The id of an execution that has been begun, and runs."""
+        execution_id = int(self.execute(task_id)["id"])
+        until(lambda: self.get(f"/executions/{execution_id}")["status"] == "running", 8, "it runs")
+        return execution_id
+
+    def finished(self, execution_id: int, seconds: float = 10) -> Json:
+        """The execution, once it is over."""
+
+        def found() -> Json:
+            execution = self.get(f"/executions/{execution_id}")
+            return execution if execution["status"] in FINAL else None
+
+        return until(found, seconds, f"execution {execution_id} is over")
+
+    def rows(self, query: str = "") -> list[Json]:
+        return list(self.get(f"/executions?limit=1000&output=none{query}")["executions"])
+
+    def is_leader(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.port != 0 and bool(self.ask("GET", "/scheduler/status", timeout=5)[1]["leader"])
+        return False
+
+    def healthy_again(self, seconds: float = 5) -> None:
+        until(lambda: self.ask("GET", "/health")[0] == 200, seconds, "it recovers by itself")
+
+    # MCP on the standard streams
+
+    def write(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def send(self, method: str, number: Json = None, /, **params: Json) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params} | ({} if number is None else {"id": number})
+        self.write(json.dumps(message).encode() + b"\n")
+
+    def send_call(self, number: int, name: str, /, **arguments: Json) -> None:
+        self.send("tools/call", number, name=name, arguments=arguments)
+
+    def answer(self, seconds: float = 20) -> Json:
+        """The next line on stdout, which must be a JSON-RPC message."""
+        line = self.lines.get(timeout=seconds)
+        assert line, self.log()
+        message = json.loads(line)
+        assert message["jsonrpc"] == "2.0"
+        return message
+
+    def rest(self) -> list[Json]:
+        """All lines until the end of stdout."""
+        return [json.loads(line) for line in iter(lambda: self.lines.get(timeout=20), b"")]
+
+    def hello(self, version: str = "2025-11-25") -> Json:
+        self.send("initialize", 0, protocolVersion=version, capabilities={}, clientInfo={"name": "test", "version": "1"})
+        answer = self.answer()
+        self.send("notifications/initialized")
+        return answer["result"]
+
+    def call(self, number: int, name: str, /, **arguments: Json) -> Json:
+        self.send_call(number, name, **arguments)
+        answer = self.answer(70)
+        assert answer["id"] == number
+        return answer["result"]
+
+    # The process
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.ended(10)
+
+    def stop(self, seconds: float = 20) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self.ended(seconds)
+
+    def ended(self, seconds: float = 20) -> int:
+        """The exit status of a process that ends by itself within `seconds`."""
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait(5)
+            self.alive.discard(self)
+            self._reader.join(2)
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None and not self._reader.is_alive():
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        return status
+
+    def stat(self) -> list[str]:
+        """The fields of /proc/PID/stat from the third one, the state, on."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+
+    def cpu(self) -> float:
+        """Seconds of CPU used."""
+        return sum(map(int, self.stat()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self, name: str = "VmRSS") -> int:
+        """Bytes of memory in use; with "VmHWM" the most that ever was."""
+        found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    def has_child(self) -> bool:
+        pid = self.process.pid
+        return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())
+
+    def sql(self, query: str, *values: Any) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.database)) as db:
+            return db.execute(query, values).fetchall()
+
+
+ONE_ATTEMPT = {"max_retries": 0, "retry_delay": 0.1}
+
+
+@atexit.register
+def kill_all() -> None:
+    for server in list(Server.alive):
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGCONT)
+            server.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    kill_all()
+
+
+def ran(folder: Path, *command: object, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A program that ends by itself, with a database in `folder`."""
+    database = {"CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db"}
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=folder,
+        env={**CHILD_ENVIRON, **database, **(environ or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+WRAPPER = """
+import os, resource, sys
+sys.path.insert(0, {folder!r})
+{before}
+import chronotask
+{after}
+sys.exit(chronotask.main())
+"""
+
+
+def wrapped(tmp_path: Path, before: str = "", after: str = "") -> Path:
+    """A program that is chronotask.py, with something done before or after it is imported."""
+    program = tmp_path / "wrapped.py"
+    program.write_text(WRAPPER.format(folder=str(PROGRAM.parent), before=before, after=after))
+    return program
+
+
+def ask(port: int, method: str, path: str, body: Json = None, timeout: float = 30, **headers: str) -> tuple[int, Json]:
+    """One request, below /api/v1 unless it is for /health: status and JSON. Raises OSError, HTTPException."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        data = None if body is None else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = named if data is None else {**named, "Content-Type": "application/json"}
+        connection.request(method, path if path == "/health" else f"/api/v1{path}", data, sent)
+        answer = connection.getresponse()
+        raw = answer.read()
+        return answer.status, json.loads(raw) if "json" in answer.headers.get("Content-Type", "") else raw
+    finally:
+        connection.close()
+
+
+def until(condition: Callable[[], Any], seconds: float = 30, what: str = "it came about") -> Any:
+    """The first true value of `condition()`; fails after `seconds`, three times that on a machine that is busy otherwise."""
+    end = time.monotonic() + seconds * (3 if os.getloadavg()[0] > 2 * (os.cpu_count() or 1) else 1)
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def micros(text: str) -> int:
+    """An ISO instant as microseconds since the epoch."""
+    return (datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def children_named(name: str) -> list[int]:
+    """Processes that belong to an attempt of a task with this name."""
+    found, wanted = [], f"CHRONOTASK_TASK_NAME={name}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 # ======================================================================================================================
@@ -8324,7 +8645,6 @@ async def test_numbers_read_the_same_in_the_first_answer_as_in_later_ones(api: D
 # ======================================================================================================================
 
 
-PROGRAM = Path(chronotask.__file__)
 TOOL_NAMES = {
     "create_task", "list_tasks", "get_task", "update_task", "delete_task", "execute_task", "create_schedule", "list_schedules",
     "update_schedule", "delete_schedule", "get_task_history", "get_scheduler_status", "preview_schedule", "get_execution",
@@ -8333,7 +8653,6 @@ TOOL_NAMES = {
 OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
 NEW_VERSION = "2026-07-28"
 WEEKDAYS = {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}
-Json = Any
 
 
 def tools() -> list[Json]:
@@ -8823,133 +9142,41 @@ def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, num
 # --- Real processes: stdio --------------------------------------------------------------------------------------------
 
 
-class Process:
-    """`chronotask.py` with raw lines on its stdin and stdout. Ends with the `with` block at the latest."""
-
-    def __init__(
-        self, folder: Path, mode: str = "mcp", stdin: int = subprocess.PIPE, python: Sequence[str] = (), **settings: Json
-    ) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
-        own = {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
-        ports = {"CHRONOTASK_API_PORT": "0", "CHRONOTASK_MCP_PORT": "0"}
-        self.environ = {**inherited, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db", **ports, **own}
-        self.command = [sys.executable, *python, str(PROGRAM), "--mode", mode]
-        self.log_file = folder / "log"
-        self.started = time.monotonic()
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                self.command, env=self.environ, stdin=stdin, stdout=subprocess.PIPE, stderr=log, cwd=folder
-            )
-        self.lines: Queue[bytes] = Queue()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):
-            for line in self.process.stdout:
-                self.lines.put(line)
-        self.lines.put(b"")
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(10)
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-    def write(self, data: bytes) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(data)
-        self.process.stdin.flush()
-
-    def send(self, method: str, number: Json = None, /, **params: Json) -> None:
-        message = {"jsonrpc": "2.0", "method": method, "params": params} | ({} if number is None else {"id": number})
-        self.write(json.dumps(message).encode() + b"\n")
-
-    def answer(self, seconds: float = 20) -> Json:
-        """The next line on stdout, which must be a JSON-RPC message."""
-        line = self.lines.get(timeout=seconds)
-        assert line, self.log()
-        message = json.loads(line)
-        assert message["jsonrpc"] == "2.0"
-        return message
-
-    def rest(self) -> list[Json]:
-        """All lines until the end of stdout."""
-        return [json.loads(line) for line in iter(lambda: self.lines.get(timeout=20), b"")]
-
-    def hello(self, version: str = "2025-11-25") -> Json:
-        self.send("initialize", 0, protocolVersion=version, capabilities={}, clientInfo={"name": "test", "version": "1"})
-        answer = self.answer()
-        self.send("notifications/initialized")
-        return answer["result"]
-
-    def call(self, number: int, name: str, /, **arguments: Json) -> Json:
-        self.send("tools/call", number, name=name, arguments=arguments)
-        answer = self.answer(70)
-        assert answer["id"] == number
-        return answer["result"]
-
-    def bash(self, command: str, **more: Json) -> int:
-        result = self.call(1000, "create_task", name="t", task_type="bash", config={"command": command}, max_retries=0, **more)
-        return int(result["structuredContent"]["id"])
-
-    def end_input(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def ended(self, seconds: float = 20) -> int:
-        return self.process.wait(seconds)
-
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
-
-    def url(self) -> str:
-        found = wait_until(lambda: re.search(r"MCP on (http\S+)", self.log()))
-        return str(found[1])
+def session(folder: Path, **settings: Json) -> Server:
+    """A process that speaks MCP on its standard streams, after the handshake."""
+    server = Server(folder, "mcp", **settings).start(ready=False)
+    server.hello()
+    return server
 
 
-def wait_until(condition: Callable[[], Json], seconds: float = 30) -> Json:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.01)
-    return found
+META = {
+    "io.modelcontextprotocol/protocolVersion": NEW_VERSION,
+    "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", OLD_VERSIONS)
 def test_stdio_speaks_every_version_with_a_handshake(tmp_path: Path, version: str) -> None:
-    with Process(tmp_path) as server:
-        hello = server.hello(version)
-        assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
-        assert "by default UTC" in hello["instructions"]
-        server.send("tools/list", 1)
-        listed = server.answer()["result"]["tools"]
-        assert {one["name"] for one in listed} == TOOL_NAMES
-        assert json.loads(server.call(2, "get_scheduler_status")["content"][0]["text"])["running"] is True
-        server.end_input()
-        assert server.ended() == 0
+    server = Server(tmp_path, "mcp").start(ready=False)
+    hello = server.hello(version)
+    assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
+    assert "by default UTC" in hello["instructions"]
+    server.send("tools/list", 1)
+    assert {one["name"] for one in server.answer()["result"]["tools"]} == TOOL_NAMES
+    assert json.loads(server.call(2, "get_scheduler_status")["content"][0]["text"])["running"] is True
+    server.end_input()
+    assert server.ended() == 0
 
 
 @pytest.mark.slow
 def test_stdio_speaks_the_version_without_a_handshake(tmp_path: Path) -> None:
-    meta = {
-        "io.modelcontextprotocol/protocolVersion": NEW_VERSION,
-        "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
-        "io.modelcontextprotocol/clientCapabilities": {},
-    }
-    with Process(tmp_path) as server:
-        server.send("server/discover", 1, _meta=meta)
-        assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
-        server.send("tools/call", 2, name="get_scheduler_status", arguments={}, _meta=meta)
-        assert server.answer()["result"]["structuredContent"]["running"] is True
+    server = Server(tmp_path, "mcp").start(ready=False)
+    server.send("server/discover", 1, _meta=META)
+    assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
+    server.send("tools/call", 2, name="get_scheduler_status", arguments={}, _meta=META)
+    assert server.answer()["result"]["structuredContent"]["running"] is True
 
 
 @pytest.mark.slow
@@ -8967,254 +9194,187 @@ async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: 
 
 @pytest.mark.slow
 def test_the_first_answer_comes_soon_after_the_start(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        ticks = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        # Processor time, not wall time: it does not depend on what else the machine does.
-        assert sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") < 3.0
+    # Processor time, not wall time: it does not depend on what else the machine does.
+    assert session(tmp_path).cpu() < 3.0
 
 
 @pytest.mark.slow
 async def test_mode_mcp_imports_aiohttp_only_for_the_first_http_task(tmp_path: Path, target: Target) -> None:
-    with Process(tmp_path, python=("-X", "importtime")) as server:
-        server.hello()
-        server.bash("true")
-        assert "mcp.server" in server.log(), "the imports are seen"
-        assert "aiohttp" not in server.log()
-        made = server.call(1, "create_task", name="h", **target.config())["structuredContent"]
-        ran = [await asyncio.to_thread(server.call, n, "execute_task", task_id=made["id"], wait=20) for n in (2, 3)]
-        assert [one["structuredContent"]["status"] for one in ran] == ["succeeded", "succeeded"]
-        assert "aiohttp.client" in server.log()
+    server = session(tmp_path, python=("-X", "importtime"))
+    server.bash("true")
+    assert "mcp.server" in server.log(), "the imports are seen"
+    assert "aiohttp" not in server.log()
+    task_id = server.http(target.url)
+    ran = [await asyncio.to_thread(server.call, n, "execute_task", task_id=task_id, wait=20) for n in (2, 3)]
+    assert [one["structuredContent"]["status"] for one in ran] == ["succeeded", "succeeded"]
+    assert "aiohttp.client" in server.log()
 
 
 @pytest.mark.slow
 def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answered(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        for number in range(1, 6):
-            server.send(
-                "tools/call",
-                number,
-                name="create_task",
-                arguments={"name": f"t{number}", "task_type": "bash", "config": {"command": "true"}},
-            )
-        server.end_input()
-        created = {answer["id"]: answer["result"]["isError"] for answer in server.rest()}
-        assert created == {1: False, 2: False, 3: False, 4: False, 5: False}
-        assert server.ended() == 0
+    server = session(tmp_path)
+    for number in range(1, 6):
+        server.send_call(number, "create_task", name="t", task_type="bash", config={"command": "true"})
+    server.end_input()
+    created = {answer["id"]: answer["result"]["isError"] for answer in server.rest()}
+    assert created == {1: False, 2: False, 3: False, 4: False, 5: False}
+    assert server.ended() == 0
 
 
 @pytest.mark.slow
 def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
-        server.end_input()
-        assert [answer["id"] for answer in server.rest()] == [1]
-        assert server.ended() == 0
+    server = Server(tmp_path, "mcp").start(ready=False)
+    server.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
+    server.end_input()
+    assert [answer["id"] for answer in server.rest()] == [1]
+    assert server.ended() == 0
 
 
 @pytest.mark.slow
 def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        task_id = server.bash(f"sleep 2.5; echo done > {tmp_path}/done")
-        server.send("tools/call", 1, name="execute_task", arguments={"task_id": task_id, "wait": 50})
-        wait_until(lambda: server.process.poll() is not None or child_of(server.process.pid))
-        server.end_input()
-        assert server.ended() == 0
-        assert (tmp_path / "done").read_text() == "done\n"
-
-
-def child_of(pid: int) -> bool:
-    return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())
+    server = session(tmp_path)
+    server.send_call(1, "execute_task", task_id=server.bash(f"sleep 2.5; echo done > {tmp_path}/done"), wait=50)
+    until(server.has_child)
+    server.end_input()
+    assert server.ended() == 0
+    assert (tmp_path / "done").read_text() == "done\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_program_cleanly_while_input_stays_open(tmp_path: Path, number: int) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        server.process.send_signal(number)
-        assert server.ended(8) == 0
-        assert server.rest() == []
+    server = session(tmp_path)
+    server.signal(number)
+    assert server.rest() == []
+    assert server.ended(8) == 0
 
 
 @pytest.mark.slow
 def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
-    with Process(tmp_path, SHUTDOWN_GRACE=0) as server:
-        server.hello()
-        task_id = server.bash("sleep 60")
-        server.send("tools/call", 1, name="execute_task", arguments={"task_id": task_id, "wait": 50})
-        wait_until(lambda: child_of(server.process.pid))
-        server.process.terminate()
-        assert server.answer()["id"] == 1
-        assert server.ended(8) == 0
+    server = session(tmp_path, SHUTDOWN_GRACE=0)
+    server.send_call(1, "execute_task", task_id=server.bash("sleep 60"), wait=50)
+    until(server.has_child)
+    server.signal(signal.SIGTERM)
+    assert server.answer()["id"] == 1
+    assert server.ended(8) == 0
 
 
 @pytest.mark.slow
 def test_sigterm_after_the_end_of_input_is_no_second_signal(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        task_id = server.bash(f"sleep 2.5; echo done > {tmp_path}/done")
-        server.call(1, "execute_task", task_id=task_id, wait=0)
-        wait_until(lambda: child_of(server.process.pid))
-        server.end_input()
-        wait_until(lambda: "stopping" in server.log())
-        server.process.terminate()  # as MCP clients do that find it too slow
+    server = session(tmp_path)
+    server.call(1, "execute_task", task_id=server.bash(f"sleep 2.5; echo done > {tmp_path}/done"), wait=0)
+    until(server.has_child)
+    server.end_input()
+    until(lambda: "stopping" in server.log())
+    assert server.stop() == 0  # SIGTERM, as MCP clients send it that find it too slow
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", [True, False], ids=["closes its end", "does not read"])
+def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(tmp_path: Path, reads: bool) -> None:
+    read_end, write_end = os.pipe()
+    server = Server(tmp_path, "mcp", stdout=write_end).start(ready=False)
+    os.close(write_end)
+    server.send("initialize", 0, protocolVersion="2025-11-25", capabilities={}, clientInfo={"name": "t", "version": "1"})
+    for number in range(1, 2 if reads else 201):  # 200 answers are far more than a pipe holds
+        server.send("tools/list", number)
+    assert os.read(read_end, 10).startswith(b"{")
+    if reads:
+        os.close(read_end)
+        server.send("tools/list", 2)
         assert server.ended() == 0
-        assert (tmp_path / "done").exists()
-
-
-@pytest.mark.slow
-def test_a_closed_stdout_ends_the_program(tmp_path: Path) -> None:
-    with Deaf(tmp_path) as client:
-        client.send(1)
-        assert client.hear(10).startswith(b"{")
-        os.close(client.read_end)
-        client.send(2)
-        assert client.process.wait(20) == 0
-
-
-@pytest.mark.slow
-def test_a_client_that_does_not_read_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    with Deaf(tmp_path) as client:
-        client.send(200)  # the answers are far more than a pipe holds
-        assert client.hear(10).startswith(b"{")
-        client.process.terminate()
-        assert client.process.wait(8) == 0
-
-
-class Deaf:
-    """A client with a pipe of its own for the answers, that it need not read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.read_end, write_end = os.pipe()
-        environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db"}
-        command = [sys.executable, str(PROGRAM), "--mode", "mcp"]
-        with (folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=write_end, stderr=log)
-        os.close(write_end)
-        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
-        self.write({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
-
-    def __enter__(self) -> Deaf:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(5)
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        with contextlib.suppress(OSError):
-            os.close(self.read_end)
-
-    def write(self, message: Json) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def send(self, calls: int) -> None:
-        for number in range(1, calls + 1):
-            self.write({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
-
-    def hear(self, size: int) -> bytes:
-        return os.read(self.read_end, size)
+    else:
+        assert server.stop(8) == 0
+        os.close(read_end)
 
 
 @pytest.mark.slow
 def test_a_line_of_10_mb_is_refused_and_the_session_goes_on(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        huge = "x" * 10_000_000
-        server.send(
-            "tools/call", 7, name="create_task", arguments={"name": "t", "task_type": "bash", "config": {"command": huge}}
-        )
-        error = server.answer()
-        assert error["id"] == 7 and error["error"]["code"] == -32600
-        assert re.fullmatch(r"a message may have at most 1048576 bytes, not 100001\d\d", error["error"]["message"])
-        assert server.call(8, "list_tasks")["structuredContent"]["total"] == 0
-        memory = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
-        assert memory is not None and int(memory[1]) < 200_000
+    server = session(tmp_path)
+    server.send_call(7, "create_task", name="t", task_type="bash", config={"command": "x" * 10_000_000})
+    error = server.answer()
+    assert error["id"] == 7 and error["error"]["code"] == -32600
+    assert re.fullmatch(r"a message may have at most 1048576 bytes, not 100001\d\d", error["error"]["message"])
+    assert server.call(8, "list_tasks")["structuredContent"]["total"] == 0
+    assert server.memory("VmHWM") < 200_000 * 1024
 
 
 @pytest.mark.slow
 def test_garbage_lines_are_answered_and_the_session_goes_on(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        server.write(b"garbage\n\n\r\n\x00\xff\xfe\n" + b"[" * 100_000 + b'\n{"id":3}\n[]\n')
-        errors = [server.answer() for _ in range(5)]
-        assert [(error.get("id"), error["error"]["code"]) for error in errors] == [
-            (None, -32700), (None, -32700), (None, -32700), (3, -32600), (None, -32600),
-        ]  # fmt: skip
-        assert server.call(4, "list_tasks")["isError"] is False
+    server = session(tmp_path)
+    server.write(b"garbage\n\n\r\n\x00\xff\xfe\n" + b"[" * 100_000 + b'\n{"id":3}\n[]\n')
+    errors = [server.answer() for _ in range(5)]
+    assert [error.get("id") for error in errors] == [None, None, None, 3, None]
+    assert [error["error"]["code"] for error in errors] == [-32700, -32700, -32700, -32600, -32600]
+    assert server.call(4, "list_tasks")["isError"] is False
 
 
 @pytest.mark.slow
 def test_nothing_that_a_task_prints_or_reads_reaches_the_wire(tmp_path: Path) -> None:
-    with Process(tmp_path, LOG_LEVEL="DEBUG") as server:
-        server.hello()
-        loud = "echo out; echo err >&2; cat; ls -l /proc/self/fd | wc -l; echo '{}' > /proc/$PPID/fd/1; exit 1"
-        task_id = server.bash(loud)
-        result = server.call(1, "execute_task", task_id=task_id)["structuredContent"]
-        assert result["output_data"]["stdout"].startswith("out\n")
-        server.end_input()
-        assert server.rest() == []
-        assert server.ended() == 0
+    server = session(tmp_path, LOG_LEVEL="DEBUG")
+    loud = "echo out; echo err >&2; cat; ls -l /proc/self/fd | wc -l; echo '{}' > /proc/$PPID/fd/1; exit 1"
+    result = server.call(1, "execute_task", task_id=server.bash(loud))["structuredContent"]
+    assert result["output_data"]["stdout"].startswith("out\n")
+    server.end_input()
+    assert server.rest() == []
+    assert server.ended() == 0
 
 
 @pytest.mark.slow
 def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: Path) -> None:
-    with Process(tmp_path, SHUTDOWN_GRACE=0) as server:
-        server.hello()
-        task_id = server.bash("sleep 60")
-        server.send("tools/call", 7, name="execute_task", arguments={"task_id": task_id, "wait": 50})
-        wait_until(lambda: child_of(server.process.pid))
-        server.send("notifications/cancelled", requestId=7)
-        server.call(8, "list_tasks")
-        server.end_input()
-        assert server.rest() == []
-        assert server.ended() == 0
+    server = session(tmp_path, SHUTDOWN_GRACE=0)
+    server.send_call(7, "execute_task", task_id=server.bash("sleep 60"), wait=50)
+    until(server.has_child)
+    server.send("notifications/cancelled", requestId=7)
+    server.call(8, "list_tasks")
+    server.end_input()
+    assert server.rest() == []
+    assert server.ended() == 0
 
 
 @pytest.mark.slow
 def test_many_calls_at_once_are_all_answered(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        for number in range(1, 1001):
-            server.send("tools/call", number, name="get_scheduler_status", arguments={})
-        assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
+    server = session(tmp_path)
+    for number in range(1, 1001):
+        server.send_call(number, "get_scheduler_status")
+    assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
 
 
 # --- Real processes: both, and HTTP -----------------------------------------------------------------------------------
 
+# A program that is ChronoTask with something planted in it. It reports what `main` returned.
+PLANTED_PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import chronotask
+{planted}
+print(chronotask.main(["--port", "0"]), sorted({{name.partition(".")[0] for name in sys.modules}} & {{{modules}}}))
+"""
+
+
+def ran_with(tmp_path: Path, planted: str) -> subprocess.CompletedProcess[str]:
+    modules = '"mcp", "mcp_types", "starlette", "uvicorn", "anyio"'
+    program = PLANTED_PROGRAM.format(folder=str(PROGRAM.parent), planted=planted, modules=modules)
+    return ran(tmp_path, sys.executable, "-c", program)
+
 
 @pytest.mark.slow
 def test_mode_http_imports_nothing_of_mcp(tmp_path: Path) -> None:
-    program = f"""
-import asyncio, os, signal, sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
-import chronotask
+    planted = """
 opened = chronotask._open
 async def open_and_stop(*args, **more):
     await opened(*args, **more)
     os.kill(os.getpid(), signal.SIGTERM)
 chronotask._open = open_and_stop
-status = chronotask.main(["--port", "0"])
-found = {{name.partition(".")[0] for name in sys.modules}} & {{"mcp", "mcp_types", "starlette", "uvicorn", "anyio"}}
-print(status, sorted(found))
 """
-    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)
+    done = ran_with(tmp_path, planted)
     assert done.stdout == "0 []\n", done.stderr
 
 
 @pytest.mark.slow
-def test_a_door_that_cannot_be_closed_is_told_and_the_database_is_closed_all_the_same(tmp_path: Path) -> None:
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
-import chronotask
+def test_an_interface_that_cannot_be_closed_is_told_and_the_database_is_closed_all_the_same(tmp_path: Path) -> None:
+    planted = """
 made = chronotask.make_app
 async def stop(app):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -9226,56 +9386,57 @@ def make(service):
     app.on_cleanup.append(fail)
     return app
 chronotask.make_app = make
-print(chronotask.main(["--port", "0"]))
 """
-    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "0\n", done.stderr
-    assert "a door could not be closed: planted" in done.stderr
+    done = ran_with(tmp_path, planted)
+    assert done.stdout == "0 []\n", done.stderr
+    assert "could not be closed: planted" in done.stderr
     assert not (tmp_path / "c.db-wal").exists()
+
+
+def both_on_http(folder: Path, **settings: Json) -> Server:
+    """A process that serves REST and MCP over HTTP, and nobody on its standard streams."""
+    return Server(folder, "both", stdin=subprocess.DEVNULL, **settings).start()
+
+
+def first_tool(server: Server) -> str:
+    from mcp.client import Client
+
+    async def ask_for_it() -> str:
+        async with Client(server.mcp_url()) as client:
+            return str((await client.list_tools()).tools[0].name)
+
+    return asyncio.run(ask_for_it())
 
 
 @pytest.mark.slow
 def test_both_without_a_client_on_stdin_serves_http_only(tmp_path: Path) -> None:
-    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
-        url = server.url()
-        wait_until(lambda: "client on stdio has gone" in server.log())
-        assert asyncio.run(first_tool(url)) == "create_task"
-        server.process.terminate()
-        assert server.ended(8) == 0
-        assert server.rest() == []
-
-
-async def first_tool(url: str) -> str:
-    from mcp.client import Client
-
-    async with Client(url) as client:
-        return str((await client.list_tools()).tools[0].name)
+    server = both_on_http(tmp_path)
+    until(lambda: "client on stdio has gone" in server.log())
+    assert first_tool(server) == "create_task"
+    assert server.stop(8) == 0
+    assert server.rest() == []
 
 
 @pytest.mark.slow
 def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(tmp_path: Path) -> None:
-    with Process(tmp_path, "both") as server:
-        server.hello()
-        server.bash("true")
-        url = server.url()
-        server.end_input()
-        wait_until(lambda: "client on stdio has gone" in server.log())
-        assert server.process.poll() is None
-        assert asyncio.run(first_tool(url)) == "create_task"
+    server = Server(tmp_path, "both").start()
+    server.hello()
+    assert server.call(1, "list_tasks")["isError"] is False
+    server.end_input()
+    until(lambda: "client on stdio has gone" in server.log())
+    assert server.process.poll() is None
+    assert first_tool(server) == "create_task"
 
 
 @pytest.mark.slow
 def test_both_with_a_terminal_on_stdin_starts_no_session(tmp_path: Path) -> None:
     master, slave = os.openpty()
     try:
-        with Process(tmp_path, "both", stdin=slave) as server:
-            server.url()
-            os.write(master, b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
-            assert asyncio.run(first_tool(server.url())) == "create_task"
-            with pytest.raises(Empty):
-                server.lines.get_nowait()
-            assert "MCP on stdio" not in server.log()
+        server = Server(tmp_path, "both", stdin=slave).start()
+        os.write(master, b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
+        assert first_tool(server) == "create_task"
+        assert server.lines.empty()
+        assert "MCP on stdio" not in server.log()
     finally:
         os.close(master)
         os.close(slave)
@@ -9283,31 +9444,31 @@ def test_both_with_a_terminal_on_stdin_starts_no_session(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_mcp_turned_off(tmp_path: Path) -> None:
-    with Process(tmp_path, "both", MCP_ENABLED="false") as server:
-        wait_until(lambda: "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in server.log())
-        assert "MCP on" not in server.log()
-    (tmp_path / "second").mkdir()
-    with Process(tmp_path / "second", "mcp", MCP_ENABLED="false") as server:
-        assert server.ended() == 2
-        assert server.log() == "chronotask: --mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"
+    server = Server(tmp_path, "both", MCP_ENABLED="false").start()
+    assert "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in server.log()
+    assert "MCP on" not in server.log()
+    server = Server(tmp_path / "second", "mcp", MCP_ENABLED="false").start(ready=False)
+    assert server.ended() == 2
+    assert server.log() == "chronotask: --mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One process in mode `both` for all tests that leave it as it is."""
-    with Process(tmp_path_factory.mktemp("both"), "both", stdin=subprocess.DEVNULL) as server:
-        server.url()
-        yield server
+    server = both_on_http(tmp_path_factory.mktemp("both"))
+    server.alive.remove(server)  # it outlives single tests
+    yield server
+    assert server.stop() == 0
 
 
-JSON = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+MCP_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 
 
 def post(url: str, message: Json, headers: dict[str, str] | None = None, path: str = "/mcp") -> tuple[int, Json, dict[str, str]]:
     """Status, the message in the answer (JSON or event stream), headers in lower case."""
     connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
     body = message if isinstance(message, bytes) else json.dumps(message).encode()
-    connection.request("POST", path, body, JSON | (headers or {}))
+    connection.request("POST", path, body, MCP_HEADERS | (headers or {}))
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
@@ -9325,144 +9486,124 @@ def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
 async def test_the_sdks_client_uses_every_tool_over_http(tmp_path: Path, mode: str) -> None:
     from mcp.client import Client
 
-    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
-        url = await asyncio.to_thread(server.url)
-        async with Client(url, mode=mode) as client:
-            await use_every_tool(Caller(client))
-        assert "ERROR" not in server.log() and "Traceback" not in server.log()
+    server = await asyncio.to_thread(both_on_http, tmp_path)
+    url = await asyncio.to_thread(server.mcp_url)
+    async with Client(url, mode=mode) as client:
+        await use_every_tool(Caller(client))
+    assert "ERROR" not in server.log() and "Traceback" not in server.log()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", OLD_VERSIONS)
-def test_http_speaks_every_version_with_a_handshake(both: Process, version: str) -> None:
+def test_http_speaks_every_version_with_a_handshake(both: Server, version: str) -> None:
+    url, of_version = both.mcp_url(), {"MCP-Protocol-Version": version}
     hello = rpc("initialize", protocolVersion=version, capabilities={}, clientInfo={"name": "t", "version": "1"})
-    status, answer, headers = post(both.url(), hello)
+    status, answer, headers = post(url, hello)
     assert (status, answer["result"]["protocolVersion"]) == (200, version)
     assert "mcp-session-id" not in headers and headers["x-content-type-options"] == "nosniff"
-    version_header = {"MCP-Protocol-Version": version}
-    assert post(both.url(), {"jsonrpc": "2.0", "method": "notifications/initialized"}, version_header)[0] == 202
-    status, answer, _ = post(both.url(), rpc("tools/call", 2, name="list_tasks", arguments={}), version_header)
+    assert post(url, {"jsonrpc": "2.0", "method": "notifications/initialized"}, of_version)[0] == 202
+    status, answer, _ = post(url, rpc("tools/call", 2, name="list_tasks", arguments={}), of_version)
     assert (status, answer["id"], answer["result"]["isError"]) == (200, 2, False)
 
 
 @pytest.mark.slow
-def test_http_speaks_the_version_without_a_handshake(both: Process) -> None:
-    meta = {
-        "io.modelcontextprotocol/protocolVersion": NEW_VERSION,
-        "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
-        "io.modelcontextprotocol/clientCapabilities": {},
-    }
+def test_http_speaks_the_version_without_a_handshake(both: Server) -> None:
     headers = {"MCP-Protocol-Version": NEW_VERSION, "Mcp-Method": "tools/call", "Mcp-Name": "list_tasks"}
-    status, answer, got = post(both.url(), rpc("tools/call", name="list_tasks", arguments={}, _meta=meta), headers)
+    status, answer, got = post(both.mcp_url(), rpc("tools/call", name="list_tasks", arguments={}, _meta=META), headers)
     assert (status, answer["result"]["isError"]) == (200, False)
     assert got["content-type"].startswith("application/json")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("headers", "status", "words"),
-    [
-        ({"Host": "evil.example"}, 403, "Host 'evil.example' is not accepted here"),
-        ({"Origin": "https://evil.example"}, 403, "Origin 'https://evil.example' is not accepted here"),
-        ({"Origin": "null"}, 403, "Origin 'null'"),
-        ({"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
-        ({"Content-Type": "text/plain"}, 415, "application/json"),
-        ({"Content-Type": "application/jsonp"}, 415, "application/json"),
-    ],
-)
-def test_http_refuses_strangers_as_rest_does(both: Process, headers: dict[str, str], status: int, words: str) -> None:
-    got, answer, _ = post(both.url(), rpc("ping"), headers)
-    assert got == status and words in answer["detail"]
+STRANGERS = [
+    ({"Host": "evil.example"}, 403, "Host 'evil.example' is not accepted here"),
+    ({"Origin": "https://evil.example"}, 403, "Origin 'https://evil.example' is not accepted here"),
+    ({"Origin": "null"}, 403, "Origin 'null'"),
+    ({"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
+    ({"Content-Type": "text/plain"}, 415, "application/json"),
+    ({"Content-Type": "application/jsonp"}, 415, "application/json"),
+]
 
 
 @pytest.mark.slow
-def test_http_refuses_what_is_too_large_or_no_message(both: Process) -> None:
-    assert post(both.url(), b"x" * (MAX_BODY + 1))[0] == 413
-    assert post(both.url(), b"garbage")[0] == 400
-    assert post(both.url(), [rpc("ping")])[0] == 400
-    assert post(both.url(), rpc("ping"), {"Accept": "text/html"})[0] == 406
-    assert post(both.url(), rpc("ping"), path="/")[0] == 404
+def test_http_refuses_strangers_as_rest_does_and_what_is_too_large_or_no_message(both: Server) -> None:
+    url = both.mcp_url()
+    for headers, status, words in STRANGERS:
+        got, answer, _ = post(url, rpc("ping"), headers)
+        assert got == status and words in answer["detail"], headers
+    assert post(url, b"x" * (MAX_BODY + 1))[0] == 413
+    assert post(url, b"garbage")[0] == 400
+    assert post(url, [rpc("ping")])[0] == 400
+    assert post(url, rpc("ping"), {"Accept": "text/html"})[0] == 406
+    assert post(url, rpc("ping"), path="/")[0] == 404
 
 
 @pytest.mark.slow
 def test_http_needs_the_bearer_token_when_one_is_set(tmp_path: Path) -> None:
-    with Process(tmp_path, "both", stdin=subprocess.DEVNULL, API_TOKEN="correct-horse") as server:
-        status, _, headers = post(server.url(), rpc("ping"))
-        assert (status, headers["www-authenticate"]) == (401, 'Bearer realm="ChronoTask"')
-        assert post(server.url(), rpc("ping"), {"Authorization": "Bearer wrong-horse"})[0] == 401
-        assert post(server.url(), rpc("ping"), {"Authorization": "Bearer correct-horse"})[0] == 200
+    url = both_on_http(tmp_path, API_TOKEN="correct-horse").mcp_url()
+    status, _, headers = post(url, rpc("ping"))
+    assert (status, headers["www-authenticate"]) == (401, 'Bearer realm="ChronoTask"')
+    assert post(url, rpc("ping"), {"Authorization": "Bearer wrong-horse"})[0] == 401
+    assert post(url, rpc("ping"), {"Authorization": "Bearer correct-horse"})[0] == 200
 
 
 @pytest.mark.slow
-def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Process, tmp_path: Path) -> None:
-    url = both.url()
-    config = {"command": f"sleep 1; echo on > {tmp_path}/on"}
-    task = post(url, rpc("tools/call", name="create_task", arguments={"name": "t", "task_type": "bash", "config": config}))[1]
-    arguments = {"task_id": task["result"]["structuredContent"]["id"], "wait": 50}
-    connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
-    connection.request("POST", "/mcp", json.dumps(rpc("tools/call", name="execute_task", arguments=arguments)), JSON)
+def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Server, tmp_path: Path) -> None:
+    arguments = {"task_id": both.bash(f"sleep 1; echo on > {tmp_path}/on"), "wait": 50}
+    connection = http.client.HTTPConnection(both.mcp_url().split("/")[2], timeout=30)
+    connection.request("POST", "/mcp", json.dumps(rpc("tools/call", name="execute_task", arguments=arguments)), MCP_HEADERS)
     answer = connection.getresponse()
     assert answer.getheader("Content-Type") == "text/event-stream"
     assert not (tmp_path / "on").exists()
-    wait_until(lambda: child_of(both.process.pid))
+    until(both.has_child)
     connection.close()
     answer.close()
-    wait_until(lambda: (tmp_path / "on").exists())
+    until((tmp_path / "on").exists)
 
 
 @pytest.mark.slow
 def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_file_open(tmp_path: Path) -> None:
-    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
-        host, _, port = server.url().split("/")[2].partition(":")
-        files, draw = Path(f"/proc/{server.process.pid}/fd"), random.Random(5)
-        post(server.url(), rpc("ping"))
-        before = len(list(files.iterdir())) if os.access(files, os.R_OK) else None
-        body = json.dumps(rpc("tools/list")).encode()
-        head = "".join(f"{name}: {value}\r\n" for name, value in {**JSON, "Content-Length": str(len(body))}.items())
-        for _ in range(500):
-            with socket.create_connection((host, int(port)), 5) as client:
-                client.sendall(f"POST /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n".encode() + body)
-                time.sleep(draw.choice((0, 0.001, 0.003)) * draw.random())
-                if draw.random() < 0.3:
-                    client.recv(100)
-        assert len(post(server.url(), rpc("tools/list"))[1]["result"]["tools"]) == 15
-        if before is not None:
-            wait_until(lambda: len(list(files.iterdir())) <= before + 1)
-        server.process.terminate()
-        assert server.ended(8) == 0
-        assert re.findall(r"ERROR|Traceback", server.log()) == []
+    server = both_on_http(tmp_path)
+    url, draw = server.mcp_url(), random.Random(5)
+    host, _, port = url.split("/")[2].partition(":")
+    files = Path(f"/proc/{server.process.pid}/fd")
+    post(url, rpc("ping"))
+    before = len(list(files.iterdir())) if os.access(files, os.R_OK) else None
+    body = json.dumps(rpc("tools/list")).encode()
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**MCP_HEADERS, "Content-Length": str(len(body))}.items())
+    for _ in range(500):
+        with socket.create_connection((host, int(port)), 5) as client:
+            client.sendall(f"POST /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n".encode() + body)
+            time.sleep(draw.choice((0, 0.001, 0.003)) * draw.random())
+            if draw.random() < 0.3:
+                client.recv(100)
+    assert len(post(url, rpc("tools/list"))[1]["result"]["tools"]) == 15
+    if before is not None:
+        until(lambda: len(list(files.iterdir())) <= before + 1)
+    assert server.stop(8) == 0
+    assert re.findall(r"ERROR|Traceback", server.log()) == []
 
 
 @pytest.mark.slow
 def test_open_streams_do_not_hold_up_the_stop(tmp_path: Path) -> None:
-    with Process(tmp_path, "both", stdin=subprocess.DEVNULL) as server:
-        url = server.url()
-        open_streams = []
-        for _ in range(5):
-            connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
-            connection.request("GET", "/mcp", headers={"Accept": "text/event-stream"})
-            answer = connection.getresponse()
-            assert answer.status == 200
-            open_streams.append((connection, answer))
-        start = time.monotonic()
-        server.process.terminate()
-        assert server.ended(8) == 0
-        assert time.monotonic() - start < 3
-        for connection, answer in open_streams:
-            answer.close()
-            connection.close()
-        assert "Traceback" not in server.log()
+    server = both_on_http(tmp_path)
+    streams = [http.client.HTTPConnection(server.mcp_url().split("/")[2], timeout=30) for _ in range(5)]
+    for stream in streams:
+        stream.request("GET", "/mcp", headers={"Accept": "text/event-stream"})
+    answers = [stream.getresponse() for stream in streams]
+    assert [answer.status for answer in answers] == [200] * 5
+    start = time.monotonic()
+    assert server.stop(8) == 0
+    assert time.monotonic() - start < 3
+    for one in (*answers, *streams):
+        one.close()
+    assert "Traceback" not in server.log()
 
 
 @pytest.mark.slow
 def test_standard_streams_that_are_closed_or_odd_do_not_harm(tmp_path: Path) -> None:
-    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
-    command = f"exec {sys.executable} {PROGRAM} --mode mcp"
     for closed in ("<&-", "<&- >&-", "<&- >&- 2>&-", "</dev/null"):
-        done = subprocess.run(
-            ["bash", "-c", f"{command} {closed}"], env=environ, capture_output=True, timeout=30, stdin=subprocess.DEVNULL
-        )
-        assert (done.returncode, done.stdout) == (0, b""), closed
+        done = ran(tmp_path, "bash", "-c", f"exec {sys.executable} {PROGRAM} --mode mcp {closed}")
+        assert (done.returncode, done.stdout) == (0, ""), closed
 
 
 def test_the_wire_is_kept_from_everything_else(tmp_path: Path) -> None:
@@ -9546,11 +9687,10 @@ def test_a_probable_typo_is_warned_about() -> None:
 
 @pytest.mark.slow
 def test_a_script_goes_on_without_its_syntax_tree(tmp_path: Path) -> None:
-    with Process(tmp_path) as server:
-        server.hello()
-        seen = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
-        assert seen[1:3] == ["-P", "-c"], "a new interpreter, in the process that was started"
-        assert seen[4:-1] == [str(PROGRAM), "--mode", "mcp"]
+    server = session(tmp_path)
+    seen = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
+    assert seen[1:3] == ["-P", "-c"], "a new interpreter, in the process that was started"
+    assert seen[4:-1] == [str(PROGRAM), "--mode", "mcp"]
 
 
 @pytest.mark.slow
@@ -9558,8 +9698,7 @@ def test_a_script_goes_on_without_its_syntax_tree(tmp_path: Path) -> None:
 def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, python: Sequence[str]) -> None:
     for name in ("argparse", "marshal", "gc", "aiohttp", "chronotask", "linecache"):  # 3.13 imports the last one for any `-c`
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(66)\n")
-    command = [sys.executable, *python, str(PROGRAM), "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = ran(tmp_path, sys.executable, *python, PROGRAM, "--version")
     assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
 
 
@@ -9575,10 +9714,8 @@ def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, pyt
 )
 def test_a_script_that_cannot_go_on_elsewhere_goes_on_here(tmp_path: Path, start: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(start + "\n")
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     python = ("-B",) if "None" in start else ()  # an option of the interpreter keeps it from trying
-    command = [sys.executable, *python, str(PROGRAM), "--version"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    done = ran(tmp_path, sys.executable, *python, PROGRAM, "--version", environ={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
 
 
@@ -9593,35 +9730,26 @@ def imports_something(pid: int) -> bool:
 @pytest.mark.parametrize("delay", [0, 0.05, 0.15, 0.3])
 def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path, delay: float) -> None:
     """From the first imports on: before, Python reads and compiles the program, and no line of it has run."""
-    with Process(tmp_path, "http") as server:
-        wait_until(lambda: imports_something(server.process.pid))
-        time.sleep(delay)
-        server.process.send_signal(signal.SIGINT)
-        assert server.ended() in (0, 130, -signal.SIGINT)
-        assert "Traceback" not in server.log()
+    server = Server(tmp_path).start(ready=False)
+    until(lambda: imports_something(server.process.pid))
+    time.sleep(delay)
+    server.signal(signal.SIGINT)
+    assert server.ended() in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in server.log()
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+@pytest.mark.parametrize("taken", ["API_PORT", "MCP_PORT", "both the same"])
+def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path, taken: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        for settings in ({"API_PORT": port}, {"MCP_PORT": port}):
-            with Process(tmp_path, "both", **settings) as server:
-                assert server.ended() == 1
-                assert f"chronotask: cannot listen on 127.0.0.1 port {port}: " in server.log()
-                assert "Traceback" not in server.log() and "leads" not in server.log()
-
-
-@pytest.mark.slow
-def test_one_port_for_two_doors_is_said_before_anything_runs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with Process(tmp_path, "both", API_PORT=port, MCP_PORT=port) as server:
+        if taken == "both the same":
+            other.close()
+        ports = {taken: port} if taken != "both the same" else {"API_PORT": port, "MCP_PORT": port}
+        server = Server(tmp_path, "both", **ports).start(ready=False)
         assert server.ended() == 1
-        assert "chronotask: cannot listen on" in server.log() and "leads" not in server.log()
+        assert f"chronotask: cannot listen on 127.0.0.1 port {port}: " in server.log()
+        assert "Traceback" not in server.log() and "leads" not in server.log()
 
 
 @pytest.mark.slow
@@ -9630,35 +9758,27 @@ def test_a_link_to_the_program_uses_the_same_database(tmp_path: Path) -> None:
     for name in ("chronotask.py", "dashboard.html"):
         shutil.copy(PROGRAM.parent / name, tmp_path / "real" / name)
     (tmp_path / "link.py").symlink_to(tmp_path / "real" / "chronotask.py")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "link.py"), "--backup", "x"], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, str(tmp_path / "link.py"), "--backup", "x"]
+    done = subprocess.run(command, env=CHILD_ENVIRON, capture_output=True, text=True, timeout=60)
     assert f"there is no database {tmp_path}/real/data/chronotask.db to back up" in done.stderr
 
 
 @pytest.mark.slow
 def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
-    command = 'ulimit -n 128; exec "$0" "$1" --port 0'
-    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
-    with subprocess.Popen(["sh", "-c", command, sys.executable, str(PROGRAM)], env=environ, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        lines = iter(process.stderr.readline, b"")
-        assert any(b"128 open files are few for 100 runs at a time" in line for line in lines)
-        process.terminate()
+    program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))")
+    assert "128 open files are few for 100 runs at a time" in Server(tmp_path, program=program).start().log()
 
 
 @pytest.mark.slow
 def test_closed_standard_streams_do_not_change_the_exit_status(tmp_path: Path) -> None:
-    done = subprocess.run(["sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, str(PROGRAM)], timeout=60)
-    assert done.returncode == 2
+    assert ran(tmp_path, "sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, PROGRAM).returncode == 2
 
 
 @pytest.mark.slow
 def test_whoever_runs_the_file_as_a_part_of_something_is_not_replaced(tmp_path: Path) -> None:
     wrapper = f"import atexit, runpy; atexit.register(print, 'still here'); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
     (tmp_path / "wrapper.py").write_text(wrapper)
-    command = [sys.executable, str(tmp_path / "wrapper.py"), "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = ran(tmp_path, sys.executable, tmp_path / "wrapper.py", "--version")
     assert (done.returncode, done.stdout.splitlines()) == (0, [f"ChronoTask {__version__}", "still here"])
 
 
@@ -9762,9 +9882,7 @@ async def test_a_backup_replaces_a_file_and_nothing_else(open_rig: OpenRig, tmp_
 @pytest.mark.parametrize(("redirect", "said"), [(">&-", "redirect the output to a file"), (">/dev/full", "No space left")])
 def test_a_standard_output_that_takes_no_backup_is_said_in_one_line(tmp_path: Path, redirect: str, said: str) -> None:
     sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
-    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
-    command = ["sh", "-c", f'"$0" "$1" --backup - {redirect}', sys.executable, str(PROGRAM)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    done = ran(tmp_path, "sh", "-c", f'"$0" "$1" --backup - {redirect}', sys.executable, PROGRAM)
     assert done.returncode in (1, 2)
     assert said in done.stderr and done.stderr.count("\n") == 1
 
@@ -9784,183 +9902,6 @@ def test_a_log_line_cannot_be_forged() -> None:
 # ======================================================================================================================
 #
 # Real processes: crashes, several processes on one database, clock steps, storage faults, shutdown, hostile tasks.
-
-
-MODULE_FILE = Path(chronotask.__file__)
-FINAL = {"succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"}
-JsonValue = Any
-
-
-# --- A real process ---------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """A `chronotask.py` process with its files in `folder`; further keywords are settings, `environ` is added as it is."""
-
-    alive: ClassVar[set[Server]] = set()
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        mode: str = "http",
-        program: Path = MODULE_FILE,
-        database: Path | None = None,
-        environ: Mapping[str, str] | None = None,
-        **settings: object,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.mode, self.program = folder, mode, program
-        self.database = database or folder / "chronotask.db"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
-        own = {f"CHRONOTASK_{name}": str(value) for name, value in settings.items()}
-        self.environ = {**inherited, "CHRONOTASK_DATABASE_URL": f"sqlite:///{self.database}", **own, **(environ or {})}
-        self.log_file = folder / f"{mode}-{id(self):x}.log"
-        self.port = 0
-
-    def start(self, ready: bool = True) -> Self:
-        self._log_from = self.log_file.stat().st_size if self.log_file.exists() else 0
-        command = [sys.executable, str(self.program), "--mode", self.mode, "--port", "0"]
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
-            )
-        self.alive.add(self)
-        if ready:
-            self.wait_ready()
-        return self
-
-    def log(self) -> str:
-        return self.log_file.read_bytes()[self._log_from :].decode(errors="replace")
-
-    def wait_ready(self) -> None:
-        """Until it listens (or leads or follows, in mode mcp, which has no port to ask)."""
-        wanted = r"REST on http://127\.0\.0\.1:(\d+)" if self.mode != "mcp" else r"(this process leads|MCP on stdio)"
-        found = until(lambda: re.search(wanted, self.log()) or self.process.poll() is not None, 30, "the service is ready")
-        assert isinstance(found, re.Match), f"ended with {self.process.returncode}: {self.log()[-2000:]}"
-        self.port = int(found[1]) if self.mode != "mcp" else 0
-
-    def ask(self, method: str, path: str, body: JsonValue = None, timeout: float = 30, **headers: str) -> tuple[int, JsonValue]:
-        return ask(self.port, method, path, body, timeout, **headers)
-
-    def get(self, path: str) -> JsonValue:
-        return self.expect(200, "GET", path)
-
-    def expect(self, status: int, method: str, path: str, body: JsonValue = None, timeout: float = 30) -> JsonValue:
-        got, answer = self.ask(method, path, body, timeout)
-        assert got == status, f"{method} {path}: {got} {answer}\n{self.log()[-1500:]}"
-        return answer
-
-    def bash(self, command: str, **fields: JsonValue) -> int:
-        """Makes a bash task; its id."""
-        config = {"command": command, "timeout": fields.pop("timeout", 300)}
-        body = {"name": fields.pop("name", "bash"), "task_type": "bash", "config": config, "max_retries": 0, "retry_delay": 0.1}
-        return int(self.expect(201, "POST", "/tasks", {**body, **fields})["id"])
-
-    def every(self, seconds: int, task_id: int, **fields: JsonValue) -> int:
-        """Makes an interval schedule; its id."""
-        body = {"task_id": task_id, "schedule_type": "interval", "schedule_config": {"seconds": seconds}, **fields}
-        return int(self.expect(201, "POST", "/schedules", body)["id"])
-
-    def execute(self, task_id: int, wait: float = 0) -> JsonValue:
-        status, answer = self.ask("POST", f"/tasks/{task_id}/execute" + (f"?wait={wait}" if wait else ""), timeout=wait + 30)
-        assert status in (200, 202), f"{status} {answer}"
-        return answer
-
-    def rows(self, query: str = "") -> list[JsonValue]:
-        return list(self.get(f"/executions?limit=1000&output=none{query}")["executions"])
-
-    def is_leader(self) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return self.port != 0 and bool(self.ask("GET", "/scheduler/status", timeout=5)[1]["leader"])
-        return False
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self._reap(10)
-
-    def stop(self, seconds: float = 20) -> int:
-        """SIGTERM; the exit status."""
-        self.process.terminate()
-        return self._reap(seconds)
-
-    def _reap(self, seconds: float) -> int:
-        try:
-            status = self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait(5)
-            self.alive.discard(self)
-            if self.process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    self.process.stdin.close()
-        return status
-
-    def rss(self) -> int:
-        """Bytes of memory in use."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-
-    def sql(self, query: str, *values: Any) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.database)) as db:
-            return db.execute(query, values).fetchall()
-
-
-@atexit.register
-def kill_all() -> None:
-    for server in list(Server.alive):
-        if server.process.poll() is None:
-            server.process.send_signal(signal.SIGCONT)
-            server.kill()
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test() -> Iterator[None]:
-    yield
-    kill_all()
-
-
-def ask(port: int, method: str, path: str, body: JsonValue = None, timeout: float = 30, **headers: str) -> tuple[int, JsonValue]:
-    """One request, below /api/v1 unless it is for /health: status and JSON. Raises OSError, HTTPException."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        data = None if body is None else json.dumps(body).encode()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        sent = named if data is None else {**named, "Content-Type": "application/json"}
-        connection.request(method, path if path == "/health" else f"/api/v1{path}", data, sent)
-        answer = connection.getresponse()
-        raw = answer.read()
-        return answer.status, json.loads(raw) if "json" in answer.headers.get("Content-Type", "") else raw
-    finally:
-        connection.close()
-
-
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition()`; fails after `seconds`, three times that on a machine that is busy otherwise."""
-    end = time.monotonic() + seconds * (3 if os.getloadavg()[0] > 2 * (os.cpu_count() or 1) else 1)
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return value
-
-
-def micros(text: str) -> int:
-    """An ISO instant as microseconds since the epoch."""
-    return (datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-
-
-def children_named(name: str) -> list[int]:
-    """Processes that belong to a run of a task with this name."""
-    found, wanted = [], f"CHRONOTASK_TASK_NAME={name}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
 
 
 class Counting(http.server.ThreadingHTTPServer):
@@ -10038,7 +9979,7 @@ class CrashReport:
 class Crash:
     """A service under load that is killed again and again; then every promise is checked."""
 
-    def __init__(self, folder: Path, seed: int, program: Path = MODULE_FILE) -> None:
+    def __init__(self, folder: Path, seed: int, program: Path = PROGRAM) -> None:
         self.report = CrashReport()
         self._random = random.Random(seed)
         self._seed = seed
@@ -10056,7 +9997,7 @@ class Crash:
             LOG_LEVEL="INFO",
         )
         self._tasks: list[int] = []
-        self._schedules: list[JsonValue] = []
+        self._schedules: list[Json] = []
         self._accepted: dict[int, tuple[int, str]] = {}  # execution → task, queued_at
         self._made: dict[str, set[int]] = {"tasks": set(), "schedules": set()}
         self._deleted: set[int] = set()
@@ -10155,7 +10096,7 @@ class Crash:
             if status in (200, 202):
                 self._accepted[answer["id"]] = (task, answer["queued_at"])
 
-    def _note(self, what: str, answer: tuple[int, JsonValue]) -> None:
+    def _note(self, what: str, answer: tuple[int, Json]) -> None:
         if answer[0] == 201:
             self._made[what].add(int(answer[1]["id"]))
 
@@ -10290,7 +10231,7 @@ class Crash:
 ROUNDS_PER_DATABASE = 10  # a new one now and then: what the harness has to look through stays small
 
 
-def crash_rounds(folder: Path, rounds: int, seed: int, program: Path = MODULE_FILE) -> CrashReport:
+def crash_rounds(folder: Path, rounds: int, seed: int, program: Path = PROGRAM) -> CrashReport:
     """Kills a service under load `rounds` times and checks every promise; the same seed makes the same load and kills."""
     total = CrashReport()
     for number in range(0, rounds, ROUNDS_PER_DATABASE):
@@ -10334,7 +10275,7 @@ SEEDED_BUGS = {
 
 def with_bug(name: str, folder: Path) -> Path:
     """A copy of the module with this bug in it."""
-    source = MODULE_FILE.read_text(encoding="utf-8")
+    source = PROGRAM.read_text(encoding="utf-8")
     for old, new in SEEDED_BUGS[name]:
         assert source.count(old) == 1, f"the seeded bug {name!r} no longer fits: {old!r} is there {source.count(old)} times"
         source = source.replace(old, new)
@@ -10348,7 +10289,7 @@ def with_bug(name: str, folder: Path) -> Path:
 def crash_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CrashReport]:
     """Six rounds with the module as it is (""), five with each seeded bug, all at the same time."""
     folder, reports = tmp_path_factory.mktemp("crash"), dict[str, CrashReport]()
-    programs = {"": MODULE_FILE} | {name: with_bug(name, folder / f"bug-{number}") for number, name in enumerate(SEEDED_BUGS)}
+    programs = {"": PROGRAM} | {name: with_bug(name, folder / f"bug-{number}") for number, name in enumerate(SEEDED_BUGS)}
 
     def run(number: int, name: str) -> None:
         # Whether a bug shows depends on the moments of the kills: up to three seeds for each bug, one for the module as it is.
@@ -10398,7 +10339,7 @@ def leader_of(servers: Sequence[Server], seconds: float = 5) -> Server:
     return found
 
 
-def assert_each_slot_once(rows: list[JsonValue], made: int, seconds: int, end: int) -> int:
+def assert_each_slot_once(rows: list[Json], made: int, seconds: int, end: int) -> int:
     """Every slot of an interval schedule has exactly one row, up to 5 s before `end`; how many slots that are."""
     slots = Counter(micros(row["scheduled_for"]) for row in rows)
     expected = range(made + seconds * 1_000_000, end - 5_000_000, seconds * 1_000_000)
@@ -10491,7 +10432,7 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     until(lambda: leader.get("/scheduler/status")["paused"], 3, "the leader is paused")
     figures["pause"] = time.monotonic() - start
 
-    waiting: list[JsonValue] = []
+    waiting: list[Json] = []
     slow = other.bash("sleep 1.2")
     client = threading.Thread(target=lambda: waiting.append(other.execute(slow, wait=20)))
     client.start()
@@ -10558,7 +10499,7 @@ def test_what_an_mcp_process_was_finishing_when_it_died_is_settled_by_the_servic
     assert children_named("left-by-mcp") == []
 
 
-def finished(server: Server, execution_id: int) -> JsonValue:
+def finished(server: Server, execution_id: int) -> Json:
     execution = server.get(f"/executions/{execution_id}")
     return execution if execution["status"] in FINAL else None
 
@@ -10912,7 +10853,7 @@ def test_a_stop_while_another_program_holds_a_lock_ends_in_time(tmp_path: Path) 
 def refusal_to_start(server: Server) -> str:
     """What it prints when it does not start: one line, status 1."""
     server.start(ready=False)
-    status = server._reap(15)
+    status = server.ended(15)
     text = server.log()
     assert status == 1, text
     assert text.count("\n") == 1 and "Traceback" not in text, text
@@ -11020,7 +10961,7 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     hanging = server.expect(201, "POST", "/tasks", body)["id"]
     quick = server.bash("sleep 0.5")
     server.every(1, server.bash("true"), overlap="allow")
-    answers: list[tuple[int, JsonValue]] = []
+    answers: list[tuple[int, Json]] = []
 
     def waiting_client(task: int) -> None:
         answers.append(server.ask("POST", f"/tasks/{task}/execute?wait=60", timeout=70))
@@ -11065,7 +11006,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert server.process.poll() is None
     start = time.monotonic()
     server.signal(signal.SIGINT)
-    assert server._reap(5) != 0
+    assert server.ended(5) != 0
     assert time.monotonic() - start < 1
     server.start()  # its left-over child is found and ended
     until(lambda: not children_named("second-signal"), 5, "no child is left")
@@ -11081,7 +11022,7 @@ def test_requests_during_a_stop_get_503_or_no_connection_and_running_work_may_fi
     time.sleep(0.3)
     with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
         assert server.ask("POST", "/tasks/1/execute")[0] == 503
-    assert server._reap(8) == 0
+    assert server.ended(8) == 0
     assert server.sql("SELECT status FROM executions") == [("succeeded",)]
 
 
@@ -11126,7 +11067,7 @@ class Watcher(threading.Thread):
         execution = self.server.execute(self.quick, wait=15)
         assert execution["status"] == "succeeded", execution
         self.started = max(self.started, (micros(execution["started_at"]) - micros(execution["queued_at"])) / 1e6)
-        self.memory = max(self.memory, self.server.rss())
+        self.memory = max(self.memory, self.server.memory())
         self.asked += 1
 
     def close(self) -> str:
@@ -11142,7 +11083,7 @@ def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounde
     web.RequestHandlerClass = HostileHandler
     server = Server(tmp_path).start()
     size = 1_000_000_000 if LONG else 100_000_000
-    base = server.rss()
+    base = server.memory()
     watcher = Watcher(server)
     watcher.start()
 
@@ -11208,7 +11149,7 @@ def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_befo
     auth = {"Authorization": "Bearer a-token-for-backups"}
     over, accepted = threading.Event(), list[int]()
 
-    def ask_all(method: str, path: str, body: JsonValue = None) -> tuple[int, JsonValue]:
+    def ask_all(method: str, path: str, body: Json = None) -> tuple[int, Json]:
         return ask(server.port, method, path, body, 30, **auth)
 
     task = ask_all("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0})[1]["id"]
@@ -11233,7 +11174,7 @@ def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_befo
                 copy.write_bytes(data)
             else:
                 target = str(copy) if kind == "file" else "-"
-                command = [sys.executable, str(MODULE_FILE), "--backup", target]
+                command = [sys.executable, str(PROGRAM), "--backup", target]
                 made = subprocess.run(command, check=False, env=server.environ, capture_output=True, timeout=60)
                 assert made.returncode == 0, made.stderr
                 if kind == "stdout":
@@ -11660,7 +11601,6 @@ def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
 
 # --- The MCP port: the same door --------------------------------------------------------------------------------------
 
-MCP_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
 
@@ -12022,22 +11962,6 @@ def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: 
 
 # --- Real processes ---------------------------------------------------------------------------------------------------
 
-WRAPPER = """
-import os, resource, sys
-sys.path.insert(0, {folder!r})
-{before}
-import chronotask
-{after}
-sys.exit(chronotask.main())
-"""
-
-
-def wrapped(tmp_path: Path, before: str = "", after: str = "") -> Path:
-    """A program that is chronotask.py, with something done before or after it is imported."""
-    program = tmp_path / "wrapped.py"
-    program.write_text(WRAPPER.format(folder=str(MODULE_FILE.parent), before=before, after=after))
-    return program
-
 
 def connected(server: Server, data: bytes = b"", port: int = 0) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", port or server.port), timeout=20)
@@ -12055,7 +11979,7 @@ def everything_from(client: socket.socket) -> bytes:
 
 
 def mcp_port(server: Server) -> int:
-    found = wait_until(lambda: re.search(r"MCP on http://127\.0\.0\.1:(\d+)/mcp", server.log()))
+    found = until(lambda: re.search(r"MCP on http://127\.0\.0\.1:(\d+)/mcp", server.log()))
     return int(found[1])
 
 
@@ -12074,7 +11998,7 @@ def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_ou
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))")
     server = Server(tmp_path, program=program, API_TOKEN=GOOD_TOKEN).start()
     made = server.ask("POST", "/tasks", {**BASH, "config": {"command": "echo on"}}, **BEARER)
-    before = server.rss()
+    before = server.memory()
     idle: list[socket.socket] = []
     with many_descriptors(3000):
         for i in range(2000):
@@ -12094,7 +12018,7 @@ def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_ou
                 status, run = server.ask("POST", f"/tasks/{made[1]['id']}/execute?wait=10", timeout=20, **BEARER)
                 assert (status, run["status"]) == (200, "succeeded"), run
                 assert time.monotonic() - start < 5
-    assert server.rss() - before < 60_000_000
+    assert server.memory() - before < 60_000_000
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 600
     for client in idle:
         client.close()
@@ -12136,7 +12060,7 @@ def growth(server: Server, attack: Any, rounds: int) -> int:
     for _ in range(rounds):
         attack()
         assert server.ask("GET", "/health", timeout=10)[0] == 200
-        sizes.append(server.rss())
+        sizes.append(server.memory())
     return sizes[-1] - min(sizes[: rounds // 2])
 
 
@@ -12196,7 +12120,7 @@ def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are
     one = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
     upgrade = b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
     piles = [(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n", one), (b"", one), (upgrade, b"a" * 100_000)]
-    before = server.rss()
+    before = server.memory()
     for beginning, pile in piles:
         client = connected(server, beginning)
         client.setblocking(False)
@@ -12208,7 +12132,7 @@ def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are
         assert sent < 50_000_000  # it does not take more: the rest waits in the sender
         assert server.ask("GET", "/health")[0] == 200
         client.close()
-    assert server.rss() - before < 40_000_000
+    assert server.memory() - before < 40_000_000
 
 
 def hostile_answers(port_of: list[int]) -> threading.Thread:
@@ -12393,7 +12317,7 @@ def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_uma
             tmp_path, database=tmp_path / "data" / "c.db", API_TOKEN=GOOD_TOKEN, LOG_FILE=tmp_path / "logs" / "log.txt"
         ).start()
         backup = subprocess.run(
-            [sys.executable, str(MODULE_FILE), "--backup", str(tmp_path / "copy.db")], env=server.environ, timeout=30, check=True
+            [sys.executable, str(PROGRAM), "--backup", str(tmp_path / "copy.db")], env=server.environ, timeout=30, check=True
         )
         assert backup.returncode == 0
     finally:
@@ -12518,7 +12442,7 @@ def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path
         "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # a network of its own: CLONE_NEWNET
     )
     server = Server(tmp_path, program=wrapped(tmp_path, alone), mode=mode, API_HOST="0.0.0.0", MCP_PORT=0).start(ready=False)
-    wait_until(lambda: "REST on" in server.log() or server.process.poll() is not None)
+    until(lambda: "REST on" in server.log() or server.process.poll() is not None)
     if "no namespace" in server.log():
         pytest.skip("a network namespace needs more rights")
     assert len(re.findall(r"WARNING .*ANYONE WHO REACHES 0\.0\.0\.0 .*CHRONOTASK_API_TOKEN", server.log())) == 1
