@@ -468,10 +468,13 @@ class Settings:
         for name, field in fields.items():
             if environ.get(name):
                 values[field.name] = _parse_setting(name, environ[name], field.metadata["parse"])
-        settings = cls(**values)
+        settings, warnings = cls(**values), _typo_warnings(environ, fields)
         if settings.api_token_file is not None:
-            settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file))
-        return settings, _typo_warnings(environ, fields)
+            settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
+        with contextlib.suppress(OSError):  # it need not exist
+            if why := untrusted(settings.secrets_dir, os.stat(settings.secrets_dir)):
+                raise StartupError(f"{ENV_PREFIX}SECRETS_DIR={shown(str(settings.secrets_dir))}: {why}", exit_status=2)
+        return settings, warnings
 
 
 def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
@@ -482,16 +485,37 @@ def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise StartupError(f"{name}={value}: must be {error}", exit_status=2) from None
 
 
-def _read_token(path: Path) -> str:
-    name = ENV_PREFIX + "API_TOKEN_FILE"
+def untrusted(path: Path, found: os.stat_result) -> str | None:
+    """Why what lies at `path` cannot be relied on, and the remedy: somebody else could have written it (sshd's StrictModes)."""
+    if found.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {shown(str(path))}"
+    shared_folder = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # as Kubernetes mounts secrets
+    if found.st_mode & 0o022 and not shared_folder:
+        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):04o}): chmod go-w {shown(str(path))}"
+    return None
+
+
+def _read_token(path: Path, warnings: list[str]) -> str:
+    """The token in a file that only its owner and group may read; an own one that is too open is tightened."""
+    name = f"{ENV_PREFIX}API_TOKEN_FILE={shown(str(path))}"
     try:
-        text = path.read_text(encoding="ascii").strip()
+        with path.open(encoding="ascii") as file:
+            found = os.fstat(file.fileno())
+            if why := untrusted(path, found):
+                raise StartupError(f"{name}: {why}", exit_status=2)
+            text = file.read(8192).strip()
+            if found.st_mode & 0o007:
+                try:
+                    os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode) & ~0o007)
+                    warnings.append(f"{name}: other users could read it, which is ended: chmod o-rwx")
+                except OSError:  # root's, or on a read-only file system
+                    warnings.append(f"{name}: other users can read it: chmod o-rwx")
     except (OSError, ValueError) as error:
-        raise StartupError(f"{name}={shown(str(path))}: must be a readable ASCII file ({error})", exit_status=2) from None
+        raise StartupError(f"{name}: must be a readable ASCII file ({error})", exit_status=2) from None
     try:
         return _token(text)
     except ValueError as error:
-        raise StartupError(f"{name}={shown(str(path))}: the file must hold {error}", exit_status=2) from None
+        raise StartupError(f"{name}: the file must hold {error}", exit_status=2) from None
 
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -4584,7 +4608,7 @@ def _small_config(text: str) -> StoredConfig:
 
 
 def resolve_secrets(
-    task_type: str, config: dict[str, Any], environ: Mapping[str, str], secrets_dir: Path
+    task_type: str, config: dict[str, Any], environ: Mapping[str, str], settings: Settings
 ) -> tuple[dict[str, Any], list[str]]:
     """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in.
 
@@ -4594,7 +4618,7 @@ def resolve_secrets(
     secrets: list[str] = []
 
     def secret(kind: str, name: str) -> str:
-        value = _secret_variable(name, environ) if kind == "env" else _secret_file(name, secrets_dir)
+        value = _secret_variable(name, environ) if kind == "env" else _secret_file(name, settings)
         secrets.append(value)
         return value
 
@@ -4634,17 +4658,19 @@ def _secret_variable(name: str, environ: Mapping[str, str]) -> str:
     return environ[name]
 
 
-def _secret_file(name: str, secrets_dir: Path) -> str:
+def _secret_file(name: str, settings: Settings) -> str:
     label = f"${{file:{_one_line(name, 200)}}}"
     try:
-        path = Path(secrets_dir, name).resolve(strict=True)
-        if not path.is_relative_to(secrets_dir.resolve()):
-            raise ChronoTaskError(f"{label}: only files below {secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
+        path = Path(settings.secrets_dir, name).resolve(strict=True)
+        if not path.is_relative_to(settings.secrets_dir.resolve()):
+            raise ChronoTaskError(f"{label}: only files below {settings.secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ChronoTaskError(f"{label}: is not a regular file")
             content = file.read(MAX_SECRET_BYTES + 1)
+            if _holds_own_token(file.fileno(), content, settings):
+                raise ChronoTaskError(f"{label}: holds the service's own token, which is not for tasks")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
     if len(content) > MAX_SECRET_BYTES:
@@ -4653,6 +4679,15 @@ def _secret_file(name: str, secrets_dir: Path) -> str:
         return content.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
+
+
+def _holds_own_token(file: int, content: bytes, settings: Settings) -> bool:
+    """Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise."""
+    if settings.api_token_file is not None:  # of whatever name or link; another token may be in it by now
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file), os.stat(settings.api_token_file)):
+                return True
+    return settings.api_token is not None and settings.api_token.encode() in content
 
 
 def _check_filled(config: dict[str, Any], task_type: str) -> None:
@@ -4805,7 +4840,7 @@ async def run_bash(
         resolved: dict[str, Any] = config
         secrets: list[str] = []
         if config.names_secrets:
-            resolved, secrets = resolve_secrets("bash", config, environ, settings.secrets_dir)
+            resolved, secrets = resolve_secrets("bash", config, environ, settings)
         command = _bash_command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), secrets)
         return await _run_process(command, run, live, umask)
@@ -5273,7 +5308,7 @@ async def run_http(
     timeout = config.get("timeout", settings.http_timeout)
     try:
         if config.names_secrets:
-            resolved, secrets = resolve_secrets("http", config, environ, settings.secrets_dir)
+            resolved, secrets = resolve_secrets("http", config, environ, settings)
             live.begin(("body",), [*secrets, *_credentials(resolved)])
             request = _http_request(config, resolved)
         else:

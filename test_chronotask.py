@@ -1221,6 +1221,53 @@ def test_a_token_file_that_holds_no_token_ends_the_program(tmp_path: Path, conte
     )
 
 
+def test_a_token_file_that_others_can_read_is_closed_to_them_and_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    for mode, then, said in [(0o400, 0o400, 0), (0o440, 0o440, 0), (0o644, 0o640, 1), (0o755, 0o750, 1)]:
+        (tmp_path / "token").chmod(mode)
+        warnings = Settings.from_env({"CHRONOTASK_API_TOKEN_FILE": str(tmp_path / "token")})[1]
+        assert (stat.S_IMODE((tmp_path / "token").stat().st_mode), len(warnings)) == (then, said), oct(mode)
+        assert all("other users could read it" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("name", ["API_TOKEN_FILE", "SECRETS_DIR"])
+@pytest.mark.parametrize(
+    ("mode", "owner", "reason"),
+    [
+        (0o620, None, "may be written by others (mode 0620): chmod go-w "),
+        (0o602, None, "may be written by others (mode 0602): chmod go-w "),
+        pytest.param(
+            0o600, 4711, "belongs to another user (uid 4711): chown 0 ",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_token_or_secrets_that_somebody_else_could_write_end_the_program_with_the_remedy(
+    tmp_path: Path, name: str, mode: int, owner: int | None, reason: str
+) -> None:
+    path = tmp_path / "it"
+    path.mkdir() if name == "SECRETS_DIR" else path.write_text("0123456789abcdef\n")
+    path.chmod(mode)
+    if owner is not None:
+        os.chown(path, owner, -1)
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({f"CHRONOTASK_{name}": str(path)})
+    assert caught.value.exit_status == 2
+    assert caught.value.detail == f"CHRONOTASK_{name}='{path}': {reason}'{path}'"
+
+
+def test_secrets_are_taken_as_kubernetes_mounts_them(tmp_path: Path) -> None:
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..2026" / "token").write_text("0123456789abcdef")
+    (tmp_path / "..2026" / "token").chmod(0o440)
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "token").symlink_to("..data/token")
+    tmp_path.chmod(0o3777)
+    environ = {"CHRONOTASK_SECRETS_DIR": str(tmp_path), "CHRONOTASK_API_TOKEN_FILE": str(tmp_path / "token")}
+    settings, warnings = Settings.from_env(environ)
+    assert (settings.api_token, warnings) == ("0123456789abcdef", [])
+
+
 def test_an_unknown_variable_is_warned_about_with_the_nearest_name() -> None:
     _, warnings = Settings.from_env({"CHRONOTASK_API_PROT": "1", "OTHER_API_PROT": "1", "CHRONOTASK_TIMEZONE": "UTC"})
     assert warnings == [
@@ -3849,7 +3896,7 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
         "auth": {"username": "u", "password": "${file:token}"},
         "method": "POST",
     }
-    resolved, secrets = resolve_secrets("http", config, environ, tmp_path)
+    resolved, secrets = resolve_secrets("http", config, environ, Settings(secrets_dir=tmp_path))
     assert resolved == {
         "url": "http://u:value-a%2Fb%3Fc@a/value-a/b%3Fc?q=value-a/b%3Fc",
         "headers": {"X": "k from-file"},
@@ -3867,12 +3914,12 @@ def test_a_whole_url_or_host_may_be_a_secret() -> None:
         ("${env:CHRONOTASK_SECRET_URL}", "https://a.example:1/x?y=1"),
         ("https://${env:CHRONOTASK_SECRET_HOST}/x", "https://a.example:1/x"),
     ]:
-        assert resolve_secrets("http", {"url": url}, environ, Path("/nonexistent"))[0] == {"url": resolved}
+        assert resolve_secrets("http", {"url": url}, environ, Settings())[0] == {"url": resolved}
 
 
 def test_only_env_of_a_bash_task_is_resolved() -> None:
     config = {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "${env:CHRONOTASK_SECRET_A}"}}
-    resolved, _ = resolve_secrets("bash", config, {"CHRONOTASK_SECRET_A": "value"}, Path("/nonexistent"))
+    resolved, _ = resolve_secrets("bash", config, {"CHRONOTASK_SECRET_A": "value"}, Settings())
     assert resolved == {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "value"}}
 
 
@@ -3918,19 +3965,45 @@ async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path
     assert "hidden-content" not in str(outcome.error_message)
 
 
+@pytest.mark.parametrize(
+    "name", ["token", "hard-link", "link", "sub/../token", "copy", "app.env", "rotated", "/proc/self/fd/{fd}", "{folder}/token"]
+)
+async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    for file, content in [
+        ("token", GOOD_TOKEN),
+        ("copy", f"{GOOD_TOKEN}\r\n"),
+        ("app.env", f"CHRONOTASK_API_TOKEN={GOOD_TOKEN}\n"),
+    ]:
+        (tmp_path / file).write_text(content)
+    (tmp_path / "link").symlink_to("token")
+    os.link(tmp_path / "token", tmp_path / "hard-link")
+    settings = Settings(secrets_dir=Path("/"), api_token=GOOD_TOKEN, api_token_file=tmp_path / "token")
+    if name == "rotated":  # the file holds a new token that the service has not read yet
+        (tmp_path / "rotated").symlink_to("token")
+        (tmp_path / "token").write_text("the-next-token")
+    with (tmp_path / "token").open() as file:
+        path = name.format(fd=file.fileno(), folder=tmp_path)
+        outcome = await bash("true", settings=settings, env={"A": f"${{file:{tmp_path / path}}}"})
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert str(outcome.error_message).endswith(": holds the service's own token, which is not for tasks")
+
+
 def test_kubernetes_style_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "..2026").mkdir()
     (tmp_path / "..2026" / "token").write_text("inside")
     (tmp_path / "..data").symlink_to("..2026")
     (tmp_path / "token").symlink_to("..data/token")
-    assert resolve_secrets("bash", {"env": {"A": "${file:token}"}}, {}, tmp_path)[0] == {"env": {"A": "inside"}}
+    assert resolve_secrets("bash", {"env": {"A": "${file:token}"}}, {}, Settings(secrets_dir=tmp_path))[0] == {
+        "env": {"A": "inside"}
+    }
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\0b"])
 def test_a_secret_cannot_inject_headers(value: str) -> None:
     config = {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_SECRET_A}"}}
     with pytest.raises(ChronoTaskError, match=r"^config\.headers\.X: the secret holds a line break or control character$"):
-        resolve_secrets("http", config, {"CHRONOTASK_SECRET_A": value}, Path("/nonexistent"))
+        resolve_secrets("http", config, {"CHRONOTASK_SECRET_A": value}, Settings())
 
 
 @pytest.mark.slow
@@ -12554,6 +12627,12 @@ def test_every_command_of_the_tour_works_in_order(tour: Server) -> None:
     assert status["leader"] is True and status["tasks"] == 2
     assert paused["status"] == "paused"
     assert len(preview["upcoming"]) == 3
+
+
+def test_no_advice_puts_the_services_own_token_where_tasks_read_their_secrets() -> None:
+    for text in (README, (HERE / "docker-compose.yml").read_text()):
+        paths = re.findall(r"CHRONOTASK_API_TOKEN_FILE(?::|, value:|=) *(/[^\s}]+)", text)
+        assert paths and not any(path.startswith("/run/secrets") for path in paths), paths
 
 
 def test_every_setting_is_in_the_readme_with_its_default() -> None:
