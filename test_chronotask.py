@@ -9977,14 +9977,18 @@ def test_a_log_line_cannot_be_forged() -> None:
 # Real processes: crashes, several processes on one database, clock steps, storage faults, shutdown, hostile tasks.
 
 
-class Counting(http.server.ThreadingHTTPServer):
-    """A loopback server that writes down which attempt of which execution it saw. /flaky fails first attempts."""
+class Web(http.server.ThreadingHTTPServer):
+    """A loopback server that keeps who asked and for what, and answers 200 with all that it was sent.
+
+    /flaky fails first attempts, /hang takes a minute, /drip sends a byte a second, /endless does not end.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-        super().__init__(("127.0.0.1", 0), CountingHandler)
+        self.seen: list[tuple[int, int]] = []  # execution and attempt
+        self.told: list[bytes] = []
+        super().__init__(("127.0.0.1", 0), WebHandler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def url(self, path: str) -> str:
@@ -9994,24 +9998,38 @@ class Counting(http.server.ThreadingHTTPServer):
         """A killed client is nothing to tell."""
 
 
-class CountingHandler(http.server.BaseHTTPRequestHandler):
+class WebHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        assert isinstance(self.server, Counting)
+        assert isinstance(self.server, Web)
         attempt = int(self.headers["X-ChronoTask-Attempt"])
         self.server.seen.append((int(self.headers["X-ChronoTask-Execution-Id"]), attempt))
+        told = f"{self.path}\n{self.headers}\n".encode() + self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.told.append(told)
         if self.path == "/hang":
             time.sleep(60)
         self.send_response(503 if self.path == "/flaky" and attempt == 1 else 200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        if self.path in ("/drip", "/endless"):
+            drip = self.path == "/drip"
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(30 if drip else 1_000_000):
+                    self.wfile.write(b"x" if drip else b"x" * 65536)
+                    time.sleep(1 if drip else 0)
+        else:
+            self.send_header("Content-Length", str(len(told)))
+            self.send_header("X-Echo", self.headers.get("X-Api-Key", ""))
+            self.end_headers()
+            self.wfile.write(told)
+
+    do_GET = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
 
 
 @pytest.fixture
-def counting() -> Iterator[Counting]:
-    server = Counting()
+def web() -> Iterator[Web]:
+    server = Web()
     yield server
     server.shutdown()
     server.server_close()
@@ -10059,7 +10077,7 @@ class Crash:
         self._name = f"crash-{os.getpid()}-{seed}-{id(self):x}"
         self._ran = folder / "ran.txt"
         self._ran.touch()
-        self._web = Counting()
+        self._web = Web()
         self._server = Server(
             folder,
             program=program,
@@ -10131,9 +10149,7 @@ class Crash:
         self._add(self._server.bash(command, name=self._name, max_retries=retries), seconds, policy)
 
     def _http(self, path: str, retries: int, seconds: int, **policy: str) -> None:
-        config = {"url": self._web.url(path), "method": "POST"}
-        body = {"name": self._name, "task_type": "http", "config": config, "max_retries": retries, "retry_delay": 0.1}
-        self._add(int(self._server.expect(201, "POST", "/tasks", body)["id"]), seconds, policy)
+        self._add(self._server.http(self._web.url(path), "POST", name=self._name, max_retries=retries), seconds, policy)
 
     def _add(self, task: int, seconds: int, policy: Mapping[str, str]) -> None:
         self._tasks.append(task)
@@ -10399,11 +10415,16 @@ def test_the_crash_harness_catches_a_service_that(bug: str, crash_reports: dict[
 
 STOP_SECONDS = 2  # beyond SHUTDOWN_GRACE: what the contract allows
 LONG = bool(os.environ.get("LONG_TESTS"))  # `LONG_TESTS=1 pytest -m slow`: the full durations and sizes
+APPEND = 'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >>'  # the slot, and which service runs it
 
 
 def appended(file: Path) -> list[list[str]]:
     """The lines that tasks have appended to a file, as words."""
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def repeated(items: Iterable[Any]) -> list[Any]:
+    return [item for item, times in Counter(items).items() if times > 1]
 
 
 def leader_of(servers: Sequence[Server], seconds: float = 5) -> Server:
@@ -10412,25 +10433,42 @@ def leader_of(servers: Sequence[Server], seconds: float = 5) -> Server:
     return found
 
 
-def assert_each_slot_once(rows: list[Json], made: int, seconds: int, end: int) -> int:
-    """Every slot of an interval schedule has exactly one row, up to 5 s before `end`; how many slots that are."""
-    slots = Counter(micros(row["scheduled_for"]) for row in rows)
-    expected = range(made + seconds * 1_000_000, end - 5_000_000, seconds * 1_000_000)
-    assert [slot for slot in expected if slots[slot] != 1] == []
-    return len(expected)
+def slots_of(server: Server, schedule: int) -> tuple[int, list[int]]:
+    """When the schedule was made, and the slots that have a row, in order: microseconds since the epoch."""
+    slots = sorted(micros(row["scheduled_for"]) for row in server.rows(f"&schedule_id={schedule}"))
+    return micros(server.get(f"/schedules/{schedule}")["created_at"]), slots
+
+
+def assert_each_second_has_one_row(server: Server, schedule: int) -> None:
+    made, slots = slots_of(server, schedule)
+    assert slots == [made + k * S for k in range(1, len(slots) + 1)]
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Another program holds the database's write lock."""
+    with contextlib.closing(sqlite3.connect(database, timeout=10, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+def assert_stops_in_time(server: Server, grace: float) -> None:
+    start = time.monotonic()
+    status = server.stop(20)
+    took = time.monotonic() - start
+    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE={grace}")
+    assert (status, took < grace + STOP_SECONDS) == (0, True), (status, took, server.log()[-3000:])
 
 
 @pytest.mark.slow
 def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path: Path) -> None:
     """Contract, section 8, with two services and one `mcp` process. Every third time both services die, and `mcp` leads."""
     database, once, again = tmp_path / "shared.db", tmp_path / "once.txt", tmp_path / "again.txt"
-    pair = [Server(tmp_path / name, database=database) for name in ("one", "two")]
-    for server in pair:
-        server.start()
-    third = Server(tmp_path / "three", database=database, mode="mcp").start(ready=False)
-    line = 'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >>'
-    most_once = pair[1].every(1, pair[1].bash(f"{line} {once}", name="once"), overlap="allow", catchup="skip")
-    at_least = pair[0].every(1, pair[0].bash(f"{line} {again}", max_retries=3), overlap="allow", catchup="skip")
+    pair = [Server(tmp_path / name, database=database).start() for name in ("one", "two")]
+    third = Server(tmp_path / "three", "mcp", database=database).start(ready=False)
+    most_once = pair[1].every(1, pair[1].bash(f"{APPEND} {once}", name="once"), overlap="allow", catchup="skip")
+    at_least = pair[0].every(1, pair[0].bash(f"{APPEND} {again}", max_retries=3), overlap="allow", catchup="skip")
     end, kills, takeovers = time.monotonic() + (60 if LONG else 0), 0, list[float]()
     while kills < 3 or time.monotonic() < end:
         time.sleep(1.5)
@@ -10450,17 +10488,18 @@ def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path:
             if server.process.poll() is not None:
                 server.start()
     time.sleep(1.5)
-    asked = time.time_ns() // 1000
-    rows = pair[0].rows(f"&schedule_id={most_once}"), pair[0].rows(f"&schedule_id={at_least}")
-    made = [micros(pair[0].get(f"/schedules/{schedule}")["created_at"]) for schedule in (most_once, at_least)]
-    slots = assert_each_slot_once(rows[0], made[0], 1, asked) + assert_each_slot_once(rows[1], made[1], 1, asked)
-    print(f"{kills} times killed, takeovers in {', '.join(f'{t:.2f}' for t in takeovers)} s, {slots} slots")
-    ran_once, ran_again = (Counter(words[0] for words in appended(file)) for file in (once, again))
+    asked, count = time.time_ns() // 1000, 0
+    for schedule in (most_once, at_least):
+        made, slots = slots_of(pair[0], schedule)
+        expected = range(made + S, asked - 5 * S, S)
+        assert [slot for slot in expected if slots.count(slot) != 1] == []
+        count += len(expected)
+    print(f"{kills} times killed, takeovers in {', '.join(f'{t:.2f}' for t in takeovers)} s, {count} slots")
+    rows = [pair[0].rows(f"&schedule_id={schedule}") for schedule in (most_once, at_least)]
     assert [row for row in rows[0] + rows[1] if row["status"] in ("missed", "skipped")] == []
-    assert {slot: times for slot, times in ran_once.items() if times > 1} == {}
-    assert [
-        row["scheduled_for"] for row in rows[1] if row["status"] == "succeeded" and row["scheduled_for"] not in ran_again
-    ] == []
+    assert repeated(words[0] for words in appended(once)) == []
+    ran_again = {words[0] for words in appended(again)}
+    assert [row for row in rows[1] if row["status"] == "succeeded" and row["scheduled_for"] not in ran_again] == []
     assert {row["status"] for row in rows[1]} <= {"succeeded", "running", "queued", "retrying"}
     assert max(takeovers) < 4
     for server in [*pair, third]:
@@ -10480,8 +10519,7 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     assert other.execute(quick, wait=10)["status"] == "succeeded"
     figures["execute and wait"] = time.monotonic() - start
 
-    run = other.execute(long)["id"]
-    until(lambda: other.get(f"/executions/{run}")["status"] == "running", 3, "it runs")
+    run = other.running(long)
     start = time.monotonic()
     assert other.expect(200, "POST", f"/executions/{run}/cancel")["status"] == "cancelled"
     figures["cancel"] = time.monotonic() - start
@@ -10495,8 +10533,7 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     assert leader.ask("GET", f"/executions/{run}")[0] == 404
 
     soon = datetime.now(UTC) + timedelta(seconds=1)
-    body = {"task_id": quick, "schedule_type": "once", "schedule_config": {"datetime": soon.isoformat()}}
-    schedule = other.expect(201, "POST", "/schedules", body)["id"]
+    schedule = other.create("schedule", task_id=quick, schedule_type="once", schedule_config={"datetime": soon.isoformat()})
     until(lambda: other.rows(f"&schedule_id={schedule}&status=succeeded"), 5, "its slot ran")
     figures["slot behind its time"] = float(appended(file)[-1][0]) - soon.timestamp()
 
@@ -10522,14 +10559,9 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
 def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: Path) -> None:
     database, file, slow = tmp_path / "shared.db", tmp_path / "ran.txt", tmp_path / "slow.txt"
     service = Server(tmp_path / "service", database=database).start()
-    schedule = service.every(
-        1, service.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >> {file}'), overlap="allow", catchup="skip"
-    )
+    schedule = service.every(1, service.bash(f"{APPEND} {file}"), overlap="allow", catchup="skip")
     long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
-    assistant = Server(tmp_path / "assistant", database=database, mode="mcp").start(ready=False)
-    time.sleep(1)
-    if assistant.process.poll() is not None:
-        pytest.skip(f"mode mcp does not run yet: {assistant.log()[-300:]}")
+    assistant = Server(tmp_path / "assistant", "mcp", database=database).start(ready=False)
 
     def ran_by(server: Server) -> bool:
         return int(appended(file)[-1][1]) == server.process.pid
@@ -10538,20 +10570,18 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     assert ran_by(service)
     assert service.stop() == 0
     until(lambda: ran_by(assistant), 5, "mcp leads")
-    run = queue_and_wait_until_it_runs(database, long)
+    run = run_by_the_leader(database, long)
     start = time.monotonic()
     service.start()
     until(lambda: ran_by(service), 5, "the service leads")
     print(f"the service runs slots {time.monotonic() - start:.1f} s after its start")
     assert service.get(f"/executions/{run}")["status"] == "running"
     (tmp_path / "go").touch()
-    ended = until(lambda: finished(service, run), 15, "what mcp started is over")
-    assert (ended["status"], appended(slow)) == ("succeeded", [[str(assistant.process.pid)]])
-    slots = Counter(words[0] for words in appended(file))
-    assert {slot: times for slot, times in slots.items() if times > 1} == {}
-    assert [
-        row for row in service.rows(f"&schedule_id={schedule}") if row["status"] in ("missed", "skipped", "interrupted")
-    ] == []
+    assert service.finished(run, 15)["status"] == "succeeded"
+    assert appended(slow) == [[str(assistant.process.pid)]]
+    assert repeated(words[0] for words in appended(file)) == []
+    wrong = ("missed", "skipped", "interrupted")
+    assert [row for row in service.rows(f"&schedule_id={schedule}") if row["status"] in wrong] == []
 
 
 @pytest.mark.slow
@@ -10560,32 +10590,26 @@ def test_what_an_mcp_process_was_finishing_when_it_died_is_settled_by_the_servic
     service = Server(tmp_path / "service", database=database).start()
     task = service.bash("sleep 60", name="left-by-mcp")
     assert service.stop() == 0
-    assistant = Server(tmp_path / "assistant", database=database, mode="mcp").start(ready=False)
-    run = queue_and_wait_until_it_runs(database, task)
+    assistant = Server(tmp_path / "assistant", "mcp", database=database).start(ready=False)
+    run = run_by_the_leader(database, task)
     service.start()
     until(service.is_leader, 5, "the service leads")
     time.sleep(0.6)
     assert service.get(f"/executions/{run}")["status"] == "running"
     assistant.kill()
-    ended = until(lambda: finished(service, run), 5, "it is settled")
-    assert ended["status"] == "interrupted"
+    assert service.finished(run, 5)["status"] == "interrupted"
     assert children_named("left-by-mcp") == []
 
 
-def finished(server: Server, execution_id: int) -> Json:
-    execution = server.get(f"/executions/{execution_id}")
-    return execution if execution["status"] in FINAL else None
-
-
-def queue_and_wait_until_it_runs(database: Path, task: int) -> int:
-    """Queues a run of the task as a client of the `mcp` process would, and waits until it is running."""
+def run_by_the_leader(database: Path, task: int) -> int:
+    """Queues an execution as a client of another process would, and waits until it is running; its id."""
     with contextlib.closing(sqlite3.connect(database, timeout=10)) as db:
         row = "(task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', ?, lower(hex(randomblob(16))))"
         run = db.execute(f"INSERT INTO executions {row}", (task, time.time_ns() // 1000)).lastrowid
         db.commit()
         assert run is not None
         status = "SELECT status FROM executions WHERE id = ?"
-        until(lambda: db.execute(status, (run,)).fetchone()[0] == "running", 8, "mcp runs it")
+        until(lambda: db.execute(status, (run,)).fetchone()[0] == "running", 8, "the leader runs it")
     return run
 
 
@@ -10602,10 +10626,9 @@ def test_a_killed_services_processes_are_ended_before_the_retry(tmp_path: Path) 
     run = server.execute(server.bash(command, max_retries=1))["id"]
     until(first.exists, 5, "the first attempt runs")
     server.kill()
-    old = [int(word) for word in first.read_text().split()]
-    assert all(Path(f"/proc/{pid}").exists() for pid in old)
+    assert all(Path(f"/proc/{pid}").exists() for pid in first.read_text().split())
     server.start()
-    execution = until(lambda: finished(server, run), 10, "the retry is over")
+    execution = server.finished(run)
     assert (execution["status"], execution["attempt"]) == ("succeeded", 2)
     assert [attempt["status"] for attempt in execution["attempts"]] == ["interrupted", "succeeded"]
     assert second.read_text().split() == ["gone", "gone"]
@@ -10617,6 +10640,7 @@ class DroppingServer(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
         self.seen: list[int] = []
         self.start()
 
@@ -10642,9 +10666,7 @@ def test_a_request_that_the_server_dropped_is_not_sent_again_within_the_same_att
     server = Server(tmp_path).start()
     for method in ("GET", "PUT", "DELETE", "POST"):
         web = DroppingServer()
-        config = {"url": f"http://127.0.0.1:{web.listener.getsockname()[1]}/", "method": method}
-        body = {"name": "dropped", "task_type": "http", "config": config, "max_retries": 0}
-        task = server.expect(201, "POST", "/tasks", body)["id"]
+        task = server.http(web.url, method)
         runs = [server.execute(task, wait=10) for _ in range(2)]
         web.listener.close()
         assert web.seen == [run["id"] for run in runs], method
@@ -10673,21 +10695,12 @@ class Stepped(Server):
         part.write_text(f"{offset:+d}\n")
         part.rename(self._offset_file)
 
-    def cpu(self) -> float:
-        """Seconds of CPU used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-HOUR_PROCESSES = 3600
-
 
 @pytest.mark.slow
 def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path) -> None:
     server, file = Stepped(tmp_path), tmp_path / "ran.txt"
     server.start()
-    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
-    schedule = server.every(1, task, overlap="allow")
+    schedule = server.every(1, server.bash(f"{APPEND} {file}"), overlap="allow")
 
     def ran_after(seconds: float) -> int:
         before = len(appended(file))
@@ -10703,7 +10716,7 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
 
     goes_on()
     first = time.time()
-    server.step(5 * HOUR_PROCESSES)
+    server.step(5 * 3600)
     goes_on(more=6)  # the newest missed slot, and those of the last 5 seconds
     rows = server.rows(f"&schedule_id={schedule}")
     assert Counter(row["status"] for row in rows)["missed"] == 1
@@ -10711,18 +10724,17 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
     missed = next(row for row in rows if row["status"] == "missed")
     assert "1000 or more" in missed["error_message"]
 
-    server.step(3 * HOUR_PROCESSES)
+    server.step(3 * 3600)
     used = server.cpu()
     ran_after(0.5)
     assert ran_after(1.5) == 0, "set back by less than 3 h: nothing until the last claimed slot is passed"
     assert server.cpu() - used < 1.5, "and no busy loop"
-    server.step(5 * HOUR_PROCESSES)
+    server.step(5 * 3600)
     goes_on(more=5)
 
     server.step(round(first - time.time()) - 1)  # back by more than 3 h, into a time whose first slots have run
     goes_on()  # a correction: slots are taken from now on
-    slots = Counter(words[0] for words in appended(file))
-    assert {slot: times for slot, times in slots.items() if times > 1} == {}
+    assert repeated(words[0] for words in appended(file)) == []
     assert server.get("/scheduler/status")["executions"] == {"queued": 0, "running": 0, "retrying": 0}
     assert server.ask("GET", "/health")[0] == 200
     assert server.stop() == 0
@@ -10730,11 +10742,11 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_retry_does_not_wait_for_hours_because_the_clock_was_set_back(tmp_path: Path) -> None:
-    server = Stepped(tmp_path, offset=2 * HOUR_PROCESSES).start()
+    server = Stepped(tmp_path, offset=2 * 3600).start()
     run = server.execute(server.bash('[ "$CHRONOTASK_ATTEMPT" -gt 1 ]', max_retries=3, retry_delay=3))["id"]
     until(lambda: server.get(f"/executions/{run}")["status"] == "retrying", 5, "it waits for its retry")
     server.step(0)
-    ended = until(lambda: finished(server, run), 10, "it was retried")
+    ended = server.finished(run)
     assert (ended["status"], ended["attempt"]) == ("succeeded", 2)
 
 
@@ -10743,21 +10755,19 @@ def test_the_clock_reaches_a_gap_and_the_fixed_job_of_that_night_runs_once_right
     file = tmp_path / "ran.txt"
     eve = datetime(2025, 3, 30, 0, 0, 0, tzinfo=UTC)  # 01:00 in Berlin, where 02:00 becomes 03:00
     server = Stepped(tmp_path, round(eve.timestamp() - time.time())).start()
-    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
     config = {"expression": "30 2 * * *", "timezone": "Europe/Berlin"}
-    body = {"task_id": task, "schedule_type": "cron", "schedule_config": config}
-    assert server.expect(201, "POST", "/schedules", body)["next_run"] == "2025-03-30T01:00:00Z"
+    server.create("schedule", task_id=server.bash(f"{APPEND} {file}"), schedule_type="cron", schedule_config=config)
+    assert server.get("/schedules/1")["next_run"] == "2025-03-30T01:00:00Z"
     server.step(round(eve.timestamp() + 3597 - time.time()))
     until(lambda: appended(file), 12, "it ran")
-    assert appended(file) == [["2025-03-30T01:00:00Z"]]
+    assert [words[0] for words in appended(file)] == ["2025-03-30T01:00:00Z"]
     assert server.get("/schedules/1")["next_run"] == "2025-03-31T00:30:00Z"
 
 
 @pytest.mark.slow
 def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
     server, file = Server(tmp_path).start(), tmp_path / "ran.txt"
-    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
-    schedule = server.every(1, task, overlap="allow")
+    schedule = server.every(1, server.bash(f"{APPEND} {file}"), overlap="allow")
     time.sleep(1.2)
     server.signal(signal.SIGSTOP)
     time.sleep(30 if LONG else 7)
@@ -10766,17 +10776,15 @@ def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
     time.sleep(1.5)
     burst = len(appended(file)) - before
     rows = server.rows(f"&schedule_id={schedule}")
-    kinds = Counter((row["trigger"], row["status"]) for row in rows)
     missed = next(row for row in rows if row["status"] == "missed")
     count = int(re.findall(r"missed: (\d+) slot", missed["error_message"])[0])
-    made = micros(server.get(f"/schedules/{schedule}")["created_at"])
-    slots = sorted(micros(row["scheduled_for"]) for row in rows)
-    place = slots.index(micros(missed["scheduled_for"]))
-    slots[place : place + 1] = [slots[place] + k * 1_000_000 for k in range(count)]
-    assert slots == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]  # every slot once, none left out
-    assert kinds["catchup", "succeeded"] == 1
+    made, slots = slots_of(server, schedule)
+    at = slots.index(micros(missed["scheduled_for"]))
+    slots[at : at + 1] = [slots[at] + k * S for k in range(count)]
+    assert slots == [made + k * S for k in range(1, len(slots) + 1)]  # every slot once, none left out
+    assert Counter((row["trigger"], row["status"]) for row in rows)["catchup", "succeeded"] == 1
     assert 5 <= burst <= 9, "one catch-up, and the slots of the last 5 seconds, which count as on time"
-    assert max(Counter(words[0] for words in appended(file)).values()) == 1
+    assert repeated(words[0] for words in appended(file)) == []
 
 
 @pytest.mark.slow
@@ -10787,8 +10795,8 @@ def test_zone_rules_that_change_between_two_starts_move_the_next_slot(tmp_path: 
         shutil.copy(zones / name, folder / name)
     server = Server(tmp_path, environ={"PYTHONTZPATH": str(folder)}).start()
     config = {"expression": "0 12 1 1 *", "timezone": "Europe/Berlin"}
-    body = {"task_id": server.bash("true"), "schedule_type": "cron", "schedule_config": config}
-    assert server.expect(201, "POST", "/schedules", body)["next_run"].endswith("-01-01T11:00:00Z")
+    server.create("schedule", task_id=server.bash("true"), schedule_type="cron", schedule_config=config)
+    assert server.get("/schedules/1")["next_run"].endswith("-01-01T11:00:00Z")
     server.stop()
     shutil.copy(zones / "Asia/Tokyo", folder / "Europe/Berlin")
     server.start()
@@ -10806,9 +10814,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], check=False, capture_output=True, text=True
-    )
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    made = subprocess.run(command, check=False, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"needs root to mount a small tmpfs: {made.stderr.strip()}")
     yield folder
@@ -10822,6 +10829,11 @@ def fill(file: Path) -> None:
             ballast.write(b"\0" * 4096)
 
 
+def assert_unhealthy(server: Server, reason: str) -> None:
+    status, health = server.ask("GET", "/health")
+    assert status == 503 and reason in health["reason"]
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: Path, small_disk: Path) -> None:
     server = Server(tmp_path, database=small_disk / "chronotask.db").start()
@@ -10829,15 +10841,13 @@ def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: P
     accepted, refusal = [server.bash("true") for _ in range(20)], None
     fill(small_disk / "ballast")
     for number in range(3000):
-        body = {"name": f"t{number}", "description": "x" * 1000, "task_type": "bash", "config": {"command": "true"}}
-        status, answer = server.ask("POST", "/tasks", body)
+        status, answer = server.ask("POST", "/tasks", {**BASH, "name": f"t{number}", "description": "x" * 1000})
         if status != 201:
             refusal = (status, answer["detail"])
             break
         accepted.append(answer["id"])
     assert refusal is not None and refusal[0] == 503 and "full" in refusal[1]
-    status, health = server.ask("GET", "/health")
-    assert status == 503 and "full" in health["reason"]
+    assert_unhealthy(server, "full")
     assert server.get("/tasks")["total"] == len(accepted) + 1
     status, answer = server.ask("DELETE", f"/tasks/{accepted[0]}")
     print(f"{len(accepted)} tasks before the disk was full; DELETE then answers {status}")
@@ -10847,15 +10857,12 @@ def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: P
     time.sleep(3)
     assert len(server.log()) - size < 3000, server.log()[-3000:]
     (small_disk / "ballast").unlink()
-    until(lambda: server.ask("GET", "/health")[0] == 200, 5, "it recovers by itself")
-    last = server.bash("echo again")
-    assert server.execute(last, wait=10)["status"] == "succeeded"
+    server.healthy_again()
+    assert server.execute(server.bash("echo again"), wait=10)["status"] == "succeeded"
     time.sleep(1)
     assert [task for task in accepted if server.ask("GET", f"/tasks/{task}")[0] != 200] == []
-    slots = server.rows(f"&schedule_id={every}")
-    made = micros(server.get(f"/schedules/{every}")["created_at"])
-    assert sorted(micros(row["scheduled_for"]) for row in slots) == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]
-    assert {row["status"] for row in slots} <= {"succeeded", "running"}
+    assert_each_second_has_one_row(server, every)
+    assert {row["status"] for row in server.rows(f"&schedule_id={every}")} <= {"succeeded", "running"}
     assert server.stop() == 0
     assert server.sql("PRAGMA integrity_check") == [("ok",)]
 
@@ -10865,21 +10872,16 @@ def test_a_database_that_another_program_has_locked_is_told_and_waited_for(tmp_p
     server = Server(tmp_path).start()
     task = server.bash("true")
     schedule = server.every(1, task, overlap="allow", catchup="all")
-    with contextlib.closing(sqlite3.connect(server.database, timeout=10, isolation_level=None)) as db:
-        db.execute("BEGIN IMMEDIATE")
+    with locked(server.database):
         start = time.monotonic()
         status, answer = server.ask("POST", f"/tasks/{task}/execute")
         print(f"answered after {time.monotonic() - start:.1f} s: {answer['detail']}")
         assert status == 503 and "locked" in answer["detail"]
-        status, health = server.ask("GET", "/health")
-        assert status == 503 and "locked" in health["reason"]
+        assert_unhealthy(server, "locked")
         assert server.get("/tasks")["total"] == 1  # reads go on
-        db.execute("ROLLBACK")
-    until(lambda: server.ask("GET", "/health")[0] == 200, 8, "it recovers by itself")
+    server.healthy_again(8)
     assert server.execute(task, wait=10)["status"] == "succeeded"
-    slots = sorted(micros(row["scheduled_for"]) for row in server.rows(f"&schedule_id={schedule}"))
-    made = micros(server.get(f"/schedules/{schedule}")["created_at"])
-    assert slots == [made + k * 1_000_000 for k in range(1, len(slots) + 1)]
+    assert_each_second_has_one_row(server, schedule)
 
 
 @pytest.mark.slow
@@ -10887,129 +10889,103 @@ def test_a_stop_with_a_full_disk_ends_in_time_and_the_next_start_settles_what_co
     tmp_path: Path, small_disk: Path
 ) -> None:
     server = Server(tmp_path, database=small_disk / "chronotask.db", SHUTDOWN_GRACE=1).start()
-    run = server.execute(server.bash("sleep 60", name="full-disk"))["id"]
-    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
+    run = server.running(server.bash("sleep 60", name="full-disk"))
     fill(small_disk / "ballast")
     until(lambda: server.ask("POST", "/tasks/1/execute")[0] == 503, 20, "the disk is full")
-    start = time.monotonic()
-    status = server.stop(15)
-    took = time.monotonic() - start
-    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
-    assert (status, took < 1 + STOP_SECONDS) == (0, True), (took, server.log()[-3000:])
+    assert_stops_in_time(server, 1)
     assert children_named("full-disk") == []
     server.start()  # reads work, so it serves them, and leads as soon as it can
-    status, health = server.ask("GET", "/health")
-    assert status == 503 and "full" in health["reason"]
+    assert_unhealthy(server, "full")
     assert server.get(f"/executions/{run}")["status"] == "running"
     (small_disk / "ballast").unlink()
-    until(lambda: server.ask("GET", "/health")[0] == 200, 5, "it recovers by itself")
+    server.healthy_again()
     assert server.get(f"/executions/{run}")["status"] == "interrupted"
 
 
 @pytest.mark.slow
 def test_a_stop_while_another_program_holds_a_lock_ends_in_time(tmp_path: Path) -> None:
     server = Server(tmp_path, SHUTDOWN_GRACE=1).start()
-    run = server.execute(server.bash("sleep 60", name="locked"))["id"]
-    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
-    with contextlib.closing(sqlite3.connect(server.database, timeout=10, isolation_level=None)) as db:
-        db.execute("BEGIN IMMEDIATE")
-        start = time.monotonic()
-        status = server.stop(20)
-        took = time.monotonic() - start
-        print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
-        assert (status, took < 1 + STOP_SECONDS) == (0, True), (status, took, server.log()[-3000:])
-        db.execute("ROLLBACK")
+    run = server.running(server.bash("sleep 60", name="locked"))
+    with locked(server.database):
+        assert_stops_in_time(server, 1)
     server.start()
     assert server.get(f"/executions/{run}")["status"] == "interrupted"
 
 
 def refusal_to_start(server: Server) -> str:
     """What it prints when it does not start: one line, status 1."""
-    server.start(ready=False)
-    status = server.ended(15)
-    text = server.log()
+    status, text = server.start(ready=False).ended(15), server.log()
     assert status == 1, text
     assert text.count("\n") == 1 and "Traceback" not in text, text
     return text
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = (file for file in folder.iterdir() if file.is_file() and ".log" not in file.name)
+    """What the files of a database hold; SQLite may always make its index of the log anew."""
+    files = (file for file in folder.iterdir() if file.is_file() and ".log" not in file.name and "-shm" not in file.name)
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def stopped_database(folder: Path) -> Server:
-    """A service with some rows, stopped."""
-    server = Server(folder).start()
+@pytest.mark.slow
+def test_a_clean_stop_leaves_one_file_and_damaged_and_foreign_ones_stop_the_start_and_are_left_as_they_are(
+    tmp_path: Path,
+) -> None:
+    original = Server(tmp_path / "original").start()
     for number in range(60):
-        server.bash("true", name=f"task {number}", description="x" * 500)
-    assert server.stop() == 0
-    return server
+        original.bash("true", name=f"task {number}", description="x" * 500)
+    assert original.stop() == 0
+    assert not Path(f"{original.database}-wal").exists()
+    assert original.sql("SELECT count(*) FROM tasks") == [(60,)]
 
-
-@pytest.mark.slow
-def test_a_clean_stop_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
-    server = stopped_database(tmp_path)
-    assert not Path(f"{server.database}-wal").exists()
-    assert server.sql("SELECT count(*) FROM tasks") == [(60,)]
-
-
-@pytest.mark.slow
-def test_damaged_and_foreign_files_stop_the_start_and_are_left_as_they_are(tmp_path: Path) -> None:
-    def check(name: str, spoil: Callable[[Server], None], *wanted: str) -> None:
+    def check(name: str, spoil: Callable[[Path], Any], *wanted: str) -> None:
         folder = tmp_path / name
         shutil.copytree(original.folder, folder)
         server = Server(folder)
-        spoil(server)
+        spoil(server.database)
         before = contents(folder)
         text = refusal_to_start(server)
         assert all(word in text for word in wanted), (name, text)
         after = contents(folder)
-        assert {file: after.get(file) for file in before if "-shm" not in file} == {
-            f: h for f, h in before.items() if "-shm" not in f
-        }
+        assert {file: after.get(file) for file in before} == before
 
-    def corrupt_page(server: Server) -> None:
-        root = server.sql("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'")[0][0]
-        with server.database.open("r+b") as file:
+    def corrupt_page(database: Path) -> None:
+        with contextlib.closing(sqlite3.connect(database)) as db:
+            root = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'").fetchone()[0]
+        with database.open("r+b") as file:
             file.seek((root - 1) * 4096)
             file.write(b"\xa5" * 4096)
 
-    def future_version(server: Server) -> None:
-        with contextlib.closing(sqlite3.connect(server.database)) as db:
-            db.execute("PRAGMA user_version=99")
+    def changed_by(script: str) -> Callable[[Path], None]:
+        def change(database: Path) -> None:
+            with contextlib.closing(sqlite3.connect(database)) as db:
+                db.executescript(script)
 
-    def foreign(server: Server) -> None:
-        server.database.unlink()
-        with contextlib.closing(sqlite3.connect(server.database)) as db:
-            db.execute("CREATE TABLE notes (text)")
-            db.commit()
+        return change
 
-    def wal_alone(server: Server) -> None:
-        server.database.rename(server.folder / "gone")
-        Path(f"{server.database}-wal").write_bytes(b"x" * 5000)
+    def foreign(database: Path) -> None:
+        database.unlink()
+        changed_by("CREATE TABLE notes (text)")(database)
 
-    def wal_beside_empty(server: Server) -> None:
-        server.database.write_bytes(b"")
-        Path(f"{server.database}-wal").write_bytes(b"x" * 5000)
+    def wal_alone(database: Path) -> None:
+        database.rename(database.with_name("gone"))
+        Path(f"{database}-wal").write_bytes(b"x" * 5000)
 
-    def folder_in_place(server: Server) -> None:
-        server.database.unlink()
-        server.database.mkdir()
+    def wal_beside_empty(database: Path) -> None:
+        database.write_bytes(b"")
+        Path(f"{database}-wal").write_bytes(b"x" * 5000)
 
-    original = stopped_database(tmp_path / "original")
+    def folder_instead(database: Path) -> None:
+        database.unlink()
+        database.mkdir()
+
     check("page", corrupt_page, "damaged", "left as it", "backup")
-    check("text", lambda server: void(server.database.write_text("Dear diary, " * 1000)), "not a database", "left as it")
-    check("cut", lambda server: os.truncate(server.database, 3 * 4096), "left as it")
-    check("future", future_version, "schema version 99", "newer ChronoTask")
+    check("text", lambda database: database.write_text("Dear diary, " * 1000), "not a database", "left as it")
+    check("cut", lambda database: os.truncate(database, 3 * 4096), "left as it")
+    check("future", changed_by("PRAGMA user_version=99"), "schema version 99", "newer ChronoTask")
     check("foreign", foreign, "another program")
     check("wal", wal_alone, "missing", "-wal")
     check("empty", wal_beside_empty, "empty", "-wal")
-    check("folder", folder_in_place, "chronotask.db")
-
-
-def void(value: object) -> None:
-    """For lambdas that return nothing."""
+    check("folder", folder_instead, "chronotask.db")
 
 
 @pytest.mark.slow
@@ -11025,13 +11001,12 @@ def test_a_read_only_file_system_stops_the_start_with_advice(tmp_path: Path, sma
 
 
 @pytest.mark.slow
-def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(tmp_path: Path, counting: Counting) -> None:
+def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(tmp_path: Path, web: Web) -> None:
     server = Server(tmp_path, SHUTDOWN_GRACE=1, MAX_CONCURRENT_RUNS=30).start()
     stubborn = "trap '' TERM; setsid sleep 300 & while true; do sleep 1; done"
     final = server.bash(stubborn, name="stubborn")
     retried = server.bash(stubborn, name="stubborn", max_retries=2)
-    body = {"name": "hangs", "task_type": "http", "config": {"url": counting.url("/hang"), "method": "POST"}, "max_retries": 1}
-    hanging = server.expect(201, "POST", "/tasks", body)["id"]
+    hanging = server.http(web.url("/hang"), "POST", max_retries=1, retry_delay=5)
     quick = server.bash("sleep 0.5")
     server.every(1, server.bash("true"), overlap="allow")
     answers: list[tuple[int, Json]] = []
@@ -11049,12 +11024,7 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     until(lambda: len(children_named("stubborn")) >= 16, 5, "the processes run")
     queued = [server.execute(final)["id"] for _ in range(40)]
     last = server.execute(quick)["id"]
-    start = time.monotonic()
-    status = server.stop(10)
-    took = time.monotonic() - start
-    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE=1")
-    assert status == 0
-    assert took < 1 + STOP_SECONDS, server.log()[-2000:]
+    assert_stops_in_time(server, 1)
     assert children_named("stubborn") == []
     for client in clients:
         client.join(2)
@@ -11089,8 +11059,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_requests_during_a_stop_get_503_or_no_connection_and_running_work_may_finish(tmp_path: Path) -> None:
     server = Server(tmp_path, SHUTDOWN_GRACE=10).start()
-    run = server.execute(server.bash("sleep 1.5"))["id"]
-    until(lambda: server.get(f"/executions/{run}")["status"] == "running", 5, "it runs")
+    server.running(server.bash("sleep 1.5"))
     server.signal(signal.SIGTERM)
     time.sleep(0.3)
     with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
@@ -11100,18 +11069,6 @@ def test_requests_during_a_stop_get_503_or_no_connection_and_running_work_may_fi
 
 
 # --- Hostile tasks ----------------------------------------------------------------------------------------------------
-
-
-class HostileHandler(CountingHandler):
-    def do_GET(self) -> None:
-        """/drip: one byte a second; anything else: a body that never ends."""
-        drip = self.path == "/drip"
-        self.send_response(200)
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            for _ in range(30 if drip else 1_000_000):
-                self.wfile.write(b"x" if drip else b"x" * 65536)
-                time.sleep(1 if drip else 0)
 
 
 class Watcher(threading.Thread):
@@ -11151,38 +11108,28 @@ class Watcher(threading.Thread):
 
 
 @pytest.mark.slow
-def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(tmp_path: Path) -> None:
-    web = Counting()
-    web.RequestHandlerClass = HostileHandler
+def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(tmp_path: Path, web: Web) -> None:
     server = Server(tmp_path).start()
     size = 1_000_000_000 if LONG else 100_000_000
     base = server.memory()
     watcher = Watcher(server)
     watcher.start()
-
-    def web_task(path: str) -> int:
-        config = {"url": web.url(path), "timeout": 3}
-        body = {"name": "hostile", "task_type": "http", "config": config, "max_retries": 0}
-        return int(server.expect(201, "POST", "/tasks", body)["id"])
-
+    daemons = "setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60"
     tasks = {
         "much output": server.bash(f"head -c {size} /dev/zero | tr '\\0' x", name="hostile"),
-        "endless output": server.bash("yes", name="hostile", timeout=3),
-        "no newline": server.bash("cat /dev/zero", name="hostile", timeout=3),
-        "both streams": server.bash("yes >&2 & yes", name="hostile", timeout=3),
-        "children": server.bash("for i in $(seq 300); do sleep 60 & done; wait", name="hostile", timeout=4),
-        "ignores TERM": server.bash("trap '' TERM; while true; do sleep 1; done", name="hostile", timeout=1),
-        "daemons": server.bash(
-            "setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60", name="hostile", timeout=1
-        ),
-        "drip": web_task("/drip"),
-        "endless body": web_task("/endless"),
+        "endless output": server.bash("yes", 3, name="hostile"),
+        "no newline": server.bash("cat /dev/zero", 3, name="hostile"),
+        "both streams": server.bash("yes >&2 & yes", 3, name="hostile"),
+        "children": server.bash("for i in $(seq 300); do sleep 60 & done; wait", 4, name="hostile"),
+        "ignores TERM": server.bash("trap '' TERM; while true; do sleep 1; done", 1, name="hostile"),
+        "daemons": server.bash(daemons, 1, name="hostile"),
+        "drip": server.http(web.url("/drip"), timeout=3),
+        "endless body": server.http(web.url("/endless"), timeout=3),
     }
     runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
-    ends = {name: until(lambda run=run: finished(server, run), 90, name) for name, run in runs.items()}  # type: ignore[misc]
+    ends = {name: server.finished(run, 90) for name, run in runs.items()}
     print({name: (end["status"], round(end["duration"], 1)) for name, end in ends.items()})
     print(watcher.close(), f"(before: {base >> 20} MiB)")
-    web.shutdown()
     statuses = {name: end["status"] for name, end in ends.items()}
     assert statuses.pop("much output") == "succeeded"
     assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
@@ -11219,42 +11166,30 @@ def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(tmp_p
 @pytest.mark.slow
 def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_before_and_can_be_restored(tmp_path: Path) -> None:
     server = Server(tmp_path / "live", API_TOKEN="a-token-for-backups").start()
-    auth = {"Authorization": "Bearer a-token-for-backups"}
-    over, accepted = threading.Event(), list[int]()
-
-    def ask_all(method: str, path: str, body: Json = None) -> tuple[int, Json]:
-        return ask(server.port, method, path, body, 30, **auth)
-
-    task = ask_all("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0})[1]["id"]
+    over, accepted, copies = threading.Event(), list[int](), dict[Path, list[int]]()
+    task = server.bash("true")
 
     def client() -> None:
         while not over.is_set():
-            accepted.append(ask_all("POST", f"/tasks/{task}/execute")[1]["id"])
+            accepted.append(server.execute(task)["id"])
+
+    def backed_up_to(target: object) -> bytes:
+        command = [sys.executable, str(PROGRAM), "--backup", str(target)]
+        made = subprocess.run(command, check=False, env=server.environ, capture_output=True, timeout=60)
+        assert made.returncode == 0, made.stderr
+        return made.stdout
 
     writer = threading.Thread(target=client)
     writer.start()
     time.sleep(0.5)
-    copies = {}
     try:
         for kind in ("file", "stdout", "api"):
-            before, copy = list(accepted), tmp_path / f"{kind}.db"
-            if kind == "api":
-                status, data = ask_all("GET", "/backup")
-                if status == 404:
-                    print("GET /backup is not built yet")
-                    continue
-                assert status == 200
-                copy.write_bytes(data)
+            copy = tmp_path / f"{kind}.db"
+            copies[copy] = list(accepted)
+            if kind == "file":
+                assert backed_up_to(copy) == b"" and copy.stat().st_mode & 0o777 == 0o600
             else:
-                target = str(copy) if kind == "file" else "-"
-                command = [sys.executable, str(PROGRAM), "--backup", target]
-                made = subprocess.run(command, check=False, env=server.environ, capture_output=True, timeout=60)
-                assert made.returncode == 0, made.stderr
-                if kind == "stdout":
-                    copy.write_bytes(made.stdout)
-                else:
-                    assert made.stdout == b"" and copy.stat().st_mode & 0o777 == 0o600
-            copies[copy] = before
+                copy.write_bytes(server.get("/backup") if kind == "api" else backed_up_to("-"))
     finally:
         over.set()
         writer.join()
@@ -11328,10 +11263,9 @@ def test_a_wait_goes_on_through_retries_other_deletions_and_a_slow_cancel(tmp_pa
 # Attacks
 # ======================================================================================================================
 #
-# A closed door: each test is an attack, and is named after it.
+# Each test is an attack, and is named after it.
 
 
-assert open_door  # a fixture, imported only while the tests are in several files
 GOOD_TOKEN = "correct-horse-battery"
 BEARER = {"Authorization": f"Bearer {GOOD_TOKEN}"}
 
@@ -12037,8 +11971,10 @@ def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: 
 
 
 def connected(server: Server, data: bytes = b"", port: int = 0) -> socket.socket:
+    """A connection to a server, over which `data` has gone as far as it would take it."""
     client = socket.create_connection(("127.0.0.1", port or server.port), timeout=20)
-    client.sendall(data)
+    with contextlib.suppress(OSError):
+        client.sendall(data)
     return client
 
 
@@ -12051,9 +11987,7 @@ def everything_from(client: socket.socket) -> bytes:
     return got
 
 
-def mcp_port(server: Server) -> int:
-    found = until(lambda: re.search(r"MCP on http://127\.0\.0\.1:(\d+)/mcp", server.log()))
-    return int(found[1])
+EVENTS = f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GOOD_TOKEN}\r\n\r\n".encode()
 
 
 @contextlib.contextmanager
@@ -12070,26 +12004,16 @@ def many_descriptors(wanted: int) -> Iterator[None]:
 def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_out(tmp_path: Path) -> None:
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))")
     server = Server(tmp_path, program=program, API_TOKEN=GOOD_TOKEN).start()
-    made = server.ask("POST", "/tasks", {**BASH, "config": {"command": "echo on"}}, **BEARER)
-    before = server.memory()
+    task, before = server.bash("echo on"), server.memory()
+    half_a_body = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{"
     idle: list[socket.socket] = []
     with many_descriptors(3000):
         for i in range(2000):
-            client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-            with contextlib.suppress(OSError):
-                client.sendall(
-                    (
-                        b"",
-                        b"GET / HTTP/1.1\r\nX: ",
-                        b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{",
-                    )[i % 3]
-                )
-            idle.append(client)
+            idle.append(connected(server, (b"", b"GET / HTTP/1.1\r\nX: ", half_a_body)[i % 3]))
             if i % 250 == 249:
                 start = time.monotonic()
                 assert server.ask("GET", "/health", timeout=10)[0] == 200
-                status, run = server.ask("POST", f"/tasks/{made[1]['id']}/execute?wait=10", timeout=20, **BEARER)
-                assert (status, run["status"]) == (200, "succeeded"), run
+                assert server.execute(task, wait=10)["status"] == "succeeded"
                 assert time.monotonic() - start < 5
     assert server.memory() - before < 60_000_000
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 600
@@ -12101,17 +12025,16 @@ def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_ou
 @pytest.mark.slow
 def test_slow_heads_and_slow_bodies_are_ended_while_others_are_served(tmp_path: Path) -> None:
     program = wrapped(tmp_path, after="chronotask.SLOW_BODY = chronotask.IDLE_CONNECTION = 1.0")
-    server = Server(tmp_path, program=program, mode="both").start()
-    port = mcp_port(server)
+    server = Server(tmp_path, "both", program=program).start()
+    port = int(server.mcp_url().split(":")[2].partition("/")[0])
     body = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
+    accept = b"Accept: application/json, text/event-stream\r\n"
     slow = {
         "nothing at all": connected(server),
         "half a head": connected(server, b"GET / HTTP/1.1\r\nHost: local"),
         "half a head to MCP": connected(server, b"GET / HTTP/1.1\r\nHost: local", port),
         "half a body": connected(server, b"POST /api/v1/tasks HTTP/1.1\r\n" + body),
-        "half a body to MCP": connected(
-            server, b"POST /mcp HTTP/1.1\r\nAccept: application/json, text/event-stream\r\n" + body, port
-        ),
+        "half a body to MCP": connected(server, b"POST /mcp HTTP/1.1\r\n" + accept + body, port),
         "silence after an answer": connected(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     }
     start = time.monotonic()
@@ -12137,16 +12060,16 @@ def growth(server: Server, attack: Any, rounds: int) -> int:
     return sizes[-1] - min(sizes[: rounds // 2])
 
 
+UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
 @pytest.mark.slow
 def test_uploads_that_break_off_leave_nothing_in_memory(tmp_path: Path) -> None:
     server = Server(tmp_path).start()
 
     def attack() -> None:
-        head = (
-            b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
-        )
-        clients = [connected(server, head + b" " * 900_000) for _ in range(40)]
-        for client in clients:
+        upload = UPLOAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000
+        for client in [connected(server, upload) for _ in range(40)]:
             client.close()
 
     assert growth(server, attack, 8) < 60_000_000
@@ -12157,28 +12080,21 @@ def test_uploads_that_break_off_leave_nothing_in_memory(tmp_path: Path) -> None:
 def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
     server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
     bomb = gzip.compress(b" " * (1 << 27))
-    common = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    closing = UPLOAD + b"Connection: close\r\n"
+    zipped = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
+    token = b"Authorization: Bearer %s\r\n" % GOOD_TOKEN.encode()
     attacks = [
-        (common + b"Content-Length: 1000000\r\n\r\n" + b" " * 1_000_000, 401),
-        (common + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb, 401),
-        (
-            common
-            + b"Authorization: Bearer %s\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
-            % (GOOD_TOKEN.encode(), len(bomb))
-            + bomb,
-            415,
-        ),
-        (common + b"Authorization: Bearer %s\r\nContent-Length: -1\r\n\r\n" % GOOD_TOKEN.encode(), 400),
+        (closing + b"Content-Length: 1000000\r\n\r\n" + b" " * 1_000_000, 401),
+        (closing + zipped, 401),
+        (closing + token + zipped, 415),
+        (closing + token + b"Content-Length: -1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\nHost: localhost\nAuthorization: Bearer %s\n\n" % GOOD_TOKEN.encode(), 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer\r\n %s\r\n\r\n" % GOOD_TOKEN.encode(), 400),
     ]
 
     def attack() -> None:
         for data, status in attacks * 4:
-            client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-            with contextlib.suppress(OSError):
-                client.sendall(data)
-            found = statuses_in(everything_from(client))
+            found = statuses_in(everything_from(connected(server, data)))
             assert found in ([status], []), (data[:200], found)  # [] when the reset outran the answer
 
     start = time.process_time()
@@ -12208,42 +12124,33 @@ def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are
     assert server.memory() - before < 40_000_000
 
 
-def hostile_answers(port_of: list[int]) -> threading.Thread:
-    """A server whose status line, headers and body try to break out of whatever they are written to."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port_of.append(listener.getsockname()[1])
-
-    def answer() -> None:
-        for reply in (
-            b"HTTP/1.1 500 \x1b[2Jforged\r\nX: a\r\nContent-Length: 2\r\n\r\nno",
-            b"HTTP/1.1 200 OK\r\nX\x1b[2J: a\r\n\r\n",
-            b"\x1b[2J\n2026-01-01 00:00:00,000 ERROR forged\r\n\r\n",
-            b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\x1b[2J%0a\r\nContent-Length: 0\r\n\r\n",
-        ):
-            client, _ = listener.accept()
-            with client:
-                client.settimeout(5)
-                with contextlib.suppress(OSError):
-                    client.recv(65536)
-                    client.sendall(reply)
-        listener.close()
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    return thread
+# Status lines, headers and bodies that try to break out of whatever they are written to.
+HOSTILE_ANSWERS = (
+    b"HTTP/1.1 500 \x1b[2Jforged\r\nX: a\r\nContent-Length: 2\r\n\r\nno",
+    b"HTTP/1.1 200 OK\r\nX\x1b[2J: a\r\n\r\n",
+    b"\x1b[2J\n2026-01-01 00:00:00,000 ERROR forged\r\n\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\x1b[2J%0a\r\nContent-Length: 0\r\n\r\n",
+)
 
 
 @pytest.mark.slow
 def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(tmp_path: Path) -> None:
     server = Server(tmp_path, LOG_LEVEL="DEBUG", LOG_FILE=tmp_path / "log" / "log.txt").start()
-    port: list[int] = []
-    thread = hostile_answers(port)
-    for _ in range(4):
-        url = f"http://127.0.0.1:{port[0]}/"
-        task = server.expect(
-            201, "POST", "/tasks", {"name": "h", "task_type": "http", "config": {"url": url, "timeout": 5}, "max_retries": 0}
-        )
-        assert server.execute(task["id"], wait=20)["status"] == "failed"
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        for reply in HOSTILE_ANSWERS:
+            client, _ = listener.accept()
+            with client, contextlib.suppress(OSError):
+                client.settimeout(5)
+                client.recv(65536)
+                client.sendall(reply)
+        listener.close()
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    task = server.http(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=5, name="h")
+    assert [server.execute(task, wait=20)["status"] for _ in HOSTILE_ANSWERS] == ["failed"] * 4
     thread.join(10)
     text = r"'\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J'"
     server.execute(server.bash(f"printf {text}; printf {text} >&2; exit 1"), wait=20)
@@ -12257,53 +12164,27 @@ def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(tmp_p
         assert "\n2026-01-01" not in log
 
 
-class Echo:
-    """A server that tells each client all that it sent."""
-
-    def __init__(self) -> None:
-        self.seen: list[bytes] = []
-        echo = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                told = f"{self.path}\n{self.headers}\n".encode() + body
-                echo.seen.append(told)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(told)))
-                self.send_header("X-Echo", self.headers.get("X-Api-Key", ""))
-                self.end_headers()
-                self.wfile.write(told)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.port = self.server.server_address[1]
-
-
 RESOLVED = {"ENV": "resolved-env-value-1", "FILE": "resolved-file-value-2", "URL": "resolved-url-value-3"}
 STORED = ("stored-auth-value-4", "stored-header-value-5", "stored-cookie-value-6", "stored-userinfo-value-7")
 
 
 @pytest.mark.slow
-def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_line(tmp_path: Path) -> None:
+def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_line(tmp_path: Path, web: Web) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "f").write_text(RESOLVED["FILE"] + "\n")
     (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
-    server = Server(
-        tmp_path, mode="both", API_TOKEN_FILE=tmp_path / "token", SECRETS_DIR=tmp_path / "secrets", LOG_LEVEL="DEBUG",
-        LOG_FILE=tmp_path / "log.txt", MCP_PORT=0, SECRET_ENV=RESOLVED["ENV"], SECRET_URL=RESOLVED["URL"],
-    ).start()  # fmt: skip
-    port, echo = mcp_port(server), Echo()
+    secret_settings = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": RESOLVED["ENV"], "SECRET_URL": RESOLVED["URL"]}
+    logs = {"LOG_LEVEL": "DEBUG", "LOG_FILE": tmp_path / "log.txt"}
+    server = Server(tmp_path, "both", API_TOKEN_FILE=tmp_path / "token", **secret_settings, **logs).start()
+    mcp, port = server.mcp_url(), web.server_address[1]
     told: dict[str, bytes] = {}
 
-    def ask(method: str, path: str, body: Any = None, to: int = 0) -> tuple[int, bytes]:
-        client = http.client.HTTPConnection("127.0.0.1", to or server.port, timeout=30)
-        client.request(
-            method, path, None if body is None else json.dumps(body), {**BEARER, **MCP_HEADERS} if body is not None else BEARER
-        )
+    def ask(method: str, path: str, body: Any = None, to: str = "") -> tuple[int, bytes]:
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        if to:
+            client = http.client.HTTPConnection(to.split("/")[2], timeout=30)
+        headers = BEARER if body is None else {**BEARER, **MCP_HEADERS}
+        client.request(method, path, None if body is None else json.dumps(body), headers)
         answer = client.getresponse()
         text = answer.read()
         told[f"{len(told)} {method} {path} {str(body)[:80]}"] = text + str(answer.headers).encode()
@@ -12311,30 +12192,30 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
         return answer.status, text
 
     def listen() -> None:
-        stream = connected(
-            server, f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GOOD_TOKEN}\r\n\r\n".encode()
-        )
-        told["events"] = everything_from(stream)
+        told["events"] = everything_from(connected(server, EVENTS))
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     everywhere = "${env:CHRONOTASK_SECRET_ENV} ${file:f}"
     config = {
-        "url": f"http://anna:{STORED[3]}@127.0.0.1:{echo.port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}", "method": "POST",
+        "url": f"http://anna:{STORED[3]}@127.0.0.1:{port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}",
+        "method": "POST",
         "headers": {"Authorization": f"Bearer {STORED[1]}", "Cookie": f"s={STORED[2]}", "X-Api-Key": everywhere},
-        "params": {"p": everywhere}, "body": {"deep": [everywhere]}, "timeout": 5,
+        "params": {"p": everywhere},
+        "body": {"deep": [everywhere]},
+        "timeout": 5,
         "auth": {"username": "anna", "password": STORED[0]},
-    }  # fmt: skip
-    bash = {
-        "command": 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1',
-        "env": {"S": everywhere},
     }
-    configs = [("http", config), ("bash", bash)]
-    configs.append(("http", {**config, "url": config["url"].replace(str(echo.port), "1")}))
-    configs.append(("http", {**config, "url": config["url"].replace("127.0.0.1", "no.such.host.invalid")}))
-    configs.append(("http", {**config, "expected_status": [201]}))
-    configs.append(("http", {**config, "url": "http://127.0.0.1:1${env:CHRONOTASK_SECRET_ENV}/"}))
-    configs.append(("bash", {"command": "true", "env": {"S": "${env:CHRONOTASK_SECRET_MISSING}${file:../token}"}}))
+    command = 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1'
+    configs = [
+        ("http", config),
+        ("bash", {"command": command, "env": {"S": everywhere}}),
+        ("http", {**config, "url": str(config["url"]).replace(str(port), "1")}),
+        ("http", {**config, "url": str(config["url"]).replace("127.0.0.1", "no.such.host.invalid")}),
+        ("http", {**config, "expected_status": [201]}),
+        ("http", {**config, "url": "http://127.0.0.1:1${env:CHRONOTASK_SECRET_ENV}/"}),
+        ("bash", {"command": "true", "env": {"S": "${env:CHRONOTASK_SECRET_MISSING}${file:../token}"}}),
+    ]
     for number, (kind, each) in enumerate(configs, 1):
         made = ask("POST", "/api/v1/tasks", {"name": f"t{number}", "task_type": kind, "config": each, "max_retries": 0})
         assert made[0] == 201, made
@@ -12344,72 +12225,45 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
         for path in (f"/api/v1/tasks/{number}", f"/api/v1/tasks/{number}/history?output=full"):
             ask("GET", path)
         ask("PATCH", f"/api/v1/tasks/{number}", {"config": {**each, "timeout": -1}})
-        for name, arguments in (
-            ("get_task", {}),
-            ("get_task_history", {"output": "full"}),
-            ("execute_task", {"wait": 20}),
-            ("update_task", {"config": {**each, "no": 1}}),
-        ):
-            call = {"name": name, "arguments": {"task_id": number, **arguments}}
-            ask("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}, port)
+        calls = {"get_task": {}, "get_task_history": {"output": "full"}, "execute_task": {"wait": 20}}
+        for name, more in {**calls, "update_task": {"config": {**each, "no": 1}}}.items():
+            ask("POST", "/mcp", rpc("tools/call", name=name, arguments={"task_id": number, **more}), mcp)
     runs = json.loads(ask("GET", "/api/v1/executions?output=full")[1])["executions"]
     for run in runs:
         ask("GET", f"/api/v1/executions/{run['id']}")
         ask("GET", f"/api/v1/executions/{run['id']}/output")
-    for path in (
-        "/",
-        "/metrics",
-        "/openapi.json",
-        "/api/v1/tasks",
-        "/api/v1/overview",
-        "/api/v1/scheduler/status",
-        "/api/v1/nothing",
-    ):
+    for path in "/ /metrics /openapi.json /api/v1/tasks /api/v1/overview /api/v1/scheduler/status /api/v1/nothing".split():
         ask("GET", path)
     for uri in ("chronotask://status", "chronotask://tasks/1", "chronotask://executions/1"):
-        ask("POST", "/mcp", {"jsonrpc": "2.0", "id": 1, "method": "resources/read", "params": {"uri": uri}}, port)
+        ask("POST", "/mcp", rpc("resources/read", uri=uri), mcp)
     told["command line"] = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     rows = b"".join(path.read_bytes() for path in tmp_path.glob("chronotask.db*"))
     server.stop()
     listener.join(10)
     told["log"], told["stderr"] = (tmp_path / "log.txt").read_bytes(), server.log().encode()
     assert len(told["events"]) > 1000 and b"succeeded" in told["events"]
-    assert all(value.encode() in b"".join(echo.seen) for value in RESOLVED.values())  # the tasks had them
+    assert all(value.encode() in b"".join(web.told) for value in RESOLVED.values())  # the tasks had them
     secrets = [*RESOLVED.values(), *STORED, GOOD_TOKEN]
-    secrets += [base64.b64encode(f"anna:{STORED[0]}".encode()).decode(), base64.b64encode(f"anna:{STORED[3]}".encode()).decode()]
-    leaks = [(what, secret) for what, text in told.items() for secret in secrets if secret.encode() in text]
-    assert leaks == []
+    secrets += [base64.b64encode(f"anna:{password}".encode()).decode() for password in (STORED[0], STORED[3])]
+    assert [(what, secret) for what, text in told.items() for secret in secrets if secret.encode() in text] == []
     assert [value for value in (*RESOLVED.values(), GOOD_TOKEN) if value.encode() in rows] == []
 
 
 @pytest.mark.slow
 def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(tmp_path: Path) -> None:
+    data, logs, copy = tmp_path / "data", tmp_path / "logs", tmp_path / "copy.db"
     before = os.umask(0o000)
     try:
-        server = Server(
-            tmp_path, database=tmp_path / "data" / "c.db", API_TOKEN=GOOD_TOKEN, LOG_FILE=tmp_path / "logs" / "log.txt"
-        ).start()
-        backup = subprocess.run(
-            [sys.executable, str(PROGRAM), "--backup", str(tmp_path / "copy.db")], env=server.environ, timeout=30, check=True
-        )
-        assert backup.returncode == 0
+        server = Server(tmp_path, database=data / "c.db", API_TOKEN=GOOD_TOKEN, LOG_FILE=logs / "log.txt").start()
+        subprocess.run([sys.executable, str(PROGRAM), "--backup", str(copy)], env=server.environ, timeout=30, check=True)
     finally:
         os.umask(before)
-    server.ask(
-        "POST", "/tasks", {**BASH, "config": {"command": f"umask; touch {tmp_path}/made; mkdir {tmp_path}/folder"}}, **BEARER
-    )
-    _, run = server.ask("POST", "/tasks/1/execute?wait=10", **BEARER)
+    run = server.execute(server.bash(f"umask; touch {tmp_path}/made; mkdir {tmp_path}/folder"), wait=10)
     assert run["output_data"]["stdout"] == "0000\n"
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o666
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777
-    assert server.ask("GET", "/backup", **BEARER)[0] == 200
-    own = [
-        tmp_path / "copy.db",
-        tmp_path / "data",
-        tmp_path / "logs",
-        *(tmp_path / "data").iterdir(),
-        *(tmp_path / "logs").iterdir(),
-    ]
+    assert server.ask("GET", "/backup")[0] == 200
+    own = [copy, data, logs, *data.iterdir(), *logs.iterdir()]
     assert {path.name for path in own} >= {"c.db", "c.db-wal", "c.db-shm", "c.db.leader", "c.db.service", "log.txt", "copy.db"}
     assert {path.name: oct(path.stat().st_mode & 0o077) for path in own if path.stat().st_mode & 0o077} == {}
 
@@ -12438,25 +12292,13 @@ if os.environ.pop("AGAIN", "yes") == "yes":
 @pytest.mark.parametrize("mode", ["http", "both"])
 def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_service(tmp_path: Path, mode: str) -> None:
     program = wrapped(tmp_path, DROP_RIGHTS if os.geteuid() == 0 else "")
-    server = Server(
-        tmp_path,
-        program=program,
-        mode=mode,
-        MCP_PORT=0,
-        API_TOKEN=GOOD_TOKEN,
-        SECRET_X="secret-of-the-service",
-        LOG_FILE=tmp_path / "l.txt",
-    ).start()
+    secret = {"API_TOKEN": GOOD_TOKEN, "SECRET_X": "secret-of-the-service"}
+    server = Server(tmp_path, mode, program=program, LOG_FILE=tmp_path / "l.txt", **secret).start()
     if mode == "both":
-        mcp_port(server)
-    streams = [
-        connected(
-            server, f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GOOD_TOKEN}\r\n\r\n".encode()
-        )
-        for _ in range(3)
-    ]
-    made = server.ask("POST", "/tasks", {**BASH, "config": {"command": PROBE, "env": {"MINE": "1"}}}, **BEARER)[1]
-    run = server.ask("POST", f"/tasks/{made['id']}/execute?wait=20", **BEARER)[1]
+        server.mcp_url()
+    streams = [connected(server, EVENTS) for _ in range(3)]
+    task = server.bash("", config={"command": PROBE, "env": {"MINE": "1"}})
+    run = server.execute(task, wait=20)
     open_files, environ, looked, command = run["output_data"]["stdout"].split("--\n")
     kinds = {re.sub(r":\[\d+\]", "", line) for line in open_files.split()}
     assert kinds == {"/dev/null", "pipe"}, open_files
@@ -12477,11 +12319,8 @@ def test_the_backup_is_closed_without_a_token_and_leaves_no_copy_behind(tmp_path
     server.stop()
     (tmp_path / "token").write_text(f"  {GOOD_TOKEN}\r\n")
     server = Server(tmp_path / "closed", API_TOKEN_FILE=tmp_path / "token").start()
-    assert [server.ask("GET", "/backup", Authorization=f"Bearer {token}")[0] for token in ("", "wrong-horse", GOOD_TOKEN)] == [
-        401,
-        401,
-        200,
-    ]
+    for token, status in (("", 401), ("wrong-horse", 401), (GOOD_TOKEN, 200)):
+        assert server.ask("GET", "/backup", Authorization=f"Bearer {token}")[0] == status
     status, copy = server.ask("GET", "/backup", **BEARER)
     assert status == 200 and copy.startswith(b"SQLite format 3\0")
     assert server.ask("GET", "/health")[1] == {"status": "healthy"}
@@ -12492,29 +12331,26 @@ def test_the_backup_is_closed_without_a_token_and_leaves_no_copy_behind(tmp_path
 def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(tmp_path: Path) -> None:
     server = Server(tmp_path).start()
     server.bash("true", name="secret-name")
-    (tmp_path / "shared").mkdir()
+    shared, copy = tmp_path / "shared", tmp_path / "shared" / "copy.db"
+    shared.mkdir()
     plant = (
         "import os; folder = os.environ['SHARED']\n"
         "names = ('.copy.db.%d.part', 'copy.db.%d.part', '.copy.db.part', 'copy.db.part', '.copy.db.tmp', 'copy.db.tmp')\n"
         "for name in names: open(f'{folder}/{name % os.getpid() if chr(37) in name else name}', 'w').close()\n"
     )
-    program = wrapped(tmp_path, plant)
-    environ = {**server.environ, "SHARED": str(tmp_path / "shared")}
-    command = [sys.executable, str(program), "--backup", str(tmp_path / "shared" / "copy.db")]
-    done = subprocess.run(command, env=environ, timeout=30, capture_output=True)
-    planted = [path for path in (tmp_path / "shared").iterdir() if path.name != "copy.db"]
+    environ = {**server.environ, "SHARED": str(shared)}
+    done = ran(tmp_path, sys.executable, wrapped(tmp_path, plant), "--backup", copy, environ=environ)
+    planted = [path for path in shared.iterdir() if path.name != "copy.db"]
     assert len(planted) == 6 and [path.name for path in planted if path.stat().st_size] == []
     if done.returncode == 0:
-        assert stat.S_IMODE((tmp_path / "shared" / "copy.db").stat().st_mode) == 0o600
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["http", "both"])
 def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path: Path, mode: str) -> None:
-    alone = (
-        "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # a network of its own: CLONE_NEWNET
-    )
-    server = Server(tmp_path, program=wrapped(tmp_path, alone), mode=mode, API_HOST="0.0.0.0", MCP_PORT=0).start(ready=False)
+    alone = "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # CLONE_NEWNET: no other network
+    server = Server(tmp_path, mode, program=wrapped(tmp_path, alone), API_HOST="0.0.0.0").start(ready=False)
     until(lambda: "REST on" in server.log() or server.process.poll() is not None)
     if "no namespace" in server.log():
         pytest.skip("a network namespace needs more rights")
