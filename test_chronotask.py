@@ -49,6 +49,9 @@ from zoneinfo import ZoneInfo
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from mcp import MCPError
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters, stdio_client
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 import chronotask
@@ -783,7 +786,7 @@ SECTIONS = {
     11: "MCP",
     12: "Main",
 }
-# Which sections a section may know: a door knows the service and the models, never what lies behind the service.
+# Which sections a section may know: an interface knows the service and the models, never what lies behind the service.
 MAY_KNOW: dict[int, set[int]] = {
     0: set(),
     1: {0},
@@ -990,8 +993,8 @@ PLANTED = {
         "async def planted(s: Store) -> None: ...",
         "uses Store of section 6, which it may not know",
     ),
-    "a door that sees the store": (10, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
-    "a door that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
+    "an interface that sees the store": (10, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
+    "an interface that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
     "a timer queue that knows schedules": (4, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
     "a store that reads the clock": (6, "def planted(c: Clock) -> int: ...", "uses Clock of section 5, which it may not know"),
     "another section's private name": (8, "PLANTED = _schedule", "uses the private _schedule of section 6"),
@@ -8566,17 +8569,11 @@ def test_defaults_suit_a_model() -> None:
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_split_into_the_id_and_the_body() -> None:
+def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> None:
     args = tool_args(TOOLS["update_schedule"], {"schedule_id": 7, "overlap": "queue"})
     assert (args.id, args.body.sent()) == (7, {"overlap": "queue"})
-
-
-def test_an_id_may_come_as_text() -> None:
     assert tool_args(TOOLS["get_task"], {"task_id": "7"}).id == 7
     assert tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x"}).id == 7
-
-
-def test_an_object_may_come_as_json_text() -> None:
     sent = {"task_id": 1, "schedule_type": "cron", "schedule_config": json.dumps(WEEKDAYS)}
     assert tool_args(TOOLS["create_schedule"], sent).body.schedule_config == WEEKDAYS
 
@@ -8588,13 +8585,7 @@ def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
         ("config", "must be an object, not 'ls'"),
         ("max_retry", "unknown field (did you mean max_retries?)"),
     ]
-
-
-def test_a_wrong_name_of_the_id_is_put_right() -> None:
     assert refused("get_task", id=3) == [("task_id", "is required"), ("id", "unknown field (known: task_id)")]
-
-
-def test_an_id_of_zero_and_a_wait_of_a_minute_are_refused() -> None:
     assert refused("get_task", task_id=0) == [("task_id", "must be at least 1, not 0")]
     [(field, message)] = refused("execute_task", task_id=1, wait=60)
     assert field == "wait" and message.startswith("must be at most 50")
@@ -8645,8 +8636,6 @@ class Caller:
 @pytest.fixture(params=["legacy", NEW_VERSION])
 async def call(service: Service, request: pytest.FixtureRequest) -> AsyncIterator[Caller]:
     """The SDK's client in the same process, in both eras. It lives in one job, as its cancel scopes need."""
-    from mcp.client import Client
-
     opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
     over = asyncio.Event()
 
@@ -8704,8 +8693,6 @@ async def test_every_tool_can_be_called_in_both_eras(call: Caller) -> None:
 
 
 async def test_an_unknown_tool_is_an_error_of_the_protocol_that_names_the_nearest_one(call: Caller) -> None:
-    from mcp import MCPError
-
     with pytest.raises(MCPError) as caught:
         await call.client.call_tool("create_tasks", {})
     assert (caught.value.code, caught.value.message) == (-32602, "unknown tool 'create_tasks': did you mean create_task?")
@@ -8713,9 +8700,8 @@ async def test_an_unknown_tool_is_an_error_of_the_protocol_that_names_the_neares
 
 async def test_what_does_not_exist_is_answered_with_where_to_look(call: Caller) -> None:
     assert await call.refused("get_task", task_id=99) == "there is no task 99: list_tasks shows those that exist"
-    assert (
-        await call.refused("delete_schedule", schedule_id=99) == "there is no schedule 99: list_schedules shows those that exist"
-    )
+    refused = await call.refused("delete_schedule", schedule_id=99)
+    assert refused == "there is no schedule 99: list_schedules shows those that exist"
     assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: get_task_history shows")
 
 
@@ -8787,8 +8773,6 @@ async def test_long_output_is_clipped_and_whole_in_the_resource(call: Caller) ->
 
 
 async def test_resources_can_be_listed_and_read(call: Caller) -> None:
-    from mcp import MCPError
-
     task_id = await bash_mcp(call, "true")
     listed = [str(one.uri) for one in (await call.client.list_resources()).resources]
     templates = [one.uri_template for one in (await call.client.list_resource_templates()).resource_templates]
@@ -8803,8 +8787,6 @@ async def test_resources_can_be_listed_and_read(call: Caller) -> None:
 
 
 async def test_the_prompt_brings_the_facts_about_a_failing_task(call: Caller) -> None:
-    from mcp import MCPError
-
     task_id = await bash_mcp(call, "echo no space left >&2; exit 3")
     await call("execute_task", task_id=task_id)
     [prompt] = (await call.client.list_prompts()).prompts
@@ -8825,8 +8807,6 @@ async def test_secrets_stay_masked_and_a_mask_sent_back_keeps_them(call: Caller)
 
 
 async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) -> None:
-    from mcp.client import Client
-
     async with Client(make_server(service), mode="legacy") as client:
         call = Caller(client)
         os.mkfifo(f"{service.store.path}.gate")
@@ -8844,8 +8824,6 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
 
 
 async def test_a_bug_is_answered_without_a_trace(open_rig: OpenRig, caplog: pytest.LogCaptureFixture) -> None:
-    from mcp.client import Client
-
     rig: Rig = await open_rig()
     async with Client(make_server(rig.service), mode="legacy") as client:
         task_id = await rig.task()
@@ -8915,6 +8893,12 @@ async def test_a_line_that_is_too_long_keeps_both_ends_and_its_size() -> None:
     assert len(line) < MAX_BODY + 65536
 
 
+def error_of(line: bytes, size: int) -> MCPError:
+    with pytest.raises(MCPError) as caught:
+        read_message(line, size)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("line", "code", "number"),
     [
@@ -8930,11 +8914,8 @@ async def test_a_line_that_is_too_long_keeps_both_ends_and_its_size() -> None:
     ],
 )
 def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: bytes, code: int, number: Json) -> None:
-    from mcp import MCPError
-
-    with pytest.raises(MCPError) as caught:
-        read_message(line, len(line))
-    assert (caught.value.code, caught.value.data) == (code, number)
+    error = error_of(line, len(line))
+    assert (error.code, error.data) == (code, number)
 
 
 @pytest.mark.parametrize(
@@ -8946,12 +8927,8 @@ def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: byte
     ],
 )
 def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, number: Json) -> None:
-    from mcp import MCPError
-
-    with pytest.raises(MCPError) as caught:
-        read_message(line, MAX_BODY + 1)
-    assert caught.value.message == "a message may have at most 1048576 bytes, not 1048577"
-    assert caught.value.data == number
+    error = error_of(line, MAX_BODY + 1)
+    assert (error.message, error.data) == ("a message may have at most 1048576 bytes, not 1048577", number)
 
 
 # --- Real processes: stdio --------------------------------------------------------------------------------------------
@@ -8997,9 +8974,6 @@ def test_stdio_speaks_the_version_without_a_handshake(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: str) -> None:
-    from mcp.client import Client
-    from mcp.client.stdio import StdioServerParameters, stdio_client
-
     environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
     program = StdioServerParameters(command=sys.executable, args=[str(PROGRAM), "--mode", "mcp"], env=environ)
     with (tmp_path / "log").open("w") as log:
@@ -9214,8 +9188,6 @@ def both_on_http(folder: Path, **settings: Json) -> Server:
 
 
 def first_tool(server: Server) -> str:
-    from mcp.client import Client
-
     async def ask_for_it() -> str:
         async with Client(server.mcp_url()) as client:
             return str((await client.list_tools()).tools[0].name)
@@ -9299,8 +9271,6 @@ def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 async def test_the_sdks_client_uses_every_tool_over_http(tmp_path: Path, mode: str) -> None:
-    from mcp.client import Client
-
     server = await asyncio.to_thread(both_on_http, tmp_path)
     url = await asyncio.to_thread(server.mcp_url)
     async with Client(url, mode=mode) as client:
@@ -11102,39 +11072,35 @@ SMUGGLING = {
 
 
 @pytest.mark.parametrize("attack", SMUGGLING)
-async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(open_door: Any, attack: str) -> None:
-    door: Door = await open_door()
-    answer = await raw_answer(door.client.port, SMUGGLING[attack])
+async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(api: Api, attack: str) -> None:
+    answer = await raw_answer(api.client.port, SMUGGLING[attack])
     found = statuses_in(answer)
     assert found and all(400 <= status < 500 for status in found), answer
-    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-    assert (await door("GET", "//health")).status == 200
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert (await api("GET", "//health")).status == 200
 
 
-async def test_a_request_after_an_upgrade_that_was_not_accepted_is_checked_like_any_other(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
+async def test_a_request_after_an_upgrade_that_was_not_accepted_is_checked_like_any_other(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
     upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    answer = await raw_answer(door.client.port, upgrade + SMUGGLED)
+    answer = await raw_answer(api.client.port, upgrade + SMUGGLED)
     assert statuses_in(answer) == [200, 401]
-    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
-async def test_pipelined_requests_are_each_checked_and_answered_in_order(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
+async def test_pipelined_requests_are_each_checked_and_answered_in_order(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
     one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     stolen = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
     evil = b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
-    answer = await raw_answer(door.client.port, one * 40 + stolen + one + evil)
+    answer = await raw_answer(api.client.port, one * 40 + stolen + one + evil)
     assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
 
 
-async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(
-    open_door: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "SLOW_BODY", 0.3)
-    door: Door = await open_door()
     for beginning, end in ((b"Content-Length: 500\r\n\r\n", BODY), (b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", b"zz\r\n")):
-        reader, writer = await asyncio.open_connection("127.0.0.1", door.client.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
         writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + beginning)
         await writer.drain()
         writer.write(end)
@@ -11142,12 +11108,11 @@ async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(
             answer = await reader.read(2000)
         assert statuses_in(answer)[:1] in ([408], [400]), answer
         writer.close()
-    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
-async def test_a_body_without_end_is_refused_at_1_mib(open_door: Any) -> None:
-    door: Door = await open_door()
-    reader, writer = await asyncio.open_connection("127.0.0.1", door.client.port)
+async def test_a_body_without_end_is_refused_at_1_mib(api: Api) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
     writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
     answer = asyncio.ensure_future(reader.read(2000))
     for _ in range(400):  # 25 MB
@@ -11159,11 +11124,11 @@ async def test_a_body_without_end_is_refused_at_1_mib(open_door: Any) -> None:
     writer.close()
 
 
-async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
+async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
     bomb = gzip.compress(b" " * (1 << 26) + BODY)
     for headers, status in ((BEARER, 415), ({}, 401)):
-        answer = await door("POST", "/tasks", raw=bomb, headers={**headers, "Content-Encoding": "gzip"})
+        answer = await api("POST", "/tasks", raw=bomb, headers={**headers, "Content-Encoding": "gzip"})
         problem_of(answer, status)
 
 
@@ -11180,9 +11145,8 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
-async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(open_door: Any, number: str) -> None:
-    door: Door = await open_door()
-    task_id = await door.task()
+async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str) -> None:
+    task_id = await api.task()
     places = {
         "/tasks": [
             '{"name":"t","task_type":"bash","config":{"command":"true"},"max_retries":N}',
@@ -11203,21 +11167,20 @@ async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(open_door: Any, numbe
     }
     for path, bodies in places.items():
         for body in bodies:
-            answer = await door("POST", path, raw=body.replace("N", number).encode())
+            answer = await api("POST", path, raw=body.replace("N", number).encode())
             assert answer.status in (201, 400, 404, 422), (body, answer.text)
             assert len(answer.text) < 20_000
     for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
-        assert (await door("GET", query)).status in (404, 422), query
-    assert (await door("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
+        assert (await api("GET", query)).status in (404, 422), query
+    assert (await api("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
     for path in ("/tasks?limit=1000", "/schedules", "/overview"):
-        listed = await door("GET", path)
+        listed = await api("GET", path)
         assert listed.status == 200 and listed.json, path
 
 
 @pytest.mark.parametrize("character", ["\\u0000", "\\ud800", "\\udfff\\ud800"])
-async def test_nul_and_lone_surrogates_are_refused_in_every_text(open_door: Any, character: str) -> None:
-    door: Door = await open_door()
-    task_id = await door.task()
+async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, character: str) -> None:
+    task_id = await api.task()
     bodies = {
         "/tasks": [
             '{"name":"aX","task_type":"bash","config":{"command":"true"}}',
@@ -11242,15 +11205,15 @@ async def test_nul_and_lone_surrogates_are_refused_in_every_text(open_door: Any,
     }
     for path, texts in bodies.items():
         for text in texts:
-            answer = await door("POST", path, raw=text.replace("X", character).encode())
+            answer = await api("POST", path, raw=text.replace("X", character).encode())
             assert answer.status == 422 and answer.json["errors"], (text, answer.text)
-    assert door.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
 
 
 # --- The token --------------------------------------------------------------------------------------------------------
 
 
-def every_door() -> Iterator[tuple[str, str]]:
+def every_way_in() -> Iterator[tuple[str, str]]:
     for operation in OPERATIONS:
         yield operation.method, API + operation.path.replace("{id}", "1")
         if operation.method == "PATCH":
@@ -11270,47 +11233,39 @@ def every_door() -> Iterator[tuple[str, str]]:
 OPEN_WITHOUT_TOKEN = {("GET", "/health"), ("GET", "/docs")}
 
 
-async def test_going_round_the_token_by_another_route_method_or_spelling(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
-    task_id = (await door("POST", "/tasks", BASH, headers=BEARER)).json["id"]
-    for method, path in every_door():
-        answer = await raw_answer(
-            door.client.port, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
-        )
+async def test_going_round_the_token_by_another_route_method_or_spelling(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    task_id = (await api("POST", "/tasks", BASH, headers=BEARER)).json["id"]
+    for method, path in every_way_in():
+        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        answer = await raw_answer(api.client.port, request.encode())
         assert statuses_in(answer) == [200 if (method, path) in OPEN_WITHOUT_TOKEN else 401], (method, path, answer)
-    assert door.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
-    assert door.rig.sql("SELECT count(*) FROM executions") == [(0,)]
+    assert api.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
+    assert api.rig.sql("SELECT count(*) FROM executions") == [(0,)]
 
 
-async def test_what_is_open_without_the_token_tells_nothing(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
-    assert (await door("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
-    assert (await door("GET", "//health")).text == '{"status":"healthy"}'
+async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    assert (await api("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
+    assert (await api("GET", "//health")).text == '{"status":"healthy"}'
     for path in ("//", "//docs"):
-        answer = await door("GET", path, headers={"Accept": "text/html"})
+        answer = await api("GET", path, headers={"Accept": "text/html"})
         assert answer.status == 200 and "geheim-name" not in answer.text
 
 
 ODD_TOKENS = [
     b"", b" ", b"\xc3\xa4\xc3\xb6", b"\xff\xfe", b"correct-horse-batter\xc3\xa4", b"correct-horse-battery,", b"x" * 8000,
     b"correct-horse-batter", b"CORRECT-HORSE-BATTERY", b"correct-horse-battery correct-horse-battery", b"\tx", b"null",
-    b"\\u0063",
+    b"\\u0063", b"wrong-horse\r\nAuthorization: Bearer correct-horse-battery",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("token", ODD_TOKENS)
-async def test_an_odd_token_is_a_wrong_token(open_door: Any, token: bytes) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
+async def test_an_odd_token_is_a_wrong_token_and_a_good_one_after_a_bad_one_counts_for_nothing(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
     head = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    answer = await raw_answer(door.client.port, head + b"Authorization: Bearer " + token + b"\r\n\r\n")
-    assert statuses_in(answer) == [401], answer
-
-
-async def test_a_good_token_after_a_bad_one_counts_for_nothing(open_door: Any) -> None:
-    door: Door = await open_door(api_token=GOOD_TOKEN)
-    head = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    both = b"Authorization: Bearer wrong-horse\r\nAuthorization: Bearer " + GOOD_TOKEN.encode() + b"\r\n\r\n"
-    assert statuses_in(await raw_answer(door.client.port, head + both)) == [401]
+    for token in ODD_TOKENS:
+        answer = await raw_answer(api.client.port, head + b"Authorization: Bearer " + token + b"\r\n\r\n")
+        assert statuses_in(answer) == [401], (token, answer)
 
 
 def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -11348,7 +11303,7 @@ def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
     assert caplog.messages == []
 
 
-# --- The MCP port: the same door --------------------------------------------------------------------------------------
+# --- The MCP port: the same rules -------------------------------------------------------------------------------------
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
@@ -11357,12 +11312,12 @@ PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 async def open_mcp(open_rig: OpenRig) -> AsyncIterator[Any]:
     clients: list[TestClient[Any, Any]] = []
 
-    async def open_one(**changes: Any) -> Door:
+    async def open_one(**changes: Any) -> Api:
         rig = await open_rig(clock=FakeClock(free=True), **changes)
         client = TestClient(TestServer(make_mcp_app(rig.service, make_server(rig.service))))
         clients.append(client)
         await client.start_server()
-        return Door(client, rig)
+        return Api(client, rig)
 
     yield open_one
     for client in clients:
@@ -11370,59 +11325,53 @@ async def open_mcp(open_rig: OpenRig) -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-async def test_a_rebinding_host_name_on_the_mcp_port(open_mcp: Any, host: str) -> None:
-    door: Door = await open_mcp(allowed_hosts=("tasks.example.com",))
-    answer = await door("POST", "//mcp", PING, headers={**MCP_HEADERS, "Host": host})
+async def test_a_rebinding_host_name_on_the_mcp_port(open_mcp: OpenApi, host: str) -> None:
+    api = await open_mcp(allowed_hosts=("tasks.example.com",))
+    answer = await api("POST", "//mcp", PING, headers={**MCP_HEADERS, "Host": host})
     assert answer.status == HOSTS[host], answer.text
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-async def test_a_page_of_another_origin_on_the_mcp_port(open_mcp: Any, origin: str) -> None:
-    door: Door = await open_mcp(allowed_hosts=("tasks.example.com",))
+async def test_a_page_of_another_origin_on_the_mcp_port(open_mcp: OpenApi, origin: str) -> None:
+    api = await open_mcp(allowed_hosts=("tasks.example.com",))
     headers = {**MCP_HEADERS, "Host": "127.0.0.1:8000", "Origin": origin}
-    assert (await door("POST", "//mcp", PING, headers=headers)).status == ORIGINS[origin]
+    assert (await api("POST", "//mcp", PING, headers=headers)).status == ORIGINS[origin]
     if ORIGINS[origin] == 403:
         for method in ("GET", "DELETE"):
-            assert (await door(method, "//mcp", headers=headers)).status == 403
+            assert (await api(method, "//mcp", headers=headers)).status == 403
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "nonsense"])
-async def test_a_form_an_image_or_a_navigation_of_another_site_on_the_mcp_port(open_mcp: Any, site: str) -> None:
-    door: Door = await open_mcp()
+async def test_a_form_an_image_or_a_navigation_of_another_site_on_the_mcp_port(open_mcp: OpenApi, site: str) -> None:
+    api = await open_mcp()
     for more in ({}, {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}, {"Sec-Fetch-Mode": "no-cors"}):
         for method in ("GET", "POST"):
             headers = {**MCP_HEADERS, "Sec-Fetch-Site": site, **more}
-            assert (await door(method, "//mcp", PING if method == "POST" else None, headers=headers)).status == 403
-    for content_type in (
-        "text/plain",
-        "application/x-www-form-urlencoded",
-        "multipart/form-data",
-        "text/plain; application/json",
-    ):
-        answer = await door("POST", "//mcp", PING, headers={**MCP_HEADERS, "Content-Type": content_type})
+            assert (await api(method, "//mcp", PING if method == "POST" else None, headers=headers)).status == 403
+    for content_type in (*NOT_JSON.split("|")[:3], "text/plain; application/json"):
+        answer = await api("POST", "//mcp", PING, headers={**MCP_HEADERS, "Content-Type": content_type})
         assert answer.status == 415, content_type
 
 
-async def test_going_round_the_token_on_the_mcp_port(open_mcp: Any) -> None:
-    door: Door = await open_mcp(api_token=GOOD_TOKEN)
-    for method, path in itertools.product(
-        ("GET", "POST", "DELETE", "PUT", "OPTIONS"), ("//mcp", "//mcp/", "//", "//docs", "//x")
-    ):
-        answer = await door(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
+async def test_going_round_the_token_on_the_mcp_port(open_mcp: OpenApi) -> None:
+    api = await open_mcp(api_token=GOOD_TOKEN)
+    paths = ("//mcp", "//mcp/", "//", "//docs", "//x")
+    for method, path in itertools.product(("GET", "POST", "DELETE", "PUT", "OPTIONS"), paths):
+        answer = await api(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
         static = method == "GET" and path == "//docs"  # nothing is there on this port
         assert answer.status == (404 if static else 401), (method, path)
-    assert (await door("GET", "//health")).status == 404
-    assert (await door("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
+    assert (await api("GET", "//health")).status == 404
+    assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
 
 
-async def test_a_preflight_gets_no_cors_headers_on_either_port(open_door: Any, open_mcp: Any) -> None:
-    rest: Door = await open_door()
-    mcp: Door = await open_mcp()
+async def test_a_preflight_gets_no_cors_headers_on_either_port(open_api: OpenApi, open_mcp: OpenApi) -> None:
+    rest: Api = await open_api()
+    mcp: Api = await open_mcp()
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type, authorization"}
-    for door, path in ((rest, "/tasks"), (rest, "//metrics"), (rest, "//"), (rest, "/events"), (mcp, "//mcp")):
-        same = f"http://127.0.0.1:{door.client.port}"
+    for api, path in ((rest, "/tasks"), (rest, "//metrics"), (rest, "//"), (rest, "/events"), (mcp, "//mcp")):
+        same = f"http://127.0.0.1:{api.client.port}"
         for origin, method in itertools.product(("https://evil.example", "null", same), ("OPTIONS", "HEAD", "DELETE")):
-            answer = await door(method, path, headers={"Origin": origin, **asked})
+            answer = await api(method, path, headers={"Origin": origin, **asked})
             assert not [name for name in answer.headers if name.lower().startswith("access-control")], (path, origin, method)
             assert answer.status >= 400 or (origin == same and method == "HEAD")
 
@@ -11454,15 +11403,15 @@ MCP_GARBAGE = {
 
 @pytest.mark.parametrize("garbage", MCP_GARBAGE)
 async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(
-    open_mcp: Any, garbage: str, caplog: pytest.LogCaptureFixture
+    open_mcp: OpenApi, garbage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    door: Door = await open_mcp()
-    answer = await door("POST", "//mcp", raw=MCP_GARBAGE[garbage], headers=MCP_HEADERS)
+    api = await open_mcp()
+    answer = await api("POST", "//mcp", raw=MCP_GARBAGE[garbage], headers=MCP_HEADERS)
     assert answer.status < 500 and len(answer.text) < 10_000, answer
     assert "\x1b" not in answer.text
-    assert door.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
     assert not [record for record in caplog.records if record.exc_info]
-    assert (await door("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200
+    assert (await api("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200
 
 
 # --- Tasks made before a rule was set ---------------------------------------------------------------------------------
@@ -11500,44 +11449,41 @@ async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or
 
 
 def secret_config(target: Target) -> dict[str, Any]:
+    kept = {"Authorization": "Bearer header-secret-3", "COOKIE": "s=cookie-secret-4", "proxy-authorization": "proxy-secret-5"}
     return {
         "url": target.url.replace("://", "://anna:url-secret-1@"),
         "auth": {"username": "anna", "password": "auth-secret-2"},
-        "headers": {
-            "Authorization": "Bearer header-secret-3",
-            "COOKIE": "s=cookie-secret-4",
-            "proxy-authorization": "proxy-secret-5",
-            "X": "y",
-        },
+        "headers": {**kept, "X": "y"},
     }
 
 
+MASKED_FIELDS = {
+    "config.auth.password",
+    *(f"config.headers.{name}" for name in ("Authorization", "COOKIE", "proxy-authorization")),
+}
 SECRETS = ("url-secret-1", "auth-secret-2", "header-secret-3", "cookie-secret-4", "proxy-secret-5")
 
 
-async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks_come_back(
-    open_door: Any, target: Target
-) -> None:
-    door: Door = await open_door()
-    task_id = await door.task(task_type="http", config=secret_config(target))
-    shown = (await door("GET", f"/tasks/{task_id}")).json
+async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks_come_back(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api("GET", f"/tasks/{task_id}")).json
     assert shown["config"]["auth"] == {"username": "anna", "password": MASK}
     assert shown["config"]["headers"] == {"Authorization": MASK, "COOKIE": MASK, "proxy-authorization": MASK, "X": "y"}
     assert shown["config"]["url"] == target.url.replace("://", f"://{MASK}@")
     for method in ("PUT", "PATCH"):
-        answer = await door(method, f"/tasks/{task_id}", shown)
+        answer = await api(method, f"/tasks/{task_id}", shown)
         assert answer.status == 200 and answer.json["config"] == shown["config"]
-    answer = await run_tool(door.rig.service, "update_task", {"task_id": task_id, "config": shown["config"]})
+    answer = await run_tool(api.rig.service, "update_task", {"task_id": task_id, "config": shown["config"]})
     assert not answer.is_error
-    await door.executed(task_id)
+    await api.executed(task_id)
     (request,) = target.requests
     assert (request.headers["Authorization"], request.headers["Cookie"]) == ("Bearer header-secret-3", "s=cookie-secret-4")
     texts = [
-        (await door("GET", path)).text
+        (await api("GET", path)).text
         for path in ("/tasks", f"/tasks/{task_id}", "/overview", "/executions?output=full", "/executions/1")
     ]
     for tool, arguments in (("get_task", {"task_id": task_id}), ("list_tasks", {}), ("get_execution", {"execution_id": 1})):
-        texts.append(str((await run_tool(door.rig.service, tool, arguments)).model_dump()))
+        texts.append(str((await run_tool(api.rig.service, tool, arguments)).model_dump()))
     for secret, text in itertools.product(SECRETS, texts):
         assert secret not in text
         assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
@@ -11565,50 +11511,33 @@ def moved(url: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", moved("http://x@127.0.0.1:1"))
-async def test_a_mask_does_not_follow_the_url_to_another_server(open_door: Any, target: Target, way: str) -> None:
-    door: Door = await open_door()
-    task_id = await door.task(task_type="http", config=secret_config(target))
-    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
-    answer = await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": moved(shown["url"])[way]}})
+async def test_a_mask_does_not_follow_the_url_to_another_server(api: Api, target: Target, way: str) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
+    answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": moved(shown["url"])[way]}})
     assert answer.status == 422, answer.text
     fields = {error["field"] for error in answer.json["errors"]}
-    wanted = {
-        "config.auth.password",
-        "config.headers.Authorization",
-        "config.headers.COOKIE",
-        "config.headers.proxy-authorization",
-    }
-    assert fields >= wanted or fields == {"config.url"}, fields
+    assert fields >= MASKED_FIELDS or fields == {"config.url"}, fields
     assert not [secret for secret in SECRETS if secret in answer.text]
-    kept = json.loads(door.rig.sql("SELECT config FROM tasks")[0][0])
+    kept = json.loads(api.rig.sql("SELECT config FROM tasks")[0][0])
     assert (kept["url"], kept["auth"]["password"]) == (secret_config(target)["url"], "auth-secret-2")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.2:PORT/", "http://127.0.0.1:9/", "https://127.0.0.1:PORT/", "http://127.0.0.1/"])
-async def test_a_masked_header_does_not_follow_a_url_without_user_to_another_server(
-    open_door: Any, target: Target, url: str
-) -> None:
-    door: Door = await open_door()
-    task_id = await door.task(task_type="http", config={**secret_config(target), "url": target.url})
-    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
+async def test_a_masked_header_does_not_follow_a_url_without_user_to_another_server(api: Api, target: Target, url: str) -> None:
+    task_id = await api.task(task_type="http", config={**secret_config(target), "url": target.url})
+    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
     elsewhere = url.replace("PORT", target.url.rpartition(":")[2])
-    answer = await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": elsewhere}})
-    wanted = (
-        "config.auth.password",
-        "config.headers.Authorization",
-        "config.headers.COOKIE",
-        "config.headers.proxy-authorization",
-    )
-    problem_of(answer, 422, *wanted)
-    assert json.loads(door.rig.sql("SELECT config FROM tasks")[0][0])["url"] == target.url
+    answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": elsewhere}})
+    problem_of(answer, 422, *MASKED_FIELDS)
+    assert json.loads(api.rig.sql("SELECT config FROM tasks")[0][0])["url"] == target.url
 
 
-async def test_the_path_and_query_may_change_while_the_masks_stay(open_door: Any, target: Target) -> None:
-    door: Door = await open_door()
-    task_id = await door.task(task_type="http", config=secret_config(target))
-    shown = (await door("GET", f"/tasks/{task_id}")).json["config"]
-    assert (await door("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
-    await door.executed(task_id)
+async def test_the_path_and_query_may_change_while_the_masks_stay(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
+    assert (await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
+    await api.executed(task_id)
     assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
 
 
@@ -11618,14 +11547,13 @@ FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSe
 FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
 
 
-async def test_what_a_task_prints_forges_no_event_and_no_header(open_door: Any) -> None:
-    door: Door = await open_door()
+async def test_what_a_task_prints_forges_no_event_and_no_header(api: Api) -> None:
     forged = json.dumps(FORGED).replace("'", "")
     command = f"python3 -c 'import sys; sys.stdout.write({forged}); sys.stderr.write({forged}); sys.exit(3)'"
-    async with door.client.get(f"{API}/events") as stream:
+    async with api.client.get(f"{API}/events") as stream:
         await stream.content.readuntil(b"\n\n")
-        task_id = await door.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
-        execution_id = await door.executed(task_id)
+        task_id = await api.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
+        execution_id = await api.executed(task_id)
         statuses: list[str] = []
         async with asyncio.timeout(10):
             while "failed" not in statuses:
@@ -11636,44 +11564,36 @@ async def test_what_a_task_prints_forges_no_event_and_no_header(open_door: Any) 
                 assert lines[1].removeprefix("event: ") in {"task", "execution", "schedule", "scheduler"}
                 statuses.append(json.loads(lines[2].removeprefix("data: ")).get("status"))
     for path in (f"/executions/{execution_id}/output", f"/executions/{execution_id}/output?follow=true"):
-        answer = await door("GET", path)
+        answer = await api("GET", path)
         assert FORGED in answer.text and "Set-Cookie" not in answer.headers
         assert answer.headers["Content-Type"].startswith("text/plain") and answer.headers["X-Content-Type-Options"] == "nosniff"
     for path in (f"/executions/{execution_id}", f"/tasks/{task_id}/history", "/executions", "/overview"):
-        answer = await door("GET", path)
+        answer = await api("GET", path)
         assert answer.headers["Content-Type"].startswith("application/json")
         assert answer.headers["X-Content-Type-Options"] == "nosniff" and not set(answer.text) & set("\n\r\x1b\x07")
 
 
-async def test_what_a_server_answers_sets_no_header_of_ours(open_door: Any, target: Target) -> None:
-    door: Door = await open_door()
-    evil = {
-        "Set-Cookie": "a=b",
-        "Location": "http://evil.example/",
-        "Content-Type": "text/html",
-        "Access-Control-Allow-Origin": "*",
-    }
-    target.answer(200, evil, b"<script>alert(1)</script>")
-    execution_id = await door.executed(await door.task(**target.config()))
+async def test_what_a_server_answers_sets_no_header_of_ours(api: Api, target: Target) -> None:
+    evil = {"Set-Cookie": "a=b", "Location": "http://evil.example/", "Access-Control-Allow-Origin": "*"}
+    target.answer(200, {**evil, "Content-Type": "text/html"}, b"<script>alert(1)</script>")
+    execution_id = await api.executed(await api.task(**target.config()))
     for path in (f"/executions/{execution_id}", f"/executions/{execution_id}/output"):
-        headers = (await door("GET", path)).headers
-        assert not {"Set-Cookie", "Location", "Access-Control-Allow-Origin"} & {*headers}
+        headers = (await api("GET", path)).headers
+        assert not {*evil} & {*headers}
         assert "html" not in headers["Content-Type"]
 
 
 @pytest.mark.parametrize("name", ['a"} 1 #', "a\\", 'a\\"', "{}", "a,b=c", "ä\u3000#"])
-async def test_the_name_of_a_task_forges_no_metric(open_door: Any, name: str) -> None:
-    door: Door = await open_door()
-    await door.executed(await door.task(name=name))
+async def test_the_name_of_a_task_forges_no_metric(api: Api, name: str) -> None:
+    await api.executed(await api.task(name=name))
     sample = re.compile(r'[a-z_]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)*\})? [0-9.e+-]+|# (HELP|TYPE) .*')
-    lines = (await door("GET", "//metrics")).text.splitlines()
+    lines = (await api("GET", "//metrics")).text.splitlines()
     assert lines and all(sample.fullmatch(line) for line in lines)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[2J", "a\x00", "\x7f", "\x9b2J"])
-async def test_a_name_that_could_move_a_cursor_or_break_a_line_is_refused(open_door: Any, name: str) -> None:
-    door: Door = await open_door()
-    answer = await door("POST", "/tasks", {**BASH, "name": name})
+async def test_a_name_that_could_move_a_cursor_or_break_a_line_is_refused(api: Api, name: str) -> None:
+    answer = await api("POST", "/tasks", {**BASH, "name": name})
     assert answer.status == 422, answer.text
     assert not set(answer.text) & set("\n\r\x1b\x7f\x9b")
 
