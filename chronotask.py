@@ -76,6 +76,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import codecs
 import concurrent.futures
 import contextlib
 import copy
@@ -90,6 +91,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import importlib
 import ipaddress
 import itertools
@@ -4385,14 +4387,14 @@ class Clipper:
     def truncated(self) -> bool:
         return self.total > self._limit
 
-    def text(self, encoding: str = "utf-8") -> str:
+    def text(self) -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         if not self.truncated:
-            return _decoded(self._kept, encoding)
+            return self._kept.decode("utf-8", "replace")
         self._cut()
         head, tail = self._kept[: self._limit // 4], self._kept[self._limit // 4 :]
         left_out = self.total - self._limit
-        return f"{_decoded(head, encoding)}\n[… {left_out} bytes left out …]\n{_decoded(tail, encoding)}"
+        return f"{head.decode('utf-8', 'replace')}\n[… {left_out} bytes left out …]\n{tail.decode('utf-8', 'replace')}"
 
     def recent(self) -> bytes:
         """The end of the stream, as far as it is kept without a gap."""
@@ -4414,73 +4416,154 @@ def _charset(content_type: str) -> str:
     return found[1] if found else "utf-8"
 
 
-def _decoded(data: bytearray, encoding: str) -> str:
-    if encoding != "utf-8" and _CHARSET.fullmatch(encoding):
-        try:
-            return data.decode(encoding, "replace")
-        except (LookupError, UnicodeError):
-            pass
-    return data.decode("utf-8", "replace")
+# What programs make of a character that they do not print as it is: in JSON (where some escape more than they must, as \/ and
+# \u002B), URLs, HTML, and literals of shells, C and Python.
+_ESCAPE = re.compile(
+    rb"(?P<unfinished>\\u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z|\\(?:u[0-9a-fA-F]{0,3})?\Z"
+    rb"|\\x[0-9a-fA-F]?\Z|%[0-9a-fA-F]?\Z|&[#0-9A-Za-z]{0,8}\Z)"
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[bfnrt]|\\[^A-Za-z0-9]"
+    rb"|%[0-9a-fA-F]{2}|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos);"
+)
+_MASKED_AT_ONCE = 65536  # bytes: bounds the memory for what is full of escapes
+
+
+@functools.lru_cache(1024)
+def _unescaped(escape: bytes) -> bytes:
+    if escape.startswith(b"&"):
+        return html.unescape(escape.decode()).encode("utf-8", "replace")
+    if escape.startswith(b"\\u"):
+        return bytes.fromhex(escape.replace(b"\\u", b"").decode()).decode("utf-16-be", "replace").encode()
+    if escape.startswith((b"%", b"\\x")):
+        return bytes.fromhex(escape.lstrip(b"%\\x").decode())
+    return {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(escape[1:], escape[1:])
+
+
+class _Unescaped:
+    """Bytes with their escapes undone, and the way back."""
+
+    def __init__(self, data: bytes) -> None:
+        self.escapes: list[tuple[int, int]] = []
+        self._starts: list[int] = []  # of each escape, where what it stands for starts and ends
+        self._ends: list[int] = []
+        parts: list[bytes] = []
+        taken = length = 0
+        self.unfinished = b""  # what may be the beginning of one, at the end
+        for found in _ESCAPE.finditer(data):
+            if found.lastgroup:
+                self.unfinished = found[0]
+                break
+            start, end = found.span()
+            self.escapes.append((start, end))
+            meant = _unescaped(found[0])
+            parts += data[taken:start], meant
+            length += start - taken
+            self._starts.append(length)
+            length += len(meant)
+            self._ends.append(length)
+            taken = end
+        self.data = b"".join([*parts, data[taken:]])
+
+    def source(self, at: int) -> tuple[int, int]:
+        """Start and end of what the byte `at` was read from."""
+        number = bisect.bisect_right(self._starts, at) - 1
+        if number < 0:
+            return at, at + 1
+        if at < self._ends[number]:
+            return self.escapes[number]
+        place = self.escapes[number][1] + at - self._ends[number]
+        return place, place + 1
 
 
 class SecretMasker:
-    """Replaces secrets in a byte stream, also where one is cut by the border of two chunks.
+    """Replaces secrets in a byte stream, as they are and as programs escape them, also where the border of two chunks cuts one.
 
     It holds back only what may still become a secret, so that a line is seen as soon as it is printed.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        forms = {form for secret in secrets for form in _secret_forms(secret)}
-        self._forms = sorted(forms, key=lambda form: (-len(form), form))
+        self._forms = sorted({form for secret in secrets for form in _secret_forms(secret)})
         self._held = b""
+        self._known = 0  # so many bytes at the beginning of those are of a secret whose mask has been shown
 
     def feed(self, data: bytes) -> bytes:
-        data = self._held + data
-        cut = self._possible_start(data)
-        while (start := self._secret_across(data, cut)) is not None:
-            cut = start
-        self._held = data[cut:]
-        return self.mask(data[:cut])
+        return b"".join(self._mask(data[at : at + _MASKED_AT_ONCE], False) for at in range(0, len(data), _MASKED_AT_ONCE))
 
     def finish(self) -> bytes:
-        held, self._held = self._held, b""
-        return self.mask(held)
+        return self._mask(b"", True)
 
     def mask(self, data: bytes) -> bytes:
-        for form in self._forms:  # the longest first; find and replace are linear where a regular expression is not
-            data = data.replace(form, MASK.encode())
-        return data
+        """`data`, which is a whole stream."""
+        return self.feed(data) + self.finish()
+
+    def _mask(self, data: bytes, last: bool) -> bytes:
+        data = self._held + data
+        cut = len(data) if last else self._possible_start(data)
+        secrets = self._places(data)
+        if b"\\" in data or b"%" in data or b"&" in data:
+            plain = _Unescaped(data)
+            secrets += [(plain.source(start)[0], plain.source(end - 1)[1]) for start, end in self._places(plain.data)]
+            if not last:
+                finished = plain.data[: len(plain.data) - len(plain.unfinished)]
+                cut = min(cut, plain.source(self._possible_start(finished))[0])
+            escape = bisect.bisect_left(plain.escapes, (cut, 0)) - 1
+            if escape >= 0 and cut < plain.escapes[escape][1]:
+                cut = plain.escapes[escape][0]  # half an escape would be read as something else
+        shown: list[bytes] = []
+        at = self._known
+        for start, end in sorted(secrets):
+            if start >= cut:
+                break
+            if start >= at:  # else it overlaps one that is masked already
+                shown += data[at:start], MASK.encode()
+            at = max(at, end)
+        shown.append(data[at:cut])
+        self._held, self._known = data[cut:], max(0, at - cut)
+        return b"".join(shown)
+
+    def _places(self, data: bytes) -> list[tuple[int, int]]:
+        places = []
+        for form in self._forms:
+            at = data.find(form)  # linear, which a regular expression would not be
+            while at >= 0:
+                places.append((at, at + len(form)))
+                at = data.find(form, at + len(form))
+        return places
 
     def _possible_start(self, data: bytes) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
         first = len(data)
         for form in self._forms:
-            at = data.find(form[:1], max(0, len(data) - len(form) + 1))
-            while 0 <= at < first and not form.startswith(data[at:]):
-                at = data.find(form[:1], at + 1)
-            first = at if 0 <= at < first else first
+            at = data.find(form[:1], max(0, len(data) - len(form) + 1), first)
+            for _ in range(100):  # more that look alike are held back unseen: comparing them all would be quadratic
+                if at < 0 or form.startswith(data[at:]):
+                    break
+                at = data.find(form[:1], at + 1, first)
+            first = at if at >= 0 else first
         return first
-
-    def _secret_across(self, data: bytes, cut: int) -> int | None:
-        """Where a whole secret starts that the cut would halve."""
-        for form in self._forms:
-            at = data.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
-            if at >= 0:
-                return at
-        return None
 
 
 def _secret_forms(secret: str) -> set[bytes]:
-    """A secret as programs and servers echo it: plain, inside JSON, inside a URL, in base64 (basic authentication)."""
-    forms = {
-        secret,
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-        urllib.parse.quote(secret, safe=""),
-        urllib.parse.quote(secret),
-        urllib.parse.quote_plus(secret),
-    }
-    return {form.encode("utf-8", "replace") for form in forms} | {base64.b64encode(secret.encode("utf-8", "replace"))}
+    """A secret as programs and servers echo it, once escapes are undone: plain, inside a form, in UTF-16, in base64."""
+    plain = secret.encode("utf-8", "replace")
+    forms = {plain, plain.strip(), plain.replace(b" ", b"+")}
+    for kind in (
+        b"\\%&",
+        b"%&",
+        b"\\&",
+        b"\\%",
+    ):  # what looks like an escape in it is undone too, but for those that were escaped
+
+        def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
+            return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
+
+        forms.add(_ESCAPE.sub(undone, plain))
+    forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
+    for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
+        text = base64.b64encode(bytes(before) + plain)
+        whole = (before + len(plain)) * 8 // 6  # characters that the secret alone determines, behind those that it does not
+        pieces = {text[-(-before * 8 // 6) : whole]} | ({text, text.rstrip(b"=")} if before == 0 else set())
+        forms |= pieces | {piece.translate(bytes.maketrans(b"+/", b"-_")) for piece in pieces}
+    return {form for form in forms if len(form) >= MIN_SECRET_LENGTH}
 
 
 @dataclass(slots=True)
@@ -4489,6 +4572,7 @@ class _Stream:
 
     kept: Clipper
     masker: SecretMasker | None
+    decoder: codecs.IncrementalDecoder | None = None  # while it is not UTF-8
     received: int = 0
 
 
@@ -4520,17 +4604,29 @@ class LiveOutput:
         if long_enough:
             self._masker = SecretMasker(long_enough)
 
-    def feed(self, stream: str, data: bytes) -> None:
+    def expect(self, content_type: str) -> None:
+        """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
+        self.content_type = content_type
+        charset = _charset(content_type)
+        if charset != "utf-8" and _CHARSET.fullmatch(charset):
+            with contextlib.suppress(LookupError):
+                for stream in self._streams.values():
+                    stream.decoder = codecs.getincrementaldecoder(charset)("replace")
+
+    def feed(self, stream: str, data: bytes, last: bool = False) -> None:
         into = self._streams[stream]
         into.received += len(data)
-        into.kept.feed(data if into.masker is None else into.masker.feed(data))
+        if into.decoder is not None:
+            data = into.decoder.decode(data, last).encode("utf-8", "replace")
+        if into.masker is not None:
+            data = into.masker.feed(data) + (into.masker.finish() if last else b"")
+        into.kept.feed(data)
 
     def close(self) -> None:
         """Nothing more comes."""
         if not self.closed:
-            for stream in self._streams.values():
-                if stream.masker is not None:
-                    stream.kept.feed(stream.masker.finish())
+            for name in self._streams:
+                self.feed(name, b"", last=True)
             self.closed = True
 
     def deadline(self, seconds: float) -> Deadline:
@@ -4541,6 +4637,16 @@ class LiveOutput:
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
         return self._masker.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._masker else text
+
+    def masked_json(self, value: Any) -> Any:
+        """`value` without them in any of its texts: they may have been escaped twice."""
+        if self._masker is None or not isinstance(value, str | list | dict):
+            return value
+        if isinstance(value, str):
+            return self.masked(value)
+        if isinstance(value, list):
+            return [self.masked_json(item) for item in value]
+        return {self.masked(key): self.masked_json(item) for key, item in value.items()}
 
     # --- for everybody else ---
 
@@ -4557,9 +4663,9 @@ class LiveOutput:
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        output, truncated, encoding = self.facts.copy(), False, _charset(self.content_type)
+        output, truncated = self.facts.copy(), False
         for name, stream in self._streams.items():
-            output[name] = stream.kept.text(encoding)
+            output[name] = stream.kept.text()
             truncated = truncated or stream.kept.truncated
         for name, stream in self._streams.items():
             output[name + "_bytes"] = stream.received
@@ -5491,7 +5597,7 @@ def _is_private(name: str, private: frozenset[str]) -> bool:
 
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
-    live.content_type = response.headers.get("Content-Type", "")
+    live.expect(response.headers.get("Content-Type", ""))
     live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
     content, read = response.content, 0
     while not content.at_eof() and read < MAX_BODY_BYTES:
@@ -5506,7 +5612,7 @@ def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[s
     headers: dict[str, str] = {}
     for name, value in response.headers.items():
         text = live.masked(value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        name = str(name)  # aiohttp's own kind of string takes ten times as long to write as JSON
+        name = live.masked(str(name))  # aiohttp's own kind of string takes ten times as long to write as JSON
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
 
@@ -5515,7 +5621,7 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     output = _output(live)
     if output and output["body"] and not output["truncated"] and _JSON_TYPE.match(live.content_type):
         with contextlib.suppress(ValueError, RecursionError):
-            output["body"] = _parsed_json(output["body"])
+            output["body"] = live.masked_json(_parsed_json(output["body"]))
     return output
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import html
 import http.client
 import http.server
 import importlib.resources
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import uuid
 import zlib
 from collections import Counter, deque
@@ -3813,9 +3815,11 @@ def test_binary_output_is_decoded_with_replacement() -> None:
 
 @pytest.mark.parametrize("charset", ["idna", "punycode", "unicode_escape", "utf-7", "base64", "rot13", "no-such"])
 def test_odd_character_sets_are_read_as_utf_8(charset: str) -> None:
-    clipper = Clipper(100)
-    clipper.feed(b"\\ud800 +2AA- caf\xc3\xa9")
-    assert clipper.text(charset) == "\\ud800 +2AA- café"
+    live = LiveOutput(100)
+    live.begin(("body",))
+    live.expect(f"text/plain; charset={charset}")
+    live.feed("body", b"\\ud800 +2AA- caf\xc3\xa9")
+    assert live.snapshot()["body"] == "\\ud800 +2AA- café"
 
 
 def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
@@ -3831,7 +3835,7 @@ def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
     masker = SecretMasker(["hunter2!", "hunter2!more", "er2!xyz"])
     data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
     shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.finish()
-    assert shown == b"a ******** b ******** c ********xyz hunter2 ********mor"
+    assert shown == b"a ******** b ******** c ******** hunter2 ********mor"
 
 
 def test_a_secret_is_found_in_its_encoded_forms() -> None:
@@ -3840,6 +3844,70 @@ def test_a_secret_is_found_in_its_encoded_forms() -> None:
         [secret, json.dumps(secret), "p%C3%A4%22ss%2F%20word", "p%C3%A4%22ss%2F+word", base64.b64encode(secret.encode()).decode()]
     )
     assert SecretMasker([secret]).mask(text.encode()).decode() == f'{MASK} "{MASK}" {MASK} {MASK} {MASK}'
+
+
+# What other programs print for the secret sk/live+é=="1'.
+@pytest.mark.parametrize(
+    "echo",
+    [
+        r"sk\/live+\u00e9==\"1'",  # PHP's json_encode
+        r"sk/live\u002B\u00E9==\u00221\u0027",  # .NET's System.Text.Json
+        r"sk/live+é\u003d\u003d\"1\u0027",  # Gson
+        "sk%2flive%2b%c3%a9%3d%3d%221'",  # lower-case percent encoding
+        "sk/live+é==&quot;1&#39;",  # HTML
+        r"sk/live+\xc3\xa9==\"1\'",  # Python's repr of bytes
+        r"sk/live+é==\"1\'",  # bash's printf %q
+        "c2svbGl2ZSvDqT09IjEn",  # base64, of 15 bytes
+    ],
+)
+@pytest.mark.parametrize("step", [1, 4, 1000])
+def test_a_secret_is_found_however_programs_escape_it(echo: str, step: int) -> None:
+    masker, data = SecretMasker(["sk/live+é==\"1'"]), f"before {echo} after".encode()
+    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.finish()
+    assert shown == b"before ******** after"
+
+
+@pytest.mark.parametrize("user", ["", "a:", "an:", "ann:", "anna:"])
+@pytest.mark.parametrize("secret", ["wo?ds~", "wo?ds~1", "wo?ds~12"])
+def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, secret: str) -> None:
+    text = base64.b64encode(f"{user}{secret}".encode())
+    for echo in (text, text.rstrip(b"="), text.translate(bytes.maketrans(b"+/", b"-_")), text.replace(b"/", b"\\/")):
+        shown = SecretMasker([secret]).mask(b"[%s]" % echo).rstrip(b"=]")
+        assert b"********" in shown
+        # At the ends a character that holds bits of something else too may be left.
+        assert len(shown.replace(b"[", b"").replace(b"********", b"")) <= len(user) * 8 // 6 + 2
+
+
+@pytest.mark.parametrize("secret", ["a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041"])
+def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret: str) -> None:
+    for echo in (secret, json.dumps(secret), urllib.parse.quote_plus(secret), html.escape(secret), repr(secret)):
+        for step in (1, 1000):
+            masker, data = SecretMasker([secret]), echo.encode()
+            shown = b"".join(masker.feed(data[at : at + step]) for at in range(0, len(data), step)) + masker.finish()
+            assert shown.strip(b"\"'") == b"********", echo
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037", "iso-8859-1", "shift_jis"])
+@pytest.mark.parametrize("secret", ["secret-value/1", "s\u00e9cret"])
+def test_a_secret_is_found_in_any_character_set_also_where_output_is_clipped(encoding: str, secret: str) -> None:
+    with contextlib.suppress(UnicodeEncodeError):  # é in Shift JIS
+        for filling in range(8):
+            live = LiveOutput(64)
+            live.begin(("body",), [secret])
+            live.expect(f"text/plain; charset={encoding}")
+            data = ("." * filling + f"-{secret}-" * 20).encode(encoding)
+            for at in range(0, len(data), 3):
+                live.feed("body", data[at : at + 3])
+            live.close()
+            shown = re.sub(r"\n\[… \d+ bytes left out …\]\n", "", live.snapshot()["body"])
+            assert set(shown) <= set("*-.") and shown.count("*") > 30
+
+
+def test_json_is_masked_again_once_it_is_parsed_keys_too() -> None:
+    live = LiveOutput(1000)
+    live.begin(("body",), ["secret+value"])
+    twice = json.loads(r'{"a": ["secret\\u002Bvalue", 1, null], "secret\\u002Bvalue": {"b": "no secret"}}')
+    assert live.masked_json(twice) == {"a": ["********", 1, None], "********": {"b": "no secret"}}
 
 
 def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
@@ -3853,6 +3921,23 @@ def test_an_output_full_of_beginnings_of_a_secret_is_masked_in_linear_time() -> 
     masker = SecretMasker(["a" * 5000 + "b"])
     fed = sum(len(masker.feed(b"a" * 65536)) for _ in range(20))
     assert fed + len(masker.finish()) == 20 * 65536
+
+
+@pytest.mark.parametrize(
+    ("secret", "unit"),
+    [
+        ("a" * 30000 + "b", b"a" * 29999 + b"c"), ("secret/value", b"%41"), ("secret\\\\", b"\\"), ("secretx", b"&#x"),
+        ("secret\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), rb"\ud83d"), ("ababab", b"ab"),
+    ],
+)  # fmt: skip
+def test_masking_hostile_output_takes_time_in_proportion_to_it(secret: str, unit: bytes) -> None:
+    def seconds(size: int) -> float:
+        data, start = (unit * (size // len(unit) + 1))[:size], time.process_time()
+        SecretMasker([secret, "ab" * 9, "ba" * 9]).mask(data)
+        return time.process_time() - start
+
+    seconds(1000)
+    assert seconds(800_000) < 10 * max(seconds(200_000), 0.01)
 
 
 class Watched(LiveOutput):
