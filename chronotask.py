@@ -116,6 +116,7 @@ import time
 import traceback
 import urllib.parse
 import uuid
+import zlib
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -501,7 +502,7 @@ def _read_token(path: Path, warnings: list[str]) -> str:
     """The token in a file that only its owner and group may read; an own one that is too open is tightened."""
     name = f"{ENV_PREFIX}API_TOKEN_FILE={shown(str(path))}"
     try:
-        with path.open(encoding="ascii") as file:
+        with path.open(encoding="utf-8-sig") as file:
             found = os.fstat(file.fileno())
             if why := untrusted(path, found):
                 raise StartupError(f"{name}: {why}", exit_status=2)
@@ -1484,7 +1485,7 @@ _REFERENCE = r"\$\{(?:env|file):[^}]*\}"
 _HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
 _HARMLESS_USERINFO = re.compile(rf"[^:@$]*:{_REFERENCE}")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-_AUTHORITY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
+_AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
 _PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,4})?(?:[/?#][!#%-\[\]-~]*)?")
@@ -1657,15 +1658,43 @@ def _url(text: str) -> str:
         raise ValueError("must be a URL without blanks, backslashes and control characters")
     if "${" in text and SECRET_REFERENCE.match(_references(text)):
         return text  # the whole beginning is a secret: checked when it is known
+    parts = url_parts(text)
     try:
-        parts = urllib.parse.urlsplit(SECRET_REFERENCE.sub("0", text))
-        host = parts.hostname
-        parts.port  # noqa: B018 - reading it checks it
+        read = urllib.parse.urlsplit("//" + SECRET_REFERENCE.sub("0", parts.host if parts else ""))
+        read.port  # noqa: B018 - reading it checks it
     except ValueError:  # its text may hold the password
         raise ValueError("must be a valid URL: its host or port cannot be read") from None
-    if parts.scheme not in {"http", "https"} or not host:
+    if not read.hostname:
         raise ValueError("must be a URL that starts with http:// or https:// and names a host")
     return text
+
+
+class UrlParts(NamedTuple):
+    """A URL taken apart as text: it may hold references that nobody has resolved yet."""
+
+    scheme: str  # in lower case
+    userinfo: str
+    host: str  # with the port, if it names one
+    rest: str
+    host_begins: int
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """Scheme and `host:port`; None while a reference decides about it."""
+        default = ":80" if self.scheme == "http" else ":443"
+        return None if "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
+
+
+def url_parts(url: str) -> UrlParts | None:
+    """The only reading of a URL's authority. None where it is not sure: no http or https URL, or it begins with a reference.
+
+    For the reading a reference is neutral text: what is in its name (`${file:a/b}`) ends no authority and begins no host.
+    """
+    found = _AUTHORITY.match(SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url))
+    if not found:
+        return None
+    begin, host = found.start(2), found.start(2) + found[2].rfind("@") + 1
+    return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :], host)
 
 
 def _method(value: object) -> object:
@@ -1878,11 +1907,16 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
 
 def mask_url(url: str) -> str:
     """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
-    match = _AUTHORITY.match(url) if "@" in url else None
-    userinfo, at, host = match[2].rpartition("@") if match else ("", "", "")
-    if not match or not at or _HARMLESS_USERINFO.fullmatch(userinfo):
+    if "@" not in url:
         return url
-    return f"{match[1]}://{MASK}@{host}{url[match.end() :]}"
+    if parts := url_parts(url):
+        if not parts.userinfo or _HARMLESS_USERINFO.fullmatch(parts.userinfo):
+            return url
+        return f"{url[: len(parts.scheme)]}://{MASK}@{url[parts.host_begins :]}"
+    # Not sure where it begins: then nothing that may be one is shown.
+    neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url)
+    at = re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
+    return url if at < 0 or _HARMLESS.fullmatch(url[:at]) else MASK + url[at:]
 
 
 def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -1913,7 +1947,12 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
         return new
     result, stored = dict(new), stored or {}
     refused: list[FieldError] = []
-    moved = _origin(new.get("url", "")) != _origin(stored.get("url", ""))
+    url, kept_url = new.get("url", ""), stored.get("url", "")
+    parts, kept_parts = url_parts(url), url_parts(kept_url)
+    # Where it is not sure, it has moved.
+    moved = url not in (kept_url, mask_url(kept_url)) and not (
+        parts and kept_parts and parts.origin and parts.origin == kept_parts.origin
+    )
 
     def secret(name: str, sent: str, kept: str | None) -> str:
         if MASK not in sent:
@@ -1924,9 +1963,13 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
         refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
         return sent
 
-    if userinfo := _userinfo(new.get("url", "")):
-        kept_userinfo = secret("url", userinfo, _userinfo(stored.get("url", "")) or None)
-        result["url"] = new["url"].replace(f"{userinfo}@", f"{kept_userinfo}@", 1)
+    if url == mask_url(kept_url):
+        result["url"] = kept_url
+    elif parts and parts.userinfo:
+        userinfo = secret("url", parts.userinfo, kept_parts.userinfo or None if kept_parts else None)
+        result["url"] = f"{parts.scheme}://{userinfo}@{url[parts.host_begins :]}"
+    elif not parts and MASK in url:
+        secret("url", url, None)
     if auth := new.get("auth"):
         result["auth"] = {**auth, "password": secret("auth.password", auth["password"], stored.get("auth", {}).get("password"))}
     if headers := new.get("headers"):
@@ -1938,21 +1981,6 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     if refused:
         raise InvalidInput(*refused)
     return result
-
-
-def _userinfo(url: str) -> str:
-    match = _AUTHORITY.match(url)
-    return match[2].rpartition("@")[0] if match else ""
-
-
-def _origin(url: str) -> tuple[str, str]:
-    """Scheme and `host:port` of `url`, as text: it may hold references that nobody has resolved yet."""
-    match = _AUTHORITY.match(url)
-    if not match:
-        return "", url
-    scheme, host = match[1].lower(), match[2].rpartition("@")[2].lower()
-    default = {"http": ":80", "https": ":443"}.get(scheme, "")
-    return scheme, host.removesuffix(default) if default else host
 
 
 # --- Tasks, schedules, executions -------------------------------------------------------------------------------------
@@ -4354,10 +4382,14 @@ KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
 DNS_LOOKUPS = 64  # at once
 MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
+MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
+MAX_HEAD_LINE = 65536
+KEEP_SECONDS = 0.1  # that a connection waits for the next request: long enough for a burst, shorter than any server's limit
 MAX_SECRET_BYTES = 65536
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
+STALE_ERRNO = 0x4355  # nor this: the server had closed a kept connection before anything was sent
 
 
 # --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
@@ -4583,13 +4615,14 @@ class LiveOutput:
     masked before anything is kept or shown.
     """
 
-    __slots__ = ("_deadline", "_limit", "_masker", "_streams", "closed", "content_type", "facts", "reason")
+    __slots__ = ("_deadline", "_limit", "_masker", "_streams", "acted", "closed", "content_type", "facts", "reason")
 
     def __init__(self, limit: int) -> None:
         self.reason: str | None = None
         self.closed = False
         self.facts: dict[str, Any] = {}
         self.content_type = ""
+        self.acted = False  # a server has answered what must not be sent twice
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
         self._masker: SecretMasker | None = None  # None while there are no secrets
@@ -4744,14 +4777,14 @@ def resolve_secrets(
 
 def _filled_url(url: str, secret: Callable[[str, str], str]) -> str:
     """A secret at the beginning or in the host is taken as it is; elsewhere it cannot change the shape of the URL."""
-    authority = re.match(r"[A-Za-z]+://([^/?#]*)", SECRET_REFERENCE.sub(lambda found: "x" * len(found[0]), url))
-    host = (authority[0].rfind("@") + 1, authority.end()) if authority else (0, 0)
+    parts = url_parts(url)
+    host, end = (parts.host_begins, parts.host_begins + len(parts.host)) if parts else (0, 0)
 
     def part(found: re.Match[str]) -> str:
         value = secret(found[1], found[2])
-        if found.start() == 0 or (authority and host[0] <= found.start() < host[1]):
+        if found.start() == 0 or host <= found.start() < end:
             return value
-        return urllib.parse.quote(value, safe="" if authority and found.start() < host[1] else "/:,")
+        return urllib.parse.quote(value, safe="" if found.start() < host else "/:,")
 
     return SECRET_REFERENCE.sub(part, url)
 
@@ -4782,7 +4815,7 @@ def _secret_file(name: str, settings: Settings) -> str:
     if len(content) > MAX_SECRET_BYTES:
         raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
     try:
-        return content.decode().removesuffix("\n").removesuffix("\r")
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
 
@@ -4877,9 +4910,9 @@ def refused_address(address: str, settings: Settings) -> str | None:
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # dialled as IPv4
     seen = [ip, *_embedded(ip)]
-    if any(inner in network for inner in seen for network in settings.allowed_networks if inner.version == network.version):
+    if all(any(one.version == network.version and one in network for network in settings.allowed_networks) for one in seen):
         return None
-    if any(inner.is_link_local or str(inner) in _METADATA for inner in seen):
+    if any(one.is_link_local or one in network for one in seen for network in _METADATA if one.version == network.version):
         return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
     if settings.block_private_networks and not all(map(_is_public, seen)):
         return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
@@ -4887,21 +4920,37 @@ def refused_address(address: str, settings: Settings) -> str | None:
 
 
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return ip.is_global and not ip.is_multicast and not getattr(ip, "is_site_local", False)
+    """Of IPv6 only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too)."""
+    if ip.version == 6 and ip in _NAT64:
+        return True
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in _IPV6_INTERNET)
 
 
-# Amazon, Alibaba, Oracle, Azure, Google: the ones that are not link-local anyway.
-_METADATA = {"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "168.63.129.16", "fd20:ce::254"}
-_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("::/96"))
+# Those of clouds that are not link-local anyway: Amazon, Google, Oracle, Akamai, Scaleway; Alibaba, Azure, Oracle.
+_METADATA = [
+    *map(ipaddress.ip_network, "fd00:ec2::/32 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:a9fe:a9fe::1 fd00:42::42".split()),
+    *map(ipaddress.ip_network, "100.100.100.200 168.63.129.16 192.0.0.192".split()),
+]
+_IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
+_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 
 def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     if isinstance(ip, ipaddress.IPv4Address):
         return []
-    found = [ip.sixtofour, *(ip.teredo or ())]
-    if any(ip in network for network in _NAT64) and int(ip) > 1:
-        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return [inner for inner in found if inner is not None]
+    found = [inner for inner in (ip.sixtofour, *(ip.teredo or ())) if inner is not None]
+    number = int(ip)
+    if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _IPV4_COMPATIBLE and number > 1):
+        found.append(ipaddress.IPv4Address(number & 0xFFFFFFFF))
+    if ip in _NAT64_LOCAL:  # may be cut into prefixes of 48, 56 and 64 bits, with eight zeros in the middle (RFC 6052, 2.2)
+        found += [
+            ipaddress.IPv4Address((number >> 64 & 0xFFFF) << 16 | number >> 40 & 0xFFFF),
+            ipaddress.IPv4Address((number >> 64 & 0xFF) << 24 | number >> 32 & 0xFFFFFF),
+            ipaddress.IPv4Address(number >> 24 & 0xFFFFFFFF),
+        ]
+    return found
 
 
 # --- bash -------------------------------------------------------------------------------------------------------------
@@ -5301,9 +5350,10 @@ def _same_folder_hint(command: _Command, stderr: str) -> str | None:
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
-# Headers that a redirect to another server must not carry along. Our own Idempotency-Key is none of them.
-_CREDENTIAL_HEADER = re.compile(
-    r"(?!idempotency-key$).*(auth|cookie|key|token|secret|passw|signature|credential|session).*", re.IGNORECASE
+# What a redirect to another server may carry along; any other header may be a credential, whatever its name.
+_HARMLESS_HEADERS = frozenset(
+    "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
+    " pragma user-agent x-chronotask-attempt x-chronotask-execution-id x-chronotask-scheduled-for".split()
 )
 _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
 
@@ -5318,11 +5368,13 @@ class _Request:
     follow: bool
     private: frozenset[str]  # lower-case names of headers that hold a resolved secret
     private_body: bool
-    redirected_from: str | None = None  # the host whose credentials were taken off
+    closes: bool  # the task asks for `Connection: close`
+    redirected_from: str | None = None  # the host whose headers were taken off
 
     def of_run(self, run: Run) -> _Request:
         """The same with the headers that tell this run from others; the task's own win over them."""
         headers = {
+            "Accept-Encoding": "gzip, deflate",
             "User-Agent": f"ChronoTask/{__version__}",
             "X-ChronoTask-Execution-Id": str(run.execution_id),
             "X-ChronoTask-Attempt": str(run.attempt),
@@ -5332,26 +5384,224 @@ class _Request:
             headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
         if self.headers:
             headers = _overridden(headers, self.headers)
-        return _Request(self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body)
+        return _Request(
+            self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body, self.closes
+        )
 
 
-def make_connector(settings: Settings) -> aiohttp.TCPConnector:
-    """The connections of all http tasks. To be called, and closed, on the event loop."""
-    refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
+class HttpClient:
+    """The connections of all http tasks. To be made, and closed, on the event loop."""
 
-    def guarded_socket(info: Any) -> socket.socket:
-        # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
-        family, kind, protocol, _, address = info
-        if refusal := refusal_of(address[0]):
-            raise OSError(REFUSED_ERRNO, refusal)
-        return socket.socket(family, kind, protocol)
+    def __init__(self, settings: Settings) -> None:
+        refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
 
-    return aiohttp.TCPConnector(
-        limit=0,  # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts
-        socket_factory=guarded_socket,
-        resolver=cast(Any, Resolver()),
-        keepalive_timeout=4,  # servers close idle connections after 5 s and more: be first, a POST cannot be sent twice
-    )
+        def guarded_socket(info: Any) -> socket.socket:
+            # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
+            family, kind, protocol, _, address = info
+            if refusal := refusal_of(address[0]):
+                raise OSError(REFUSED_ERRNO, refusal)
+            return _Socket(family, kind, protocol)
+
+        def connector(**more: Any) -> aiohttp.TCPConnector:
+            # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
+            resolver = cast(Any, Resolver())
+            return aiohttp.TCPConnector(limit=0, socket_factory=guarded_socket, resolver=resolver, **more)
+
+        self._fresh = connector(force_close=True)
+        self.shared = self._session(connector(keepalive_timeout=KEEP_SECONDS), aiohttp.DummyCookieJar())
+
+    def fresh(self) -> aiohttp.ClientSession:
+        """A session for one attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
+        return self._session(self._fresh, aiohttp.CookieJar(unsafe=True, quote_cookie=False))  # unsafe: also of IP addresses
+
+    def _session(self, connector: aiohttp.TCPConnector, cookies: aiohttp.abc.AbstractCookieJar) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=cookies,
+            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
+            skip_auto_headers=("Content-Type",),
+            auto_decompress=False,
+            max_line_size=MAX_HEAD_LINE,
+            max_field_size=MAX_HEAD_LINE,
+            max_headers=MAX_HEAD_BYTES,
+            middlewares=(_sent_once,),
+        )
+
+    def tls(self, verify: bool) -> ssl.SSLContext:
+        return self._verifying if verify else self._trusting
+
+    @functools.cached_property
+    def _verifying(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        context.sslobject_class = _TlsObject
+        return context
+
+    @functools.cached_property
+    def _trusting(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["http/1.1"])
+        context.sslobject_class = _TlsObject
+        return context
+
+    async def close(self) -> None:
+        await self.shared.close()
+        await self._fresh.close()
+
+    async def __aenter__(self) -> HttpClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+
+async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """A session would send a GET again, as the same attempt, when a kept connection breaks: unless it is told another error."""
+    while True:
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if getattr(error, "errno", None) != STALE_ERRNO:
+                raise aiohttp.ClientConnectionError from error
+
+
+class _Answer:
+    """Tells what of the bytes that a server sends belongs to its answer: the head, and the body that it declares (RFC 9112, 6).
+
+    Servers send bodies with 204, a line or a whole page behind an answer. aiohttp's parser would give up the answer for it, as
+    curl does not: so it never gets to see it.
+    """
+
+    __slots__ = ("_chunked", "_held", "_left", "_no_body", "_trailer", "complete")
+
+    def __init__(self, request: bytes) -> None:
+        self.complete = False
+        self._no_body = request.startswith(b"HEAD ")
+        self._held = b""  # a head, or a line between chunks, of which only a part has come
+        self._left: float = 0  # bytes of the body or chunk that are still to come
+        self._chunked = self._trailer = False
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether it would end within its head."""
+        return bool(self._held) and not self._chunked
+
+    def take(self, data: bytes) -> int:
+        """How many of these bytes belong to it."""
+        at, known = 0, len(self._held)
+        data, self._held = self._held + data, b""
+        while at < len(data) and not self.complete:
+            if self._left:
+                step = int(min(self._left, len(data) - at))
+                at, self._left = at + step, self._left - step
+                self.complete = not self._left and not self._chunked
+            elif found := (_LINE_END if self._chunked else _HEAD_END).search(data, max(at, known - 2)):
+                begin, at = at, found.end()
+                (self._take_line if self._chunked else self._take_head)(data[begin:at])
+            elif len(data) - at > MAX_HEAD_BYTES:
+                raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
+            else:
+                self._held, at = data[at:], len(data)
+        return at - known
+
+    def _take_head(self, head: bytes) -> None:
+        found = re.match(rb"HTTP/1\.[0-9] ([0-9]{3})", head)
+        status = int(found[1]) if found else 0
+        length = _CONTENT_LENGTH.search(head)
+        if 100 <= status < 200 and status != 101:
+            return  # the real one is still to come
+        if status in (204, 304) or (status and self._no_body):
+            self.complete = True
+        elif _TRANSFER_CHUNKED.search(head):
+            self._chunked = True
+        elif status and length:
+            self._left = int(length[1])
+            self.complete = not self._left
+        else:  # until the connection ends; or not HTTP, about which the parser has the last word
+            self._left = math.inf
+
+    def _take_line(self, line: bytes) -> None:
+        if self._trailer:
+            self.complete = not line.strip()
+            return
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:  # likewise
+            self._left = math.inf
+            return
+        self._trailer = size == 0
+        self._left = size + 2 if size > 0 else 0
+
+
+_HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
+_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n", re.IGNORECASE)
+_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n", re.IGNORECASE)
+
+
+class _Answering:
+    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent."""
+
+    _answer: _Answer | None = None
+    _over = False  # something else came: as if the server had closed the connection
+
+    def _asked(self, data: bytes) -> None:
+        if self._over:
+            raise OSError(STALE_ERRNO, "is not to be used again")
+        if self._answer is None or self._answer.complete:
+            self._answer = _Answer(bytes(data[:5]))
+
+    def _answered(self, data: bytes) -> bytes:
+        if self._answer is None or not data:
+            return data
+        belongs = 0 if self._over else self._answer.take(data)
+        self._over = belongs < len(data)
+        return data[:belongs] if self._over else data
+
+
+class _Socket(_Answering, socket.socket):
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        self._asked(data)
+        return super().send(data, flags)
+
+    def sendmsg(self, buffers: Any, *more: Any) -> int:
+        buffers = list(buffers)
+        self._asked(buffers[0])
+        return super().sendmsg(buffers, *more)
+
+    def _asked(self, data: bytes) -> None:
+        if self._answer is not None and self._answer.complete:  # used again: the loop may not have heard yet of its end
+            try:
+                super().recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            else:
+                raise OSError(STALE_ERRNO, "was closed by the server")
+        super()._asked(data)
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        try:
+            data = self._answered(super().recv(size, flags))
+        except ConnectionError:
+            if self._answer is None or not self._answer.broken_off:
+                raise
+            return b""  # aiohttp then says that a part of an answer had come
+        if self._over:
+            with contextlib.suppress(OSError):
+                self.shutdown(socket.SHUT_RD)  # so that the loop comes again, to hear of the end
+        return data
+
+
+class _TlsObject(_Answering, ssl.SSLObject):
+    def write(self, data: Any) -> int:
+        self._asked(data)
+        return super().write(data)
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        data = super().read(len, buffer)
+        return data if buffer is not None else self._answered(data)
 
 
 class Resolver:
@@ -5405,7 +5655,7 @@ async def run_http(
     config: StoredConfig,
     run: Run,
     settings: Settings,
-    connector: aiohttp.TCPConnector,
+    client: HttpClient,
     environ: Mapping[str, str],
     live: LiveOutput,
     now: Callable[[], int] | None = None,
@@ -5425,14 +5675,14 @@ async def run_http(
         deadline = live.deadline(timeout)
         try:
             with deadline:
-                request, response = await _exchange(connector, request.of_run(run), live)
+                request, response = await _exchange(client, request.of_run(run), live)
         except TimeoutError as error:  # may also be the system's: ETIMEDOUT
-            return _http_timeout(live, timeout) if deadline.expired else _http_failure(error, live)
+            return _http_timeout(config, live, timeout) if deadline.expired else _http_failure(config, error, live)
         return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
         return Outcome("failed", live.masked(error.detail), _http_output(live))
     except Exception as error:
-        return _http_failure(error, live)
+        return _http_failure(config, error, live)
     finally:
         live.close()
 
@@ -5445,7 +5695,8 @@ def _credentials(config: dict[str, Any]) -> list[str]:
     found += [value.partition(" ")[2] for value in found if " " in value]
     if auth := config.get("auth"):
         found += [auth["password"], f"{auth['username']}:{auth['password']}"]
-    userinfo = urllib.parse.unquote(urllib.parse.urlsplit(config["url"]).netloc.rpartition("@")[0])
+    parts = url_parts(config["url"])
+    userinfo = urllib.parse.unquote(parts.userinfo) if parts else ""
     return [*found, userinfo, userinfo.partition(":")[2]]
 
 
@@ -5458,7 +5709,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
     if auth := resolved.get("auth"):
         authorization = _basic_auth(auth["username"], auth["password"])
-    own = resolved.get("headers", {})
+    own: dict[str, str] = resolved.get("headers", {})
     body, content_type = _http_body(resolved.get("body"))
     headers = {"Authorization": authorization, "Content-Type": content_type}
     return _Request(
@@ -5470,20 +5721,28 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
         follow=resolved.get("follow_redirects", True),
         private=frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
         private_body=body is not None and any("${" in text for text in texts(config["body"])),
+        closes=any("close" in value.lower() for name, value in own.items() if name.lower() == "connection"),
     )
 
 
 def _read_url(text: str) -> tuple[yarl.URL, str | None]:
-    """The URL without user and password, and these as an Authorization header. Raises ValueError."""
-    url = yarl.URL(text)
-    if url.scheme not in ("http", "https") or not url.host:
+    """The URL as it is written, without user and password, and these as an Authorization header. Raises ValueError."""
+    parts = url_parts(text)
+    if parts is None:
         raise ValueError
-    login = None if url.user is None and url.password is None else _basic_auth(url.user or "", url.password or "")
-    return _without_user(url), login
+    origin = yarl.URL(f"{parts.scheme}://{parts.host}")
+    if not origin.host or not origin.port:
+        raise ValueError
+    user, _, password = map(urllib.parse.unquote, parts.userinfo.partition(":"))
+    return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), _basic_auth(
+        user, password
+    ) if parts.userinfo else None
 
 
-def _without_user(url: yarl.URL) -> yarl.URL:
-    return url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url
+def _as_written(text: str) -> str:
+    """Path and query of a URL, in which only what cannot be sent is encoded; a server's bytes come as surrogates."""
+    plain = text.partition("#")[0].encode("utf-8", "surrogateescape")
+    return re.sub(rb"[^\x21-\x7e]", lambda found: b"%%%02X" % found[0][0], plain).decode()
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -5512,66 +5771,55 @@ def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in given} | own
 
 
-async def _exchange(
-    connector: aiohttp.TCPConnector, request: _Request, live: LiveOutput
-) -> tuple[_Request, aiohttp.ClientResponse]:
-    """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer."""
-    for _ in range(MAX_REDIRECTS + 1):
-        response = await _answer(connector, request)
-        try:
-            target = _redirect_target(request, response)
-            if target is None:
-                await _read_body(response, live)
-                return request, response
-        finally:
-            if not response.closed:  # at its end it has given the connection back
-                response.close()
-        request = _redirected(request, response.status, target)
-    raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> tuple[_Request, aiohttp.ClientResponse]:
+    """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
 
-
-@functools.cache
-def _no_timeout() -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None)
-
-
-async def _answer(connector: aiohttp.TCPConnector, request: _Request) -> aiohttp.ClientResponse:
-    """Send the request, exactly once, and read the head of its answer.
-
-    Not by a ClientSession, all of whose own would have to be switched off: cookies that pass from task to task, redirects
-    that carry credentials along, proxies and passwords from the environment, limits of time beside the attempt's, and a
-    second sending, as the same attempt, when a connection breaks off.
+    A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
     """
-    sent = aiohttp.ClientRequest(
-        request.method,
-        request.url,
-        headers=request.headers,
-        data=request.body,
-        ssl=request.verify_tls,
-    )
-    connection = await connector.connect(sent, traces=[], timeout=_no_timeout())
+    session = client.fresh() if request.closes else client.shared
     try:
-        cast(Any, connection.protocol).set_response_params(skip_payload=request.method == "HEAD", read_until_eof=True)
-        response = await sent.send(connection)
-        try:
-            return await response.start(connection)
-        except BaseException:
-            response.close()
-            raise
-    except BaseException:
-        connection.close()
-        raise
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await session.request(
+                request.method,
+                request.url,
+                headers=request.headers,
+                data=request.body,
+                ssl=client.tls(request.verify_tls) if request.url.scheme == "https" else True,
+                allow_redirects=False,
+            )
+            live.acted = live.acted or request.method in _NOT_REPEATABLE
+            try:
+                target = _redirect_target(request, response)
+                if target is None:
+                    await _read_body(response, live)
+                    return request, response
+            finally:
+                if not response.closed:  # at its end it has given the connection back
+                    response.close()
+            if session is client.shared:
+                session = client.fresh()
+                session.cookie_jar.update_cookies(response.cookies, response.url)
+            request = _redirected(request, response.status, target)
+            live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
+        raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+    finally:
+        if session is not client.shared:
+            session.detach()
+
+
+_NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 
 
 def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
     if response.status not in (301, 302, 303, 307, 308) or not request.follow or "Location" not in response.headers:
         return None
-    location = response.headers["Location"]
+    location = response.headers["Location"].strip()
     try:
-        target = request.url.join(yarl.URL(location))
-        if target.scheme not in ("http", "https") or not target.host:
-            raise ValueError
-        return _without_user(target)
+        if location.startswith("//"):
+            return _read_url(f"{request.url.scheme}:{location}")[0]
+        if re.match("[A-Za-z][A-Za-z0-9+.-]*:", location):
+            return _read_url(location)[0]
+        return request.url.join(yarl.URL(_as_written(location), encoded=True))
     except ValueError:
         raise ChronoTaskError(f"redirected to {_one_line(mask_url(location), 100)}, which is no http or https URL") from None
 
@@ -5586,33 +5834,72 @@ def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
     if target.origin() != request.url.origin():
         if body is not None and request.private_body:
             raise ChronoTaskError(f"redirected to {target.host}, which must not get the secret in the body")
-        kept = {name: value for name, value in headers.items() if not _is_private(name, request.private)}
+        passed = _HARMLESS_HEADERS - request.private
+        kept = {name: value for name, value in headers.items() if name.lower() in passed}
         came_from = request.url.host if len(kept) < len(headers) else came_from
         headers = kept
     return dataclasses.replace(request, method=method, url=target, headers=headers, body=body, redirected_from=came_from)
 
 
-def _is_private(name: str, private: frozenset[str]) -> bool:
-    return name.lower() in private or _CREDENTIAL_HEADER.fullmatch(name) is not None
-
-
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
     live.expect(response.headers.get("Content-Type", ""))
     live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
-    content, read = response.content, 0
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    decoder = _Decoder() if coding in ("gzip", "x-gzip", "deflate") else None
+    content, read, kept = response.content, 0, 0
     while not content.at_eof() and read < MAX_BODY_BYTES:
         chunk = await content.readany()
-        live.feed("body", chunk)
-        read += len(chunk)
-        if read > 262144:  # a body that always has more never waits: let others have the loop
-            await asyncio.sleep(0)
+        for part in (chunk,) if decoder is None else decoder.decoded(chunk):
+            live.feed("body", part)
+            read += len(part)
+            if read - kept > 262144:  # a body that always has more never waits: let others have the loop
+                kept = read
+                await asyncio.sleep(0)
+            if read >= MAX_BODY_BYTES:
+                return
+    if decoder is not None and read < MAX_BODY_BYTES:
+        live.feed("body", decoder.finish())
+
+
+class _Decoder:
+    """Undoes gzip and deflate in small pieces, so that what unpacks to gigabytes needs no memory."""
+
+    def __init__(self) -> None:
+        self._inflate: Any = None
+        self._begun = False
+
+    def decoded(self, data: bytes) -> Iterator[bytes]:
+        """What these bytes unpack to. Raises aiohttp.ClientPayloadError."""
+        while data:
+            if self._inflate is None:
+                if self._begun and data[:1] != b"\x1f":  # gzip may have several members; anything else behind it is no part of it
+                    return
+                # zlib's header, gzip's, or neither: some servers send deflate without one.
+                self._inflate = zlib.decompressobj(47 if data[0] == 0x1F or data[0] & 15 == 8 else -15)
+                self._begun = True
+            try:
+                yield self._inflate.decompress(data, 65536)
+            except zlib.error:
+                raise aiohttp.ClientPayloadError("cannot be decoded") from None
+            data = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                data, self._inflate = self._inflate.unused_data, None
+
+    def finish(self) -> bytes:
+        """The rest. Raises aiohttp.ClientPayloadError when something is missing."""
+        rest: bytes = self._inflate.flush() if self._inflate is not None else b""
+        if self._inflate is not None and not self._inflate.eof:
+            raise aiohttp.ClientPayloadError("ends too early")
+        return rest
 
 
 def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[str, str]:
     headers: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, value in response.headers.items():
         text = live.masked(value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        name = live.masked(str(name))  # aiohttp's own kind of string takes ten times as long to write as JSON
+        plain = live.masked(str(name))  # aiohttp's own kind of string takes ten times as long to write as JSON
+        name = names.setdefault(plain.lower(), plain)
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
 
@@ -5621,7 +5908,7 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     output = _output(live)
     if output and output["body"] and not output["truncated"] and _JSON_TYPE.match(live.content_type):
         with contextlib.suppress(ValueError, RecursionError):
-            output["body"] = live.masked_json(_parsed_json(output["body"]))
+            output["body"] = live.masked_json(_parsed_json(output["body"].removeprefix("\ufeff")))
     return output
 
 
@@ -5644,12 +5931,12 @@ def _finite(text: str) -> float:
     return value if math.isfinite(value) else _not_finite(text)
 
 
-def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
+def _http_timeout(config: StoredConfig, live: LiveOutput, timeout: float) -> Outcome:
     output = _http_output(live)
     if live.reason:
         return dataclasses.replace(_stopped(live, timeout), output=output)
     what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
-    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=True)
+    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=_may_repeat(config, live))
 
 
 _SUCCESSFUL = ["200-299"]
@@ -5696,11 +5983,20 @@ def _http_date(text: str) -> float | None:
         return None
 
 
-def _http_failure(error: Exception, live: LiveOutput) -> Outcome:
-    message, retryable = _network_error(error)
+def _may_repeat(config: StoredConfig, live: LiveOutput) -> bool:
+    """Whether trying again cannot do a second time what a server has answered already."""
+    return not live.acted or config.get("method") not in _NOT_REPEATABLE
+
+
+def _http_failure(config: StoredConfig, error: Exception, live: LiveOutput) -> Outcome:
+    if type(error) is aiohttp.ClientConnectionError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of `_sent_once`
+    broken_off = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
+    live.acted = live.acted or broken_off or isinstance(error, aiohttp.ClientResponseError)
+    message, retryable = _network_error(aiohttp.ClientPayloadError() if broken_off else error)
     if message is None:
         return _unexpected(error, live)
-    return Outcome("failed", live.masked(message), _http_output(live), retryable=retryable)
+    return Outcome("failed", live.masked(message), _http_output(live), retryable=retryable and _may_repeat(config, live))
 
 
 def _network_error(error: Exception) -> tuple[str | None, bool]:
@@ -6080,7 +6376,7 @@ class Service:
         self._leader_lock = FileLock(Path(f"{store.path}.leader"))
         self._service_lock = FileLock(Path(f"{store.path}.service"))
         self._drain_lock = FileLock(self._drain_path(self._owner))
-        self._connector: aiohttp.TCPConnector | None = None
+        self._http: HttpClient | None = None
 
     # --- life ---
 
@@ -6095,7 +6391,7 @@ class Service:
         while self._kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
         if self._kind == "service":
-            self._connector = make_connector(self.settings)
+            self._http = HttpClient(self.settings)
         await self._load_state()
         try:
             await self._look_for_leadership()
@@ -6130,8 +6426,8 @@ class Service:
         await asyncio.gather(*jobs, return_exceptions=True)
         if self._ended:
             await self._settle_last(known, end)
-        if self._connector is not None:
-            await self._connector.close()
+        if self._http is not None:
+            await self._http.close()
         self._checks.shutdown(wait=False, cancel_futures=True)
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
             lock.release()
@@ -6313,8 +6609,8 @@ class Service:
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live, self._umask)
             else:
-                connector = self._connector or await self._open_connector()
-                outcome = await run_http(config, run, self.settings, connector, self._environ, active.live, self.clock.now)
+                client = self._http or await self._open_http()
+                outcome = await run_http(config, run, self.settings, client, self._environ, active.live, self.clock.now)
             ended = self._settled(run, outcome)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
@@ -6329,11 +6625,11 @@ class Service:
     def _settled(self, run: Run, outcome: Outcome) -> Settlement:
         return settle(run, outcome, self.clock.now(), random.uniform(-1, 1))
 
-    async def _open_connector(self) -> aiohttp.TCPConnector:
+    async def _open_http(self) -> HttpClient:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
         await asyncio.to_thread(importlib.import_module, "aiohttp")
-        self._connector = self._connector or make_connector(self.settings)  # another attempt may have been faster
-        return self._connector
+        self._http = self._http or HttpClient(self.settings)  # another attempt may have been faster
+        return self._http
 
     def _stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
@@ -7689,7 +7985,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 async def json_bytes(request: web.Request) -> bytes:
-    """The body as it was sent, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody, BodyTooLarge."""
+    """The body without a BOM, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody, BodyTooLarge."""
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
@@ -7710,7 +8006,7 @@ async def json_bytes(request: web.Request) -> bytes:
         raise BodyTooLarge(_TOO_LARGE)
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
-    return raw
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 async def read_body(request: web.Request, model: type[Input] | None) -> Any:
@@ -8592,6 +8888,7 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
         match = _ID_AT_AN_END.search(line)
         number = json.loads(match[1] or match[2]) if match else None
         raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
+    line = line.removeprefix(codecs.BOM_UTF8)  # PowerShell begins what it pipes with one
     try:
         return types.jsonrpc_message_adapter.validate_json(line, by_name=False)
     except ValidationError:

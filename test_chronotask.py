@@ -6,6 +6,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import codecs
 import contextlib
 import dataclasses
 import functools
@@ -91,6 +92,7 @@ from chronotask import (
     Forbidden,
     HistoryQuery,
     Hold,
+    HttpClient,
     Interval,
     InvalidInput,
     LiveOutput,
@@ -148,7 +150,6 @@ from chronotask import (
     locks_work,
     main,
     make_app,
-    make_connector,
     make_mcp_app,
     make_server,
     make_timing,
@@ -2535,6 +2536,15 @@ def test_secrets_are_masked() -> None:
         ("http://u:${env:CHRONOTASK_SECRET_P}@a/", "http://u:${env:CHRONOTASK_SECRET_P}@a/"),
         ("http://u:x${env:CHRONOTASK_SECRET_P}@a/", f"http://{MASK}@a/"),
         ("${env:CHRONOTASK_SECRET_URL}", "${env:CHRONOTASK_SECRET_URL}"),
+        ("http://u:pw${file:a/b}@a/", f"http://{MASK}@a/"),
+        ("http://u:${file:a/b}@a/", "http://u:${file:a/b}@a/"),
+        ("http://${file:a/b}:pw@a:1/x@y", f"http://{MASK}@a:1/x@y"),
+        ("http://u:p@${file:a@b}/x", f"http://{MASK}@${{file:a@b}}/x"),
+        ("http://a/${file:a@b}", "http://a/${file:a@b}"),
+        ("${file:a/b}u:pw@a/x@y", f"{MASK}@a/x@y"),
+        ("${file:a/b}://u:pw@a/x", f"{MASK}@a/x"),
+        ("${file:a/b}/users/@me", "${file:a/b}/users/@me"),
+        ("ftp://u:pw@a/x", f"{MASK}@a/x"),
     ],
 )
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
@@ -2588,6 +2598,34 @@ def test_a_mask_counts_only_while_scheme_host_and_port_stay_the_same(url: str, s
         "config.headers.COOKIE",
         "config.headers.Proxy-Authorization",
     ]
+
+
+@pytest.mark.parametrize(
+    ("stored", "new", "kept"),
+    [
+        ("https://u:pw@${env:CHRONOTASK_SECRET_H}/x", f"https://{MASK}@${{env:CHRONOTASK_SECRET_H}}/x", True),
+        ("https://u:pw@${env:CHRONOTASK_SECRET_H}/x", f"https://{MASK}@${{env:CHRONOTASK_SECRET_H}}/y", False),
+        ("https://${file:a/b}:pw@good.example/x", f"https://{MASK}@good.example/y", True),
+        ("https://${file:a/b}:pw@good.example/x", f"https://{MASK}@evil.example/x", False),
+        ("https://u:pw${file:a/@good.example/b}@good.example/", f"https://{MASK}@evil.example/", False),
+        ("https://u:pw@good.example/", f"https://{MASK}@good.example${{file:x/y}}/", False),
+        ("https://u:pw@good.example/", f"https://{MASK}@evil.example\\@good.example/", False),
+        ("${file:a/b}u:pw@good.example/x", f"{MASK}@good.example/x", True),
+        ("${file:a/b}u:pw@good.example/x", f"{MASK}@evil.example/x", False),
+    ],
+)
+def test_where_it_is_not_sure_the_origin_has_moved(stored: str, new: str, kept: bool) -> None:
+    auth = {"username": "u", "password": "secret"}
+    config = {"url": new, "auth": {**auth, "password": MASK}}
+    if kept:
+        assert unmask_config("http", config, {"url": stored, "auth": auth}) == {
+            "url": stored if new.endswith("x") else stored.removesuffix("x") + "y",
+            "auth": auth,
+        }
+        return
+    with pytest.raises(InvalidInput) as caught:
+        unmask_config("http", config, {"url": stored, "auth": auth})
+    assert [error.field for error in caught.value.errors] == ["config.url", "config.auth.password"]
 
 
 @pytest.mark.parametrize("stored", [None, {"url": "http://a/"}])
@@ -4005,6 +4043,27 @@ def test_a_whole_url_or_host_may_be_a_secret() -> None:
         assert resolve_secrets("http", {"url": url}, environ, Settings())[0] == {"url": resolved}
 
 
+@pytest.mark.parametrize(
+    ("url", "resolved"),
+    [
+        ("http://u:${file:a/b}@a.example/x", "http://u:p%40x%2Fy@a.example/x"),
+        ("http://${file:a/b}:w@a.example:8/x?${file:a/b}", "http://p%40x%2Fy:w@a.example:8/x?p%40x/y"),
+        ("http://a.example/${file:a/b}@c", "http://a.example/p%40x/y@c"),
+        ("http://a.example?u=${file:a/b}@c", "http://a.example?u=p%40x/y@c"),
+    ],
+)
+def test_what_is_in_the_name_of_a_reference_ends_no_authority(tmp_path: Path, url: str, resolved: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("p@x/y")
+    assert resolve_secrets("http", {"url": url}, {}, Settings(secrets_dir=tmp_path))[0] == {"url": resolved}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_secret(tmp_path: Path) -> None:
+    (tmp_path / "windows").write_bytes(b"\xef\xbb\xbffrom-file\r\n")
+    config = {"env": {"A": "${file:windows}"}}
+    assert resolve_secrets("bash", config, {}, Settings(secrets_dir=tmp_path)) == ({"env": {"A": "from-file"}}, ["from-file"])
+
+
 def test_only_env_of_a_bash_task_is_resolved() -> None:
     config = {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "${env:CHRONOTASK_SECRET_A}"}}
     resolved, _ = resolve_secrets("bash", config, {"CHRONOTASK_SECRET_A": "value"}, Settings())
@@ -4638,6 +4697,25 @@ async def test_bash_tasks_can_be_forbidden_altogether() -> None:
         ("fd00:ec2::254", "link-local", "link-local"),
         ("100.100.100.200", "link-local", "link-local"),
         ("168.63.129.16", "link-local", "link-local"),
+        ("192.0.0.192", "link-local", "link-local"),
+        ("fd00:ec2::23", "link-local", "link-local"),
+        ("fd20:ce::254", "link-local", "link-local"),
+        ("fd00:c1::a9fe:a9fe", "link-local", "link-local"),
+        ("fd00:42::42", "link-local", "link-local"),
+        ("fd00:a9fe:a9fe::1", "link-local", "link-local"),
+        ("64:ff9b::6464:64c8", "link-local", "link-local"),
+        ("64:ff9b:1::a9fe:a9fe", "link-local", "link-local"),
+        ("64:ff9b:1:a9fe:a9:fe00::", "link-local", "link-local"),
+        ("64:ff9b:1:a9:fe:a9fe::", "link-local", "link-local"),
+        ("64:ff9b:1:0:a9:fea9:fe00:0", "link-local", "link-local"),
+        ("64:ff9b:1::808:808", None, "private"),
+        ("64:ff9b::808:808", None, None),
+        ("2002:808:808::1", None, None),
+        ("4000::1", None, "private"),
+        ("1000::1", None, "private"),
+        ("5f00::1", None, "private"),
+        ("100::1", None, "private"),
+        ("2001:db8::1", None, "private"),
     ],
 )
 def test_refused_addresses(address: str, open_net: str | None, private_blocked: str | None) -> None:
@@ -4654,6 +4732,24 @@ def test_allowed_networks_open_what_is_refused() -> None:
     assert refused_address("fd00:ec2::254", settings) is None
     assert refused_address("169.254.169.253", settings) is not None
     assert refused_address("192.168.0.1", settings) is not None
+
+
+@pytest.mark.parametrize(
+    ("allowed", "address", "refused"),
+    [
+        ("64:ff9b::/96", "64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b::/96", "64:ff9b::7f00:1", True),
+        ("2002::/16", "2002:a9fe:a9fe::1", True),
+        ("::/0", "64:ff9b::a00:1", True),
+        ("169.254.0.0/16", "64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b::/96 10.0.0.0/8", "64:ff9b::a00:1", False),
+        ("::/0 0.0.0.0/0", "2002:a9fe:a9fe::1", False),
+    ],
+)
+def test_an_address_inside_another_is_open_only_when_both_are_listed(allowed: str, address: str, refused: bool) -> None:
+    networks = tuple(ipaddress.ip_network(text) for text in allowed.split())
+    settings = Settings(block_private_networks=True, allowed_networks=networks)
+    assert (refused_address(address, settings) is not None) == refused
 
 
 # ---- http
@@ -4713,8 +4809,8 @@ async def http_executors(
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    async with make_connector(settings) as connector:
-        return await run_http(StoredConfig(url=url, **config), run, settings, connector, environ or {}, live, now)
+    async with HttpClient(settings) as client:
+        return await run_http(StoredConfig(url=url, **config), run, settings, client, environ or {}, live, now)
 
 
 async def echo(request: web.Request) -> web.Response:
@@ -4761,10 +4857,10 @@ async def test_the_tasks_own_headers_win() -> None:
 
 
 async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> None:
-    async with serving(echo) as url, make_connector(Settings()) as connector:
+    async with serving(echo) as url, HttpClient(Settings()) as client:
         text = json.dumps({"url": url + "/", "method": "POST", "body": [1], "headers": {"X-A": "a"}})
         runs = [dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number) for number in (1, 2)]
-        outcomes = [await run_http(stored_config(text), run, Settings(), connector, {}, LiveOutput(10000)) for run in runs]
+        outcomes = [await run_http(stored_config(text), run, Settings(), client, {}, LiveOutput(10000)) for run in runs]
     seen = [outcome.output["body"]["headers"] for outcome in outcomes if outcome.output is not None]
     assert [(one["x-chronotask-execution-id"], one["x-chronotask-attempt"]) for one in seen] == [("1", "1"), ("2", "2")]
     assert {(one["x-a"], one["content-type"]) for one in seen} == {("a", "application/json")}
@@ -4773,11 +4869,11 @@ async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> Non
 
 
 async def test_a_secret_is_read_anew_at_each_run_of_a_shared_configuration() -> None:
-    async with serving(echo) as url, make_connector(Settings()) as connector:
+    async with serving(echo) as url, HttpClient(Settings()) as client:
         config = stored_config(json.dumps({"url": url + "/", "headers": {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}}))
         for value in ("one", "two"):
             environ = {"CHRONOTASK_SECRET_A": value}
-            outcome = await run_http(config, SECOND_RUN, Settings(), connector, environ, LiveOutput(10000))
+            outcome = await run_http(config, SECOND_RUN, Settings(), client, environ, LiveOutput(10000))
             assert outcome.output is not None
             assert outcome.output["body"]["headers"]["x-a"] == f"is {value}"
     assert config["headers"] == {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}
@@ -4802,19 +4898,30 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch:
             return web.Response(status=307, headers={"Location": "/"})
         return web.Response(status=204) if request.path == "/empty" else web.Response(text="x" * 1_000_000)
 
-    async with serving(handler) as url, make_connector(Settings()) as connector:
+    async with serving(handler) as url, HttpClient(Settings()) as client:
 
         async def get(path: str, **config: Any) -> Outcome:
-            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), connector, {}, LiveOutput(1000))
+            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
 
-        outcomes = [await get("/"), await get("/empty"), await get("/moved"), await get("/", method="HEAD"), await get("/")]
+        outcomes = [await get("/"), await get("/empty"), await get("/", method="HEAD"), await get("/")]
         assert {outcome.status for outcome in outcomes} == {"succeeded"}
-        assert len(ports) == 6
+        assert len(ports) == 4
         assert len(set(ports)) == 1
+        await get("/moved")  # a redirect gets a connection of its own, which is not kept
+        assert ports[4] == ports[0] != ports[5]
+        await get("/moved")
+        assert ports[7] not in ports[:6]
+        await get("/", headers={"connection": "keep-alive, Close"})
+        await get("/")
+        assert ports[8] not in ports[:8]
+        assert ports[9] == ports[0]
         monkeypatch.setattr("chronotask.MAX_BODY_BYTES", 1)
         await get("/")
         await get("/empty")
-        assert ports[-2] == ports[0] != ports[-1]
+        assert ports[-3] == ports[-2] != ports[-1]
+        await asyncio.sleep(1.5 * chronotask.KEEP_SECONDS)  # servers close idle connections
+        await get("/empty")
+        assert ports[-2] != ports[-1]
 
 
 async def test_header_names_are_plain_strings() -> None:
@@ -5059,6 +5166,10 @@ CREDENTIALS = {
     "My-Password": "x",
     "Client-Secret": "x",
     "X-Session-Id": "x",
+    "X-Jwt-Assertion": "x",
+    "X-Pwd": "x",
+    "X-Tenant": "x",
+    "Referer": "x",
 }
 
 
@@ -5096,11 +5207,10 @@ async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -
             return web.Response(status=307, headers={"Location": other})
 
         async with serving(handler) as url:
-            header = await http_executors(url, environ=environ, headers={"X-Plain": "${env:CHRONOTASK_SECRET_A}", "X-Other": "1"})
+            header = await http_executors(url, environ=environ, headers={"Accept": "${env:CHRONOTASK_SECRET_A}"})
             body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
     assert header.output is not None
-    assert "x-plain" not in header.output["body"]["headers"]
-    assert header.output["body"]["headers"]["x-other"] == "1"
+    assert header.output["body"]["headers"]["accept"] == "*/*"
     assert (body.status, body.retryable, body.error_message) == (
         "failed",
         False,
@@ -5124,7 +5234,7 @@ async def test_a_refusal_after_a_redirect_says_that_credentials_were_left_behind
     )
 
 
-async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
+async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the_next_one() -> None:
     seen = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -5134,10 +5244,10 @@ async def test_cookies_never_pass_from_one_request_to_the_next() -> None:
         return response
 
     settings = Settings()
-    async with serving(handler) as url, make_connector(settings) as connector:
+    async with serving(handler) as url, HttpClient(settings) as client:
         for _ in range(2):
-            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, connector, {}, LiveOutput(1000))
-    assert seen == [None, None, None, None]
+            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, client, {}, LiveOutput(1000))
+    assert seen == [None, "sid=1", None, "sid=1"]
 
 
 async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
@@ -5179,7 +5289,7 @@ async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
             file.write(bytes(1 << 20))
     code = f"""
 import asyncio, os, resource
-from chronotask import LiveOutput, Run, Settings, StoredConfig, make_connector, run_http
+from chronotask import LiveOutput, Run, Settings, StoredConfig, HttpClient, run_http
 async def talk(reader, writer):
     await reader.readuntil(b"\\r\\n\\r\\n")
     data = open({str(bomb)!r}, "rb").read()
@@ -5189,10 +5299,10 @@ async def talk(reader, writer):
 async def main():
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
-    async with make_connector(Settings()) as connector:
+    async with HttpClient(Settings()) as client:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run = Run(1, 1, None, "manual", None, None, 1, "uuid", 0, "t", "http", "", 0, 0, 1)
-        outcome = await run_http(StoredConfig(url=url, timeout=120), run, Settings(), connector, {{}}, LiveOutput(65536))
+        outcome = await run_http(StoredConfig(url=url, timeout=120), run, Settings(), client, {{}}, LiveOutput(65536))
         print(outcome.status, outcome.output["body_bytes"], outcome.output["truncated"])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 asyncio.run(main())
@@ -5462,9 +5572,9 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
         return web.Response()
 
     settings = Settings()
-    async with serving(handler) as url, make_connector(settings) as connector:
+    async with serving(handler) as url, HttpClient(settings) as client:
         outcomes = await asyncio.gather(
-            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, connector, {}, LiveOutput(1000)) for _ in range(150))
+            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, client, {}, LiveOutput(1000)) for _ in range(150))
         )
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
@@ -5479,6 +5589,288 @@ async def test_names_are_looked_up_in_daemon_threads() -> None:
     async with serving(echo) as url:
         assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-dns")
+
+
+# ---- http: what real servers do, and curl takes
+
+
+@contextlib.asynccontextmanager
+async def talking(
+    answer: Callable[[str, int], tuple[bytes, bool]], ssl_context: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[str, list[str]]]:
+    """A server that keeps connections: `answer` gets the request line and its number on this connection, and gives bytes and
+    whether the connection ends behind them. The URL, and the request lines so far."""
+    seen: list[str] = []
+    writers = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+            for number in itertools.count():
+                head = await reader.readuntil(b"\r\n\r\n")
+                seen.append(head.split(b" HTTP/")[0].decode())
+                if length := re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE):
+                    await reader.readexactly(int(length[1]))
+                data, ends = answer(seen[-1], number)
+                writer.write(data)
+                await writer.drain()
+                if ends:
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=ssl_context)
+    scheme = "https" if ssl_context else "http"
+    try:
+        yield f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+NOT_HTTP = b"SSH-2.0-OpenSSH\r\n\r\n"
+
+
+async def attempts(url: str, count: int, **config: Any) -> list[Outcome]:
+    """One after another, by the same client."""
+    async with HttpClient(Settings()) as client:
+        task = StoredConfig(url=url, **config)
+        return [await run_http(task, SECOND_RUN, Settings(), client, {}, LiveOutput(100_000)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("status", "location"), [(303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next")]
+)
+async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: int, location: bytes) -> None:
+    def answer(request: str, number: int) -> tuple[bytes, bool]:
+        if request.endswith("/next"):
+            return OK, False
+        return b"HTTP/1.1 %d Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % (status, place), True
+
+    async with talking(answer) as (url, seen):
+        place = location.replace(b"PORT", url.rpartition(":")[2].encode())
+        outcomes = await attempts(url + "/", 20, method="POST", body="paid")
+    assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
+    assert seen == ["POST /", f"{'POST' if status == 307 else 'GET'} /next"] * 20
+
+
+async def test_a_server_that_closes_behind_every_answer_without_saying_so() -> None:
+    async with talking(lambda request, number: (OK, True)) as (url, seen):
+        outcomes = await attempts(url, 20, method="POST")
+    assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
+    assert seen == ["POST /"] * 20
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
+async def test_a_request_is_sent_once_when_a_kept_connection_breaks(method: str) -> None:
+    async with talking(lambda request, number: (OK if number == 0 else b"", number > 0)) as (url, seen):
+        outcomes = await attempts(url, 2, method=method)
+    assert [(outcome.status, outcome.error_message, outcome.retryable) for outcome in outcomes] == [
+        ("succeeded", None, False),
+        ("failed", "the server closed the connection without an answer", True),
+    ]
+    assert len(seen) == 2
+
+
+BEHIND = [
+    ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", ""),
+    ("GET", b"HTTP/1.1 204 No Content\r\n\r\n{}\n", ""),
+    ("GET", b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", ""),
+    ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nhello", ""),
+    ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", ""),
+    ("GET", OK + b"garbage", "ok"),
+    ("GET", OK + b"\r\n\r\n<html>", "ok"),
+    ("GET", OK + b"HTTP/1.1 500 Forged\r\nContent-Length: 6\r\n\r\nforged", "ok"),
+    ("GET", b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 500 Forged\r\nContent-Length: 6\r\n\r\nforged", ""),
+    ("GET", b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nokgarbage", "ok"),
+    ("GET", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;a=b\r\nok\r\n1\r\n!\r\n0\r\nX: 1\r\n\r\ngarbage", "ok!"),
+    ("GET", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length:2\r\n\r\nokgarbage", "ok"),
+    ("GET", b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 60_000 + b"\r\nContent-Length: 2\r\n\r\nok", "ok"),
+    ("GET", b"HTTP/1.1 200 OK\r\n" + b"Set-Cookie: a=b\r\n" * 2_000 + b"Content-Length: 2\r\n\r\nok", "ok"),
+]
+
+
+@pytest.mark.parametrize(("method", "answer", "body"), BEHIND)
+async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext, method: str, answer: bytes, body: str) -> None:
+    for context in (None, tls):
+        async with talking(lambda request, number: (answer, False), context) as (url, seen):
+            outcomes = await attempts(url, 3, method=method, expected_status=["200-399"], verify_tls=False)
+        assert [(outcome.status, (outcome.output or {})["body"]) for outcome in outcomes] == [("succeeded", body)] * 3
+        assert len(seen) == 3
+
+
+@pytest.mark.parametrize(("method", "answer", "body"), BEHIND)
+async def test_it_does_not_matter_in_which_pieces_an_answer_comes(method: str, answer: bytes, body: str) -> None:
+    request = f"{method} / HTTP/1.1".encode()
+    whole = chronotask._Answer(request).take(answer)
+    for size in (1, 2, 3, 7, 1000):
+        if size < 7 and len(answer) > 1000:
+            continue
+        pieces, taken = chronotask._Answer(request), 0
+        for at in range(0, len(answer), size):
+            taken += pieces.take(answer[at : at + size])
+        assert (taken, pieces.complete) == (whole, True)
+
+
+async def test_an_endless_head_is_given_up() -> None:
+    async def endless(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"X-A: " + b"a" * 60_000 + b"\r\n")
+            await writer.drain()
+
+    async with answering(b"HTTP/1.1 200 OK\r\n", endless) as url:
+        outcome = await http_executors(url)
+    assert outcome.error_message == "the connection failed: the head of the answer is larger than 307200 bytes"
+
+
+@pytest.mark.parametrize(
+    ("answer", "post_again"),
+    [
+        (b"", True),
+        (NOT_HTTP, False),
+        (b"HTTP/1.1 200 OK\r\nConte", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\noops\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nhalf", False),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", False),
+    ],
+)
+async def test_what_cannot_be_read_is_no_reason_to_post_again(answer: bytes, post_again: bool) -> None:
+    async with answering(answer) as url:
+        outcomes = [await http_executors(url, method=method) for method in ("GET", "PUT", "POST", "PATCH")]
+    assert [outcome.status for outcome in outcomes] == ["failed"] * 4
+    assert [outcome.retryable for outcome in outcomes] == [True, True, post_again, post_again]
+
+
+async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> None:
+    def answer(request: str, number: int) -> tuple[bytes, bool]:
+        code = 307 if request.endswith("/307") else 303
+        return (
+            (b"HTTP/1.1 %d Moved\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n" % code, False)
+            if request[-2:] != "/x"
+            else (b"", True)
+        )
+
+    async def wait(writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async with talking(answer) as (url, _), answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", wait) as slow:
+        moved = [await http_executors(url + path, method="POST") for path in ("/303", "/307")]
+        late = [await http_executors(slow, method=method, timeout=0.1) for method in ("POST", "GET")]
+    assert [outcome.retryable for outcome in moved] == [False, True]
+    assert [(outcome.status, outcome.retryable) for outcome in late] == [("timed_out", False), ("timed_out", True)]
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E", "/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E"),
+        ("/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;", "/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;"),
+        ("/a/../b/./c", "/a/../b/./c"),
+        ("?x=%41", "/?x=%41"),
+        ("/é?ü=%C3%A9", "/%C3%A9?%C3%BC=%C3%A9"),
+        ('/{"a"}|^`<>', '/{"a"}|^`<>'),
+        ("/a#fragment", "/a"),
+        ("", "/"),
+    ],
+)
+async def test_a_url_is_sent_as_it_is_written(url: str, path: str) -> None:
+    def answer(request: str, number: int) -> tuple[bytes, bool]:
+        place = url.encode() or b"/"
+        return (
+            (b"HTTP/1.1 302 Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % place, True)
+            if request == "GET /away/to"
+            else (OK, True)
+        )
+
+    async with talking(answer) as (base, seen):
+        outcomes = [await http_executors(base + url), await http_executors(base + "/away/to")]
+    assert [outcome.status for outcome in outcomes] == ["succeeded"] * 2
+    followed = {"/a/../b/./c": "/b/c", "/?x=%41": "/away/to?x=%41"}.get(path, path)
+    assert seen == [f"GET {path}", "GET /away/to", f"GET {followed}"]
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        (b"/caf\xe9?a=\xe9", "/caf%E9?a=%E9"),
+        (b"/caf\xc3\xa9", "/caf%C3%A9"),
+        (b" next page ", "/next%20page"),
+        (b"?b=%2F", "/?b=%2F"),
+        (b"http://localhost:PORT/x%2Fy", "/x%2Fy"),
+        (b"//user:pass@localhost:PORT?q", "/?q"),
+    ],
+)
+async def test_a_redirect_is_followed_as_it_is_written(location: bytes, path: str) -> None:
+    def answer(request: str, number: int) -> tuple[bytes, bool]:
+        if request != "GET /":
+            return OK, True
+        return b"HTTP/1.1 302 Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % place, True
+
+    async with talking(answer) as (url, seen):
+        place = location.replace(b"PORT", url.rpartition(":")[2].encode())
+        outcome = await http_executors(url)
+    assert (outcome.status, seen) == ("succeeded", ["GET /", f"GET {path}"])
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+async def test_a_content_type_is_sent_only_with_a_body_or_when_the_task_names_one(method: str) -> None:
+    assert "content-type" not in (await echoed(method=method))["headers"]
+    assert (await echoed(method=method, headers={"content-type": "a/b"}))["headers"]["content-type"] == "a/b"
+
+
+def deflated(data: bytes, wbits: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "sent", "body"),
+    [
+        ("br", b"\x0b\x02\x80hello\x03", "\x0b\x02\ufffdhello\x03"),
+        ("zstd", b"hello", "hello"),
+        ("gzip, br", b"hello", "hello"),
+        ("x-unheard-of", b"hello", "hello"),
+        ("identity", b"hello", "hello"),
+        ("gzip", deflated(b"hello", 31), "hello"),
+        ("x-gzip", deflated(b"hello", 31), "hello"),
+        ("GZIP", deflated(b"hel", 31) + deflated(b"lo", 31), "hello"),
+        ("gzip", deflated(b"hello", 31) + b"\0\0padding", "hello"),
+        ("gzip", b"", ""),
+        ("deflate", deflated(b"hello", 15), "hello"),
+        ("deflate", deflated(b"hello", -15), "hello"),
+    ],
+)
+async def test_a_coding_is_undone_or_kept_and_the_status_decides(coding: str, sent: bytes, body: str) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(sent)}\r\n\r\n"
+    async with answering(head.encode() + sent) as url:
+        outcome = await http_executors(url)
+    assert (outcome.status, (outcome.output or {})["body"]) == ("succeeded", body)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "sent"),
+    [
+        ("application/json", b'\xef\xbb\xbf{"a": 1}'),
+        ("application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a": 1}'),
+        ("application/json; charset=utf-16", '\ufeff{"a": 1}'.encode("utf-16-le")),
+        ("application/json; charset=utf-16be", '\ufeff{"a": 1}'.encode("utf-16-be")),
+    ],
+)
+async def test_json_behind_a_byte_order_mark_is_json(content_type: str, sent: bytes) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(sent)}\r\n\r\n"
+    async with answering(head.encode() + sent) as url:
+        outcome = await http_executors(url)
+    assert (outcome.output or {})["body"] == {"a": 1}
+
+
+async def test_headers_that_differ_in_case_are_one() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: 2\r\nX-a: 3\r\nContent-Length: 0\r\n\r\n"
+    async with answering(answer) as url:
+        outcome = await http_executors(url)
+    assert (outcome.output or {})["headers"] == {"X-A": "1, 2, 3", "Content-Length": "0"}
 
 
 # ======================================================================================================================
@@ -8347,6 +8739,12 @@ async def test_json_with_a_charset_is_taken_and_a_post_without_a_body_needs_no_c
     problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
 
 
+async def test_a_body_behind_a_byte_order_mark_is_taken(api: Api) -> None:
+    assert (await api("POST", "/tasks", raw=codecs.BOM_UTF8 + json.dumps(BASH).encode())).status == 201
+    assert (await api("PUT", "/tasks/1", raw=codecs.BOM_UTF8 + b'{"name": "b"}')).status == 200
+    assert (await api("POST", "/scheduler/pause", raw=codecs.BOM_UTF8)).status == 200
+
+
 BAD_PARAMETERS = """
     /tasks: limit=0 limit=1001 limit=x limit= limit=1.5 limit=1_0 skip=-1 skip=99999999999999999999 status=on task_type=x
         stauts=active limit=1&limit=2
@@ -9001,6 +9399,11 @@ def error_of(line: bytes, size: int) -> MCPError:
 def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: bytes, code: int, number: Json) -> None:
     error = error_of(line, len(line))
     assert (error.code, error.data) == (code, number)
+
+
+def test_a_line_may_begin_with_a_byte_order_mark() -> None:
+    line = codecs.BOM_UTF8 + b'{"jsonrpc":"2.0","id":3,"method":"ping"}'
+    assert read_message(line, len(line)) == read_message(line[3:], len(line) - 3)
 
 
 @pytest.mark.parametrize(
