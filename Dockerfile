@@ -28,13 +28,13 @@ FROM python:${PYTHON_VERSION}-alpine
 
 # bash runs the tasks; tini reaps what they leave in the background, which Python as process 1 would not; tzdata serves
 # Python and the tasks alike.
-# /app/data and /app/backup belong to group 0 too, because an unknown uid (`--user 4711`, OpenShift) comes with that
-# group. Both are made here because a fresh volume takes owner and mode from the image.
+# /app/data and /app/backup are root's and open to all as /tmp is, because an unknown uid (`--user 4711`, OpenShift) must
+# trust the folder as well. Both are made here because a fresh volume takes owner and mode from the image.
 RUN apk add --no-cache bash tini tzdata \
  && addgroup -S -g 10001 chronotask \
  && adduser -S -D -H -h /app -u 10001 -G chronotask chronotask \
  && install -d -m 0755 /app \
- && install -d -o 10001 -g 0 -m 0770 /app/data /app/backup
+ && install -d -o 0 -g 0 -m 1777 /app/data /app/backup
 
 COPY --from=build /install /usr/local
 

@@ -88,6 +88,7 @@ import errno
 import fcntl
 import functools
 import gc
+import grp
 import hashlib
 import heapq
 import hmac
@@ -100,6 +101,7 @@ import logging
 import logging.handlers
 import math
 import operator
+import pwd
 import queue
 import random
 import re
@@ -488,14 +490,28 @@ def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise StartupError(f"{name}={value}: must be {error}", exit_status=2) from None
 
 
-def untrusted(path: Path, found: os.stat_result) -> str | None:
-    """Why what lies at `path` cannot be relied on, and the remedy: somebody else could have written it (sshd's StrictModes)."""
+def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
+    """Why what lies at `path` cannot be relied on, and the remedy: somebody else could have written it (sshd's StrictModes).
+
+    With `alone`, a group in which there is nobody else may write, as Debian's ssh allows it: a volume's fsGroup in Kubernetes.
+    """
     if found.st_uid not in (0, os.geteuid()):
-        return f"belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {shown(str(path))}"
+        return f"belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {shown(str(path), 4096)}"
     shared_folder = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # as Kubernetes mounts secrets
-    if found.st_mode & 0o022 and not shared_folder:
-        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):04o}): chmod go-w {shown(str(path))}"
+    others = 0o002 if alone and not _has_others(found.st_gid) else 0o022
+    if found.st_mode & others and not shared_folder:
+        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):04o}): chmod go-w {shown(str(path), 4096)}"
     return None
+
+
+def _has_others(gid: int) -> bool:
+    """Whether anybody but this user and root is in the group."""
+    members = {user.pw_name for user in pwd.getpwall() if user.pw_gid == gid and user.pw_uid not in (0, os.geteuid())}
+    with contextlib.suppress(KeyError):
+        members.update(grp.getgrgid(gid).gr_mem)
+    with contextlib.suppress(KeyError):
+        members.discard(pwd.getpwuid(os.geteuid()).pw_name)
+    return bool(members - {"root"})
 
 
 def _read_token(path: Path, warnings: list[str]) -> str:
@@ -2981,9 +2997,11 @@ class Deadline:
 # 6. Store
 # ======================================================================================================================
 #
-# One writer thread takes all waiting writes as one transaction (group commit: FULL costs next to nothing then); two reader
-# threads, on read-only connections, answer all waiting reads from one snapshot. What is passed to `write` and `read` is a
-# function of the connection. One for `write` may run twice (see `_write_batch`): it must have no effect but on the database.
+# One writer thread takes all waiting writes as one transaction (group commit: FULL costs next to nothing then); a reader
+# thread, on a read-only connection, answers the reads of one turn of the loop from one snapshot. These find their rows by an
+# index. What may look at many (`scan`) has a thread and a connection of its own and a time limit: it holds up nobody.
+# What is passed to `write`, `read` and `scan` is a function of the connection. One for `write` may run twice (see
+# `_write_batch`): it must have no effect but on the database.
 #
 # The functions below that take `db` are these functions, or parts of them: the queries. They run in their caller's
 # transaction. Many rows are read and written in few steps (`fetch`, `bulk`): sqlite3 gives up and retakes the GIL at every
@@ -3077,6 +3095,10 @@ UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial ind
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 BULK_SIZES = (1, 4, 8, 16, 32, 64, 128)
+SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
+SCAN_TIMEOUT = 3.0  # seconds
+SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
+WAL_LIMIT = 8 * 2**20  # bytes that the log may keep on disk once its content is in the database
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
 
@@ -3163,7 +3185,7 @@ def storage_error(error: Exception) -> Exception:
 
 
 class Store:
-    """The database: opened with its schema brought up to date, written by one thread, read by two."""
+    """The database: opened with its schema brought up to date, written by one thread, read by others."""
 
     def __init__(self, path: Path, monotonic: Callable[[], float]) -> None:
         self.path = path
@@ -3173,9 +3195,17 @@ class Store:
         self._version = 0
         self._writes, self._reads = _Lane(), _Lane()
         self._db = open_database(path)
-        self._threads = [_Worker("store-writer", self._write_batch, self._writes)]
-        self._readers = [connect(path, read_only=True) for _ in range(2)]
-        self._threads += [_Worker("store-reader", partial(_read_batch, reader), self._reads) for reader in self._readers]
+        self._file = _file_of(path)
+        self._replaced = False
+        self._reader = connect(path, read_only=True)
+        self._writer = _Worker("store-writer", self._write_batch, self._writes)
+        self._threads: list[threading.Thread] = [
+            self._writer,
+            _Worker("store-reader", partial(_read_batch, self._reader), self._reads),
+        ]
+        self._scans: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._scanning = 0
+        self._closing = False
         for thread in self._threads:
             thread.start()
 
@@ -3202,6 +3232,43 @@ class Store:
         """Like `read`, for what `run` does for many at once, as `write_each`."""
         return cast(T, await self._submit(self._reads, run, (item,)))
 
+    async def scan(self, run: Callable[[DB], T]) -> T:
+        """Like `read`, for what may look at many rows: beside everything else, and for SCAN_TIMEOUT seconds at most.
+        Raises Unavailable then."""
+        self._scanning += 1
+        try:
+            if self._scanning > len(self._threads) - 2 < SCANNERS:
+                self._threads.append(threading.Thread(target=self._scan, name="store-scanner", daemon=True))
+                self._threads[-1].start()
+            loop = asyncio.get_running_loop()
+            call = _Call(run, (), loop.create_future(), loop, self._monotonic())
+            self._scans.put(call)
+            return cast(T, await call.future)
+        finally:
+            self._scanning -= 1
+
+    def _scan(self) -> None:
+        db: DB | None = None
+        while (call := self._scans.get()) is not None:
+            until = call.since + SCAN_TIMEOUT
+
+            def is_late(until: float = until) -> bool:
+                return self._closing or self._monotonic() > until
+
+            try:
+                db = db or connect(self.path, read_only=True)
+                db.set_progress_handler(is_late, SCAN_STEP)
+                if is_late():
+                    raise Unavailable(_TOO_LONG)
+                _read_batch(db, [call])
+                if getattr(call.error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+                    raise Unavailable(_TOO_LONG)
+            except (sqlite3.Error, Unavailable) as error:
+                call.error = error
+            call.loop.call_soon_threadsafe(_deliver, [call])
+        if db is not None:
+            db.close()
+
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
         version = await self.write(self._look)
@@ -3209,6 +3276,9 @@ class Store:
         return changed
 
     def _look(self, db: DB) -> int:
+        if not self._replaced and _file_of(self.path) != self._file:
+            logger.error("%s: what is written from now on may be lost", _REPLACED)
+        self._replaced = _file_of(self.path) != self._file
         if self.failure:
             set_meta(db, "probe", self._monotonic())
         return _pragma(db, "data_version")
@@ -3261,10 +3331,12 @@ class Store:
 
     def problem(self) -> str | None:
         """Why the database cannot be relied on now, or None."""
-        if not self._threads[0].is_alive():
+        if not self._writer.is_alive():
             return "the database writer has died"
         if self.stuck_for() > STUCK_AFTER:
             return f"a write to the database has not come back for {self.stuck_for():.0f} s"
+        if self._replaced:
+            return _REPLACED
         return self.failure and f"the last write to the database failed: {self.failure}"
 
     @property
@@ -3274,15 +3346,30 @@ class Store:
     def close(self) -> None:
         """Finishes what is waiting and closes all connections. Blocks for 0.2 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
+        self._closing = True
         self._writes.end()
-        for _ in self._readers:
-            self._reads.end()
+        self._reads.end()
+        for _ in self._threads[2:]:
+            self._scans.put(None)
         end = self._monotonic() + 0.2
         for thread in self._threads:
             thread.join(max(0.0, end - self._monotonic()))
-        for thread, db in zip(self._threads[::-1], (*self._readers[::-1], self._db), strict=True):
+        for thread, db in ((self._threads[1], self._reader), (self._writer, self._db)):
             if not thread.is_alive():
                 db.close()  # the writer's last: then SQLite leaves one file that holds everything
+
+
+_TOO_LONG = f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
+_REPLACED = "the database file is no longer the one that was opened"
+
+
+def _file_of(path: Path) -> tuple[int, int] | None:
+    """Which file has this name now; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
@@ -3368,6 +3455,7 @@ def open_database(path: Path) -> DB:
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
     _check_files(path)
+    check_owners(path)
     try:
         if path.exists() and path.stat().st_size:
             # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
@@ -3386,6 +3474,7 @@ def _open_for_writing(path: Path) -> DB:
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
         db.execute("PRAGMA wal_autocheckpoint=0")  # only the leader checkpoints: see `set_leading`
         migrate(db, MIGRATIONS)
     except BaseException:
@@ -3433,6 +3522,43 @@ def _check_files(path: Path) -> None:
         raise StartupError(
             f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
         )
+
+
+BESIDE = ("-wal", "-shm", "-journal", ".leader", ".service")  # the files of the database beside it
+
+
+def check_owners(path: Path) -> None:
+    """Refuses a database that somebody else has planted or may change: its schedules would run as this user. The same for
+    its folder and the files beside it. Raises StartupError."""
+    for place in dict.fromkeys((path, Path(os.path.realpath(path)))):  # a link of our own may lead elsewhere
+        check_owner(place.parent, 0o022)
+        check_owner(place, 0o077)
+        for beside in (Path(f"{place}{suffix}") for suffix in BESIDE):
+            if beside.is_symlink():
+                raise StartupError(f"{beside} is a symbolic link: no file of a database is one; remove it")
+            check_owner(beside, 0o077)
+
+
+def check_owner(path: Path, closed: int) -> None:
+    """Raises StartupError if `path` is not to be trusted. What is our own and open to others as `closed` says (mode bits) is
+    tightened first, and that is said: but for a folder where others have files too. What does not exist is trusted."""
+    try:
+        found, link, me = path.stat(), path.lstat(), os.geteuid()
+        mode, closing = stat.S_IMODE(found.st_mode), found.st_uid == me
+        if path.is_dir():  # in one such as /tmp nobody can replace what belongs to another
+            with os.scandir(path) as entries:
+                closing &= not mode & stat.S_ISVTX and all(e.stat(follow_symlinks=False).st_uid in (0, me) for e in entries)
+        if closing and mode & closed:
+            with contextlib.suppress(OSError):
+                path.chmod(mode & ~closed)
+            found = path.stat()
+            logger.warning("%s was open to others (mode %04o): it is %04o now", path, mode, stat.S_IMODE(found.st_mode))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StartupError(f"{path} cannot be looked at: {error.strerror}") from None
+    if why := untrusted(path, found if link.st_uid in (0, me) else link, alone=True):
+        raise StartupError(f"{path} {why}, or run ChronoTask as its owner (in a container: --user), or choose another place")
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -3554,7 +3680,7 @@ class FileLock:
         """Tries to take the lock without waiting. True if it is held."""
         if self._fd is not None:
             return True
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -6872,7 +6998,7 @@ class Service:
         return self._task_view(*existing(found, "task", task_id))
 
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
-        total, rows = await self.store.read(partial(list_tasks, query=query))
+        total, rows = await self.store.scan(partial(list_tasks, query=query))
         tasks = [self._task_view(task, next_run) for task, next_run in rows]
         return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
@@ -6881,7 +7007,7 @@ class Service:
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
-        return await self.store.read(lambda db: find_equal_task(db, get_task(db, task_id)))
+        return await self.store.scan(lambda db: find_equal_task(db, get_task(db, task_id)))
 
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
         """Changes the fields that were sent. Raises NotFound, InvalidInput, Forbidden."""
@@ -7003,7 +7129,7 @@ class Service:
         return view
 
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
-        total, rows = await self.store.read(partial(list_schedules, query=query))
+        total, rows = await self.store.scan(partial(list_schedules, query=query))
         schedules = [schedule_view(schedule, task_active and not self.paused) for schedule, task_active in rows]
         return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
@@ -7106,11 +7232,11 @@ class Service:
         return view
 
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
-        total, rows = await self.store.read(partial(list_history, task_id=task_id, query=query))
+        total, rows = await self.store.scan(partial(list_history, task_id=task_id, query=query))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[execution_view(row) for row in rows])
 
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
-        rows = await self.store.read(partial(list_executions, query=query))
+        rows = await self.store.scan(partial(list_executions, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=[execution_view(row) for row in rows], next_before_id=more)
 
@@ -7207,7 +7333,7 @@ class Service:
 
     async def overview(self, query: TaskQuery) -> OverviewPage:
         """A page of tasks, each with its last 30 executions and what these say about it."""
-        return await self.store.read(partial(self._overview, query=query))  # views of 30,000 executions are no work for the loop
+        return await self.store.scan(partial(self._overview, query=query))  # views of 30,000 executions are no work for the loop
 
     def _overview(self, db: DB, query: TaskQuery) -> OverviewPage:
         total, rows = list_tasks(db, query)
@@ -7226,7 +7352,7 @@ class Service:
 
     async def metrics(self) -> Metrics:
         """Everything that /metrics shows, in the store's words."""
-        objects, counts, tasks = await self.store.read(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
+        objects, counts, tasks = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
         return Metrics(self.stats, objects, counts, tasks, size, self.store.waiting_writes, self.leading, len(self.running))
 
@@ -7248,7 +7374,7 @@ class Service:
 
     async def scheduler_status(self) -> StatusView:
         """Whether this process leads, what waits and runs, what comes next, how late recent starts were (seconds)."""
-        counts, executions, fires = await self.store.read(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
+        counts, executions, fires = await self.store.scan(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
         zone = self.settings.scheduler_timezone
         return StatusView(
             running=not self.stopping,
@@ -9144,6 +9270,8 @@ def set_up_logging(settings: Settings) -> None:
     for handler in handlers:
         handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
+    if settings.log_file is not None and settings.log_file.is_file():
+        check_owner(settings.log_file, 0o022)
     # aiohttp logs a malformed request with its bytes, the token among them: the client has its 400, the log needs none of it.
     logging.getLogger("aiohttp.server").addFilter(lambda record: not _is_malformed_request(record))
     for name in ("aiohttp.access", "mcp", "sse_starlette"):

@@ -3214,6 +3214,102 @@ def test_a_folder_without_write_permission_is_told(tmp_path: Path) -> None:
         open_database(tmp_path / "c.db")
 
 
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["", "c.db", "c.db-wal", "c.db-shm", "c.db-journal", "c.db.leader", "c.db.service"])
+def test_a_file_or_folder_of_another_owner_is_refused(tmp_path: Path, name: str) -> None:
+    open_database(tmp_path / "c.db").close()
+    place = tmp_path / name
+    place.touch()
+    os.chown(place, 4711, 4711)
+    assert refusal_of(tmp_path / "c.db") == (
+        f"{place} belongs to another user (uid 4711): chown 0 '{place}', "
+        "or run ChronoTask as its owner (in a container: --user), or choose another place"
+    )
+
+
+@needs_root
+def test_a_link_that_somebody_else_made_is_refused_and_one_of_our_own_leads_to_a_database_that_is_checked(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "links" / "c.db"
+    open_database(real / "c.db").close()
+    link.parent.mkdir()
+    link.symlink_to(real / "c.db")
+    open_database(link).close()
+    os.chown(link, 4711, 4711, follow_symlinks=False)
+    assert f"{link} belongs to another user (uid 4711)" in refusal_of(link)
+    os.chown(link, 0, 0, follow_symlinks=False)
+    os.chown(real, 4711, 4711)
+    assert f"{real} belongs to another user (uid 4711)" in refusal_of(link)
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal", ".leader", ".service"])
+def test_a_link_in_the_place_of_a_file_beside_the_database_is_refused(tmp_path: Path, suffix: str) -> None:
+    link = tmp_path / f"c.db{suffix}"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StartupError) as caught:
+        open_database(tmp_path / "c.db")
+    assert caught.value.detail == f"{link} is a symbolic link: no file of a database is one; remove it"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "then"),
+    [
+        ("c.db", 0o666, 0o600),
+        ("c.db", 0o644, 0o600),
+        ("c.db-wal", 0o660, 0o600),
+        ("c.db.leader", 0o604, 0o600),
+        ("", 0o777, 0o755),
+        ("", 0o2775, 0o2755),
+        ("", 0o755, 0o755),
+        ("", 0o1777, 0o1777),  # as /tmp is: nobody can replace what belongs to another
+    ],
+)
+def test_own_files_that_are_too_open_are_tightened_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, mode: int, then: int
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).touch()
+    (folder / name).chmod(mode)
+    chronotask.check_owners(folder / "c.db")
+    assert stat.S_IMODE((folder / name).stat().st_mode) == then
+    changed = f"{folder / name} was open to others (mode {mode:04o}): it is {then:04o} now"
+    assert [record.message for record in caplog.records] == ([changed] if mode != then else [])
+
+
+@needs_root
+def test_a_folder_that_others_use_as_well_is_refused_and_not_closed_to_them(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    (folder / "theirs").touch()
+    os.chown(folder / "theirs", 4711, 4711)
+    folder.chmod(0o777)
+    assert f"{folder} may be written by others (mode 0777): chmod go-w '{folder}', or run" in refusal_of(folder / "c.db")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
+    open_database(folder / "own" / "c.db").close()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("gid", "mode", "trusted"), [(0, 0o775, True), (4711, 0o2775, True), (4711, 0o777, False), (1, 0o775, False)]
+)
+def test_root_s_folder_may_be_written_by_a_group_that_has_nobody_else(
+    quick_disk: Path, gid: int, mode: int, trusted: bool
+) -> None:
+    """4711 is nobody's group, as the fsGroup of a pod; `daemon` has a user of its own."""
+    os.chown(quick_disk, 0, gid)
+    quick_disk.chmod(mode)
+    os.seteuid(65534)
+    try:
+        with contextlib.nullcontext() if trusted else pytest.raises(StartupError, match="may be written by others"):
+            chronotask.check_owners(quick_disk / "c.db")
+    finally:
+        os.seteuid(0)
+
+
 @pytest.mark.slow
 def test_a_database_that_another_program_holds_is_told(tmp_path: Path) -> None:
     open_database(tmp_path / "c.db").close()
@@ -3426,6 +3522,92 @@ async def test_a_write_that_does_not_come_back_is_told(tmp_path: Path) -> None:
     await job
     assert store.problem() is None
     store.close()
+
+
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def test_no_read_waits_for_scans_and_each_of_these_is_ended(tmp_path: Path) -> None:
+    bell = Bell()
+    store = Store(tmp_path / "c.db", bell)
+    scans = [asyncio.ensure_future(store.scan(lambda db: db.execute(ENDLESS).fetchone())) for _ in range(20)]
+    async with asyncio.timeout(10):
+        assert await store.write(put("k1", 7)) == "k1"
+        assert await store.read(lambda db: get_meta(db, "k1")) == 7
+        assert not any(scan.done() for scan in scans)
+        bell.now = chronotask.SCAN_TIMEOUT + 0.1  # also of those that wait for a free thread
+        results = await asyncio.gather(*scans, return_exceptions=True)
+    assert {str(result) for result in results} == {
+        "this looks at too many rows: it was ended after 3 s; ask for less (fewer pages back, other filters)"
+    }
+    assert all(isinstance(result, Unavailable) for result in results)
+    assert await store.scan(lambda db: get_meta(db, "k1")) == 7
+    store.close()
+
+
+async def test_a_scan_that_fails_or_is_given_up_does_no_harm_to_others(store: Store) -> None:
+    with pytest.raises(Unavailable, match="no such table"):
+        await store.scan(lambda db: db.execute("SELECT x FROM nowhere"))
+    with pytest.raises(Unavailable, match="readonly"):
+        await store.scan(put("k1"))
+    scan = asyncio.ensure_future(store.scan(lambda db: db.execute(ENDLESS).fetchone()))
+    await asyncio.sleep(0)
+    scan.cancel()
+    assert await asyncio.gather(*(store.scan(lambda db: get_meta(db, "rev")) for _ in range(30))) == [0] * 30
+    assert await store.read(lambda db: get_meta(db, "rev")) == 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda service: service.list_executions(ExecutionQuery()),
+        lambda service: service.get_task_history(1, HistoryQuery(status="failed")),
+        lambda service: service.overview(TaskQuery()),
+        lambda service: service.metrics(),
+        lambda service: service.scheduler_status(),
+    ],
+    ids=["executions", "history", "overview", "metrics", "status"],
+)
+async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(
+    rig: Rig, ask: Callable[[Service], Coroutine[Any, Any, Any]]
+) -> None:
+    task = await rig.task()
+    rig.sql("ALTER TABLE executions RENAME TO few")
+    rig.sql(f"CREATE VIEW executions AS SELECT few.* FROM few JOIN ({ENDLESS})")
+    rig.sql("INSERT INTO few (task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', 0, 'u')", task)
+    asked = [asyncio.ensure_future(ask(rig.service)) for _ in range(3)]
+    async with asyncio.timeout(10):
+        assert (await rig.service.get_task(task))["id"] == task
+        rig.clock.steady += 4
+        results = await asyncio.gather(*asked, return_exceptions=True)
+    assert [getattr(result, "status", result) for result in results] == [503] * 3
+
+
+async def test_a_log_that_grew_large_is_made_small_again(store: Store) -> None:
+    log = Path(f"{store.path}-wal")
+    await store.set_leading(True)
+    await store.write(put("k1", "x" * 20_000_000))
+    assert log.stat().st_size > 20_000_000
+    await store.write(put("k1"))  # the first one after a checkpoint
+    await store.write(put("k1"))
+    assert log.stat().st_size <= 8 * 2**20
+
+
+@pytest.mark.parametrize("then", ["moved", "deleted", "replaced"])
+async def test_a_database_file_that_is_no_longer_the_one_that_was_opened_is_told(store: Store, then: str) -> None:
+    await store.foreign_changes()
+    assert store.problem() is None
+    aside = store.path.rename(store.path.with_name("aside.db"))
+    if then == "deleted":
+        aside.unlink()
+    elif then == "replaced":
+        shutil.copy(aside, store.path)
+    await store.foreign_changes()
+    assert store.problem() == "the database file is no longer the one that was opened"
+    if then != "deleted":
+        aside.rename(store.path)
+        await store.foreign_changes()
+        assert store.problem() is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -3641,6 +3823,13 @@ def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
     child.wait()
     other.release()
     assert free is True
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        FileLock(tmp_path / "lock").acquire()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_working_locks_are_recognised_and_leave_nothing_behind(tmp_path: Path) -> None:
