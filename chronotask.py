@@ -290,7 +290,7 @@ class StartupError(ChronoTaskError):
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` is most likely a misspelling of, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6) if len(word) <= 100 else None
     return found[0] if found else None
 
 
@@ -374,7 +374,7 @@ def _nearest_zone(name: str) -> str | None:
     known = _zone_names()
     city = name.lower().replace(" ", "_").rpartition("/")[2]
     same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
-    return same_city[0] if same_city else nearest(name[:100], known)
+    return same_city[0] if same_city else nearest(name, known)
 
 
 def _zone_name(text: str) -> str:
@@ -1281,7 +1281,7 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 
 def _unknown_field(name: object, schedule_type: str) -> FieldError:
     known = _CONFIG_FIELDS[schedule_type]
-    text = f"unknown field, {schedule_type} takes {_and(known)}" + did_you_mean(str(name)[:100], known)
+    text = f"unknown field, {schedule_type} takes {_and(known)}" + did_you_mean(str(name), known)
     return FieldError(f"schedule_config.{str(name)[:100]}", text)
 
 
@@ -1495,9 +1495,10 @@ REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
 MAX_NESTING = 64
 # Linux: MAX_ARG_STRLEN, with the terminating NUL.
 MAX_ARGUMENT_BYTES = 131071
-SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^}]*)\}")
+# No name holds a `{`: else each of many beginnings without an end would be followed through all the text behind it.
+SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
 
-_REFERENCE = r"\$\{(?:env|file):[^}]*\}"
+_REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
 _HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
 _HARMLESS_USERINFO = re.compile(rf"[^:@$]*:{_REFERENCE}")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -1535,6 +1536,8 @@ def field_errors(
     `prefix` goes before each path; `known` are the names to suggest for a wrong one, `nested` those inside a field.
     Values are shown unless they may be secret.
     """
+    if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
+        return (FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them"),)
     found: dict[str, list[str]] = {}
     details = error.errors(include_url=False)
     unions = _union_paths(details)
@@ -1741,7 +1744,6 @@ def _status_ranges(entries: list[int | str]) -> list[int | str]:
     return entries
 
 
-@functools.lru_cache(256, typed=True)
 def status_range(entry: int | str) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
     match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
@@ -4512,6 +4514,7 @@ MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
 KEEP_SECONDS = 0.1  # that a connection waits for the next request: long enough for a burst, shorter than any server's limit
 MAX_SECRET_BYTES = 65536
+MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
@@ -4882,7 +4885,10 @@ def resolve_secrets(
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
+    @functools.cache
     def secret(kind: str, name: str) -> str:
+        if len(secrets) == MAX_SECRETS:
+            raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
         value = _secret_variable(name, environ) if kind == "env" else _secret_file(name, settings)
         secrets.append(value)
         return value
@@ -5467,9 +5473,10 @@ def _bash_outcome(command: _Command, live: LiveOutput) -> Outcome:
 
 def _same_folder_hint(command: _Command, stderr: str) -> str | None:
     """Advice for a command that was not found because it lies in the working directory, which no PATH holds."""
-    missing = re.findall(r"([^\s:/]+): command not found", stderr[-4096:]) or command.source.split(None, 1)[:1]
-    if missing and "/" not in missing[-1] and os.path.isfile(os.path.join(command.cwd or "", missing[-1])):
-        return f"the file is in the working directory: use ./{_one_line(missing[-1], 100)}"
+    said, found, _ = stderr[-4096:].rpartition(": command not found")
+    name = re.split(r"[\s:/]", said)[-1] if found else command.source.split(None, 1)[0]
+    if name and "/" not in name and os.path.isfile(os.path.join(command.cwd or "", name)):
+        return f"the file is in the working directory: use ./{_one_line(name, 100)}"
     return None
 
 
@@ -8231,7 +8238,7 @@ def page_policy(page: str) -> dict[str, str]:
     """Security headers of a page: only its own inline scripts and styles run, and it talks to this server alone."""
 
     def hashes(tag: str) -> str:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        texts = [part.partition(f"</{tag}>")[0] for part in page.split(f"<{tag}>")[1:]]
         return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
 
     policy = (
@@ -9001,9 +9008,7 @@ async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
     yield bytes(line), size
 
 
-_ID = rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")'
-# Before the first nested object, or after the last one: there, an "id" is the message's own.
-_ID_AT_AN_END = re.compile(rb"\A\s*\{[^{}]*?" + _ID + rb"|\}[^{}]*?" + _ID + rb"[^{}]*\}\s*\Z")
+_ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")')
 
 
 def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
@@ -9011,8 +9016,12 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
     from mcp import MCPError, types
 
     if size > MAX_BODY:
-        match = _ID_AT_AN_END.search(line)
-        number = json.loads(match[1] or match[2]) if match else None
+        # Before the first nested object, or after the last one: there, an "id" is the message's own.
+        pieces = re.split(rb"([{}])", line.strip())
+        ends = pieces[2:3] if pieces[:2] == [b"", b"{"] else []
+        ends += pieces[-3:-2] if pieces[-4:-3] + pieces[-2:] == [b"}", b"}", b""] else []
+        match = next(filter(None, map(_ID.search, ends)), None)
+        number = json.loads(match[1]) if match else None
         raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
     line = line.removeprefix(codecs.BOM_UTF8)  # PowerShell begins what it pipes with one
     try:

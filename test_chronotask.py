@@ -43,9 +43,11 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from queue import Queue
+from statistics import median
 from typing import Any, ClassVar, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
@@ -1041,6 +1043,85 @@ def test_a_local_name_that_hides_one_from_below_is_no_violation() -> None:
     above = "def f(store, Store) -> object:\n    return [Service for Service in (store, Store)]"
     below = "class Store: ...\nclass Service: ..."
     assert breaches_of(f"{bar}\n# 1. A\n{bar}\n{above}\n{bar}\n# 8. B\n{bar}\n{below}\n") == []
+
+
+# ---- Patterns: each is linear in what comes from outside
+
+
+async def slowdown(call: Callable[[Any], Any], once: Any, twice: Any) -> float:
+    """How many times longer `call` takes for twice as much: the middle of many turns, as others use this machine too."""
+    ratios: list[float] = []
+    while len(ratios) < 40:
+        moments = [time.thread_time()]
+        for text in (once, twice):
+            if asyncio.iscoroutine(result := call(text)):
+                await result
+            moments.append(time.thread_time())
+        before, after = (max(later - earlier, 1e-9) for earlier, later in pairwise(moments))
+        ratios.append(after / before)
+        if after < 0.001 or (len(ratios) >= 5 and median(ratios) < 3):  # what is over in a millisecond cannot be measured
+            return 2.0
+    return median(ratios)
+
+
+_PATTERN_METHODS = ("match", "fullmatch", "search", "sub", "split", "findall")
+
+
+def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
+    """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
+    names = {**vars(chronotask), "tag": "script"}  # which is a part of one of them
+    found: dict[tuple[re.Pattern[Any], str], str] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in _PATTERN_METHODS:
+            if isinstance(pattern := names.get(node.value.id), re.Pattern):
+                found[pattern, node.attr] = node.value.id
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func)[:3] == "re.":
+            texts = [ast.unparse(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)]]
+            pattern = re.compile(*(eval(text, names) for text in [texts[0], *(text for text in texts[1:] if text[:3] == "re.")]))
+            if node.func.attr != "compile":
+                found[pattern, node.func.attr] = f"line {node.lineno}"
+    return found
+
+
+_UNITS = (
+    'a 0 - . : / @ $ { } " \' \\ ; , < = + [ % x: a@ :a }{ ${env: ${file:a ${file:a} {$ "id": :" ;charset= ;charset auth key'
+    " cookie :// http://a a. a+ <script> </script> 2026-01-01 1- mon# LD_ Bearer text/ é #! | application/ /a %2 [a 0. ,a"
+).split()
+_UNITS += [" ", "\t", "\n", "\r\n", "\0", "a ", " \\", '"id" ', "; ", ";charset ", "Bearer ", ": command not found", "a: "]
+
+
+async def test_every_pattern_is_linear_in_hostile_text() -> None:
+    uses = pattern_uses(MODULE)
+    assert {name for name, value in vars(chronotask).items() if isinstance(value, re.Pattern)} - set(uses.values()) == set()
+    slow = []
+    for (pattern, method), name in uses.items():
+        call = partial(getattr(pattern, method), *[pattern.pattern[:0]] * (method == "sub"))
+        for size, head, unit in itertools.product((500, 3_000), ("", "{", "}", "http://", "Bearer ${env:"), _UNITS):
+            texts = [head + unit * (length // len(unit)) + "\1" for length in (size, 2 * size)]
+            if await slowdown(call, *([text.encode() for text in texts] if isinstance(pattern.pattern, bytes) else texts)) > 3.2:
+                slow.append((name, pattern.pattern, method, head, unit))
+                break
+    assert slow == []
+
+
+@pytest.mark.slow
+async def test_a_run_that_is_given_advice_takes_no_longer_than_one_that_is_not(tmp_path: Path) -> None:
+    source = "printf %4000s | tr ' ' a >&2; exit %d"
+    run = partial(bash, working_dir=str(tmp_path))
+    assert await slowdown(run, source.replace("%d", "126"), source.replace("%d", "127")) < 3
+
+
+async def test_what_comes_in_by_rest_and_mcp_is_read_in_linear_time(api: Door) -> None:
+    def post(text: str) -> Any:
+        return api("POST", "/tasks", {**BASH, "task_type": "http", "config": {"url": "http://127.0.0.1/", "body": text}})
+
+    def too_long(line: bytes) -> None:
+        with pytest.raises(Exception, match="a message may have at most"):
+            read_message(line, MAX_BODY + 1)
+
+    assert await slowdown(post, "${env:" * 4_000, "${env:" * 8_000) < 3
+    assert await slowdown(too_long, b"}" + b'"id":1,' * 500, b"}" + b'"id":1,' * 1000) < 3
+    assert await slowdown(too_long, b"{" * 40_000, b"{" * 80_000) < 3
 
 
 # ======================================================================================================================
@@ -4197,6 +4278,13 @@ def test_onlookers_see_masked_output_as_it_comes() -> None:
     assert live.recent() == [("stdout", 16, b"one ******** two"), ("stderr", 5, b"short")]
 
 
+@pytest.mark.parametrize("secret", ["aaaaaa", "-" * 3000 + "x", "abcabcabc"])
+def test_no_more_output_is_held_back_than_the_longest_secret(secret: str) -> None:
+    masker = SecretMasker([secret])
+    given = masker.feed((secret[:3] * 20_000).encode())
+    assert (len(given) > 50_000, secret.encode() in given + masker.finish()) == (True, False)
+
+
 # ---- Secrets
 
 
@@ -4352,6 +4440,19 @@ async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
     assert outcome.output is not None
     assert (outcome.output["stdout"], outcome.output["stderr"]) == ("one ******** two\n********", "********\n")
     assert outcome.error_message == "exit status 3: ********"
+
+
+def test_a_secret_is_read_once_and_a_hundred_different_ones_are_the_most(tmp_path: Path) -> None:
+    environ = {f"CHRONOTASK_SECRET_{number}": f"{number:06}" for number in range(101)}
+    for count, outcome in [(100, 100), (101, "more than 100 different secrets in one configuration")]:
+        body = "".join(f"${{env:CHRONOTASK_SECRET_{number}}}" for number in range(count)) * 20
+        try:
+            assert (
+                len(resolve_secrets("http", {"url": "http://127.0.0.1/", "body": body}, environ, settings(tmp_path))[1])
+                == outcome
+            )
+        except ChronoTaskError as error:
+            assert error.detail == outcome
 
 
 # ---- bash
