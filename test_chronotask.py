@@ -109,7 +109,6 @@ from chronotask import (
     Run,
     Schedule,
     ScheduleCreate,
-    SchedulePreview,
     ScheduleQuery,
     ScheduleUpdate,
     SecretMasker,
@@ -304,6 +303,12 @@ class Rig:
     async def execute(self, task_id: int) -> int:
         return (await self.service.execute_task(task_id))["id"]
 
+    async def executed(self, task_id: int) -> int:
+        """An execution by hand that is over, or waits for its retry; its id."""
+        execution_id = await self.execute(task_id)
+        await self.finish()
+        return execution_id
+
     async def beat(self) -> None:
         await self.clock.round()
 
@@ -312,6 +317,16 @@ class Rig:
         self.clock.advance(START / S + seconds - self.clock.wall / S)
         self.clock.wall = START + round(seconds * S)
         await self.beat()
+
+    async def run_at(self, seconds: float) -> None:
+        """The clock reads START + `seconds`, and what that begins comes to its end."""
+        await self.at(seconds)
+        await self.finish()
+
+    async def let_go(self, target: Target) -> None:
+        """The server answers what it holds, and what waited for that comes to its end."""
+        target.let_go.set()
+        await self.finish()
 
     async def finish(self) -> None:
         """Waits for all attempts under way and for those that they make way for."""
@@ -403,6 +418,13 @@ async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
 @pytest.fixture
 async def rig(open_rig: OpenRig) -> Rig:
     return await open_rig()
+
+
+async def refused_fields(call: Awaitable[Any]) -> list[str]:
+    """The fields that a refused call complains about."""
+    with pytest.raises(InvalidInput) as caught:
+        await call
+    return [error.field for error in caught.value.errors]
 
 
 async def restarted(rig: Rig, open_rig: OpenRig, seconds: float | None = None, **changes: Any) -> Rig:
@@ -4075,9 +4097,13 @@ async def bash(
     return await run_bash(StoredConfig(command=command, **config), run, settings, Environ(environ or {"PATH": PATH}), live)
 
 
-def out(outcome: Outcome) -> str:
+def output(outcome: Outcome) -> dict[str, Any]:
     assert outcome.output is not None
-    return str(outcome.output["stdout"])
+    return outcome.output
+
+
+def out(outcome: Outcome) -> str:
+    return str(output(outcome)["stdout"])
 
 
 def of_run(run_id: str) -> list[int]:
@@ -4253,8 +4279,8 @@ class Watched(LiveOutput):
 
     follower: Callable[[bytes], object] = staticmethod(lambda data: None)
 
-    def feed(self, stream: str, data: bytes) -> None:
-        super().feed(stream, data)
+    def feed(self, stream: str, data: bytes, last: bool = False) -> None:
+        super().feed(stream, data, last)
         self.follower(data)
 
 
@@ -4437,8 +4463,7 @@ async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
         environ={"PATH": PATH, "CHRONOTASK_SECRET_A": "value-of-a"},
         env={"A": "${env:CHRONOTASK_SECRET_A}"},
     )
-    assert outcome.output is not None
-    assert (outcome.output["stdout"], outcome.output["stderr"]) == ("one ******** two\n********", "********\n")
+    assert (output(outcome)["stdout"], output(outcome)["stderr"]) == ("one ******** two\n********", "********\n")
     assert outcome.error_message == "exit status 3: ********"
 
 
@@ -4495,8 +4520,7 @@ async def test_other_ends_are_failures(command: str, message: str, retryable: bo
 @pytest.mark.slow
 async def test_a_killed_command_has_a_signal_and_no_exit_code() -> None:
     outcome = await bash("echo before; kill -TERM $$")
-    assert outcome.output is not None
-    assert (outcome.output["exit_code"], outcome.output["signal"], outcome.output["stdout"]) == (None, "SIGTERM", "before\n")
+    assert (output(outcome)["exit_code"], output(outcome)["signal"], output(outcome)["stdout"]) == (None, "SIGTERM", "before\n")
 
 
 @pytest.mark.slow
@@ -4586,8 +4610,7 @@ async def test_a_missing_bash_is_said() -> None:
 async def test_a_timeout_ends_the_whole_group_and_keeps_the_output() -> None:
     outcome = await bash("echo before; sleep 60 & sleep 60", timeout=0.2)
     assert (outcome.status, outcome.error_message, outcome.retryable) == ("timed_out", "was still running after 0.2 s", True)
-    assert outcome.output is not None
-    assert (outcome.output["stdout"], outcome.output["signal"]) == ("before\n", "SIGTERM")
+    assert (output(outcome)["stdout"], output(outcome)["signal"]) == ("before\n", "SIGTERM")
     assert of_run(RUN_ID) == []
 
 
@@ -4602,8 +4625,7 @@ async def test_a_command_may_end_itself_on_sigterm() -> None:
 async def test_a_command_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
     outcome = await bash("trap '' TERM; echo deaf; while :; do sleep 60; done", timeout=0.2)
-    assert outcome.output is not None
-    assert (outcome.output["stdout"], outcome.output["signal"]) == ("deaf\n", "SIGKILL")
+    assert (output(outcome)["stdout"], output(outcome)["signal"]) == ("deaf\n", "SIGKILL")
     assert of_run(RUN_ID) == []
 
 
@@ -4675,8 +4697,7 @@ async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.1)
     assert out(await bash("printf %65536s x")) == f"{'x':>65536}", "as much as a pipe holds"
     both = await bash("echo good; echo bad >&2; exit 3")
-    assert both.output is not None
-    assert (both.output["stdout"], both.output["stderr"], both.error_message) == ("good\n", "bad\n", "exit status 3: bad")
+    assert (output(both)["stdout"], output(both)["stderr"], both.error_message) == ("good\n", "bad\n", "exit status 3: bad")
     ended = await bash("echo early; sleep 60", timeout=0.2)
     assert (ended.status, out(ended)) == ("timed_out", "early\n")
     chatty = await bash("(trap '' PIPE; while :; do echo more; done) & echo done")
@@ -4687,8 +4708,7 @@ async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.Mon
 @pytest.mark.slow
 async def test_more_than_a_pipe_holds_is_taken_as_it_comes() -> None:
     outcome = await bash("printf %3000000s x; printf %200000s y >&2")
-    assert outcome.output is not None
-    assert (outcome.output["stdout_bytes"], outcome.output["stderr_bytes"]) == (3000000, 200000)
+    assert (output(outcome)["stdout_bytes"], output(outcome)["stderr_bytes"]) == (3000000, 200000)
 
 
 @pytest.mark.slow
@@ -4749,8 +4769,7 @@ async def test_endless_output_without_newline_leaves_the_loop_responsive() -> No
         turns += 1
     outcome = await running
     assert outcome.status == "timed_out"
-    assert outcome.output is not None
-    assert outcome.output["truncated"]
+    assert output(outcome)["truncated"]
     assert turns > 200
     assert loop.is_running()
 
@@ -4896,8 +4915,7 @@ async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
             check_allowed("bash", config, LISTED)
         assert (outcome.status, outcome.retryable, outcome.output) == ("failed", False, None)
     elif result == "cat: ":
-        assert outcome.output is not None
-        assert outcome.output["stderr"].startswith(("cat: ", "/"))
+        assert output(outcome)["stderr"].startswith(("cat: ", "/"))
     else:
         assert out(outcome) == filled(result, marker, planted)
 
@@ -5103,6 +5121,16 @@ async def http_executors(
         return await run_http(StoredConfig(url=url, **config), run, settings, client, environ or {}, live, now)
 
 
+async def answered(answer: Callable[[], web.Response], **config: Any) -> Outcome:
+    """What an attempt makes of this answer."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return answer()
+
+    async with serving(handler) as url:
+        return await http_executors(url, **config)
+
+
 async def echo(request: web.Request) -> web.Response:
     return web.json_response(
         {
@@ -5117,8 +5145,7 @@ async def echo(request: web.Request) -> web.Response:
 async def echoed(url: str = "/", **config: Any) -> dict[str, Any]:
     async with serving(echo) as base:
         outcome = await http_executors(base.replace("//", f"//{config.pop('userinfo', '')}") + url, **config)
-    assert outcome.output is not None
-    body = outcome.output["body"]
+    body = output(outcome)["body"]
     assert isinstance(body, dict)
     return body
 
@@ -5151,7 +5178,7 @@ async def test_runs_share_a_configuration_but_not_what_tells_them_apart() -> Non
         text = json.dumps({"url": url + "/", "method": "POST", "body": [1], "headers": {"X-A": "a"}})
         runs = [dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number) for number in (1, 2)]
         outcomes = [await run_http(stored_config(text), run, Settings(), client, {}, LiveOutput(10000)) for run in runs]
-    seen = [outcome.output["body"]["headers"] for outcome in outcomes if outcome.output is not None]
+    seen = [output(outcome)["body"]["headers"] for outcome in outcomes]
     assert [(one["x-chronotask-execution-id"], one["x-chronotask-attempt"]) for one in seen] == [("1", "1"), ("2", "2")]
     assert {(one["x-a"], one["content-type"]) for one in seen} == {("a", "application/json")}
     assert stored_config(text) is stored_config(text)
@@ -5164,8 +5191,7 @@ async def test_a_secret_is_read_anew_at_each_run_of_a_shared_configuration() -> 
         for value in ("one", "two"):
             environ = {"CHRONOTASK_SECRET_A": value}
             outcome = await run_http(config, SECOND_RUN, Settings(), client, environ, LiveOutput(10000))
-            assert outcome.output is not None
-            assert outcome.output["body"]["headers"]["x-a"] == f"is {value}"
+            assert output(outcome)["body"]["headers"]["x-a"] == f"is {value}"
     assert config["headers"] == {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}
 
 
@@ -5218,8 +5244,7 @@ async def test_header_names_are_plain_strings() -> None:
     """aiohttp's own kind takes ten times as long to write as JSON."""
     async with serving(echo) as url:
         outcome = await http_executors(url + "/")
-    assert outcome.output is not None
-    assert {type(name) for name in outcome.output["headers"]} == {str}
+    assert {type(name) for name in output(outcome)["headers"]} == {str}
 
 
 @pytest.mark.parametrize(
@@ -5268,14 +5293,9 @@ async def test_an_authorization_header_wins_over_auth_and_auth_over_the_url(
 
 
 async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.json_response({"a": [1, 2]}, headers={"X-A": "1"})
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url)
-    assert outcome.output is not None
+    outcome = await answered(lambda: web.json_response({"a": [1, 2]}, headers={"X-A": "1"}))
     assert outcome.status == "succeeded"
-    assert outcome.output["headers"]["X-A"] == "1"
+    assert output(outcome)["headers"]["X-A"] == "1"
     assert {name: value for name, value in outcome.output.items() if name != "headers"} == {
         "status_code": 200,
         "body": {"a": [1, 2]},
@@ -5300,13 +5320,8 @@ async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
     ],
 )
 async def test_json_that_cannot_be_written_again_stays_text(content_type: str, text: str, body: Any) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(body=text.encode(), headers={"Content-Type": content_type})
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url)
-    assert outcome.output is not None
-    assert outcome.output["body"] == body
+    outcome = await answered(lambda: web.Response(body=text.encode(), headers={"Content-Type": content_type}))
+    assert output(outcome)["body"] == body
 
 
 async def test_a_charset_is_respected_and_binary_replaced() -> None:
@@ -5316,9 +5331,7 @@ async def test_a_charset_is_respected_and_binary_replaced() -> None:
     async with serving(handler) as url:
         latin = await http_executors(url + "/?type=text/plain;charset=iso-8859-1")
         binary = await http_executors(url + "/?type=image/png")
-    assert latin.output is not None
-    assert binary.output is not None
-    assert (latin.output["body"], binary.output["body"]) == ("café", "caf\ufffd")
+    assert (output(latin)["body"], output(binary)["body"]) == ("café", "caf\ufffd")
 
 
 @pytest.mark.parametrize(
@@ -5340,11 +5353,7 @@ async def test_a_charset_is_respected_and_binary_replaced() -> None:
     ],
 )
 async def test_the_status_decides_about_success_and_retry(status: int, expected: Any, success: bool, retryable: bool) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=status)
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url, **({"expected_status": expected} if expected else {}))
+    outcome = await answered(lambda: web.Response(status=status), **({"expected_status": expected} if expected else {}))
     assert (outcome.status, outcome.retryable) == ("succeeded" if success else "failed", retryable)
 
 
@@ -5385,11 +5394,7 @@ def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(headers: dict[str, 
 
 @pytest.mark.parametrize(("status", "wait"), [(503, 7.0), (429, 7.0), (500, None), (404, None)])
 async def test_retry_after_counts_on_429_and_503(status: int, wait: float | None) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=status, headers={"Retry-After": "7"})
-
-    async with serving(handler) as url:
-        assert (await http_executors(url)).retry_after == wait
+    assert (await answered(lambda: web.Response(status=status, headers={"Retry-After": "7"}))).retry_after == wait
 
 
 @pytest.mark.parametrize(
@@ -5423,11 +5428,7 @@ async def test_the_method_changes_on_redirects_as_in_browsers(status: int, metho
 
 
 async def test_redirects_without_end_are_given_up() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=302, headers={"Location": "/again"})
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url)
+    outcome = await answered(lambda: web.Response(status=302, headers={"Location": "/again"}))
     assert (outcome.status, outcome.retryable, outcome.error_message) == (
         "failed",
         False,
@@ -5437,11 +5438,7 @@ async def test_redirects_without_end_are_given_up() -> None:
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)"])
 async def test_a_redirect_to_anything_but_http_is_refused(location: str) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=302, headers={"Location": location})
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url)
+    outcome = await answered(lambda: web.Response(status=302, headers={"Location": location}))
     assert (outcome.status, outcome.retryable) == ("failed", False)
     assert str(outcome.error_message).endswith("which is no http or https URL")
 
@@ -5481,12 +5478,10 @@ async def test_credentials_are_not_sent_on_to_another_server(by: str) -> None:
             base = url.replace("//", "//u:p@") if by == "url" else url
             same = await http_executors(base + "/same", **config)
             away = await http_executors(base + "/away", **config)
-    assert same.output is not None
-    assert away.output is not None
     secret = {name.lower() for name in CREDENTIALS} | {"authorization"}
-    assert secret <= set(same.output["body"]["headers"])
-    assert not secret & set(away.output["body"]["headers"])
-    assert "idempotency-key" in away.output["body"]["headers"]
+    assert secret <= set(output(same)["body"]["headers"])
+    assert not secret & set(output(away)["body"]["headers"])
+    assert "idempotency-key" in output(away)["body"]["headers"]
 
 
 async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -> None:
@@ -5499,8 +5494,7 @@ async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -
         async with serving(handler) as url:
             header = await http_executors(url, environ=environ, headers={"Accept": "${env:CHRONOTASK_SECRET_A}"})
             body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
-    assert header.output is not None
-    assert header.output["body"]["headers"]["accept"] == "*/*"
+    assert output(header)["body"]["headers"]["accept"] == "*/*"
     assert (body.status, body.retryable, body.error_message) == (
         "failed",
         False,
@@ -5552,23 +5546,17 @@ async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> N
     }
     async with serving(handler) as url:
         outcome = await http_executors(url, environ={"CHRONOTASK_SECRET_A": 'va"lue/1'}, **config)
-    assert outcome.output is not None
-    assert outcome.output["headers"]["X-Echo"] == MASK
-    assert outcome.output["body"]["X-Key"] == MASK
-    assert outcome.output["body"]["Cookie"] == MASK
-    assert outcome.output["body"]["Authorization"] == f"Basic {MASK}"
-    assert outcome.output["body"]["path"] == f"/?q={MASK}"
+    assert output(outcome)["headers"]["X-Echo"] == MASK
+    assert output(outcome)["body"]["X-Key"] == MASK
+    assert output(outcome)["body"]["Cookie"] == MASK
+    assert output(outcome)["body"]["Authorization"] == f"Basic {MASK}"
+    assert output(outcome)["body"]["path"] == f"/?q={MASK}"
 
 
 async def test_a_body_is_clipped_in_the_middle() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(body=b"a" * 300000 + b"z" * 300000)
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url, settings=Settings(output_limit=1024))
-    assert outcome.output is not None
-    assert outcome.output["body"] == "a" * 256 + "\n[… 598976 bytes left out …]\n" + "z" * 768
-    assert (outcome.output["body_bytes"], outcome.output["truncated"]) == (600000, True)
+    outcome = await answered(lambda: web.Response(body=b"a" * 300000 + b"z" * 300000), settings=Settings(output_limit=1024))
+    assert output(outcome)["body"] == "a" * 256 + "\n[… 598976 bytes left out …]\n" + "z" * 768
+    assert (output(outcome)["body_bytes"], output(outcome)["truncated"]) == (600000, True)
 
 
 @pytest.mark.slow
@@ -5648,7 +5636,7 @@ async def test_an_answer_that_has_come_when_the_attempt_is_stopped_counts() -> N
         loop.call_later(0.05, time.sleep, 0.2)  # a busy turn, in which the answer comes
         loop.call_later(0.15, live.stop, "interrupted")
         outcome = await http_executors(url, live=live, method="POST")
-    assert (outcome.status, outcome.output and outcome.output["body"]) == ("succeeded", "paid")
+    assert (outcome.status, output(outcome)["body"]) == ("succeeded", "paid")
 
 
 async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
@@ -5664,9 +5652,8 @@ async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
         "answered 200, but not completely within 0.3 s",
         True,
     )
-    assert outcome.output is not None
-    assert outcome.output["truncated"]
-    assert outcome.output["headers"] == {"Content-Type": "text/plain"}
+    assert output(outcome)["truncated"]
+    assert output(outcome)["headers"] == {"Content-Type": "text/plain"}
 
 
 async def test_a_server_that_dribbles_is_ended_by_the_timeout_of_the_whole_attempt() -> None:
@@ -5679,8 +5666,7 @@ async def test_a_server_that_dribbles_is_ended_by_the_timeout_of_the_whole_attem
     async with answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", dribble) as url:
         outcome = await http_executors(url, timeout=0.3)
     assert outcome.status == "timed_out"
-    assert outcome.output is not None
-    assert outcome.output["body"].startswith("beginx")
+    assert output(outcome)["body"].startswith("beginx")
 
 
 async def test_a_server_that_never_answers_times_out() -> None:
@@ -5704,8 +5690,7 @@ async def test_a_request_is_stopped_from_outside(reason: str, retryable: bool) -
     async with answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", stop) as url:
         outcome = await http_executors(url, live=live)
     assert (outcome.status, outcome.retryable) == (reason, retryable)
-    assert outcome.output is not None
-    assert outcome.output["body"] == "begin"
+    assert output(outcome)["body"] == "begin"
 
 
 async def test_a_cancelled_job_ends_its_request() -> None:
@@ -5787,11 +5772,7 @@ async def test_private_addresses_are_refused_when_blocked_however_they_are_writt
 
 
 async def test_a_redirect_to_a_refused_address_is_refused() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=302, headers={"Location": "http://169.254.169.254/"})
-
-    async with serving(handler) as url:
-        outcome = await http_executors(url)
+    outcome = await answered(lambda: web.Response(status=302, headers={"Location": "http://169.254.169.254/"}))
     assert (outcome.status, outcome.retryable) == ("failed", False)
     assert "169.254.169.254:80 may not be called" in str(outcome.error_message)
 
@@ -6196,7 +6177,7 @@ def a_schedule(**changes: Any) -> Schedule:
     return Schedule(**fields)
 
 
-CROWDS = {
+UNFINISHED = {
     "nobody": [],
     "manual": [Unfinished(1, None, "manual", False, 1)],
     "own": [Unfinished(1, 7, "schedule", False, 1)],
@@ -6208,13 +6189,13 @@ CROWDS = {
 LETTERS = {"missed": "m", "skipped": "s", "cancelled": "x"}
 
 
-def claimed(schedule: Schedule, crowd: str, now: float) -> tuple[Claim, str]:
+def claimed(schedule: Schedule, unfinished: str, now: float) -> tuple[Claim, str]:
     """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued).
 
     A queued one may wait behind o(verlap) and behind c(atch-up).
     """
     claim = Claim()
-    claim_slots(claim, schedule, Crowd(CROWDS[crowd]), START + round(now * S))
+    claim_slots(claim, schedule, Crowd(UNFINISHED[unfinished]), START + round(now * S))
     words = []
     for row in claim.rows:
         held = "o" * bool(row.hold & Hold.OVERLAP) + "c" * bool(row.hold & Hold.CATCHUP)
@@ -6223,108 +6204,47 @@ def claimed(schedule: Schedule, crowd: str, now: float) -> tuple[Claim, str]:
     return claim, " ".join(words)
 
 
-# At START + 183 s: the slots 60 and 120 were missed, 180 is on time.
+# At START + 183 s: the slots 60 and 120 were missed, 180 is on time. What is unfinished, catchup, then what happens by overlap.
+OVERLAPS = ("skip", "queue", "allow", "cancel")
 CLAIMS = """
-skip    latest  nobody          60m 120q 180s
-skip    all     nobody          60q 120qc 180s
-skip    skip    nobody          60m 180q
-queue   latest  nobody          60m 120q 180qo
-queue   all     nobody          60q 120qc 180qo
-queue   skip    nobody          60m 180q
-allow   latest  nobody          60m 120q 180q
-allow   all     nobody          60q 120qc 180q
-allow   skip    nobody          60m 180q
-cancel  latest  nobody          60m 120x 180qo
-cancel  all     nobody          60x 120x 180qo
-cancel  skip    nobody          60m 180q
-skip    latest  manual          60m 120s 180s
-skip    all     manual          60s 120s 180s
-skip    skip    manual          60m 180s
-queue   latest  manual          60m 120qo 180s
-queue   all     manual          60qo 120qoc 180s
-queue   skip    manual          60m 180qo
-allow   latest  manual          60m 120q 180q
-allow   all     manual          60q 120qc 180q
-allow   skip    manual          60m 180q
-cancel  latest  manual          60m 120x 180qo
-cancel  all     manual          60x 120x 180qo
-cancel  skip    manual          60m 180qo
-skip    latest  own             60m 120s 180s
-skip    all     own             60s 120s 180s
-skip    skip    own             60m 180s
-queue   latest  own             60m 120qo 180s
-queue   all     own             60qo 120qoc 180s
-queue   skip    own             60m 180qo
-allow   latest  own             60m 120q 180q
-allow   all     own             60q 120qc 180q
-allow   skip    own             60m 180q
-cancel  latest  own             60m 120x 180qo
-cancel  all     own             60x 120x 180qo
-cancel  skip    own             60m 180qo
-skip    latest  own+waiting     60m 120s 180s
-skip    all     own+waiting     60s 120s 180s
-skip    skip    own+waiting     60m 180s
-queue   latest  own+waiting     60m 120s 180s
-queue   all     own+waiting     60s 120s 180s
-queue   skip    own+waiting     60m 180s
-allow   latest  own+waiting     60m 120q 180q
-allow   all     own+waiting     60q 120qc 180q
-allow   skip    own+waiting     60m 180q
-cancel  latest  own+waiting     60m 120x 180qo
-cancel  all     own+waiting     60x 120x 180qo
-cancel  skip    own+waiting     60m 180qo
-skip    latest  own catch-up    60m 120qc 180s
-skip    all     own catch-up    60qc 120qc 180s
-skip    skip    own catch-up    60m 180s
-queue   latest  own catch-up    60m 120qc 180qo
-queue   all     own catch-up    60qc 120qc 180qo
-queue   skip    own catch-up    60m 180qo
-allow   latest  own catch-up    60m 120qc 180q
-allow   all     own catch-up    60qc 120qc 180q
-allow   skip    own catch-up    60m 180q
-cancel  latest  own catch-up    60m 120x 180qo
-cancel  all     own catch-up    60x 120x 180qo
-cancel  skip    own catch-up    60m 180qo
-skip    latest  other catch-up  60m 120s 180s
-skip    all     other catch-up  60s 120s 180s
-skip    skip    other catch-up  60m 180s
-queue   latest  other catch-up  60m 120qo 180s
-queue   all     other catch-up  60qo 120qoc 180s
-queue   skip    other catch-up  60m 180qo
-allow   latest  other catch-up  60m 120q 180q
-allow   all     other catch-up  60q 120qc 180q
-allow   skip    other catch-up  60m 180q
-cancel  latest  other catch-up  60m 120x 180qo
-cancel  all     other catch-up  60x 120x 180qo
-cancel  skip    other catch-up  60m 180qo
-skip    latest  other task      60m 120q 180s
-skip    all     other task      60q 120qc 180s
-skip    skip    other task      60m 180q
-queue   latest  other task      60m 120q 180qo
-queue   all     other task      60q 120qc 180qo
-queue   skip    other task      60m 180q
-allow   latest  other task      60m 120q 180q
-allow   all     other task      60q 120qc 180q
-allow   skip    other task      60m 180q
-cancel  latest  other task      60m 120x 180qo
-cancel  all     other task      60x 120x 180qo
-cancel  skip    other task      60m 180q
+nobody         | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
+nobody         | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
+nobody         | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
+manual         | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+manual         | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+manual         | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+own            | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+own            | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+own            | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+own+waiting    | latest | 60m 120s 180s     | 60m 120s 180s     | 60m 120q 180q     | 60m 120x 180qo
+own+waiting    | all    | 60s 120s 180s     | 60s 120s 180s     | 60q 120qc 180q    | 60x 120x 180qo
+own+waiting    | skip   | 60m 180s          | 60m 180s          | 60m 180q          | 60m 180qo
+own catch-up   | latest | 60m 120qc 180s    | 60m 120qc 180qo   | 60m 120qc 180q    | 60m 120x 180qo
+own catch-up   | all    | 60qc 120qc 180s   | 60qc 120qc 180qo  | 60qc 120qc 180q   | 60x 120x 180qo
+own catch-up   | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+other catch-up | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+other catch-up | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+other catch-up | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+other task     | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
+other task     | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
+other task     | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
 """
 
 
-@pytest.mark.parametrize("line", CLAIMS.strip().splitlines())
-def test_overlap_and_catchup_decide_what_becomes_of_due_slots(line: str) -> None:
-    overlap, catchup, crowd, expected = line[:8].strip(), line[8:16].strip(), line[16:32].strip(), line[32:].strip()
+def claims() -> Iterator[tuple[str, str, str, str]]:
+    for line in CLAIMS.strip().splitlines():
+        unfinished, catchup, *expected = (word.strip() for word in line.split("|"))
+        yield from ((unfinished, catchup, overlap, text) for overlap, text in zip(OVERLAPS, expected, strict=True))
+
+
+@pytest.mark.parametrize(("unfinished", "catchup", "overlap", "expected"), [*claims()])
+def test_overlap_and_catchup_decide_what_becomes_of_due_slots(unfinished: str, catchup: str, overlap: str, expected: str) -> None:
     schedule = a_schedule(overlap=overlap, catchup=catchup)
-    assert claimed(schedule, crowd, 183)[1] == expected
+    claim, text = claimed(schedule, unfinished, 183)
+    assert text == expected
     assert (schedule.settled_until, schedule.next_slot, schedule.is_active) == (START + 180 * S, START + 240 * S, True)
-
-
-@pytest.mark.parametrize("line", [line for line in CLAIMS.strip().splitlines() if line.startswith("cancel")])
-def test_overlap_cancel_asks_for_the_end_of_what_is_unfinished(line: str) -> None:
-    catchup, crowd = line[8:16].strip(), line[16:32].strip()
-    claim, text = claimed(a_schedule(overlap="cancel", catchup=catchup), crowd, 183)
-    assert bool(claim.cancels) == ("180qo" in text)
+    if overlap == "cancel":
+        assert bool(claim.cancels) == ("180qo" in text), "it asks for the end of what is unfinished"
 
 
 def test_a_slot_is_on_time_up_to_5_seconds_after_its_time_and_missed_later() -> None:
@@ -6442,19 +6362,10 @@ def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
 # --- Retries (pure) ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("attempt", "delay", "backoff", "seconds"),
-    [
-        (1, 5, 2, 5),
-        (2, 5, 2, 10),
-        (3, 5, 2, 20),
-        (4, 5, 1, 5),
-        (3, 7, 1.5, 15.75),
-        (1, 0, 2, 0),
-        (20, 5, 2, 3600),
-        (100, 86400, 10, 3600),
-    ],
-)
+WAITS = [(1, 5, 2, 5), (2, 5, 2, 10), (3, 5, 2, 20), (4, 5, 1, 5), (3, 7, 1.5, 15.75), (1, 0, 2, 0)]
+
+
+@pytest.mark.parametrize(("attempt", "delay", "backoff", "seconds"), [*WAITS, (20, 5, 2, 3600), (100, 86400, 10, 3600)])
 def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float, backoff: float, seconds: float) -> None:
     assert retry_wait(attempt, delay, backoff, 0) == seconds
     assert retry_wait(attempt, delay, backoff, 1) == pytest.approx(seconds * 1.1)
@@ -6462,23 +6373,7 @@ def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float,
 
 
 def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
-    return Run(
-        execution_id=1,
-        task_id=1,
-        schedule_id=None,
-        trigger="manual",
-        scheduled_for=None,
-        fire_at=None,
-        attempt=attempt,
-        uuid="00000000-0000-4000-8000-000000000000",
-        started_at=START,
-        task_name="t",
-        task_type="bash",
-        config="{}",
-        max_retries=max_retries,
-        retry_delay=5,
-        retry_backoff=2,
-    )
+    return dataclasses.replace(MANUAL_RUN, attempt=attempt, max_retries=max_retries)
 
 
 @pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
@@ -6509,8 +6404,7 @@ async def test_a_slot_fires_at_its_time_and_not_before(rig: Rig) -> None:
     await rig.at(59.999)
     assert await rig.rows() == []
     assert rig.clock.until == START + 60 * S
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     (row,) = await rig.rows()
     assert (row["schedule_id"], row["trigger"], row["status"], row["success"]) == (schedule_id, "schedule", "succeeded", True)
     assert (row["scheduled_for"], row["queued_at"]) == ("2026-01-01T00:01:00Z", "2026-01-01T00:01:00Z")
@@ -6545,8 +6439,7 @@ async def test_claiming_a_slot_and_moving_the_schedule_on_is_one_transaction(rig
 
 async def test_one_slot_has_one_execution_by_a_unique_key_in_the_database(rig: Rig) -> None:
     await rig.schedule(await rig.task())
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     columns = "task_id, schedule_id, trigger, status, scheduled_for, queued_at, uuid"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
         rig.sql(f"INSERT INTO executions ({columns}) VALUES (1, 1, 'x', 'queued', ?, 1, 'u')", START + 60 * S)
@@ -6558,8 +6451,7 @@ async def test_the_running_row_is_on_disk_before_the_side_effect(rig: Rig, targe
     while not target.held:
         await asyncio.sleep(0)
     assert rig.sql("SELECT status, attempt FROM executions") == [("running", 1)]
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
 
 
 async def test_an_accepted_execution_is_on_disk_before_the_caller_hears_of_it(rig: Rig) -> None:
@@ -6570,33 +6462,26 @@ async def test_an_accepted_execution_is_on_disk_before_the_caller_hears_of_it(ri
 async def test_10_schedules_of_one_instant_all_fire(rig: Rig) -> None:
     for number in range(10):
         await rig.schedule(await rig.task(name=f"t{number}"))
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     assert await rig.statuses() == ["succeeded"] * 10
 
 
 async def test_a_once_schedule_fires_once_and_is_over(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), "once")
-    await rig.at(61)
-    await rig.finish()
+    await rig.run_at(61)
     view = await rig.service.get_schedule(schedule_id)
     assert (view["is_active"], view["next_run"], view["run_count"], view["upcoming"]) == (False, None, 1, [])
     assert await rig.brief() == [("schedule", "succeeded", 60)]
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_schedule(schedule_id, is_active=True)
-    assert caught.value.errors[0].field == "schedule_config.datetime"
+    assert await refused_fields(rig.patch_schedule(schedule_id, is_active=True)) == ["schedule_config.datetime"]
 
 
 async def test_max_runs_ends_a_schedule_and_raising_it_goes_on(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), max_runs=2)
     for seconds in (60, 120, 180):
-        await rig.at(seconds)
-        await rig.finish()
+        await rig.run_at(seconds)
     view = await rig.service.get_schedule(schedule_id)
     assert (view["run_count"], view["is_active"], view["next_run"]) == (2, False, None)
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_schedule(schedule_id, is_active=True)
-    assert caught.value.errors[0].field == "max_runs"
+    assert await refused_fields(rig.patch_schedule(schedule_id, is_active=True)) == ["max_runs"]
     view = await rig.patch_schedule(schedule_id, is_active=True, max_runs=3)
     assert (view["is_active"], view["next_run"], [u["utc"] for u in view["upcoming"]]) == (
         True,
@@ -6609,8 +6494,7 @@ async def test_start_at_and_end_at_are_both_inclusive(rig: Rig) -> None:
     bounds = {"start_at": "2026-01-01T00:02:00Z", "end_at": "2026-01-01T00:03:00Z"}
     schedule_id = await rig.schedule(await rig.task(), **bounds)
     for seconds in (60, 120, 180, 240):
-        await rig.at(seconds)
-        await rig.finish()
+        await rig.run_at(seconds)
     assert await rig.brief() == [("schedule", "succeeded", 120), ("schedule", "succeeded", 180)]
     assert (await rig.service.get_schedule(schedule_id))["is_active"] is False
 
@@ -6618,9 +6502,7 @@ async def test_start_at_and_end_at_are_both_inclusive(rig: Rig) -> None:
 async def test_a_schedule_past_its_end_at_names_it_when_turned_on_again(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), end_at="2026-01-01T00:01:30Z")
     await rig.at(60)
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_schedule(schedule_id, is_active=True)
-    assert caught.value.errors[0].field == "end_at"
+    assert await refused_fields(rig.patch_schedule(schedule_id, is_active=True)) == ["end_at"]
 
 
 async def test_jitter_moves_the_firing_but_not_the_slot(rig: Rig) -> None:
@@ -6631,15 +6513,13 @@ async def test_jitter_moves_the_firing_but_not_the_slot(rig: Rig) -> None:
     assert view["upcoming"][0]["utc"] == view["next_run"]
     await rig.at(fires - 0.001)
     assert await rig.rows() == []
-    await rig.at(fires)
-    await rig.finish()
+    await rig.run_at(fires)
     assert await rig.brief() == [("schedule", "succeeded", 60)]
 
 
 async def test_lateness_is_counted_from_the_jittered_time(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), jitter=30)
-    await rig.at(offset((await rig.service.get_schedule(schedule_id))["next_run"]) + 4.9)
-    await rig.finish()
+    await rig.run_at(offset((await rig.service.get_schedule(schedule_id))["next_run"]) + 4.9)
     assert (await rig.rows())[0]["trigger"] == "schedule"
     late = (await rig.service.scheduler_status())["lateness"]
     assert late["count"] == 1 and late["max"] == pytest.approx(4.9)
@@ -6648,8 +6528,7 @@ async def test_lateness_is_counted_from_the_jittered_time(rig: Rig) -> None:
 async def test_a_change_of_a_schedule_takes_effect_at_once_in_the_timer_queue(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), schedule_config={"seconds": 3600})
     await rig.patch_schedule(schedule_id, schedule_config={"seconds": 10})
-    await rig.at(10)
-    await rig.finish()
+    await rig.run_at(10)
     assert await rig.brief() == [("schedule", "succeeded", 10)]
     await rig.service.delete_schedule(schedule_id)
     await rig.at(20)
@@ -6687,8 +6566,7 @@ async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_a
         await rig.service.beat()
         seen.append(sum(Counter(await rig.statuses()).values()))
     assert seen == [4, 4, 20, 20, 60, 60]
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert Counter(await rig.statuses()) == {"succeeded": 60}
 
 
@@ -6793,8 +6671,7 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
     await rig.schedule(await rig.task(**target.config("/hold")), catchup="all", overlap="allow")
     later = await restarted(rig, open_rig, 200)
     assert await later.statuses() == ["running", "queued", "queued"]
-    target.let_go.set()
-    await later.finish()
+    await later.let_go(target)
     rows = await later.rows()
     assert [row["status"] for row in rows] == ["succeeded"] * 3
     assert [request.headers["X-ChronoTask-Scheduled-For"] for request in target.requests] == [
@@ -6816,8 +6693,7 @@ async def test_overlap_skip_records_a_skipped_row_that_says_why(rig: Rig, target
     schedule_id = await rig.schedule(await rig.task(**target.config("/hold")))
     await rig.at(60)
     await rig.at(120)
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     first, second = await rig.rows()
     assert (first["status"], second["status"], second["success"], second["duration"]) == ("succeeded", "skipped", None, None)
     assert (second["started_at"], second["attempt"], second["retry_count"]) == (None, 0, 0)
@@ -6838,8 +6714,7 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
         ("schedule", "skipped"),
         ("manual", "running"),
     ]
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
 
 
 async def test_overlap_queue_lets_one_wait_and_skips_further_slots(rig: Rig, target: Target) -> None:
@@ -6849,20 +6724,17 @@ async def test_overlap_queue_lets_one_wait_and_skips_further_slots(rig: Rig, tar
     rows = await rig.rows()
     assert [row["status"] for row in rows] == ["running", "queued", "skipped"]
     assert rows[2]["error_message"] == "skipped: another execution is already waiting (overlap=queue)"
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert await rig.statuses() == ["succeeded", "succeeded", "skipped"]
 
 
 async def test_overlap_queue_waits_for_executions_that_are_retrying(rig: Rig, target: Target) -> None:
     target.answer(500)
     await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=70), overlap="queue")
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     await rig.at(120)
     assert await rig.statuses() == ["retrying", "queued"]
-    await rig.at(138)
-    await rig.finish()
+    await rig.run_at(138)
     assert await rig.statuses() == ["succeeded", "succeeded"]
 
 
@@ -6871,8 +6743,7 @@ async def test_overlap_allow_runs_side_by_side(rig: Rig, target: Target) -> None
     for seconds in (60, 120, 180):
         await rig.at(seconds)
     assert await rig.statuses() == ["running"] * 3
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
 
 
 async def test_overlap_cancel_ends_all_unfinished_ones_and_then_starts(rig: Rig, target: Target) -> None:
@@ -6892,10 +6763,8 @@ async def test_overlap_cancel_ends_all_unfinished_ones_and_then_starts(rig: Rig,
 async def test_overlap_cancel_ends_a_retrying_execution(rig: Rig, target: Target) -> None:
     target.answer(500)
     await rig.schedule(await rig.task(**target.config(), max_retries=3, retry_delay=500), overlap="cancel")
-    await rig.at(60)
-    await rig.finish()
-    await rig.at(120)
-    await rig.finish()
+    await rig.run_at(60)
+    await rig.run_at(120)
     assert await rig.statuses() == ["cancelled", "succeeded"]
     assert len(target.requests) == 2
 
@@ -6907,8 +6776,7 @@ async def test_waiting_for_a_place_never_makes_a_slot_skip(open_rig: OpenRig, ta
     await rig.beat()
     await rig.at(60)
     assert [(row["id"] == blocker, row["status"]) for row in await rig.rows()] == [(True, "running"), (False, "queued")]
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert await rig.statuses() == ["succeeded", "succeeded"]
 
 
@@ -6939,8 +6807,7 @@ async def test_a_pause_stops_slots_and_nothing_of_it_is_caught_up_or_recorded(ri
     await set_pause(rig, what, False)
     assert (await rig.service.get_schedule(1))["next_run"] == "2026-01-01T00:03:00Z"
     assert (await rig.service.get_task(1))["next_run"] == "2026-01-01T00:03:00Z"
-    await rig.at(180)
-    await rig.finish()
+    await rig.run_at(180)
     assert await rig.brief() == [("schedule", "succeeded", 180)]
 
 
@@ -6968,8 +6835,7 @@ async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str
     assert await later.rows() == []
     assert (await later.service.scheduler_status())["paused"] is (what == "scheduler")
     await set_pause(later, what, False)
-    await later.at(180)
-    await later.finish()
+    await later.run_at(180)
     assert await later.brief() == [("schedule", "succeeded", 180)]
 
 
@@ -6985,8 +6851,7 @@ async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: 
     assert (await rig.service.get_execution(first))["status"] == "retrying"
     assert (await rig.service.get_execution(second))["status"] == "succeeded"
     third = await rig.execute(task_id)
-    await rig.at(30)
-    await rig.finish()
+    await rig.run_at(30)
     assert (await rig.service.get_execution(first))["status"] == "succeeded"
     assert (await rig.service.get_execution(third))["status"] == "succeeded"
 
@@ -6998,8 +6863,7 @@ async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retr
     target.answer(500)
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
     await rig.schedule(task_id)
-    retrying = await rig.execute(task_id)
-    await rig.finish()
+    retrying = await rig.executed(task_id)
     blocker = await rig.execute(await rig.task(name="blocker", **target.config("/hold")))
     await rig.beat()
     queued = await rig.execute(task_id)
@@ -7007,8 +6871,7 @@ async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retr
     with pytest.raises(Conflict, match="disabled"):
         await rig.execute(task_id)
     target.let_go.set()
-    await rig.at(70)
-    await rig.finish()
+    await rig.run_at(70)
     assert (await rig.service.get_execution(blocker))["status"] == "succeeded"
     assert (await rig.service.get_execution(retrying))["status"] == "retrying"
     assert (await rig.service.get_execution(queued))["status"] == "queued"
@@ -7021,8 +6884,7 @@ async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retr
 async def test_a_disabled_task_holds_back_its_executions_across_a_restart(rig: Rig, open_rig: OpenRig, target: Target) -> None:
     target.answer(500)
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
-    await rig.execute(task_id)
-    await rig.finish()
+    await rig.executed(task_id)
     await rig.execute(task_id)
     await rig.patch_task(task_id, status="disabled")
     later = await restarted(rig, open_rig, 60)
@@ -7049,8 +6911,7 @@ async def test_no_place_is_left_and_the_oldest_slot_goes_first(open_rig: OpenRig
     rig.clock.advance(1)
     await rig.beat()
     assert (await rig.service.scheduler_status())["queue_length"] == 4
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert [request.path for request in target.requests] == ["/hold", "/10", "/20", "/30", "/manual"]
 
 
@@ -7062,8 +6923,7 @@ async def test_never_more_than_the_limit_run_at_once(open_rig: OpenRig, target: 
     await rig.beat()
     await rig.beat()
     assert sorted(await rig.statuses()) == ["queued"] * 5 + ["running"] * 3
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert await rig.statuses() == ["succeeded"] * 8
 
 
@@ -7100,8 +6960,7 @@ async def test_a_success_has_all_its_fields(rig: Rig) -> None:
 
 
 async def test_a_failure_without_retries_is_failed(rig: Rig) -> None:
-    execution_id = await rig.execute(await rig.task(config={"command": "echo why >&2; exit 3"}))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(config={"command": "echo why >&2; exit 3"}))
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["success"], row["retry_count"]) == ("failed", False, 0)
     assert row["output_data"] is not None and row["output_data"]["exit_code"] == 3
@@ -7109,8 +6968,7 @@ async def test_a_failure_without_retries_is_failed(rig: Rig) -> None:
 
 
 async def test_an_attempt_over_its_timeout_is_timed_out(rig: Rig) -> None:
-    execution_id = await rig.execute(await rig.task(config={"command": "echo begun; exec sleep 60", "timeout": 1}))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(config={"command": "echo begun; exec sleep 60", "timeout": 1}))
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["success"]) == ("timed_out", False)
     assert row["output_data"] is not None and row["output_data"]["stdout"] == "begun\n"
@@ -7142,26 +7000,22 @@ async def test_cancelling_a_queued_execution_ends_it_before_it_started(open_rig:
     row = await rig.service.cancel_execution(execution_id)
     assert (row["status"], row["started_at"], row["duration"], row["success"]) == ("cancelled", None, None, None)
     assert row["finished_at"] == "2026-01-01T00:00:00Z" and row["attempts"] == []
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     assert await rig.statuses() == ["succeeded", "cancelled"]
 
 
 async def test_cancelling_a_retrying_execution_ends_the_wait(rig: Rig, target: Target) -> None:
     target.answer(500)
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=3))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=3))
     row = await rig.service.cancel_execution(execution_id)
     assert (row["status"], row["next_attempt_at"], row["attempt"], row["success"]) == ("cancelled", None, 1, None)
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
-    await rig.at(3600)
-    await rig.finish()
+    await rig.run_at(3600)
     assert len(target.requests) == 1
 
 
 async def test_cancelling_what_is_over_or_was_never_there_is_refused(rig: Rig) -> None:
-    execution_id = await rig.execute(await rig.task())
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task())
     with pytest.raises(Conflict, match="succeeded"):
         await rig.service.cancel_execution(execution_id)
     with pytest.raises(NotFound):
@@ -7171,20 +7025,17 @@ async def test_cancelling_what_is_over_or_was_never_there_is_refused(rig: Rig) -
 async def test_retries_keep_every_attempt_and_the_last_one_decides(rig: Rig, target: Target) -> None:
     for status in (500, 503):
         target.answer(status, body=b"no")
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=3, retry_delay=10, retry_backoff=3))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=3, retry_delay=10, retry_backoff=3))
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["success"], row["attempt"], row["retry_count"]) == ("retrying", None, 1, 0)
     assert 9 <= offset(row["next_attempt_at"]) <= 11
     assert (row["finished_at"], row["duration"]) == (None, None)
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
-    await rig.at(11)
-    await rig.finish()
+    await rig.run_at(11)
     second = await rig.service.get_execution(execution_id)
     assert (second["status"], second["attempt"]) == ("retrying", 2)
     assert 11 + 27 <= offset(second["next_attempt_at"]) <= 11 + 33
-    await rig.at(50)
-    await rig.finish()
+    await rig.run_at(50)
     last = await rig.service.get_execution(execution_id)
     assert (last["status"], last["success"], last["attempt"], last["retry_count"]) == ("succeeded", True, 3, 2)
     assert (last["started_at"], last["finished_at"], last["duration"]) == ("2026-01-01T00:00:00Z", "2026-01-01T00:00:50Z", 50.0)
@@ -7201,23 +7052,20 @@ async def test_retries_keep_every_attempt_and_the_last_one_decides(rig: Rig, tar
 async def test_a_retry_that_waits_for_a_place_shows_each_attempt_once(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=10))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=10))
     await rig.execute(await rig.task(**target.config("/hold")))
     await rig.beat()
     await rig.at(12)
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["attempt"]) == ("queued", 1)
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
 
 
 async def test_when_no_attempt_is_left_the_last_one_decides(rig: Rig, target: Target) -> None:
     target.answer(500)
     target.answer(503)
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=0))
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
     await rig.beat()
     await rig.finish()
     row = await rig.service.get_execution(execution_id)
@@ -7225,56 +7073,35 @@ async def test_when_no_attempt_is_left_the_last_one_decides(rig: Rig, target: Ta
     assert (row["output_data"] or {})["status_code"] == 503
 
 
-@pytest.mark.parametrize(("status", "wait"), [(429, 17), (503, 17)])
-async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Target, status: int, wait: int) -> None:
+@pytest.mark.parametrize(("status", "low", "high"), [(429, 17, 17), (503, 17, 17), (500, 450, 550)])
+async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Target, status: int, low: int, high: int) -> None:
     target.answer(status, {"Retry-After": "17"})
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=500))
-    await rig.finish()
-    assert offset((await rig.service.get_execution(execution_id))["next_attempt_at"]) == wait
+    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=500))
+    assert low <= offset((await rig.service.get_execution(execution_id))["next_attempt_at"]) <= high
 
 
-async def test_retry_after_is_ignored_on_other_statuses(rig: Rig, target: Target) -> None:
-    target.answer(500, {"Retry-After": "17"})
-    execution_id = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=500))
-    await rig.finish()
-    assert 450 <= offset((await rig.service.get_execution(execution_id))["next_attempt_at"]) <= 550
-
-
-@pytest.mark.parametrize(
-    ("command", "status"), [("exit 1", "retrying"), ("kill -9 $$", "retrying"), ("exit 126", "failed"), ("exit 127", "failed")]
-)
-async def test_which_bash_failures_are_retried(rig: Rig, command: str, status: str) -> None:
-    await rig.execute(await rig.task(config={"command": command}, max_retries=1))
-    await rig.finish()
-    assert await rig.statuses() == [status]
-
-
-async def test_a_missing_working_dir_is_not_retried(rig: Rig) -> None:
-    await rig.execute(await rig.task(config={"command": "true", "working_dir": "/nonexistent/x"}, max_retries=1))
-    await rig.finish()
-    (row,) = await rig.rows()
+async def test_which_failures_are_retried(rig: Rig, target: Target) -> None:
+    for command, status in {"exit 1": "retrying", "kill -9 $$": "retrying", "exit 126": "failed", "exit 127": "failed"}.items():
+        task_id = await rig.task(config={"command": command}, max_retries=1)
+        await rig.executed(task_id)
+        assert await rig.statuses(task_id=task_id) == [status], command
+    for code, status in {400: "failed", 404: "failed", **dict.fromkeys((408, 425, 429, 502), "retrying")}.items():
+        target.answer(code)
+        task_id = await rig.task(**target.config(), max_retries=1)
+        await rig.executed(task_id)
+        assert await rig.statuses(task_id=task_id) == [status], code
+    task_id = await rig.task(config={"command": "true", "working_dir": "/nonexistent/x"}, max_retries=1)
+    await rig.executed(task_id)
+    (row,) = await rig.rows(task_id=task_id)
     assert row["status"] == "failed" and "/nonexistent/x" in str(row["error_message"])
-
-
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [(400, "failed"), (404, "failed"), (408, "retrying"), (425, "retrying"), (429, "retrying"), (502, "retrying")],
-)
-async def test_which_http_statuses_are_retried(rig: Rig, target: Target, code: int, status: str) -> None:
-    target.answer(code)
-    await rig.execute(await rig.task(**target.config(), max_retries=1))
-    await rig.finish()
-    assert await rig.statuses() == [status]
 
 
 async def test_every_attempt_uses_the_task_as_it_is_then(rig: Rig, target: Target) -> None:
     target.answer(500)
     task_id = await rig.task(**target.config("/before"), max_retries=1, retry_delay=10)
-    await rig.execute(task_id)
-    await rig.finish()
+    await rig.executed(task_id)
     await rig.patch_task(task_id, config=target.config("/after")["config"])
-    await rig.at(12)
-    await rig.finish()
+    await rig.run_at(12)
     assert [request.path for request in target.requests] == ["/before", "/after"]
     keys = {request.headers["Idempotency-Key"] for request in target.requests}
     assert len(keys) == 1
@@ -7284,8 +7111,7 @@ async def test_every_attempt_uses_the_task_as_it_is_then(rig: Rig, target: Targe
 async def test_what_a_task_is_told_in_its_environment(rig: Rig, tmp_path: Path) -> None:
     command = f"env | grep ^CHRONOTASK_ | grep -v RUN_ID | sort > {tmp_path}/seen"
     await rig.schedule(await rig.task(name="told", config={"command": command}))
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     assert (tmp_path / "seen").read_text().split() == [
         "CHRONOTASK_ATTEMPT=1",
         "CHRONOTASK_EXECUTION_ID=1",
@@ -7299,16 +7125,12 @@ async def test_what_a_task_is_told_in_its_environment(rig: Rig, tmp_path: Path) 
 async def test_counters_count_executions_that_started_once_each(rig: Rig, target: Target) -> None:
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=1)
     schedule_id = await rig.schedule(task_id)
-    await rig.at(60)  # succeeds
-    await rig.finish()
+    await rig.run_at(60)  # succeeds
     target.answer(404)
-    await rig.at(120)  # fails
-    await rig.finish()
+    await rig.run_at(120)  # fails
     target.answer(500)
-    await rig.execute(task_id)  # fails, then succeeds
-    await rig.finish()
-    await rig.at(125)
-    await rig.finish()
+    await rig.executed(task_id)  # fails, then succeeds
+    await rig.run_at(125)
     task = await rig.service.get_task(task_id)
     assert (task["run_count"], task["success_count"], task["failure_count"]) == (3, 2, 1)
     assert task["last_run"] == "2026-01-01T00:02:00Z"
@@ -7320,25 +7142,10 @@ async def test_counters_survive_retention(open_rig: OpenRig) -> None:
     rig = await open_rig(history_per_task=1)
     task_id = await rig.task()
     for _ in range(4):
-        await rig.execute(task_id)
-    await rig.finish()
+        await rig.executed(task_id)
     await rig.service.retain(rig.clock.now())
     assert (await rig.history(task_id))["total"] == 1
     assert (await rig.service.get_task(task_id))["run_count"] == 4
-
-
-async def test_executing_with_wait_answers_when_it_is_over(rig: Rig) -> None:
-    task_id = await rig.task(config={"command": "exit 4"})
-    row = await meanwhile(rig, rig.service.execute_task(task_id, wait=30))
-    assert (row["status"], row["attempts"][0]["status"]) == ("failed", "failed")
-
-
-async def test_executing_with_wait_answers_at_the_time_when_it_is_not_over(rig: Rig, target: Target) -> None:
-    task_id = await rig.task(**target.config("/hold"))
-    row = await meanwhile(rig, rig.service.execute_task(task_id, wait=0.05))
-    assert row["status"] == "running"
-    target.let_go.set()
-    await rig.finish()
 
 
 async def test_forbidden_bash_tasks_are_neither_made_nor_executed_and_their_slots_fail(rig: Rig, open_rig: OpenRig) -> None:
@@ -7349,8 +7156,7 @@ async def test_forbidden_bash_tasks_are_neither_made_nor_executed_and_their_slot
         await later.task()
     with pytest.raises(Forbidden, match="ALLOW_HOST_COMMANDS"):
         await later.execute(task_id)
-    await later.at(60)
-    await later.finish()
+    await later.run_at(60)
     (row,) = await later.rows()
     assert (row["status"], row["retry_count"]) == ("failed", 0)
     assert "ALLOW_HOST_COMMANDS" in str(row["error_message"])
@@ -7363,8 +7169,7 @@ async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenR
     task_id = await rig.task(name="a", description="words", config={"command": "true", "args": ["x"]}, retry_backoff=1.5)
     for schedule_type in ("interval", "cron", "once"):
         await rig.schedule(task_id, schedule_type, jitter=7, overlap="allow", max_runs=9)
-    await rig.execute(task_id)
-    await rig.finish()
+    await rig.executed(task_id)
 
     async def everything(one: Rig) -> Any:
         schedules = await one.service.list_schedules(ScheduleQuery())
@@ -7387,15 +7192,13 @@ async def test_the_phase_of_an_interval_survives_restarts(rig: Rig, open_rig: Op
 async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
-    await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=100))
-    await rig.finish()
+    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=100))
     queued = await rig.execute(await rig.task())
     later = await restarted(rig, open_rig, 60)
     await later.finish()
     assert (await later.service.get_execution(queued))["status"] == "succeeded"
     assert await later.statuses() == ["retrying", "succeeded"]
-    await later.at(120)
-    await later.finish()
+    await later.run_at(120)
     assert await later.statuses() == ["succeeded", "succeeded"]
 
 
@@ -7430,8 +7233,7 @@ async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_l
     assert (row["status"], row["attempt"]) == ("retrying", 1)
     assert 39 <= offset(row["next_attempt_at"]) <= 41
     target.let_go.set()
-    await later.at(42)
-    await later.finish()
+    await later.run_at(42)
     row = await later.service.get_execution(execution_id)
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted"), (2, "succeeded")]
     assert (await later.service.get_task(1))["run_count"] == 1
@@ -7482,48 +7284,41 @@ async def test_a_service_that_stops_takes_no_new_work(rig: Rig) -> None:
 
 async def test_a_clock_set_back_under_3_hours_fires_no_slot_twice(rig: Rig) -> None:
     await rig.schedule(await rig.task(), "cron")
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     rig.clock.set_wall(START - 7200 * S)
     await rig.beat()
     assert rig.clock.until == START + 120 * S
     await rig.at(60)
     await rig.at(119)
     assert len(await rig.rows()) == 1
-    await rig.at(120)
-    await rig.finish()
+    await rig.run_at(120)
     assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
 
 
 async def test_a_clock_set_back_by_3_hours_or_more_is_a_correction(rig: Rig) -> None:
     await rig.schedule(await rig.task(), "cron")
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     rig.clock.set_wall(START - 14_400 * S)
     await rig.beat()
     assert rig.clock.until == START - 14_340 * S
-    await rig.at(-14_340)
-    await rig.finish()
+    await rig.run_at(-14_340)
     assert await rig.brief() == [("schedule", "succeeded", -14_340), ("schedule", "succeeded", 60)]
 
 
 async def test_no_slot_fires_twice_when_time_passes_it_again_after_a_correction(rig: Rig) -> None:
     await rig.schedule(await rig.task(), "cron", schedule_config={"expression": "0 * * * *"})
-    await rig.at(3600)
-    await rig.finish()
+    await rig.run_at(3600)
     rig.clock.set_wall(START - 14_000 * S)
     await rig.beat()
     for hour in (-3, -2, -1, 0, 1):
-        await rig.at(3600 * hour)
-        await rig.finish()
+        await rig.run_at(3600 * hour)
     assert [row[2] for row in await rig.brief()] == [-10_800, -7200, -3600, 0, 3600]
     assert await rig.statuses() == ["succeeded"] * 5
 
 
 async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig: Rig, open_rig: OpenRig) -> None:
     await rig.schedule(await rig.task(), "cron")
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     later = await restarted(rig, open_rig, -86_400)
     assert later.clock.until == START - 86_340 * S
 
@@ -7580,8 +7375,7 @@ async def test_a_broken_schedule_row_stops_neither_a_start_nor_a_listing(rig: Ri
     page = await later.service.list_schedules(ScheduleQuery())
     assert [schedule["id"] for schedule in page["schedules"]] == [1, 2]
     assert (await later.service.get_schedule(1))["id"] == 1
-    await later.at(60)
-    await later.finish()
+    await later.run_at(60)
     assert later.sql("SELECT status FROM executions WHERE schedule_id = 2") == [("succeeded",)]
     await later.service.delete_schedule(1)
 
@@ -7592,8 +7386,7 @@ async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config:
     await rig.schedule(broken)
     await rig.schedule(good)
     rig.sql("UPDATE tasks SET config = ? WHERE id = ?", config, broken)
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     assert rig.sql("SELECT task_id, status FROM executions ORDER BY task_id") == [(broken, "failed"), (good, "succeeded")]
 
 
@@ -7603,8 +7396,7 @@ async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that
     await rig.schedule(broken)
     await rig.schedule(good)
     rig.sql(f"UPDATE tasks SET {column} = 'soon' WHERE id = ?", broken)
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     found = rig.sql("SELECT status, error_message FROM executions ORDER BY task_id")
     assert [row[0] for row in found] == ["failed", "succeeded"]
     assert found[0][1].endswith("; not retried: the retry settings of the task are damaged")
@@ -7672,8 +7464,7 @@ async def test_deleting_a_task_removes_a_long_history(rig: Rig) -> None:
     await rig.task()
     other = await rig.task()
     plant_rows(rig, 2500, "succeeded", 1)
-    await rig.execute(other)
-    await rig.finish()
+    await rig.executed(other)
     await meanwhile(rig, rig.service.delete_task(1))
     assert rig.sql("SELECT DISTINCT task_id FROM executions") == [(other,)]
 
@@ -7703,12 +7494,10 @@ async def test_a_waiter_for_an_execution_of_a_deleted_task_hears_that_it_is_gone
 async def test_ids_are_never_used_again(rig: Rig) -> None:
     first = await rig.task()
     await rig.schedule(first)
-    await rig.execute(first)
-    await rig.finish()
+    await rig.executed(first)
     await meanwhile(rig, rig.service.delete_task(first))
     second = await rig.task()
-    assert (second, await rig.schedule(second), await rig.execute(second)) == (2, 2, 2)
-    await rig.finish()
+    assert (second, await rig.schedule(second), await rig.executed(second)) == (2, 2, 2)
 
 
 async def test_deleting_a_schedule_cancels_its_queued_executions_and_lets_running_ones_end(
@@ -7721,8 +7510,7 @@ async def test_deleting_a_schedule_cancels_its_queued_executions_and_lets_runnin
     await rig.at(120)
     manual = await rig.execute(task_id)
     await rig.service.delete_schedule(schedule_id)
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     rows = await rig.rows()
     assert [row["status"] for row in rows] == ["succeeded", "cancelled", "succeeded"]
     assert [row["schedule_id"] for row in rows] == [schedule_id, schedule_id, None]
@@ -7734,11 +7522,9 @@ async def test_deleting_a_schedule_cancels_its_queued_executions_and_lets_runnin
 async def test_deleting_a_schedule_lets_a_retrying_execution_end(rig: Rig, target: Target) -> None:
     target.answer(500)
     schedule_id = await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=5))
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     await rig.service.delete_schedule(schedule_id)
-    await rig.at(70)
-    await rig.finish()
+    await rig.run_at(70)
     assert await rig.statuses() == ["succeeded"]
 
 
@@ -7798,14 +7584,6 @@ async def test_a_change_of_a_timing_field_computes_the_next_run_anew(rig: Rig, f
     assert (view[field], view["next_run"]) == (shown, next_run)
 
 
-async def test_null_clears_the_nullable_fields(rig: Rig) -> None:
-    task_id = await rig.task(description="words")
-    schedule_id = await rig.schedule(task_id, start_at="2026-01-01T00:05:00Z", end_at="2026-01-01T09:00:00Z", max_runs=3)
-    assert (await rig.patch_task(task_id, description=None))["description"] is None
-    view = await rig.patch_schedule(schedule_id, start_at=None, end_at=None, max_runs=None)
-    assert (view["start_at"], view["end_at"], view["max_runs"], view["next_run"]) == (None, None, None, "2026-01-01T00:01:00Z")
-
-
 async def test_config_and_schedule_config_are_replaced_as_a_whole(rig: Rig) -> None:
     task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
     assert (await rig.patch_task(task_id, config={"command": "false"}))["config"] == {"command": "false"}
@@ -7817,12 +7595,8 @@ async def test_config_and_schedule_config_are_replaced_as_a_whole(rig: Rig) -> N
 async def test_a_new_type_needs_its_config_in_the_same_request(rig: Rig) -> None:
     task_id = await rig.task()
     schedule_id = await rig.schedule(task_id)
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_task(task_id, task_type="http")
-    assert [error.field for error in caught.value.errors] == ["config"]
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_schedule(schedule_id, schedule_type="cron")
-    assert [error.field for error in caught.value.errors] == ["schedule_config"]
+    assert await refused_fields(rig.patch_task(task_id, task_type="http")) == ["config"]
+    assert await refused_fields(rig.patch_schedule(schedule_id, schedule_type="cron")) == ["schedule_config"]
     task = await rig.patch_task(task_id, task_type="http", config={"url": "http://127.0.0.1/"})
     assert (task["task_type"], task["config"]["url"]) == ("http", "http://127.0.0.1/")
     schedule = await rig.patch_schedule(schedule_id, schedule_type="cron", schedule_config={"expression": "0 5 * * *"})
@@ -7833,9 +7607,7 @@ async def test_a_schedule_stays_with_its_task(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task())
     other = await rig.task()
     assert (await rig.patch_schedule(schedule_id, task_id=1))["task_id"] == 1
-    with pytest.raises(InvalidInput) as caught:
-        await rig.patch_schedule(schedule_id, task_id=other)
-    assert [error.field for error in caught.value.errors] == ["task_id"]
+    assert await refused_fields(rig.patch_schedule(schedule_id, task_id=other)) == ["task_id"]
 
 
 async def test_what_get_gave_can_be_sent_back_and_changes_nothing(rig: Rig) -> None:
@@ -7849,42 +7621,13 @@ async def test_what_get_gave_can_be_sent_back_and_changes_nothing(rig: Rig) -> N
         schedule_id = await rig.schedule(task_id, schedule_type, **more)
         before = await rig.service.get_schedule(schedule_id)
         assert await rig.patch_schedule(schedule_id, **before) == before
-    await rig.at(61)
-    await rig.finish()
+    await rig.run_at(61)
     for schedule in (await rig.service.list_schedules(ScheduleQuery()))["schedules"]:
         again = await rig.patch_schedule(schedule["id"], **schedule)
         again.pop("upcoming")
         assert again == {**schedule, "updated_at": "2026-01-01T00:01:01Z"}
     task = await rig.service.get_task(task_id)
     assert await rig.patch_task(task_id, **task) == {**task, "updated_at": "2026-01-01T00:01:01Z"}
-
-
-async def test_a_schedule_that_can_never_fire_is_refused(rig: Rig) -> None:
-    task_id = await rig.task()
-    for fields, field in [
-        ({"schedule_type": "cron", "schedule_config": {"expression": "0 0 31 2 *"}}, "schedule_config.expression"),
-        ({"schedule_type": "once", "schedule_config": {"datetime": "2025-12-31T23:59:59Z"}}, "schedule_config.datetime"),
-        ({"end_at": "2026-01-01T00:00:30Z"}, "end_at"),
-        ({"start_at": "2026-01-01T02:00:00Z", "end_at": "2026-01-01T01:00:00Z"}, "end_at"),
-        ({"start_at": "yesterday"}, "start_at"),
-    ]:
-        with pytest.raises(InvalidInput) as caught:
-            await rig.schedule(task_id, **fields)
-        assert [error.field for error in caught.value.errors] == [field]
-    assert (await rig.service.list_schedules(ScheduleQuery()))["total"] == 0
-
-
-async def test_a_preview_shows_slots_and_stores_nothing(rig: Rig) -> None:
-    body = {"schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON", "timezone": "Europe/Berlin"}, "count": 2}
-    view = await rig.service.preview_schedule(parse(SchedulePreview, {**body, "after": "2026-02-01T00:00:00"}))
-    assert view["upcoming"] == [
-        {"utc": "2026-02-02T08:00:00Z", "local": "2026-02-02T09:00:00+01:00"},
-        {"utc": "2026-02-09T08:00:00Z", "local": "2026-02-09T09:00:00+01:00"},
-    ]
-    assert "Europe/Berlin" in view["description"]
-    assert (await rig.service.list_schedules(ScheduleQuery()))["total"] == 0
-    jittered = await rig.service.preview_schedule(parse(SchedulePreview, {**body, "jitter": 60}))
-    assert "jitter" in jittered["note"] and jittered["upcoming"][0]["utc"] == "2026-01-05T08:00:00Z"
 
 
 async def test_upcoming_lists_5_slots_in_utc_and_local_time(rig: Rig) -> None:
@@ -7909,13 +7652,6 @@ async def test_defaults_of_retries_are_filled_in_at_creation(open_rig: OpenRig) 
     assert (view["max_retries"], view["retry_delay"], view["retry_backoff"]) == (7, 2.5, 2)
     later = await restarted(rig, open_rig, max_retries=1)
     assert (await later.service.get_task(view["id"]))["max_retries"] == 7
-
-
-async def test_a_schedule_needs_a_task_that_exists(rig: Rig) -> None:
-    with pytest.raises(NotFound):
-        await rig.service.create_schedule(
-            parse(ScheduleCreate, {"task_id": 9, "schedule_type": "interval", "schedule_config": {"seconds": 9}})
-        )
 
 
 # --- Retention --------------------------------------------------------------------------------------------------------
@@ -7948,8 +7684,7 @@ async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) 
     rig = await open_rig(history_per_task=5)
     await rig.task()
     for _ in range(8):
-        await rig.execute(1)
-    await rig.finish()
+        await rig.executed(1)
     await rig.service.retain(rig.clock.now())
     assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
 
@@ -7960,8 +7695,7 @@ async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no
     plant_rows(rig, 4, "succeeded", 1)
     plant_rows(rig, 90, "skipped", 1)
     plant_rows(rig, 60, "missed", 1)
-    await rig.execute(1)
-    await rig.finish()
+    await rig.executed(1)
     await rig.service.retain(rig.clock.now())
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1") == [
         ("missed", 60),
@@ -7993,8 +7727,7 @@ async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
     rig = await open_rig(history_days=0, history_per_task=0)
     await rig.task()
     plant_rows(rig, 1200, "succeeded", 9999)
-    await rig.execute(1)
-    await rig.finish()
+    await rig.executed(1)
     await rig.service.retain(rig.clock.now())
     assert rig.sql("SELECT count(*) FROM executions") == [(1201,)]
 
@@ -8002,8 +7735,7 @@ async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
 async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(history_days=1)
     target.answer(500)
-    await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=0))
-    await rig.finish()
+    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
     await rig.finish()
     assert rig.sql("SELECT count(*) FROM attempts") == [(1,)]
     rig.clock.advance(86400 * 3)
@@ -8165,8 +7897,7 @@ async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_
     while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
         await rig.beat()
         await asyncio.sleep(0.01)
-    await rig.at(60)
-    await rig.finish()
+    await rig.run_at(60)
     assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
     assert follower.service.running == {}
 
@@ -8711,6 +8442,8 @@ async def test_a_preview_answers_words_and_slots(api: Api) -> None:
     after = await api("POST", "/schedules/preview", {**body, "after": "2026-07-01T12:00:00"})
     assert after.json["upcoming"][0] == {"utc": "2026-07-02T07:30:00Z", "local": "2026-07-02T09:30:00+02:00"}
     assert len((await api("POST", "/schedules/preview", {**body, "count": 1000})).json["upcoming"]) == 1000
+    jittered = (await api("POST", "/schedules/preview", {**body, "jitter": 60})).json
+    assert "jitter" in jittered["note"] and jittered["upcoming"][0]["utc"] == "2026-01-01T08:30:00Z"
     as_created = {**EVERY_MINUTE, "overlap": "queue"}
     assert len((await api("POST", "/schedules/preview", as_created)).json["upcoming"]) == 5
     assert (await api.get("/schedules"))["total"] == 0
@@ -8877,6 +8610,8 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
         ["name", "config.timeout", "config.env"],
     ),
     ("update_task", {"task_type": "http"}, ["config"]),
+    ("update_schedule", {"schedule_type": "cron"}, ["schedule_config"]),
+    ("update_schedule", {"task_id": 9}, ["task_id"]),
     *(
         ("preview_schedule", {"schedule_config": {"seconds": 60, **zone}, "after": JANUARY}, ["schedule_config.timezone"])
         for zone in ({"timezone": 5}, {"timezone": ["x"]}, {"timezone": "Mars"})
@@ -8897,6 +8632,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
         for more, fields in [
             ({**CRON, "schedule_config": {"expression": "* * * *"}}, ["schedule_config.expression"]),
             ({**CRON, "schedule_config": {}}, ["schedule_config.expression"]),
+            ({**CRON, "schedule_config": {"expression": "0 0 31 2 *"}}, ["schedule_config.expression"]),
             ({**CRON, "schedule_config": {"expression": "* * * * *", "timezone": "Mars"}}, ["schedule_config.timezone"]),
             ({**CRON, "schedule_config": {"expression": "* * * * *", "seconds": 5}}, ["schedule_config.seconds"]),
             (
@@ -8912,6 +8648,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
             ({"start_at": "x"}, ["start_at"]),
             ({"end_at": "2026-13-01T00:00:00Z"}, ["end_at"]),
             ({"end_at": "2025-01-01T00:00:00Z"}, ["end_at"]),
+            ({"end_at": "2026-01-01T00:00:30Z"}, ["end_at"]),
             ({"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, ["end_at"]),
         ]
     ),
@@ -12210,13 +11947,11 @@ async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or
     made = await rig.task(config={"command": f"touch {mark}"}, max_retries=3)
     await rig.schedule(made)
     failing = await rig.task(config={"command": f"test -e {tmp_path}/never && touch {mark}"}, max_retries=3, retry_delay=30)
-    await rig.execute(failing)
-    await rig.finish()
+    await rig.executed(failing)
     assert await rig.statuses() == ["retrying"]
     later = await restarted(rig, open_rig, 61, **rule)
     await later.finish()
-    await later.at(62)
-    await later.finish()
+    await later.run_at(62)
     found = {(row["task_id"], row["status"], row["attempt"]) for row in await later.rows()}
     assert found == {(made, "failed", 1), (failing, "failed", 2)}
     assert all(words in row["error_message"] for row in await later.rows())
