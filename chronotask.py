@@ -74,6 +74,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import asyncio
+import atexit
 import base64
 import bisect
 import codecs
@@ -94,11 +95,11 @@ import heapq
 import hmac
 import html
 import importlib
+import io
 import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import operator
 import pwd
@@ -106,6 +107,7 @@ import queue
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import socket
@@ -423,6 +425,10 @@ SECRET_PREFIX = "CHRONOTASK_SECRET_"
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
 
 
+# Settings that keep somebody out: who misspells one of them must not get a service that is open.
+PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS")
+
+
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
 
@@ -466,13 +472,17 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
         """Settings from `environ`, and warnings about variables that are probably typos.
 
-        An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value.
+        An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value, and at a typo
+        in the name of a setting that keeps somebody out.
         """
         fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for name, field in fields.items():
             if environ.get(name):
                 values[field.name] = _parse_setting(name, environ[name], field.metadata["parse"])
+            elif name in environ and name in (ENV_PREFIX + "API_TOKEN", ENV_PREFIX + "API_TOKEN_FILE"):
+                # As it comes from a secret that was not filled in: the service would be open.
+                raise StartupError(f"{name}='': must not be empty; remove it if there is to be no token", exit_status=2)
         settings, warnings = cls(**values), _typo_warnings(environ, fields)
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
@@ -539,12 +549,16 @@ def _read_token(path: Path, warnings: list[str]) -> str:
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     given_to_tasks = {ENV_PREFIX + name for name in TASK_VARIABLES}
+    names = [name.removeprefix(ENV_PREFIX) for name in known]  # the prefix alone would make everything alike
     warnings = []
     for name in sorted(environ):
         if not name.startswith(ENV_PREFIX) or name in known or name in given_to_tasks or name.startswith(SECRET_PREFIX):
             continue
-        hint = nearest(name, known)
-        warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
+        hint = nearest(name.removeprefix(ENV_PREFIX), names)
+        text = f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else "")
+        if hint is not None and hint.startswith(PROTECTIVE):
+            raise StartupError(f"{text} That one protects the service: correct or remove this one", exit_status=2)
+        warnings.append(text)
     return warnings
 
 
@@ -7930,12 +7944,13 @@ OPERATIONS: tuple[Operation, ...] = (
 API = "/api/v1"
 HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
-SLOW_READER = 30.0  # seconds after which a reader that takes nothing is dropped
+SLOW_READER = 30.0  # seconds after which the kernel drops a client that takes nothing of its answer
 MAX_BODY = 1024 * 1024  # bytes
 _TOO_LARGE = f"a body may have at most {MAX_BODY} bytes"
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+SERVER = "ChronoTask"  # without it aiohttp tells its version and Python's
 DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 
@@ -8047,9 +8062,7 @@ def make_gate(service: Service, busy: set[Any]) -> Any:
             return problem_answer(error)
         except web.HTTPException as error:
             return _http_problem(error)
-        except (ConnectionError, TimeoutError):  # the client has gone, or takes nothing any more: there is nobody to answer
-            if request.transport is not None:
-                request.transport.abort()
+        except ConnectionError:  # the client has gone, or was dropped because it took nothing: there is nobody to answer
             return web.Response(status=503)
         except Exception:
             logger.exception("%s %s", request.method, shown(request.path))
@@ -8080,10 +8093,15 @@ def app_key(name: str) -> web.AppKey[Any]:
     return web.AppKey(name)
 
 
+async def _hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
+    answer.headers["Server"] = SERVER
+
+
 def gated_app(service: Service) -> web.Application:
     """An application without routes."""
     busy: set[Any] = set()
     app = web.Application(middlewares=[make_gate(service, busy)], client_max_size=MAX_BODY)
+    app.on_response_prepare.append(_hide_versions)
     app[app_key("busy")] = busy
     return app
 
@@ -8267,16 +8285,10 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     first = await anext(pieces, b"")
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
     await answer.prepare(request)
-    await deliver(answer, first)
+    await answer.write(first)
     async for piece in pieces:
-        await deliver(answer, piece)
+        await answer.write(piece)
     return answer
-
-
-async def deliver(answer: web.StreamResponse, data: bytes) -> None:
-    """Raises TimeoutError when the reader has taken nothing for a while: it is dropped."""
-    async with asyncio.timeout(SLOW_READER):
-        await answer.write(data)
 
 
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
@@ -8286,7 +8298,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
         await answer.prepare(request)
-        await deliver(answer, b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
+        await answer.write(b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
         for event in missed or ():
             await _send_event(answer, event, query.task_id)
         while True:
@@ -8294,7 +8306,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
                 async with asyncio.timeout(HEARTBEAT):
                     event_or_end = await reader.get()
             except TimeoutError:
-                await deliver(answer, b": still here\n\n")
+                await answer.write(b": still here\n\n")
                 continue
             if event_or_end is None:
                 return answer
@@ -8305,7 +8317,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
 
 async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | None) -> None:
     if task_id is None or event.task_id in (task_id, None):
-        await deliver(answer, f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
+        await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
@@ -8323,7 +8335,7 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
         answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
         while piece := copy.read(262144):
-            await deliver(answer, piece)
+            await answer.write(piece)
         return answer
 
 
@@ -9140,10 +9152,8 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
                 answer.headers.update({name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]})
                 await answer.prepare(request)
             elif message.get("body"):
-                await deliver(answer, message["body"])
-        except (ConnectionError, TimeoutError):  # the SDK would log it: let the end of the connection end the call
-            if request.transport is not None:
-                request.transport.abort()
+                await answer.write(message["body"])
+        except ConnectionError:  # the SDK would log it: let the end of the connection end the call
             await asyncio.Event().wait()
 
     scope = {
@@ -9204,6 +9214,9 @@ async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterat
 
 MAX_CONNECTIONS = 4096  # of REST, and of MCP over HTTP
 IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the head of a request
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
+LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
 OPTIONS = {"host": "API_HOST", "port": "API_PORT"}  # options that stand for a setting, and win over its variable
 
 
@@ -9257,32 +9270,119 @@ class _Lines(logging.Formatter):
         return escape_controls(head) + trace
 
 
-def _is_malformed_request(record: logging.LogRecord) -> bool:
-    return record.exc_info is not None and isinstance(record.exc_info[1], aiohttp.http.HttpProcessingError)
-
-
 def escape_controls(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
-def set_up_logging(settings: Settings) -> None:
-    """To stderr, and to LOG_FILE, which is opened anew when it was moved away (rotation is the operator's)."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if settings.log_file is not None:
+_LINES = _Lines("%(asctime)s %(levelname)s %(message)s")
+
+
+class LogStream(io.TextIOBase):
+    """Text on its way to stderr or to a file. Nobody who writes waits: a thread does, for a reader or a disk.
+
+    What finds the buffer full, or cannot be written, is lost. The lines are counted, and said when it flows again.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._path = path
+        self._waiting: list[str] = []
+        self._size = self._lost = 0
+        self._written = True
+        self._changed = threading.Condition()
+        threading.Thread(target=self._write_on, name="chronotask-log", daemon=True).start()
+        atexit.register(self.drain)
+
+    def write(self, text: str) -> int:
+        with self._changed:
+            if self._size + len(text) > LOG_BUFFER:
+                self._lost += text.count("\n")
+            else:
+                self._waiting.append(text)
+                self._size += len(text)
+                self._changed.notify_all()
+        return len(text)
+
+    def drain(self) -> None:
+        """Waits until all is written, but at the end of a program no longer than `LAST_LINES`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._written and not self._waiting, LAST_LINES)
+
+    def _write_on(self) -> None:
         try:
-            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.handlers.WatchedFileHandler(settings.log_file, encoding="utf-8"))
+            fd = 2 if self._path is None else _open_log(self._path)
         except OSError as error:
-            raise StartupError(
-                f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}: cannot be written: {error.strerror}", 2
-            ) from None
+            self.opened.set_exception(error)
+            return
+        self.opened.set_result(None)
+        while True:
+            with self._changed:
+                self._written = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting)
+                text, lost = "".join(self._waiting), self._lost
+                self._waiting.clear()
+                self._size = self._lost = 0
+                self._written = False
+            if lost:
+                about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
+                text += _LINES.format(logging.makeLogRecord(about)) + "\n"
+            try:
+                if self._path is not None:
+                    fd = _opened_anew(self._path, fd)
+                _write_text(fd, text)
+            except OSError:
+                with self._changed:
+                    self._lost += lost + text.count("\n")
+
+
+def _open_log(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY, 0o666)
+
+
+def _opened_anew(path: Path, fd: int) -> int:
+    """The log file, opened anew if it was moved away."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path), os.fstat(fd)):
+            return fd
+    new = _open_log(path)
+    os.close(fd)
+    return new
+
+
+def _write_text(fd: int, text: str) -> None:
+    view = memoryview(text.encode("utf-8", "backslashreplace"))
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:  # whoever started this shares the pipe, and wants it so
+            select.select([], [fd], [])
+
+
+def set_up_logging(settings: Settings) -> None:
+    """To stderr, and to LOG_FILE, which is opened anew when it was moved away (rotation is the operator's).
+
+    All that anybody prints goes the same way from now on, warnings and tracebacks of threads too.
+    """
+    sys.stdout = sys.stderr = LogStream()
+    streams = [sys.stderr]
+    if settings.log_file is not None:
+        streams.append(LogStream(settings.log_file))
+        try:
+            streams[1].opened.result(timeout=1)
+        except TimeoutError:  # a FIFO without a reader, a hung disk: its thread waits, the service does not
+            pass
+        except OSError as error:
+            name = f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}"
+            raise StartupError(f"{name}: cannot be written: {error.strerror}", 2) from None
+        else:
+            if settings.log_file.is_file():
+                check_owner(settings.log_file, 0o022)
+    handlers = [logging.StreamHandler(stream) for stream in streams]
     for handler in handlers:
-        handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_LINES)
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
-    if settings.log_file is not None and settings.log_file.is_file():
-        check_owner(settings.log_file, 0o022)
-    # aiohttp logs a malformed request with its bytes, the token among them: the client has its 400, the log needs none of it.
-    logging.getLogger("aiohttp.server").addFilter(lambda record: not _is_malformed_request(record))
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -9298,14 +9398,16 @@ def hide_from_children() -> int:
 
 
 def settle_memory() -> None:
-    """After the start: what is there stays, so the garbage collector need not look at it; what was freed goes back.
-
-    glibc keeps freed memory otherwise (musl gives it back by itself).
-    """
+    """After the start: what is there stays, so the garbage collector need not look at it."""
     gc.freeze()
     gc.set_threshold(10_000)  # requests and runs free what they used without its help
     gc.enable()
-    with contextlib.suppress(OSError, AttributeError):
+    return_memory()
+
+
+def return_memory() -> None:
+    """What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes."""
+    with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -9322,12 +9424,15 @@ def use_pidfd() -> None:
 
 
 async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int, wire: tuple[int, int] | None) -> None:
-    """Runs until SIGTERM or SIGINT (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
+    """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     use_pidfd()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, signalled)
+    for number in STOP_SIGNALS:
+        if (
+            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ):  # ignored: started by nohup, to survive its terminal
+            loop.add_signal_handler(number, _on_signal, stop, signalled)
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
@@ -9352,7 +9457,11 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
         settle_memory()
-        await stop.wait()
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(60):
+                    await stop.wait()
+            return_memory()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
         await service.stop()
@@ -9369,9 +9478,7 @@ async def _open(
     runners: list[web.AppRunner], what: str, sockets: Sequence[socket.socket], app: web.Application, **more: Any
 ) -> None:
     """Serves `app`, and adds its runner to those to clean up."""
-    runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=0.2, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False, **more
-    )
+    runner = web.AppRunner(app, shutdown_timeout=0.2, **more)
     runners.append(runner)
     listeners: list[asyncio.Server] = []
     app.on_shutdown.append(partial(_stop_listening, listeners))
@@ -9391,6 +9498,24 @@ async def _stop_listening(listeners: Sequence[asyncio.Server], _app: web.Applica
         listener.close()
 
 
+@functools.cache
+def _connection_type() -> type[web.RequestHandler]:
+    class Connection(web.RequestHandler):
+        def handle_error(
+            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        ) -> web.StreamResponse:
+            """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
+            answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
+            answer.headers["Server"] = SERVER
+            answer.force_close()
+            return answer
+
+    return Connection
+
+
 def _make_room(server: web.Server, busy: Collection[Any], limit: int) -> asyncio.Protocol:
     """The protocol of a new connection. With `limit` others open, the oldest that asks for nothing is closed for it.
 
@@ -9400,7 +9525,7 @@ def _make_room(server: web.Server, busy: Collection[Any], limit: int) -> asyncio
         idle = (other for other in server.connections if other.transport is not None and other not in busy)
         if (oldest := next(idle, None)) is not None:
             oldest.force_close()
-    return server()
+    return _connection_type()(server, loop=asyncio.get_running_loop(), keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
 
 
 async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio.Event | None) -> None:
@@ -9437,7 +9562,12 @@ def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the IPv4 address has a socket of its own
+        # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+    if hasattr(
+        socket, "TCP_USER_TIMEOUT"
+    ):  # Linux; each connection inherits it (tcp(7)): no answer is held for a client that takes none
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
     sock.bind(address)
     sock.listen(1024)  # only this tells that the port is free: two programs may bind one that nobody listens to
     return sock
@@ -9458,6 +9588,10 @@ def warn_if_open(settings: Settings) -> None:
         logger.warning(
             "ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", settings.api_host
         )
+    for name in settings.allowed_hosts:
+        if settings.api_token is None and name != "localhost" and not set(name) & set(".:"):
+            # A search domain or a local resolver decides what a name of one label is: a page under it could call this API.
+            logger.warning("CHRONOTASK_ALLOWED_HOSTS: DNS can be made to answer for %s: set CHRONOTASK_API_TOKEN", name)
 
 
 def fill_standard_streams() -> None:

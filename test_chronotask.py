@@ -546,6 +546,9 @@ class Server:
     def mcp_url(self) -> str:
         return str(until(lambda: re.search(r"MCP on (http\S+)", self.log()), 30, "MCP listens")[1])
 
+    def mcp_port(self) -> int:
+        return int(self.mcp_url().split(":")[2].partition("/")[0])
+
     # REST
 
     def ask(self, method: str, path: str, body: Json = None, timeout: float = 30, **headers: str) -> tuple[int, Json]:
@@ -1310,7 +1313,42 @@ def test_a_bad_token_is_refused_without_being_shown(token: str) -> None:
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:
-    assert Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_API_TOKEN": ""})[0] == Settings()
+    assert Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_ALLOWED_HOSTS": ""})[0] == Settings()
+
+
+@pytest.mark.parametrize("name", ["API_TOKEN", "API_TOKEN_FILE"])
+def test_an_empty_token_does_not_leave_the_service_open(name: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({f"CHRONOTASK_{name}": ""})
+    assert caught.value.exit_status == 2 and caught.value.detail.startswith(f"CHRONOTASK_{name}='': must not be empty")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("API_TOKN", "API_TOKEN"),
+        ("TOKEN", "API_TOKEN"),
+        ("API_TOKENFILE", "API_TOKEN_FILE"),
+        ("ALLOW_HOST_COMANDS", "ALLOW_HOST_COMMANDS"),
+        ("ALLOWED_COMMANDS", "ALLOWED_BASH_COMMANDS"),
+        ("ALLOWED_ENV", "ALLOWED_BASH_ENV"),
+        ("ALLOWED_HOST", "ALLOWED_HOSTS"),
+        ("NETWORKS", "ALLOWED_NETWORKS"),
+        ("BLOCK_PRIVATE_NETWORK", "BLOCK_PRIVATE_NETWORKS"),
+    ],
+)
+def test_a_typo_in_what_keeps_others_out_ends_the_program_and_shows_no_value(typo: str, meant: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        Settings.from_env({f"CHRONOTASK_{typo}": "hidden value"})
+    assert caught.value.exit_status == 2
+    assert f"'CHRONOTASK_{typo}': did you mean CHRONOTASK_{meant}?" in caught.value.detail
+    assert "hidden value" not in caught.value.detail
+
+
+@pytest.mark.parametrize("name", ["VERSION", "PORT", "SERVICE_HOST", "PORT_8000_TCP_ADDR", "FOO"])
+def test_a_variable_that_is_like_no_protective_setting_only_gets_a_warning(name: str) -> None:
+    (warning,) = Settings.from_env({f"CHRONOTASK_{name}": "1"})[1]
+    assert warning.startswith(f"unknown variable 'CHRONOTASK_{name}'")
 
 
 def test_the_token_can_come_from_a_file(tmp_path: Path) -> None:
@@ -11818,6 +11856,30 @@ def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
     assert caplog.messages == []
 
 
+def test_a_host_name_that_dns_can_be_made_to_answer_for_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask", "tasks.example.com", "localhost", "::1", "10.0.0.7", "nas")))
+    assert [message.partition(" answer for ")[2].partition(":")[0] for message in caplog.messages] == ["chronotask", "nas"]
+    caplog.clear()
+    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask",), api_token=GOOD_TOKEN))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("::", ["127.0.0.1", "::1"]), ("0::0", ["127.0.0.1", "::1"]), ("::1", ["::1"]), ("0.0.0.0", ["127.0.0.1"])],
+)
+def test_the_ipv6_wildcard_listens_on_ipv4_too(host: str, reached: list[str]) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(sock) for sock in chronotask.bind(host, 0)]
+        found = []
+        for address in ("127.0.0.1", "::1"):
+            with contextlib.suppress(OSError), socket.create_connection((address, sockets[0].getsockname()[1]), 5):
+                found.append(address)
+        assert found == reached
+
+
 # --- The MCP port: the same rules -------------------------------------------------------------------------------------
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
@@ -12111,6 +12173,12 @@ async def test_a_name_that_could_move_a_cursor_or_break_a_line_is_refused(api: A
     assert not set(answer.text) & set("\n\r\x1b\x7f\x9b")
 
 
+def drain_log() -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, chronotask.LogStream):
+            handler.stream.drain()
+
+
 def log_lines(tmp_path: Path) -> list[str]:
     return (tmp_path / "log.txt").read_text().split("\n")
 
@@ -12118,12 +12186,12 @@ def log_lines(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def logging_as_before() -> Iterator[None]:
     root, before = logging.getLogger(), logging.getLogger().handlers[:]
-    level = root.level
+    level, standard = root.level, (sys.stdout, sys.stderr)
     yield
+    sys.stdout, sys.stderr = standard
     for handler in set(root.handlers) - set(before):
         handler.close()
     root.handlers[:], root.level = before, level
-    logging.getLogger("aiohttp.server").filters.clear()
 
 
 @pytest.mark.usefixtures("logging_as_before")
@@ -12135,11 +12203,51 @@ def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: 
         raise ValueError("x\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J")
     except ValueError:
         logger.exception("in %s", "a\nb")
+    drain_log()
     lines = log_lines(tmp_path)
     assert lines[0].endswith(r"WARNING told: a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202e")
     assert lines[1].endswith(r"ERROR in a\nb")
     assert all(line.startswith("    ") for line in lines[2:-1]) and any("forged" in line for line in lines[2:])
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_how_much_was_lost(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.txt")
+    set_up_logging(settings(tmp_path, log_file=tmp_path / "log.txt"))
+    logger, line = logging.getLogger("chronotask"), "x" * 1000
+    for _ in range(2000):
+        logger.warning(line)  # 2 MB: more than a pipe and the buffer hold
+    reader = os.open(tmp_path / "log.txt", os.O_RDONLY)
+    got = b""
+    while not got.endswith(b"nobody took them\n"):
+        got += os.read(reader, 65536)
+    os.close(reader)
+    *lines, note = got.decode().splitlines()
+    assert all(text.endswith(f"WARNING {line}") for text in lines)
+    assert note.endswith(f"WARNING {2000 - len(lines)} lines of the log were lost here: nobody took them")
+    assert 1000 < len(lines) < 1100
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_the_log_file_is_opened_anew_when_it_was_moved_and_what_is_printed_waits_for_nobody(tmp_path: Path) -> None:
+    set_up_logging(settings(tmp_path, log_file=tmp_path / "a" / "log.txt"))
+    for i, moved in enumerate(("one.txt", "two.txt")):
+        logging.getLogger("chronotask").warning("%d", i)
+        drain_log()
+        (tmp_path / "a" / "log.txt").rename(tmp_path / moved)
+    shutil.rmtree(tmp_path / "a")
+    logging.getLogger("chronotask").warning("2")
+    drain_log()
+    assert [(tmp_path / name).read_text()[-2:] for name in ("one.txt", "two.txt", "a/log.txt")] == ["0\n", "1\n", "2\n"]
+    print("x" * 5_000_000, file=sys.stderr)  # warnings and tracebacks of threads take this way
+    assert isinstance(sys.stderr, chronotask.LogStream) and sys.stdout is sys.stderr
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_a_log_file_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"CHRONOTASK_LOG_FILE=.*: cannot be written: Is a directory"):
+        set_up_logging(settings(tmp_path, log_file=tmp_path))
 
 
 # --- Real processes ---------------------------------------------------------------------------------------------------
@@ -12175,6 +12283,123 @@ def many_descriptors(wanted: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+# stderr is a pipe that is full and that nobody reads.
+UNREAD_STDERR = """
+unread, full = os.pipe()
+os.set_blocking(full, False)
+try:
+    while True:
+        os.write(full, b"x" * 4096)
+except BlockingIOError:
+    os.set_blocking(full, True)
+os.dup2(full, 2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log", ["an unread stderr", "a FIFO without a reader"])
+@pytest.mark.parametrize("mode", ["http", "both"])
+def test_a_log_that_nobody_reads_stops_neither_schedules_nor_answers_nor_the_stop(tmp_path: Path, log: str, mode: str) -> None:
+    if log == "an unread stderr":
+        server = Server(tmp_path, mode=mode, program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
+        server.log_file = tmp_path / "log.txt"
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        server = Server(tmp_path, mode=mode, LOG_FILE=tmp_path / "fifo")
+    server.start()
+    task = server.bash("false")
+    server.every(1, task)
+    for _ in range(30):
+        assert server.execute(task, wait=10)["status"] == "failed"
+    until(lambda: server.rows("&trigger=schedule&status=failed"), 5, "a schedule fires")
+    assert server.ask("GET", "/health", timeout=5)[0] == 200
+    start = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.slow
+def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(tmp_path: Path) -> None:
+    server = Server(tmp_path, mode="mcp", program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
+    server.log_file = tmp_path / "log.txt"
+    server.start()
+    server.end_input()
+    assert server.ended(30) == 0 and "the MCP client on stdio has gone" in server.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("mode", ["http", "mcp"])
+def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: Path, number: int, mode: str) -> None:
+    server = Server(tmp_path, mode=mode, SHUTDOWN_GRACE=0).start()
+    server.signal(number)
+    assert server.ended(30) == 0
+    assert "stopping: " in server.log() and not list(tmp_path.glob("*.db-wal"))
+
+
+@pytest.mark.slow
+def test_a_hangup_is_ignored_where_it_was_ignored_at_the_start(tmp_path: Path) -> None:
+    program = wrapped(tmp_path, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does")
+    server = Server(tmp_path, program=program).start()
+    server.signal(signal.SIGHUP)
+    task = server.bash("true")
+    assert server.execute(task, wait=10)["status"] == "succeeded"
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_clients_that_take_nothing_of_any_answer_are_dropped(tmp_path: Path) -> None:
+    program = wrapped(tmp_path, after="chronotask.SLOW_READER = 1.0")
+    server = Server(tmp_path, mode="both", program=program, API_TOKEN=GOOD_TOKEN).start()
+    common = b"Host: localhost\r\nAuthorization: Bearer %s\r\n" % GOOD_TOKEN.encode()
+    listing = b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}'
+    mcp = b"POST /mcp HTTP/1.1\r\n%sAccept: application/json, text/event-stream\r\n" % common
+    mcp += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(listing), listing)
+    requests = [b"GET %s HTTP/1.1\r\n%s\r\n" % (path, common) for path in (b"/docs", b"/openapi.json", b"/nothing")]
+    ports = (server.port, server.port, server.port, server.mcp_port())
+    descriptors = Path(f"/proc/{server.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    clients = []
+    for request, port in zip((*requests, mcp), ports, strict=True):
+        for _ in range(10):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.setblocking(False)
+            clients.append((client, request * 500))
+    end = time.monotonic() + 30
+    while len(list(descriptors.iterdir())) > before:
+        for client, data in clients:
+            with contextlib.suppress(OSError):
+                client.send(data)
+        assert time.monotonic() < end, f"{len(list(descriptors.iterdir())) - before} of 40 are still there"
+        time.sleep(0.1)
+    until(lambda: server.ask("GET", "/health")[0] == 200, 20, "it is healthy")
+    assert server.log().count("\n") < 10, "nothing that the log has to tell"
+
+
+@pytest.mark.slow
+def test_no_answer_tells_the_versions_of_what_it_is_made_with(tmp_path: Path) -> None:
+    server = Server(tmp_path, mode="both").start()
+    requests = {
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n": 200,
+        b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n": 404,
+        b"GET / HTTP/1.1\r\nHost: elsewhere\r\n": 403,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\n": 417,
+        b"DELETE / HTTP/1.1\r\nHost: localhost\r\n": 405,
+        b"GET /mcp HTTP/1.1\r\nHost: localhost\r\n": 406,
+        b"HZ / HTTP/9.9\r\nHost: localhost\r\n": 400,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n" % (b"a" * 9000): 400,
+    }
+    for request, status in requests.items():
+        port = server.mcp_port() if b"/mcp" in request else server.port
+        answer = everything_from(connected(server, request + b"Connection: close\r\n\r\n", port))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert statuses_in(answer) == [status], answer
+        assert re.findall(rb"(?im)^server: (.*?)\r?$", head) == [b"ChronoTask"] and b"aiohttp" not in answer
+        assert status != 400 or json.loads(body)["title"] == "Malformed request"
+
+
 @pytest.mark.slow
 def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_out(tmp_path: Path) -> None:
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))")
@@ -12201,7 +12426,7 @@ def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_ou
 def test_slow_heads_and_slow_bodies_are_ended_while_others_are_served(tmp_path: Path) -> None:
     program = wrapped(tmp_path, after="chronotask.SLOW_BODY = chronotask.IDLE_CONNECTION = 1.0")
     server = Server(tmp_path, "both", program=program).start()
-    port = int(server.mcp_url().split(":")[2].partition("/")[0])
+    port = server.mcp_port()
     body = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
     accept = b"Accept: application/json, text/event-stream\r\n"
     slow = {
