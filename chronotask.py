@@ -9376,13 +9376,12 @@ def set_up_logging(settings: Settings) -> None:
         except OSError as error:
             name = f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}"
             raise StartupError(f"{name}: cannot be written: {error.strerror}", 2) from None
-        else:
-            if settings.log_file.is_file():
-                check_owner(settings.log_file, 0o022)
     handlers = [logging.StreamHandler(stream) for stream in streams]
     for handler in handlers:
         handler.setFormatter(_LINES)
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
+    if settings.log_file is not None and streams[1].opened.done() and settings.log_file.is_file():
+        check_owner(settings.log_file, 0o022)
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
