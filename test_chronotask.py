@@ -1424,18 +1424,8 @@ def test_an_unknown_variable_is_warned_about_with_the_nearest_name() -> None:
 
 
 def test_secrets_and_what_tasks_are_given_are_no_typos() -> None:
-    given = [
-        "TASK_ID",
-        "TASK_NAME",
-        "EXECUTION_ID",
-        "SCHEDULE_ID",
-        "SCHEDULED_FOR",
-        "ATTEMPT",
-        "RUN_ID",
-        "SECRET_X",
-        "SECRET_API_PROT",
-    ]
-    assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given})[1] == []
+    given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID SECRET_X SECRET_API_PROT"
+    assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given.split()})[1] == []
 
 
 # ======================================================================================================================
@@ -2388,13 +2378,8 @@ def test_a_method_is_stored_in_upper_case() -> None:
 def test_every_bad_field_is_listed_with_its_path() -> None:
     with pytest.raises(InvalidInput) as caught:
         parse_config("http", {"url": "ftp://a", "method": "FETCH", "verify_tls": "no", "auth": {"username": "u"}, "tiemout": 3})
-    assert [error.field for error in caught.value.errors] == [
-        "config.url",
-        "config.method",
-        "config.auth.password",
-        "config.verify_tls",
-        "config.tiemout",
-    ]
+    fields = "url method auth.password verify_tls tiemout"
+    assert [error.field for error in caught.value.errors] == [f"config.{name}" for name in fields.split()]
 
 
 def test_a_plain_url_is_taken_without_a_look_at_its_parts_only_if_they_are_good(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2409,166 +2394,133 @@ def test_a_plain_url_is_taken_without_a_look_at_its_parts_only_if_they_are_good(
     assert [chronotask._url(url) for url in plain] == plain
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({}, "config.url: is required"),
-        ("x", "config: must be an object, not 'x'"),
-        ([], "config: must be an object"),
-        (None, "config: must be an object, not null"),
-        ({"url": 5}, "config.url: must be text"),
-        ({"url": "a.example"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
-        ({"url": "http://"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
-        ({"url": "file:///etc/passwd"}, "config.url: must be a URL that starts with http:// or https:// and names a host"),
-        ({"url": "http://a b/"}, "config.url: must be a URL without blanks, backslashes and control characters"),
-        ({"url": "http://a\\@b/"}, "config.url: must be a URL without blanks, backslashes and control characters"),
-        ({"url": "http://a/\r\nX: y"}, "config.url: must be a URL without blanks, backslashes and control characters"),
-        ({"url": "http://a:99999/"}, "config.url: must be a valid URL: its host or port cannot be read"),
-        ({"url": "http://a:b/"}, "config.url: must be a valid URL: its host or port cannot be read"),
-        ({"url": "http://[::1/"}, "config.url: must be a valid URL: its host or port cannot be read"),
-        ({"url": "http://a/" + "x" * 8192}, "config.url: must be at most 8192 characters long"),
-        ({"url": "http://a/", "tiemout": 3}, "config.tiemout: unknown field (did you mean timeout?)"),
-        (
-            {"url": "http://a/", "zzz": 3},
-            "config.zzz: unknown field (known: url, method, headers, params, body, auth, timeout, expected_status, "
-            "follow_redirects, verify_tls)",
-        ),
-        (
-            {"url": "http://a/", "auth": {"username": "u", "pasword": "geheim"}},
-            "config.auth.password: is required; config.auth.pasword: unknown field (did you mean password?)",
-        ),
-        (
-            {"url": "http://a/", "method": "CONNECT"},
-            "config.method: must be one of 'GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD' or 'OPTIONS', not 'CONNECT'",
-        ),
-        ({"url": "http://a/", "timeout": 0}, "config.timeout: must be at least 1, not 0"),
-        ({"url": "http://a/", "timeout": 604801}, "config.timeout: must be at most 604800, not 604801"),
-        ({"url": "http://a/", "timeout": "30"}, "config.timeout: must be a whole number or a number, not '30'"),
-        ({"url": "http://a/", "timeout": True}, "config.timeout: must be a whole number or a number, not True"),
-        ({"url": "http://a/", "verify_tls": 1}, "config.verify_tls: must be true or false, not 1"),
-        ({"url": "http://a/", "follow_redirects": "yes"}, "config.follow_redirects: must be true or false, not 'yes'"),
-        (
-            {"url": "http://a/", "headers": {"Host": "b"}},
-            "config.headers: Host cannot be set: it follows from the url and the body",
-        ),
-        (
-            {"url": "http://a/", "headers": {"content-LENGTH": "1"}},
-            "config.headers: content-LENGTH cannot be set: it follows from the url and the body",
-        ),
-        (
-            {"url": "http://a/", "headers": {"Transfer-Encoding": "chunked"}},
-            "config.headers: Transfer-Encoding cannot be set: it follows from the url and the body",
-        ),
-        ({"url": "http://a/", "headers": {"X Y": "1"}}, "config.headers: 'X Y' is not a valid header name"),
-        ({"url": "http://a/", "headers": {"X:": "1"}}, "config.headers: 'X:' is not a valid header name"),
-        ({"url": "http://a/", "headers": {"": "1"}}, "config.headers: '' is not a valid header name"),
-        (
-            {"url": "http://a/", "headers": {"X": "1\r\nEvil: 2"}},
-            "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters",
-        ),
-        (
-            {"url": "http://a/", "headers": {"X": "1\0"}},
-            "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters",
-        ),
-        (
-            {"url": "http://a/", "headers": {"X-A": "1", "x-a": "2"}},
-            "config.headers: must not hold the same name twice (upper and lower case are the same)",
-        ),
-        ({"url": "http://a/", "headers": {"X": 1}}, "config.headers.X: must be text"),
-        ({"url": "http://a/", "headers": "X: 1"}, "config.headers: must be an object"),
-        (
-            {"url": "http://a/", "params": {"a": None}},
-            "config.params.a: must be text, a finite number, true or false, or a list of them",
-        ),
-        (
-            {"url": "http://a/", "params": {"a": [[1]]}},
-            "config.params.a: must be text, a finite number, true or false, or a list of them",
-        ),
-        (
-            {"url": "http://a/", "params": {"a": float("inf")}},
-            "config.params.a: must be text, a finite number, true or false, or a list of them",
-        ),
-        ({"url": "http://a/", "body": 5}, "config.body: must be an object or a list (sent as JSON), or text (sent as it is)"),
-        ({"url": "http://a/", "body": {"a": float("nan")}}, "config.body: must be valid JSON: finite numbers and valid Unicode"),
-        ({"url": "http://a/", "body": "\ud800"}, "config.body: must be valid JSON: finite numbers and valid Unicode"),
-        ({"url": "http://a/", "body": "x" * 1048577}, "config.body: must be at most 1 MiB"),
-        ({"url": "http://a/", "expected_status": []}, "config.expected_status: must name at least one status"),
-        (
-            {"url": "http://a/", "expected_status": [99]},
-            'config.expected_status: 99 is neither a status code from 100 to 599 nor a range such as "200-299"',
-        ),
-        (
-            {"url": "http://a/", "expected_status": ["299-200"]},
-            "config.expected_status: '299-200' is neither a status code from 100 to 599 nor a range such as \"200-299\"",
-        ),
-        (
-            {"url": "http://a/", "expected_status": ["2xx"]},
-            "config.expected_status: '2xx' is neither a status code from 100 to 599 nor a range such as \"200-299\"",
-        ),
-        (
-            {"url": "http://a/", "auth": {"username": "a:b", "password": "x"}},
-            "config.auth.username: must not hold a colon (RFC 7617)",
-        ),
-        ({"url": "http://a/", "auth": {"username": "a", "password": 12345}}, "config.auth.password: must be text"),
-        ({"url": "http://a/", "auth": "user:geheim"}, "config.auth: must be an object"),
-        ({"url": "http://a/${env:HOME}"}, "config.url: ${env:'HOME'}: only variables named CHRONOTASK_SECRET_… may be read"),
-        (
-            {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_API_TOKEN}"}},
-            "config.headers: ${env:'CHRONOTASK_API_TOKEN'}: only variables named CHRONOTASK_SECRET_… may be read",
-        ),
-        ({"url": "http://a/", "body": {"a": ["${file:}"]}}, "config.body: ${file:…} needs the path of a file below SECRETS_DIR"),
+ABSENT: Any = object()
+# Why an http task is refused, and what is added to a url for that; ABSENT takes a field away.
+HTTP_REFUSALS: dict[str, list[Any]] = {
+    "config.url: is required": [{"url": ABSENT}],
+    "config: must be an object, not 'x'": ["x"],
+    "config: must be an object": [[]],
+    "config: must be an object, not null": [None],
+    "config.url: must be text": [{"url": 5}],
+    "config.url: must be a URL that starts with http:// or https:// and names a host": [
+        {"url": "a.example"},
+        {"url": "http://"},
+        {"url": "file:///etc/passwd"},
     ],
-)
-def test_an_http_config_is_refused_with_what_would_be_accepted(config: Any, message: str) -> None:
-    assert refusal("http", config) == message
+    "config.url: must be a URL without blanks, backslashes and control characters": [
+        {"url": "http://a b/"},
+        {"url": "http://a\\@b/"},
+        {"url": "http://a/\r\nX: y"},
+    ],
+    "config.url: must be a valid URL: its host or port cannot be read": [
+        {"url": "http://a:99999/"},
+        {"url": "http://a:b/"},
+        {"url": "http://[::1/"},
+    ],
+    "config.url: must be at most 8192 characters long": [{"url": "http://a/" + "x" * 8192}],
+    "config.tiemout: unknown field (did you mean timeout?)": [{"tiemout": 3}],
+    "config.zzz: unknown field (known: url, method, headers, params, body, auth, timeout, expected_status, "
+    "follow_redirects, verify_tls)": [{"zzz": 3}],
+    "config.auth.password: is required; config.auth.pasword: unknown field (did you mean password?)": [
+        {"auth": {"username": "u", "pasword": "geheim"}}
+    ],
+    "config.method: must be one of 'GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD' or 'OPTIONS', not 'CONNECT'": [
+        {"method": "CONNECT"}
+    ],
+    "config.timeout: must be at least 1, not 0": [{"timeout": 0}],
+    "config.timeout: must be at most 604800, not 604801": [{"timeout": 604801}],
+    "config.timeout: must be a whole number or a number, not '30'": [{"timeout": "30"}],
+    "config.timeout: must be a whole number or a number, not True": [{"timeout": True}],
+    "config.verify_tls: must be true or false, not 1": [{"verify_tls": 1}],
+    "config.follow_redirects: must be true or false, not 'yes'": [{"follow_redirects": "yes"}],
+    "config.headers: Host cannot be set: it follows from the url and the body": [{"headers": {"Host": "b"}}],
+    "config.headers: content-LENGTH cannot be set: it follows from the url and the body": [{"headers": {"content-LENGTH": "1"}}],
+    "config.headers: Transfer-Encoding cannot be set: it follows from the url and the body": [
+        {"headers": {"Transfer-Encoding": "chunked"}}
+    ],
+    "config.headers: 'X Y' is not a valid header name": [{"headers": {"X Y": "1"}}],
+    "config.headers: 'X:' is not a valid header name": [{"headers": {"X:": "1"}}],
+    "config.headers: '' is not a valid header name": [{"headers": {"": "1"}}],
+    "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters": [
+        {"headers": {"X": "1\r\nEvil: 2"}},
+        {"headers": {"X": "1\0"}},
+    ],
+    "config.headers: must not hold the same name twice (upper and lower case are the same)": [
+        {"headers": {"X-A": "1", "x-a": "2"}}
+    ],
+    "config.headers.X: must be text": [{"headers": {"X": 1}}],
+    "config.headers: must be an object": [{"headers": "X: 1"}],
+    "config.params.a: must be text, a finite number, true or false, or a list of them": [
+        {"params": {"a": None}},
+        {"params": {"a": [[1]]}},
+        {"params": {"a": float("inf")}},
+    ],
+    "config.body: must be an object or a list (sent as JSON), or text (sent as it is)": [{"body": 5}],
+    "config.body: must be valid JSON: finite numbers and valid Unicode": [{"body": {"a": float("nan")}}, {"body": "\ud800"}],
+    "config.body: must be at most 1 MiB": [{"body": "x" * 1048577}],
+    "config.expected_status: must name at least one status": [{"expected_status": []}],
+    'config.expected_status: 99 is neither a status code from 100 to 599 nor a range such as "200-299"': [
+        {"expected_status": [99]}
+    ],
+    "config.expected_status: '299-200' is neither a status code from 100 to 599 nor a range such as \"200-299\"": [
+        {"expected_status": ["299-200"]}
+    ],
+    "config.expected_status: '2xx' is neither a status code from 100 to 599 nor a range such as \"200-299\"": [
+        {"expected_status": ["2xx"]}
+    ],
+    "config.auth.username: must not hold a colon (RFC 7617)": [{"auth": {"username": "a:b", "password": "x"}}],
+    "config.auth.password: must be text": [{"auth": {"username": "a", "password": 12345}}],
+    "config.auth: must be an object": [{"auth": "user:geheim"}],
+    "config.url: ${env:'HOME'}: only variables named CHRONOTASK_SECRET_… may be read": [{"url": "http://a/${env:HOME}"}],
+    "config.headers: ${env:'CHRONOTASK_API_TOKEN'}: only variables named CHRONOTASK_SECRET_… may be read": [
+        {"headers": {"X": "${env:CHRONOTASK_API_TOKEN}"}}
+    ],
+    "config.body: ${file:…} needs the path of a file below SECRETS_DIR": [{"body": {"a": ["${file:}"]}}],
+}
+BASH_REFUSALS: dict[str, list[Any]] = {
+    "config.command: is required": [{"command": ABSENT}],
+    "config.command: must not be empty": [{"command": ""}],
+    "config.command: must hold a command": [{"command": " \n"}],
+    "config.command: must not hold a NUL character": [{"command": "a\0b"}],
+    "config.command: must be at most 65536 characters long": [{"command": "x" * 65537}],
+    "config.command: must be text": [{"command": ["ls"]}],
+    "config.command: must be text of valid Unicode, not '\\ud800'": [{"command": "\ud800"}],
+    "config.args: must be a list, not 'b'": [{"args": "b"}],
+    "config.args[1]: must be text, not 3": [{"args": ["b", 3]}],
+    "config.args[0]: must not hold a NUL character": [{"args": ["b\0"]}],
+    "config.args: must be at most 1000 entries long": [{"args": ["x"] * 1001}],
+    "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)": [{"args": ["x" * 65536] * 2}],
+    "config.env: '1A' is not a valid variable name (letters, digits and _, no digit first)": [{"env": {"1A": "x"}}],
+    "config.env: 'BASH_FUNC_echo%%' is not a valid variable name (letters, digits and _, no digit first)": [
+        {"env": {"BASH_FUNC_echo%%": "() { :; }"}}
+    ],
+    "config.env: 'A=B' is not a valid variable name (letters, digits and _, no digit first)": [{"env": {"A=B": "x"}}],
+    "config.env: CHRONOTASK_RUN_ID cannot be set: CHRONOTASK_… belongs to the service": [{"env": {"CHRONOTASK_RUN_ID": "x"}}],
+    "config.env: the value of A must be at most 65536 bytes, without a NUL character": [{"env": {"A": "x\0"}}],
+    "config.env.A: must be text": [{"env": {"A": 5}}],
+    "config.working_dir: must not be empty": [{"working_dir": ""}],
+    "config.timeout: must be at least 1, not 0.5": [{"timeout": 0.5}],
+    "config.command: is required; config.comand: unknown field (did you mean command?)": [{"command": ABSENT, "comand": "a"}],
+}
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({}, "config.command: is required"),
-        ({"command": ""}, "config.command: must not be empty"),
-        ({"command": " \n"}, "config.command: must hold a command"),
-        ({"command": "a\0b"}, "config.command: must not hold a NUL character"),
-        ({"command": "x" * 65537}, "config.command: must be at most 65536 characters long"),
-        ({"command": ["ls"]}, "config.command: must be text"),
-        ({"command": "\ud800"}, "config.command: must be text of valid Unicode, not '\\ud800'"),
-        ({"command": "a", "args": "b"}, "config.args: must be a list, not 'b'"),
-        ({"command": "a", "args": ["b", 3]}, "config.args[1]: must be text, not 3"),
-        ({"command": "a", "args": ["b\0"]}, "config.args[0]: must not hold a NUL character"),
-        ({"command": "a", "args": ["x"] * 1001}, "config.args: must be at most 1000 entries long"),
-        (
-            {"command": "a", "args": ["x" * 65536] * 2},
-            "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)",
-        ),
-        (
-            {"command": "a", "env": {"1A": "x"}},
-            "config.env: '1A' is not a valid variable name (letters, digits and _, no digit first)",
-        ),
-        (
-            {"command": "a", "env": {"BASH_FUNC_echo%%": "() { :; }"}},
-            "config.env: 'BASH_FUNC_echo%%' is not a valid variable name (letters, digits and _, no digit first)",
-        ),
-        (
-            {"command": "a", "env": {"A=B": "x"}},
-            "config.env: 'A=B' is not a valid variable name (letters, digits and _, no digit first)",
-        ),
-        (
-            {"command": "a", "env": {"CHRONOTASK_RUN_ID": "x"}},
-            "config.env: CHRONOTASK_RUN_ID cannot be set: CHRONOTASK_… belongs to the service",
-        ),
-        (
-            {"command": "a", "env": {"A": "x\0"}},
-            "config.env: the value of A must be at most 65536 bytes, without a NUL character",
-        ),
-        ({"command": "a", "env": {"A": 5}}, "config.env.A: must be text"),
-        ({"command": "a", "working_dir": ""}, "config.working_dir: must not be empty"),
-        ({"command": "a", "timeout": 0.5}, "config.timeout: must be at least 1, not 0.5"),
-        ({"comand": "a"}, "config.command: is required; config.comand: unknown field (did you mean command?)"),
-    ],
-)
-def test_a_bash_config_is_refused_with_what_would_be_accepted(config: Any, message: str) -> None:
-    assert refusal("bash", config) == message
+def with_changes(base: dict[str, Any], changes: Any) -> Any:
+    """What is no dict replaces the whole; ABSENT takes a field away."""
+    if not isinstance(changes, dict):
+        return changes
+    return {name: value for name, value in {**base, **changes}.items() if value is not ABSENT}
+
+
+@pytest.mark.parametrize("message", HTTP_REFUSALS)
+def test_an_http_config_is_refused_with_what_would_be_accepted(message: str) -> None:
+    for changes in HTTP_REFUSALS[message]:
+        assert refusal("http", with_changes({"url": "http://a/"}, changes)) == message
+
+
+@pytest.mark.parametrize("message", BASH_REFUSALS)
+def test_a_bash_config_is_refused_with_what_would_be_accepted(message: str) -> None:
+    for changes in BASH_REFUSALS[message]:
+        assert refusal("bash", with_changes({"command": "a"}, changes)) == message
 
 
 @pytest.mark.parametrize(
@@ -2732,13 +2684,8 @@ def test_a_mask_counts_only_while_scheme_host_and_port_stay_the_same(url: str, s
         return
     with pytest.raises(InvalidInput) as caught:
         unmask_config("http", new, SECRET_CONFIG)
-    assert [error.field for error in caught.value.errors] == [
-        "config.url",
-        "config.auth.password",
-        "config.headers.authorization",
-        "config.headers.COOKIE",
-        "config.headers.Proxy-Authorization",
-    ]
+    fields = "url auth.password headers.authorization headers.COOKIE headers.Proxy-Authorization"
+    assert [error.field for error in caught.value.errors] == [f"config.{name}" for name in fields.split()]
 
 
 @pytest.mark.parametrize(
@@ -5467,11 +5414,8 @@ async def test_the_method_changes_on_redirects_as_in_browsers(status: int, metho
 
 async def test_redirects_without_end_are_given_up() -> None:
     outcome = await answered(lambda: web.Response(status=302, headers={"Location": "/again"}))
-    assert (outcome.status, outcome.retryable, outcome.error_message) == (
-        "failed",
-        False,
-        "more than 10 redirects, the last one to 127.0.0.1",
-    )
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert outcome.error_message == "more than 10 redirects, the last one to 127.0.0.1"
 
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)"])
@@ -5533,11 +5477,8 @@ async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -
             header = await http_executors(url, environ=environ, headers={"Accept": "${env:CHRONOTASK_SECRET_A}"})
             body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
     assert output(header)["body"]["headers"]["accept"] == "*/*"
-    assert (body.status, body.retryable, body.error_message) == (
-        "failed",
-        False,
-        "redirected to 127.0.0.1, which must not get the secret in the body",
-    )
+    assert (body.status, body.retryable) == ("failed", False)
+    assert body.error_message == "redirected to 127.0.0.1, which must not get the secret in the body"
 
 
 async def test_a_refusal_after_a_redirect_says_that_credentials_were_left_behind() -> None:
@@ -5685,11 +5626,8 @@ async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
 
     async with answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", forever) as url:
         outcome = await http_executors(url, timeout=0.3)
-    assert (outcome.status, outcome.error_message, outcome.retryable) == (
-        "timed_out",
-        "answered 200, but not completely within 0.3 s",
-        True,
-    )
+    assert (outcome.status, outcome.retryable) == ("timed_out", True)
+    assert outcome.error_message == "answered 200, but not completely within 0.3 s"
     assert output(outcome)["truncated"]
     assert output(outcome)["headers"] == {"Content-Type": "text/plain"}
 
@@ -6521,11 +6459,8 @@ async def test_max_runs_ends_a_schedule_and_raising_it_goes_on(rig: Rig) -> None
     assert (view["run_count"], view["is_active"], view["next_run"]) == (2, False, None)
     assert await refused_fields(rig.patch_schedule(schedule_id, is_active=True)) == ["max_runs"]
     view = await rig.patch_schedule(schedule_id, is_active=True, max_runs=3)
-    assert (view["is_active"], view["next_run"], [u["utc"] for u in view["upcoming"]]) == (
-        True,
-        "2026-01-01T00:04:00Z",
-        ["2026-01-01T00:04:00Z"],
-    )
+    assert (view["is_active"], view["next_run"], len(view["upcoming"])) == (True, "2026-01-01T00:04:00Z", 1)
+    assert view["upcoming"][0]["utc"] == "2026-01-01T00:04:00Z"
 
 
 async def test_start_at_and_end_at_are_both_inclusive(rig: Rig) -> None:
@@ -8615,7 +8550,6 @@ GOOD_ARGUMENTS: dict[str, dict[str, Any]] = {
     "update_schedule": {"schedule_id": 1},
     "preview_schedule": {"schedule_type": "interval", "schedule_config": {"seconds": 60}},
 }
-ABSENT = object()
 CRON = {"schedule_type": "cron"}
 JANUARY = "2026-01-01T00:00:00"
 REFUSED_VALUES: dict[str, dict[str, Sequence[Any]]] = {
@@ -8696,7 +8630,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
 async def test_rest_and_mcp_refuse_the_same_and_name_the_same_fields_in_the_same_words(api: Api) -> None:
     await api.schedule(await api.task())
     for tool, more, fields in REFUSED:
-        arguments = {name: value for name, value in {**GOOD_ARGUMENTS[tool], **more}.items() if value is not ABSENT}
+        arguments = with_changes(GOOD_ARGUMENTS[tool], more)
         operation, body = TOOLS[tool], dict(arguments)
         path = operation.path.replace("{id}", str(body.pop(operation.id_name, "") if operation.id_name else ""))
         detail = problem_of(await api(operation.method, path, body), 422, *fields)
