@@ -2732,67 +2732,34 @@ def test_a_mask_inside_a_longer_value_is_refused() -> None:
 # ======================================================================================================================
 
 
-def test_an_empty_queue_has_nothing_due() -> None:
+def test_keys_come_out_once_when_they_are_due_earliest_first_and_no_more_than_asked_for() -> None:
     timers = TimerQueue()
     assert (timers.next_due(), timers.pop_due(10**18, 10), len(timers)) == (None, [], 0)
-
-
-def test_keys_come_out_when_they_are_due_earliest_first() -> None:
-    timers = TimerQueue()
     for key, at in [(1, 30), (2, 10), (3, 20), (4, 40)]:
         timers.set(key, at)
     assert timers.next_due() == 10
     assert timers.pop_due(9, 10) == []
     assert timers.pop_due(30, 10) == [2, 3, 1]
+    assert timers.pop_due(30, 10) == []
     assert (timers.next_due(), len(timers)) == (40, 1)
+    for key in range(5, 10):
+        timers.set(key, 35)
+    assert (len(timers.pop_due(35, 3)), len(timers.pop_due(35, 3))) == (3, 2)
 
 
-def test_a_key_leaves_the_queue_when_it_is_popped() -> None:
+def test_setting_a_key_again_replaces_its_time_none_takes_it_out_and_rebuilding_replaces_everything() -> None:
     timers = TimerQueue()
-    timers.set(1, 10)
-    assert timers.pop_due(10, 10) == [1]
-    assert timers.pop_due(10, 10) == []
-
-
-def test_setting_a_key_again_replaces_its_time() -> None:
-    timers = TimerQueue()
-    timers.set(1, 10)
+    for at in (10, 20, 10, 10):
+        timers.set(1, at)
     timers.set(1, 50)
     assert timers.pop_due(49, 10) == []
     timers.set(1, 20)
     assert timers.next_due() == 20
     assert timers.pop_due(100, 10) == [1]
-    assert (timers.next_due(), len(timers)) == (None, 0)
-
-
-def test_setting_a_key_twice_to_the_same_time_makes_it_due_once() -> None:
-    timers = TimerQueue()
-    for at in (10, 20, 10, 10):
-        timers.set(1, at)
-    assert timers.pop_due(100, 10) == [1]
-    assert timers.pop_due(100, 10) == []
-
-
-def test_none_takes_a_key_out() -> None:
-    timers = TimerQueue()
-    timers.set(1, 10)
-    timers.set(2, 20)
-    timers.set(1, None)
-    timers.set(99, None)
+    assert (timers.next_due(), len(timers), timers.pop_due(100, 10)) == (None, 0, [])
+    for key, time_or_none in [(1, 10), (2, 20), (1, None), (99, None)]:
+        timers.set(key, time_or_none)
     assert (timers.next_due(), len(timers)) == (20, 1)
-
-
-def test_at_most_limit_keys_come_out_at_once() -> None:
-    timers = TimerQueue()
-    for key in range(5):
-        timers.set(key, 10)
-    assert len(timers.pop_due(10, 3)) == 3
-    assert len(timers.pop_due(10, 3)) == 2
-
-
-def test_rebuilding_replaces_everything() -> None:
-    timers = TimerQueue()
-    timers.set(1, 10)
     timers.rebuild([(2, 30), (3, 20)])
     assert (timers.next_due(), timers.pop_due(100, 10)) == (20, [3, 2])
     timers.rebuild([])
@@ -2828,64 +2795,37 @@ def test_a_thousand_random_steps_agree_with_a_plain_dict() -> None:
 # ======================================================================================================================
 
 
-def test_the_clock_reads_microseconds_since_the_epoch() -> None:
+def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() -> None:
     before, now, after = time.time_ns() // 1000, Clock().now(), time.time_ns() // 1000
-    assert before <= now <= after
-    assert isinstance(now, int)
+    assert before <= now <= after and isinstance(now, int)
+    assert time.monotonic() <= Clock().monotonic() <= time.monotonic()
 
 
-def test_the_monotonic_clock_reads_seconds() -> None:
-    before, now, after = time.monotonic(), Clock().monotonic(), time.monotonic()
-    assert before <= now <= after
-
-
-def test_time_that_just_passes_is_no_step() -> None:
+def test_a_step_of_the_wall_clock_is_told_once_and_time_that_just_passes_is_none() -> None:
     clock = FakeClock()
     assert clock.step() == 0
     clock.advance(86_400)
     assert clock.step() == 0
-
-
-def test_a_step_of_the_wall_clock_is_told_once() -> None:
-    clock = FakeClock()
-    clock.advance(5)
-    clock.set_wall(START + 3605 * S)
+    clock.set_wall(START + 90_000 * S)
     assert clock.step() == 3600 * S
     assert clock.step() == 0
     clock.set_wall(START)
-    assert clock.step() == -3605 * S
-
-
-def test_a_suspended_machine_looks_like_a_step_forward() -> None:
-    clock = FakeClock()
-    clock.set_wall(clock.now() + 30 * S)  # CLOCK_MONOTONIC stands still in a suspend
+    assert clock.step() == -90_000 * S
+    clock.set_wall(clock.now() + 30 * S)  # a suspend, in which CLOCK_MONOTONIC stands still, looks the same
     assert clock.step() == 30 * S
 
 
-async def test_waiting_ends_at_once_when_the_event_is_set_or_the_time_has_come() -> None:
-    clock, event = Clock(), asyncio.Event()
-    begun = time.monotonic()
-    await clock.wait(event, clock.now() - 5 * S)
-    event.set()
-    await clock.wait(event, None)
-    await clock.wait(event, clock.now() + 3600 * S)
-    assert time.monotonic() - begun < 0.2
-
-
-async def test_waiting_ends_when_the_event_is_set_meanwhile() -> None:
-    clock, event = Clock(), asyncio.Event()
-    asyncio.get_running_loop().call_soon(event.set)
-    begun = time.monotonic()
-    await clock.wait(event, None)
-    assert time.monotonic() - begun < 0.2
-
-
-async def test_waiting_looks_at_the_wall_clock_again_after_a_nap() -> None:
+async def test_waiting_ends_when_the_event_is_set_or_the_time_has_come_and_looks_at_the_wall_clock_now_and_then() -> None:
     """asyncio sleeps on the monotonic clock: a wait of an hour that trusted it would sleep through a step forward."""
     clock, event = Clock(), asyncio.Event()
     begun = time.monotonic()
+    await clock.wait(event, clock.now() - 5 * S)
+    asyncio.get_running_loop().call_soon(event.set)
+    await clock.wait(event, None)
     await clock.wait(event, clock.now() + 3600 * S)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 0.2
+    await clock.wait(asyncio.Event(), clock.now() + 3600 * S)
+    assert time.monotonic() - begun < 1.2
 
 
 async def test_a_cancelled_wait_stays_cancelled() -> None:
@@ -3095,19 +3035,15 @@ def test_a_new_database_has_the_newest_schema_and_can_give_space_back(tmp_path: 
     db.close()
 
 
-def test_opening_a_database_again_leaves_it_as_it_is(tmp_path: Path) -> None:
+def test_an_empty_file_is_a_new_database_and_opening_it_again_leaves_it_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "c.db").touch()
     db = open_database(tmp_path / "c.db")
     set_meta(db, "x", 5)
     db.close()
+    assert (tmp_path / "c.db").stat().st_size > 0
     db = open_database(tmp_path / "c.db")
     assert get_meta(db, "x") == 5
     db.close()
-
-
-def test_an_empty_file_is_a_new_database(tmp_path: Path) -> None:
-    (tmp_path / "c.db").touch()
-    open_database(tmp_path / "c.db").close()
-    assert (tmp_path / "c.db").stat().st_size > 0
 
 
 MIGRATION_1 = ("CREATE TABLE a (x)", "INSERT INTO a VALUES (1)")
@@ -3131,24 +3067,18 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     db.close()
 
 
-def test_a_failing_migration_leaves_the_database_as_it_was(tmp_path: Path) -> None:
+def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_are_kept(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
-    migrate(db, [MIGRATION_1, MIGRATION_2])
+    migrate(db, [MIGRATION_1])
+    with pytest.raises(sqlite3.OperationalError, match="nowhere"):
+        migrate(db, [MIGRATION_1, MIGRATION_2, FAILING_MIGRATION])
     before, file_before = schema_of(db), (tmp_path / "c.db").read_bytes()
+    assert before[0] == 2
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         migrate(db, [MIGRATION_1, MIGRATION_2, FAILING_MIGRATION])
     assert (schema_of(db), db.in_transaction) == (before, False)
     db.close()
     assert (tmp_path / "c.db").read_bytes() == file_before
-
-
-def test_migrations_before_a_failing_one_are_kept(tmp_path: Path) -> None:
-    db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
-    migrate(db, [MIGRATION_1])
-    with pytest.raises(sqlite3.OperationalError):
-        migrate(db, [MIGRATION_1, MIGRATION_2, FAILING_MIGRATION])
-    assert schema_of(db)[0] == 2
-    db.close()
 
 
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
@@ -3433,20 +3363,28 @@ async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]
     return await gathered(store, *(store.write(call) for call in calls))
 
 
-async def gathered(store: Store, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What the writes give, or raise: they gather while the writer is kept busy."""
+@contextlib.asynccontextmanager
+async def held_up(store: Store, change: Callable[[sqlite3.Connection], Any] = lambda db: None) -> AsyncIterator[None]:
+    """The writer has made this change and does not come back before the end of the `with` block."""
     begun, go = threading.Event(), threading.Event()
 
     def keep_busy(db: sqlite3.Connection) -> None:
+        change(db)
         begun.set()
         go.wait(5)
 
-    first = asyncio.ensure_future(store.write(keep_busy))
+    job = asyncio.ensure_future(store.write(keep_busy))
     await asyncio.to_thread(begun.wait, 5)
-    jobs = [asyncio.ensure_future(write) for write in writes]
-    await asyncio.sleep(0)
+    yield
     go.set()
-    await first
+    await job
+
+
+async def gathered(store: Store, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What the writes give, or raise: they gather while the writer is kept busy."""
+    async with held_up(store):
+        jobs = [asyncio.ensure_future(write) for write in writes]
+        await asyncio.sleep(0)
     return await asyncio.gather(*jobs, return_exceptions=True)
 
 
@@ -3540,18 +3478,8 @@ async def test_a_caller_that_has_gone_does_no_harm_to_the_others(store: Store) -
 
 
 async def test_reads_do_not_wait_for_a_write(store: Store) -> None:
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(db: sqlite3.Connection) -> None:
-        set_meta(db, "k1", 1)
-        begun.set()
-        go.wait(5)
-
-    job = asyncio.ensure_future(store.write(slow))
-    await asyncio.to_thread(begun.wait, 5)
-    assert await keys_of(store) == []
-    go.set()
-    await job
+    async with held_up(store, put("k1")):
+        assert await keys_of(store) == []
     assert await keys_of(store) == ["k1"]
 
 
@@ -3595,107 +3523,12 @@ async def test_only_a_leader_checkpoints(store: Store) -> None:
 async def test_a_write_that_does_not_come_back_is_told(tmp_path: Path) -> None:
     bell = Bell()
     store = Store(tmp_path / "c.db", bell)
-    begun, go = threading.Event(), threading.Event()
-
-    def hangs(db: sqlite3.Connection) -> None:
-        begun.set()
-        go.wait(5)
-
-    job = asyncio.ensure_future(store.write(hangs))
-    await asyncio.to_thread(begun.wait, 5)
-    assert store.problem() is None
-    bell.now = 12
-    assert store.problem() == "a write to the database has not come back for 12 s"
-    go.set()
-    await job
-    assert store.problem() is None
-    store.close()
-
-
-ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-
-
-async def test_no_read_waits_for_scans_and_each_of_these_is_ended(tmp_path: Path) -> None:
-    bell = Bell()
-    store = Store(tmp_path / "c.db", bell)
-    scans = [asyncio.ensure_future(store.scan(lambda db: db.execute(ENDLESS).fetchone())) for _ in range(20)]
-    async with asyncio.timeout(10):
-        assert await store.write(put("k1", 7)) == "k1"
-        assert await store.read(lambda db: get_meta(db, "k1")) == 7
-        assert not any(scan.done() for scan in scans)
-        bell.now = chronotask.SCAN_TIMEOUT + 0.1  # also of those that wait for a free thread
-        results = await asyncio.gather(*scans, return_exceptions=True)
-    assert {str(result) for result in results} == {
-        "this looks at too many rows: it was ended after 3 s; ask for less (fewer pages back, other filters)"
-    }
-    assert all(isinstance(result, Unavailable) for result in results)
-    assert await store.scan(lambda db: get_meta(db, "k1")) == 7
-    store.close()
-
-
-async def test_a_scan_that_fails_or_is_given_up_does_no_harm_to_others(store: Store) -> None:
-    with pytest.raises(Unavailable, match="no such table"):
-        await store.scan(lambda db: db.execute("SELECT x FROM nowhere"))
-    with pytest.raises(Unavailable, match="readonly"):
-        await store.scan(put("k1"))
-    scan = asyncio.ensure_future(store.scan(lambda db: db.execute(ENDLESS).fetchone()))
-    await asyncio.sleep(0)
-    scan.cancel()
-    assert await asyncio.gather(*(store.scan(lambda db: get_meta(db, "rev")) for _ in range(30))) == [0] * 30
-    assert await store.read(lambda db: get_meta(db, "rev")) == 0
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda service: service.list_executions(ExecutionQuery()),
-        lambda service: service.get_task_history(1, HistoryQuery(status="failed")),
-        lambda service: service.overview(TaskQuery()),
-        lambda service: service.metrics(),
-        lambda service: service.scheduler_status(),
-    ],
-    ids=["executions", "history", "overview", "metrics", "status"],
-)
-async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(
-    rig: Rig, ask: Callable[[Service], Coroutine[Any, Any, Any]]
-) -> None:
-    task = await rig.task()
-    rig.sql("ALTER TABLE executions RENAME TO few")
-    rig.sql(f"CREATE VIEW executions AS SELECT few.* FROM few JOIN ({ENDLESS})")
-    rig.sql("INSERT INTO few (task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', 0, 'u')", task)
-    asked = [asyncio.ensure_future(ask(rig.service)) for _ in range(3)]
-    async with asyncio.timeout(10):
-        assert (await rig.service.get_task(task))["id"] == task
-        rig.clock.steady += 4
-        results = await asyncio.gather(*asked, return_exceptions=True)
-    assert [getattr(result, "status", result) for result in results] == [503] * 3
-
-
-async def test_a_log_that_grew_large_is_made_small_again(store: Store) -> None:
-    log = Path(f"{store.path}-wal")
-    await store.set_leading(True)
-    await store.write(put("k1", "x" * 20_000_000))
-    assert log.stat().st_size > 20_000_000
-    await store.write(put("k1"))  # the first one after a checkpoint
-    await store.write(put("k1"))
-    assert log.stat().st_size <= 8 * 2**20
-
-
-@pytest.mark.parametrize("then", ["moved", "deleted", "replaced"])
-async def test_a_database_file_that_is_no_longer_the_one_that_was_opened_is_told(store: Store, then: str) -> None:
-    await store.foreign_changes()
-    assert store.problem() is None
-    aside = store.path.rename(store.path.with_name("aside.db"))
-    if then == "deleted":
-        aside.unlink()
-    elif then == "replaced":
-        shutil.copy(aside, store.path)
-    await store.foreign_changes()
-    assert store.problem() == "the database file is no longer the one that was opened"
-    if then != "deleted":
-        aside.rename(store.path)
-        await store.foreign_changes()
+    async with held_up(store):
         assert store.problem() is None
+        bell.now = 12
+        assert store.problem() == "a write to the database has not come back for 12 s"
+    assert store.problem() is None
+    store.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
