@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14.0,<4", "croniter>=6.0.0", "mcp>=2.0.0"]
+# dependencies = ["aiohttp>=3.14.3,<4", "croniter>=6.0.0", "mcp>=2.3.0"]
 # ///
 """ChronoTask: a lightweight, reliable task scheduler in one module.
 
@@ -44,9 +44,13 @@ All instants are integers: microseconds since the epoch, UTC. Durations are seco
 
 from __future__ import annotations
 
+import ctypes
 import marshal
 import os
 import sys
+
+if __name__ == "__main__" and sys.platform == "linux":
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else: see hide_from_tasks
 
 # CPython keeps the syntax tree of a script for as long as it runs: 17 MB for this file. So a script goes on at once as
 # a new interpreter, in the same process, that is handed the compiled code. (`python -m chronotask` keeps no tree.) The
@@ -57,6 +61,7 @@ if __name__ == "__main__" and __spec__ is None and sys.executable and sys.orig_a
             marshal.dump((sys.argv, sys.path, __file__, sys._getframe().f_code), file)
             file.seek(0)
             resume = (
+                "import ctypes; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); "
                 f"import gc, marshal, sys; gc.disable(); file = open({file.fileno()}, 'rb'); "
                 "sys.argv[:], sys.path[:], __file__, code = marshal.load(file); file.close(); exec(code)"
             )
@@ -71,6 +76,9 @@ import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
+if __name__ == "__main__" and os.getpid() == 1:  # which gets no signal that it has no handler for
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 import argparse
 import asyncio
@@ -81,7 +89,6 @@ import codecs
 import concurrent.futures
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import difflib
 import email.utils
@@ -4520,6 +4527,7 @@ def give_back_space(db: DB) -> None:
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
 UNHEARD_SECONDS = 0.02  # that output waits in the pipes at first: most commands are over by then, and it is read in one go
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
+REAP_SECONDS = 2.0  # between two looks for what tasks have left behind
 KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
 DNS_LOOKUPS = 64  # at once
 MAX_REDIRECTS = 10
@@ -5369,16 +5377,40 @@ def _group_lives(group: int) -> bool:
     """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
     for pid in _own_processes():
         with contextlib.suppress(OSError):
-            state, _, its_group = _stat_of(pid)
+            state, _, its_group = _stat_of(pid)[:3]
             if its_group == str(group) and state not in "ZX":
                 return True
     return False
 
 
 def _stat_of(pid: int) -> list[str]:
-    """State, parent and process group, from proc(5); the name before them may hold anything."""
+    """State, parent, process group and so on, from proc(5); the name before them may hold anything."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()[:3]
+        return file.read().rpartition(")")[2].split()
+
+
+def reap(seen: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
+    """As process 1: waits for the ended children that were `seen` before, and returns the others, to be seen next time.
+
+    Those were left behind by tasks. What this process has started itself is waited for by asyncio between two looks;
+    waitpid(-1) would take it away from there.
+    """
+    ended = set()
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdecimal() and (stat := _stat_of(int(name)))[:2] == ["Z", str(os.getpid())]:
+                ended.add((int(name), stat[19]))  # with the time of its start: numbers are given again
+    for pid, _ in ended.intersection(seen):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return ended.difference(seen)
+
+
+async def reap_for_ever() -> None:
+    ended: set[tuple[int, str]] = set()
+    while True:
+        ended = reap(ended)
+        await asyncio.sleep(REAP_SECONDS)
 
 
 _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
@@ -5437,6 +5469,21 @@ def _environment(pid: int) -> list[bytes]:
             return file.read().split(b"\0")  # a zombie's is empty
     except OSError:
         return []
+
+
+def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
+    """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
+    secrets = {
+        os.fsencode(f"{name}={value}"): name
+        for name, value in environ.items()
+        if value and (name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX))
+    }
+    for pid in _own_processes() if secrets else ():
+        for entry in _environment(pid):
+            if entry in secrets:
+                advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
+                return [f"process {pid} shows {secrets[entry]} in its environment to every task of this user: {advice}"]
+    return []
 
 
 def _exit_facts(returncode: int | None) -> dict[str, Any]:
@@ -9386,14 +9433,22 @@ def set_up_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def hide_from_children() -> int:
-    """Keeps tasks of the same user away from the service's memory, environment and files. Returns the umask before.
+def hide_from_tasks() -> None:
+    """Tasks run as the same user: they shall read neither the memory of this process nor its environment.
 
-    PR_SET_DUMPABLE (4) to 0: /proc/PID belongs to root and ptrace is refused; an exec in a child sets it to 1 again.
+    PR_SET_DUMPABLE (4) to 0: /proc/PID belongs to root and ptrace is refused, until the next exec. A program has done this
+    before its imports; here the values of secrets also go from what the kernel shows as the environment, because tasks of root
+    may read that all the same. `os.environ` is a copy.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-    return os.umask(0o077)
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # no Linux
+        libc, number = ctypes.CDLL(None), 0
+        libc.prctl(4, 0, 0, 0, 0)
+        environ = ctypes.POINTER(ctypes.c_void_p).in_dll(libc, "environ")
+        while entry := environ[number]:
+            name, _, value = ctypes.string_at(entry).partition(b"=")
+            if name.startswith((b"CHRONOTASK_API_TOKEN", b"CHRONOTASK_SECRET_")):
+                ctypes.memset(entry + len(name) + 1, 0, len(value))
+            number += 1
 
 
 def settle_memory() -> None:
@@ -9441,6 +9496,7 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     service = Service(settings, store, clock, dict(environ), "mcp" if mode == "mcp" else "service", umask)
     runners: list[web.AppRunner] = []
     session: asyncio.Task[None] | None = None
+    reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
     try:
         await service.start()
         if sockets:
@@ -9464,6 +9520,8 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
         await service.stop()
+        if reaper is not None:
+            reaper.cancel()
         if session is not None:  # after the service: the calls that waited for it are answered
             session.cancel()
             await asyncio.wait({session})
@@ -9646,13 +9704,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill_standard_streams()
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = load_settings(options, os.environ)
-        umask = hide_from_children()
+        hide_from_tasks()
+        umask = os.umask(0o077)
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
-        for warning in warnings:
+        for warning in [*warnings, *exposed_secrets(os.environ)]:
             logger.warning("%s", warning)
         allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then

@@ -8,6 +8,7 @@ import atexit
 import base64
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -139,6 +140,7 @@ from chronotask import (
     clip,
     due_slots,
     escape_controls,
+    exposed_secrets,
     field_errors,
     format_instant,
     format_local,
@@ -168,6 +170,7 @@ from chronotask import (
     parse_instant,
     read_lines,
     read_message,
+    reap,
     refused_address,
     resolve_secrets,
     resume_schedule,
@@ -835,7 +838,7 @@ MAY_KNOW: dict[int, set[int]] = {
 _WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "yarl"}
 # Imported names that contradict what a section promises: no I/O, no SQL, no HTTP, no JSON.
 MAY_NOT_USE: dict[int, set[str]] = {
-    1: {"asyncio", "sqlite3", "threading", "os", "json", *_WIRE},
+    1: {"asyncio", "sqlite3", "threading", "json", *_WIRE},
     2: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "random", "socket", "json", "BaseModel", *_WIRE},
     3: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "socket", *_WIRE},
     4: {"asyncio", "threading", "os", "open", "datetime", *_WIRE},
@@ -4607,6 +4610,45 @@ async def test_leftovers_of_other_runs_are_not_touched() -> None:
 
 async def test_kill_leftovers_never_kills_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kill_leftovers({"no-such-run"}) == 0
+
+
+async def test_what_tasks_leave_behind_is_reaped_at_the_second_look_and_nothing_else() -> None:
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans come to this process, as they come to process 1
+    try:
+        orphan = int(out(await bash("setsid true >/dev/null 2>&1 & echo $!")))
+        own = await asyncio.create_subprocess_exec("sleep", "60")
+        while True:
+            ended = reap(set())
+            if orphan in {pid for pid, _ in ended}:
+                break
+            await asyncio.sleep(0.01)
+        own.kill()
+        assert reap({(orphan, "another start")}) >= ended  # the number alone is not enough
+        left = {pid for pid, _ in reap(ended)}
+        assert await own.wait() == -signal.SIGKILL
+        assert orphan not in left and not Path(f"/proc/{orphan}").exists()
+        assert reap(set()) == set()
+    finally:
+        prctl(36, 0, 0, 0, 0)
+
+
+def test_a_process_that_shows_a_secret_of_the_service_is_warned_about() -> None:
+    environ = {
+        "CHRONOTASK_API_TOKEN": f"token-{uuid.uuid4()}",
+        "CHRONOTASK_SECRET_A": f"secret-{uuid.uuid4()}",
+        "CHRONOTASK_API_PORT": "1",
+    }
+    for name, count in [("CHRONOTASK_API_TOKEN", 1), ("CHRONOTASK_SECRET_A", 1), ("CHRONOTASK_API_PORT", 0), ("OTHER", 0)]:
+        process = subprocess.Popen(["sleep", "60"], env={name: environ.get(name, environ["CHRONOTASK_API_TOKEN"]), "PATH": PATH})
+        try:
+            warnings = exposed_secrets(environ)
+            assert len(warnings) == count, warnings
+            assert all(warning.startswith(f"process {process.pid} shows {name} in its environment") for warning in warnings)
+            assert not any(value in warning for value in environ.values() if len(value) > 1 for warning in warnings)
+        finally:
+            process.kill()
+            process.wait()
 
 
 # ---- The list of allowed commands
@@ -12453,6 +12495,30 @@ if os.environ.pop("AGAIN", "yes") == "yes":
     os.environ["AGAIN"] = "no"
     os.execv(sys.executable, [sys.executable, *sys.argv])
 """
+
+
+@pytest.mark.slow
+def test_the_program_is_hidden_from_tasks_before_it_imports_anything_and_keeps_no_secret_in_its_environment(
+    tmp_path: Path,
+) -> None:
+    watched = tmp_path / "watched.py"
+    watched.write_text(
+        "import ctypes, runpy, sys\n"
+        "def look(event, arguments):\n"
+        "    if event == 'import' and arguments[0] in ('signal', 'argparse', 'asyncio', 'pydantic'):\n"
+        "        print(arguments[0], ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), file=sys.stderr)\n"  # PR_GET_DUMPABLE
+        "sys.addaudithook(look)\n"
+        f"sys.argv = [{str(PROGRAM)!r}, '--version']\n"
+        f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
+    )
+    seen = subprocess.run([sys.executable, str(watched)], capture_output=True, text=True, timeout=60).stderr.split()
+    assert {"argparse", "asyncio", "pydantic"} <= set(seen[::2]) and set(seen[1::2]) == {"0"}
+    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, SECRET_X="secret-of-the-service").start()
+    shown = Path(f"/proc/{server.process.pid}/environ")
+    if os.access(shown, os.R_OK):  # as root, whose tasks could read it too
+        entries = shown.read_bytes().split(b"\0")
+        assert b"CHRONOTASK_API_TOKEN=" in entries and b"CHRONOTASK_SECRET_X=" in entries
+    assert server.ask("GET", "/tasks", **BEARER)[0] == 200
 
 
 @pytest.mark.slow
