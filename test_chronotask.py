@@ -1180,17 +1180,11 @@ def test_every_error_knows_its_http_status(error: type[ChronoTaskError], status:
     assert (error.status, issubclass(error, ChronoTaskError), bool(error.title)) == (status, True, True)
 
 
-def test_invalid_input_lists_every_field_in_its_text() -> None:
+def test_what_an_error_says_names_every_field_the_nearest_name_and_one_bounded_line_of_a_value() -> None:
     error = InvalidInput(FieldError("name", "must be text"), FieldError("", "odd"))
     assert (str(error), error.errors[0].field) == ("name: must be text; odd", "name")
-
-
-def test_the_nearest_name_is_found_or_none() -> None:
     assert nearest("descripton", ["name", "description"]) == "description"
     assert nearest("xyz", ["name", "description"]) is None
-
-
-def test_a_shown_value_is_one_bounded_line() -> None:
     assert shown("a\nb\x1b[0m") == "'a\\nb\\x1b[0m'"
     assert len(shown("x" * 1000)) == 80
     assert shown({"a": 1}) == "{'a': 1}"
@@ -2329,13 +2323,10 @@ def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
     assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
 
 
-def test_a_clock_set_back_by_less_than_three_hours_fires_nothing_again() -> None:
+def test_a_clock_set_back_by_less_than_three_hours_fires_nothing_again_and_by_more_was_corrected() -> None:
     plan = minutely()
     assert due_slots(plan, NOW + 179 * MINUTE, NOW) == Due([], [], [], NOW + 179 * MINUTE, NOW + 180 * MINUTE)
     assert due_slots(plan, NOW + 180 * MINUTE - 1, NOW) == Due([], [], [], NOW + 180 * MINUTE - 1, NOW + 180 * MINUTE)
-
-
-def test_a_clock_set_back_by_three_hours_or_more_was_corrected() -> None:
     assert due_slots(minutely(), NOW + 180 * MINUTE, NOW) == Due([], [], [], NOW, NOW + MINUTE)
     assert due_slots(minutely(), NOW + 365 * DAY, NOW + 90 * SECOND) == Due([], [], [], NOW + 90 * SECOND, NOW + 2 * MINUTE)
 
@@ -2369,12 +2360,9 @@ def refusal(task_type: str, config: Any) -> str:
     return caught.value.detail
 
 
-def test_a_config_keeps_only_the_fields_that_were_sent() -> None:
+def test_a_config_keeps_only_the_fields_that_were_sent_and_a_method_in_upper_case() -> None:
     assert parse_config("http", {"url": "http://a.example/", "timeout": 30}) == {"url": "http://a.example/", "timeout": 30}
     assert parse_config("bash", {"command": "true", "args": None}) == {"command": "true"}
-
-
-def test_a_method_is_stored_in_upper_case() -> None:
     assert parse_config("http", {"url": "http://a.example/", "method": "post"})["method"] == "POST"
 
 
@@ -2615,10 +2603,18 @@ MASKED_CONFIG = {
 }
 
 
-def test_secrets_are_masked() -> None:
+def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     assert mask_config("http", SECRET_CONFIG) == MASKED_CONFIG
     assert SECRET_CONFIG["auth"] == {"username": "u", "password": "secret"}
     assert mask_config("bash", {"command": "true"}) == {"command": "true"}
+    config = {
+        "url": "http://a/",
+        "headers": {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "sid=abc${env:CHRONOTASK_SECRET_T}"},
+        "auth": {"username": "u", "password": "${file:/run/secrets/p}"},
+    }
+    masked = mask_config("http", config)
+    assert masked["headers"] == {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
+    assert masked["auth"]["password"] == "${file:/run/secrets/p}"
 
 
 @pytest.mark.parametrize(
@@ -2647,24 +2643,12 @@ def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
     assert mask_url(url) == masked
 
 
-def test_references_to_secrets_stay_readable() -> None:
-    config = {
-        "url": "http://a/",
-        "headers": {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "sid=abc${env:CHRONOTASK_SECRET_T}"},
-        "auth": {"username": "u", "password": "${file:/run/secrets/p}"},
-    }
-    masked = mask_config("http", config)
-    assert masked["headers"] == {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
-    assert masked["auth"]["password"] == "${file:/run/secrets/p}"
-
-
-def test_a_mask_sent_back_keeps_the_stored_secret() -> None:
+def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked() -> None:
     assert unmask_config("http", MASKED_CONFIG, SECRET_CONFIG) == SECRET_CONFIG
-
-
-def test_a_mask_is_restored_only_in_the_fields_that_are_masked() -> None:
     new = {"url": "http://a/", "headers": {"X-Plain": MASK}, "body": MASK}
     assert unmask_config("http", new, {"url": "http://a/"}) == new
+    with pytest.raises(InvalidInput, match=r"config\.headers\.Authorization: give the secret again"):
+        unmask_config("http", {"url": "http://a/", "headers": {"Authorization": f"Bearer {MASK}"}}, SECRET_CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -2723,11 +2707,6 @@ def test_where_it_is_not_sure_the_origin_has_moved(stored: str, new: str, kept: 
 def test_a_mask_without_a_stored_secret_is_refused(stored: dict[str, Any] | None) -> None:
     with pytest.raises(InvalidInput, match=r"config\.auth\.password: give the secret again"):
         unmask_config("http", {"url": "http://a/", "auth": {"username": "u", "password": MASK}}, stored)
-
-
-def test_a_mask_inside_a_longer_value_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"config\.headers\.Authorization: give the secret again"):
-        unmask_config("http", {"url": "http://a/", "headers": {"Authorization": f"Bearer {MASK}"}}, SECRET_CONFIG)
 
 
 # ======================================================================================================================
@@ -3705,16 +3684,13 @@ def test_a_backup_that_fails_leaves_the_target_as_it_was(tmp_path: Path) -> None
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_and_shared_ones_exclude_only_an_exclusive_one(tmp_path: Path) -> None:
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert (first.acquire(), second.acquire(), first.held(), second.held()) == (True, False, True, False)
     assert first.acquire() is True
     first.release()
     assert (first.held(), second.acquire()) == (False, True)
     second.release()
-
-
-def test_shared_locks_exclude_only_an_exclusive_one(tmp_path: Path) -> None:
     first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
     assert (first.acquire(shared=True), second.acquire(shared=True), third.acquire()) == (True, True, False)
     first.release()
@@ -3756,12 +3732,9 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_working_locks_are_recognised_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_working_locks_are_recognised_and_leave_nothing_behind_and_a_folder_that_takes_none_is_told(tmp_path: Path) -> None:
     assert locks_work(tmp_path / "c.db") is True
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_takes_no_lock_file_is_told() -> None:
     with pytest.raises(OSError, match="No such file or directory"):
         locks_work(Path("/proc/c.db"))
 
@@ -3953,15 +3926,12 @@ def test_the_clipper_keeps_the_first_quarter_and_the_last_three_quarters(step: i
     )
 
 
-def test_output_of_exactly_the_limit_is_not_clipped() -> None:
+def test_binary_output_is_decoded_with_replacement_and_output_of_exactly_the_limit_is_not_clipped() -> None:
     clipper = Clipper(8)
     clipper.feed(b"12345678")
     assert (clipper.truncated, clipper.text()) == (False, "12345678")
     clipper.feed(b"9")
     assert (clipper.truncated, clipper.text()) == (True, "12\n[… 1 bytes left out …]\n456789")
-
-
-def test_binary_output_is_decoded_with_replacement() -> None:
     clipper = Clipper(100)
     clipper.feed("é".encode()[:1])
     clipper.feed("é".encode()[1:] + b"\xff\0")
@@ -4353,7 +4323,7 @@ async def test_args_are_never_parsed_by_the_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_the_environment_is_the_services_without_its_own_variables_plus_the_attempts() -> None:
+async def test_the_environment_is_the_services_as_it_is_without_its_own_variables_plus_the_attempts() -> None:
     environ = {"PATH": PATH, "KEPT": "1", "CHANGED": "old", "CHRONOTASK_API_TOKEN": "x", "CHRONOTASK_SECRET_A": "y"}
     outcome = await bash("env", environ=environ, env={"CHANGED": "new", "ADDED": "ü"})
     found = dict(line.split("=", 1) for line in out(outcome).splitlines())
@@ -4372,11 +4342,9 @@ async def test_the_environment_is_the_services_without_its_own_variables_plus_th
         "CHRONOTASK_ATTEMPT": "2",
         "CHRONOTASK_RUN_ID": RUN_ID,
     }
-
-
-@pytest.mark.slow
-async def test_a_manual_run_has_no_slot_in_its_environment() -> None:
     assert "CHRONOTASK_SCHEDULE" not in out(await bash("env", run=MANUAL_RUN))
+    outcome = await bash('printf %s "$ODD" | od -An -tx1', environ={"PATH": PATH, "ODD": os.fsdecode(b"\xff\xfe")})
+    assert out(outcome).split() == ["ff", "fe"]
 
 
 @pytest.mark.slow
@@ -4384,6 +4352,7 @@ async def test_stdin_is_dev_null_and_the_process_leads_its_session_and_group() -
     outcome = await bash("readlink /proc/self/fd/0; read -r x; echo $?; ps -o pid=,pgid=,sid= -p $$ | xargs; echo $$")
     null, read, ids, pid = out(outcome).splitlines()
     assert (null, read, ids) == ("/dev/null", "1", f"{pid} {pid} {pid}")
+    assert out(await bash("cat; echo lost >&0 && echo fine")) == "fine\n"
 
 
 @pytest.mark.slow
@@ -4408,9 +4377,11 @@ async def test_a_task_cannot_replace_the_shell_by_its_path(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-async def test_a_missing_working_dir_is_final_and_named() -> None:
+async def test_what_is_missing_is_named_and_final() -> None:
     outcome = await bash("true", working_dir="/nonexistent")
     assert outcome == Outcome("failed", "working_dir '/nonexistent': no such file or directory")
+    outcome = await bash("true", environ={"PATH": "/nonexistent"})
+    assert outcome == Outcome("failed", "the command 'bash' was not found on the service's PATH")
 
 
 @pytest.mark.slow
@@ -4422,45 +4393,27 @@ async def test_a_command_that_lies_in_the_working_dir_is_pointed_at(tmp_path: Pa
 
 
 @pytest.mark.slow
-async def test_a_missing_bash_is_said() -> None:
-    outcome = await bash("true", environ={"PATH": "/nonexistent"})
-    assert outcome == Outcome("failed", "the command 'bash' was not found on the service's PATH")
-
-
-@pytest.mark.slow
-async def test_a_timeout_ends_the_whole_group_and_keeps_the_output() -> None:
+async def test_a_timeout_ends_the_group_and_daemons_that_left_it_and_keeps_the_output_to_the_end() -> None:
     outcome = await bash("echo before; sleep 60 & sleep 60", timeout=0.2)
     assert (outcome.status, outcome.error_message, outcome.retryable) == ("timed_out", "was still running after 0.2 s", True)
     assert (output(outcome)["stdout"], output(outcome)["signal"]) == ("before\n", "SIGTERM")
     assert of_run(RUN_ID) == []
-
-
-@pytest.mark.slow
-async def test_a_command_may_end_itself_on_sigterm() -> None:
     outcome = await bash("trap 'echo bye; exit 0' TERM; sleep 60 & wait", timeout=0.2)
     assert outcome.status == "timed_out"
     assert out(outcome) == "bye\n"
+    outcome = await bash("setsid sleep 60 & setsid setsid sleep 60 & sleep 60", timeout=0.2)
+    assert outcome.status == "timed_out"
+    assert of_run(RUN_ID) == []
 
 
 @pytest.mark.slow
-async def test_a_command_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_ignores_sigterm_is_killed_be_it_the_command_or_a_member_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
     outcome = await bash("trap '' TERM; echo deaf; while :; do sleep 60; done", timeout=0.2)
     assert (output(outcome)["stdout"], output(outcome)["signal"]) == ("deaf\n", "SIGKILL")
     assert of_run(RUN_ID) == []
-
-
-@pytest.mark.slow
-async def test_a_member_of_the_group_that_ignores_sigterm_is_killed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
     outcome = await bash("(trap '' TERM; exec sleep 60) & exec sleep 60", timeout=0.2)
-    assert outcome.status == "timed_out"
-    assert of_run(RUN_ID) == []
-
-
-@pytest.mark.slow
-async def test_a_daemon_that_left_the_group_is_swept_at_a_timeout() -> None:
-    outcome = await bash("setsid sleep 60 & setsid setsid sleep 60 & sleep 60", timeout=0.2)
     assert outcome.status == "timed_out"
     assert of_run(RUN_ID) == []
 
@@ -4530,17 +4483,6 @@ async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.Mon
 async def test_more_than_a_pipe_holds_is_taken_as_it_comes() -> None:
     outcome = await bash("printf %3000000s x; printf %200000s y >&2")
     assert (output(outcome)["stdout_bytes"], output(outcome)["stderr_bytes"]) == (3000000, 200000)
-
-
-@pytest.mark.slow
-async def test_stdin_is_empty_and_takes_everything() -> None:
-    assert out(await bash("cat; echo lost >&0 && echo fine")) == "fine\n"
-
-
-@pytest.mark.slow
-async def test_bytes_that_are_no_text_are_inherited_as_they_are() -> None:
-    outcome = await bash('printf %s "$ODD" | od -An -tx1', environ={"PATH": PATH, "ODD": os.fsdecode(b"\xff\xfe")})
-    assert out(outcome).split() == ["ff", "fe"]
 
 
 @pytest.mark.slow
@@ -5010,7 +4952,7 @@ async def echoed(url: str = "/", **config: Any) -> dict[str, Any]:
     return body
 
 
-async def test_a_get_has_the_documented_headers() -> None:
+async def test_a_get_has_the_documented_headers_and_without_a_slot_none_of_it_and_a_tasks_own_ones_win() -> None:
     seen = await echoed("/a?b=c")
     headers = seen["headers"]
     assert (seen["method"], seen["path"], seen["body"]) == ("GET", "/a?b=c", "")
@@ -5021,14 +4963,8 @@ async def test_a_get_has_the_documented_headers() -> None:
     assert headers["idempotency-key"] == "11111111-2222-3333-4444-555555555555"
     assert "authorization" not in headers
     assert "cookie" not in headers
-
-
-async def test_a_manual_run_sends_no_slot() -> None:
     seen = await echoed(run=MANUAL_RUN)
     assert "x-chronotask-scheduled-for" not in seen["headers"]
-
-
-async def test_the_tasks_own_headers_win() -> None:
     seen = await echoed(headers={"user-agent": "mine", "IDEMPOTENCY-KEY": "own", "X-A": "ü"}, method="PUT")
     assert (seen["headers"]["user-agent"], seen["headers"]["idempotency-key"], seen["method"]) == ("mine", "own", "PUT")
 
@@ -5575,14 +5511,11 @@ async def test_broken_answers_are_network_errors(answer: bytes, message: str) ->
     assert str(outcome.error_message).startswith(message)
 
 
-async def test_a_refused_connection_is_named_without_the_password() -> None:
+async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_password() -> None:
     async with answering(b"") as url:
         port = url.rpartition(":")[2]
     outcome = await http_executors(f"http://user:geheim@127.0.0.1:{port}/geheim")
     assert outcome == Outcome("failed", f"could not connect to 127.0.0.1:{port}: connection refused", None, retryable=True)
-
-
-async def test_a_name_that_does_not_exist_is_named() -> None:
     outcome = await http_executors("http://user:geheim@no-such-host.invalid/")
     assert (outcome.status, outcome.retryable) == ("failed", True)
     assert str(outcome.error_message).startswith("the name no-such-host.invalid could not be resolved: ")
@@ -6117,12 +6050,9 @@ def test_missed_slots_that_follow_each_other_are_one_row_with_first_last_and_cou
     )
 
 
-def test_missed_slots_are_counted_up_to_1000() -> None:
+def test_of_many_missed_slots_up_to_1000_are_counted_and_the_newest_100_run_oldest_first() -> None:
     claim, _ = claimed(a_schedule(catchup="skip"), "nobody", 5000 * 60.0)
     assert str(claim.rows[0].error_message).startswith("missed: 1000 or more slots from ")
-
-
-def test_catchup_all_runs_the_newest_100_oldest_first() -> None:
     claim, text = claimed(a_schedule(catchup="all", overlap="allow"), "nobody", 60 * 105 + 30)
     assert text.startswith("60m 360q 420qc 480qc ") and text.endswith(" 6240qc 6300qc")
     assert str(claim.rows[0].error_message).startswith("missed: 5 slots from ")
@@ -6133,16 +6063,16 @@ def test_slots_older_than_the_catchup_window_are_never_caught_up() -> None:
     claim, text = claimed(a_schedule(catchup="all", overlap="allow", catchup_window=300), "nobody", 630)
     assert text == "60m 360q 420qc 480qc 540qc 600qc"
     assert "older than the catchup_window of 300 s" in str(claim.rows[0].error_message)
-
-
-def test_a_catchup_window_of_0_catches_nothing_up() -> None:
     assert claimed(a_schedule(catchup="all", catchup_window=0), "nobody", 630)[1] == "60m"
 
 
-def test_max_runs_ends_a_claim_and_the_schedule() -> None:
+def test_a_claim_ends_with_max_runs_or_end_at_and_then_the_schedule_does() -> None:
     schedule = a_schedule(catchup="all", overlap="allow", max_runs=3, run_count=1)
     assert claimed(schedule, "nobody", 630)[1] == "60q 120qc"
     assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
+    schedule = a_schedule(end_at=START + 60 * S)
+    assert claimed(schedule, "nobody", 60)[1] == "60q"
+    assert (schedule.is_active, schedule.next_slot) == (False, None)
 
 
 def test_skipped_slots_do_not_use_up_max_runs() -> None:
@@ -6151,19 +6081,10 @@ def test_skipped_slots_do_not_use_up_max_runs() -> None:
     assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
 
 
-def test_end_at_is_inclusive_and_ends_the_schedule() -> None:
-    schedule = a_schedule(end_at=START + 60 * S)
-    assert claimed(schedule, "nobody", 60)[1] == "60q"
-    assert (schedule.is_active, schedule.next_slot) == (False, None)
-
-
-def test_a_backward_step_under_3_hours_fires_nothing_until_the_claimed_slot_is_passed() -> None:
+def test_a_backward_step_under_3_hours_fires_nothing_again_and_one_of_3_hours_is_a_correction() -> None:
     schedule = a_schedule(settled_until=START + 10_740 * S)
     assert claimed(schedule, "nobody", 0)[1] == ""
     assert schedule.next_slot == START + 10_800 * S
-
-
-def test_a_backward_step_of_3_hours_is_a_correction() -> None:
     schedule = a_schedule(settled_until=START + 10_800 * S, created_at=START - 86400 * S)
     assert claimed(schedule, "nobody", 0)[1] == ""
     assert schedule.next_slot == START + 60 * S
@@ -7785,24 +7706,18 @@ TOOLS_OPERATIONS = """create_task list_tasks get_task update_task delete_task ex
     delete_schedule get_task_history get_scheduler_status preview_schedule get_execution cancel_execution""".split()
 
 
-def test_every_operation_has_a_name_and_a_route_of_its_own() -> None:
+def test_every_operation_has_a_name_and_a_route_of_its_own_and_mcp_offers_those_of_the_contract() -> None:
     assert len({operation.name for operation in OPERATIONS}) == len(OPERATIONS)
     assert len({(operation.method, operation.path) for operation in OPERATIONS}) == len(OPERATIONS)
-
-
-def test_the_operations_that_mcp_offers_are_those_of_the_contract() -> None:
     assert sorted(operation.name for operation in OPERATIONS if operation.tool) == sorted(TOOLS_OPERATIONS)
 
 
-def test_an_operation_on_one_thing_says_what_its_id_is_called() -> None:
+def test_an_operation_says_what_its_id_is_called_and_only_changes_take_a_body() -> None:
     for operation in OPERATIONS:
         assert (operation.id_name is not None) == ("{id}" in operation.path), operation.name
         if operation.id_name is not None:
             thing = re.match(r"/(task|schedule|execution)s/", operation.path)
             assert thing is not None and operation.id_name == f"{thing[1]}_id"
-
-
-def test_only_changes_take_a_body_and_what_is_created_has_a_place() -> None:
     for operation in OPERATIONS:
         assert operation.body is None or operation.method in ("POST", "PATCH"), operation.name
         assert (operation.location is not None) == (operation.status in (201, 202)), operation.name
@@ -8847,12 +8762,12 @@ def refused(name: str, /, **arguments: Json) -> list[tuple[str, str]]:
 # --- What tools/list says ---------------------------------------------------------------------------------------------
 
 
-def test_there_are_the_15_tools_of_the_contract() -> None:
+def test_there_are_the_15_tools_of_the_contract_described_for_a_stranger_in_less_than_4000_tokens() -> None:
     assert {tool["name"] for tool in tools()} == TOOL_NAMES
-
-
-def test_the_list_of_tools_costs_less_than_4000_tokens() -> None:
     assert len(json.dumps({"tools": tools()}, ensure_ascii=False, separators=(",", ":"))) < 4000 * 4
+    for one in tools():
+        assert len(one["description"]) > 60, one["name"]
+        assert one["description"].endswith((".", "?")), one["name"]
 
 
 def test_schemas_hold_no_titles_no_references_and_no_lists_of_types() -> None:
@@ -8888,12 +8803,6 @@ def test_every_tool_has_all_four_annotations() -> None:
     assert hints["delete_task"] == (False, True, True, False)
     assert hints["execute_task"] == (False, True, False, True)
     assert hints["create_task"] == (False, False, False, False)
-
-
-def test_every_tool_is_described_for_somebody_who_has_never_seen_chronotask() -> None:
-    for one in tools():
-        assert len(one["description"]) > 60, one["name"]
-        assert one["description"].endswith((".", "?")), one["name"]
 
 
 def test_the_arguments_are_the_fields_of_the_models_and_the_id_in_the_path() -> None:
@@ -9049,13 +8958,10 @@ async def test_every_tool_can_be_called_in_both_eras(call: Caller) -> None:
     await use_every_tool(call)
 
 
-async def test_an_unknown_tool_is_an_error_of_the_protocol_that_names_the_nearest_one(call: Caller) -> None:
+async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to_look(call: Caller) -> None:
     with pytest.raises(MCPError) as caught:
         await call.client.call_tool("create_tasks", {})
     assert (caught.value.code, caught.value.message) == (-32602, "unknown tool 'create_tasks': did you mean create_task?")
-
-
-async def test_what_does_not_exist_is_answered_with_where_to_look(call: Caller) -> None:
     assert await call.refused("get_task", task_id=99) == "there is no task 99: list_tasks shows those that exist"
     refused = await call.refused("delete_schedule", schedule_id=99)
     assert refused == "there is no schedule 99: list_schedules shows those that exist"
@@ -9239,12 +9145,9 @@ async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
         os.close(source)
 
 
-async def test_lines_come_whole_however_the_stream_is_cut() -> None:
+async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too_long_both_ends() -> None:
     assert await lines_of(b'{"a"', b":1}\n\n{", b"}\nrest") == [(b'{"a":1}', 7), (b"", 0), (b"{}", 2), (b"rest", 4)]
     assert await lines_of(b"") == [(b"", 0)]
-
-
-async def test_a_line_that_is_too_long_keeps_both_ends_and_its_size() -> None:
     [(line, size), _] = await lines_of(b"start", *[b"x" * 60_000] * 50, b"end\n")
     assert (size, line[:6], line[-4:]) == (3_000_008, b"startx", b"xend")
     assert len(line) < MAX_BODY + 65536
@@ -9784,9 +9687,6 @@ def test_options_win_over_variables_and_variables_over_defaults() -> None:
     assert (loaded([], environ).api_port, loaded([], environ).api_host) == (9000, "0.0.0.0")
     assert (loaded(["--port", "9001", "--host", "::1"], environ).api_port) == 9001
     assert (loaded(["--port", "9001", "--host", "::1"], environ).api_host) == "::1"
-
-
-def test_the_default_mode_is_http() -> None:
     assert parse_command_line([]).mode == "http"
 
 
@@ -12729,13 +12629,10 @@ def test_every_route_is_in_the_readme() -> None:
         assert re.search(rf"GET {re.escape(page.path)}[`?]", text), page.path
 
 
-def test_every_field_of_tasks_and_schedules_is_in_the_readme() -> None:
+def test_every_field_and_every_status_is_in_the_readme() -> None:
     for view, title in ((chronotask.TaskView, "Tasks"), (chronotask.ScheduleView, "Schedules")):
         for name in view.__annotations__:
             assert re.search(rf"\b{name}\b", section(title)), f"{title}: {name}"
-
-
-def test_every_status_is_in_the_readme() -> None:
     for status in (*chronotask.UNFINISHED, *chronotask.FINISHED):
         assert f"`{status}`" in section("What happens when"), status
 
@@ -12747,8 +12644,10 @@ def test_every_cron_example_is_accepted(expression: str) -> None:
     assert checked == {"expression": expression, "timezone": "UTC"}
 
 
-def test_the_changelog_begins_with_this_version() -> None:
+def test_the_changelog_begins_with_this_version_and_each_requirement_gives_its_reason() -> None:
     assert re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)[0] == chronotask.__version__
+    lines = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for line in lines), lines
 
 
 def run_time_requirements() -> list[str]:
@@ -12764,11 +12663,6 @@ def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_
 
     script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
     assert script == {"requires-python": ">=3.11", "dependencies": run_time_requirements()}
-
-
-def test_each_requirement_gives_its_reason() -> None:
-    lines = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for line in lines), lines
 
 
 def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
