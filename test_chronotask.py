@@ -212,12 +212,12 @@ def settings(tmp_path: Path, **changes: Any) -> Settings:
 class FakeClock(Clock):
     """A clock that stands still until a test moves it.
 
-    The heart does one round whenever the test says so; with `free` it also goes when something wakes it.
+    The scheduler loop ticks once whenever the test says so; with `free` it also goes when something wakes it.
     """
 
     def __init__(self, now: int = START, free: bool = False) -> None:
         self.wall, self.steady, self.free = now, 1000.0, free
-        self.until: int | None = None  # what the heart waits for
+        self.until: int | None = None  # what the scheduler loop waits for
         self.released = False
         self._rounds = asyncio.Semaphore(0)
         self._idle = asyncio.Event()
@@ -250,7 +250,7 @@ class FakeClock(Clock):
             await self._rounds.acquire()
 
     async def round(self) -> None:
-        """One round of the heart."""
+        """One tick of the scheduler loop."""
         self._idle.clear()
         self._rounds.release()
         await self._idle.wait()
@@ -259,12 +259,12 @@ class FakeClock(Clock):
         await self._idle.wait()
 
     def go(self, seconds: float) -> None:
-        """Time passes, and a free heart notices."""
+        """Time passes, and a free scheduler loop notices."""
         self.advance(seconds)
         self._wake.set()
 
     def release(self) -> None:
-        """From now on the heart goes as fast as it can: for the end of a test."""
+        """From now on the scheduler loop goes as fast as it can: for the end of a test."""
         self.released = True
         self._rounds.release()
 
@@ -312,14 +312,14 @@ class Rig:
         await self.finish()
         return execution_id
 
-    async def beat(self) -> None:
+    async def tick(self) -> None:
         await self.clock.round()
 
     async def at(self, seconds: float) -> None:
-        """The clock reads START + `seconds`, and the heart does a round."""
+        """The clock reads START + `seconds`, and the scheduler loop ticks."""
         self.clock.advance(START / S + seconds - self.clock.wall / S)
         self.clock.wall = START + round(seconds * S)
-        await self.beat()
+        await self.tick()
 
     async def run_at(self, seconds: float) -> None:
         """The clock reads START + `seconds`, and what that begins comes to its end."""
@@ -337,7 +337,7 @@ class Rig:
             jobs = [active.job for active in self.service.running.values() if active.job is not None]
             if jobs:
                 await asyncio.wait(jobs)
-            await self.beat()
+            await self.tick()
             if not self.service.running:
                 return
         raise AssertionError("executions go on for ever")
@@ -1139,7 +1139,7 @@ async def test_a_run_that_is_given_advice_takes_no_longer_than_one_that_is_not(t
     assert await slowdown(run, source.replace("%d", "126"), source.replace("%d", "127")) < 3
 
 
-async def test_what_comes_in_by_rest_and_mcp_is_read_in_linear_time(api: Door) -> None:
+async def test_what_comes_in_by_rest_and_mcp_is_read_in_linear_time(api: Api) -> None:
     def post(text: str) -> Any:
         return api("POST", "/tasks", {**BASH, "task_type": "http", "config": {"url": "http://127.0.0.1/", "body": text}})
 
@@ -6183,10 +6183,10 @@ async def test_a_slot_fires_at_its_time_and_not_before(rig: Rig) -> None:
     assert rig.clock.until == START + 120 * S
 
 
-async def test_the_heart_waits_for_nothing_when_nothing_is_planned(rig: Rig) -> None:
+async def test_the_scheduler_loop_waits_for_nothing_when_nothing_is_planned(rig: Rig) -> None:
     assert rig.clock.until is None
     await rig.schedule(await rig.task(), is_active=False)
-    await rig.beat()
+    await rig.tick()
     assert rig.clock.until is None
 
 
@@ -6203,7 +6203,7 @@ async def test_claiming_a_slot_and_moving_the_schedule_on_is_one_transaction(rig
         await rig.service.beat()
     assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START,)]
     rig.sql("DROP TRIGGER t")
-    await rig.beat()
+    await rig.tick()
     await rig.finish()
     assert await rig.brief() == [("schedule", "succeeded", 60)]
     assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START + 60 * S,)]
@@ -6219,7 +6219,7 @@ async def test_one_slot_has_one_execution_by_a_unique_key_in_the_database(rig: R
 
 async def test_the_running_row_is_on_disk_before_the_side_effect(rig: Rig, target: Target) -> None:
     await rig.execute(await rig.task(**target.config("/hold")))
-    await rig.beat()
+    await rig.tick()
     while not target.held:
         await asyncio.sleep(0)
     assert rig.sql("SELECT status, attempt FROM executions") == [("running", 1)]
@@ -6315,7 +6315,7 @@ async def due_at_once(rig: Rig, target: Target, count: int) -> None:
     rig.clock.advance(60)
 
 
-async def test_while_there_are_places_every_beat_claims_and_starts(open_rig: OpenRig, target: Target) -> None:
+async def test_while_there_is_capacity_every_tick_claims_and_starts(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1000)
     await due_at_once(rig, target, 100)
     seen = []
@@ -6325,7 +6325,7 @@ async def test_while_there_are_places_every_beat_claims_and_starts(open_rig: Ope
     assert seen == [{"running": 4}, {"running": 20}, {"running": 84}, {"running": 100}, {"running": 100}]
 
 
-async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_and_starts(
+async def test_while_executions_wait_for_capacity_every_other_tick_only_settles_and_starts(
     open_rig: OpenRig, target: Target
 ) -> None:
     rig = await open_rig(max_concurrent_runs=2)
@@ -6339,7 +6339,7 @@ async def test_while_executions_wait_for_a_place_every_other_beat_only_settles_a
     assert Counter(await rig.statuses()) == {"succeeded": 60}
 
 
-async def test_a_claim_that_fails_is_tried_again_by_the_next_beat(open_rig: OpenRig, target: Target) -> None:
+async def test_a_claim_that_fails_is_tried_again_by_the_next_tick(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     await due_at_once(rig, target, 20)
     await rig.service.beat()
@@ -6395,8 +6395,8 @@ async def test_a_stop_begins_nothing_more(open_rig: OpenRig, tmp_path: Path) -> 
     assert len(list(tmp_path.glob("[0-9]*"))) <= 4
 
 
-async def test_a_stop_while_a_beat_is_being_written_leaves_nothing_running(open_rig: OpenRig, tmp_path: Path) -> None:
-    """What that beat starts has its row on disk, and must get its end."""
+async def test_a_stop_while_a_tick_is_being_written_leaves_nothing_running(open_rig: OpenRig, tmp_path: Path) -> None:
+    """What that tick starts has its row on disk, and must get its end."""
     rig = await open_rig(max_concurrent_runs=100)
     task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"})
     for _ in range(60):
@@ -6404,13 +6404,13 @@ async def test_a_stop_while_a_beat_is_being_written_leaves_nothing_running(open_
     begun, go = threading.Event(), threading.Event()
     busy = asyncio.ensure_future(rig.service.store.write(lambda db: (begun.set(), go.wait(5))))
     await asyncio.to_thread(begun.wait, 5)
-    beat = asyncio.ensure_future(rig.service.beat())
+    tick = asyncio.ensure_future(rig.service.beat())
     await asyncio.sleep(0)
     stop = asyncio.ensure_future(rig.close())
     await asyncio.sleep(0.05)
     assert not stop.done()
     go.set()
-    await asyncio.gather(busy, beat, stop)
+    await asyncio.gather(busy, tick, stop)
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("interrupted", 60)]
     assert list(tmp_path.glob("[0-9]*")) == []
 
@@ -6453,7 +6453,7 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
 async def test_a_clock_that_jumps_forward_is_caught_up_like_a_stop(rig: Rig) -> None:
     await rig.schedule(await rig.task())
     rig.clock.set_wall(START + 3600 * S + 30 * S)
-    await rig.beat()
+    await rig.tick()
     await rig.finish()
     assert await rig.brief() == [("schedule", "missed", 60), ("catchup", "succeeded", 3600)]
 
@@ -6474,10 +6474,10 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
     task_id = await rig.task(**target.config("/hold"))
     await rig.schedule(task_id)
     await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     await rig.at(60)
     await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     assert [(row["trigger"], row["status"]) for row in await rig.rows()] == [
         ("manual", "running"),
         ("schedule", "skipped"),
@@ -6519,7 +6519,7 @@ async def test_overlap_cancel_ends_all_unfinished_ones_and_then_starts(rig: Rig,
     task_id = await rig.task(config={"command": "exec sleep 60"})
     await rig.schedule(task_id, overlap="cancel")
     manual = await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     await rig.at(60)
     assert await rig.statuses() == ["running", "queued"]
     await rig.patch_task(task_id, config={"command": "true"})
@@ -6538,11 +6538,11 @@ async def test_overlap_cancel_ends_a_retrying_execution(rig: Rig, target: Target
     assert len(target.requests) == 2
 
 
-async def test_waiting_for_a_place_never_makes_a_slot_skip(open_rig: OpenRig, target: Target) -> None:
+async def test_waiting_for_capacity_never_makes_a_slot_skip(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     blocker = await rig.execute(await rig.task(name="blocker", **target.config("/hold")))
     await rig.schedule(await rig.task(name="scheduled"))
-    await rig.beat()
+    await rig.tick()
     await rig.at(60)
     assert [(row["id"] == blocker, row["status"]) for row in await rig.rows()] == [(True, "running"), (False, "queued")]
     await rig.let_go(target)
@@ -6586,7 +6586,7 @@ async def test_a_once_schedule_whose_time_passed_in_a_pause_gets_one_skipped_row
     await set_pause(rig, what, True)
     await rig.at(90)
     await set_pause(rig, what, False)
-    await rig.beat()
+    await rig.tick()
     (row,) = await rig.rows()
     assert (row["status"], row["scheduled_for"], row["success"]) == ("skipped", "2026-01-01T00:01:00Z", None)
     assert "paused" in str(row["error_message"])
@@ -6634,7 +6634,7 @@ async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retr
     await rig.schedule(task_id)
     retrying = await rig.executed(task_id)
     blocker = await rig.execute(await rig.task(name="blocker", **target.config("/hold")))
-    await rig.beat()
+    await rig.tick()
     queued = await rig.execute(task_id)
     await rig.patch_task(task_id, status="disabled")
     with pytest.raises(Conflict, match="disabled"):
@@ -6664,11 +6664,11 @@ async def test_a_disabled_task_holds_back_its_executions_across_a_restart(rig: R
     assert await later.statuses() == ["succeeded", "succeeded"]
 
 
-async def test_no_place_is_left_and_the_oldest_slot_goes_first(open_rig: OpenRig, target: Target) -> None:
+async def test_when_capacity_is_short_the_oldest_slot_goes_first(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     blocker = await rig.task(name="blocker", **target.config("/hold"))
     await rig.execute(blocker)
-    await rig.beat()
+    await rig.tick()
     for seconds in (30, 10, 20):
         await rig.schedule(
             await rig.task(name=f"at {seconds}", **target.config(f"/{seconds}")),
@@ -6678,7 +6678,7 @@ async def test_no_place_is_left_and_the_oldest_slot_goes_first(open_rig: OpenRig
     rig.clock.advance(33)
     await rig.execute(await rig.task(name="by hand", **target.config("/manual")))
     rig.clock.advance(1)
-    await rig.beat()
+    await rig.tick()
     assert (await rig.service.scheduler_status())["queue_length"] == 4
     await rig.let_go(target)
     assert [request.path for request in target.requests] == ["/hold", "/10", "/20", "/30", "/manual"]
@@ -6689,8 +6689,8 @@ async def test_never_more_than_the_limit_run_at_once(open_rig: OpenRig, target: 
     task_id = await rig.task(**target.config("/hold"))
     for _ in range(8):
         await rig.execute(task_id)
-    await rig.beat()
-    await rig.beat()
+    await rig.tick()
+    await rig.tick()
     assert sorted(await rig.statuses()) == ["queued"] * 5 + ["running"] * 3
     await rig.let_go(target)
     assert await rig.statuses() == ["succeeded"] * 8
@@ -6702,7 +6702,7 @@ async def test_never_more_than_the_limit_run_at_once(open_rig: OpenRig, target: 
 async def test_a_success_has_all_its_fields(rig: Rig) -> None:
     execution_id = await rig.execute(await rig.task(config={"command": "echo hello"}))
     rig.clock.advance(1)
-    await rig.beat()
+    await rig.tick()
     rig.clock.advance(2)
     await rig.finish()
     row = await rig.service.get_execution(execution_id)
@@ -6744,17 +6744,17 @@ async def test_an_attempt_over_its_timeout_is_timed_out(rig: Rig) -> None:
 
 
 async def meanwhile(rig: Rig, call: Any) -> Any:
-    """The result of a use case that needs the heart to beat on."""
+    """The result of a use case that needs the scheduler loop to go on."""
     job = asyncio.ensure_future(call)
     while not job.done():
-        await rig.beat()
+        await rig.tick()
         await asyncio.wait({job}, timeout=0.005)
     return job.result()
 
 
 async def test_cancelling_a_running_execution_ends_it(rig: Rig) -> None:
     execution_id = await rig.execute(await rig.task(config={"command": "echo begun; exec sleep 60"}, max_retries=3))
-    await rig.beat()
+    await rig.tick()
     row = await meanwhile(rig, rig.service.cancel_execution(execution_id))
     assert (row["status"], row["success"], row["next_attempt_at"]) == ("cancelled", None, None)
     with pytest.raises(Conflict, match="cancelled"):
@@ -6764,7 +6764,7 @@ async def test_cancelling_a_running_execution_ends_it(rig: Rig) -> None:
 async def test_cancelling_a_queued_execution_ends_it_before_it_started(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     await rig.execute(await rig.task(**target.config("/hold")))
-    await rig.beat()
+    await rig.tick()
     execution_id = await rig.execute(await rig.task())
     row = await rig.service.cancel_execution(execution_id)
     assert (row["status"], row["started_at"], row["duration"], row["success"]) == ("cancelled", None, None, None)
@@ -6818,12 +6818,12 @@ async def test_retries_keep_every_attempt_and_the_last_one_decides(rig: Rig, tar
     assert (task["run_count"], task["success_count"], task["failure_count"]) == (1, 1, 0)
 
 
-async def test_a_retry_that_waits_for_a_place_shows_each_attempt_once(open_rig: OpenRig, target: Target) -> None:
+async def test_a_retry_that_waits_for_capacity_shows_each_attempt_once(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=10))
     await rig.execute(await rig.task(**target.config("/hold")))
-    await rig.beat()
+    await rig.tick()
     await rig.at(12)
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["attempt"]) == ("queued", 1)
@@ -6835,7 +6835,7 @@ async def test_when_no_attempt_is_left_the_last_one_decides(rig: Rig, target: Ta
     target.answer(500)
     target.answer(503)
     execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
-    await rig.beat()
+    await rig.tick()
     await rig.finish()
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["attempt"], row["retry_count"]) == ("failed", 2, 1)
@@ -6983,7 +6983,7 @@ async def test_after_a_crash_a_running_execution_is_interrupted_when_no_attempt_
     rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
 ) -> None:
     execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=0))
-    await rig.beat()
+    await rig.tick()
     later = await crashed(rig, open_rig, tmp_path)
     row = await later.service.get_execution(execution_id)
     assert (row["status"], row["success"], row["finished_at"]) == ("interrupted", False, "2026-01-01T00:00:30Z")
@@ -6996,7 +6996,7 @@ async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_l
     rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
 ) -> None:
     execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=1, retry_delay=10))
-    await rig.beat()
+    await rig.tick()
     later = await crashed(rig, open_rig, tmp_path)
     row = await later.service.get_execution(execution_id)
     assert (row["status"], row["attempt"]) == ("retrying", 1)
@@ -7010,7 +7010,7 @@ async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_l
 
 async def test_after_a_crash_processes_that_survived_it_are_killed(rig: Rig, open_rig: OpenRig, tmp_path: Path) -> None:
     await rig.execute(await rig.task(config={"command": "exec sleep 60"}, max_retries=1))
-    await rig.beat()
+    await rig.tick()
     (active,) = rig.service.running.values()
     while "sleep" not in running_commands(active.run.run_id):
         await asyncio.sleep(0.005)
@@ -7033,7 +7033,7 @@ def running_commands(run_id: str) -> list[str]:
 async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: OpenRig) -> None:
     await rig.execute(await rig.task(name="once", config={"command": "exec sleep 60"}, max_retries=0))
     await rig.execute(await rig.task(name="again", config={"command": "exec sleep 60"}, max_retries=1))
-    await rig.beat()
+    await rig.tick()
     later = await restarted(rig, open_rig)
     assert await later.statuses() == ["interrupted", "retrying"]
     assert [a["status"] for a in (await later.service.get_execution(2))["attempts"]] == ["interrupted"]
@@ -7055,7 +7055,7 @@ async def test_a_clock_set_back_under_3_hours_fires_no_slot_twice(rig: Rig) -> N
     await rig.schedule(await rig.task(), "cron")
     await rig.run_at(60)
     rig.clock.set_wall(START - 7200 * S)
-    await rig.beat()
+    await rig.tick()
     assert rig.clock.until == START + 120 * S
     await rig.at(60)
     await rig.at(119)
@@ -7068,7 +7068,7 @@ async def test_a_clock_set_back_by_3_hours_or_more_is_a_correction(rig: Rig) -> 
     await rig.schedule(await rig.task(), "cron")
     await rig.run_at(60)
     rig.clock.set_wall(START - 14_400 * S)
-    await rig.beat()
+    await rig.tick()
     assert rig.clock.until == START - 14_340 * S
     await rig.run_at(-14_340)
     assert await rig.brief() == [("schedule", "succeeded", -14_340), ("schedule", "succeeded", 60)]
@@ -7078,7 +7078,7 @@ async def test_no_slot_fires_twice_when_time_passes_it_again_after_a_correction(
     await rig.schedule(await rig.task(), "cron", schedule_config={"expression": "0 * * * *"})
     await rig.run_at(3600)
     rig.clock.set_wall(START - 14_000 * S)
-    await rig.beat()
+    await rig.tick()
     for hour in (-3, -2, -1, 0, 1):
         await rig.run_at(3600 * hour)
     assert [row[2] for row in await rig.brief()] == [-10_800, -7200, -3600, 0, 3600]
@@ -7189,7 +7189,7 @@ async def test_a_task_row_with_broken_retries_does_not_keep_the_next_start_from_
     assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
 
 
-async def test_two_calls_that_fail_do_not_stop_the_heart(rig: Rig) -> None:
+async def test_two_ticks_that_fail_do_not_stop_the_scheduler_loop(rig: Rig) -> None:
     await rig.schedule(await rig.task())
     rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
     rig.clock.advance(60)
@@ -7201,11 +7201,11 @@ async def test_two_calls_that_fail_do_not_stop_the_heart(rig: Rig) -> None:
     assert await rig.brief() == [("schedule", "succeeded", 60)]
 
 
-async def test_a_heart_that_does_not_tick_for_10_seconds_is_told(rig: Rig) -> None:
+async def test_a_scheduler_loop_that_does_not_tick_for_10_seconds_is_told(rig: Rig) -> None:
     assert rig.service.problem() is None
     rig.clock.steady += 10.5
     assert "has not ticked for 10 s" in str(rig.service.problem())
-    await rig.beat()
+    await rig.tick()
     assert rig.service.problem() is None
 
 
@@ -7216,7 +7216,7 @@ async def test_deleting_a_task_kills_what_it_runs_and_removes_every_row(rig: Rig
     task_id = await rig.task(config={"command": "exec sleep 60"})
     await rig.schedule(task_id)
     execution_id = await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     (active,) = rig.service.running.values()
     waiter = asyncio.ensure_future(rig.service.wait_for(execution_id, 30))
     await meanwhile(rig, rig.service.delete_task(task_id))
@@ -7243,7 +7243,7 @@ async def test_deleting_a_task_starts_none_of_its_queued_executions(open_rig: Op
     task_id = await rig.task(config={"command": f"echo x >> {tmp_path}/started; exec sleep 60"})
     for _ in range(4):
         await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     while not (tmp_path / "started").exists():
         await asyncio.sleep(0.005)
     await meanwhile(rig, rig.service.delete_task(task_id))
@@ -7254,7 +7254,7 @@ async def test_a_waiter_for_an_execution_of_a_deleted_task_hears_that_it_is_gone
     task_id = await rig.task(**target.config("/hold"))
     waiting = asyncio.ensure_future(rig.service.execute_task(task_id, wait=30))
     while not rig.service.running:
-        await rig.beat()
+        await rig.tick()
     await meanwhile(rig, rig.service.delete_task(task_id))
     with pytest.raises(NotFound):
         await meanwhile(rig, waiting)
@@ -7552,7 +7552,7 @@ class Life:
 
     async def time(self) -> None:
         self.rig.clock.advance(self.draw.choice([0.5, 1, 2, 5, 10, 60, 60, 300, 5000]))
-        await self.rig.beat()
+        await self.rig.tick()
 
     async def failures(self) -> None:
         for _ in range(self.draw.randrange(1, 5)):
@@ -7562,7 +7562,7 @@ class Life:
         self.target.let_go.set()
         self.target.let_go = asyncio.Event()
         await asyncio.sleep(0.002)
-        await self.rig.beat()
+        await self.rig.tick()
 
     async def hand(self) -> None:
         await self.rig.execute(self.draw.choice(list(self.schedules.values())))
@@ -7664,7 +7664,7 @@ async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_
     schedule_id = await follower.schedule(task_id)
     execution_id = await follower.execute(task_id)
     while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
-        await rig.beat()
+        await rig.tick()
         await asyncio.sleep(0.01)
     await rig.run_at(60)
     assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
@@ -7690,7 +7690,7 @@ async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
 async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, more: dict[str, Any]) -> None:
     task_id = await rig.task(config={"command": "echo ${UNSET:-fallback}", **more})
     execution_id = await rig.execute(task_id)
-    await rig.beat()
+    await rig.tick()
     await rig.finish()
     assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
 
@@ -10251,19 +10251,19 @@ class Crash:
     def _check_slots(self, schedule: Any, rows: list[Any]) -> None:
         told, covered = self.report.broken, Counter[int]()
         slots = self._expected_slots(schedule)
-        place = {slot: index for index, slot in enumerate(slots)}
+        index_of = {slot: index for index, slot in enumerate(slots)}
         for row in rows:
             count, at = 1, row["scheduled_for"]
             if row["status"] == "missed":
                 count = int(re.findall(r"missed: (\d+) slot", row["error_message"])[0])
                 self.report.missed += count
-            if at not in place:
+            if at not in index_of:
                 told.append(f"schedule {schedule['id']}: a row at {at}, which is no slot")
             else:
-                covered.update(slots[place[at] : place[at] + count])
+                covered.update(slots[index_of[at] : index_of[at] + count])
         self.report.slots += len(covered)
-        marks = [row["scheduled_for"] for row in rows if row["status"] in ("skipped", "missed")]
-        oldest = min(marks) if len(marks) >= 100 else 0  # retention keeps 100 of them a task
+        noted = [row["scheduled_for"] for row in rows if row["status"] in ("skipped", "missed")]
+        oldest = min(noted) if len(noted) >= 100 else 0  # retention keeps 100 of them a task
         due = [slot for slot in slots if oldest <= slot < self._paused_at - 5_000_000]
         for slot in due:
             if covered[slot] == 0:
@@ -11714,10 +11714,10 @@ async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or
     open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
 ) -> None:
     rig = await open_rig()
-    mark = tmp_path / "mark"
-    made = await rig.task(config={"command": f"touch {mark}"}, max_retries=3)
+    marker = tmp_path / "marker"
+    made = await rig.task(config={"command": f"touch {marker}"}, max_retries=3)
     await rig.schedule(made)
-    failing = await rig.task(config={"command": f"test -e {tmp_path}/never && touch {mark}"}, max_retries=3, retry_delay=30)
+    failing = await rig.task(config={"command": f"test -e {tmp_path}/never && touch {marker}"}, max_retries=3, retry_delay=30)
     await rig.executed(failing)
     assert await rig.statuses() == ["retrying"]
     later = await restarted(rig, open_rig, 61, **rule)
@@ -11726,7 +11726,7 @@ async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or
     found = {(row["task_id"], row["status"], row["attempt"]) for row in await later.rows()}
     assert found == {(made, "failed", 1), (failing, "failed", 2)}
     assert all(words in row["error_message"] for row in await later.rows())
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
