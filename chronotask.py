@@ -589,6 +589,7 @@ ON_TIME = 5 * SECOND  # a slot claimed at most this late is on time
 CORRECTION = 3 * HOUR  # Debian's cron takes larger steps for corrections of the clock
 CATCHUP_MOST = 100  # slots that catchup=all runs at most
 MISSED_COUNTED = 1000  # missed slots are counted up to this many
+RUNS_KEPT = 8  # stretches of slots that ran, remembered of each schedule
 NEVER = 50 * 366 * DAY  # an expression without a slot for so long never fires
 LONGEST_EXPRESSION = 200
 LONGEST_INTERVAL = 10 * 365 * 86400
@@ -809,7 +810,7 @@ def _cron_texts(expression: str) -> list[str]:
     """The six fields in lower case; without seconds the first is 0."""
     if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
         raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
-    text = expression.strip(" \t").lower()
+    text = expression.strip().lower()
     if text.startswith("@") and text not in _ALIASES:
         raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
     texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
@@ -1020,6 +1021,10 @@ def _some_cron_slot_before(cron: Cron, t: int) -> int | None:
 class Timing(Protocol):
     """When something fires. Instants are microseconds since the epoch."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether its slots are fixed local times: those wait when the clock is set back a little, others go on from now."""
+
     def next_after(self, t: int) -> int | None:
         """The first slot later than `t`, or None."""
 
@@ -1039,6 +1044,10 @@ class Cron:
 
     expression: str
     zone: str
+
+    @property
+    def fixed(self) -> bool:
+        return not _parse_cron(self.expression).wild
 
     def next_after(self, t: int) -> int | None:
         if t > _LAST_LOCAL:
@@ -1070,6 +1079,10 @@ class Once:
     at: int
     zone: str
 
+    @property
+    def fixed(self) -> bool:
+        return True
+
     def next_after(self, t: int) -> int | None:
         return self.at if self.at > t else None
 
@@ -1091,6 +1104,10 @@ class Interval:
     anchor: int
     first: int
     zone: str
+
+    @property
+    def fixed(self) -> bool:
+        return False
 
     def next_after(self, t: int) -> int | None:
         slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
@@ -1249,8 +1266,11 @@ _CONFIG_FIELDS = {
 }
 
 
-def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int) -> Timing:
-    """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared."""
+def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None) -> Timing:
+    """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared.
+
+    An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
+    """
     zone = config["timezone"]
     if schedule_type == "cron":
         return _shared_cron(config["expression"], zone)
@@ -1258,7 +1278,8 @@ def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int) 
         return _shared_once(config["datetime"], zone)
     step, start = round(config["seconds"] * SECOND), config.get("start_date")
     if start is None:
-        return Interval(step, created_at, created_at + step, zone)
+        since = created_at if since is None else since
+        return Interval(step, created_at, since + step - (since - created_at) % step, zone)
     anchor = parse_instant(start, zone)
     return Interval(step, anchor, anchor, zone)
 
@@ -1320,7 +1341,7 @@ def _checked(errors: list[FieldError], name: str, config: Mapping[str, Any], che
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
-        return value.strip(" \t")
+        return value.strip()
     raise ValueError("must be a string")
 
 
@@ -1383,18 +1404,32 @@ class Plan:
     catchup: str = "latest"
     catchup_window: float = 86400
     remaining: int | None = None  # executions left under max_runs
+    # What is remembered of slots. All of it only grows, whatever the clock does: see `due_slots`.
+    dealt_with: int = 0  # every slot up to here was dealt with, by a clock that may have been wrong
+    in_force_since: int = 0  # the creation, an edit, the end of a pause: nothing from before is made up for
+    ran: Sequence[Sequence[int]] = ()  # pairs first, last: slots that ran, which are none any more
 
     def next_slot(self, after: int) -> int | None:
         """The first slot later than `after`, or None when there is none left."""
         if self.remaining is not None and self.remaining <= 0:
             return None
         slot = self.timing.next_after(after if self.start_at is None else max(after, self.start_at - 1))
+        while slot is not None and (run := self._run_of(slot)):
+            slot = self.timing.next_after(run[1])
         return None if slot is None or (self.end_at is not None and slot > self.end_at) else slot
 
     def last_slot(self, t: int) -> int | None:
         """The last slot not later than `t`, or None."""
         slot = self.timing.last_at_or_before(t if self.end_at is None else min(t, self.end_at))
+        while slot is not None and (run := self._run_of(slot)):
+            slot = self.timing.last_at_or_before(run[0] - 1)
         return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
+
+    def _run_of(self, slot: int) -> Sequence[int] | None:
+        for run in self.ran:
+            if run[0] <= slot <= run[1]:
+                return run
+        return None
 
     def fire_time(self, slot: int) -> int:
         """`slot` plus its jitter: whole milliseconds, the same each time, less than the gap to the next slot."""
@@ -1439,26 +1474,55 @@ class Due:
     next_slot: int | None
 
 
-def due_slots(plan: Plan, settled_until: int, now: int) -> Due:
+def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> Due:
     """What is to be done at `now` about the slots later than `settled_until`. max_runs is left to the claim.
 
-    A clock that was set back by less than 3 h fires nothing until `settled_until` is passed again; by more, it counts
-    as corrected, and slots are taken from `now` on.
+    With `early` a slot whose jitter has not passed is due as well.
+
+    Where a schedule stands goes back with the clock (`stands_at`). When the clock jumps forward from there, it may have been
+    behind and be right again: then nothing up to `dealt_with` is made up for. While it has not reached that again, that was
+    a future which did not come, and a slot that is late now was missed, as any other.
     """
-    if settled_until >= now + CORRECTION:
-        return Due([], [], [], now, plan.next_slot(now))
     missed: list[Missed] = []
     catchup: list[int] = []
     slot = plan.next_slot(settled_until)
     if slot is not None and plan.fire_time(slot) < now - ON_TIME:
         newest = _last_fired(plan, now - ON_TIME - 1) or slot
-        catchup, missed = _catch_up(plan, slot, newest, now)
-        settled_until, slot = newest, plan.next_slot(newest)
+        known = plan.dealt_with if plan.dealt_with <= now else plan.in_force_since
+        first = plan.next_slot(max(settled_until, known))
+        if first is not None and first <= newest:
+            catchup, missed = _catch_up(plan, first, newest, now)
+        settled_until = max(newest, known) if known <= now else newest
+        slot = plan.next_slot(settled_until)
     on_time = []
-    while slot is not None and plan.fire_time(slot) <= now:
+    while slot is not None and (slot if early else plan.fire_time(slot)) <= now:
         on_time.append(slot)
         settled_until, slot = slot, plan.next_slot(slot)
     return Due(missed, catchup, on_time, settled_until, slot)
+
+
+def stands_at(timing: Timing, settled_until: int, now: int, latest: int = 0) -> int:
+    """Where a schedule stands when the clock reads `now`, having read `latest` before: later than now only if it was set back.
+
+    Debian cron's rule. Set back by less than 3 h, fixed times wait until what was dealt with is passed, and all others go on
+    from now; by more, the clock was wrong before, and all go on from now.
+    """
+    if settled_until <= now or (timing.fixed and max(settled_until, latest) < now + CORRECTION):
+        return settled_until
+    return now
+
+
+def add_run(ran: Sequence[Sequence[int]], slot: int, before: int | None) -> list[list[int]]:
+    """`ran` with `slot`, which comes right after the slot `before`. Of more than 8 stretches the two closest become one."""
+    stretches = [[first, slot] if last == before else [first, last] for first, last in ran]
+    if all(last != slot for _, last in stretches):
+        stretches.append([slot, slot])
+    if len(stretches) > RUNS_KEPT:
+        stretches.sort()
+        closest = min(range(1, len(stretches)), key=lambda i: stretches[i][0] - stretches[i - 1][1])
+        (first, end), (_, last) = stretches[closest - 1 : closest + 1]
+        stretches[closest - 1 : closest + 1] = [[first, max(end, last)]]
+    return stretches
 
 
 def _last_fired(plan: Plan, t: int) -> int | None:
@@ -2078,7 +2142,10 @@ class Task:
 
 @dataclass(slots=True)
 class Schedule:
-    """A row of `schedules`. Every slot up to `settled_until` is dealt with; `next_slot` is the first that is not."""
+    """A row of `schedules`. It stands at `settled_until`: `next_slot` is the first slot later than that.
+
+    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `over`: switched off because no slot was left.
+    """
 
     id: int
     task_id: int
@@ -2099,6 +2166,10 @@ class Schedule:
     next_fire: int | None = None
     last_run: int | None = None
     run_count: int = 0
+    dealt_with: int = 0
+    in_force_since: int = 0
+    ran: list[list[int]] = dataclasses.field(default_factory=list)
+    over: bool = False
 
     @property
     def zone(self) -> str:
@@ -2106,9 +2177,23 @@ class Schedule:
 
     def plan(self) -> Plan:
         """The schedule as pure arithmetic."""
-        timing = make_timing(self.schedule_type, self.schedule_config, self.created_at)
+        # An interval that was made by a clock that was ahead keeps its phase, and has slots before that.
+        since = min(self.created_at, self.settled_until) if self.settled_until < self.dealt_with else self.created_at
+        timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since)
         left = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
-        return Plan(timing, self.id, self.start_at, self.end_at, self.jitter, self.catchup, self.catchup_window, left)
+        return Plan(
+            timing,
+            self.id,
+            self.start_at,
+            self.end_at,
+            self.jitter,
+            self.catchup,
+            self.catchup_window,
+            left,
+            self.dealt_with,
+            self.in_force_since,
+            self.ran,
+        )
 
     def describe(self) -> str:
         """The schedule in words; a damaged one says what is wrong."""
@@ -2117,11 +2202,23 @@ class Schedule:
         except Exception as error:
             return f"this schedule cannot be evaluated: {error!r}"
 
-    def move_to(self, next_slot: int | None, plan: Plan) -> None:
-        """Sets what comes next; without a next slot the schedule is over."""
+    def stand(self, at: int) -> None:
+        """Everything up to `at` is dealt with."""
+        self.settled_until, self.dealt_with = at, max(self.dealt_with, at)
+
+    def place(self, next_slot: int | None, plan: Plan) -> None:
+        """Sets what comes next. Without a next slot the schedule is over; with one again, it is active again."""
+        wanted = self.is_active or self.over  # nobody has switched it off
         self.next_slot = next_slot
         self.next_fire = None if next_slot is None else plan.fire_time(next_slot)
-        self.is_active = self.is_active and next_slot is not None
+        self.is_active, self.over = wanted and next_slot is not None, wanted and next_slot is None
+
+    def go_on(self, now: int) -> None:
+        """After an edit or a pause: with the next slot after `now`. Nothing earlier is made up for."""
+        self.stand(max(now, stands_at(self.plan().timing, self.settled_until, now)))
+        self.in_force_since = max(self.in_force_since, now)
+        plan = self.plan()
+        self.place(plan.next_slot(self.settled_until), plan)
 
 
 @dataclass(slots=True)
@@ -2218,8 +2315,11 @@ class Settlement:
     output: str | None  # JSON text: made at once, where the parts are still at hand
 
 
-def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
-    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %."""
+def settle(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Settlement:
+    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %.
+
+    It ended `seconds` after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it.
+    """
     status, again, error = outcome.status, None, outcome.error_message
     try:
         if outcome.retryable and run.attempt <= run.max_retries:
@@ -2230,7 +2330,8 @@ def settle(run: Run, outcome: Outcome, now: int, spread: float) -> Settlement:
     except TypeError:  # a damaged row must not keep others from being settled
         error = f"{error or status}; not retried: the retry settings of the task are damaged"
     output = None if outcome.output is None else compact(outcome.output)
-    return Settlement(run, status, outcome.status, now, again, error, output)
+    finished_at = max(run.started_at, now) if seconds is None else run.started_at + round(seconds * SECOND)
+    return Settlement(run, status, outcome.status, finished_at, again, error, output)
 
 
 def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
@@ -2731,7 +2832,7 @@ def instant_or_none(t: int | None) -> str | None:
 
 
 def seconds_between(start: int | None, end: int | None) -> float | None:
-    return None if start is None or end is None else (end - start) / SECOND
+    return None if start is None or end is None else max(0, end - start) / SECOND
 
 
 def task_view(task: Task, next_run: int | None) -> TaskView:
@@ -3111,6 +3212,16 @@ MIGRATIONS: list[tuple[str, ...]] = [
         "DROP INDEX executions_failed",
         """CREATE INDEX executions_failed ON executions (task_id)
             WHERE (status = 'failed' OR status = 'timed_out' OR status = 'interrupted')""",
+    ),
+    # What a clock that is set must not touch. What ran before is taken for one stretch; a future that did not come is not.
+    (
+        "ALTER TABLE schedules ADD COLUMN dealt_with INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE schedules ADD COLUMN in_force_since INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE schedules ADD COLUMN ran TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE schedules ADD COLUMN over INTEGER NOT NULL DEFAULT 0",
+        """UPDATE schedules SET dealt_with = settled_until, in_force_since = settled_until,
+            over = NOT is_active AND next_slot IS NULL,
+            ran = CASE WHEN settled_until > created_at THEN json_array(json_array(created_at, settled_until)) ELSE '[]' END""",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -3835,7 +3946,11 @@ def _task(row: Sequence[Any]) -> Task:
 def _schedule(row: Sequence[Any]) -> Schedule:
     schedule = Schedule(*row)
     schedule.schedule_config = _object(row[3])
-    schedule.is_active = bool(schedule.is_active)
+    schedule.is_active, schedule.over = bool(schedule.is_active), bool(schedule.over)
+    try:
+        schedule.ran = [[int(first), int(last)] for first, last in parsed(str(schedule.ran))]
+    except (TypeError, ValueError):  # damaged: the rows of its slots are there still
+        schedule.ran = []
     return schedule
 
 
@@ -3858,10 +3973,15 @@ def set_meta(db: DB, key: str, value: Any) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
 
+def note_clock(db: DB, now: int) -> None:
+    """Remembers the latest reading of the clock at which anything was done."""
+    db.execute("INSERT INTO meta VALUES ('clock', ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)", (now,))
+
+
 def _values(rows: Iterable[Any], columns: tuple[str, ...]) -> list[list[Any]]:
     """Of each row its `columns`, as they are stored."""
     values = operator.attrgetter(*columns)
-    return [[compact(value) if isinstance(value, dict) else value for value in values(row)] for row in rows]
+    return [[compact(value) if isinstance(value, (dict, list)) else value for value in values(row)] for row in rows]
 
 
 def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
@@ -3983,13 +4103,17 @@ def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[tuple[Schedu
     return total, [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
 
 
-def active_schedules(
-    db: DB, task_id: int | None = None, zone: str | None = None, settled_after: int | None = None
-) -> list[Schedule]:
-    """Active schedules: of a task, in a time zone, or settled up to later than an instant."""
+def active_schedules(db: DB, task_id: int | None = None, zone: str | None = None) -> list[Schedule]:
+    """Active schedules of a task, or in a time zone."""
     in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
-    where, values = _where({"is_active": True, "task_id = ?": task_id, in_zone: zone, "settled_until > ?": settled_after})
+    where, values = _where({"is_active": True, "task_id = ?": task_id, in_zone: zone})
     return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", values)]
+
+
+def schedules_ahead(db: DB, now: int) -> list[Schedule]:
+    """Schedules that stand later than `now`, and that nobody has switched off."""
+    where = "WHERE settled_until > ? AND (is_active OR over)"
+    return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", (now,))]
 
 
 def live_schedules(db: DB) -> list[Schedule]:
@@ -4033,8 +4157,14 @@ def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
     bulk(
         db,
         """UPDATE schedules SET settled_until = column2, next_slot = column3, next_fire = column4, is_active = column5,
-            run_count = column6 FROM ({rows}) WHERE id = column1""",
-        [(s.id, s.settled_until, s.next_slot, s.next_fire, int(s.is_active), s.run_count) for s in schedules],
+            run_count = column6, dealt_with = column7, ran = column8, over = column9 FROM ({rows}) WHERE id = column1""",
+        [
+            (
+                *(s.id, s.settled_until, s.next_slot, s.next_fire, int(s.is_active), s.run_count),
+                *(s.dealt_with, compact(s.ran), int(s.over)),
+            )
+            for s in schedules
+        ],
     )
 
 
@@ -4090,7 +4220,8 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
     """Writes the rows of slots that have none yet, and returns these rows with their ids.
 
-    A slot has a row already when the clock was set back: the unique key is the fence.
+    A slot has a row already when the clock was set back: the unique key is the fence. Only a slot that runs takes the place
+    of a row which says that it did not.
     """
     db.execute("SAVEPOINT slots")
     try:
@@ -4098,22 +4229,29 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     except sqlite3.IntegrityError:
         db.execute("ROLLBACK TO slots")
         taken = _taken_slots(db, rows)
-        free = [row for row in rows if (row.schedule_id, row.scheduled_for) not in taken]
+        free, replaced = [], []
+        for row in rows:
+            there = taken.get((row.schedule_id, row.scheduled_for))
+            if there is None:
+                free.append(row)
+            elif row.status not in NEVER_STARTED and there[1] in NEVER_STARTED:
+                free.append(row)
+                replaced.append(there[0])
+        db.execute("DELETE FROM executions WHERE id IN (SELECT value FROM json_each(?))", (compact(replaced),))
         return free, insert_executions(db, free)
     finally:
         if db.in_transaction:
             db.execute("RELEASE slots")
 
 
-def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> set[tuple[int, int]]:
-    found = fetch(
-        db,
-        "schedule_id, scheduled_for",
-        """FROM json_each(?) AS j CROSS JOIN executions ON schedule_id = json_extract(j.value, '$[0]')
-            AND scheduled_for = json_extract(j.value, '$[1]')""",
+def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> dict[tuple[int | None, int | None], tuple[int, str]]:
+    """Of the slots that have a row: its id and status."""
+    found = db.execute(
+        """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
+            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
         (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
     )
-    return {(row[0], row[1]) for row in found}
+    return {(row[0], row[1]): (row[2], row[3]) for row in found}
 
 
 @dataclass(slots=True)
@@ -4149,14 +4287,14 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
         return []
     db.execute(
         """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
-            started_at = coalesce(started_at, ?1), owner = ?2, error_message = NULL, output_data = NULL
+            started_at = min(coalesce(started_at, ?1), ?1), owner = ?2, error_message = NULL, output_data = NULL
         WHERE id IN (SELECT value FROM json_each(?3))""",
         (now, owner, compact([run.execution_id for run in runs])),
     )
     first = [run for run in runs if run.attempt == 1]
-    _count(db, "run_count = run_count + n, last_run = max(coalesce(last_run, 0), :now)", (run.task_id for run in first), now)
+    _count(db, "run_count = run_count + n, last_run = :now", (run.task_id for run in first), now)
     db.execute(
-        "UPDATE schedules SET last_run = max(coalesce(last_run, 0), ?) WHERE id IN (SELECT value FROM json_each(?))",
+        "UPDATE schedules SET last_run = ? WHERE id IN (SELECT value FROM json_each(?))",
         (now, compact(list({run.schedule_id for run in first}))),
     )
     return runs
@@ -4210,10 +4348,12 @@ def retry_timers(db: DB, task_id: int | None = None) -> list[list[Any]]:
     return fetch(db, "id, next_attempt_at", f"FROM executions {where}", values)
 
 
-def shift_retries(db: DB, by: int) -> None:
-    """Moves every next attempt by so many microseconds."""
+def shift_retries(db: DB, by: int, latest: int) -> None:
+    """Moves every next attempt by so many microseconds, and to `latest` at most."""
     db.execute(
-        f"UPDATE executions SET next_attempt_at = next_attempt_at + ? WHERE {UNFINISHED_SQL} AND status = 'retrying'", (by,)
+        f"""UPDATE executions SET next_attempt_at = min(next_attempt_at + ?, ?)
+        WHERE {UNFINISHED_SQL} AND status = 'retrying'""",
+        (by, latest),
     )
 
 
@@ -4482,19 +4622,40 @@ def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], 
 _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_for, 0) <= :now"
 
 
-def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
-    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None."""
-    span = db.execute(
-        "SELECT max(id), min(queued_at) FROM (SELECT id, queued_at FROM executions WHERE id > ? ORDER BY id LIMIT ?)",
-        (after_id, limit),
+def latest_known(db: DB) -> int:
+    """The latest instant that the database knows of; 0 when it knows none."""
+    row = db.execute(
+        """SELECT max(known) FROM (
+            SELECT value AS known FROM meta WHERE key = 'clock'
+            UNION ALL SELECT max(updated_at, coalesce(last_run, 0)) FROM tasks
+            UNION ALL SELECT max(updated_at, dealt_with) FROM schedules
+            UNION ALL SELECT max(queued_at, coalesce(finished_at, 0))
+                FROM (SELECT queued_at, finished_at FROM executions ORDER BY id DESC LIMIT 1000))"""
     ).fetchone()
-    if span[0] is None or span[1] > cutoff:  # ids grow with queued_at
-        return None
-    db.execute(
-        f"DELETE FROM executions WHERE id > :after AND id <= :last AND finished_at < :cutoff AND {_OVER}",
-        {"after": after_id, "last": span[0], "cutoff": cutoff, "now": now},
-    )
-    return int(span[0])
+    return int(row[0] or 0)
+
+
+def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
+    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None.
+
+    Ids grow with time, also where the clock was wrong: what lies behind a young row is young, and what a clock that was
+    ahead has written is old when something behind it is.
+    """
+    where = {"after": after_id, "cutoff": cutoff, "now": now, "limit": limit}
+    rows, last, young, old = db.execute(
+        """SELECT count(*), max(id), min(CASE WHEN queued_at > :cutoff THEN id END),
+            max(CASE WHEN finished_at < :cutoff THEN id END) FROM (SELECT id, queued_at, finished_at FROM executions
+                WHERE id > :after AND queued_at <= :now ORDER BY id LIMIT :limit)""",
+        where,
+    ).fetchone()
+    deleted = db.execute(
+        f"""DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE id > :after AND id < :end
+            AND (finished_at < :cutoff OR (queued_at > :now AND id < :old)) AND {_OVER} ORDER BY id LIMIT :limit)""",
+        {**where, "end": young or (last or 0) + 1, "old": old or 0},
+    ).rowcount
+    if deleted == limit:
+        return after_id
+    return None if young or rows < limit else int(last)
 
 
 def delete_surplus(db: DB, task_id: int, keep: int, keep_marks: int, now: int, limit: int) -> int:
@@ -6254,6 +6415,7 @@ KEEP_MARKS = 100  # skipped and missed rows kept of each task
 TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
+DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 CANCELLED = "cancelled on request"
@@ -6273,7 +6435,7 @@ class Crowd:
             self._groups.setdefault(group.task_id, []).append(group)
 
     def facing(self, schedule: Schedule, trigger: str) -> tuple[int, int]:
-        """How many executions a slot meets, and how many of them wait because of overlap.
+        """How many executions a slot meets, and how many of its own schedule's among them wait because of overlap.
 
         Catch-up executions of one schedule do not see each other: they run one after the other.
         """
@@ -6281,7 +6443,7 @@ class Crowd:
         if not groups:
             return 0, 0
         groups = [g for g in groups if not _same_catchup(g, schedule.id, trigger)]
-        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting)
+        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting and g.schedule_id == schedule.id)
 
     def has_catchup(self, schedule: Schedule) -> bool:
         return any(_same_catchup(g, schedule.id, "catchup") for g in self._groups.get(schedule.task_id, ()))
@@ -6309,22 +6471,26 @@ class Claim:
     cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
 
 
-def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int) -> None:
+def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int, early: bool = False) -> None:
     """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on."""
     plan = schedule.plan()
-    due = due_slots(plan, schedule.settled_until, now)
+    due = due_slots(plan, schedule.settled_until, now, early)
     for missed in due.missed:
         text = missed_message(missed, schedule.zone)
         claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
     left = plan.remaining
+    before = None if due.missed else schedule.settled_until
     for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
         for slot in slots:
             if left is not None and left <= 0:
                 break
             row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, crowd, now)
-            left = left - 1 if left is not None and row.status == "queued" else left
-    schedule.settled_until = due.settled_until
-    schedule.move_to(None if left is not None and left <= 0 else due.next_slot, plan)
+            if row.status == "queued":
+                left = None if left is None else left - 1
+                schedule.ran = add_run(schedule.ran, slot, before)
+            before = slot
+    schedule.stand(due.settled_until)
+    schedule.place(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
 
 
@@ -6368,7 +6534,7 @@ def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -
     text = f"this schedule cannot be evaluated and was switched off: {error}"
     slot = schedule.next_slot if schedule.next_slot is not None else now
     claim.rows.append(_new_row(schedule, slot, "schedule", now, status="failed", error_message=text))
-    schedule.is_active, schedule.next_slot, schedule.next_fire = False, None, None
+    schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
     claim.schedules.append(schedule)
 
 
@@ -6376,10 +6542,8 @@ def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
     """Moves a schedule on after a pause: to the next slot after now. Nothing earlier is caught up or recorded, except
     that a once-schedule whose time has passed is over, with the row that is returned."""
     passed = schedule.next_slot
-    schedule.settled_until = max(schedule.settled_until, now) if schedule.settled_until < now + CORRECTION else now
-    plan = schedule.plan()
-    schedule.move_to(plan.next_slot(schedule.settled_until), plan)
-    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and plan.remaining != 0:
+    schedule.go_on(now)
+    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and schedule.plan().remaining != 0:
         return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
     return None
 
@@ -6461,6 +6625,7 @@ class Active:
 
     run: Run
     live: LiveOutput
+    since: float  # by the monotonic clock
     job: asyncio.Task[None] | None = None  # None until it begins
 
 
@@ -6547,6 +6712,8 @@ class Service:
         self._timers = TimerQueue()  # schedule id → its next firing
         self._retries = TimerQueue()  # execution id → its next attempt
         self._ended: list[Settlement] = []  # of attempts, for the next beat
+        self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
+        self._old_until = 0.0  # until then no history is deleted by age
         self._batch = FIRST_BATCH
         self._ready = False  # something may be waiting for a place
         self._backlog = False  # the last beat claimed something and filled all places
@@ -6613,7 +6780,7 @@ class Service:
             await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
         known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
         while self._to_begin:
-            self._ended.append(self._settled(self._to_begin.popleft().run, INTERRUPTED))
+            self._ended.append(self._settled(self._to_begin.popleft(), INTERRUPTED))
         jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
         for job in jobs:
             job.cancel()
@@ -6668,10 +6835,11 @@ class Service:
         await self._gather_ends()
         self._wake.clear()
         moved = self.clock.step()
-        if moved <= -SECOND and self.leading:
-            await self._shift_retries(moved)
-        if moved <= -CORRECTION:
-            await self._correct_slots()
+        if moved > DAY:
+            self._distrust_clock()
+        self._set_back += min(moved, 0)
+        if self._set_back <= -SECOND and self.leading:
+            await self._follow_clock()
         self.last_beat = self.clock.monotonic()
         await self.beat()
         self._last_beat_end = self.clock.monotonic()
@@ -6780,7 +6948,7 @@ class Service:
                 late = max(0.0, (run.started_at - run.fire_at) / SECOND)
                 self.stats.recent_late.append(late)
                 self.stats.lateness.add(late)
-            active = self.running[run.execution_id] = Active(run, LiveOutput(self.settings.output_limit))
+            active = self.running[run.execution_id] = Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic())
             if self._ending:
                 active.live.stop("interrupted")
             self._to_begin.append(active)
@@ -6805,19 +6973,20 @@ class Service:
             else:
                 client = self._http or await self._open_http()
                 outcome = await run_http(config, run, self.settings, client, self._environ, active.live, self.clock.now)
-            ended = self._settled(run, outcome)
+            ended = self._settled(active, outcome)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
-            ended = self._settled(run, Outcome("failed", f"ChronoTask could not run this task: {error!r}"))
+            ended = self._settled(active, Outcome("failed", f"ChronoTask could not run this task: {error!r}"))
         except asyncio.CancelledError:
-            ended = self._settled(run, INTERRUPTED)
+            ended = self._settled(active, INTERRUPTED)
         self._ended.append(ended)
         self._wake.set()
         if len(self._ended) >= len(self.running):
             self._all_ended.set()
 
-    def _settled(self, run: Run, outcome: Outcome) -> Settlement:
-        return settle(run, outcome, self.clock.now(), random.uniform(-1, 1))
+    def _settled(self, active: Active, outcome: Outcome) -> Settlement:
+        seconds = self.clock.monotonic() - active.since
+        return settle(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds)
 
     async def _open_http(self) -> HttpClient:
         """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
@@ -6829,18 +6998,18 @@ class Service:
         if active := self.running.get(execution_id):
             active.live.stop("cancelled")
 
-    async def _shift_retries(self, moved: int) -> None:
-        """The clock was set back: the wait for a retry is a duration, and must not grow by hours."""
-        await self.store.write(partial(shift_retries, by=moved))
+    async def _follow_clock(self) -> None:
+        """The clock was set back: slots are looked for from now on, and the wait for a retry, a duration, does not grow."""
+        logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
+        await self.store.write(partial(_follow_clock, now=self.clock.now(), moved=self._set_back))
+        self._set_back = 0
         self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
+        await self._sync()
 
-    async def _correct_slots(self) -> None:
-        """The clock was set back by 3 h or more: a correction, so that next slots are computed from now."""
-        now = self.clock.now()
-        logger.warning("the clock was set back by 3 hours or more: schedules go on from %s", format_instant(now))
-        if self.leading:
-            await self.store.write(partial(_restart_slots, now=now, settled_after=now))
-            await self._sync()
+    def _distrust_clock(self) -> None:
+        """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
+        self._old_until = self.clock.monotonic() + DISTRUST
+        logger.warning("the clock went on by more than a day: for an hour no history is deleted by age")
 
     # --- leadership, and what other processes do ---
 
@@ -6893,10 +7062,13 @@ class Service:
 
     async def _take_over(self) -> None:
         """Rebuilds everything from the store, settles what a dead leader left running, and leads from then on."""
+        known = await self.store.read(latest_known)
+        if known and self.clock.now() > known + DAY:
+            self._distrust_clock()
         await self.store.set_leading(True)
         await self._settle_orphans()
-        now = self.clock.now()
-        await self.store.write(partial(_restart_slots, now=now, settled_after=now + CORRECTION))
+        await self.store.write(partial(_follow_clock, now=self.clock.now(), moved=0))
+        self._set_back = 0
         await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
         await self._check_zone_rules()
         self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
@@ -6998,7 +7170,8 @@ class Service:
         """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
         settings, after = self.settings, 0
         cutoff = now - settings.history_days * DAY
-        while settings.history_days and self.leading:
+        trusted = self.clock.monotonic() >= self._old_until
+        while settings.history_days and self.leading and trusted:
             step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
             if (reached := await self.store.write(step)) is None:
                 break
@@ -7157,7 +7330,9 @@ class Service:
             max_runs=body.max_runs,
             created_at=now,
             updated_at=now,
-            settled_until=now if (after := times.get("after")) is None else after,
+            settled_until=(settled := now if (after := times.get("after")) is None else after),
+            dealt_with=settled,
+            in_force_since=now,
         )
         _check_bounds(schedule)
         _place(schedule)
@@ -7207,8 +7382,11 @@ class Service:
         schedule, _ = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now, sent = self.clock.now(), body.sent()
         changes = await self._in_checks(partial(self._checked_changes, schedule, sent, now))
-        await self.store.write(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
-        return await self._schedule_changed(schedule_id)
+        started = await self.store.write(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
+        self._ready = True
+        view = await self._schedule_changed(schedule_id)
+        await self._publish_executions(started)
+        return view
 
     def _checked_changes(self, schedule: Schedule, sent: dict[str, Any], now: int) -> dict[str, Any]:
         """What was sent, as the store keeps it, and only where it differs."""
@@ -7226,7 +7404,10 @@ class Service:
             sent[name] = _instant(errors, name, sent[name], zone)
         if errors:
             raise InvalidInput(*errors)
-        return {name: value for name, value in sent.items() if value != getattr(schedule, name)}
+        changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
+        if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
+            changes["is_active"] = False
+        return changes
 
     async def delete_schedule(self, schedule_id: int) -> None:
         """Removes a schedule and cancels its queued executions; its history stays."""
@@ -7490,16 +7671,17 @@ def _beat(
         release_held(db, {s.run.task_id for s in settlements} | {row.task_id for row in beat.claim.rows})
     if places > 0:
         beat.runs = start_ready(db, places, now, owner)
+    note_clock(db, now)
     return beat
 
 
-def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat) -> None:
+def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat, early: bool = False) -> None:
     """Claims the due slots of schedules and moves these on, in the caller's transaction."""
     claim, schedules = beat.claim, due_schedules(db, slots)
     crowd = Crowd(unfinished_of(db, {schedule.task_id for schedule in schedules}))
     for schedule in schedules:
         try:
-            claim_slots(claim, schedule, crowd, now)
+            claim_slots(claim, schedule, crowd, now, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim_broken(claim, schedule, now, error)
@@ -7526,13 +7708,17 @@ def _settle_dead(db: DB, settlements: Sequence[Settlement]) -> None:
     release_held(db, None)
 
 
-def _restart_slots(db: DB, now: int, settled_after: int) -> None:
-    """Computes next slots from `now` where the last claimed one lies in the future: the clock was wrong before."""
-    for schedule in active_schedules(db, settled_after=settled_after):
-        schedule.settled_until = now
+def _follow_clock(db: DB, now: int, moved: int) -> None:
+    """Takes schedules, and with `moved` the waits for retries, back to a clock that was set back."""
+    shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
+    latest = get_meta(db, "clock") or 0
+    for schedule in schedules_ahead(db, now):
         with contextlib.suppress(*DAMAGE):
+            schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
             _place(schedule)
             update_schedule(db, schedule)
+    if latest >= now + CORRECTION:
+        set_meta(db, "clock", now)
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
@@ -7550,7 +7736,7 @@ def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
 def _place(schedule: Schedule) -> None:
     """Finds the first slot after `settled_until`; without one the schedule is over."""
     plan = schedule.plan()
-    schedule.move_to(plan.next_slot(schedule.settled_until), plan)
+    schedule.place(plan.next_slot(schedule.settled_until), plan)
 
 
 def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
@@ -7579,35 +7765,37 @@ def _pause_all(db: DB, paused: bool, now: int) -> None:
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
 
 
-def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> None:
+def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
+    """Returns the executions that it has touched."""
     schedule, _ = get_schedule(db, schedule_id)
-    resumed = bool(changes.get("is_active"))
+    wanted, claimed = changes.get("is_active"), Beat()
+    due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
+    if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
+        # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
+        _claim(db, [schedule_id], now, claimed, early=True)
+        release_held(db, {schedule.task_id})
+        schedule, _ = get_schedule(db, schedule_id)
+    resumed = bool(wanted) and not schedule.is_active
     for name, value in changes.items():
         setattr(schedule, name, value)
-    _check_bounds(schedule)
+    schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
     schedule.updated_at = now
-    if changes.keys() & TIMING_FIELDS:
-        wanted = schedule.is_active
-        schedule.settled_until, schedule.is_active = now, True
-        _place(schedule)
-        if not schedule.is_active:
-            raise InvalidInput(_nothing_left(schedule))
-        schedule.is_active = wanted
+    _check_bounds(schedule)
+    retimed = bool(changes.keys() & TIMING_FIELDS)
+    mark = None
+    if retimed:
+        schedule.go_on(now)
     elif resumed:
-        _reactivate(db, schedule, now)
+        mark = resume_schedule(schedule, now)
+    elif schedule.over:
+        schedule.go_on(now)
     elif schedule.plan().remaining == 0:
-        schedule.move_to(None, schedule.plan())
+        _place(schedule)
+    if schedule.next_slot is None and (retimed or resumed) and not (mark is not None and insert_slots(db, [mark])[1]):
+        raise InvalidInput(_nothing_left(schedule))
     update_schedule(db, schedule)
     remember_zone(db, schedule.zone)
-
-
-def _reactivate(db: DB, schedule: Schedule, now: int) -> None:
-    """Turns a schedule on again. Raises InvalidInput if it has no slot left, naming the field to change."""
-    mark = resume_schedule(schedule, now)
-    if mark is not None and insert_slots(db, [mark])[1]:
-        return
-    if schedule.next_slot is None:
-        raise InvalidInput(_nothing_left(schedule))
+    return [*claimed.new_ids, *claimed.cancelled]
 
 
 def _nothing_left(schedule: Schedule) -> FieldError:

@@ -129,6 +129,7 @@ from chronotask import (
     Unfinished,
     UnsupportedMedia,
     __version__,
+    add_run,
     backup,
     bash_source,
     bash_words,
@@ -184,6 +185,7 @@ from chronotask import (
     set_up_logging,
     settle,
     shown,
+    stands_at,
     status_range,
     stored_config,
     tool_args,
@@ -2323,12 +2325,73 @@ def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
     assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
 
 
-def test_a_clock_set_back_by_less_than_three_hours_fires_nothing_again_and_by_more_was_corrected() -> None:
-    plan = minutely()
-    assert due_slots(plan, NOW + 179 * MINUTE, NOW) == Due([], [], [], NOW + 179 * MINUTE, NOW + 180 * MINUTE)
-    assert due_slots(plan, NOW + 180 * MINUTE - 1, NOW) == Due([], [], [], NOW + 180 * MINUTE - 1, NOW + 180 * MINUTE)
-    assert due_slots(minutely(), NOW + 180 * MINUTE, NOW) == Due([], [], [], NOW, NOW + MINUTE)
-    assert due_slots(minutely(), NOW + 365 * DAY, NOW + 90 * SECOND) == Due([], [], [], NOW + 90 * SECOND, NOW + 2 * MINUTE)
+@pytest.mark.parametrize(
+    # Minutes since NOW. `stood` is where the schedule stood when the clock was set to NOW, which had read `latest` before.
+    ("timing", "stood", "latest", "stands"),
+    [
+        (Cron("0 5 * * *", "UTC"), -5, 0, -5),
+        (Cron("0 5 * * *", "UTC"), 179, 179, 179),
+        (Cron("0-59 0-23 * * *", "UTC"), 60, 179, 60),
+        (Cron("0 5 * * *", "UTC"), 180, 180, 0),
+        (Cron("0 5 * * *", "UTC"), 60, 180, 0),
+        (Cron("0 5 * * *", "UTC"), -5, 999, -5),
+        (Once(NOW + HOUR, "UTC"), 60, 179, 60),
+        (Once(NOW + HOUR, "UTC"), 60, 180, 0),
+        (Cron("*/5 * * * *", "UTC"), 5, 5, 0),
+        (Cron("0 * * * *", "UTC"), 60, 60, 0),
+        (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
+        (Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
+    ],
+)  # fmt: skip
+def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_others_go_on_from_now(
+    timing: Timing, stood: int, latest: int, stands: int
+) -> None:
+    assert stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
+
+
+@pytest.mark.parametrize(
+    # Minutes since NOW: the clock is right again at minute 1.5 after it was behind, and the schedule stands at -180.
+    ("dealt_with", "in_force_since", "ran", "missed", "catchup"),
+    [
+        (0, 0, [], [], [1]),
+        (-60, -60, [], [(-59, 0)], [1]),
+        (1, 0, [], [], []),
+        (1, -180, [], [], []),
+        (500, 1, [], [], []),  # it was ahead before: what the schedule was not there for is out, the rest was missed
+        (500, -2, [], [(-1, 0)], [1]),
+        (500, -180, [(-179, 0)], [], [1]),
+        (500, -180, [(-178, 1)], [], [-179]),
+    ],
+)  # fmt: skip
+def test_what_was_dealt_with_is_not_made_up_for_when_the_clock_jumps_forward(
+    dealt_with: int, in_force_since: int, ran: list[tuple[int, int]], missed: list[tuple[int, int]], catchup: list[int]
+) -> None:
+    stretches = [(NOW + first * MINUTE, NOW + last * MINUTE) for first, last in ran]
+    past = {"dealt_with": NOW + dealt_with * MINUTE, "in_force_since": NOW + in_force_since * MINUTE, "ran": stretches}
+    plan = Plan(Cron("* * * * *", "UTC"), 7, **past)  # type: ignore[arg-type]
+    due = due_slots(plan, NOW - 180 * MINUTE, NOW + 90 * SECOND)
+    assert [((m.first - NOW) // MINUTE, (m.last - NOW) // MINUTE) for m in due.missed] == missed
+    assert [(slot - NOW) // MINUTE for slot in due.catchup] == catchup
+    assert (due.on_time, due.next_slot) == ([], NOW + 2 * MINUTE)
+
+
+def test_a_slot_that_ran_is_none_any_more() -> None:
+    plan = minutely(ran=[(NOW + MINUTE, NOW + 3 * MINUTE), (NOW + 5 * MINUTE, NOW + 5 * MINUTE)])
+    assert plan.next_slot(NOW) == NOW + 4 * MINUTE
+    assert plan.last_slot(NOW + 5 * MINUTE) == NOW + 4 * MINUTE
+    assert plan.upcoming(NOW, 3) == [NOW + 4 * MINUTE, NOW + 6 * MINUTE, NOW + 7 * MINUTE]
+    assert due_slots(plan, NOW, NOW + 5 * MINUTE).catchup == [NOW + 4 * MINUTE]
+
+
+def test_what_ran_is_remembered_as_a_few_stretches() -> None:
+    ran: list[list[int]] = []
+    for slot in (1, 2, 3, 4):
+        ran = add_run(ran, slot, slot - 1)
+    assert ran == [[1, 4]]
+    assert add_run(ran, 9, None) == [[1, 4], [9, 9]]
+    assert add_run([[1, 4], [9, 9]], 5, 4) == [[1, 5], [9, 9]]  # after the clock was set back
+    ran = [[n * n * 10, n * n * 10] for n in range(3, 11)]
+    assert add_run(ran, 5000, None) == [[90, 160], *ran[2:], [5000, 5000]]  # the two that lie closest are one now
 
 
 @pytest.mark.parametrize(
@@ -3085,6 +3148,91 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     migrated.close()
 
 
+# A database that release 1.0 has written, as SQL: zlib, base85. Three tasks, six schedules (three of which are off), seven
+# executions and an attempt, up to 00:05:30 on 2026-01-01.
+RELEASE_1_0 = (
+    "c-qZcS##S)5`OounBohh4H4r$sPa}(66~;6BC`~=PWC9)02qi^fdGR;M_m5z+k+b*4oPKiBC14jrl+U7r@uZ1JU2cqmT0q{FK^}-"
+    "o5gB*_U>YB%r^$w%+Ie3gyWd(4{?M}-l5tLc_LO4yMe!TZM0Z!j8DcIEms?~yuG?YYvZG_HkKF0O+^SCT>BKQmgv&BGJyZZ{N`eQX-tbPj@V2aJ4P{%lL&2$"
+    "Up5s59Svh*Z*j+R<hZ^Y?fPa(7zW{XPofClk(6(9!yt(dNxZdjjI&wv^LlYTU;m2!X8ejy>J}(<I4wDxp1oTvZ;bVZ?z}>i!j2R4kNMTDadRR~`6=UI*CRGF"
+    "<yA!$1X)qI?B{rZAx~~x7(ryF%$Err*;;{3CNpt5iQGFMdy|=;cpiL;ZIFL5n@rOGLD%ws7~h)DF^MKKu9&P1#9`uF7;HM3IoONHSLU?k67?f(Sghs>byLl6"
+    "H><@GSX>)Ruwsm(`!TPfG?~M|5nFJCiAQQ{ng<n!?%f>;J6xm7VRCNv)(OIrAGk_LYHl(`za=E;@tn3>wj8k2@A|zQ;P7#Nd$mE_6#3*S-"
+    "sXh$#f=?{`L3OJfoBiyU}4`P-"
+    "ZmtlUj(a%h?{75^m7wWQIfz>wCvh}rXvLPf}`@N5+3}NzL?^;z~Q6BvIwzX2A8)COjAvc#_21aVPs3R6f7vLrdT{HDLiI1lPE05sYG@-"
+    "Nx}}t<g^WVa=q}x$o#iIh*9aK7#*{y02+!-i{873L#I8vEzxJ6bUgi2*-"
+    "DocTUAw_6>Je~#Y>pQj?S@~$eW^IYJ$j1l?XEw?+7}C<iQO9v!(RNjR0Y;=ONJ8cl|qb5<HO5!-"
+    "o%a<!NT^7bq`+^3s$6qglJ;(Ctlf+co6x>P?brX`&)qEQWnpNfj+tb2x>y6bo}Qad_FX{=D8KO@&;xJ@ymqfk{IWhtF_EOwA$24V97Q<BGt;l&;CrkmWc*R5"
+    "a5uSplm$D`_%eHQQ8JSr%lB1y!;Yh53Us=9vBDqxiOWqp0SNs?Y^HT^t_m2BWE{064<4ye<P61x{p5MYCDm(QFZ89rhAR31&z{krzP8=Y+u?!4yO|9)33*H{"
+    "*mE$NfP6;ZPj3C#7og<aTp$dWLeqeel3OQA|-"
+    "Bp}_Z^Q@s1+5e8q3VI?!!5QcTG<!8qO;wuJvja(SkA|~b>EV81;tE?ny8jA%Ev&12$WvV(M68ZCDSS>WHFkCa~5s1I7=`gQ@jR*uiVo9vTL2fWP$P$vGDi92"
+    "LZ0q_TXSzng>$wkPn-w#!X@h798WOy3mr9S=r*&K6Lt^V#6bCW(Myk$`Sj3Of`PJ&YwsN39$s}pCCk++%1ZuRCd-"
+    "9wKTjMlE57<k{Df+zF{It5=p!MqW;<Dvjbb0Akj2Q%gYDUp{n}^r}aT$svNmm?Jvvi(yEXA}nLDo!#KXTJ1rvpyXn8*#2LEQi$fFCAGdkSVM4paRe_+(}zVQ"
+    "?Vt&!N(Aeb7V(9ILXU@&I;=$D-h1VrmkEPfOG-g{T-"
+    "SimliZPb^guOkFiatV*I{iYBLWV_K$rLcD~XG*go`fPl_pQ?N8FONt0(0+vl8TAU;jNDQ2<N|Gjt66`1Hny%=?mQ*4V#SxBtw@5Jm=Uy#-"
+    "K9H8*H`}Iy&<cFVy=z0njkef|0d^hu$P2*sk~}R8ZJLv8A6?%L9)aN6ST8PWJpSuKZxwb-"
+    "q`g+7(;|Me^V;L5ZJOOWdo~Nu*LzKo9PIwdh{Uls5G~S{k*4eJjniq`+*Xo$IEtyL)d+lmbATNNTSoxdz<h6SS2|#$wPRd}f#E}%bG}R>0&ZYKI96ypcK3uL"
+    "0^&DdV)B(q>m;c5fix>4n5m{ntzxH9ZMKuXGF}!aqXT6Q6Q<I*l0sUlgn^$Ip3vJw5kzCqibFE`3w=!*$~J<|klNzg^==JF9CtJzC?Y461tvFD#&xC56%+Ut"
+    "Np+>pOw|IFTIC@Rh2cLZT_?<a^Am1081<@H9oI<ecTt(^Q2={h@HnUe{|fQtWAQtBOl@2hxnC8X8$OHd?X@SNjOwQM4&*0voXU^&Qs`yIs{r=hqDdQ7;=n+m"
+    "A=ggSc^Z8~lJ@bwookUzA}e$c=^aXT8JDK=(X`xoXWE^k(~Ji#ze}Qyyp&!BY;EG<=i_|Zs%0sqiLLv<aXNDE+jHkprfcr|qO6xTL{T(O+2Bp@^^=gifd9^o"
+    ";sEr29e=PZ8M(cEYranXu$HTt;2xmz7=$(y&y0zq9lT}5S&BR>*hBXS&C`Tfy8sY}!#jvA|DxU4<UeUVks)QiJT;ejR)QDgABvV?Aq6T|(XkGTNUwxM8U=)@"
+    "lBV)EBosdFV(DLDSS|=quI-"
+    "f<0J}J*QK#r>K(Hi)CU!!{quKlS<O%N&9{Di{@7{wQcLYPH3a0!rnJ4is2;JXtoCUaZf<vfNpC(^lVc+sjD0_)j09q_BjbE|=w549NS{Bg=K6R7bLkV4@%l)"
+    "x<=u(R|?d4@4-%=9FqSm40?Z&h!Tl<&ig4R}d2wRa;jxG9X6ZH8f=w_;}qvUeCT>SmEU{>9rWCb^Ht3L{>J*R3tW-"
+    "9o%o;}@^uxv?P+o&*7eWTn;r~RuSV%pE`WmbSeZHt^V#Hc;#Iz4T~m|W&8BYZ$iM#rG}@-"
+    "lnQ^Z{}GBJ7A~_X$4E`maN*_c#QfdlB!&5}j0!IZ$!OTFbrb#U~mdGq1+B4MBDOaRVbcu1g<3rw_^-2D<(ElCnszPHv1%c25H8_~h|N>YbS+^iBm-q*oMYy-"
+    "Tw99}wSMlwDbzmAe|t%O1&#gpkReZ?pPXCW=Chh61TdBQmi)G7ZRL?XZ8>Axk5)4DUT)!mfQQn0KFG1^Vx_?TE@H;VaDlN?B_7=(a&c&@V)GG*pUaS@NOvxp"
+    "Gw3&PC1fH!566_Q69bUj9{(Z!8|$6b}MQw|Ga9CGm?#_aot@@r3_oB!*{S^62B(5pz$f$e4dY1g+M!a7lX_n_ft_#?vk@Ob&4t;&S7DT(7R7f%?sJW3r9tgM"
+    "aAMC++^KH9dN3+Pk3ib*AI$pl?xS7$$AcFILyri_O{p0D=Z&*8"
+)
+
+
+def a_database_of_release_1_0(path: Path) -> None:
+    db = sqlite3.connect(path, isolation_level=None)
+    db.executescript(zlib.decompress(base64.b85decode(RELEASE_1_0)).decode())
+    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    db.execute("PRAGMA user_version=2")
+    db.close()
+
+
+def test_a_database_of_release_1_0_keeps_its_rows_and_what_was_dealt_with(tmp_path: Path) -> None:
+    a_database_of_release_1_0(tmp_path / "c.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as old:
+        before = {
+            table: old.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in ("executions", "attempts", "tasks")
+        }
+    db = open_database(tmp_path / "c.db")
+    for table, rows in before.items():
+        assert [row[: len(rows[0])] for row in db.execute(f"SELECT * FROM {table} ORDER BY 1")] == rows
+    found = db.execute(
+        """SELECT id, is_active, over, settled_until = dealt_with AND settled_until = in_force_since,
+            (settled_until - :start) / :s,
+            CASE WHEN ran = '[]' THEN 'none' ELSE (json_extract(ran, '$[0][1]') - json_extract(ran, '$[0][0]')) / :s END
+        FROM schedules""",
+        {"start": START, "s": S},
+    ).fetchall()
+    assert found == [
+        (1, 1, 0, 1, 300, 300),
+        (2, 1, 0, 1, 0, "none"),
+        (3, 0, 1, 1, 60, 60),
+        (4, 0, 1, 1, 50, 50),
+        (5, 0, 0, 1, 0, "none"),
+        (6, 1, 0, 1, 0, "none"),
+    ]
+    db.close()
+
+
+async def test_a_database_of_release_1_0_goes_on_where_it_was(quick_disk: Path, open_rig: OpenRig) -> None:
+    a_database_of_release_1_0(quick_disk / "old.db")
+    rig = await open_rig(clock=FakeClock(START + 340 * S), database_url=quick_disk / "old.db")
+    views = [await rig.service.get_schedule(schedule_id) for schedule_id in range(1, 7)]
+    assert [offset(view["next_run"]) for view in views] == [360, 14_426.302, None, None, None, None]
+    assert [(await rig.service.get_task(task_id))["run_count"] for task_id in (1, 2, 3)] == [4, 1, 0]
+    assert (await rig.service.get_execution(4))["attempts"][0]["error_message"] == "exit status 3"
+    assert (await rig.patch_schedule(3, schedule_config={"datetime": "2026-01-01T00:30:00Z"}))["is_active"] is True
+    assert (await rig.patch_schedule(5, schedule_config={"seconds": 91}))["is_active"] is False
+    await rig.run_at(360)
+    assert (await rig.brief(schedule_id=1))[-1] == ("schedule", "succeeded", 360)
+
+
 def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store: Store) -> None:
     """Partial indexes serve only a condition that is written to the letter like theirs."""
     db, queries = store._db, list[str]()
@@ -3093,7 +3241,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     chronotask.unfinished_of(db, [task.id])
     chronotask.retry_timers(db)
     chronotask.retry_timers(db, task.id)
-    chronotask.shift_retries(db, 1)
+    chronotask.shift_retries(db, 1, 2)
     chronotask.changed_retries(db, 0)
     chronotask.unfinished_ids(db, {"task_id = ?": task.id})
     chronotask.running_of_others(db, "me")
@@ -6085,9 +6233,28 @@ def test_a_backward_step_under_3_hours_fires_nothing_again_and_one_of_3_hours_is
     schedule = a_schedule(settled_until=START + 10_740 * S)
     assert claimed(schedule, "nobody", 0)[1] == ""
     assert schedule.next_slot == START + 10_800 * S
-    schedule = a_schedule(settled_until=START + 10_800 * S, created_at=START - 86400 * S)
-    assert claimed(schedule, "nobody", 0)[1] == ""
-    assert schedule.next_slot == START + 60 * S
+
+
+def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
+    schedule = a_schedule(catchup="latest", overlap="allow")
+    assert claimed(schedule, "nobody", 183)[1] == "60m 120q 180q"
+    assert (schedule.ran, schedule.dealt_with) == ([[START + 120 * S, START + 180 * S]], START + 180 * S)
+    claimed(schedule, "nobody", 241)
+    schedule.overlap = "skip"
+    assert claimed(schedule, "own", 301)[1] == "300s"
+    assert schedule.ran == [[START + 120 * S, START + 240 * S]]
+    claimed(schedule, "nobody", 361)
+    assert schedule.ran == [[START + 120 * S, START + 240 * S], [START + 360 * S, START + 360 * S]]
+    assert (schedule.settled_until, schedule.dealt_with) == (START + 360 * S, START + 360 * S)
+
+
+def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
+    schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True, 1)
+    assert Crowd([other]).facing(schedule, "schedule") == (1, 0)
+    claim = Claim()
+    claim_slots(claim, schedule, Crowd([other]), START + 60 * S)
+    claim_slots(claim, schedule, Crowd([other, Unfinished(1, 7, "schedule", True, 1)]), START + 120 * S)
+    assert [(row.status, row.hold) for row in claim.rows] == [("queued", Hold.OVERLAP), ("skipped", 0)]
 
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
@@ -6101,6 +6268,7 @@ def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
 
 ONCE = {"datetime": "2026-01-01T00:01:00Z", "timezone": "UTC"}
 CRON = {"expression": "* * * * *", "timezone": "UTC"}
+FIXED = {"expression": "0-59 0-23 * * *", "timezone": "UTC"}
 #        what                 the schedule                                              resumed at, next slot, row at, active
 RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool]] = {
     "interval, in between": ({}, 90, 120, None, True),
@@ -6113,7 +6281,15 @@ RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool
     "end_at passed": ({"end_at": START + 100 * S}, 110, None, None, False),
     "start_at to come": ({"start_at": START + 600 * S}, 110, 600, None, True),
     "max_runs reached": ({"max_runs": 2, "run_count": 2}, 110, None, None, False),
-    "clock was set back a little": ({"settled_until": START + 240 * S, "next_slot": START + 300 * S}, 110, 300, None, True),
+    "clock was set back a little": ({"settled_until": START + 240 * S, "next_slot": START + 300 * S}, 110, 120, None, True),
+    "clock was set back a little, fixed": (
+        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 240 * S, "next_slot": START + 300 * S},
+        *(110, 300, None, True),
+    ),
+    "clock was set back by 3 h": (
+        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 10_910 * S},
+        *(110, 120, None, True),
+    ),
 }
 
 
@@ -6166,6 +6342,14 @@ def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None
 def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
     assert settle(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
     assert settle(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
+
+
+@pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
+def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_start(
+    wall: int, seconds: float | None, ends: int
+) -> None:
+    settlement = settle(a_run(), Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
+    assert (settlement.finished_at, settlement.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
 
 
 # --- Slots, end to end ------------------------------------------------------------------------------------------------
@@ -7051,38 +7235,145 @@ async def test_a_service_that_stops_takes_no_new_work(rig: Rig) -> None:
 # --- Time ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_clock_set_back_under_3_hours_fires_no_slot_twice(rig: Rig) -> None:
-    await rig.schedule(await rig.task(), "cron")
-    await rig.run_at(60)
+YEAR = 31_536_000
+HOURLY = {"schedule_type": "cron", "schedule_config": {"expression": "0 * * * *"}}
+FIXED_HOURS = {"schedule_type": "cron", "schedule_config": {"expression": "0 0-23 * * *"}}
+AT_22 = {"schedule_type": "cron", "schedule_config": {"expression": "0 22 * * *"}}
+SECONDLY = {"schedule_type": "cron", "schedule_config": {"expression": "* * * * * *"}}
+ONCE_AT_600 = {"schedule_type": "once", "schedule_config": {"datetime": "2026-01-01T00:10:00Z"}}
+RAN, MADE_UP = ("schedule", "succeeded"), ("catchup", "succeeded")
+# What: the schedule, made at START; seconds since then: 60 comes, =60 is what the clock is set to; what became of the slots.
+STORIES: dict[str, tuple[dict[str, Any], str, list[tuple[str, str, int]]]] = {
+    # The clock was behind, and is put right.
+    "a slot before the creation": (AT_22, "=-14400 =2 79200", [(*RAN, 79_200)]),
+    "a slot before the creation, put right in steps": (AT_22, "=-14400 =-3600 =2 79200", [(*RAN, 79_200)]),
+    "a slot before the creation, at a start": (AT_22, "stop =-14400 start stop =2 start 79200", [(*RAN, 79_200)]),
+    "slots of a pause": (HOURLY, "off 9000 on =-7200 =9002 10800", [(*RAN, 10_800)]),
+    "slots that were missed": (
+        {**HOURLY, "catchup": "skip"},
+        "12610 =-7200 =12612 14400",
+        [("schedule", "missed", 3600), (*RAN, 14_400)],
+    ),
+    "slots that ran, and a new one that was missed": (
+        HOURLY,
+        "3600 forget =-14400 =14410",
+        [("schedule", "missed", 7200), (*MADE_UP, 14_400)],
+    ),
+    # It was ahead, and is put right.
+    "a year ahead": (AT_22, f"={YEAR + 10} =12 79200", [(*RAN, 79_200), (*MADE_UP, YEAR - 7200)]),
+    "a year ahead, once": (ONCE_AT_600, f"={YEAR} =2 600", [(*RAN, 600)]),
+    "a year ahead, once, seen at a start": (ONCE_AT_600, f"stop ={YEAR} start stop =2 start 600", [(*RAN, 600)]),
+    "a year ahead, an interval with an end": (
+        {"end_at": "2026-01-01T00:02:00Z"},
+        f"={YEAR} =2 60 120 180",
+        [(*RAN, 60), (*RAN, 120)],
+    ),
+    "four hours ahead, once, which ran then": (ONCE_AT_600, "=14400 =2 600", [(*MADE_UP, 600)]),
+    "four hours ahead, then down": (
+        FIXED_HOURS,
+        "=16200 =2 3600 stop =10810 start",
+        [(*RAN, 3600), ("schedule", "missed", 7200), (*MADE_UP, 10_800), (*MADE_UP, 14_400)],
+    ),
+    "an interval of a clock that was ahead": ({}, f"=-{YEAR} -{YEAR - 60} -{YEAR - 120}", [(*RAN, t - YEAR) for t in (60, 120)]),
+    # It is set back.
+    "2 h, twice, each second": (SECONDLY, "1 =-7200 -7199 -7198 =-14000 -13999", [(*RAN, t) for t in (-13_999, -7199, -7198, 1)]),
+    "2 h, twice, an interval": ({}, "60 =-7200 -7140 =-14000 -13980", [(*RAN, t) for t in (-13_980, -7140, 60)]),
+    "1 h, fixed times": (FIXED_HOURS, "3600 =30 3600 7200", [(*RAN, 3600), (*RAN, 7200)]),
+    "1 h, each minute": (
+        {"schedule_type": "cron"},
+        "60 =-3600 -3540 60 120",
+        [(*RAN, -3540), (*RAN, 60), (*RAN, 120)],
+    ),
+    "3 h in two steps": (
+        FIXED_HOURS,
+        "3600 =-3600 =-7400 -7200 -3600 0 3600 7200",
+        [(*RAN, t) for t in (-7200, -3600, 0, 3600, 7200)],
+    ),
+    "3 h, and its history was deleted": (
+        FIXED_HOURS,
+        "3600 forget =-7400 -7200 -3600 0 3600 7200",
+        [(*RAN, t) for t in (-7200, -3600, 0, 7200)],
+    ),
+    "3 h, at a start": (FIXED_HOURS, "3600 stop =-7400 start -7200", [(*RAN, -7200), (*RAN, 3600)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STORIES)
+async def test_no_slot_runs_twice_nor_is_lost_when_the_clock_is_set(what: str, rig: Rig, open_rig: OpenRig) -> None:
+    fields, story, expected = STORIES[what]
+    schedule_id = await rig.schedule(await rig.task(), **fields)
+    for word in story.split():
+        if word in ("off", "on"):
+            await rig.patch_schedule(schedule_id, is_active=word == "on")
+        elif word == "forget":
+            rig.sql("DELETE FROM executions")
+        elif word == "stop":
+            await rig.close()
+        elif word == "start":
+            rig = await open_rig(clock=FakeClock(rig.clock.wall))
+        elif word.startswith("="):
+            rig.clock.set_wall(START + int(word[1:]) * S)
+            rig.clock.steady += 2
+        else:
+            await rig.at(int(word))
+        if not rig.closed:
+            await rig.finish()
+    assert await rig.brief() == expected
+
+
+async def test_a_skipped_slot_of_a_future_that_did_not_come_runs_when_it_comes(rig: Rig, target: Target) -> None:
+    schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), **FIXED_HOURS)
+    run = await rig.execute(1)
+    await rig.tick()
+    rig.clock.set_wall(START + 14_400 * S)
+    await rig.tick()
+    assert await rig.brief(schedule_id=schedule_id) == [
+        ("schedule", "missed", 3600),
+        ("catchup", "skipped", 10_800),
+        ("schedule", "skipped", 14_400),
+    ]
+    rig.clock.set_wall(START + 2 * S)
+    await rig.tick()
+    target.let_go.set()
+    await rig.finish()
+    for hour in (1, 2, 3, 4, 5):
+        await rig.run_at(3600 * hour)
+    assert await rig.brief(schedule_id=schedule_id) == [(*RAN, 3600 * hour) for hour in (1, 2, 3, 4, 5)]
+    assert (await rig.service.get_execution(run))["status"] == "succeeded"
+    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 5
+    assert rig.sql("SELECT history_count FROM tasks") == [(6,)]
+
+
+@pytest.mark.parametrize("moved", [-7200, -600, 600, YEAR])
+async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_the_wall_clock(
+    rig: Rig, target: Target, moved: int
+) -> None:
+    run = await rig.execute(await rig.task(**target.config("/hold")))
+    await rig.tick()
+    while not target.held:
+        await asyncio.sleep(0.001)
+    rig.clock.set_wall(rig.clock.wall + moved * S)
+    rig.clock.advance(3)
+    target.let_go.set()
+    await rig.finish()
+    view = await rig.service.get_execution(run)
+    assert (view["duration"], view["attempts"][0]["duration"], view["status"]) == (3.0, 3.0, "succeeded")
+    assert ("_sum", 3.0) in rig.service.stats.durations.samples()
+    assert (await rig.service.overview(TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
+    await rig.execute(1)
+    await rig.finish()
+    assert offset((await rig.service.get_task(1))["last_run"]) == moved + 3
+
+
+async def test_an_execution_whose_clock_was_set_back_before_its_retry_took_no_negative_time(rig: Rig, target: Target) -> None:
+    target.answer(500)
+    run = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=10))
+    await rig.finish()
     rig.clock.set_wall(START - 7200 * S)
     await rig.tick()
-    assert rig.clock.until == START + 120 * S
-    await rig.at(60)
-    await rig.at(119)
-    assert len(await rig.rows()) == 1
-    await rig.run_at(120)
-    assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
-
-
-async def test_a_clock_set_back_by_3_hours_or_more_is_a_correction(rig: Rig) -> None:
-    await rig.schedule(await rig.task(), "cron")
-    await rig.run_at(60)
-    rig.clock.set_wall(START - 14_400 * S)
-    await rig.tick()
-    assert rig.clock.until == START - 14_340 * S
-    await rig.run_at(-14_340)
-    assert await rig.brief() == [("schedule", "succeeded", -14_340), ("schedule", "succeeded", 60)]
-
-
-async def test_no_slot_fires_twice_when_time_passes_it_again_after_a_correction(rig: Rig) -> None:
-    await rig.schedule(await rig.task(), "cron", schedule_config={"expression": "0 * * * *"})
-    await rig.run_at(3600)
-    rig.clock.set_wall(START - 14_000 * S)
-    await rig.tick()
-    for hour in (-3, -2, -1, 0, 1):
-        await rig.run_at(3600 * hour)
-    assert [row[2] for row in await rig.brief()] == [-10_800, -7200, -3600, 0, 3600]
-    assert await rig.statuses() == ["succeeded"] * 5
+    await rig.run_at(-7180)
+    view = await rig.service.get_execution(run)
+    assert (view["status"], view["attempt"], view["duration"]) == ("succeeded", 2, 0.0)
 
 
 async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig: Rig, open_rig: OpenRig) -> None:
@@ -7353,6 +7644,97 @@ async def test_a_change_of_a_timing_field_computes_the_next_run_anew(rig: Rig, f
     assert (view[field], view["next_run"]) == (shown, next_run)
 
 
+EDITS: dict[str, dict[str, Any]] = {
+    "jitter to none": {"jitter": 0},
+    "jitter to more": {"jitter": 3600},
+    "start_at": {"start_at": "2026-01-01T00:02:00Z"},
+    "end_at": {"end_at": "2026-01-02T09:00:00Z"},
+    "expression": {"schedule_config": {"expression": "30 0 * * *"}},
+    "type": {"schedule_type": "interval", "schedule_config": {"seconds": 3600}},
+    "all at once": {
+        "schedule_config": {"expression": "31 0 * * *"},
+        "jitter": 7,
+        "end_at": "2027-01-01T00:00:00Z",
+        "max_runs": 9,
+    },
+}
+
+
+@pytest.mark.parametrize("jitter", [0, 60])
+@pytest.mark.parametrize("what", EDITS)
+async def test_an_edit_loses_no_slot_that_was_due_and_not_yet_claimed(rig: Rig, what: str, jitter: int) -> None:
+    config = {"expression": "1 0 * * *"}
+    schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config=config, jitter=jitter, catchup="skip")
+    rig.clock.advance(60)  # not yet noticed, or its jitter has not passed
+    view = await rig.patch_schedule(schedule_id, **EDITS[what])
+    assert view["is_active"]
+    await rig.finish()
+    await rig.run_at(121)
+    assert (await rig.brief())[0] == ("schedule", "succeeded", 60)
+    assert len(await rig.rows()) == 1
+
+
+async def test_in_a_burst_an_edit_loses_no_slot(rig: Rig) -> None:
+    task_id = await rig.task()
+    ids = [await rig.schedule(task_id, overlap="allow") for _ in range(6)]
+    rig.clock.advance(60)
+    for schedule_id in ids:
+        await rig.patch_schedule(schedule_id, schedule_config={"seconds": 70 + schedule_id})
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 60)] * 6
+
+
+async def test_a_slot_that_an_edit_finds_due_is_judged_by_the_rules_before_it(rig: Rig, target: Target) -> None:
+    schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), jitter=50)
+    await rig.execute(1)
+    await rig.tick()
+    rig.clock.advance(60)
+    await rig.patch_schedule(schedule_id, jitter=0, max_runs=1, overlap="allow")
+    assert await rig.brief(schedule_id=schedule_id) == [("schedule", "skipped", 60)]
+    target.let_go.set()
+
+
+@pytest.mark.parametrize("what", ["schedule", "task", "scheduler"])
+async def test_an_edit_in_a_pause_starts_nothing(rig: Rig, what: str) -> None:
+    schedule_id = await rig.schedule(await rig.task())
+    await set_pause(rig, what, True, 1, schedule_id)
+    rig.clock.advance(60)
+    await rig.patch_schedule(schedule_id, jitter=5)
+    assert await rig.rows() == []
+
+
+LATER = {"datetime": "2026-01-01T00:30:00Z"}
+ENDED: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "a new datetime": ({"schedule_type": "once"}, {"schedule_config": LATER}, True),
+    "another type": ({"schedule_type": "once"}, {"schedule_type": "interval", "schedule_config": {"seconds": 9}}, True),
+    "a later end_at": ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": "2026-01-01T09:00:00Z"}, True),
+    "no end_at": ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": None}, True),
+    "more runs": ({"max_runs": 1}, {"max_runs": 2}, True),
+    "any number of runs": ({"max_runs": 1}, {"max_runs": None}, True),
+    "what gives no slot": ({"max_runs": 1}, {"overlap": "allow"}, False),
+    "too few runs": ({"max_runs": 1, "jitter": 0}, {"max_runs": 1, "overlap": "allow"}, False),
+    "off in the same request": ({"schedule_type": "once"}, {"schedule_config": LATER, "is_active": False}, False),
+}
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+@pytest.mark.parametrize("what", ENDED)
+async def test_an_edit_that_gives_slots_again_makes_a_schedule_active_unless_somebody_switched_it_off(
+    rig: Rig, what: str, switched_off: bool
+) -> None:
+    fields, changes, active = ENDED[what]
+    schedule_id = await rig.schedule(await rig.task(), **fields)
+    await rig.at(60)
+    await rig.run_at(100)
+    assert (await rig.service.get_schedule(schedule_id))["is_active"] is False
+    if switched_off:
+        await rig.patch_schedule(schedule_id, is_active=False)
+    view = await rig.patch_schedule(schedule_id, **changes)
+    assert (view["is_active"], view["next_run"] is not None) == ((active and not switched_off,) * 2)
+    if switched_off and active:
+        assert (await rig.patch_schedule(schedule_id, is_active=True))["next_run"] is not None
+
+
 async def test_config_and_schedule_config_are_replaced_as_a_whole(rig: Rig) -> None:
     task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
     assert (await rig.patch_task(task_id, config={"command": "false"}))["config"] == {"command": "false"}
@@ -7490,6 +7872,62 @@ async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -
     plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() - 3600 * S)
     await rig.service.retain(rig.clock.now())
     assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("ages", "kept"),  # in days, oldest row first: -365 was written by a clock that was ahead, 9999 by one that was behind
+    [
+        ([31, 1], 1),
+        ([31, -365, 31, 1], 1),
+        ([31, -365, 1], 2),
+        ([-365], 1),
+        ([1, 9999, 1], 3),
+        ([31, 1, 9999], 2),
+    ],
+)
+async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig, ages: list[int], kept: int) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    for age in ages:
+        plant_rows(rig, 1, "succeeded", age)
+    await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
+
+
+async def test_rows_of_a_clock_that_was_ahead_do_not_keep_those_behind_them(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 1500, "succeeded", -365)
+    plant_rows(rig, 1500, "succeeded", 31)
+    plant_rows(rig, 5, "succeeded", 1)
+    for _ in range(2):
+        await rig.service.retain(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(5,)]
+
+
+@pytest.mark.parametrize(("days", "at_start"), [(1.01, True), (365, True), (365, False)])
+async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
+    rig: Rig, open_rig: OpenRig, days: float, at_start: bool
+) -> None:
+    await rig.task()
+    plant_rows(rig, 10, "succeeded", 29.5)
+    if at_start:
+        rig = await restarted(rig, open_rig, days * 86400)
+    else:
+        rig.clock.set_wall(START + round(days * 86400) * S)
+        await rig.tick()
+    for passed, kept in ((0, 10), (3590, 10), (20, 0)):
+        rig.clock.advance(passed)
+        await rig.service.retain(rig.clock.now())
+        assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
+
+
+async def test_a_start_within_a_day_of_what_the_database_knows_deletes_by_age_at_once(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.task()
+    plant_rows(rig, 10, "succeeded", 29.5)
+    later = await restarted(rig, open_rig, 0.99 * 86400)
+    await later.service.retain(later.clock.now())
+    assert later.sql("SELECT count(*) FROM executions") == [(0,)]
 
 
 async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
@@ -10698,19 +11136,51 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
     missed = next(row for row in rows if row["status"] == "missed")
     assert "1000 or more" in missed["error_message"]
 
-    server.step(3 * 3600)
     used = server.cpu()
-    ran_after(0.5)
-    assert ran_after(1.5) == 0, "set back by less than 3 h: nothing until the last claimed slot is passed"
-    assert server.cpu() - used < 1.5, "and no busy loop"
+    for hours in (4, 3):
+        server.step(hours * 3600)
+        goes_on()  # set back by less than 3 h: not at fixed times, so from now on
+    assert server.cpu() - used < 6, "and no busy loop"
     server.step(5 * 3600)
-    goes_on(more=5)
+    goes_on(more=6)
 
     server.step(round(first - time.time()) - 1)  # back by more than 3 h, into a time whose first slots have run
     goes_on()  # a correction: slots are taken from now on
     assert repeated(words[0] for words in appended(file)) == []
     assert server.get("/scheduler/status")["executions"] == {"queued": 0, "running": 0, "retrying": 0}
     assert server.ask("GET", "/health")[0] == 200
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_wrong_for_two_seconds_runs_nothing_that_was_dealt_with_and_loses_nothing_to_come(tmp_path: Path) -> None:
+    server, file = Stepped(tmp_path), tmp_path / "ran.txt"
+    server.start()
+    task = server.bash(f'echo "$CHRONOTASK_SCHEDULED_FOR" >> {file}')
+
+    def a_schedule(schedule_type: str, **config: Any) -> None:
+        body = {"task_id": task, "schedule_type": schedule_type, "schedule_config": config, "overlap": "allow"}
+        server.expect(201, "POST", "/schedules", body)
+
+    def wrong_for_two_seconds(offset: int) -> None:
+        server.step(offset)
+        time.sleep(2)
+        server.step(0)
+        time.sleep(1)
+
+    passed = datetime.fromtimestamp(time.time() - 5400, UTC)
+    a_schedule("cron", expression=f"{passed.minute} {passed.hour} * * *")
+    wrong_for_two_seconds(-4 * 3600)
+    assert (server.rows(), appended(file)) == ([], []), "its time had passed when it was made"
+    soon = datetime.fromtimestamp(int(time.time()) + 20, UTC)
+    text = soon.isoformat().replace("+00:00", "Z")
+    a_schedule("once", datetime=text)
+    a_schedule("cron", expression=f"{soon.second} {soon.minute} {soon.hour} * * *")
+    wrong_for_two_seconds(365 * 24 * 3600)
+    until(lambda: [server.get(f"/schedules/{n}")["next_run"] for n in (2, 3)] == [text, text], 10, "they wait for it again")
+    until(lambda: appended(file).count([text]) == 2, 30, "both ran at their time")
+    assert server.get("/tasks/1")["last_run"][:19] >= text[:19]
+    assert max(Counter(words[0] for words in appended(file) if words != [text]).values()) == 1
     assert server.stop() == 0
 
 
