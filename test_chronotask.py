@@ -6348,7 +6348,8 @@ def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
 def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_start(
     wall: int, seconds: float | None, ends: int
 ) -> None:
-    settlement = settle(a_run(), Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
+    run = dataclasses.replace(a_run(), started_at=START)
+    settlement = settle(run, Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
     assert (settlement.finished_at, settlement.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
 
 
