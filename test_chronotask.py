@@ -6229,7 +6229,7 @@ def test_skipped_slots_do_not_use_up_max_runs() -> None:
     assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
 
 
-def test_a_backward_step_under_3_hours_fires_nothing_again_and_one_of_3_hours_is_a_correction() -> None:
+def test_a_backward_step_fires_nothing_until_the_claimed_slot_is_passed() -> None:
     schedule = a_schedule(settled_until=START + 10_740 * S)
     assert claimed(schedule, "nobody", 0)[1] == ""
     assert schedule.next_slot == START + 10_800 * S
