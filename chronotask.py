@@ -45,40 +45,22 @@ All instants are integers: microseconds since the epoch, UTC. Durations are seco
 from __future__ import annotations
 
 import ctypes
-import marshal
-import os
 import sys
 
 if __name__ == "__main__" and sys.platform == "linux":
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else: see hide_from_tasks
 
-# CPython keeps the syntax tree of a script for as long as it runs: 17 MB for this file. So a script goes on at once as
-# a new interpreter, in the same process, that is handed the compiled code. (`python -m chronotask` keeps no tree.) The
-# garbage collector waits until the service is up (`settle_memory`): what imports make is there to stay.
-if __name__ == "__main__" and __spec__ is None and sys.executable and sys.orig_argv[1:] == sys.argv:
-    try:
-        with os.fdopen(os.memfd_create("chronotask", 0), "w+b") as file:
-            marshal.dump((sys.argv, sys.path, __file__, sys._getframe().f_code), file)
-            file.seek(0)
-            resume = (
-                "import ctypes; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); "
-                f"import gc, marshal, sys; gc.disable(); file = open({file.fileno()}, 'rb'); "
-                "sys.argv[:], sys.path[:], __file__, code = marshal.load(file); file.close(); exec(code)"
-            )
-            # Not with closed standard streams, whose place the file would take; nor with another Python than this one.
-            if file.fileno() > 2 and os.path.samefile(sys.executable, "/proc/self/exe"):
-                # -P: until it has its path back, it must import nothing from the working directory.
-                os.execv(sys.executable, [sys.executable, "-P", "-c", resume, *sys.argv])
-    except (OSError, AttributeError, ValueError):  # no Linux, or a sandbox that forbids it
-        pass
-
+import gc
+import os
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
-if __name__ == "__main__" and os.getpid() == 1:  # which gets no signal that it has no handler for
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+if __name__ == "__main__":
+    gc.disable()  # until the service is up (`settle_memory`): what imports make is there to stay
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
+    if os.getpid() == 1:  # which gets no signal that it has no handler for
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 import argparse
 import asyncio
@@ -95,7 +77,6 @@ import email.utils
 import errno
 import fcntl
 import functools
-import gc
 import grp
 import hashlib
 import heapq
@@ -194,20 +175,6 @@ logger = logging.getLogger("chronotask")
 # ======================================================================================================================
 # 1. Errors and settings
 # ======================================================================================================================
-#
-# ChronoTaskError                    HTTP
-# ├── InvalidInput                   422   every bad field is listed
-# ├── MalformedBody                  400
-# ├── Unauthorized                   401
-# ├── Forbidden                      403
-# ├── NotFound                       404
-# ├── MethodNotAllowed               405
-# ├── RequestTimeout                 408
-# ├── Conflict                       409
-# ├── BodyTooLarge                   413
-# ├── UnsupportedMedia               415
-# ├── Unavailable                    503   the database cannot be written, or the service is stopping
-# └── StartupError                   –     the program ends with `exit_status` and one line
 
 
 class FieldError(NamedTuple):
@@ -223,70 +190,51 @@ class ChronoTaskError(Exception):
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
 
+    def __init_subclass__(cls, status: int = 500, title: str = "Internal error") -> None:
+        cls.status, cls.title = status, title
+
     def __init__(self, detail: str, errors: Sequence[FieldError] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
         self.errors = tuple(errors)
 
 
-class InvalidInput(ChronoTaskError):
-    """Input that was understood but cannot be accepted; `errors` names each bad field."""
+class MalformedBody(ChronoTaskError, status=400, title="Malformed request"): ...
 
-    status = 422
-    title = "Invalid input"
+
+class Unauthorized(ChronoTaskError, status=401, title="Unauthorized"): ...
+
+
+class Forbidden(ChronoTaskError, status=403, title="Forbidden"): ...
+
+
+class NotFound(ChronoTaskError, status=404, title="Not found"): ...
+
+
+class MethodNotAllowed(ChronoTaskError, status=405, title="Method not allowed"): ...
+
+
+class RequestTimeout(ChronoTaskError, status=408, title="Request timeout"): ...
+
+
+class Conflict(ChronoTaskError, status=409, title="Conflict"): ...
+
+
+class BodyTooLarge(ChronoTaskError, status=413, title="Body too large"): ...
+
+
+class UnsupportedMedia(ChronoTaskError, status=415, title="Unsupported media type"): ...
+
+
+class InvalidInput(ChronoTaskError, status=422, title="Invalid input"):
+    """Input that was understood but cannot be accepted; `errors` names each bad field."""
 
     def __init__(self, *errors: FieldError) -> None:
         super().__init__("; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors), errors)
 
 
-class MalformedBody(ChronoTaskError):
-    status = 400
-    title = "Malformed request"
-
-
-class Unauthorized(ChronoTaskError):
-    status = 401
-    title = "Unauthorized"
-
-
-class Forbidden(ChronoTaskError):
-    status = 403
-    title = "Forbidden"
-
-
-class NotFound(ChronoTaskError):
-    status = 404
-    title = "Not found"
-
-
-class MethodNotAllowed(ChronoTaskError):
-    status = 405
-    title = "Method not allowed"
-
-
-class RequestTimeout(ChronoTaskError):
-    status = 408
-    title = "Request timeout"
-
-
-class Conflict(ChronoTaskError):
-    status = 409
-    title = "Conflict"
-
-
-class BodyTooLarge(ChronoTaskError):
-    status = 413
-    title = "Body too large"
-
-
-class UnsupportedMedia(ChronoTaskError):
-    status = 415
-    title = "Unsupported media type"
-
-
-class Unavailable(ChronoTaskError):
-    status = 503
-    title = "Unavailable"
+class Unavailable(ChronoTaskError, status=503, title="Unavailable"):
+    """The database cannot be written, or the service is stopping."""
 
 
 class StartupError(ChronoTaskError):
@@ -315,51 +263,6 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", text) or not low <= float(text) <= high:
-            raise ValueError(f"a number from {low:g} to {high:g}")
-        return float(text)
-
-    return parse
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in {"true", "false", "1", "0", "yes", "no", "on", "off"}:
-        raise ValueError("true or false")
-    return text.lower() in {"true", "1", "yes", "on"}
-
-
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(","))
-    if not all(words) or not text.isprintable():
-        raise ValueError("a comma-separated list without empty entries or control characters")
-    return words
-
-
-def _hosts(text: str) -> tuple[str, ...]:
-    hosts = tuple(host.lower() for host in _words(text))
-    if not all(re.fullmatch(r"[a-z0-9._-]+|\[?[0-9a-f:.]+\]?", host) for host in hosts):
-        raise ValueError("a comma-separated list of host names, without scheme and port")
-    return hosts
-
-
-def _networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(word) for word in _words(text))
-    except ValueError:
-        raise ValueError("a comma-separated list of networks, such as 10.0.0.0/8,192.168.1.7/32") from None
-
-
 @functools.lru_cache(maxsize=1024)
 def load_zone(name: str) -> ZoneInfo:
     """The IANA time zone `name`. Raises ValueError, with the nearest known name, when there is none."""
@@ -386,54 +289,66 @@ def _nearest_zone(name: str) -> str | None:
     return same_city[0] if same_city else nearest(name, known)
 
 
-def _zone_name(text: str) -> str:
-    try:
-        load_zone(text)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("must be ")) from None
-    return text
-
-
-def _log_level(text: str) -> str:
-    if text.upper() not in LOG_LEVELS:
-        raise ValueError("one of " + ", ".join(LOG_LEVELS))
-    return text.upper()
-
-
-def _sqlite_path(text: str) -> Path:
-    if not text.startswith("sqlite:///") or not text.isprintable() or len(text) == len("sqlite:///") or "?" in text:
-        raise ValueError("sqlite:///relative/path.db or sqlite:////absolute/path.db")
-    return Path(text.removeprefix("sqlite:///")).absolute()
-
-
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:-]+", text):
-        raise ValueError("a host name or IP address to listen on")
-    return text
-
-
-def _token(text: str) -> str:
-    if not re.fullmatch(r"[\x21-\x7e]{8,4096}", text):
-        raise ValueError("8 to 4096 visible ASCII characters")
-    return text
-
-
-def _path(text: str) -> Path:
-    if not text.isprintable():
-        raise ValueError("a path without control characters")
-    return Path(text).absolute()
-
-
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 ENV_PREFIX = "CHRONOTASK_"
 SECRET_PREFIX = "CHRONOTASK_SECRET_"
 # Names that a running task finds in its environment (section 7 sets them): a task that starts ChronoTask itself must
 # not be warned about them.
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
-
-
 # Settings that keep somebody out: who misspells one of them must not get a service that is open.
 PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS")
+
+
+def _setting_text(pattern: re.Pattern[str], allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """What reads a setting. It raises ValueError that says what is `allowed`, also where `convert` raises one."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if text.isprintable() and pattern.fullmatch(text):
+                return convert(text)
+        raise ValueError(f"must be {allowed}")
+
+    return read
+
+
+def _number(low: int, high: int, kind: Callable[[str], float] = float) -> Callable[[str], Any]:
+    def within(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+
+    if kind is int:
+        return _setting_text(re.compile("[0-9]{1,12}"), f"a whole number from {low} to {high}", within)
+    return _setting_text(re.compile(r"[0-9]{1,12}(\.[0-9]{1,6})?"), f"a number from {low} to {high}", within)
+
+
+def _words(word: re.Pattern[str], allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    def split(text: str) -> tuple[Any, ...]:
+        words = [part.strip() for part in text.split(",")]
+        if not all(map(word.fullmatch, words)):
+            raise ValueError
+        return tuple(map(convert, words))
+
+    return _setting_text(re.compile(".+"), f"a comma-separated list {allowed}", split)
+
+
+_path = _setting_text(re.compile(".+"), "a path without control characters", lambda text: Path(text).absolute())
+_sqlite_path = _setting_text(
+    re.compile(r"sqlite:///[^?]+"),
+    "sqlite:///relative/path.db or sqlite:////absolute/path.db",
+    lambda text: Path(text.removeprefix("sqlite:///")).absolute(),
+)
+_host = _setting_text(re.compile(r"[A-Za-z0-9._:-]+"), "a host name or IP address to listen on")
+_token = _setting_text(re.compile(r"[\x21-\x7e]{8,4096}"), "8 to 4096 visible ASCII characters")
+_flag = _setting_text(
+    re.compile("(?i)true|false|1|0|yes|no|on|off"), "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"}
+)
+_log_level = _setting_text(re.compile("(?i)" + "|".join(LOG_LEVELS)), "one of " + ", ".join(LOG_LEVELS), str.upper)
+_any_words = _words(re.compile(".+"), "without empty entries or control characters")
+_hosts = _words(
+    re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?"), "of host names, without scheme and port", lambda text: text.lower()
+)
+_networks = _words(re.compile(".+"), "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network)
 
 
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
@@ -446,16 +361,18 @@ class Settings:
 
     database_url: Path = _setting(_sqlite_path, Path(__file__).resolve().parent / "data" / "chronotask.db", "the SQLite database")
     api_host: str = _setting(_host, "127.0.0.1", "address of REST and MCP over HTTP")
-    api_port: int = _setting(_whole(0, 65535), 8000, "port of REST and the dashboard (0: any free one)")
-    scheduler_timezone: str = _setting(_zone_name, "UTC", "zone of cron and of date-times without an offset")
+    api_port: int = _setting(_number(0, 65535, int), 8000, "port of REST and the dashboard (0: any free one)")
+    scheduler_timezone: str = _setting(
+        lambda text: load_zone(text).key, "UTC", "zone of cron and of date-times without an offset"
+    )
     http_timeout: float = _setting(_number(1, 604800), 30.0, "seconds for one HTTP attempt")
     bash_timeout: float = _setting(_number(1, 604800), 300.0, "seconds for one bash attempt")
-    max_retries: int = _setting(_whole(0, 100), 3, "retries of tasks that set none")
+    max_retries: int = _setting(_number(0, 100, int), 3, "retries of tasks that set none")
     retry_delay: float = _setting(_number(0, 86400), 5.0, "seconds before the first retry")
     allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
-    allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
+    allowed_bash_commands: tuple[str, ...] = _setting(_any_words, (), "when set, only these commands run, and no shell")
     allowed_bash_env: tuple[str, ...] = _setting(
-        _words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
+        _any_words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
     )
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
@@ -465,15 +382,15 @@ class Settings:
     allowed_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
         _networks, (), "networks that HTTP tasks may reach all the same"
     )
-    max_concurrent_runs: int = _setting(_whole(1, 10000), 100, "more executions than this wait")
-    output_limit: int = _setting(_whole(1024, 16777216), 65536, "bytes kept of stdout, stderr and response body, each")
-    history_days: int = _setting(_whole(0, 36500), 30, "days that finished executions are kept (0: for ever)")
-    history_per_task: int = _setting(_whole(0, 10000000), 1000, "finished executions kept of each task (0: all)")
+    max_concurrent_runs: int = _setting(_number(1, 10000, int), 100, "more executions than this wait")
+    output_limit: int = _setting(_number(1024, 16777216, int), 65536, "bytes kept of stdout, stderr and response body, each")
+    history_days: int = _setting(_number(0, 36500, int), 30, "days that finished executions are kept (0: for ever)")
+    history_per_task: int = _setting(_number(0, 10000000, int), 1000, "finished executions kept of each task (0: all)")
     shutdown_grace: float = _setting(_number(0, 3600), 6.0, "seconds that running executions get at a stop")
-    log_level: str = _setting(_log_level, "INFO", "DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    log_level: str = _setting(_log_level, "INFO", "from which level on lines are logged")
     log_file: Path | None = _setting(_path, None, "file that gets the log besides stderr")
     mcp_enabled: bool = _setting(_flag, True, "whether MCP is served at all")
-    mcp_port: int = _setting(_whole(0, 65535), 8001, "port of MCP over HTTP (0: any free one)")
+    mcp_port: int = _setting(_number(0, 65535, int), 8001, "port of MCP over HTTP (0: any free one)")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -504,7 +421,7 @@ def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
         return parse(text)
     except ValueError as error:
         value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
-        raise StartupError(f"{name}={value}: must be {error}", exit_status=2) from None
+        raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -549,9 +466,9 @@ def _read_token(path: Path, warnings: list[str]) -> str:
     except (OSError, ValueError) as error:
         raise StartupError(f"{name}: must be a readable ASCII file ({error})", exit_status=2) from None
     try:
-        return _token(text)
+        return str(_token(text))
     except ValueError as error:
-        raise StartupError(f"{name}: the file must hold {error}", exit_status=2) from None
+        raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
 
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
