@@ -1831,10 +1831,16 @@ def _no_colon(text: str) -> str:
     return text
 
 
-def _not_blank(command: str) -> str:
+def _script(command: str) -> str:
     if not command.strip():
         raise ValueError("must hold a command")
-    return command
+    return command.replace("\r\n", "\n")  # from a Windows editor: bash would take the \r for a part of each last word
+
+
+def _folder(path: str) -> str:
+    if "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"):
+        raise ValueError("must be an absolute path, or one that starts with ~/ (the home of the service's user), without $")
+    return path
 
 
 def _fits(args: list[str], info: ValidationInfo) -> list[str]:
@@ -1884,7 +1890,7 @@ class HttpConfig(TypedDict, total=False):
 class BashConfig(TypedDict, total=False):
     """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
 
-    command: Required[Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul), AfterValidator(_not_blank)]]
+    command: Required[Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul), AfterValidator(_script)]]
     args: (
         Annotated[
             list[Annotated[str, Field(max_length=65536), AfterValidator(_no_nul)]], Field(max_length=1000), AfterValidator(_fits)
@@ -1892,13 +1898,13 @@ class BashConfig(TypedDict, total=False):
         | None
     )
     env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
-    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)] | None
+    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_folder)] | None
     timeout: _Timeout | None
 
 
 def bash_source(command: str, args: Sequence[str]) -> str:
     """The bash source of a task: `args` follow `command` as literal words, on its last line."""
-    return " ".join([command.rstrip("\n"), *map(shlex.quote, args)]) if args else command
+    return " ".join([command.rstrip(), *map(shlex.quote, args)]) if args else command
 
 
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
@@ -5105,11 +5111,110 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
         return
     if not settings.allow_host_commands:
         raise Forbidden("bash tasks are forbidden on this service (CHRONOTASK_ALLOW_HOST_COMMANDS=false)")
-    if settings.allowed_bash_commands:
+    if not settings.allowed_bash_commands:
+        if config.get("args") and (end := _end_of_source(config["command"].rstrip())):
+            raise InvalidInput(FieldError("config.args", f"would be lost or changed: the command ends with {end}"))
+    else:
         bash_words(config, settings)
         refused = [name for name in config.get("env", {}) if not _env_allowed(name, settings)]
         if refused:
             raise InvalidInput(*(FieldError(f"config.env.{name}", _env_refusal(settings)) for name in refused))
+
+
+_ORDINARY = re.compile(r"[^\s;&|<>()#'\"`\\${}]+")
+_HERE_DOCUMENT = re.compile(r"<<(-?)[ \t]*((?:\\.|'[^']*'|\"[^\"]*\"|[^\s;&|<>()'\"\\])+)", re.DOTALL)
+_ANSI_QUOTED = re.compile(r"\$'(?:[^'\\]|\\.)*'", re.DOTALL)
+
+
+def _end_of_source(source: str) -> str | None:
+    """What bash is in at the end of `source`, if further words would be no arguments there: a comment, a here-document.
+
+    Follows quotes and substitutions as bash(1) has them. None also for source that ends in the middle of one: bash says so.
+    """
+    if "#" not in source and "<<" not in source and not source.endswith("\\"):
+        return None
+    # What is open, innermost last: " ` { as they are, ( a list of commands, $ one that is a part of a word; arithmetic is + as
+    # a command, 1 in a word and for the parentheses in it.
+    inside = [""]
+    at, backquote, begins = 0, 0, True  # whether a word may begin here, and so a comment
+    documents: list[tuple[str, str]] = []  # that begin behind this line
+    while at < len(source):
+        char, top, word_begins, begins = source[at], inside[-1], begins, False
+        if found := _ORDINARY.match(source, at):
+            at = found.end()
+        elif char == "\\":
+            if at + 1 == len(source):
+                return "a backslash" if len(inside) == 1 else None
+            begins = word_begins and source[at + 1] == "\n"
+            at += 2
+        elif char == "`":
+            if backquote:  # it ends there, whatever is open in it
+                del inside[backquote:]
+            else:
+                inside.append("`")
+            backquote = 0 if backquote else len(inside) - 1
+            begins = backquote > 0
+            at += 1
+        elif source.startswith(("$(", "${"), at):
+            arithmetic = source.startswith("$((", at)
+            inside += ["1", "1"] if arithmetic else ["$"] if source[at + 1] == "(" else ["{"]
+            begins = inside[-1] == "$"
+            at += 2 + arithmetic
+        elif top == '"' or char == '"':
+            if char == '"':
+                inside.pop() if top == '"' else inside.append('"')
+            at += 1
+        elif source.startswith(("'", "$'"), at):
+            quoted = _ANSI_QUOTED.match(source, at) if char == "$" else None
+            at = quoted.end() if quoted else source.find("'", at + 1) + 1
+            if at == 0:
+                return None
+        elif top in {"{", "1", "+"}:
+            if char == ("}" if top == "{" else ")"):
+                begins = inside.pop() == "+"
+            elif char == "(" and top != "{":
+                inside.append("1")
+            at += 1
+        elif char == "#" and word_begins:
+            end = source.find("`", at) if top == "`" else len(source)
+            at, begins = source.find("\n", at, end), True
+            if (at := end if at < 0 else at) in {-1, len(source)}:
+                return "a comment" if len(inside) == 1 else None
+        elif source.startswith("<<<", at):
+            at += 3
+        elif found := _HERE_DOCUMENT.match(source, at):
+            documents.append((found[1], found[2]))
+            at = found.end()
+        elif char == "\n":
+            at = _behind_documents(source, at + 1, documents)
+            if at < 0:
+                return "a here-document" if len(inside) == 1 else None
+            documents, begins = [], True
+        else:
+            if source.startswith("((", at) and word_begins:
+                inside += ["+", "1"]
+                at += 1
+            elif char == "(":
+                inside.append("$" if source[at - 1 : at] in set("<>=?*+@!") else "(")
+            elif char == ")" and top in {"(", "$"}:
+                inside.pop()
+            begins = char in " \t;&|<>()" and inside[-1] != "1" and not (char == ")" and top == "$")
+            at += 1
+    return None
+
+
+def _behind_documents(source: str, at: int, documents: Iterable[tuple[str, str]]) -> int:
+    """The beginning of the line behind these here-documents, the first of which begins at `at`; -1 when there is none."""
+    for dash, word in documents:
+        last_line = re.sub(r"\\(.)|['\"]", r"\1", word, flags=re.DOTALL)
+        line, continued = "\n", False
+        while line != last_line or continued:
+            if at > len(source):
+                return -1
+            continued = last_line == word and (len(line) - len(line.rstrip("\\"))) % 2 == 1
+            end = source.find("\n", at) % (len(source) + 1)
+            line, at = source[at:end].lstrip("\t" * len(dash)), end + 1
+    return at if at <= len(source) else -1
 
 
 def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
@@ -5257,7 +5362,10 @@ def _bash_command(config: dict[str, Any], run: Run, settings: Settings, environ:
     else:
         words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
     env = environ.inherited | _encoded(config.get("env", {})) | _run_variables(run)
-    return _Command(words, env, config.get("working_dir"), config.get("timeout", settings.bash_timeout), config["command"])
+    folder = config.get("working_dir")
+    if folder is not None and folder.partition("/")[0] == "~":
+        folder = (environ.get("HOME") or os.path.expanduser("~")) + folder[1:]
+    return _Command(words, env, folder, config.get("timeout", settings.bash_timeout), config["command"])
 
 
 def _program(name: str, environ: Mapping[str, str]) -> str:
@@ -5575,7 +5683,7 @@ def _exit_facts(returncode: int | None) -> dict[str, Any]:
 
 def _stopped(live: LiveOutput, timeout: float) -> Outcome:
     """How an attempt ended that was stopped, or ran out of time."""
-    messages = {"cancelled": "cancelled", "interrupted": "interrupted: the service was stopped"}
+    messages = {"cancelled": "cancelled", "interrupted": "the service was stopped"}
     if live.reason in messages:
         return Outcome(live.reason, messages[live.reason], _output(live), retryable=live.reason == "interrupted")
     return Outcome("timed_out", f"was still running after {timeout:g} s", _output(live), retryable=True)
@@ -5603,8 +5711,8 @@ def _bash_outcome(command: _Command, live: LiveOutput) -> Outcome:
     if output["signal"]:
         return Outcome("failed", f"was killed by {output['signal']}", output, retryable=True)
     code = output["exit_code"]
-    lines = [line for line in output["stderr"][-4096:].splitlines() if line.strip()]
-    message = f"exit status {code}" + (f": {_one_line(lines[-1], 200)}" if lines else "")
+    lines = (_one_line(line, 200) for line in reversed(output["stderr"][-4096:].splitlines()))
+    message = ": ".join([f"exit status {code}", *itertools.islice(filter(None, lines), 1)])
     if code == 127 and (hint := _same_folder_hint(command, output["stderr"])):
         message += f"; {hint}"
     return Outcome("failed", message, output, retryable=code not in (126, 127))

@@ -1095,6 +1095,7 @@ async def slowdown(call: Callable[[Any], Any], once: Any, twice: Any) -> float:
 
 
 _PATTERN_METHODS = ("match", "fullmatch", "search", "sub", "split", "findall")
+_CALLS = {f"re.{method}" for method in _PATTERN_METHODS}
 
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
@@ -1105,11 +1106,10 @@ def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in _PATTERN_METHODS:
             if isinstance(pattern := names.get(node.value.id), re.Pattern):
                 found[pattern, node.attr] = node.value.id
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "re":
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in _CALLS:
             texts = [ast.unparse(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)]]
             pattern = re.compile(*(eval(text, names) for text in [texts[0], *(text for text in texts[1:] if text[:3] == "re.")]))
-            if node.func.attr != "compile":
-                found[pattern, node.func.attr] = f"line {node.lineno}"
+            found[pattern, node.func.attr] = f"line {node.lineno}"
     return found
 
 
@@ -2426,6 +2426,7 @@ def refusal(task_type: str, config: Any) -> str:
 def test_a_config_keeps_only_the_fields_that_were_sent_and_a_method_in_upper_case() -> None:
     assert parse_config("http", {"url": "http://a.example/", "timeout": 30}) == {"url": "http://a.example/", "timeout": 30}
     assert parse_config("bash", {"command": "true", "args": None}) == {"command": "true"}
+    assert parse_config("bash", {"command": "a\r\nb\n\r", "working_dir": "~/x"}) == {"command": "a\nb\n\r", "working_dir": "~/x"}
     assert parse_config("http", {"url": "http://a.example/", "method": "post"})["method"] == "POST"
 
 
@@ -2553,6 +2554,9 @@ BASH_REFUSALS: dict[str, list[Any]] = {
     "config.env: the value of A must be at most 65536 bytes, without a NUL character": [{"env": {"A": "x\0"}}],
     "config.env.A: must be text": [{"env": {"A": 5}}],
     "config.working_dir: must not be empty": [{"working_dir": ""}],
+    "config.working_dir: must be an absolute path, or one that starts with ~/ (the home of the service's user), without $": [
+        {"working_dir": path} for path in ("a", "./a", "../a", "~bob/a", "$HOME", "/srv/$USER", " /a")
+    ],
     "config.timeout: must be at least 1, not 0.5": [{"timeout": 0.5}],
     "config.command: is required; config.comand: unknown field (did you mean command?)": [{"command": ABSENT, "comand": "a"}],
 }
@@ -4514,6 +4518,117 @@ async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
     live = LiveOutput(1000)
     outcome = await run_bash(StoredConfig(command="umask"), SECOND_RUN, Settings(), Environ(PATH=PATH), live, 0o027)
     assert out(outcome) == "0027\n"
+
+
+# Sources, and what is at their end. "" is a place where words are arguments.
+ENDS_OF_SOURCE = [
+    ("backup.sh", ""),
+    ("echo a#b", ""),
+    ("echo $# ${#x} ${x#y} ${x##*/} $((16#ff))", ""),
+    ("echo '# a' \"# b\" \\# $'c\\'# d'", ""),
+    ("# what it does\necho", ""),
+    ("echo $(date # when\n)", ""),
+    ("echo `date # when`", ""),
+    ("x=$((1<<2)); ((x<<=1)); echo", ""),
+    ("cat <<< '# a'", ""),
+    ("cat <<END", ""),
+    ("cat <<END\n# a\nEND\necho", ""),
+    ("cat <<-'END' | cat\n\ta $(\n\tEND\necho", ""),
+    ("echo \"$(cat <<END\nit's # a\nEND\n)\"", ""),
+    ("echo \"${x:-'}'# a}\" 'b'", ""),
+    ("f() { echo \"$@\"; } # a\nf", ""),
+    ("case $x in\n# a\na) ;;\nesac\necho", ""),
+    ("x=(1 # a\n2)\necho", ""),
+    ("echo a # b", "a comment"),
+    ("echo a\n#b", "a comment"),
+    ("echo a;#b", "a comment"),
+    ("echo \"# a\" # it's", "a comment"),
+    ("echo ${x#y} #", "a comment"),
+    ("((x = 1))# a", "a comment"),
+    ("cat <<END # a", "a comment"),
+    ("cat <<END\na\nEND\n# b", "a comment"),
+    ("cat <<END\na\nEND", "a here-document"),
+    ("cat <<'E D'\n$(\nE D", "a here-document"),
+    ("cat <<-END\n\ta\n\tEND", "a here-document"),
+    ("cat <<A <<B\na\nA\nb\nB", "a here-document"),
+    ("cat <<END\na", "a here-document"),
+    ("cat <<END\na\\\nEND\n", "a here-document"),
+    ("echo a \\", "a backslash"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "end"), ENDS_OF_SOURCE)
+def test_args_that_bash_would_not_take_for_arguments_are_refused(source: str, end: str) -> None:
+    for command in (source, source + " \n\n"):
+        try:
+            check_allowed("bash", {"command": command, "args": ["x"]}, Settings())
+            assert end == ""
+        except InvalidInput as error:
+            assert error.detail == f"config.args: would be lost or changed: the command ends with {end}"
+        check_allowed("bash", {"command": command}, Settings())
+
+
+@pytest.mark.slow
+def test_bash_agrees_about_the_end_of_these_sources() -> None:
+    def is_correct(source: str) -> bool:
+        return subprocess.run(["bash", "-nc", source], env={"PATH": PATH}, stderr=subprocess.DEVNULL, timeout=10).returncode == 0
+
+    for source, end in ENDS_OF_SOURCE:
+        # A parenthesis that closes nothing is an error, unless it is no part of the program any more.
+        assert is_correct(source) and is_correct(source + " )") is (end in {"a comment", "a here-document"}), source
+
+
+@pytest.mark.slow
+async def test_args_follow_the_last_line_that_is_not_blank_and_no_shell_knows_no_comments() -> None:
+    assert out(await bash("echo a\necho b \n \n", args=["c"])) == "a\nb c\n"
+    outcome = await bash("echo a #b", args=["c"])
+    assert (outcome.status, outcome.retryable) == ("failed", False)
+    assert out(await bash("echo a #b", args=["c"], settings=Settings(allowed_bash_commands=("echo",)))) == "a #b c\n"
+
+
+async def test_the_end_of_a_source_is_found_in_linear_time() -> None:
+    def refused(source: str) -> None:
+        with contextlib.suppress(InvalidInput):
+            check_allowed("bash", {"command": f"{source}<<#", "args": ["x"]}, Settings())
+
+    for unit in ("(", "`", "(`", "$(", '"$(', "<<a\n", "<<a ", "`# ", "a ", "# \n", "((", "\\\n", "'", "$'"):
+        for once in (unit * (4000 // len(unit)), "(" * 4000 + "`" * 4000):
+            assert await slowdown(refused, once, once * 2) < 3, unit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "where"),
+    [("~", "{home}"), ("~/", "{home}"), ("~/in it", "{home}/in it"), ("/", "/"), ("{home}/~", "{home}/~")],
+)
+async def test_a_tilde_at_the_beginning_of_working_dir_is_the_home_of_the_service(
+    tmp_path: Path, folder: str, where: str
+) -> None:
+    for name in ("in it", "~"):
+        (tmp_path / name).mkdir()
+    outcome = await bash("pwd", environ={"PATH": PATH, "HOME": str(tmp_path)}, working_dir=folder.format(home=tmp_path))
+    assert out(outcome) == where.format(home=tmp_path) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        (r"why\n\0\n", "exit status 1: why"),
+        (r"why\n\t \001\033\n\r\n", "exit status 1: why"),
+        (r"\0\n\n", "exit status 1"),
+        (r"a\0b", "exit status 1: a b"),
+    ],
+)
+async def test_the_reason_of_a_failure_is_the_last_line_of_stderr_that_can_be_read(stderr: str, message: str) -> None:
+    assert (await bash(f"printf '{stderr}' >&2; exit 1")).error_message == message
+
+
+@pytest.mark.slow
+async def test_the_reason_of_an_interruption_does_not_repeat_its_status() -> None:
+    live = LiveOutput(1000)
+    live.stop("interrupted")
+    assert (await bash("true", live=live)).error_message == "the service was stopped"
 
 
 @pytest.mark.slow
