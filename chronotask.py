@@ -3059,7 +3059,6 @@ class Deadline:
 
 DB = sqlite3.Connection
 T = TypeVar("T")
-Item = TypeVar("Item")
 
 # Append only. Each entry is one schema version: its statements run in one transaction with the new user_version.
 MIGRATIONS: list[tuple[str, ...]] = [
@@ -3159,112 +3158,89 @@ WAL_LIMIT = 8 * 2**20  # bytes that the log may keep on disk once its content is
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
 
-class _Lane:
-    """Calls on their way to workers: what one turn of the loop asks for is handed over at once, as one batch."""
-
-    def __init__(self) -> None:
-        self._batches: queue.SimpleQueue[list[_Call] | None] = queue.SimpleQueue()
-        self._pending: list[_Call] = []
-
-    def submit(self, call: _Call) -> None:
-        self._pending.append(call)
-        if len(self._pending) == 1:
-            call.loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        if self._pending:
-            self._batches.put(self._pending)
-            self._pending = []
-
-    def end(self) -> None:
-        """Lets one worker end, after what is waiting."""
-        self.flush()
-        self._batches.put(None)
-
-    def take(self) -> tuple[list[_Call], bool]:
-        """All that is waiting, at least one batch, and whether this worker shall end then."""
-        batch = self._batches.get()
-        calls = list(batch or ())
-        while batch is not None and len(calls) < 500:
-            try:
-                batch = self._batches.get_nowait()
-            except queue.Empty:
-                break
-            calls += batch or ()
-        return calls, batch is None
-
-    def __len__(self) -> int:
-        return len(self._pending) + self._batches.qsize()
-
-
-class _Worker(threading.Thread):
-    """A thread that runs functions of its connection, all that are waiting at once as one batch."""
-
-    def __init__(self, name: str, run: Callable[[list[_Call]], None], lane: _Lane) -> None:
-        super().__init__(name=name, daemon=True)
-        self._run, self._lane = run, lane
-
-    def run(self) -> None:
-        ending = False
-        while not ending:
-            calls, ending = self._lane.take()
-            if calls:
-                self._run(calls)
-                calls[0].loop.call_soon_threadsafe(_deliver, calls)
-
-
 @dataclass(slots=True)
 class _Call:
-    """A function on its way to a worker, and what came of it."""
+    """A function on its way to a thread, and what came of it."""
 
-    run: Callable[..., Any]
-    item: tuple[Any, ...]  # the one thing to do it for, if `run` does it for many
+    run: Callable[[DB], Any]
     future: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
     since: float
     result: Any = None
     error: Exception | None = None
 
 
-def _deliver(batch: list[_Call]) -> None:
-    for call in batch:
-        if call.future.cancelled():
-            continue
-        if call.error is not None:
-            call.future.set_exception(storage_error(call.error))
-        else:
-            call.future.set_result(call.result)
+class _Queue:
+    """Calls on their way to a thread: what one turn of the loop asks for is handed over at once, as one batch."""
+
+    def __init__(self) -> None:
+        self.batches: queue.SimpleQueue[list[_Call]] = queue.SimpleQueue()
+        self.turn: list[_Call] = []
+
+    def flush(self) -> None:
+        if self.turn:
+            self.batches.put(self.turn)
+            self.turn = []
 
 
 def storage_error(error: Exception) -> Exception:
     """A database error as what the caller hears; other exceptions stay as they are."""
-    return Unavailable(f"the database cannot do this now: {error}") if isinstance(error, sqlite3.Error) else error
+    if not isinstance(error, sqlite3.Error):
+        return error
+    too_long = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+    return Unavailable(_TOO_LONG if too_long else f"the database cannot do this now: {error}")
+
+
+_TOO_LONG = f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
+_REPLACED = "the database file is no longer the one that was opened"
+# Where the fault lies with the file or the disk, not with the statement.
+_FAULTS = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CANTOPEN,
+}
 
 
 class Store:
-    """The database: opened with its schema brought up to date, written by one thread, read by others."""
+    """The database: opened with its schema brought up to date, written by one thread, read by others. Made in its loop."""
 
     def __init__(self, path: Path, monotonic: Callable[[], float]) -> None:
         self.path = path
         self.failure: str | None = None  # why the last commit failed, until one succeeds
-        self._monotonic = monotonic
+        self._loop, self._monotonic = asyncio.get_running_loop(), monotonic
         self._writing: _Call | None = None
         self._version = 0
-        self._writes, self._reads = _Lane(), _Lane()
         self._db = open_database(path)
-        self._file = _file_of(path)
-        self._replaced = False
-        self._reader = connect(path, read_only=True)
-        self._writer = _Worker("store-writer", self._write_batch, self._writes)
-        self._threads: list[threading.Thread] = [
-            self._writer,
-            _Worker("store-reader", partial(_read_batch, self._reader), self._reads),
-        ]
-        self._scans: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._scanning = 0
-        self._closing = False
-        for thread in self._threads:
-            thread.start()
+        self._file, self._replaced = _file_of(path), False
+        self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
+        self._threads: list[tuple[threading.Thread, DB]] = []
+        self._scanning, self._closing = 0, False
+        self._start("writer", self._db, self._writes, self._write_batch)
+        reader = connect(path, read_only=True)
+        self._start("reader", reader, self._reads, partial(_read_batch, reader))
+
+    def _start(self, name: str, db: DB, calls: _Queue, run: Callable[[list[_Call]], None], most: int = 500) -> None:
+        """Starts a thread that runs what waits in `calls`, up to `most` at once as one batch."""
+
+        def work() -> None:
+            while batch := calls.batches.get():
+                while len(batch) < most and not calls.batches.empty():
+                    batch += calls.batches.get()
+                run(batch)
+                self._loop.call_soon_threadsafe(_deliver, batch)
+                if self._closing:
+                    calls.batches.put([])  # the end, which may have been taken with others
+
+        self._threads.append((threading.Thread(target=work, name=f"store-{name}", daemon=True), db))
+        self._threads[-1][0].start()
+
+    def _submit(self, calls: _Queue, run: Callable[[DB], Any]) -> asyncio.Future[Any]:
+        if not calls.turn:
+            self._loop.call_soon(calls.flush)
+        calls.turn.append(_Call(run, self._loop.create_future(), self._monotonic()))
+        return calls.turn[-1].future
 
     async def write(self, run: Callable[[DB], T], at_once: bool = False) -> T:
         """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable.
@@ -3276,18 +3252,9 @@ class Store:
             self._writes.flush()
         return cast(T, await future)
 
-    async def write_each(self, run: Callable[[DB, list[Item]], list[T]], item: Item) -> T:
-        """Like `write`, for what `run` does for many at once: it gets the items of all such calls that wait, and gives
-        one result for each."""
-        return cast(T, await self._submit(self._writes, run, (item,)))
-
     async def read(self, run: Callable[[DB], T]) -> T:
         """Runs `run(db)` on a snapshot of everything committed so far."""
         return cast(T, await self._submit(self._reads, run))
-
-    async def read_each(self, run: Callable[[DB, list[Item]], list[T]], item: Item) -> T:
-        """Like `read`, for what `run` does for many at once, as `write_each`."""
-        return cast(T, await self._submit(self._reads, run, (item,)))
 
     async def scan(self, run: Callable[[DB], T]) -> T:
         """Like `read`, for what may look at many rows: beside everything else, and for SCAN_TIMEOUT seconds at most.
@@ -3295,36 +3262,20 @@ class Store:
         self._scanning += 1
         try:
             if self._scanning > len(self._threads) - 2 < SCANNERS:
-                self._threads.append(threading.Thread(target=self._scan, name="store-scanner", daemon=True))
-                self._threads[-1].start()
-            loop = asyncio.get_running_loop()
-            call = _Call(run, (), loop.create_future(), loop, self._monotonic())
-            self._scans.put(call)
-            return cast(T, await call.future)
+                db = connect(self.path, read_only=True)
+                self._start("scanner", db, self._scans, partial(self._scan, db), most=1)
+            future = self._submit(self._scans, run)
+            self._scans.flush()
+            return cast(T, await future)
+        except sqlite3.Error as error:
+            raise storage_error(error) from None
         finally:
             self._scanning -= 1
 
-    def _scan(self) -> None:
-        db: DB | None = None
-        while (call := self._scans.get()) is not None:
-            until = call.since + SCAN_TIMEOUT
-
-            def is_late(until: float = until) -> bool:
-                return self._closing or self._monotonic() > until
-
-            try:
-                db = db or connect(self.path, read_only=True)
-                db.set_progress_handler(is_late, SCAN_STEP)
-                if is_late():
-                    raise Unavailable(_TOO_LONG)
-                _read_batch(db, [call])
-                if getattr(call.error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
-                    raise Unavailable(_TOO_LONG)
-            except (sqlite3.Error, Unavailable) as error:
-                call.error = error
-            call.loop.call_soon_threadsafe(_deliver, [call])
-        if db is not None:
-            db.close()
+    def _scan(self, db: DB, batch: list[_Call]) -> None:
+        until = batch[0].since + SCAN_TIMEOUT
+        db.set_progress_handler(lambda: self._closing or self._monotonic() > until, SCAN_STEP)
+        _read_batch(db, batch)
 
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
@@ -3344,12 +3295,6 @@ class Store:
         """SQLite before 3.51.3 can corrupt a file that several connections checkpoint: only the leader does."""
         await self.write(lambda db: db.execute(f"PRAGMA wal_autocheckpoint={1000 if leading else 0}").fetchone())
 
-    def _submit(self, lane: _Lane, run: Callable[..., Any], item: tuple[Any, ...] = ()) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        call = _Call(run, item, loop.create_future(), loop, self._monotonic())
-        lane.submit(call)
-        return call.future
-
     def _write_batch(self, batch: list[_Call]) -> None:
         """All calls in one transaction; if one fails after a change, each in a transaction of its own."""
         self._writing = batch[0]
@@ -3361,14 +3306,19 @@ class Store:
 
     def _transaction(self, batch: list[_Call]) -> bool:
         """Whether every call of `batch` has its answer. If not, nothing was kept and each must be tried alone."""
-        db = self._db
+        db, before = self._db, self._db.total_changes
         try:
-            before = db.total_changes
             db.execute("BEGIN IMMEDIATE")
-            for calls in _alike(batch):
-                if not _run_calls(db, calls):
-                    self.failure = str(calls[0].error) if _is_fault(calls[0].error) else self.failure
-                    return False
+            for call in batch:
+                changes = db.total_changes
+                try:
+                    call.result = call.run(db)
+                except Exception as error:
+                    call.error = error
+                    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FAULTS:
+                        self.failure = str(error)
+                    if isinstance(error, sqlite3.Error) or db.total_changes > changes:
+                        return False
             db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
                 self.failure = None
@@ -3388,7 +3338,7 @@ class Store:
 
     def problem(self) -> str | None:
         """Why the database cannot be relied on now, or None."""
-        if not self._writer.is_alive():
+        if not self._threads[0][0].is_alive():
             return "the database writer has died"
         if self.stuck_for() > STUCK_AFTER:
             return f"a write to the database has not come back for {self.stuck_for():.0f} s"
@@ -3398,26 +3348,47 @@ class Store:
 
     @property
     def waiting_writes(self) -> int:
-        return len(self._writes)
+        return len(self._writes.turn) + self._writes.batches.qsize()
 
     def close(self) -> None:
         """Finishes what is waiting and closes all connections. Blocks for 0.2 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
         self._closing = True
-        self._writes.end()
-        self._reads.end()
-        for _ in self._threads[2:]:
-            self._scans.put(None)
+        for calls in (self._writes, self._reads, *(self._scans for _ in self._threads)):
+            calls.flush()
+            calls.batches.put([])
         end = self._monotonic() + 0.2
-        for thread in self._threads:
+        for thread, _ in self._threads:
             thread.join(max(0.0, end - self._monotonic()))
-        for thread, db in ((self._threads[1], self._reader), (self._writer, self._db)):
+        for thread, db in reversed(self._threads):
             if not thread.is_alive():
                 db.close()  # the writer's last: then SQLite leaves one file that holds everything
 
 
-_TOO_LONG = f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
-_REPLACED = "the database file is no longer the one that was opened"
+def _read_batch(db: DB, batch: list[_Call]) -> None:
+    try:
+        db.execute("BEGIN")
+        for call in batch:
+            try:
+                call.result = call.run(db)
+            except Exception as error:  # one that fails must not fail the others
+                call.error = error
+    except sqlite3.Error as error:
+        for call in batch:
+            call.error = error
+    finally:
+        if db.in_transaction:
+            db.execute("COMMIT")
+
+
+def _deliver(batch: list[_Call]) -> None:
+    for call in batch:
+        if call.future.cancelled():
+            continue
+        if call.error is not None:
+            call.future.set_exception(storage_error(call.error))
+        else:
+            call.future.set_result(call.result)
 
 
 def _file_of(path: Path) -> tuple[int, int] | None:
@@ -3427,72 +3398,6 @@ def _file_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _alike(batch: Iterable[_Call]) -> Iterable[list[_Call]]:
-    """The calls one by one, but those that one run does together."""
-    groups: dict[object, list[_Call]] = {}
-    for call in batch:
-        groups.setdefault(call.run if call.item else id(call), []).append(call)
-    return groups.values()
-
-
-def _take_results(db: DB, calls: list[_Call]) -> None:
-    """Runs what `_alike` has put together."""
-    run = calls[0].run
-    results = run(db, [call.item[0] for call in calls]) if calls[0].item else [run(db)]
-    for call, result in zip(calls, results, strict=True):
-        call.result = result
-
-
-def _run_calls(db: DB, calls: list[_Call]) -> bool:
-    """False if they failed in the database or after a change, or one of many failed: the transaction must not be kept."""
-    before = db.total_changes
-    try:
-        _take_results(db, calls)
-        return True
-    except Exception as error:
-        calls[0].error = error
-        return len(calls) == 1 and db.total_changes == before and not isinstance(error, sqlite3.Error)
-
-
-def _is_fault(error: Exception | None) -> bool:
-    """Whether the fault lies with the file or the disk, not with the statement."""
-    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _FAULTS
-
-
-_FAULTS = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_CANTOPEN,
-}
-
-
-def _read_calls(db: DB, calls: list[_Call]) -> None:
-    try:
-        _take_results(db, calls)
-    except Exception as error:
-        if len(calls) == 1:
-            calls[0].error = error
-        else:  # one that fails must not fail the others
-            for call in calls:
-                _read_calls(db, [call])
-
-
-def _read_batch(db: DB, batch: list[_Call]) -> None:
-    try:
-        db.execute("BEGIN")
-        for calls in _alike(batch):
-            _read_calls(db, calls)
-    except sqlite3.Error as error:
-        for call in batch:
-            call.error = error
-    finally:
-        if db.in_transaction:
-            db.execute("COMMIT")
 
 
 # --- Opening ----------------------------------------------------------------------------------------------------------
@@ -3912,17 +3817,12 @@ def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
     db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values([row], columns[1:])[0], row.id])
 
 
-def insert_tasks(db: DB, tasks: list[Task]) -> list[Task]:
-    """Writes new tasks, and gives them their ids. They have not run: the columns from `last_run` on start as the schema says."""
+def insert_task(db: DB, task: Task) -> Task:
+    """Writes a new task, and gives it its id. It has not run: the columns from `last_run` on start as the schema says."""
     columns = TASK_COLUMNS[1 : TASK_COLUMNS.index("last_run")]
-    ids = bulk(
-        db,
-        f"INSERT INTO tasks ({', '.join(columns)}, rev) SELECT *, {_NEXT_REV} FROM ({{rows}})",
-        _values(tasks, columns),
-    )
-    for task, task_id in zip(tasks, ids, strict=True):
-        task.id = task_id
-    return tasks
+    statement = f"INSERT INTO tasks ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
+    task.id = cast(int, db.execute(statement, _values([task], columns)[0]).lastrowid)
+    return task
 
 
 def update_task(db: DB, task: Task) -> None:
@@ -3958,14 +3858,11 @@ def get_task(db: DB, task_id: int) -> Task:
     return _task(existing(row, "task", task_id))
 
 
-def get_tasks_with_next_runs(db: DB, ids: list[int]) -> list[tuple[Task, int | None] | None]:
-    """The tasks `ids`, each with its next run; None for one that is not there."""
-    these = (
-        f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run FROM tasks WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted)"
-    )
-    rows = fetch(db, f"{_TASKS}, next_run", these, (compact(ids),))
-    found = {row[0]: (_task(row[:-1]), row[-1]) for row in rows}
-    return [found.get(task_id) for task_id in ids]
+def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
+    """Raises NotFound."""
+    row = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
+    *task, next_run = existing(row, "task", task_id)
+    return _task(task), next_run
 
 
 def find_equal_task(db: DB, task: Task) -> int | None:
@@ -7253,15 +7150,14 @@ class Service:
             created_at=now,
             updated_at=now,
         )
-        await self.store.write_each(insert_tasks, task)
+        await self.store.write(partial(insert_task, task=task))
         if self.feed.wanted:
             await self._sync()
         return task_view(task, None)
 
     async def get_task(self, task_id: int) -> TaskView:
         """Raises NotFound."""
-        found = await self.store.read_each(get_tasks_with_next_runs, task_id)
-        return self._task_view(*existing(found, "task", task_id))
+        return self._task_view(*await self.store.read(partial(get_task_with_next_run, task_id=task_id)))
 
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         total, rows = await self.store.scan(partial(list_tasks, query=query))

@@ -146,7 +146,7 @@ from chronotask import (
     format_instant,
     format_local,
     get_meta,
-    insert_tasks,
+    insert_task,
     judge_overlap,
     kill_leftovers,
     load_settings,
@@ -3134,7 +3134,7 @@ def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_a
 def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(tmp_path: Path, version: int) -> None:
     db = chronotask.connect(tmp_path / "old.db")
     migrate(db, MIGRATIONS[:version])
-    [task] = insert_tasks(db, [some_task("t")])
+    task = insert_task(db, some_task("t"))
     chronotask.insert_executions(db, [NewExecution(task.id, None, "manual", None, n) for n in range(3)])
     ended = "UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?"
     db.executemany(ended, [("failed", 1), ("succeeded", 2)])
@@ -3240,7 +3240,7 @@ async def test_a_database_of_release_1_0_goes_on_where_it_was(quick_disk: Path, 
 def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store: Store) -> None:
     """Partial indexes serve only a condition that is written to the letter like theirs."""
     db, queries = store._db, list[str]()
-    [task] = insert_tasks(db, [some_task("t")])
+    task = insert_task(db, some_task("t"))
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
     chronotask.retry_timers(db)
@@ -3895,68 +3895,10 @@ def some_task(name: str) -> Task:
     return Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
 
 
-async def test_writes_of_one_kind_that_wait_are_done_in_one_step_and_each_gets_its_own_result(store: Store) -> None:
-    statements: list[str] = []
-    await store.write(lambda db: db.set_trace_callback(statements.append))
-    tasks = [some_task(f"t{n}") for n in range(40)]
-    writes = [store.write_each(insert_tasks, task) for task in tasks]
-    results = await gathered(store, *writes[:20], store.write(put("k1")), *writes[20:])
-    assert results == [*tasks[:20], "k1", *tasks[20:]]
-    assert [task.id for task in tasks] == list(range(1, 41))
-    assert len({statement for statement in statements if statement.startswith("INSERT INTO tasks")}) == 1
-    assert (await store.read(lambda db: db.execute("SELECT id, name FROM tasks").fetchall()))[-1] == (40, "t39")
-
-
-async def test_of_writes_of_one_kind_only_the_one_that_fails_fails(store: Store) -> None:
-    await store.write(
-        lambda db: db.execute(
-            "CREATE TRIGGER t BEFORE INSERT ON tasks WHEN new.name = 'bad' BEGIN SELECT RAISE(ABORT, 'planted'); END"
-        ).fetchall()
-    )
-    names = ["a", "bad", "b", "bad", "c"]
-    results = await gathered(store, *(store.write_each(insert_tasks, some_task(name)) for name in names), store.write(add("k1")))
-    assert [task.name for task in results[:5] if isinstance(task, Task)] == ["a", "b", "c"]
-    assert [str(error) for error in (results[1], results[3])] == ["the database cannot do this now: planted"] * 2
-    assert await store.read(lambda db: get_meta(db, "k1")) == 1, "what was in the transaction that was given up is done once"
-    assert await store.read(lambda db: [row[0] for row in db.execute("SELECT name FROM tasks ORDER BY id")]) == ["a", "b", "c"]
-    assert store.problem() is None
-
-
-async def test_an_item_that_makes_no_sense_fails_alone(store: Store) -> None:
-    nameless: Any = dataclasses.replace(some_task("x"), name=None)
-    items: list[Any] = [some_task("a"), None, nameless, some_task("b")]
-    results = await gathered(store, *(store.write_each(insert_tasks, item) for item in items))
-    assert [type(result) for result in results] == [Task, AttributeError, Unavailable, Task]
-    found = await store.read(lambda db: db.execute("SELECT id, name FROM tasks ORDER BY id").fetchall())
-    assert found == [(results[0].id, "a"), (results[3].id, "b")]
-
-
-async def test_reads_of_one_kind_that_wait_are_done_in_one_step_and_each_gets_its_own_result(store: Store) -> None:
-    await store.write(lambda db: insert_tasks(db, [some_task("a"), some_task("b")]))
-    asked: list[list[int]] = []
-
-    def get(db: sqlite3.Connection, ids: list[int]) -> list[tuple[Task, int | None] | None]:
-        asked.append(ids)
-        return chronotask.get_tasks_with_next_runs(db, ids)
-
-    reads = [store.read_each(get, task_id) for task_id in (2, 1, 9, 2)]
-    *found, name = await gathered(store, *reads, store.read(lambda db: "other"))
-    assert [one and one[0].name for one in found] == ["b", "a", None, "b"]
-    assert (asked, name) == ([[2, 1, 9, 2]], "other")
-
-
-async def test_of_reads_of_one_kind_only_the_one_that_fails_fails(store: Store) -> None:
-    def halves(db: sqlite3.Connection, numbers: list[int]) -> list[float]:
-        return [1 / number for number in numbers]
-
-    results = await gathered(store, *(store.read_each(halves, number) for number in (1, 0, 2)))
-    assert (results[0], type(results[1]), results[2]) == (1, ZeroDivisionError, 0.5)
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
-        [task] = insert_tasks(db, [some_task("t")])
+        task = insert_task(db, some_task("t"))
         rows = [NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
         return chronotask.insert_executions(db, rows)
 
