@@ -1103,9 +1103,10 @@ def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     names = {**vars(chronotask), "tag": "script"}  # which is a part of one of them
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in _PATTERN_METHODS:
-            if isinstance(pattern := names.get(node.value.id), re.Pattern):
-                found[pattern, node.attr] = node.value.id
+        if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
+            for name in {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}:
+                if isinstance(pattern := names.get(name), re.Pattern):
+                    found[pattern, node.attr] = name
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in _CALLS:
             texts = [ast.unparse(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)]]
             pattern = re.compile(*(eval(text, names) for text in [texts[0], *(text for text in texts[1:] if text[:3] == "re.")]))
