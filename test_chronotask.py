@@ -860,16 +860,8 @@ _CLOCKS = re.compile(
 _ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|putenv|unsetenv)")
 _SUSPECT = re.compile(r"time|time_ns|monotonic.*|perf_counter.*|.*time|sleep|now|utcnow|today|formatdate|environb?|.*env|_.*[^_]")
 _BANNER = re.compile(r"^# =+\n# (\d+)\. (.+)\n# =+$", re.MULTILINE)
-_SCOPES = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.Lambda,
-    ast.ClassDef,
-    ast.ListComp,
-    ast.SetComp,
-    ast.DictComp,
-    ast.GeneratorExp,
-)
+_SCOPES: tuple[type[ast.AST], ...] = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+_SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 @dataclass(frozen=True)
@@ -4179,13 +4171,8 @@ def test_onlookers_see_masked_output_as_it_comes() -> None:
     assert live.recent() == [("stdout", 4, b"one "), ("stderr", 5, b"short")]
     live.feed("stdout", b"value two")
     assert live.recent() == [("stdout", 16, b"one ******** two"), ("stderr", 5, b"short")]
-    assert live.snapshot() == {
-        "stdout": "one ******** two",
-        "stderr": "short",
-        "stdout_bytes": 20,
-        "stderr_bytes": 5,
-        "truncated": False,
-    }
+    sizes = {"stdout_bytes": 20, "stderr_bytes": 5, "truncated": False}
+    assert live.snapshot() == {"stdout": "one ******** two", "stderr": "short", **sizes}
     live.close()
     assert live.recent() == [("stdout", 16, b"one ******** two"), ("stderr", 5, b"short")]
 
@@ -4372,18 +4359,8 @@ def test_a_secret_is_read_once_and_a_hundred_different_ones_are_the_most(tmp_pat
 @pytest.mark.slow
 async def test_a_command_succeeds_with_exit_status_0() -> None:
     outcome = await bash("echo hi; echo oops >&2")
-    assert outcome == Outcome(
-        "succeeded",
-        output={
-            "exit_code": 0,
-            "signal": None,
-            "stdout": "hi\n",
-            "stderr": "oops\n",
-            "stdout_bytes": 3,
-            "stderr_bytes": 5,
-            "truncated": False,
-        },
-    )
+    streams = {"stdout": "hi\n", "stderr": "oops\n", "stdout_bytes": 3, "stderr_bytes": 5, "truncated": False}
+    assert outcome == Outcome("succeeded", output={"exit_code": 0, "signal": None, **streams})
 
 
 @pytest.mark.slow
@@ -5105,14 +5082,9 @@ async def answered(answer: Callable[[], web.Response], **config: Any) -> Outcome
 
 
 async def echo(request: web.Request) -> web.Response:
-    return web.json_response(
-        {
-            "method": request.method,
-            "path": request.raw_path,
-            "headers": {name.lower(): value for name, value in request.headers.items()},
-            "body": (await request.read()).decode(),
-        }
-    )
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    body = (await request.read()).decode()
+    return web.json_response({"method": request.method, "path": request.raw_path, "headers": headers, "body": body})
 
 
 async def echoed(url: str = "/", **config: Any) -> dict[str, Any]:
@@ -5263,12 +5235,8 @@ async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
     outcome = await answered(lambda: web.json_response({"a": [1, 2]}, headers={"X-A": "1"}))
     assert outcome.status == "succeeded"
     assert output(outcome)["headers"]["X-A"] == "1"
-    assert {name: value for name, value in outcome.output.items() if name != "headers"} == {
-        "status_code": 200,
-        "body": {"a": [1, 2]},
-        "body_bytes": 13,
-        "truncated": False,
-    }
+    rest = {name: value for name, value in output(outcome).items() if name != "headers"}
+    assert rest == {"status_code": 200, "body": {"a": [1, 2]}, "body_bytes": 13, "truncated": False}
 
 
 @pytest.mark.parametrize(
@@ -5744,11 +5712,9 @@ async def test_an_untrusted_certificate_is_refused_unless_verify_tls_is_false(tl
     async with serving(echo, tls) as url:
         refused = await http_executors(url)
         accepted = await http_executors(url, verify_tls=False)
-    assert (refused.status, refused.retryable, refused.error_message) == (
-        "failed",
-        False,
-        "the TLS certificate of 127.0.0.1 is refused: self-signed certificate (verify_tls: false accepts any)",
-    )
+    assert (refused.status, refused.retryable) == ("failed", False)
+    said = "the TLS certificate of 127.0.0.1 is refused: self-signed certificate (verify_tls: false accepts any)"
+    assert refused.error_message == said
     assert accepted.status == "succeeded"
 
 
@@ -6630,11 +6596,8 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
     await later.let_go(target)
     rows = await later.rows()
     assert [row["status"] for row in rows] == ["succeeded"] * 3
-    assert [request.headers["X-ChronoTask-Scheduled-For"] for request in target.requests] == [
-        "2026-01-01T00:01:00Z",
-        "2026-01-01T00:02:00Z",
-        "2026-01-01T00:03:00Z",
-    ]
+    slots = [request.headers["X-ChronoTask-Scheduled-For"] for request in target.requests]
+    assert slots == ["2026-01-01T00:01:00Z", "2026-01-01T00:02:00Z", "2026-01-01T00:03:00Z"]
 
 
 async def test_a_clock_that_jumps_forward_is_caught_up_like_a_stop(rig: Rig) -> None:
@@ -6665,11 +6628,8 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
     await rig.at(60)
     await rig.execute(task_id)
     await rig.tick()
-    assert [(row["trigger"], row["status"]) for row in await rig.rows()] == [
-        ("manual", "running"),
-        ("schedule", "skipped"),
-        ("manual", "running"),
-    ]
+    found = [(row["trigger"], row["status"]) for row in await rig.rows()]
+    assert found == [("manual", "running"), ("schedule", "skipped"), ("manual", "running")]
     await rig.let_go(target)
 
 
@@ -6988,11 +6948,8 @@ async def test_retries_keep_every_attempt_and_the_last_one_decides(rig: Rig, tar
     assert (last["status"], last["success"], last["attempt"], last["retry_count"]) == ("succeeded", True, 3, 2)
     assert (last["started_at"], last["finished_at"], last["duration"]) == ("2026-01-01T00:00:00Z", "2026-01-01T00:00:50Z", 50.0)
     assert last["error_message"] is None
-    assert [(a["attempt"], a["status"], (a["output_data"] or {}).get("status_code")) for a in last["attempts"]] == [
-        (1, "failed", 500),
-        (2, "failed", 503),
-        (3, "succeeded", 200),
-    ]
+    attempts = [(a["attempt"], a["status"], (a["output_data"] or {}).get("status_code")) for a in last["attempts"]]
+    assert attempts == [(1, "failed", 500), (2, "failed", 503), (3, "succeeded", 200)]
     task = await rig.service.get_task(1)
     assert (task["run_count"], task["success_count"], task["failure_count"]) == (1, 1, 0)
 
@@ -7060,14 +7017,8 @@ async def test_what_a_task_is_told_in_its_environment(rig: Rig, tmp_path: Path) 
     command = f"env | grep ^CHRONOTASK_ | grep -v RUN_ID | sort > {tmp_path}/seen"
     await rig.schedule(await rig.task(name="told", config={"command": command}))
     await rig.run_at(60)
-    assert (tmp_path / "seen").read_text().split() == [
-        "CHRONOTASK_ATTEMPT=1",
-        "CHRONOTASK_EXECUTION_ID=1",
-        "CHRONOTASK_SCHEDULED_FOR=2026-01-01T00:01:00Z",
-        "CHRONOTASK_SCHEDULE_ID=1",
-        "CHRONOTASK_TASK_ID=1",
-        "CHRONOTASK_TASK_NAME=told",
-    ]
+    told = "ATTEMPT=1 EXECUTION_ID=1 SCHEDULED_FOR=2026-01-01T00:01:00Z SCHEDULE_ID=1 TASK_ID=1 TASK_NAME=told"
+    assert (tmp_path / "seen").read_text().split() == [f"CHRONOTASK_{word}" for word in told.split()]
 
 
 async def test_counters_count_executions_that_started_once_each(rig: Rig, target: Target) -> None:
@@ -7410,11 +7361,8 @@ async def test_a_broken_schedule_row_is_switched_off_and_the_others_go_on(rig: R
     rig.clock.advance(60)
     await rig.service.beat()
     await rig.finish()
-    assert rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id") == [
-        (1, "succeeded"),
-        (2, "failed"),
-        (3, "succeeded"),
-    ]
+    found = rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id")
+    assert found == [(1, "succeeded"), (2, "failed"), (3, "succeeded")]
     assert rig.sql("SELECT is_active FROM schedules ORDER BY id") == [(1,), (0,), (1,)]
     (row,) = await rig.rows(schedule_id=2)
     assert "switched off" in str(row["error_message"])
@@ -7585,15 +7533,8 @@ async def test_deleting_a_schedule_lets_a_retrying_execution_end(rig: Rig, targe
 
 # --- Changing tasks and schedules -------------------------------------------------------------------------------------
 
-TASK_CHANGES: dict[str, Any] = {
-    "name": "new name",
-    "description": "new words",
-    "config": {"command": "false"},
-    "max_retries": 9,
-    "retry_delay": 7.5,
-    "retry_backoff": 3,
-    "status": "paused",
-}
+TASK_CHANGES: dict[str, Any] = {"name": "new name", "description": "new words", "config": {"command": "false"}}
+TASK_CHANGES |= {"max_retries": 9, "retry_delay": 7.5, "retry_backoff": 3, "status": "paused"}
 
 
 @pytest.mark.parametrize("field", TASK_CHANGES)
@@ -7606,13 +7547,8 @@ async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig, field: str
     assert await rig.service.get_task(task_id) == after
 
 
-SCHEDULE_CHANGES: dict[str, Any] = {
-    "is_active": False,
-    "overlap": "queue",
-    "catchup": "all",
-    "catchup_window": 60,
-    "max_runs": 5,
-}
+SCHEDULE_CHANGES: dict[str, Any] = {"is_active": False, "overlap": "queue", "catchup": "all"}
+SCHEDULE_CHANGES |= {"catchup_window": 60, "max_runs": 5}
 SCHEDULE_TIMING: dict[str, tuple[Any, str]] = {
     "schedule_config": ({"seconds": 90}, "2026-01-01T00:01:30Z"),
     "start_at": ("2026-01-01T00:02:00Z", "2026-01-01T00:02:00Z"),
@@ -7843,11 +7779,8 @@ async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no
     plant_rows(rig, 60, "missed", 1)
     await rig.executed(1)
     await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1") == [
-        ("missed", 60),
-        ("skipped", 40),
-        ("succeeded", 5),
-    ]
+    found = rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1")
+    assert found == [("missed", 60), ("skipped", 40), ("succeeded", 5)]
 
 
 @pytest.mark.parametrize("status", ["queued", "retrying"])
@@ -9720,7 +9653,7 @@ def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path) -> None:
     server = session(tmp_path)
-    server.send_call(1, "execute_task", task_id=server.bash(f"sleep 2.5; echo done > {tmp_path}/done"), wait=50)
+    server.send_call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=50)
     until(server.has_child)
     server.end_input()
     assert server.ended() == 0
@@ -9749,7 +9682,7 @@ def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_after_the_end_of_input_is_no_second_signal(tmp_path: Path) -> None:
     server = session(tmp_path)
-    server.call(1, "execute_task", task_id=server.bash(f"sleep 2.5; echo done > {tmp_path}/done"), wait=0)
+    server.call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=0)
     until(server.has_child)
     server.end_input()
     until(lambda: "stopping" in server.log())
@@ -10260,34 +10193,23 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(option in text for option in ("--mode", "--host", "--port", "--backup", "--version", "--help"))
 
 
-async def test_a_backup_is_a_consistent_single_file_made_while_the_service_writes(open_rig: OpenRig, tmp_path: Path) -> None:
+async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_restores_as_a_database(
+    open_rig: OpenRig, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     rig = await open_rig()
-    await rig.task(name="kept")
+    await rig.schedule(await rig.task(name="kept"))
     run_backup(rig.service.settings, str(tmp_path / "copy.db"))
-    await rig.task(name="later")
-    copy = sqlite3.connect(f"file:{tmp_path}/copy.db?mode=ro&immutable=1", uri=True)
-    assert copy.execute("SELECT name FROM tasks").fetchall() == [("kept",)]
-    assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    copy.close()
-    assert stat.S_ISREG((tmp_path / "copy.db").stat().st_mode)
-
-
-async def test_a_backup_restores_as_a_database(open_rig: OpenRig, tmp_path: Path) -> None:
-    rig = await open_rig()
-    task_id = await rig.task(name="kept")
-    await rig.schedule(task_id)
-    run_backup(rig.service.settings, str(tmp_path / "copy.db"))
-    other = await open_rig(database_url=tmp_path / "copy.db")
-    assert (await other.service.get_task(task_id))["next_run"] == "2026-01-01T00:01:00Z"
-
-
-async def test_a_backup_to_standard_output_is_the_database(open_rig: OpenRig, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    rig = await open_rig()
-    await rig.task(name="kept")
     run_backup(rig.service.settings, "-")
-    out = capfdbinary.readouterr().out
-    assert out.startswith(b"SQLite format 3\0") and b"kept" in out
+    await rig.task(name="later")
+    (tmp_path / "out.db").write_bytes(capfdbinary.readouterr().out)
+    for name in ("copy.db", "out.db"):
+        with contextlib.closing(sqlite3.connect(f"file:{tmp_path}/{name}?mode=ro&immutable=1", uri=True)) as copy:
+            assert copy.execute("SELECT name FROM tasks").fetchall() == [("kept",)]
+            assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert stat.S_ISREG((tmp_path / "copy.db").stat().st_mode)
     assert not list(rig.path.parent.glob(".backup-*"))
+    other = await open_rig(database_url=tmp_path / "copy.db")
+    assert (await other.service.get_task(1))["next_run"] == "2026-01-01T00:01:00Z"
 
 
 async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(open_rig: OpenRig, tmp_path: Path) -> None:
@@ -10460,15 +10382,8 @@ class Crash:
         self._ran = folder / "ran.txt"
         self._ran.touch()
         self._web = Web()
-        self._server = Server(
-            folder,
-            program=program,
-            MAX_CONCURRENT_RUNS=20,
-            HISTORY_PER_TASK=0,
-            HISTORY_DAYS=0,
-            SHUTDOWN_GRACE=2,
-            LOG_LEVEL="INFO",
-        )
+        keeps_all = {"HISTORY_PER_TASK": 0, "HISTORY_DAYS": 0}
+        self._server = Server(folder, program=program, MAX_CONCURRENT_RUNS=20, SHUTDOWN_GRACE=2, LOG_LEVEL="INFO", **keeps_all)
         self._tasks: list[int] = []
         self._schedules: list[Json] = []
         self._accepted: dict[int, tuple[int, str]] = {}  # execution → task, queued_at
@@ -11268,8 +11183,8 @@ def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: P
     assert status == 204 or (status == 503 and "full" in answer["detail"])
     accepted = accepted[1:] if status == 204 else accepted
     size = len(server.log())
-    time.sleep(3)
-    assert len(server.log()) - size < 3000, server.log()[-3000:]
+    time.sleep(1.5)
+    assert len(server.log()) - size < 1500, server.log()[-3000:]
     (small_disk / "ballast").unlink()
     server.healthy_again()
     assert server.execute(server.bash("echo again"), wait=10)["status"] == "succeeded"
@@ -11834,16 +11749,8 @@ async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open
         problem_of(answer, status)
 
 
-NUMBERS = [
-    "1e999",
-    "-1e999",
-    "9" * 4000,
-    "1" + "0" * 400,
-    "1e308",
-    "-9223372036854775809",
-    "18446744073709551616",
-    "1.7976931348623159e308",
-]
+NUMBERS = ["9" * 4000, "1" + "0" * 400]
+NUMBERS += "1e999 -1e999 1e308 -9223372036854775809 18446744073709551616 1.7976931348623159e308".split()
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
