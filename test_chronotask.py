@@ -63,8 +63,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 import chronotask
 from chronotask import (
     API,
-    APPLICATION_ID,
-    CONFIGS,
     DAY,
     HOUR,
     MASK,
@@ -72,12 +70,9 @@ from chronotask import (
     MIGRATIONS,
     MINUTE,
     OPERATIONS,
-    PAGES,
     SECOND,
-    TOOL_LIST_TEXT,
     TOOLS,
     Alarms,
-    BodyTooLarge,
     ChronoTaskError,
     Claim,
     Clipper,
@@ -88,9 +83,6 @@ from chronotask import (
     Deadline,
     Due,
     Environ,
-    ExecutionQuery,
-    ExecutionView,
-    FieldError,
     FileLock,
     Forbidden,
     HistoryQuery,
@@ -99,83 +91,52 @@ from chronotask import (
     Interval,
     InvalidInput,
     LiveOutput,
-    MalformedBody,
-    MethodNotAllowed,
     Missed,
-    NewExecution,
     NotFound,
     Once,
     Outcome,
     Plan,
     Run,
     Schedule,
-    ScheduleCreate,
     ScheduleQuery,
-    ScheduleUpdate,
     SecretMasker,
     Service,
     Settings,
     StartupError,
     Store,
     StoredConfig,
-    Task,
-    TaskCreate,
-    TaskQuery,
-    TaskUpdate,
     TimerQueue,
     Timing,
-    Unauthorized,
     Unavailable,
     Unfinished,
-    UnsupportedMedia,
     __version__,
     add_run,
     backup,
     bash_source,
-    bash_words,
     check_allowed,
-    check_caller,
     check_schedule_config,
-    claim_broken,
     claim_slots,
     clip,
     due_slots,
-    escape_controls,
-    exposed_secrets,
-    field_errors,
     format_instant,
-    format_local,
     get_meta,
     insert_task,
-    judge_overlap,
     kill_leftovers,
-    load_settings,
-    load_zone,
-    locks_work,
     main,
-    make_app,
-    make_mcp_app,
     make_server,
     make_timing,
-    make_tools,
     mask_config,
-    mask_url,
     migrate,
     missed_message,
-    nearest,
-    nesting,
     open_database,
     parse,
     parse_command_line,
     parse_config,
     parse_instant,
-    read_lines,
     read_message,
     reap,
     refused_address,
     resolve_secrets,
-    resume_schedule,
-    retry_after,
     retry_wait,
     run_backup,
     run_bash,
@@ -185,12 +146,9 @@ from chronotask import (
     set_up_logging,
     settle,
     shown,
-    stands_at,
-    status_range,
     stored_config,
     tool_args,
     unmask_config,
-    use_pidfd,
     warn_if_open,
 )
 
@@ -291,19 +249,19 @@ class Rig:
 
     async def task(self, **fields: Any) -> int:
         body = {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0, **fields}
-        return (await self.service.create_task(parse(TaskCreate, body)))["id"]
+        return (await self.service.create_task(parse(chronotask.TaskCreate, body)))["id"]
 
     async def schedule(self, task_id: int, schedule_type: str = "interval", **fields: Any) -> int:
         """A schedule; without a config it fires every 60 s, or in 60 s."""
         usual = {"interval": {"seconds": 60}, "cron": {"expression": "* * * * *"}, "once": {"datetime": "2026-01-01T00:01:00Z"}}
         body = {"task_id": task_id, "schedule_type": schedule_type, "schedule_config": usual[schedule_type], **fields}
-        return (await self.service.create_schedule(parse(ScheduleCreate, body)))["id"]
+        return (await self.service.create_schedule(parse(chronotask.ScheduleCreate, body)))["id"]
 
     async def patch_task(self, task_id: int, **fields: Any) -> Any:
-        return await self.service.update_task(task_id, parse(TaskUpdate, fields))
+        return await self.service.update_task(task_id, parse(chronotask.TaskUpdate, fields))
 
     async def patch_schedule(self, schedule_id: int, **fields: Any) -> Any:
-        return await self.service.update_schedule(schedule_id, parse(ScheduleUpdate, fields))
+        return await self.service.update_schedule(schedule_id, parse(chronotask.ScheduleUpdate, fields))
 
     async def execute(self, task_id: int) -> int:
         return (await self.service.execute_task(task_id))["id"]
@@ -344,9 +302,9 @@ class Rig:
                 return
         raise AssertionError("executions go on for ever")
 
-    async def rows(self, **query: Any) -> list[ExecutionView]:
+    async def rows(self, **query: Any) -> list[chronotask.ExecutionView]:
         """Executions, oldest first."""
-        page = await self.service.list_executions(ExecutionQuery(**{"limit": 1000, **query}))
+        page = await self.service.list_executions(chronotask.ExecutionQuery(**{"limit": 1000, **query}))
         return page["executions"][::-1]
 
     async def statuses(self, **query: Any) -> list[str]:
@@ -400,7 +358,7 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
     """Opens services: `await open_rig(clock=…, kind=…, SETTING=…)`. All are closed at the end of the test."""
-    use_pidfd()
+    chronotask.use_pidfd()
     rigs: list[Rig] = []
 
     async def open_one(clock: FakeClock | None = None, kind: str = "service", **changes: Any) -> Rig:
@@ -1159,14 +1117,14 @@ HOME = Path(chronotask.__file__).absolute().parent
     ("error", "status"),
     [
         (InvalidInput, 422),
-        (MalformedBody, 400),
-        (Unauthorized, 401),
+        (chronotask.MalformedBody, 400),
+        (chronotask.Unauthorized, 401),
         (Forbidden, 403),
         (NotFound, 404),
-        (MethodNotAllowed, 405),
+        (chronotask.MethodNotAllowed, 405),
         (Conflict, 409),
-        (BodyTooLarge, 413),
-        (UnsupportedMedia, 415),
+        (chronotask.BodyTooLarge, 413),
+        (chronotask.UnsupportedMedia, 415),
         (Unavailable, 503),
         (ChronoTaskError, 500),
     ],
@@ -1176,10 +1134,10 @@ def test_every_error_knows_its_http_status(error: type[ChronoTaskError], status:
 
 
 def test_what_an_error_says_names_every_field_the_nearest_name_and_one_bounded_line_of_a_value() -> None:
-    error = InvalidInput(FieldError("name", "must be text"), FieldError("", "odd"))
+    error = InvalidInput(chronotask.FieldError("name", "must be text"), chronotask.FieldError("", "odd"))
     assert (str(error), error.errors[0].field) == ("name: must be text; odd", "name")
-    assert nearest("descripton", ["name", "description"]) == "description"
-    assert nearest("xyz", ["name", "description"]) is None
+    assert chronotask.nearest("descripton", ["name", "description"]) == "description"
+    assert chronotask.nearest("xyz", ["name", "description"]) is None
     assert shown("a\nb\x1b[0m") == "'a\\nb\\x1b[0m'"
     assert len(shown("x" * 1000)) == 80
     assert shown({"a": 1}) == "{'a': 1}"
@@ -1717,8 +1675,8 @@ def test_what_is_no_date_time_is_refused_with_what_is_allowed(text: str) -> None
 def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
     assert format_instant(1_795_000_000_000_000) == "2026-11-18T11:06:40Z"
     assert format_instant(1_795_000_000_000_001) == "2026-11-18T11:06:40.000001Z"
-    assert format_local(1_795_000_000_000_000, "Asia/Kathmandu") == "2026-11-18T16:51:40+05:45"
-    assert format_local(at("9999-12-31T23:00:00Z"), "Asia/Tokyo") == "9999-12-31T23:00:00Z"
+    assert chronotask.format_local(1_795_000_000_000_000, "Asia/Kathmandu") == "2026-11-18T16:51:40+05:45"
+    assert chronotask.format_local(at("9999-12-31T23:00:00Z"), "Asia/Tokyo") == "9999-12-31T23:00:00Z"
 
 
 @pytest.mark.parametrize(
@@ -1735,14 +1693,14 @@ def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
 )
 def test_an_unknown_zone_is_refused_with_the_nearest_known_one(name: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        load_zone(name)
+        chronotask.load_zone(name)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("name", ["America", "../etc/passwd", "/usr/share/zoneinfo/UTC", "localtime", "right/UTC", "é" * 5000])
 def test_a_zone_is_never_a_path_nor_a_private_table(name: str) -> None:
     with pytest.raises(ValueError, match=r"^must be an IANA time zone"):
-        load_zone(name)
+        chronotask.load_zone(name)
 
 
 # -- Cron --------------------------------------------------------------------------------------------------------------
@@ -2339,7 +2297,7 @@ def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
 def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_others_go_on_from_now(
     timing: Timing, stood: int, latest: int, stands: int
 ) -> None:
-    assert stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
+    assert chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
 
 
 @pytest.mark.parametrize(
@@ -2402,7 +2360,7 @@ def test_what_ran_is_remembered_as_a_few_stretches() -> None:
 )  # fmt: skip
 def test_overlap_judges_a_slot_against_what_is_unfinished(policy: str, others: int, waiting: int, verdict: str) -> None:
     assert policy in ("skip", "queue", "allow", "cancel")
-    assert judge_overlap(policy, others, waiting) == verdict
+    assert chronotask.judge_overlap(policy, others, waiting) == verdict
 
 
 # ======================================================================================================================
@@ -2602,7 +2560,7 @@ def test_a_deeply_nested_body_is_refused_without_recursion() -> None:
     body: Any = []
     for _ in range(100_000):
         body = [body]
-    assert nesting(body) == 100_001
+    assert chronotask.nesting(body) == 100_001
     assert refusal("http", {"url": "http://a/", "body": body}) == "config.body: must not be nested deeper than 64 levels"
 
 
@@ -2629,7 +2587,7 @@ def test_messages_of_other_models_come_from_the_same_helper() -> None:
     try:
         Outer.model_validate({"items": [{"count": 1}, {"count": "x"}], "size": 1.5, "sise": 1})
     except ValueError as error:
-        found = field_errors(error, "body", Outer.model_fields)  # type: ignore[arg-type]
+        found = chronotask.field_errors(error, "body", Outer.model_fields)  # type: ignore[arg-type]
     assert [tuple(entry) for entry in found] == [
         ("body.items[1].count", "must be a whole number, not 'x'"),
         ("body.size", "must be a whole number or text, not 1.5"),
@@ -2642,7 +2600,7 @@ def test_messages_of_other_models_come_from_the_same_helper() -> None:
     [(204, (204, 204)), ("204", (204, 204)), ("200-299", (200, 299)), ("2xx", (0, 0)), (-200, (0, 0)), ("200-", (0, 0))],
 )
 def test_expected_status_entries_are_codes_or_ranges(entry: int | str, codes: tuple[int, int]) -> None:
-    assert status_range(entry) == codes
+    assert chronotask.status_range(entry) == codes
 
 
 def test_args_are_appended_as_literal_words() -> None:
@@ -2700,7 +2658,7 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     ],
 )
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
-    assert mask_url(url) == masked
+    assert chronotask.mask_url(url) == masked
 
 
 def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked() -> None:
@@ -3072,7 +3030,7 @@ def test_a_new_database_has_the_newest_schema_and_can_give_space_back(tmp_path: 
     values = [
         db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id", "auto_vacuum", "journal_mode")
     ]
-    assert values == [len(MIGRATIONS), APPLICATION_ID, 2, "wal"]
+    assert values == [len(MIGRATIONS), chronotask.APPLICATION_ID, 2, "wal"]
     assert [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")] == [2, 1]
     db.close()
 
@@ -3128,7 +3086,7 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     db = chronotask.connect(tmp_path / "old.db")
     migrate(db, MIGRATIONS[:version])
     task = insert_task(db, some_task("t"))
-    chronotask.insert_executions(db, [NewExecution(task.id, None, "manual", None, n) for n in range(3)])
+    chronotask.insert_executions(db, [chronotask.NewExecution(task.id, None, "manual", None, n) for n in range(3)])
     ended = "UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?"
     db.executemany(ended, [("failed", 1), ("succeeded", 2)])
     rows = db.execute("SELECT * FROM executions").fetchall()
@@ -3185,7 +3143,7 @@ RELEASE_1_0 = (
 def a_database_of_release_1_0(path: Path) -> None:
     db = sqlite3.connect(path, isolation_level=None)
     db.executescript(zlib.decompress(base64.b85decode(RELEASE_1_0)).decode())
-    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    db.execute(f"PRAGMA application_id={chronotask.APPLICATION_ID}")
     db.execute("PRAGMA user_version=2")
     db.close()
 
@@ -3247,7 +3205,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     chronotask.unfinished_statuses(db)
     for status in ("queued", "running", "retrying"):
         chronotask.list_history(db, task.id, HistoryQuery(status=status))
-        chronotask.list_executions(db, ExecutionQuery(status=status))
+        chronotask.list_executions(db, chronotask.ExecutionQuery(status=status))
     for status in (None, "failed", "timed_out", "interrupted"):
         chronotask.list_history(db, task.id, HistoryQuery(success=False, status=status))
     chronotask.start_ready(db, 10, START, "me")
@@ -3878,21 +3836,21 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_working_locks_are_recognised_and_leave_nothing_behind_and_a_folder_that_takes_none_is_told(tmp_path: Path) -> None:
-    assert locks_work(tmp_path / "c.db") is True
+    assert chronotask.locks_work(tmp_path / "c.db") is True
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such file or directory"):
-        locks_work(Path("/proc/c.db"))
+        chronotask.locks_work(Path("/proc/c.db"))
 
 
-def some_task(name: str) -> Task:
-    return Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
+def some_task(name: str) -> chronotask.Task:
+    return chronotask.Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
         task = insert_task(db, some_task("t"))
-        rows = [NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
+        rows = [chronotask.NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
         return chronotask.insert_executions(db, rows)
 
     ids = await store.write(write)
@@ -4767,7 +4725,7 @@ def test_a_process_that_shows_a_secret_of_the_service_is_warned_about() -> None:
     for name, count in [("CHRONOTASK_API_TOKEN", 1), ("CHRONOTASK_SECRET_A", 1), ("CHRONOTASK_API_PORT", 0), ("OTHER", 0)]:
         process = subprocess.Popen(["sleep", "60"], env={name: environ.get(name, environ["CHRONOTASK_API_TOKEN"]), "PATH": PATH})
         try:
-            warnings = exposed_secrets(environ)
+            warnings = chronotask.exposed_secrets(environ)
             assert len(warnings) == count, warnings
             assert all(warning.startswith(f"process {process.pid} shows {name} in its environment") for warning in warnings)
             assert not any(value in warning for value in environ.values() if len(value) > 1 for warning in warnings)
@@ -4919,9 +4877,9 @@ def test_what_is_refused_says_what_is_allowed() -> None:
 
 def test_an_entry_that_is_a_path_must_be_given_as_that_path() -> None:
     settings = Settings(allowed_bash_commands=("/bin/echo",))
-    assert bash_words({"command": "/bin/echo a 'b c'", "args": ["d"]}, settings) == ["/bin/echo", "a", "b c", "d"]
+    assert chronotask.bash_words({"command": "/bin/echo a 'b c'", "args": ["d"]}, settings) == ["/bin/echo", "a", "b c", "d"]
     with pytest.raises(InvalidInput):
-        bash_words({"command": "echo a"}, settings)
+        chronotask.bash_words({"command": "echo a"}, settings)
 
 
 @pytest.mark.slow
@@ -5316,7 +5274,7 @@ async def test_an_unexpected_status_is_explained() -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(headers: dict[str, str], seconds: float | None) -> None:
-    assert retry_after(headers, lambda: 20_000_000) == seconds
+    assert chronotask.retry_after(headers, lambda: 20_000_000) == seconds
 
 
 @pytest.mark.parametrize(("status", "wait"), [(503, 7.0), (429, 7.0), (500, None), (404, None)])
@@ -6227,7 +6185,7 @@ def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
     claim, schedule = Claim(), a_schedule()
-    claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
+    chronotask.claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
     row = claim.rows[0]
     assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
     assert "no such zone" in str(row.error_message)
@@ -6265,7 +6223,7 @@ RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool
 def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
     changes, now, next_slot, row_at, active = RESUMED[what]
     schedule = a_schedule(**changes)
-    row = resume_schedule(schedule, START + round(now * S))
+    row = chronotask.resume_schedule(schedule, START + round(now * S))
     found = None if schedule.next_slot is None else (schedule.next_slot - START) / S
     assert (found, schedule.is_active) == (next_slot, active)
     if row_at is None:
@@ -7072,7 +7030,7 @@ async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenR
 
     async def everything(one: Rig) -> Any:
         schedules = await one.service.list_schedules(ScheduleQuery())
-        return await one.service.list_tasks(TaskQuery()), schedules, await one.rows(), one.clock.until
+        return await one.service.list_tasks(chronotask.TaskQuery()), schedules, await one.rows(), one.clock.until
 
     before = await everything(rig)
     later = await restarted(rig, open_rig)
@@ -7305,7 +7263,7 @@ async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_t
     view = await rig.service.get_execution(run)
     assert (view["duration"], view["attempts"][0]["duration"], view["status"]) == (3.0, 3.0, "succeeded")
     assert ("_sum", 3.0) in rig.service.stats.durations.samples()
-    assert (await rig.service.overview(TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
+    assert (await rig.service.overview(chronotask.TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
     await rig.execute(1)
     await rig.finish()
     assert offset((await rig.service.get_task(1))["last_run"]) == moved + 3
@@ -7730,7 +7688,9 @@ async def test_the_zone_is_resolved_and_stored_when_a_schedule_is_written(rig: R
 
 async def test_defaults_of_retries_are_filled_in_at_creation(open_rig: OpenRig) -> None:
     rig = await open_rig(max_retries=7, retry_delay=2.5)
-    view = await rig.service.create_task(parse(TaskCreate, {"name": "t", "task_type": "bash", "config": {"command": "true"}}))
+    view = await rig.service.create_task(
+        parse(chronotask.TaskCreate, {"name": "t", "task_type": "bash", "config": {"command": "true"}})
+    )
     assert (view["max_retries"], view["retry_delay"], view["retry_backoff"]) == (7, 2.5, 2)
     later = await restarted(rig, open_rig, max_retries=1)
     assert (await later.service.get_task(view["id"]))["max_retries"] == 7
@@ -8157,7 +8117,7 @@ async def open_api(open_rig: OpenRig) -> AsyncIterator[OpenApi]:
 
     async def open_one(**changes: Any) -> Api:
         rig = await open_rig(clock=FakeClock(free=True), **changes)
-        client = TestClient(TestServer(make_app(rig.service)))
+        client = TestClient(TestServer(chronotask.make_app(rig.service)))
         clients.append(client)
         await client.start_server()
         return Api(client, rig)
@@ -9112,7 +9072,7 @@ WEEKDAYS = {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}
 
 
 def tools() -> list[Json]:
-    return [tool.model_dump(by_alias=True, exclude_none=True, mode="json") for tool in make_tools().tools]
+    return [tool.model_dump(by_alias=True, exclude_none=True, mode="json") for tool in chronotask.make_tools().tools]
 
 
 def tool(name: str) -> Json:
@@ -9181,7 +9141,7 @@ def test_the_arguments_are_the_fields_of_the_models_and_the_id_in_the_path() -> 
 
 def test_the_text_about_config_names_every_field_of_both_kinds_and_no_other() -> None:
     text = tool("create_task")["inputSchema"]["properties"]["config"]["description"]
-    for kind, model in CONFIGS.items():
+    for kind, model in chronotask.CONFIGS.items():
         shape = re.search(rf"{kind}: {{((?:[^{{}}]|{{[^{{}}]*}})*)}}", text)
         assert shape is not None
         names = re.findall(r"(?:^|, )([a-z_]+)", re.sub(r"\(.*?\)|{.*?}", "", shape[1]))
@@ -9236,7 +9196,7 @@ def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     """A service as it runs, with the real clock."""
-    use_pidfd()
+    chronotask.use_pidfd()
     chosen = settings(tmp_path)
     clock = Clock()
     store = Store(chosen.database_url, clock.monotonic)
@@ -9386,7 +9346,10 @@ async def test_history_is_short_and_says_how_to_get_more(call: Caller) -> None:
     assert len(page["history"]) == 5
     assert page["note"] == "1 older ones: ask with skip=5, or with a higher limit"
     short = page["history"][0]["output_data"]["stdout"]
-    assert "[… 2500 bytes left out: output=full or get_execution shows more …]" in short and len(short) < TOOL_LIST_TEXT + 100
+    assert (
+        "[… 2500 bytes left out: output=full or get_execution shows more …]" in short
+        and len(short) < chronotask.TOOL_LIST_TEXT + 100
+    )
     full = await call("get_task_history", task_id=task_id, output="full", limit=1, skip=5)
     assert full["history"][0]["output_data"]["stdout"] == "x" * 3000
     assert "note" not in full
@@ -9504,7 +9467,7 @@ async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
 
     try:
         writing = asyncio.ensure_future(asyncio.to_thread(write))
-        found = [line async for line in read_lines(source)]
+        found = [line async for line in chronotask.read_lines(source)]
         await writing
         return found
     finally:
@@ -10044,7 +10007,7 @@ os.write(sink, b"wire:" + os.read(source, 100))
 
 
 def loaded(argv: list[str], environ: dict[str, str]) -> Settings:
-    return load_settings(parse_command_line(argv), environ)[0]
+    return chronotask.load_settings(parse_command_line(argv), environ)[0]
 
 
 def test_options_win_over_variables_and_variables_over_defaults() -> None:
@@ -10094,7 +10057,7 @@ def test_mcp_cannot_be_the_mode_when_it_is_turned_off() -> None:
 
 
 def test_a_probable_typo_is_warned_about() -> None:
-    _, warnings = load_settings(parse_command_line([]), {"CHRONOTASK_LOGLEVEL": "INFO", "CHRONOTASK_SECRET_X": "y"})
+    _, warnings = chronotask.load_settings(parse_command_line([]), {"CHRONOTASK_LOGLEVEL": "INFO", "CHRONOTASK_SECRET_X": "y"})
     assert warnings == ["unknown variable 'CHRONOTASK_LOGLEVEL': did you mean CHRONOTASK_LOG_LEVEL?"]
 
 
@@ -10271,7 +10234,7 @@ def test_there_is_nothing_to_back_up_without_a_database(tmp_path: Path) -> None:
 
 
 def test_a_log_line_cannot_be_forged() -> None:
-    assert escape_controls("a\nb\x1b[2Jc\td") == "a\\nb\\x1b[2Jc\td"
+    assert chronotask.escape_controls("a\nb\x1b[2Jc\td") == "a\\nb\\x1b[2Jc\td"
 
 
 # ======================================================================================================================
@@ -11827,7 +11790,7 @@ def every_way_in() -> Iterator[tuple[str, str]]:
         yield operation.method, API + operation.path.replace("{id}", "1")
         if operation.method == "PATCH":
             yield "PUT", API + operation.path.replace("{id}", "1")
-    for page in PAGES:
+    for page in chronotask.PAGES:
         yield "GET", page.path.replace("{id}", "1")
     spellings = (
         "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
@@ -11892,7 +11855,7 @@ def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypa
     for guess in guesses:
         headers = CIMultiDictProxy(CIMultiDict({"Host": "localhost", "Authorization": f"Bearer {guess}"}))
         with contextlib.suppress(chronotask.Unauthorized):
-            check_caller(headers, "GET", "/metrics", settings(tmp_path, api_token=GOOD_TOKEN))
+            chronotask.check_caller(headers, "GET", "/metrics", settings(tmp_path, api_token=GOOD_TOKEN))
     assert [a for a, _ in compared] == [guess.encode("utf-8", "surrogateescape") for guess in guesses]
     assert {b for _, b in compared} == {GOOD_TOKEN.encode()}
 
@@ -11947,7 +11910,7 @@ async def open_mcp(open_rig: OpenRig) -> AsyncIterator[Any]:
 
     async def open_one(**changes: Any) -> Api:
         rig = await open_rig(clock=FakeClock(free=True), **changes)
-        client = TestClient(TestServer(make_mcp_app(rig.service, make_server(rig.service))))
+        client = TestClient(TestServer(chronotask.make_mcp_app(rig.service, make_server(rig.service))))
         clients.append(client)
         await client.start_server()
         return Api(client, rig)
