@@ -4649,15 +4649,10 @@ class SecretMasker:
         self._held = b""
         self._known = 0  # so many bytes at the beginning of those are of a secret whose mask has been shown
 
-    def feed(self, data: bytes) -> bytes:
-        return b"".join(self._mask(data[at : at + _MASKED_AT_ONCE], False) for at in range(0, len(data), _MASKED_AT_ONCE))
-
-    def finish(self) -> bytes:
-        return self._mask(b"", True)
-
-    def mask(self, data: bytes) -> bytes:
-        """`data`, which is a whole stream."""
-        return self.feed(data) + self.finish()
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """What can be shown by now; all of it after the `last` piece."""
+        ends = [*range(_MASKED_AT_ONCE, len(data), _MASKED_AT_ONCE), len(data)]
+        return b"".join(self._mask(data[start:end], last and end == len(data)) for start, end in itertools.pairwise([0, *ends]))
 
     def _mask(self, data: bytes, last: bool) -> bytes:
         data = self._held + data
@@ -4710,13 +4705,8 @@ def _secret_forms(secret: str) -> set[bytes]:
     """A secret as programs and servers echo it, once escapes are undone: plain, inside a form, in UTF-16, in base64."""
     plain = secret.encode("utf-8", "replace")
     forms = {plain, plain.strip(), plain.replace(b" ", b"+")}
-    for kind in (
-        b"\\%&",
-        b"%&",
-        b"\\&",
-        b"\\%",
-    ):  # what looks like an escape in it is undone too, but for those that were escaped
-
+    for kind in (b"\\%&", b"%&", b"\\&", b"\\%"):
+        # What looks like an escape in it is undone too, but for the kind that the program has escaped.
         def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
             return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
 
@@ -4763,11 +4753,10 @@ class LiveOutput:
     # --- for the executor ---
 
     def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
-        long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
-        for name in streams:
-            self._streams[name] = _Stream(Clipper(self._limit), SecretMasker(long_enough) if long_enough else None)
-        if long_enough:
+        if long_enough := [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]:
             self._masker = SecretMasker(long_enough)
+        for name in streams:
+            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(self._masker))
 
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
@@ -4784,14 +4773,14 @@ class LiveOutput:
         if into.decoder is not None:
             data = into.decoder.decode(data, last).encode("utf-8", "replace")
         if into.masker is not None:
-            data = into.masker.feed(data) + (into.masker.finish() if last else b"")
+            data = into.masker.feed(data, last)
         into.kept.feed(data)
 
     def close(self) -> None:
         """Nothing more comes."""
         if not self.closed:
             for name in self._streams:
-                self.feed(name, b"", last=True)
+                LiveOutput.feed(self, name, b"", last=True)
             self.closed = True
 
     def deadline(self, seconds: float) -> Deadline:
@@ -4801,7 +4790,7 @@ class LiveOutput:
 
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
-        return self._masker.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._masker else text
+        return self._masker.feed(text.encode("utf-8", "replace"), last=True).decode("utf-8", "replace") if self._masker else text
 
     def masked_json(self, value: Any) -> Any:
         """`value` without them in any of its texts: they may have been escaped twice."""

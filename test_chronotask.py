@@ -4004,7 +4004,7 @@ def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
 def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
     masker = SecretMasker(["hunter2!", "hunter2!more", "er2!xyz"])
     data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
-    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.finish()
+    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.feed(b"", last=True)
     assert shown == b"a ******** b ******** c ******** hunter2 ********mor"
 
 
@@ -4013,7 +4013,7 @@ def test_a_secret_is_found_in_its_encoded_forms() -> None:
     text = " ".join(
         [secret, json.dumps(secret), "p%C3%A4%22ss%2F%20word", "p%C3%A4%22ss%2F+word", base64.b64encode(secret.encode()).decode()]
     )
-    assert SecretMasker([secret]).mask(text.encode()).decode() == f'{MASK} "{MASK}" {MASK} {MASK} {MASK}'
+    assert SecretMasker([secret]).feed(text.encode(), last=True).decode() == f'{MASK} "{MASK}" {MASK} {MASK} {MASK}'
 
 
 # What other programs print for the secret sk/live+é=="1'.
@@ -4033,7 +4033,7 @@ def test_a_secret_is_found_in_its_encoded_forms() -> None:
 @pytest.mark.parametrize("step", [1, 4, 1000])
 def test_a_secret_is_found_however_programs_escape_it(echo: str, step: int) -> None:
     masker, data = SecretMasker(["sk/live+é==\"1'"]), f"before {echo} after".encode()
-    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.finish()
+    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.feed(b"", last=True)
     assert shown == b"before ******** after"
 
 
@@ -4042,7 +4042,7 @@ def test_a_secret_is_found_however_programs_escape_it(echo: str, step: int) -> N
 def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, secret: str) -> None:
     text = base64.b64encode(f"{user}{secret}".encode())
     for echo in (text, text.rstrip(b"="), text.translate(bytes.maketrans(b"+/", b"-_")), text.replace(b"/", b"\\/")):
-        shown = SecretMasker([secret]).mask(b"[%s]" % echo).rstrip(b"=]")
+        shown = SecretMasker([secret]).feed(b"[%s]" % echo, last=True).rstrip(b"=]")
         assert b"********" in shown
         # At the ends a character that holds bits of something else too may be left.
         assert len(shown.replace(b"[", b"").replace(b"********", b"")) <= len(user) * 8 // 6 + 2
@@ -4053,7 +4053,7 @@ def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret
     for echo in (secret, json.dumps(secret), urllib.parse.quote_plus(secret), html.escape(secret), repr(secret)):
         for step in (1, 1000):
             masker, data = SecretMasker([secret]), echo.encode()
-            shown = b"".join(masker.feed(data[at : at + step]) for at in range(0, len(data), step)) + masker.finish()
+            shown = b"".join(masker.feed(data[at : at + step]) for at in range(0, len(data), step)) + masker.feed(b"", last=True)
             assert shown.strip(b"\"'") == b"********", echo
 
 
@@ -4090,7 +4090,7 @@ def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
 def test_an_output_full_of_beginnings_of_a_secret_is_masked_in_linear_time() -> None:
     masker = SecretMasker(["a" * 5000 + "b"])
     fed = sum(len(masker.feed(b"a" * 65536)) for _ in range(20))
-    assert fed + len(masker.finish()) == 20 * 65536
+    assert fed + len(masker.feed(b"", last=True)) == 20 * 65536
 
 
 @pytest.mark.parametrize(
@@ -4103,7 +4103,7 @@ def test_an_output_full_of_beginnings_of_a_secret_is_masked_in_linear_time() -> 
 def test_masking_hostile_output_takes_time_in_proportion_to_it(secret: str, unit: bytes) -> None:
     def seconds(size: int) -> float:
         data, start = (unit * (size // len(unit) + 1))[:size], time.process_time()
-        SecretMasker([secret, "ab" * 9, "ba" * 9]).mask(data)
+        SecretMasker([secret, "ab" * 9, "ba" * 9]).feed(data, last=True)
         return time.process_time() - start
 
     seconds(1000)
@@ -4139,7 +4139,7 @@ def test_onlookers_see_masked_output_as_it_comes() -> None:
 def test_no_more_output_is_held_back_than_the_longest_secret(secret: str) -> None:
     masker = SecretMasker([secret])
     given = masker.feed((secret[:3] * 20_000).encode())
-    assert (len(given) > 50_000, secret.encode() in given + masker.finish()) == (True, False)
+    assert (len(given) > 50_000, secret.encode() in given + masker.feed(b"", last=True)) == (True, False)
 
 
 # ---- Secrets
