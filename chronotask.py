@@ -3040,6 +3040,24 @@ class Deadline:
             raise TimeoutError from error
 
 
+R = TypeVar("R")
+
+
+async def in_daemon(call: Callable[..., R], *args: Any) -> R:
+    """`call(*args)` on a thread of its own. It may block for ever: that holds up neither others nor the end of the program."""
+    future: concurrent.futures.Future[R] = concurrent.futures.Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(call(*args))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
 # ======================================================================================================================
 # 6. Store
 # ======================================================================================================================
@@ -5878,31 +5896,20 @@ class Resolver:
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Any]] = loop.create_future()
 
-        def done(error: OSError | UnicodeError | None, infos: list[Any]) -> None:
-            self._free.release()
-            if answer.cancelled():
-                return
-            if error is None:
-                answer.set_result(infos)
-            else:
-                answer.set_exception(error if isinstance(error, OSError) else OSError(None, "invalid name"))
-
-        def look_up() -> None:
-            error, infos = None, []
+        def look_up() -> list[Any]:
             try:
-                infos = socket.getaddrinfo(
+                return socket.getaddrinfo(
                     host, port, socket.AddressFamily(family), socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
                 )
-            except (OSError, UnicodeError) as caught:
-                error = caught
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(done, error, infos)
+            except UnicodeError:
+                raise OSError(None, "invalid name") from None
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(self._free.release)
 
         await self._free.acquire()
-        threading.Thread(target=look_up, name="chronotask-dns", daemon=True).start()
-        return [_resolved(host, info) for info in await answer]
+        return [_resolved(host, info) for info in await in_daemon(look_up)]
 
     async def close(self) -> None:
         """Nothing to give back."""
@@ -8101,12 +8108,7 @@ BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navig
 
 
 def json_answer(value: Any, status: int = 200, content_type: str = "application/json") -> web.Response:
-    return web.Response(body=to_json(value), status=status, headers=_json_headers(content_type))
-
-
-@functools.cache
-def _json_headers(content_type: str) -> dict[str, str]:
-    return {**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"}
+    return web.Response(body=to_json(value), status=status, headers={**HEADERS, "Content-Type": f"{content_type}; charset=utf-8"})
 
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
@@ -8166,7 +8168,10 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
             raise Forbidden("requests from pages of another site are refused")
     if settings.api_token is not None and not (navigates and (path != "/" or wants_html(headers))):
-        _check_token(headers, settings.api_token)
+        scheme, _, given = headers.get("Authorization", "").partition(" ")
+        sent, wanted = given.strip().encode("utf-8", "surrogateescape"), settings.api_token.encode()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, wanted):
+            raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with the value of CHRONOTASK_API_TOKEN")
 
 
 def _check_origin(origin: str, name: str, port: int | None, settings: Settings) -> None:
@@ -8179,12 +8184,6 @@ def _check_origin(origin: str, name: str, port: int | None, settings: Settings) 
     same = default is not None and (origin_name, origin_port or default) == (name, port or default)
     if not same and origin_name not in settings.allowed_hosts:
         raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
-
-
-def _check_token(headers: CIMultiDictProxy[str], token: str) -> None:
-    scheme, _, given = headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode()):
-        raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with the value of CHRONOTASK_API_TOKEN")
 
 
 def wants_html(headers: CIMultiDictProxy[str]) -> bool:
@@ -8230,6 +8229,24 @@ def _http_problem(error: web.HTTPException) -> web.Response:
     if isinstance(error, web.HTTPNotFound):
         return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
     return problem_answer(MalformedBody(error.reason or "the request is malformed"))
+
+
+@functools.cache
+def connection_type() -> type[web.RequestHandler]:
+    class Connection(web.RequestHandler):
+        def handle_error(
+            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        ) -> web.StreamResponse:
+            """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
+            answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
+            answer.headers["Server"] = SERVER
+            answer.force_close()
+            return answer
+
+    return Connection
 
 
 @functools.cache
@@ -8531,12 +8548,13 @@ async def show_openapi(_service: Service, request: web.Request) -> web.Response:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A route that is no operation: outside of the API, or a stream. `answers` are its statuses with their media types."""
+    """A route that is no operation: outside of the API, or a stream. `answers` are its good statuses with their media types."""
 
     path: str
     handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
     summary: str
     answers: Mapping[int, str]
+    errors: tuple[int, ...] = ()
     query: type[Query] | None = None
     header: str | None = None
 
@@ -8551,18 +8569,20 @@ PAGES: tuple[Page, ...] = (
         API + "/executions/{id}/output",
         send_output,
         "The kept output as plain text; follow=true streams it while the execution runs",
-        {200: "text/plain", 404: PROBLEM, 422: PROBLEM},
+        {200: "text/plain"},
+        (404, 422),
         FollowQuery,
     ),
     Page(
         API + "/events",
         show_events,
         "Changes as server-sent events: execution, task, schedule, scheduler, reset",
-        {200: "text/event-stream", 422: PROBLEM},
+        {200: "text/event-stream"},
+        (422,),
         EventQuery,
         "Last-Event-ID",
     ),
-    Page(API + "/backup", show_backup, "A consistent copy of the database", {200: "application/vnd.sqlite3", 403: PROBLEM}),
+    Page(API + "/backup", show_backup, "A consistent copy of the database", {200: "application/vnd.sqlite3"}),
 )
 
 
@@ -8584,24 +8604,20 @@ _EXAMPLES: dict[type[Input], dict[str, Any]] = {
     ScheduleUpdate: {"is_active": False},
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
 }
-_PROBLEM_SCHEMA = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "errors"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["field", "message"],
-                "properties": {"field": {"type": "string"}, "message": {"type": "string"}},
-            },
-        },
-    },
-}
+_TEXT = {"type": "string"}
+
+
+def _object_schema(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_PROBLEM_SCHEMA = _object_schema(
+    type=_TEXT,
+    title=_TEXT,
+    status={"type": "integer"},
+    detail=_TEXT,
+    errors={"type": "array", "items": _object_schema(field=_TEXT, message=_TEXT)},
+)
 
 
 @functools.cache
@@ -8612,7 +8628,14 @@ def openapi() -> dict[str, Any]:
         for method in _methods(operation):
             paths.setdefault(API + operation.path, {})[method.lower()] = _operation_document(operation, method)
     for page in PAGES:
-        paths.setdefault(page.path, {})["get"] = _page_document(page)
+        name = page.handler.__name__ if page.path != "/docs" else "show_docs"
+        wrong = {400} if page.path == "/health" else {400, 401, 403, 503, *page.errors}
+        good = {
+            status: {media: {"schema": {"type": "object"} if media == "application/json" else _TEXT}}
+            for status, media in page.answers.items()
+        }
+        document = _document(name, page.summary, page.path, page.query, good, wrong, page.header)
+        paths[page.path] = {"get": {**document, **({"security": []} if page.path == "/health" else {})}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -8639,62 +8662,45 @@ def _component_schemas() -> dict[str, Any]:
 
 
 def _operation_document(o: Operation, method: str) -> dict[str, Any]:
-    answer = {"description": o.summary}
-    if o.result is not None:
-        answer["content"] = {"application/json": {"schema": _schema_of(o.result)}}  # type: ignore[assignment]
-    statuses = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((408, 413, 415) if method != "GET" else ())}
-    document = {
-        "operationId": o.name if method != "PUT" else o.name.replace("update", "put"),
-        "summary": o.summary,
-        "parameters": [*([_ID_PARAMETER] if o.id_name else []), *_query_parameters(o.query)],
-        "responses": {str(o.status): answer, **({"200": answer} if o.status == 202 else {}), **_problems(statuses)},
-    }
+    content = {"application/json": {"schema": _schema_of(o.result)}} if o.result is not None else None
+    good = {o.status: content, **({200: content} if o.status == 202 else {})}
+    wrong = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((408, 413, 415) if method != "GET" else ())}
+    name = o.name if method != "PUT" else o.name.replace("update", "put")
+    document = _document(name, o.summary, o.path, o.query, good, wrong)
     if o.body is not None:
         content = {"application/json": {"schema": _schema_of(o.body), "example": _EXAMPLES[o.body]}}
         document["requestBody"] = {"required": True, "content": content}
     return document
 
 
-def _page_document(page: Page) -> dict[str, Any]:
-    header = {"name": page.header, "in": "header", "schema": {"type": "string"}}
-    id_parameter = [_ID_PARAMETER] if "{id}" in page.path else []
-    good = {
-        str(status): {"description": page.summary, "content": {media: {"schema": _media_schema(media)}}}
-        for status, media in page.answers.items()
-        if media != PROBLEM
-    }
-    wrong = {status for status, media in page.answers.items() if media == PROBLEM}
-    return {
-        "operationId": page.handler.__name__ if page.path != "/docs" else "show_docs",
-        "summary": page.summary,
-        "parameters": [*id_parameter, *_query_parameters(page.query), *([header] if page.header else [])],
-        "responses": {**good, **_problems(wrong | ({400, 401, 403, 503} if page.path != "/health" else {400}))},
-        **({"security": []} if page.path == "/health" else {}),
-    }
-
-
-_ID_PARAMETER = {"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID}}
+def _document(
+    name: str,
+    summary: str,
+    path: str,
+    query: type[Query] | None,
+    good: Mapping[int, Mapping[str, Any] | None],
+    wrong: Iterable[int],
+    header: str | None = None,
+) -> dict[str, Any]:
+    """One call. `good` are the statuses of its answers with their content."""
+    parameters: list[dict[str, Any]] = []
+    if "{id}" in path:
+        schema = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
+    if query is not None:
+        fields = query.model_json_schema()["properties"].items()
+        parameters += [{"name": field, "in": "query", "schema": _without_null(schema)} for field, schema in fields]
+    if header is not None:
+        parameters.append({"name": header, "in": "header", "schema": _TEXT})
+    answers = {str(status): {"description": summary, **({"content": found} if found else {})} for status, found in good.items()}
+    titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
+    problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    problems = {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
+    return {"operationId": name, "summary": summary, "parameters": parameters, "responses": {**answers, **problems}}
 
 
 def _schema_of(model: Any) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-
-def _media_schema(media: str) -> dict[str, Any]:
-    return {"type": "object"} if media == "application/json" else {"type": "string"}
-
-
-def _problems(statuses: Iterable[int]) -> dict[str, Any]:
-    titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
-    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {str(status): {"description": titles[status], "content": content} for status in sorted(statuses)}
-
-
-def _query_parameters(model: type[Query] | None) -> list[dict[str, Any]]:
-    if model is None:
-        return []
-    properties = model.model_json_schema()["properties"]
-    return [{"name": name, "in": "query", "schema": _without_null(schema)} for name, schema in properties.items()]
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -8747,7 +8753,6 @@ TOOL_LIST_TEXT = 500  # the same in lists
 MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
 LAST_CALLS = 1.5  # seconds that calls in flight get after the end of stdin
-R = TypeVar("R")
 TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
 
 
@@ -9129,25 +9134,13 @@ def take_stdio() -> tuple[int, int]:
     return wire
 
 
-async def in_daemon(call: Callable[..., R], *args: Any) -> R:
-    """`call(*args)` on a thread that may block for ever: unlike an executor's, it does not hold up the end of the program."""
-    future: concurrent.futures.Future[R] = concurrent.futures.Future()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()
-        try:
-            future.set_result(call(*args))
-        except OSError as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(future)
-
-
 def write_all(sink: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(sink, view) :]
+        try:
+            view = view[os.write(sink, view) :]
+        except BlockingIOError:  # whoever started this shares the pipe, and wants it so
+            select.select([], [sink], [])
 
 
 async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
@@ -9362,7 +9355,10 @@ IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
 LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
-OPTIONS = {"host": "API_HOST", "port": "API_PORT"}  # options that stand for a setting, and win over its variable
+OPTIONS = {
+    "host": ENV_PREFIX + "API_HOST",
+    "port": ENV_PREFIX + "API_PORT",
+}  # options that stand for a setting, and win over its variable
 
 
 _OPTION_NAMES = ("--mode", "--host", "--port", "--backup", "--version", "--help")
@@ -9391,14 +9387,14 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """Options over variables over defaults. Raises StartupError that names the option or the variable."""
-    given = {ENV_PREFIX + name: value for option, name in OPTIONS.items() if (value := getattr(options, option)) is not None}
-    for option, name in OPTIONS.items():
-        if ENV_PREFIX + name in given:
+    given: dict[str, str] = {}
+    for option, variable in OPTIONS.items():
+        if (value := getattr(options, option)) is not None:
+            given[variable] = value
             try:
-                Settings.from_env({ENV_PREFIX + name: given[ENV_PREFIX + name] or " "})
+                Settings.from_env({variable: value or " "})
             except StartupError as error:
-                detail = error.detail.replace(ENV_PREFIX + name, f"--{option}").replace("=' '", "=''")
-                raise StartupError(detail, exit_status=2) from None
+                raise StartupError(error.detail.replace(variable, f"--{option}").replace("=' '", "=''"), exit_status=2) from None
     settings, warnings = Settings.from_env({**environ, **given})
     if options.mode == "mcp" and not settings.mcp_enabled:
         raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
@@ -9473,36 +9469,25 @@ class LogStream(io.TextIOBase):
                 about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
             try:
-                if self._path is not None:
-                    fd = _opened_anew(self._path, fd)
-                _write_text(fd, text)
+                if self._path is not None and not _is_still_at(self._path, fd):
+                    fd, old = _open_log(self._path), fd
+                    os.close(old)
+                write_all(fd, text.encode("utf-8", "backslashreplace"))
             except OSError:
                 with self._changed:
                     self._lost += lost + text.count("\n")
 
 
+def _is_still_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def _open_log(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY, 0o666)
-
-
-def _opened_anew(path: Path, fd: int) -> int:
-    """The log file, opened anew if it was moved away."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.stat(path), os.fstat(fd)):
-            return fd
-    new = _open_log(path)
-    os.close(fd)
-    return new
-
-
-def _write_text(fd: int, text: str) -> None:
-    view = memoryview(text.encode("utf-8", "backslashreplace"))
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:  # whoever started this shares the pipe, and wants it so
-            select.select([], [fd], [])
 
 
 def set_up_logging(settings: Settings) -> None:
@@ -9581,9 +9566,8 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in STOP_SIGNALS:
-        if (
-            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        ):  # ignored: started by nohup, to survive its terminal
+        # Whoever starts a program with SIGHUP ignored (nohup) wants it to survive its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, _on_signal, stop, signalled)
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
@@ -9625,7 +9609,7 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
             await asyncio.wait({session})
         for result in await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True):
             if isinstance(result, Exception):
-                logger.error("a door could not be closed: %s", result, exc_info=result)
+                logger.error("a server could not be closed: %s", result, exc_info=result)
         store.close()
 
 
@@ -9636,51 +9620,33 @@ async def _open(
     runner = web.AppRunner(app, shutdown_timeout=0.2, **more)
     runners.append(runner)
     listeners: list[asyncio.Server] = []
-    app.on_shutdown.append(partial(_stop_listening, listeners))
+
+    async def stop_listening(_app: web.Application) -> None:
+        for listener in listeners:
+            listener.close()
+
+    app.on_shutdown.append(stop_listening)
     await runner.setup()
-    busy: set[Any] = app[app_key("busy")]
+    loop, server, busy = asyncio.get_running_loop(), cast(web.Server, runner.server), app[app_key("busy")]
     limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def connect() -> asyncio.Protocol:
+        """A new connection. With `limit` others open, the oldest that asks for nothing is closed for it.
+
+        Else a stranger's idle connections would take all file descriptors from clients and tasks.
+        """
+        if len(server.connections) >= limit:
+            idle = (other for other in server.connections if other.transport is not None and other not in busy)
+            if (oldest := next(idle, None)) is not None:
+                oldest.force_close()
+        return connection_type()(server, loop=loop, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
+
     for sock in sockets:
-        protocol = partial(_make_room, cast(web.Server, runner.server), busy, limit)
         backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
-        listeners.append(await asyncio.get_running_loop().create_server(protocol, sock=sock, backlog=backlog))
+        listeners.append(await loop.create_server(connect, sock=sock, backlog=backlog))
         sock.listen(1024)  # the kernel's queue may be longer than what is accepted in one turn
-        logger.info(what, *address_of(sock))
-
-
-async def _stop_listening(listeners: Sequence[asyncio.Server], _app: web.Application) -> None:
-    for listener in listeners:
-        listener.close()
-
-
-@functools.cache
-def _connection_type() -> type[web.RequestHandler]:
-    class Connection(web.RequestHandler):
-        def handle_error(
-            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-        ) -> web.StreamResponse:
-            """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
-            if status != 400:
-                return super().handle_error(request, status, exc, message)
-            reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
-            answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
-            answer.headers["Server"] = SERVER
-            answer.force_close()
-            return answer
-
-    return Connection
-
-
-def _make_room(server: web.Server, busy: Collection[Any], limit: int) -> asyncio.Protocol:
-    """The protocol of a new connection. With `limit` others open, the oldest that asks for nothing is closed for it.
-
-    Else a stranger's idle connections would take all file descriptors from clients and tasks.
-    """
-    if len(server.connections) >= limit:
-        idle = (other for other in server.connections if other.transport is not None and other not in busy)
-        if (oldest := next(idle, None)) is not None:
-            oldest.force_close()
-    return _connection_type()(server, loop=asyncio.get_running_loop(), keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
+        host, port = sock.getsockname()[:2]
+        logger.info(what, f"[{host}]" if ":" in host else host, port)
 
 
 async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio.Event | None) -> None:
@@ -9704,33 +9670,24 @@ def _on_signal(stop: asyncio.Event, signalled: asyncio.Event) -> None:
 
 def bind(host: str, port: int) -> list[socket.socket]:
     """Sockets for all addresses of `host`, bound before anything runs: a port that is taken must not start a scheduler."""
+    sockets = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_bound(family, address) for family, _, _, _, address in found]
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
+            sock.bind(address)
+            sock.listen(1024)  # only this tells that the port is free: two programs may bind one that nobody listens to
+        return sockets
     except socket.gaierror as error:
         raise StartupError(f"cannot listen on {host}: must be an address of this machine ({error.strerror})", 2) from None
     except (OSError, OverflowError) as error:
         raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
-
-
-def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-    if hasattr(
-        socket, "TCP_USER_TIMEOUT"
-    ):  # Linux; each connection inherits it (tcp(7)): no answer is held for a client that takes none
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
-    sock.bind(address)
-    sock.listen(1024)  # only this tells that the port is free: two programs may bind one that nobody listens to
-    return sock
-
-
-def address_of(sock: socket.socket) -> tuple[str, int]:
-    host, port = sock.getsockname()[:2]
-    return (f"[{host}]" if ":" in host else host), port
 
 
 def warn_if_open(settings: Settings) -> None:
