@@ -792,7 +792,7 @@ MAY_KNOW: dict[int, set[int]] = {
     8: {0, 1, 2, 3, 4, 5, 6, 7},
     9: {0, 1, 3, 8},
     10: {0, 1, 2, 3, 8, 9},
-    11: {0, 1, 2, 3, 8, 9, 10},
+    11: {0, 1, 2, 3, 5, 8, 9, 10},  # of 5 the helper for calls that may block for ever
     12: {*range(12)},
 }
 _WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "yarl"}
