@@ -5763,7 +5763,7 @@ class _Answer:
 
     def __init__(self, request: bytes) -> None:
         self.complete = False
-        self._no_body = request.startswith(b"HEAD ")
+        self._no_body = bytes(request[:5]) == b"HEAD "
         self._held = b""  # a head, or a line between chunks, of which only a part has come
         self._left: float = 0  # bytes of the body or chunk that are still to come
         self._chunked = self._trailer = False
@@ -5825,6 +5825,9 @@ _CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n"
 _TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n", re.IGNORECASE)
 
 
+_REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
+
+
 class _Answering:
     """What plain and TLS connections have in common: nothing comes in but the answer to what was sent."""
 
@@ -5832,10 +5835,16 @@ class _Answering:
     _over = False  # something else came: as if the server had closed the connection
 
     def _asked(self, data: bytes) -> None:
-        if self._over:
-            raise OSError(STALE_ERRNO, "is not to be used again")
-        if self._answer is None or self._answer.complete:
-            self._answer = _Answer(bytes(data[:5]))
+        """Raises OSError when a request would begin on a connection that is not to be used again."""
+        if not _REQUEST_BEGINS.match(data):  # the rest of one, such as a body whose answer may have come before it
+            return
+        if self._over or (self._answer is not None and self._ended()):
+            raise OSError(STALE_ERRNO, "was closed by the server")
+        self._answer = _Answer(data)
+
+    def _ended(self) -> bool:
+        """Whether the server has ended it, or begun to say something else, and the loop has not heard of it yet."""
+        return False
 
     def _answered(self, data: bytes) -> bytes:
         if self._answer is None or not data:
@@ -5855,15 +5864,12 @@ class _Socket(_Answering, socket.socket):
         self._asked(buffers[0])
         return super().sendmsg(buffers, *more)
 
-    def _asked(self, data: bytes) -> None:
-        if self._answer is not None and self._answer.complete:  # used again: the loop may not have heard yet of its end
-            try:
-                super().recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-            else:
-                raise OSError(STALE_ERRNO, "was closed by the server")
-        super()._asked(data)
+    def _ended(self) -> bool:
+        try:
+            super().recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         try:
