@@ -5703,7 +5703,6 @@ class HttpClient:
             connector=connector,
             cookie_jar=cookies,
             timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
-            skip_auto_headers=("Content-Type",),
             auto_decompress=False,
             max_line_size=MAX_HEAD_LINE,
             max_field_size=MAX_HEAD_LINE,
@@ -5776,35 +5775,37 @@ class _Answer:
     def take(self, data: bytes) -> int:
         """How many of these bytes belong to it."""
         at, known = 0, len(self._held)
-        data, self._held = self._held + data, b""
-        while at < len(data) and not self.complete:
+        if known:
+            data, self._held = self._held + data, b""
+        size = len(data)
+        while at < size and not self.complete:
             if self._left:
-                step = int(min(self._left, len(data) - at))
+                step = int(min(self._left, size - at))
                 at, self._left = at + step, self._left - step
                 self.complete = not self._left and not self._chunked
             elif found := (_LINE_END if self._chunked else _HEAD_END).search(data, max(at, known - 2)):
                 begin, at = at, found.end()
                 (self._take_line if self._chunked else self._take_head)(data[begin:at])
-            elif len(data) - at > MAX_HEAD_BYTES:
+            elif size - at > MAX_HEAD_BYTES:
                 raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
             else:
-                self._held, at = data[at:], len(data)
+                self._held, at = data[at:], size
         return at - known
 
     def _take_head(self, head: bytes) -> None:
-        found = re.match(rb"HTTP/1\.[0-9] ([0-9]{3})", head)
-        status = int(found[1]) if found else 0
-        length = _CONTENT_LENGTH.search(head)
-        if 100 <= status < 200 and status != 101:
-            return  # the real one is still to come
-        if status in (204, 304) or (status and self._no_body):
+        found = _STATUS.match(head)
+        if not found:  # not HTTP, about which the parser has the last word
+            self._left = math.inf
+        elif found[1][0] == 49 and found[1] != b"101":  # 1xx: the real one is still to come
+            pass
+        elif self._no_body or found[1] in (b"204", b"304"):
             self.complete = True
         elif _TRANSFER_CHUNKED.search(head):
             self._chunked = True
-        elif status and length:
+        elif length := _CONTENT_LENGTH.search(head):
             self._left = int(length[1])
             self.complete = not self._left
-        else:  # until the connection ends; or not HTTP, about which the parser has the last word
+        else:  # until the connection ends
             self._left = math.inf
 
     def _take_line(self, line: bytes) -> None:
@@ -5813,7 +5814,7 @@ class _Answer:
             return
         try:
             size = int(line.partition(b";")[0], 16)
-        except ValueError:  # likewise
+        except ValueError:  # as above
             self._left = math.inf
             return
         self._trailer = size == 0
@@ -5821,10 +5822,9 @@ class _Answer:
 
 
 _HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
+_STATUS = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})")
 _CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n", re.IGNORECASE)
 _TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n", re.IGNORECASE)
-
-
 _REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
 
 
@@ -5866,7 +5866,7 @@ class _Socket(_Answering, socket.socket):
 
     def _ended(self) -> bool:
         try:
-            super().recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            super().recv(1, socket.MSG_PEEK)  # it never blocks
         except BlockingIOError:
             return False
         return True
@@ -6063,6 +6063,7 @@ async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> 
                 request.url,
                 headers=request.headers,
                 data=request.body,
+                skip_auto_headers=_NO_TYPE if request.body is None and request.method != "GET" else None,
                 ssl=client.tls(request.verify_tls) if request.url.scheme == "https" else True,
                 allow_redirects=False,
             )
@@ -6073,7 +6074,7 @@ async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> 
                     await _read_body(response, live)
                     return request, response
             finally:
-                if not response.closed:  # at its end it has given the connection back
+                if response.connection is not None:  # else it has given it back at its end, with the request all sent
                     response.close()
             if session is client.shared:
                 session = client.fresh()
@@ -6087,6 +6088,7 @@ async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> 
 
 
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
+_NO_TYPE = ("Content-Type",)  # which a body without bytes has none of
 
 
 def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:

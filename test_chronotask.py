@@ -5802,6 +5802,19 @@ async def test_a_request_is_sent_once_when_a_kept_connection_breaks(method: str)
     assert len(seen) == 2
 
 
+async def test_an_answer_before_the_end_of_a_request_counts_and_is_no_reason_to_send_it_again() -> None:
+    asked = list[str]()
+
+    async def for_ever(writer: asyncio.StreamWriter) -> None:
+        asked.append("once")
+        await asyncio.Event().wait()
+
+    async with answering(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n", for_ever) as url:
+        outcome = await http_executors(url, method="POST", body="x" * 1_000_000)
+    assert (outcome.error_message, outcome.retryable) == ("answered 413 Too Large; expected 200-299", False)
+    assert asked == ["once"]
+
+
 BEHIND = [
     ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", ""),
     ("GET", b"HTTP/1.1 204 No Content\r\n\r\n{}\n", ""),
