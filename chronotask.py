@@ -27,10 +27,10 @@ How a run comes about
 
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
      1 Errors and settings   the error tree, the settings; never reads os.environ itself
-     2 Schedules (pure)      slots of cron, once and interval; what to do about a slot; no clock, no I/O
+     2 Schedules (pure)      slots of cron, once and interval; no clock, no I/O
      3 Models                what a client sends and gets, what the store keeps; no SQL, HTTP or MCP
-     4 Timer queue (pure)    a heap with lazy deletion; does not know what a schedule is
-     5 Clock                 the only reads of wall and monotonic time, the wait that notices a clock that was set; time limits
+     4 Decisions (pure)      what to do about due slots, overlap, ends of attempts, a clock that was set; no clock, no I/O
+     5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Service               the use cases and the heart; does not know requests, JSON or MCP
@@ -502,11 +502,8 @@ MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 LAST_INSTANT = 253_402_300_800 * SECOND - 1  # 9999-12-31T23:59:59.999999Z
-ON_TIME = 5 * SECOND  # a slot claimed at most this late is on time
+
 CORRECTION = 3 * HOUR  # Debian's cron takes larger steps for corrections of the clock
-CATCHUP_MOST = 100  # slots that catchup=all runs at most
-MISSED_COUNTED = 1000  # missed slots are counted up to this many
-RUNS_KEPT = 8  # stretches of slots that ran, remembered of each schedule
 NEVER = 50 * 366 * DAY  # an expression without a slot for so long never fires
 LONGEST_EXPRESSION = 200
 LONGEST_INTERVAL = 10 * 365 * 86400
@@ -1297,16 +1294,7 @@ def _check_seconds(value: Any) -> int | float:
     return int(value) if value == int(value) else value
 
 
-# --- What to do about due slots ---------------------------------------------------------------------------------------
-
-SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=skip)"
-SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
-SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
-_UNCAUGHT = {
-    "skip": "catchup=skip",
-    "latest": "catchup=latest runs only the newest",
-    "all": f"catchup=all runs only the newest {CATCHUP_MOST}",
-}
+# --- Plans ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)  # made for every slot: frozen, it would be four times as dear
@@ -1368,122 +1356,6 @@ class Plan:
             times.append(self.fire_time(slot))
             slot = self.next_slot(slot)
         return times
-
-
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """Missed slots that follow each other: one history row, at the first of them. `count` stops at MISSED_COUNTED."""
-
-    first: int
-    last: int
-    count: int
-    reason: str
-
-
-@dataclass(slots=True)
-class Due:
-    """What to do about the slots that are due, in this order: record `missed`, run `catchup`, claim `on_time`."""
-
-    missed: list[Missed]
-    catchup: list[int]
-    on_time: list[int]
-    settled_until: int  # every slot up to this one is dealt with
-    next_slot: int | None
-
-
-def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> Due:
-    """What is to be done at `now` about the slots later than `settled_until`. max_runs is left to the claim.
-
-    With `early` a slot whose jitter has not passed is due as well.
-
-    Where a schedule stands goes back with the clock (`stands_at`). When the clock jumps forward from there, it may have been
-    behind and be right again: then nothing up to `dealt_with` is made up for. While it has not reached that again, that was
-    a future which did not come, and a slot that is late now was missed, as any other.
-    """
-    missed: list[Missed] = []
-    catchup: list[int] = []
-    slot = plan.next_slot(settled_until)
-    if slot is not None and plan.fire_time(slot) < now - ON_TIME:
-        newest = _last_fired(plan, now - ON_TIME - 1) or slot
-        known = plan.dealt_with if plan.dealt_with <= now else plan.in_force_since
-        first = plan.next_slot(max(settled_until, known))
-        if first is not None and first <= newest:
-            catchup, missed = _catch_up(plan, first, newest, now)
-        settled_until = max(newest, known) if known <= now else newest
-        slot = plan.next_slot(settled_until)
-    on_time = []
-    while slot is not None and (slot if early else plan.fire_time(slot)) <= now:
-        on_time.append(slot)
-        settled_until, slot = slot, plan.next_slot(slot)
-    return Due(missed, catchup, on_time, settled_until, slot)
-
-
-def stands_at(timing: Timing, settled_until: int, now: int, latest: int = 0) -> int:
-    """Where a schedule stands when the clock reads `now`, having read `latest` before: later than now only if it was set back.
-
-    Debian cron's rule. Set back by less than 3 h, fixed times wait until what was dealt with is passed, and all others go on
-    from now; by more, the clock was wrong before, and all go on from now.
-    """
-    if settled_until <= now or (timing.fixed and max(settled_until, latest) < now + CORRECTION):
-        return settled_until
-    return now
-
-
-def add_run(ran: Sequence[Sequence[int]], slot: int, before: int | None) -> list[list[int]]:
-    """`ran` with `slot`, which comes right after the slot `before`. Of more than 8 stretches the two closest become one."""
-    stretches = [[first, slot] if last == before else [first, last] for first, last in ran]
-    if all(last != slot for _, last in stretches):
-        stretches.append([slot, slot])
-    if len(stretches) > RUNS_KEPT:
-        stretches.sort()
-        closest = min(range(1, len(stretches)), key=lambda i: stretches[i][0] - stretches[i - 1][1])
-        (first, end), (_, last) = stretches[closest - 1 : closest + 1]
-        stretches[closest - 1 : closest + 1] = [[first, max(end, last)]]
-    return stretches
-
-
-def _last_fired(plan: Plan, t: int) -> int | None:
-    slot = plan.last_slot(t)
-    # A slot fires before the next one, so the one before has fired.
-    return plan.last_slot(slot - 1) if slot is not None and plan.fire_time(slot) > t else slot
-
-
-def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
-    """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
-    wanted = {"skip": 0, "latest": 1, "all": CATCHUP_MOST}[plan.catchup]
-    oldest = max(first, now - round(plan.catchup_window * SECOND))
-    picked: list[int] = []
-    slot: int | None = last
-    while slot is not None and slot >= oldest and len(picked) < wanted:
-        picked.append(slot)
-        slot = plan.last_slot(slot - 1)
-    if slot is None or slot < first:
-        return picked[::-1], []
-    reason = _UNCAUGHT[plan.catchup]
-    if wanted and slot < oldest:
-        reason = f"older than the catchup_window of {plan.catchup_window:g} s"
-    return picked[::-1], [Missed(first, slot, plan.timing.count(first, slot, MISSED_COUNTED), reason)]
-
-
-def missed_message(missed: Missed, zone: str) -> str:
-    """The `error_message` of a `missed` row."""
-    first, last = format_local(missed.first, zone), format_local(missed.last, zone)
-    if missed.count == 1:
-        return f"missed: 1 slot, {first} ({zone}); {missed.reason}"
-    count = f"{missed.count} or more" if missed.count >= MISSED_COUNTED else str(missed.count)
-    return f"missed: {count} slots from {first} to {last} ({zone}); {missed.reason}"
-
-
-def judge_overlap(policy: str, others: int, waiting: int) -> str:
-    """What becomes of a slot: `run`, `skip`, `wait` for the others, or `cancel` them and then run.
-
-    `others` counts the task's unfinished executions, `waiting` those that wait because of overlap=queue.
-    """
-    if policy == "allow" or not (others or waiting):
-        return "run"
-    if policy == "queue":
-        return "skip" if waiting else "wait"
-    return policy
 
 
 # ======================================================================================================================
@@ -2136,13 +2008,6 @@ class Schedule:
         self.next_fire = None if next_slot is None else plan.fire_time(next_slot)
         self.is_active, self.over = wanted and next_slot is not None, wanted and next_slot is None
 
-    def go_on(self, now: int) -> None:
-        """After an edit or a pause: with the next slot after `now`. Nothing earlier is made up for."""
-        self.stand(max(now, stands_at(self.plan().timing, self.settled_until, now)))
-        self.in_force_since = max(self.in_force_since, now)
-        plan = self.plan()
-        self.place(plan.next_slot(self.settled_until), plan)
-
 
 @dataclass(slots=True)
 class Execution:
@@ -2195,6 +2060,17 @@ class NewExecution:
         return None if self.status == "queued" else self.queued_at
 
 
+@dataclass(slots=True)
+class Unfinished:
+    """Unfinished executions of one task that are alike, as overlap looks at them."""
+
+    task_id: int
+    schedule_id: int | None
+    trigger: str
+    waiting: bool  # held back by overlap
+    count: int
+
+
 @dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
 class Run:
     """An attempt that was just written as `running`: the execution, and its task as it is now."""
@@ -2236,34 +2112,6 @@ class Settlement:
     next_attempt_at: int | None
     error_message: str | None
     output: str | None  # JSON text: made at once, where the parts are still at hand
-
-
-def settle(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Settlement:
-    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %.
-
-    It ended `seconds` after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it.
-    """
-    status, again, error = outcome.status, None, outcome.error_message
-    try:
-        if outcome.retryable and run.attempt <= run.max_retries:
-            wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
-            if outcome.retry_after is not None:
-                wait = min(outcome.retry_after, MAX_RETRY_WAIT)
-            status, again = "retrying", now + round(wait * SECOND)
-    except TypeError:  # a damaged row must not keep others from being settled
-        error = f"{error or status}; not retried: the retry settings of the task are damaged"
-    output = None if outcome.output is None else compact(outcome.output)
-    finished_at = max(run.started_at, now) if seconds is None else run.started_at + round(seconds * SECOND)
-    return Settlement(run, status, outcome.status, finished_at, again, error, output)
-
-
-def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
-    """Seconds between the end of attempt number `attempt` and the next one: at most 3600, ±10 %."""
-    try:
-        wait = delay * backoff ** (attempt - 1)
-    except OverflowError:
-        wait = MAX_RETRY_WAIT
-    return min(wait, MAX_RETRY_WAIT) * (1 + 0.1 * spread)
 
 
 # --- What a client sends ----------------------------------------------------------------------------------------------
@@ -2868,58 +2716,319 @@ def _attempt_view(
 
 
 # ======================================================================================================================
-# 4. Timer queue (pure)
+# 4. Decisions (pure)
 # ======================================================================================================================
+#
+# What becomes of slots and of attempts, as functions of what is known and of `now`. Invariants, each with a test of its name:
+#   What is remembered of slots only grows: what was dealt with, since when a schedule is in force, which slots ran.
+#   A slot that ran never runs again; one that is late and was dealt with, or lay before a creation, an edit or the end of a
+#   pause, is not made up for.
+
+ON_TIME = 5 * SECOND  # a slot claimed at most this late is on time
+CATCHUP_MOST = 100  # slots that catchup=all runs at most
+MISSED_COUNTED = 1000  # missed slots are counted up to this many
+RUNS_KEPT = 8  # stretches of slots that ran, remembered of each schedule
+
+SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=skip)"
+SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
+SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
+CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
+_UNCAUGHT = {
+    "skip": "catchup=skip",
+    "latest": "catchup=latest runs only the newest",
+    "all": f"catchup=all runs only the newest {CATCHUP_MOST}",
+}
+
+# --- Due slots --------------------------------------------------------------------------------------------------------
 
 
-class TimerQueue:
-    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth.
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Missed slots that follow each other: one history row, at the first of them. `count` stops at MISSED_COUNTED."""
 
-    A heap entry counts while `_due` still holds the same time for its key; others are dropped when they surface.
+    first: int
+    last: int
+    count: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Due:
+    """What to do about the slots that are due, in this order: record `missed`, run `catchup`, claim `on_time`."""
+
+    missed: list[Missed]
+    catchup: list[int]
+    on_time: list[int]
+    settled_until: int  # every slot up to this one is dealt with
+    next_slot: int | None
+
+
+def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> Due:
+    """What is to be done at `now` about the slots later than `settled_until`. max_runs is left to the claim.
+
+    With `early` a slot whose jitter has not passed is due as well.
+
+    Where a schedule stands goes back with the clock (`stands_at`). When the clock jumps forward from there, it may have been
+    behind and be right again: then nothing up to `dealt_with` is made up for. While it has not reached that again, that was
+    a future which did not come, and a slot that is late now was missed, as any other.
     """
+    missed: list[Missed] = []
+    catchup: list[int] = []
+    slot = plan.next_slot(settled_until)
+    if slot is not None and plan.fire_time(slot) < now - ON_TIME:
+        newest = _last_fired(plan, now - ON_TIME - 1) or slot
+        known = plan.dealt_with if plan.dealt_with <= now else plan.in_force_since
+        first = plan.next_slot(max(settled_until, known))
+        if first is not None and first <= newest:
+            catchup, missed = _catch_up(plan, first, newest, now)
+        settled_until = max(newest, known) if known <= now else newest
+        slot = plan.next_slot(settled_until)
+    on_time = []
+    while slot is not None and (slot if early else plan.fire_time(slot)) <= now:
+        on_time.append(slot)
+        settled_until, slot = slot, plan.next_slot(slot)
+    return Due(missed, catchup, on_time, settled_until, slot)
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int]] = []
-        self._due: dict[int, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._due)
+def _last_fired(plan: Plan, t: int) -> int | None:
+    slot = plan.last_slot(t)
+    # A slot fires before the next one, so the one before has fired.
+    return plan.last_slot(slot - 1) if slot is not None and plan.fire_time(slot) > t else slot
 
-    def set(self, key: int, at: int | None) -> None:
-        """Makes `key` due at `at`, instead of when it was due before; None: never."""
-        if at is None:
-            self._due.pop(key, None)
-        elif self._due.get(key) != at:
-            self._due[key] = at
-            heapq.heappush(self._heap, (at, key))
-        if len(self._heap) > 2 * len(self._due) + 64:
-            self.rebuild(list(self._due.items()))
 
-    def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
-        """Replaces everything by `items`, pairs of key and time."""
-        self._due = dict(items)
-        self._heap = [(at, key) for key, at in self._due.items()]
-        heapq.heapify(self._heap)
+def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
+    """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
+    wanted = {"skip": 0, "latest": 1, "all": CATCHUP_MOST}[plan.catchup]
+    oldest = max(first, now - round(plan.catchup_window * SECOND))
+    picked: list[int] = []
+    slot: int | None = last
+    while slot is not None and slot >= oldest and len(picked) < wanted:
+        picked.append(slot)
+        slot = plan.last_slot(slot - 1)
+    if slot is None or slot < first:
+        return picked[::-1], []
+    reason = _UNCAUGHT[plan.catchup]
+    if wanted and slot < oldest:
+        reason = f"older than the catchup_window of {plan.catchup_window:g} s"
+    return picked[::-1], [Missed(first, slot, plan.timing.count(first, slot, MISSED_COUNTED), reason)]
 
-    def next_due(self) -> int | None:
-        """When the next key is due, or None."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
 
-    def pop_due(self, now: int, limit: int) -> list[int]:
-        """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
-        keys: list[int] = []
-        while len(keys) < limit and self._heap and self._heap[0][0] <= now:
-            at, key = heapq.heappop(self._heap)
-            if self._due.get(key) == at:
-                del self._due[key]
-                keys.append(key)
-        return keys
+def missed_message(missed: Missed, zone: str) -> str:
+    """The `error_message` of a `missed` row."""
+    first, last = format_local(missed.first, zone), format_local(missed.last, zone)
+    if missed.count == 1:
+        return f"missed: 1 slot, {first} ({zone}); {missed.reason}"
+    count = f"{missed.count} or more" if missed.count >= MISSED_COUNTED else str(missed.count)
+    return f"missed: {count} slots from {first} to {last} ({zone}); {missed.reason}"
+
+
+# --- A clock that is set, edits, pauses -------------------------------------------------------------------------------
+
+
+def stands_at(timing: Timing, settled_until: int, now: int, latest: int = 0) -> int:
+    """Where a schedule stands when the clock reads `now`, having read `latest` before: later than now only if it was set back.
+
+    Debian cron's rule. Set back by less than 3 h, fixed times wait until what was dealt with is passed, and all others go on
+    from now; by more, the clock was wrong before, and all go on from now.
+    """
+    if settled_until <= now or (timing.fixed and max(settled_until, latest) < now + CORRECTION):
+        return settled_until
+    return now
+
+
+def add_run(ran: Sequence[Sequence[int]], slot: int, before: int | None) -> list[list[int]]:
+    """`ran` with `slot`, which comes right after the slot `before`. Of more than 8 stretches the two closest become one."""
+    stretches = [[first, slot] if last == before else [first, last] for first, last in ran]
+    if all(last != slot for _, last in stretches):
+        stretches.append([slot, slot])
+    if len(stretches) > RUNS_KEPT:
+        stretches.sort()
+        closest = min(range(1, len(stretches)), key=lambda i: stretches[i][0] - stretches[i - 1][1])
+        (first, end), (_, last) = stretches[closest - 1 : closest + 1]
+        stretches[closest - 1 : closest + 1] = [[first, max(end, last)]]
+    return stretches
+
+
+def go_on(schedule: Schedule, now: int) -> None:
+    """After an edit or a pause: with the next slot after `now`. Nothing earlier is made up for."""
+    schedule.stand(max(now, stands_at(schedule.plan().timing, schedule.settled_until, now)))
+    schedule.in_force_since = max(schedule.in_force_since, now)
+    plan = schedule.plan()
+    schedule.place(plan.next_slot(schedule.settled_until), plan)
+
+
+def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
+    """Moves a schedule on after a pause: to the next slot after now. Nothing earlier is caught up or recorded, except
+    that a once-schedule whose time has passed is over, with the row that is returned."""
+    passed = schedule.next_slot
+    go_on(schedule, now)
+    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and schedule.plan().remaining != 0:
+        return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
+    return None
+
+
+# --- Overlap and claims -----------------------------------------------------------------------------------------------
+
+
+def judge_overlap(policy: str, others: int, waiting: int) -> str:
+    """What becomes of a slot: `run`, `skip`, `wait` for the others, or `cancel` them and then run.
+
+    `others` counts the task's unfinished executions, `waiting` those that wait because of overlap=queue.
+    """
+    if policy == "allow" or not (others or waiting):
+        return "run"
+    if policy == "queue":
+        return "skip" if waiting else "wait"
+    return policy
+
+
+class Others:
+    """The unfinished executions of some tasks, kept up to date while one beat claims slots."""
+
+    def __init__(self, unfinished: Iterable[Unfinished]) -> None:
+        self._groups: dict[int, list[Unfinished]] = {}
+        for group in unfinished:
+            self._groups.setdefault(group.task_id, []).append(group)
+
+    def met_by(self, schedule: Schedule, trigger: str) -> tuple[int, int]:
+        """How many executions a slot meets, and how many of its own schedule's among them wait because of overlap.
+
+        Catch-up executions of one schedule do not see each other: they run one after the other.
+        """
+        groups = self._groups.get(schedule.task_id)
+        if not groups:
+            return 0, 0
+        groups = [g for g in groups if not _same_catchup(g, schedule.id, trigger)]
+        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting and g.schedule_id == schedule.id)
+
+    def has_catchup(self, schedule: Schedule) -> bool:
+        return any(_same_catchup(g, schedule.id, "catchup") for g in self._groups.get(schedule.task_id, ()))
+
+    def add(self, row: NewExecution) -> None:
+        group = Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1)
+        self._groups.setdefault(row.task_id, []).append(group)
+
+    def clear(self, schedule: Schedule, trigger: str) -> None:
+        groups = self._groups.get(schedule.task_id, [])
+        self._groups[schedule.task_id] = [g for g in groups if _same_catchup(g, schedule.id, trigger)]
+
+
+def _same_catchup(other: Unfinished | NewExecution, schedule_id: int, trigger: str) -> bool:
+    return trigger == "catchup" and other.trigger == "catchup" and other.schedule_id == schedule_id
+
+
+@dataclass(slots=True)
+class Claim:
+    """What the due slots of some schedules turn into."""
+
+    rows: list[NewExecution] = dataclasses.field(default_factory=list)
+    schedules: list[Schedule] = dataclasses.field(default_factory=list)
+    # Overlap `cancel`: by which schedule and trigger.
+    cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
+
+
+def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, early: bool = False) -> None:
+    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on."""
+    plan = schedule.plan()
+    due = due_slots(plan, schedule.settled_until, now, early)
+    for missed in due.missed:
+        text = missed_message(missed, schedule.zone)
+        claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
+    left = plan.remaining
+    before = None if due.missed else schedule.settled_until
+    for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
+        for slot in slots:
+            if left is not None and left <= 0:
+                break
+            row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, others, now)
+            if row.status == "queued":
+                left = None if left is None else left - 1
+                schedule.ran = add_run(schedule.ran, slot, before)
+            before = slot
+    schedule.stand(due.settled_until)
+    schedule.place(None if left is not None and left <= 0 else due.next_slot, plan)
+    claim.schedules.append(schedule)
+
+
+def _judge_slot(
+    claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigger: str, others: Others, now: int
+) -> NewExecution:
+    verdict = judge_overlap(schedule.overlap, *others.met_by(schedule, trigger))
+    hold = Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0
+    if verdict == "skip":
+        row = _new_row(
+            schedule,
+            slot,
+            trigger,
+            now,
+            status="skipped",
+            error_message=SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING,
+        )
+    else:
+        hold |= 0 if verdict == "run" else Hold.OVERLAP
+        row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now, "queued", hold, None, fire_at)
+    if verdict == "cancel":
+        claim.cancels.append((schedule, trigger))
+        claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
+        others.clear(schedule, trigger)
+    claim.rows.append(row)
+    if row.status == "queued":
+        others.add(row)
+    return row
+
+
+def _new_row(schedule: Schedule, slot: int, trigger: str, now: int, **more: Any) -> NewExecution:
+    return NewExecution(schedule.task_id, schedule.id, trigger, slot, now, **more)
+
+
+def _cancelled_by(schedule: Schedule, trigger: str, row: NewExecution) -> NewExecution:
+    if row.task_id != schedule.task_id or row.status != "queued" or _same_catchup(row, schedule.id, trigger):
+        return row
+    return dataclasses.replace(row, status="cancelled", hold=0, error_message=CANCELLED_BY_OVERLAP)
+
+
+def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
+    """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
+    text = f"this schedule cannot be evaluated and was switched off: {error}"
+    slot = schedule.next_slot if schedule.next_slot is not None else now
+    claim.rows.append(_new_row(schedule, slot, "schedule", now, status="failed", error_message=text))
+    schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
+    claim.schedules.append(schedule)
+
+
+# --- Ends of attempts -------------------------------------------------------------------------------------------------
+
+
+def settle(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Settlement:
+    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %.
+
+    It ended `seconds` after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it.
+    """
+    status, again, error = outcome.status, None, outcome.error_message
+    try:
+        if outcome.retryable and run.attempt <= run.max_retries:
+            wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
+            if outcome.retry_after is not None:
+                wait = min(outcome.retry_after, MAX_RETRY_WAIT)
+            status, again = "retrying", now + round(wait * SECOND)
+    except TypeError:  # a damaged row must not keep others from being settled
+        error = f"{error or status}; not retried: the retry settings of the task are damaged"
+    output = None if outcome.output is None else compact(outcome.output)
+    finished_at = max(run.started_at, now) if seconds is None else run.started_at + round(seconds * SECOND)
+    return Settlement(run, status, outcome.status, finished_at, again, error, output)
+
+
+def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
+    """Seconds between the end of attempt number `attempt` and the next one: at most 3600, ±10 %."""
+    try:
+        wait = delay * backoff ** (attempt - 1)
+    except OverflowError:
+        wait = MAX_RETRY_WAIT
+    return min(wait, MAX_RETRY_WAIT) * (1 + 0.1 * spread)
 
 
 # ======================================================================================================================
-# 5. Clock
+# 5. Clock and timers
 # ======================================================================================================================
 
 NAP = 0.25  # seconds: asyncio sleeps on the monotonic clock, so nap briefly, then look at the wall clock again
@@ -3056,6 +3165,52 @@ async def in_daemon(call: Callable[..., R], *args: Any) -> R:
 
     threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+class TimerQueue:
+    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth.
+
+    A heap entry counts while `_due` still holds the same time for its key; others are dropped when they surface.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+        self._due: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def set(self, key: int, at: int | None) -> None:
+        """Makes `key` due at `at`, instead of when it was due before; None: never."""
+        if at is None:
+            self._due.pop(key, None)
+        elif self._due.get(key) != at:
+            self._due[key] = at
+            heapq.heappush(self._heap, (at, key))
+        if len(self._heap) > 2 * len(self._due) + 64:
+            self.rebuild(list(self._due.items()))
+
+    def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
+        """Replaces everything by `items`, pairs of key and time."""
+        self._due = dict(items)
+        self._heap = [(at, key) for key, at in self._due.items()]
+        heapq.heapify(self._heap)
+
+    def next_due(self) -> int | None:
+        """When the next key is due, or None."""
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: int, limit: int) -> list[int]:
+        """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
+        keys: list[int] = []
+        while len(keys) < limit and self._heap and self._heap[0][0] <= now:
+            at, key = heapq.heappop(self._heap)
+            if self._due.get(key) == at:
+                del self._due[key]
+                keys.append(key)
+        return keys
 
 
 # ======================================================================================================================
@@ -4090,17 +4245,6 @@ def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> dict[tuple[int | None,
         (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
     )
     return {(row[0], row[1]): (row[2], row[3]) for row in found}
-
-
-@dataclass(slots=True)
-class Unfinished:
-    """Unfinished executions of one task that are alike, as overlap looks at them."""
-
-    task_id: int
-    schedule_id: int | None
-    trigger: str
-    waiting: bool  # held back by overlap
-    count: int
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
@@ -6346,132 +6490,6 @@ RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 CANCELLED = "cancelled on request"
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
-CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
-
-
-# --- Claiming (pure) --------------------------------------------------------------------------------------------------
-
-
-class Crowd:
-    """The unfinished executions of some tasks, kept up to date while one beat claims slots."""
-
-    def __init__(self, unfinished: Iterable[Unfinished]) -> None:
-        self._groups: dict[int, list[Unfinished]] = {}
-        for group in unfinished:
-            self._groups.setdefault(group.task_id, []).append(group)
-
-    def facing(self, schedule: Schedule, trigger: str) -> tuple[int, int]:
-        """How many executions a slot meets, and how many of its own schedule's among them wait because of overlap.
-
-        Catch-up executions of one schedule do not see each other: they run one after the other.
-        """
-        groups = self._groups.get(schedule.task_id)
-        if not groups:
-            return 0, 0
-        groups = [g for g in groups if not _same_catchup(g, schedule.id, trigger)]
-        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting and g.schedule_id == schedule.id)
-
-    def has_catchup(self, schedule: Schedule) -> bool:
-        return any(_same_catchup(g, schedule.id, "catchup") for g in self._groups.get(schedule.task_id, ()))
-
-    def add(self, row: NewExecution) -> None:
-        group = Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1)
-        self._groups.setdefault(row.task_id, []).append(group)
-
-    def clear(self, schedule: Schedule, trigger: str) -> None:
-        groups = self._groups.get(schedule.task_id, [])
-        self._groups[schedule.task_id] = [g for g in groups if _same_catchup(g, schedule.id, trigger)]
-
-
-def _same_catchup(other: Unfinished | NewExecution, schedule_id: int, trigger: str) -> bool:
-    return trigger == "catchup" and other.trigger == "catchup" and other.schedule_id == schedule_id
-
-
-@dataclass(slots=True)
-class Claim:
-    """What the due slots of some schedules turn into."""
-
-    rows: list[NewExecution] = dataclasses.field(default_factory=list)
-    schedules: list[Schedule] = dataclasses.field(default_factory=list)
-    # Overlap `cancel`: by which schedule and trigger.
-    cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
-
-
-def claim_slots(claim: Claim, schedule: Schedule, crowd: Crowd, now: int, early: bool = False) -> None:
-    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on."""
-    plan = schedule.plan()
-    due = due_slots(plan, schedule.settled_until, now, early)
-    for missed in due.missed:
-        text = missed_message(missed, schedule.zone)
-        claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
-    left = plan.remaining
-    before = None if due.missed else schedule.settled_until
-    for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
-        for slot in slots:
-            if left is not None and left <= 0:
-                break
-            row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, crowd, now)
-            if row.status == "queued":
-                left = None if left is None else left - 1
-                schedule.ran = add_run(schedule.ran, slot, before)
-            before = slot
-    schedule.stand(due.settled_until)
-    schedule.place(None if left is not None and left <= 0 else due.next_slot, plan)
-    claim.schedules.append(schedule)
-
-
-def _judge_slot(claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigger: str, crowd: Crowd, now: int) -> NewExecution:
-    verdict = judge_overlap(schedule.overlap, *crowd.facing(schedule, trigger))
-    hold = Hold.CATCHUP if trigger == "catchup" and crowd.has_catchup(schedule) else 0
-    if verdict == "skip":
-        row = _new_row(
-            schedule,
-            slot,
-            trigger,
-            now,
-            status="skipped",
-            error_message=SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING,
-        )
-    else:
-        hold |= 0 if verdict == "run" else Hold.OVERLAP
-        row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now, "queued", hold, None, fire_at)
-    if verdict == "cancel":
-        claim.cancels.append((schedule, trigger))
-        claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
-        crowd.clear(schedule, trigger)
-    claim.rows.append(row)
-    if row.status == "queued":
-        crowd.add(row)
-    return row
-
-
-def _new_row(schedule: Schedule, slot: int, trigger: str, now: int, **more: Any) -> NewExecution:
-    return NewExecution(schedule.task_id, schedule.id, trigger, slot, now, **more)
-
-
-def _cancelled_by(schedule: Schedule, trigger: str, row: NewExecution) -> NewExecution:
-    if row.task_id != schedule.task_id or row.status != "queued" or _same_catchup(row, schedule.id, trigger):
-        return row
-    return dataclasses.replace(row, status="cancelled", hold=0, error_message=CANCELLED_BY_OVERLAP)
-
-
-def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
-    """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
-    text = f"this schedule cannot be evaluated and was switched off: {error}"
-    slot = schedule.next_slot if schedule.next_slot is not None else now
-    claim.rows.append(_new_row(schedule, slot, "schedule", now, status="failed", error_message=text))
-    schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
-    claim.schedules.append(schedule)
-
-
-def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
-    """Moves a schedule on after a pause: to the next slot after now. Nothing earlier is caught up or recorded, except
-    that a once-schedule whose time has passed is over, with the row that is returned."""
-    passed = schedule.next_slot
-    schedule.go_on(now)
-    if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and schedule.plan().remaining != 0:
-        return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
-    return None
 
 
 # --- Events -----------------------------------------------------------------------------------------------------------
@@ -7603,10 +7621,10 @@ def _beat(
 def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat, early: bool = False) -> None:
     """Claims the due slots of schedules and moves these on, in the caller's transaction."""
     claim, schedules = beat.claim, due_schedules(db, slots)
-    crowd = Crowd(unfinished_of(db, {schedule.task_id for schedule in schedules}))
+    others = Others(unfinished_of(db, {schedule.task_id for schedule in schedules}))
     for schedule in schedules:
         try:
-            claim_slots(claim, schedule, crowd, now, early)
+            claim_slots(claim, schedule, others, now, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim_broken(claim, schedule, now, error)
@@ -7709,11 +7727,11 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
     retimed = bool(changes.keys() & TIMING_FIELDS)
     mark = None
     if retimed:
-        schedule.go_on(now)
+        go_on(schedule, now)
     elif resumed:
         mark = resume_schedule(schedule, now)
     elif schedule.over:
-        schedule.go_on(now)
+        go_on(schedule, now)
     elif schedule.plan().remaining == 0:
         _place(schedule)
     if schedule.next_slot is None and (retimed or resumed) and not (mark is not None and insert_slots(db, [mark])[1]):

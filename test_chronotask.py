@@ -79,7 +79,6 @@ from chronotask import (
     Clock,
     Conflict,
     Cron,
-    Crowd,
     Deadline,
     Due,
     Environ,
@@ -94,6 +93,7 @@ from chronotask import (
     Missed,
     NotFound,
     Once,
+    Others,
     Outcome,
     Plan,
     Run,
@@ -769,8 +769,8 @@ SECTIONS = {
     1: "Errors and settings",
     2: "Schedules (pure)",
     3: "Models",
-    4: "Timer queue (pure)",
-    5: "Clock",
+    4: "Decisions (pure)",
+    5: "Clock and timers",
     6: "Store",
     7: "Executors",
     8: "Service",
@@ -785,7 +785,7 @@ MAY_KNOW: dict[int, set[int]] = {
     1: {0},
     2: {0, 1},
     3: {0, 1, 2},
-    4: {0},
+    4: {0, 1, 2, 3},
     5: {0},
     6: {0, 1, 2, 3},
     7: {0, 1, 2, 3, 5},
@@ -801,7 +801,7 @@ MAY_NOT_USE: dict[int, set[str]] = {
     1: {"asyncio", "sqlite3", "threading", "json", *_WIRE},
     2: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "random", "socket", "json", "BaseModel", *_WIRE},
     3: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "socket", *_WIRE},
-    4: {"asyncio", "threading", "os", "open", "datetime", *_WIRE},
+    4: {"asyncio", "sqlite3", "threading", "os", "open", "Path", "random", "socket", "json", "BaseModel", *_WIRE},
     5: {"sqlite3", "os", "open", "datetime", *_WIRE},
     6: {"BaseModel", "random", *_WIRE},
     7: {"sqlite3", "web", "mcp", "BaseModel", "Clock"},
@@ -980,7 +980,7 @@ PLANTED = {
     ),
     "an interface that sees the store": (10, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
     "an interface that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
-    "a timer queue that knows schedules": (4, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
+    "a timer queue that knows schedules": (5, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
     "a store that reads the clock": (6, "def planted(c: Clock) -> int: ...", "uses Clock of section 5, which it may not know"),
     "another section's private name": (8, "PLANTED = _schedule", "uses the private _schedule of section 6"),
     "another section's private attribute": (12, "def planted(s: Service) -> None:\n    s._timers", "uses the private s._timers"),
@@ -2157,212 +2157,6 @@ def test_the_jitter_of_a_slot_is_what_it_was_in_every_version() -> None:
     assert minutely(jitter=30.0).fire_time(NOW) - NOW == 10_166_000
 
 
-def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
-    """A decision in minutes since NOW: missed (first, last, count), catchup, on time, settled until, next slot."""
-    due = due_slots(plan, settled_until, now)
-
-    def minutes(t: int) -> float:
-        return (t - NOW) / MINUTE
-
-    return (
-        [(minutes(m.first), minutes(m.last), m.count) for m in due.missed],
-        [minutes(t) for t in due.catchup],
-        [minutes(t) for t in due.on_time],
-        minutes(due.settled_until),
-        None if due.next_slot is None else minutes(due.next_slot),
-    )
-
-
-def test_nothing_is_due_before_the_first_slot() -> None:
-    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == Due([], [], [], NOW, NOW + MINUTE)
-
-
-@pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
-def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
-    due = due_slots(minutely(), NOW, NOW + MINUTE + late)
-    assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
-    assert (due.missed, due.settled_until, due.next_slot) == ([], NOW + MINUTE, NOW + 2 * MINUTE)
-
-
-def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
-    plan = Plan(Interval(SECOND, NOW, NOW, "UTC"))
-    due = due_slots(plan, NOW, NOW + 7 * SECOND)
-    assert due.on_time == [NOW + i * SECOND for i in (2, 3, 4, 5, 6, 7)]
-    assert due.catchup == [NOW + SECOND]
-
-
-@pytest.mark.parametrize(
-    # Minutes since NOW. The slot of minute 0 is settled; `down` is when the service looks again.
-    ("catchup", "window", "down", "missed", "caught_up", "on_time", "settled"),
-    [
-        ("latest", 86400, 1.5, [], [1], [], 1),
-        ("latest", 86400, 2.0, [], [1], [2], 2),
-        ("latest", 86400, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 60, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 29, 3.5, [(1, 3, 3)], [], [], 3),
-        ("latest", 30, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 0, 4.0, [(1, 3, 3)], [], [4], 4),
-        ("latest", 86400, 1200.5, [(1, 1199, 1000)], [1200], [], 1200),
-        ("skip", 86400, 1.5, [(1, 1, 1)], [], [], 1),
-        ("skip", 86400, 4.0, [(1, 3, 3)], [], [4], 4),
-        ("all", 86400, 1.5, [], [1], [], 1),
-        ("all", 86400, 4.0, [], [1, 2, 3], [4], 4),
-        ("all", 120, 4.5, [(1, 2, 2)], [3, 4], [], 4),
-        ("all", 30, 4.5, [(1, 3, 3)], [4], [], 4),
-        ("all", 86400, 101.5, [(1, 1, 1)], list(range(2, 102)), [], 101),
-        ("all", 86400 * 365, 100000.5, [(1, 99900, 1000)], list(range(99901, 100001)), [], 100000),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("timing", [Interval(MINUTE, NOW, NOW, "UTC"), Cron("* * * * *", "Europe/Berlin")])
-def test_missed_slots_fall_under_catchup(
-    timing: Timing, catchup: str, window: float, down: float, missed: list[tuple[int, int, int]],
-    caught_up: list[int], on_time: list[int], settled: int,
-) -> None:  # fmt: skip
-    plan = Plan(timing, 7, catchup=catchup, catchup_window=window)
-    assert offsets(plan, NOW, NOW + round(down * MINUTE)) == (missed, caught_up, on_time, settled, settled + 1)
-
-
-def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_once() -> None:
-    for catchup in ("latest", "all", "skip"):
-        for jitter in (0.0, 7.0, 3600.0):
-            for seconds in (0, 30, 59, 60, 61, 64, 65, 66, 119, 121, 200, 3600, 40000):
-                plan = minutely(catchup=catchup, jitter=jitter)
-                now = NOW + seconds * SECOND
-                due = due_slots(plan, NOW - 1, now)
-                taken = [*due.catchup, *due.on_time]
-                for group in due.missed:
-                    taken += range(group.first, group.last + 1, MINUTE)
-                due_all = [slot for slot in range(NOW, now + 1, MINUTE) if plan.fire_time(slot) <= now]
-                assert sorted(taken) == due_all
-                assert due.on_time == [slot for slot in due_all if plan.fire_time(slot) >= now - 5 * SECOND]
-                assert len(due.catchup) <= {"latest": 1, "all": 100, "skip": 0}[catchup]
-                assert due.settled_until == (due_all[-1] if due_all else NOW - 1)
-                assert due.next_slot == due.settled_until // MINUTE * MINUTE + MINUTE
-                again = due_slots(plan, due.settled_until, now)
-                assert again == Due([], [], [], due.settled_until, due.next_slot)
-
-
-def test_a_once_slot_that_was_missed_is_caught_up_within_the_window_and_else_recorded() -> None:
-    once = Once(NOW, "UTC")
-    assert due_slots(Plan(once, 7), NOW - DAY, NOW + HOUR) == Due([], [NOW], [], NOW, None)
-    late = due_slots(Plan(once, 7), NOW - DAY, NOW + 2 * DAY)
-    assert late == Due([Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s")], [], [], NOW, None)
-
-
-def test_missed_slots_say_why_they_did_not_run() -> None:
-    reasons = [
-        due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed[0].reason
-        for catchup, window in (("skip", 86400.0), ("latest", 86400.0), ("all", 86400.0), ("all", 120.0))
-    ]
-    assert reasons == [
-        "catchup=skip",
-        "catchup=latest runs only the newest",
-        "catchup=all runs only the newest 100",
-        "older than the catchup_window of 120 s",
-    ]
-    assert missed_message(Missed(NOW, NOW + MINUTE, 2, "catchup=skip"), "Europe/Berlin") == (
-        "missed: 2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin); catchup=skip"
-    )
-    assert missed_message(Missed(NOW, NOW, 1, "catchup=skip"), "UTC") == (
-        "missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip"
-    )
-    assert "1000 or more slots" in missed_message(Missed(NOW, NOW + DAY, 1000, "catchup=skip"), "UTC")
-
-
-def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
-    # A second-wise cron over ten years: 315 million slots. This ends at once, or the test does not end.
-    due = due_slots(Plan(Cron("* * * * * *", "Europe/Berlin"), 7), NOW - 3650 * DAY, NOW)
-    assert (due.catchup, due.on_time) == ([NOW - 6 * SECOND], [NOW - i * SECOND for i in (5, 4, 3, 2, 1, 0)])
-    assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
-
-
-@pytest.mark.parametrize(
-    # Minutes since NOW. `stood` is where the schedule stood when the clock was set to NOW, which had read `latest` before.
-    ("timing", "stood", "latest", "stands"),
-    [
-        (Cron("0 5 * * *", "UTC"), -5, 0, -5),
-        (Cron("0 5 * * *", "UTC"), 179, 179, 179),
-        (Cron("0-59 0-23 * * *", "UTC"), 60, 179, 60),
-        (Cron("0 5 * * *", "UTC"), 180, 180, 0),
-        (Cron("0 5 * * *", "UTC"), 60, 180, 0),
-        (Cron("0 5 * * *", "UTC"), -5, 999, -5),
-        (Once(NOW + HOUR, "UTC"), 60, 179, 60),
-        (Once(NOW + HOUR, "UTC"), 60, 180, 0),
-        (Cron("*/5 * * * *", "UTC"), 5, 5, 0),
-        (Cron("0 * * * *", "UTC"), 60, 60, 0),
-        (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
-        (Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
-    ],
-)  # fmt: skip
-def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_others_go_on_from_now(
-    timing: Timing, stood: int, latest: int, stands: int
-) -> None:
-    assert chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
-
-
-@pytest.mark.parametrize(
-    # Minutes since NOW: the clock is right again at minute 1.5 after it was behind, and the schedule stands at -180.
-    ("dealt_with", "in_force_since", "ran", "missed", "catchup"),
-    [
-        (0, 0, [], [], [1]),
-        (-60, -60, [], [(-59, 0)], [1]),
-        (1, 0, [], [], []),
-        (1, -180, [], [], []),
-        (500, 1, [], [], []),  # it was ahead before: what the schedule was not there for is out, the rest was missed
-        (500, -2, [], [(-1, 0)], [1]),
-        (500, -180, [(-179, 0)], [], [1]),
-        (500, -180, [(-178, 1)], [], [-179]),
-    ],
-)  # fmt: skip
-def test_what_was_dealt_with_is_not_made_up_for_when_the_clock_jumps_forward(
-    dealt_with: int, in_force_since: int, ran: list[tuple[int, int]], missed: list[tuple[int, int]], catchup: list[int]
-) -> None:
-    stretches = [(NOW + first * MINUTE, NOW + last * MINUTE) for first, last in ran]
-    past = {"dealt_with": NOW + dealt_with * MINUTE, "in_force_since": NOW + in_force_since * MINUTE, "ran": stretches}
-    plan = Plan(Cron("* * * * *", "UTC"), 7, **past)  # type: ignore[arg-type]
-    due = due_slots(plan, NOW - 180 * MINUTE, NOW + 90 * SECOND)
-    assert [((m.first - NOW) // MINUTE, (m.last - NOW) // MINUTE) for m in due.missed] == missed
-    assert [(slot - NOW) // MINUTE for slot in due.catchup] == catchup
-    assert (due.on_time, due.next_slot) == ([], NOW + 2 * MINUTE)
-
-
-def test_a_slot_that_ran_is_none_any_more() -> None:
-    plan = minutely(ran=[(NOW + MINUTE, NOW + 3 * MINUTE), (NOW + 5 * MINUTE, NOW + 5 * MINUTE)])
-    assert plan.next_slot(NOW) == NOW + 4 * MINUTE
-    assert plan.last_slot(NOW + 5 * MINUTE) == NOW + 4 * MINUTE
-    assert plan.upcoming(NOW, 3) == [NOW + 4 * MINUTE, NOW + 6 * MINUTE, NOW + 7 * MINUTE]
-    assert due_slots(plan, NOW, NOW + 5 * MINUTE).catchup == [NOW + 4 * MINUTE]
-
-
-def test_what_ran_is_remembered_as_a_few_stretches() -> None:
-    ran: list[list[int]] = []
-    for slot in (1, 2, 3, 4):
-        ran = add_run(ran, slot, slot - 1)
-    assert ran == [[1, 4]]
-    assert add_run(ran, 9, None) == [[1, 4], [9, 9]]
-    assert add_run([[1, 4], [9, 9]], 5, 4) == [[1, 5], [9, 9]]  # after the clock was set back
-    ran = [[n * n * 10, n * n * 10] for n in range(3, 11)]
-    assert add_run(ran, 5000, None) == [[90, 160], *ran[2:], [5000, 5000]]  # the two that lie closest are one now
-
-
-@pytest.mark.parametrize(
-    ("policy", "others", "waiting", "verdict"),
-    [
-        ("skip", 0, 0, "run"), ("skip", 1, 0, "skip"), ("skip", 9, 0, "skip"),
-        ("skip", 0, 1, "skip"), ("skip", 1, 1, "skip"), ("skip", 9, 1, "skip"),
-        ("queue", 0, 0, "run"), ("queue", 1, 0, "wait"), ("queue", 9, 0, "wait"),
-        ("queue", 0, 1, "skip"), ("queue", 1, 1, "skip"), ("queue", 9, 1, "skip"),
-        ("allow", 0, 0, "run"), ("allow", 1, 0, "run"), ("allow", 9, 0, "run"),
-        ("allow", 0, 1, "run"), ("allow", 1, 1, "run"), ("allow", 9, 1, "run"),
-        ("cancel", 0, 0, "run"), ("cancel", 1, 0, "cancel"), ("cancel", 9, 0, "cancel"),
-        ("cancel", 0, 1, "cancel"), ("cancel", 1, 1, "cancel"), ("cancel", 9, 1, "cancel"),
-    ],
-)  # fmt: skip
-def test_overlap_judges_a_slot_against_what_is_unfinished(policy: str, others: int, waiting: int, verdict: str) -> None:
-    assert policy in ("skip", "queue", "allow", "cancel")
-    assert chronotask.judge_overlap(policy, others, waiting) == verdict
-
-
 # ======================================================================================================================
 # 3. Models
 # ======================================================================================================================
@@ -2728,7 +2522,493 @@ def test_a_mask_without_a_stored_secret_is_refused(stored: dict[str, Any] | None
 
 
 # ======================================================================================================================
-# 4. Timer queue (pure)
+# 4. Decisions (pure)
+# ======================================================================================================================
+
+
+# --- Due slots --------------------------------------------------------------------------------------------------------
+
+
+def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
+    """A decision in minutes since NOW: missed (first, last, count), catchup, on time, settled until, next slot."""
+    due = due_slots(plan, settled_until, now)
+
+    def minutes(t: int) -> float:
+        return (t - NOW) / MINUTE
+
+    return (
+        [(minutes(m.first), minutes(m.last), m.count) for m in due.missed],
+        [minutes(t) for t in due.catchup],
+        [minutes(t) for t in due.on_time],
+        minutes(due.settled_until),
+        None if due.next_slot is None else minutes(due.next_slot),
+    )
+
+
+def test_nothing_is_due_before_the_first_slot() -> None:
+    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == Due([], [], [], NOW, NOW + MINUTE)
+
+
+@pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
+def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
+    due = due_slots(minutely(), NOW, NOW + MINUTE + late)
+    assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
+    assert (due.missed, due.settled_until, due.next_slot) == ([], NOW + MINUTE, NOW + 2 * MINUTE)
+
+
+def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
+    plan = Plan(Interval(SECOND, NOW, NOW, "UTC"))
+    due = due_slots(plan, NOW, NOW + 7 * SECOND)
+    assert due.on_time == [NOW + i * SECOND for i in (2, 3, 4, 5, 6, 7)]
+    assert due.catchup == [NOW + SECOND]
+
+
+@pytest.mark.parametrize(
+    # Minutes since NOW. The slot of minute 0 is settled; `down` is when the service looks again.
+    ("catchup", "window", "down", "missed", "caught_up", "on_time", "settled"),
+    [
+        ("latest", 86400, 1.5, [], [1], [], 1),
+        ("latest", 86400, 2.0, [], [1], [2], 2),
+        ("latest", 86400, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 60, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 29, 3.5, [(1, 3, 3)], [], [], 3),
+        ("latest", 30, 3.5, [(1, 2, 2)], [3], [], 3),
+        ("latest", 0, 4.0, [(1, 3, 3)], [], [4], 4),
+        ("latest", 86400, 1200.5, [(1, 1199, 1000)], [1200], [], 1200),
+        ("skip", 86400, 1.5, [(1, 1, 1)], [], [], 1),
+        ("skip", 86400, 4.0, [(1, 3, 3)], [], [4], 4),
+        ("all", 86400, 1.5, [], [1], [], 1),
+        ("all", 86400, 4.0, [], [1, 2, 3], [4], 4),
+        ("all", 120, 4.5, [(1, 2, 2)], [3, 4], [], 4),
+        ("all", 30, 4.5, [(1, 3, 3)], [4], [], 4),
+        ("all", 86400, 101.5, [(1, 1, 1)], list(range(2, 102)), [], 101),
+        ("all", 86400 * 365, 100000.5, [(1, 99900, 1000)], list(range(99901, 100001)), [], 100000),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("timing", [Interval(MINUTE, NOW, NOW, "UTC"), Cron("* * * * *", "Europe/Berlin")])
+def test_missed_slots_fall_under_catchup(
+    timing: Timing, catchup: str, window: float, down: float, missed: list[tuple[int, int, int]],
+    caught_up: list[int], on_time: list[int], settled: int,
+) -> None:  # fmt: skip
+    plan = Plan(timing, 7, catchup=catchup, catchup_window=window)
+    assert offsets(plan, NOW, NOW + round(down * MINUTE)) == (missed, caught_up, on_time, settled, settled + 1)
+
+
+def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_once() -> None:
+    for catchup in ("latest", "all", "skip"):
+        for jitter in (0.0, 7.0, 3600.0):
+            for seconds in (0, 30, 59, 60, 61, 64, 65, 66, 119, 121, 200, 3600, 40000):
+                plan = minutely(catchup=catchup, jitter=jitter)
+                now = NOW + seconds * SECOND
+                due = due_slots(plan, NOW - 1, now)
+                taken = [*due.catchup, *due.on_time]
+                for group in due.missed:
+                    taken += range(group.first, group.last + 1, MINUTE)
+                due_all = [slot for slot in range(NOW, now + 1, MINUTE) if plan.fire_time(slot) <= now]
+                assert sorted(taken) == due_all
+                assert due.on_time == [slot for slot in due_all if plan.fire_time(slot) >= now - 5 * SECOND]
+                assert len(due.catchup) <= {"latest": 1, "all": 100, "skip": 0}[catchup]
+                assert due.settled_until == (due_all[-1] if due_all else NOW - 1)
+                assert due.next_slot == due.settled_until // MINUTE * MINUTE + MINUTE
+                again = due_slots(plan, due.settled_until, now)
+                assert again == Due([], [], [], due.settled_until, due.next_slot)
+
+
+def test_a_once_slot_that_was_missed_is_caught_up_within_the_window_and_else_recorded() -> None:
+    once = Once(NOW, "UTC")
+    assert due_slots(Plan(once, 7), NOW - DAY, NOW + HOUR) == Due([], [NOW], [], NOW, None)
+    late = due_slots(Plan(once, 7), NOW - DAY, NOW + 2 * DAY)
+    assert late == Due([Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s")], [], [], NOW, None)
+
+
+def test_missed_slots_say_why_they_did_not_run() -> None:
+    reasons = [
+        due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed[0].reason
+        for catchup, window in (("skip", 86400.0), ("latest", 86400.0), ("all", 86400.0), ("all", 120.0))
+    ]
+    assert reasons == [
+        "catchup=skip",
+        "catchup=latest runs only the newest",
+        "catchup=all runs only the newest 100",
+        "older than the catchup_window of 120 s",
+    ]
+    assert missed_message(Missed(NOW, NOW + MINUTE, 2, "catchup=skip"), "Europe/Berlin") == (
+        "missed: 2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin); catchup=skip"
+    )
+    assert missed_message(Missed(NOW, NOW, 1, "catchup=skip"), "UTC") == (
+        "missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip"
+    )
+    assert "1000 or more slots" in missed_message(Missed(NOW, NOW + DAY, 1000, "catchup=skip"), "UTC")
+
+
+def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
+    # A second-wise cron over ten years: 315 million slots. This ends at once, or the test does not end.
+    due = due_slots(Plan(Cron("* * * * * *", "Europe/Berlin"), 7), NOW - 3650 * DAY, NOW)
+    assert (due.catchup, due.on_time) == ([NOW - 6 * SECOND], [NOW - i * SECOND for i in (5, 4, 3, 2, 1, 0)])
+    assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
+
+
+@pytest.mark.parametrize(
+    # Minutes since NOW. `stood` is where the schedule stood when the clock was set to NOW, which had read `latest` before.
+    ("timing", "stood", "latest", "stands"),
+    [
+        (Cron("0 5 * * *", "UTC"), -5, 0, -5),
+        (Cron("0 5 * * *", "UTC"), 179, 179, 179),
+        (Cron("0-59 0-23 * * *", "UTC"), 60, 179, 60),
+        (Cron("0 5 * * *", "UTC"), 180, 180, 0),
+        (Cron("0 5 * * *", "UTC"), 60, 180, 0),
+        (Cron("0 5 * * *", "UTC"), -5, 999, -5),
+        (Once(NOW + HOUR, "UTC"), 60, 179, 60),
+        (Once(NOW + HOUR, "UTC"), 60, 180, 0),
+        (Cron("*/5 * * * *", "UTC"), 5, 5, 0),
+        (Cron("0 * * * *", "UTC"), 60, 60, 0),
+        (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
+        (Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
+    ],
+)  # fmt: skip
+def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_others_go_on_from_now(
+    timing: Timing, stood: int, latest: int, stands: int
+) -> None:
+    assert chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
+
+
+@pytest.mark.parametrize(
+    # Minutes since NOW: the clock is right again at minute 1.5 after it was behind, and the schedule stands at -180.
+    ("dealt_with", "in_force_since", "ran", "missed", "catchup"),
+    [
+        (0, 0, [], [], [1]),
+        (-60, -60, [], [(-59, 0)], [1]),
+        (1, 0, [], [], []),
+        (1, -180, [], [], []),
+        (500, 1, [], [], []),  # it was ahead before: what the schedule was not there for is out, the rest was missed
+        (500, -2, [], [(-1, 0)], [1]),
+        (500, -180, [(-179, 0)], [], [1]),
+        (500, -180, [(-178, 1)], [], [-179]),
+    ],
+)  # fmt: skip
+def test_what_was_dealt_with_is_not_made_up_for_when_the_clock_jumps_forward(
+    dealt_with: int, in_force_since: int, ran: list[tuple[int, int]], missed: list[tuple[int, int]], catchup: list[int]
+) -> None:
+    stretches = [(NOW + first * MINUTE, NOW + last * MINUTE) for first, last in ran]
+    past = {"dealt_with": NOW + dealt_with * MINUTE, "in_force_since": NOW + in_force_since * MINUTE, "ran": stretches}
+    plan = Plan(Cron("* * * * *", "UTC"), 7, **past)  # type: ignore[arg-type]
+    due = due_slots(plan, NOW - 180 * MINUTE, NOW + 90 * SECOND)
+    assert [((m.first - NOW) // MINUTE, (m.last - NOW) // MINUTE) for m in due.missed] == missed
+    assert [(slot - NOW) // MINUTE for slot in due.catchup] == catchup
+    assert (due.on_time, due.next_slot) == ([], NOW + 2 * MINUTE)
+
+
+def test_a_slot_that_ran_is_none_any_more() -> None:
+    plan = minutely(ran=[(NOW + MINUTE, NOW + 3 * MINUTE), (NOW + 5 * MINUTE, NOW + 5 * MINUTE)])
+    assert plan.next_slot(NOW) == NOW + 4 * MINUTE
+    assert plan.last_slot(NOW + 5 * MINUTE) == NOW + 4 * MINUTE
+    assert plan.upcoming(NOW, 3) == [NOW + 4 * MINUTE, NOW + 6 * MINUTE, NOW + 7 * MINUTE]
+    assert due_slots(plan, NOW, NOW + 5 * MINUTE).catchup == [NOW + 4 * MINUTE]
+
+
+def test_what_ran_is_remembered_as_a_few_stretches() -> None:
+    ran: list[list[int]] = []
+    for slot in (1, 2, 3, 4):
+        ran = add_run(ran, slot, slot - 1)
+    assert ran == [[1, 4]]
+    assert add_run(ran, 9, None) == [[1, 4], [9, 9]]
+    assert add_run([[1, 4], [9, 9]], 5, 4) == [[1, 5], [9, 9]]  # after the clock was set back
+    ran = [[n * n * 10, n * n * 10] for n in range(3, 11)]
+    assert add_run(ran, 5000, None) == [[90, 160], *ran[2:], [5000, 5000]]  # the two that lie closest are one now
+
+
+@pytest.mark.parametrize(
+    ("policy", "others", "waiting", "verdict"),
+    [
+        ("skip", 0, 0, "run"), ("skip", 1, 0, "skip"), ("skip", 9, 0, "skip"),
+        ("skip", 0, 1, "skip"), ("skip", 1, 1, "skip"), ("skip", 9, 1, "skip"),
+        ("queue", 0, 0, "run"), ("queue", 1, 0, "wait"), ("queue", 9, 0, "wait"),
+        ("queue", 0, 1, "skip"), ("queue", 1, 1, "skip"), ("queue", 9, 1, "skip"),
+        ("allow", 0, 0, "run"), ("allow", 1, 0, "run"), ("allow", 9, 0, "run"),
+        ("allow", 0, 1, "run"), ("allow", 1, 1, "run"), ("allow", 9, 1, "run"),
+        ("cancel", 0, 0, "run"), ("cancel", 1, 0, "cancel"), ("cancel", 9, 0, "cancel"),
+        ("cancel", 0, 1, "cancel"), ("cancel", 1, 1, "cancel"), ("cancel", 9, 1, "cancel"),
+    ],
+)  # fmt: skip
+def test_overlap_judges_a_slot_against_what_is_unfinished(policy: str, others: int, waiting: int, verdict: str) -> None:
+    assert policy in ("skip", "queue", "allow", "cancel")
+    assert chronotask.judge_overlap(policy, others, waiting) == verdict
+
+
+# --- Overlap and claims -----------------------------------------------------------------------------------------------
+
+
+def a_schedule(**changes: Any) -> Schedule:
+    """Schedule 7 of task 1: every 60 s, made at START, nothing of it dealt with yet."""
+    fields: dict[str, Any] = {
+        "id": 7,
+        "task_id": 1,
+        "schedule_type": "interval",
+        "schedule_config": {"seconds": 60, "timezone": "UTC"},
+        "is_active": True,
+        "overlap": "skip",
+        "catchup": "latest",
+        "catchup_window": 86400,
+        "jitter": 0,
+        "start_at": None,
+        "end_at": None,
+        "max_runs": None,
+        "created_at": START,
+        "updated_at": START,
+        "settled_until": START,
+        "next_slot": START + 60 * S,
+        "next_fire": START + 60 * S,
+        **changes,
+    }
+    return Schedule(**fields)
+
+
+UNFINISHED = {
+    "nobody": [],
+    "manual": [Unfinished(1, None, "manual", False, 1)],
+    "own": [Unfinished(1, 7, "schedule", False, 1)],
+    "own+waiting": [Unfinished(1, 7, "schedule", False, 1), Unfinished(1, 7, "schedule", True, 1)],
+    "own catch-up": [Unfinished(1, 7, "catchup", False, 1)],
+    "other catch-up": [Unfinished(1, 8, "catchup", False, 1)],
+    "other task": [Unfinished(2, 9, "schedule", False, 5)],
+}
+LETTERS = {"missed": "m", "skipped": "s", "cancelled": "x"}
+
+
+def claimed(schedule: Schedule, unfinished: str, now: float) -> tuple[Claim, str]:
+    """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued).
+
+    A queued one may wait behind o(verlap) and behind c(atch-up).
+    """
+    claim = Claim()
+    claim_slots(claim, schedule, Others(UNFINISHED[unfinished]), START + round(now * S))
+    words = []
+    for row in claim.rows:
+        held = "o" * bool(row.hold & Hold.OVERLAP) + "c" * bool(row.hold & Hold.CATCHUP)
+        assert row.scheduled_for is not None
+        words.append(f"{(row.scheduled_for - START) // S}{LETTERS.get(row.status, 'q')}{held}")
+    return claim, " ".join(words)
+
+
+# At START + 183 s: the slots 60 and 120 were missed, 180 is on time. What is unfinished, catchup, then what happens by overlap.
+OVERLAPS = ("skip", "queue", "allow", "cancel")
+CLAIMS = """
+nobody         | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
+nobody         | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
+nobody         | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
+manual         | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+manual         | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+manual         | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+own            | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+own            | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+own            | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+own+waiting    | latest | 60m 120s 180s     | 60m 120s 180s     | 60m 120q 180q     | 60m 120x 180qo
+own+waiting    | all    | 60s 120s 180s     | 60s 120s 180s     | 60q 120qc 180q    | 60x 120x 180qo
+own+waiting    | skip   | 60m 180s          | 60m 180s          | 60m 180q          | 60m 180qo
+own catch-up   | latest | 60m 120qc 180s    | 60m 120qc 180qo   | 60m 120qc 180q    | 60m 120x 180qo
+own catch-up   | all    | 60qc 120qc 180s   | 60qc 120qc 180qo  | 60qc 120qc 180q   | 60x 120x 180qo
+own catch-up   | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+other catch-up | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+other catch-up | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+other catch-up | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+other task     | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
+other task     | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
+other task     | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
+"""
+
+
+def claims() -> Iterator[tuple[str, str, str, str]]:
+    for line in CLAIMS.strip().splitlines():
+        unfinished, catchup, *expected = (word.strip() for word in line.split("|"))
+        yield from ((unfinished, catchup, overlap, text) for overlap, text in zip(OVERLAPS, expected, strict=True))
+
+
+@pytest.mark.parametrize(("unfinished", "catchup", "overlap", "expected"), [*claims()])
+def test_overlap_and_catchup_decide_what_becomes_of_due_slots(unfinished: str, catchup: str, overlap: str, expected: str) -> None:
+    schedule = a_schedule(overlap=overlap, catchup=catchup)
+    claim, text = claimed(schedule, unfinished, 183)
+    assert text == expected
+    assert (schedule.settled_until, schedule.next_slot, schedule.is_active) == (START + 180 * S, START + 240 * S, True)
+    if overlap == "cancel":
+        assert bool(claim.cancels) == ("180qo" in text), "it asks for the end of what is unfinished"
+
+
+def test_a_slot_is_on_time_up_to_5_seconds_after_its_time_and_missed_later() -> None:
+    assert claimed(a_schedule(), "nobody", 65)[0].rows[0].trigger == "schedule"
+    late = claimed(a_schedule(), "nobody", 65.000001)[0].rows[0]
+    assert (late.trigger, late.status) == ("catchup", "queued")
+
+
+def test_all_slots_of_the_last_5_seconds_fire_oldest_first() -> None:
+    schedule = a_schedule(schedule_config={"seconds": 1, "timezone": "UTC"}, overlap="allow", next_slot=START + S)
+    assert claimed(schedule, "nobody", 4)[1] == "1q 2q 3q 4q"
+
+
+def test_missed_slots_that_follow_each_other_are_one_row_with_first_last_and_count() -> None:
+    claim, text = claimed(a_schedule(catchup="skip"), "nobody", 600.0)
+    assert text == "60m 600q"
+    assert claim.rows[0].error_message == (
+        "missed: 9 slots from 2026-01-01T00:01:00+00:00 to 2026-01-01T00:09:00+00:00 (UTC); catchup=skip"
+    )
+
+
+def test_of_many_missed_slots_up_to_1000_are_counted_and_the_newest_100_run_oldest_first() -> None:
+    claim, _ = claimed(a_schedule(catchup="skip"), "nobody", 5000 * 60.0)
+    assert str(claim.rows[0].error_message).startswith("missed: 1000 or more slots from ")
+    claim, text = claimed(a_schedule(catchup="all", overlap="allow"), "nobody", 60 * 105 + 30)
+    assert text.startswith("60m 360q 420qc 480qc ") and text.endswith(" 6240qc 6300qc")
+    assert str(claim.rows[0].error_message).startswith("missed: 5 slots from ")
+    assert len(claim.rows) == 101
+
+
+def test_slots_older_than_the_catchup_window_are_never_caught_up() -> None:
+    claim, text = claimed(a_schedule(catchup="all", overlap="allow", catchup_window=300), "nobody", 630)
+    assert text == "60m 360q 420qc 480qc 540qc 600qc"
+    assert "older than the catchup_window of 300 s" in str(claim.rows[0].error_message)
+    assert claimed(a_schedule(catchup="all", catchup_window=0), "nobody", 630)[1] == "60m"
+
+
+def test_a_claim_ends_with_max_runs_or_end_at_and_then_the_schedule_does() -> None:
+    schedule = a_schedule(catchup="all", overlap="allow", max_runs=3, run_count=1)
+    assert claimed(schedule, "nobody", 630)[1] == "60q 120qc"
+    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
+    schedule = a_schedule(end_at=START + 60 * S)
+    assert claimed(schedule, "nobody", 60)[1] == "60q"
+    assert (schedule.is_active, schedule.next_slot) == (False, None)
+
+
+def test_skipped_slots_do_not_use_up_max_runs() -> None:
+    schedule = a_schedule(max_runs=1)
+    assert claimed(schedule, "own", 60)[1] == "60s"
+    assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
+
+
+def test_a_backward_step_fires_nothing_until_the_claimed_slot_is_passed() -> None:
+    schedule = a_schedule(settled_until=START + 10_740 * S)
+    assert claimed(schedule, "nobody", 0)[1] == ""
+    assert schedule.next_slot == START + 10_800 * S
+
+
+def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
+    schedule = a_schedule(catchup="latest", overlap="allow")
+    assert claimed(schedule, "nobody", 183)[1] == "60m 120q 180q"
+    assert (schedule.ran, schedule.dealt_with) == ([[START + 120 * S, START + 180 * S]], START + 180 * S)
+    claimed(schedule, "nobody", 241)
+    schedule.overlap = "skip"
+    assert claimed(schedule, "own", 301)[1] == "300s"
+    assert schedule.ran == [[START + 120 * S, START + 240 * S]]
+    claimed(schedule, "nobody", 361)
+    assert schedule.ran == [[START + 120 * S, START + 240 * S], [START + 360 * S, START + 360 * S]]
+    assert (schedule.settled_until, schedule.dealt_with) == (START + 360 * S, START + 360 * S)
+
+
+def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
+    schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True, 1)
+    assert Others([other]).met_by(schedule, "schedule") == (1, 0)
+    claim = Claim()
+    claim_slots(claim, schedule, Others([other]), START + 60 * S)
+    claim_slots(claim, schedule, Others([other, Unfinished(1, 7, "schedule", True, 1)]), START + 120 * S)
+    assert [(row.status, row.hold) for row in claim.rows] == [("queued", Hold.OVERLAP), ("skipped", 0)]
+
+
+def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
+    claim, schedule = Claim(), a_schedule()
+    chronotask.claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
+    row = claim.rows[0]
+    assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
+    assert "no such zone" in str(row.error_message)
+    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
+
+
+ONCE = {"datetime": "2026-01-01T00:01:00Z", "timezone": "UTC"}
+CRON = {"expression": "* * * * *", "timezone": "UTC"}
+FIXED = {"expression": "0-59 0-23 * * *", "timezone": "UTC"}
+#        what                 the schedule                                              resumed at, next slot, row at, active
+RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool]] = {
+    "interval, in between": ({}, 90, 120, None, True),
+    "interval, on a slot": ({}, 120, 180, None, True),
+    "interval, at once": ({}, 0, 60, None, True),
+    "cron": ({"schedule_type": "cron", "schedule_config": CRON}, 150, 180, None, True),
+    "once, still to come": ({"schedule_type": "once", "schedule_config": ONCE}, 30, 60, None, True),
+    "once, passed": ({"schedule_type": "once", "schedule_config": ONCE}, 90, None, 60, False),
+    "once, passed this instant": ({"schedule_type": "once", "schedule_config": ONCE}, 60, None, 60, False),
+    "end_at passed": ({"end_at": START + 100 * S}, 110, None, None, False),
+    "start_at to come": ({"start_at": START + 600 * S}, 110, 600, None, True),
+    "max_runs reached": ({"max_runs": 2, "run_count": 2}, 110, None, None, False),
+    "clock was set back a little": ({"settled_until": START + 240 * S, "next_slot": START + 300 * S}, 110, 120, None, True),
+    "clock was set back a little, fixed": (
+        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 240 * S, "next_slot": START + 300 * S},
+        *(110, 300, None, True),
+    ),
+    "clock was set back by 3 h": (
+        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 10_910 * S},
+        *(110, 120, None, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RESUMED)
+def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
+    changes, now, next_slot, row_at, active = RESUMED[what]
+    schedule = a_schedule(**changes)
+    row = chronotask.resume_schedule(schedule, START + round(now * S))
+    found = None if schedule.next_slot is None else (schedule.next_slot - START) / S
+    assert (found, schedule.is_active) == (next_slot, active)
+    if row_at is None:
+        assert row is None
+    else:
+        assert row is not None and row.status == "skipped" and row.scheduled_for == START + round(row_at * S)
+        assert "paused" in str(row.error_message)
+
+
+# --- Ends of attempts -------------------------------------------------------------------------------------------------
+
+
+WAITS = [(1, 5, 2, 5), (2, 5, 2, 10), (3, 5, 2, 20), (4, 5, 1, 5), (3, 7, 1.5, 15.75), (1, 0, 2, 0)]
+
+
+@pytest.mark.parametrize(("attempt", "delay", "backoff", "seconds"), [*WAITS, (20, 5, 2, 3600), (100, 86400, 10, 3600)])
+def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float, backoff: float, seconds: float) -> None:
+    assert retry_wait(attempt, delay, backoff, 0) == seconds
+    assert retry_wait(attempt, delay, backoff, 1) == pytest.approx(seconds * 1.1)
+    assert retry_wait(attempt, delay, backoff, -1) == pytest.approx(seconds * 0.9)
+
+
+def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
+    return dataclasses.replace(MANUAL_RUN, attempt=attempt, max_retries=max_retries)
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
+def test_an_end_that_is_not_retryable_is_final(status: str) -> None:
+    settlement = settle(a_run(), Outcome(status), START, 0)
+    assert (settlement.status, settlement.next_attempt_at) == (status, None)
+
+
+@pytest.mark.parametrize("status", ["failed", "timed_out", "interrupted"])
+def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None:
+    outcome = Outcome(status, retryable=True)
+    again = settle(a_run(attempt=3), outcome, START, 0)
+    assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
+    assert settle(a_run(attempt=4), outcome, START, 0).status == status
+    assert settle(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
+
+
+def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
+    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
+    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
+
+
+@pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
+def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_start(
+    wall: int, seconds: float | None, ends: int
+) -> None:
+    run = dataclasses.replace(a_run(), started_at=START)
+    settlement = settle(run, Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
+    assert (settlement.finished_at, settlement.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
+
+
+# ======================================================================================================================
+# 5. Clock and timers
 # ======================================================================================================================
 
 
@@ -2788,11 +3068,6 @@ def test_a_thousand_random_steps_agree_with_a_plain_dict() -> None:
             assert [plain[k] for k in due] == sorted(plain[k] for k in due)
             plain = {k: t for k, t in plain.items() if t > now}
         assert (timers.next_due(), len(timers)) == (min(plain.values(), default=None), len(plain))
-
-
-# ======================================================================================================================
-# 5. Clock
-# ======================================================================================================================
 
 
 def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() -> None:
@@ -6018,278 +6293,6 @@ async def test_headers_that_differ_in_case_are_one() -> None:
 # ======================================================================================================================
 # 8. Service
 # ======================================================================================================================
-
-
-# --- Deciding about slots (pure) --------------------------------------------------------------------------------------
-
-
-def a_schedule(**changes: Any) -> Schedule:
-    """Schedule 7 of task 1: every 60 s, made at START, nothing of it dealt with yet."""
-    fields: dict[str, Any] = {
-        "id": 7,
-        "task_id": 1,
-        "schedule_type": "interval",
-        "schedule_config": {"seconds": 60, "timezone": "UTC"},
-        "is_active": True,
-        "overlap": "skip",
-        "catchup": "latest",
-        "catchup_window": 86400,
-        "jitter": 0,
-        "start_at": None,
-        "end_at": None,
-        "max_runs": None,
-        "created_at": START,
-        "updated_at": START,
-        "settled_until": START,
-        "next_slot": START + 60 * S,
-        "next_fire": START + 60 * S,
-        **changes,
-    }
-    return Schedule(**fields)
-
-
-UNFINISHED = {
-    "nobody": [],
-    "manual": [Unfinished(1, None, "manual", False, 1)],
-    "own": [Unfinished(1, 7, "schedule", False, 1)],
-    "own+waiting": [Unfinished(1, 7, "schedule", False, 1), Unfinished(1, 7, "schedule", True, 1)],
-    "own catch-up": [Unfinished(1, 7, "catchup", False, 1)],
-    "other catch-up": [Unfinished(1, 8, "catchup", False, 1)],
-    "other task": [Unfinished(2, 9, "schedule", False, 5)],
-}
-LETTERS = {"missed": "m", "skipped": "s", "cancelled": "x"}
-
-
-def claimed(schedule: Schedule, unfinished: str, now: float) -> tuple[Claim, str]:
-    """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued).
-
-    A queued one may wait behind o(verlap) and behind c(atch-up).
-    """
-    claim = Claim()
-    claim_slots(claim, schedule, Crowd(UNFINISHED[unfinished]), START + round(now * S))
-    words = []
-    for row in claim.rows:
-        held = "o" * bool(row.hold & Hold.OVERLAP) + "c" * bool(row.hold & Hold.CATCHUP)
-        assert row.scheduled_for is not None
-        words.append(f"{(row.scheduled_for - START) // S}{LETTERS.get(row.status, 'q')}{held}")
-    return claim, " ".join(words)
-
-
-# At START + 183 s: the slots 60 and 120 were missed, 180 is on time. What is unfinished, catchup, then what happens by overlap.
-OVERLAPS = ("skip", "queue", "allow", "cancel")
-CLAIMS = """
-nobody         | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
-nobody         | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
-nobody         | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
-manual         | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
-manual         | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
-manual         | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
-own            | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
-own            | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
-own            | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
-own+waiting    | latest | 60m 120s 180s     | 60m 120s 180s     | 60m 120q 180q     | 60m 120x 180qo
-own+waiting    | all    | 60s 120s 180s     | 60s 120s 180s     | 60q 120qc 180q    | 60x 120x 180qo
-own+waiting    | skip   | 60m 180s          | 60m 180s          | 60m 180q          | 60m 180qo
-own catch-up   | latest | 60m 120qc 180s    | 60m 120qc 180qo   | 60m 120qc 180q    | 60m 120x 180qo
-own catch-up   | all    | 60qc 120qc 180s   | 60qc 120qc 180qo  | 60qc 120qc 180q   | 60x 120x 180qo
-own catch-up   | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
-other catch-up | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
-other catch-up | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
-other catch-up | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
-other task     | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
-other task     | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
-other task     | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
-"""
-
-
-def claims() -> Iterator[tuple[str, str, str, str]]:
-    for line in CLAIMS.strip().splitlines():
-        unfinished, catchup, *expected = (word.strip() for word in line.split("|"))
-        yield from ((unfinished, catchup, overlap, text) for overlap, text in zip(OVERLAPS, expected, strict=True))
-
-
-@pytest.mark.parametrize(("unfinished", "catchup", "overlap", "expected"), [*claims()])
-def test_overlap_and_catchup_decide_what_becomes_of_due_slots(unfinished: str, catchup: str, overlap: str, expected: str) -> None:
-    schedule = a_schedule(overlap=overlap, catchup=catchup)
-    claim, text = claimed(schedule, unfinished, 183)
-    assert text == expected
-    assert (schedule.settled_until, schedule.next_slot, schedule.is_active) == (START + 180 * S, START + 240 * S, True)
-    if overlap == "cancel":
-        assert bool(claim.cancels) == ("180qo" in text), "it asks for the end of what is unfinished"
-
-
-def test_a_slot_is_on_time_up_to_5_seconds_after_its_time_and_missed_later() -> None:
-    assert claimed(a_schedule(), "nobody", 65)[0].rows[0].trigger == "schedule"
-    late = claimed(a_schedule(), "nobody", 65.000001)[0].rows[0]
-    assert (late.trigger, late.status) == ("catchup", "queued")
-
-
-def test_all_slots_of_the_last_5_seconds_fire_oldest_first() -> None:
-    schedule = a_schedule(schedule_config={"seconds": 1, "timezone": "UTC"}, overlap="allow", next_slot=START + S)
-    assert claimed(schedule, "nobody", 4)[1] == "1q 2q 3q 4q"
-
-
-def test_missed_slots_that_follow_each_other_are_one_row_with_first_last_and_count() -> None:
-    claim, text = claimed(a_schedule(catchup="skip"), "nobody", 600.0)
-    assert text == "60m 600q"
-    assert claim.rows[0].error_message == (
-        "missed: 9 slots from 2026-01-01T00:01:00+00:00 to 2026-01-01T00:09:00+00:00 (UTC); catchup=skip"
-    )
-
-
-def test_of_many_missed_slots_up_to_1000_are_counted_and_the_newest_100_run_oldest_first() -> None:
-    claim, _ = claimed(a_schedule(catchup="skip"), "nobody", 5000 * 60.0)
-    assert str(claim.rows[0].error_message).startswith("missed: 1000 or more slots from ")
-    claim, text = claimed(a_schedule(catchup="all", overlap="allow"), "nobody", 60 * 105 + 30)
-    assert text.startswith("60m 360q 420qc 480qc ") and text.endswith(" 6240qc 6300qc")
-    assert str(claim.rows[0].error_message).startswith("missed: 5 slots from ")
-    assert len(claim.rows) == 101
-
-
-def test_slots_older_than_the_catchup_window_are_never_caught_up() -> None:
-    claim, text = claimed(a_schedule(catchup="all", overlap="allow", catchup_window=300), "nobody", 630)
-    assert text == "60m 360q 420qc 480qc 540qc 600qc"
-    assert "older than the catchup_window of 300 s" in str(claim.rows[0].error_message)
-    assert claimed(a_schedule(catchup="all", catchup_window=0), "nobody", 630)[1] == "60m"
-
-
-def test_a_claim_ends_with_max_runs_or_end_at_and_then_the_schedule_does() -> None:
-    schedule = a_schedule(catchup="all", overlap="allow", max_runs=3, run_count=1)
-    assert claimed(schedule, "nobody", 630)[1] == "60q 120qc"
-    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
-    schedule = a_schedule(end_at=START + 60 * S)
-    assert claimed(schedule, "nobody", 60)[1] == "60q"
-    assert (schedule.is_active, schedule.next_slot) == (False, None)
-
-
-def test_skipped_slots_do_not_use_up_max_runs() -> None:
-    schedule = a_schedule(max_runs=1)
-    assert claimed(schedule, "own", 60)[1] == "60s"
-    assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
-
-
-def test_a_backward_step_fires_nothing_until_the_claimed_slot_is_passed() -> None:
-    schedule = a_schedule(settled_until=START + 10_740 * S)
-    assert claimed(schedule, "nobody", 0)[1] == ""
-    assert schedule.next_slot == START + 10_800 * S
-
-
-def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
-    schedule = a_schedule(catchup="latest", overlap="allow")
-    assert claimed(schedule, "nobody", 183)[1] == "60m 120q 180q"
-    assert (schedule.ran, schedule.dealt_with) == ([[START + 120 * S, START + 180 * S]], START + 180 * S)
-    claimed(schedule, "nobody", 241)
-    schedule.overlap = "skip"
-    assert claimed(schedule, "own", 301)[1] == "300s"
-    assert schedule.ran == [[START + 120 * S, START + 240 * S]]
-    claimed(schedule, "nobody", 361)
-    assert schedule.ran == [[START + 120 * S, START + 240 * S], [START + 360 * S, START + 360 * S]]
-    assert (schedule.settled_until, schedule.dealt_with) == (START + 360 * S, START + 360 * S)
-
-
-def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
-    schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True, 1)
-    assert Crowd([other]).facing(schedule, "schedule") == (1, 0)
-    claim = Claim()
-    claim_slots(claim, schedule, Crowd([other]), START + 60 * S)
-    claim_slots(claim, schedule, Crowd([other, Unfinished(1, 7, "schedule", True, 1)]), START + 120 * S)
-    assert [(row.status, row.hold) for row in claim.rows] == [("queued", Hold.OVERLAP), ("skipped", 0)]
-
-
-def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
-    claim, schedule = Claim(), a_schedule()
-    chronotask.claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
-    row = claim.rows[0]
-    assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
-    assert "no such zone" in str(row.error_message)
-    assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
-
-
-ONCE = {"datetime": "2026-01-01T00:01:00Z", "timezone": "UTC"}
-CRON = {"expression": "* * * * *", "timezone": "UTC"}
-FIXED = {"expression": "0-59 0-23 * * *", "timezone": "UTC"}
-#        what                 the schedule                                              resumed at, next slot, row at, active
-RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool]] = {
-    "interval, in between": ({}, 90, 120, None, True),
-    "interval, on a slot": ({}, 120, 180, None, True),
-    "interval, at once": ({}, 0, 60, None, True),
-    "cron": ({"schedule_type": "cron", "schedule_config": CRON}, 150, 180, None, True),
-    "once, still to come": ({"schedule_type": "once", "schedule_config": ONCE}, 30, 60, None, True),
-    "once, passed": ({"schedule_type": "once", "schedule_config": ONCE}, 90, None, 60, False),
-    "once, passed this instant": ({"schedule_type": "once", "schedule_config": ONCE}, 60, None, 60, False),
-    "end_at passed": ({"end_at": START + 100 * S}, 110, None, None, False),
-    "start_at to come": ({"start_at": START + 600 * S}, 110, 600, None, True),
-    "max_runs reached": ({"max_runs": 2, "run_count": 2}, 110, None, None, False),
-    "clock was set back a little": ({"settled_until": START + 240 * S, "next_slot": START + 300 * S}, 110, 120, None, True),
-    "clock was set back a little, fixed": (
-        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 240 * S, "next_slot": START + 300 * S},
-        *(110, 300, None, True),
-    ),
-    "clock was set back by 3 h": (
-        {"schedule_type": "cron", "schedule_config": FIXED, "settled_until": START + 10_910 * S},
-        *(110, 120, None, True),
-    ),
-}
-
-
-@pytest.mark.parametrize("what", RESUMED)
-def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
-    changes, now, next_slot, row_at, active = RESUMED[what]
-    schedule = a_schedule(**changes)
-    row = chronotask.resume_schedule(schedule, START + round(now * S))
-    found = None if schedule.next_slot is None else (schedule.next_slot - START) / S
-    assert (found, schedule.is_active) == (next_slot, active)
-    if row_at is None:
-        assert row is None
-    else:
-        assert row is not None and row.status == "skipped" and row.scheduled_for == START + round(row_at * S)
-        assert "paused" in str(row.error_message)
-
-
-# --- Retries (pure) ---------------------------------------------------------------------------------------------------
-
-
-WAITS = [(1, 5, 2, 5), (2, 5, 2, 10), (3, 5, 2, 20), (4, 5, 1, 5), (3, 7, 1.5, 15.75), (1, 0, 2, 0)]
-
-
-@pytest.mark.parametrize(("attempt", "delay", "backoff", "seconds"), [*WAITS, (20, 5, 2, 3600), (100, 86400, 10, 3600)])
-def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float, backoff: float, seconds: float) -> None:
-    assert retry_wait(attempt, delay, backoff, 0) == seconds
-    assert retry_wait(attempt, delay, backoff, 1) == pytest.approx(seconds * 1.1)
-    assert retry_wait(attempt, delay, backoff, -1) == pytest.approx(seconds * 0.9)
-
-
-def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
-    return dataclasses.replace(MANUAL_RUN, attempt=attempt, max_retries=max_retries)
-
-
-@pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
-def test_an_end_that_is_not_retryable_is_final(status: str) -> None:
-    settlement = settle(a_run(), Outcome(status), START, 0)
-    assert (settlement.status, settlement.next_attempt_at) == (status, None)
-
-
-@pytest.mark.parametrize("status", ["failed", "timed_out", "interrupted"])
-def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None:
-    outcome = Outcome(status, retryable=True)
-    again = settle(a_run(attempt=3), outcome, START, 0)
-    assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
-    assert settle(a_run(attempt=4), outcome, START, 0).status == status
-    assert settle(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
-
-
-def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
-    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
-    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
-
-
-@pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
-def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_start(
-    wall: int, seconds: float | None, ends: int
-) -> None:
-    run = dataclasses.replace(a_run(), started_at=START)
-    settlement = settle(run, Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
-    assert (settlement.finished_at, settlement.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
 
 
 # --- Slots, end to end ------------------------------------------------------------------------------------------------
