@@ -4736,12 +4736,6 @@ _CHARSET = re.compile(
 )
 
 
-@functools.lru_cache(256)
-def _charset(content_type: str) -> str:
-    found = re.search(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", content_type, re.IGNORECASE)
-    return found[1] if found else "utf-8"
-
-
 # What programs make of a character that they do not print as it is: in JSON (where some escape more than they must, as \/ and
 # \u002B), URLs, HTML, and literals of shells, C and Python.
 _ESCAPE = re.compile(
@@ -4923,11 +4917,11 @@ class LiveOutput:
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
         self.content_type = content_type
-        charset = _charset(content_type)
-        if charset != "utf-8" and _CHARSET.fullmatch(charset):
+        found = re.search(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", content_type, re.IGNORECASE)
+        if found and found[1] != "utf-8" and _CHARSET.fullmatch(found[1]):
             with contextlib.suppress(LookupError):
                 for stream in self._streams.values():
-                    stream.decoder = codecs.getincrementaldecoder(charset)("replace")
+                    stream.decoder = codecs.getincrementaldecoder(found[1])("replace")
 
     def feed(self, stream: str, data: bytes, last: bool = False) -> None:
         into = self._streams[stream]
@@ -5043,7 +5037,14 @@ def resolve_secrets(
     def secret(kind: str, name: str) -> str:
         if len(secrets) == MAX_SECRETS:
             raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
-        value = _secret_variable(name, environ) if kind == "env" else _secret_file(name, settings)
+        if kind == "file":
+            value = _secret_file(name, settings)
+        elif not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
+            raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
+        elif name not in environ:
+            raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
+        else:
+            value = environ[name]
         secrets.append(value)
         return value
 
@@ -5073,14 +5074,6 @@ def _filled_url(url: str, secret: Callable[[str, str], str]) -> str:
         return urllib.parse.quote(value, safe="" if found.start() < host else "/:,")
 
     return SECRET_REFERENCE.sub(part, url)
-
-
-def _secret_variable(name: str, environ: Mapping[str, str]) -> str:
-    if not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
-        raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
-    if name not in environ:
-        raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
-    return environ[name]
 
 
 def _secret_file(name: str, settings: Settings) -> str:
