@@ -8121,7 +8121,6 @@ class Api:
         return int(answer.json["id"])
 
 
-Door = Api  # the name before: until all uses are moved
 BASH = {"name": "t", "task_type": "bash", "config": {"command": "true"}}
 EVERY_MINUTE = {"task_id": 1, "schedule_type": "interval", "schedule_config": {"seconds": 60}}
 OpenApi = Callable[..., Awaitable[Api]]
@@ -8141,12 +8140,6 @@ async def open_api(open_rig: OpenRig) -> AsyncIterator[OpenApi]:
     yield open_one
     for client in clients:
         await client.close()
-
-
-@pytest.fixture
-async def open_door(open_api: OpenApi) -> OpenApi:
-    """The name before: until all uses are moved."""
-    return open_api
 
 
 @pytest.fixture
