@@ -402,9 +402,13 @@ class Settings:
         fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for name, field in fields.items():
-            if environ.get(name):
-                values[field.name] = _parse_setting(name, environ[name], field.metadata["parse"])
-            elif name in environ and name in (ENV_PREFIX + "API_TOKEN", ENV_PREFIX + "API_TOKEN_FILE"):
+            if text := environ.get(name):
+                try:
+                    values[field.name] = field.metadata["parse"](text)
+                except ValueError as error:
+                    value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
+                    raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
+            elif text == "" and name in (ENV_PREFIX + "API_TOKEN", ENV_PREFIX + "API_TOKEN_FILE"):
                 # As it comes from a secret that was not filled in: the service would be open.
                 raise StartupError(f"{name}='': must not be empty; remove it if there is to be no token", exit_status=2)
         settings, warnings = cls(**values), _typo_warnings(environ, fields)
@@ -414,14 +418,6 @@ class Settings:
             if why := untrusted(settings.secrets_dir, os.stat(settings.secrets_dir)):
                 raise StartupError(f"{ENV_PREFIX}SECRETS_DIR={shown(str(settings.secrets_dir))}: {why}", exit_status=2)
         return settings, warnings
-
-
-def _parse_setting(name: str, text: str, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
-        raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -8113,7 +8109,7 @@ OPERATIONS: tuple[Operation, ...] = (
 # ======================================================================================================================
 
 API = "/api/v1"
-HEARTBEAT = 10.0  # seconds between signs of life on a stream of events
+KEEPALIVE = 10.0  # seconds between comments on a stream of events that has nothing to tell
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which the kernel drops a client that takes nothing of its answer
 MAX_BODY = 1024 * 1024  # bytes
@@ -8484,7 +8480,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
             await _send_event(answer, event, query.task_id)
         while True:
             try:
-                async with asyncio.timeout(HEARTBEAT):
+                async with asyncio.timeout(KEEPALIVE):
                     event_or_end = await reader.get()
             except TimeoutError:
                 await answer.write(b": still here\n\n")
