@@ -28,7 +28,7 @@ How a run comes about
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
      1 Errors and settings   the error tree, the settings; never reads os.environ itself
      2 Schedules (pure)      slots of cron, once and interval; no clock, no I/O
-     3 Models                what a client sends and gets, what the store keeps; no SQL, HTTP or MCP
+     3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      what to do about due slots, overlap, ends of attempts, a clock that was set; no clock, no I/O
      5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
@@ -74,6 +74,7 @@ import copy
 import dataclasses
 import difflib
 import email.utils
+import enum
 import errno
 import fcntl
 import functools
@@ -83,6 +84,7 @@ import heapq
 import hmac
 import html
 import importlib
+import inspect
 import io
 import ipaddress
 import itertools
@@ -116,7 +118,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -130,7 +132,11 @@ from typing import (
     Protocol,
     Required,
     TypeVar,
+    Union,
     cast,
+    get_args,
+    get_origin,
+    get_type_hints,
 )
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -140,6 +146,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -1355,7 +1362,7 @@ class Plan:
 
 
 # ======================================================================================================================
-# 3. Models
+# 3. Resources
 # ======================================================================================================================
 
 MASK = "********"
@@ -1877,10 +1884,9 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     return result
 
 
-# --- Tasks, schedules, executions -------------------------------------------------------------------------------------
+# --- The words of tasks, schedules and executions ---------------------------------------------------------------------
 
 TASK_TYPES = ("http", "bash")
-UNSET: Any = None  # a default that marks "not sent": `model_fields_set` tells it from an explicit null
 UNFINISHED = ("queued", "running", "retrying")
 FINISHED = ("succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted")
 NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothing
@@ -1899,6 +1905,86 @@ def parsed(text: str) -> Any:
     return from_json(text, cache_strings="keys")  # values may be secrets
 
 
+def plain_number(value: float) -> float:
+    """5 instead of 5.0, as SQLite gives it back."""
+    return int(value) if value == int(value) else value
+
+
+def instant_or_none(t: int | None) -> str | None:
+    return None if t is None else format_instant(t)
+
+
+def seconds_between(start: int | None, end: int | None) -> float | None:
+    return None if start is None or end is None else max(0, end - start) / SECOND
+
+
+# Control characters, line and paragraph separators, and what turns the direction of text around.
+_NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _line(text: str) -> str:
+    if not text.strip() or _NOT_ONE_LINE.search(text):
+        raise ValueError("must not be blank or contain control characters")
+    return text
+
+
+def _prose(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    return text
+
+
+MAX_ID = 2**63 - 1  # SQLite's largest rowid
+Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)]
+Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
+Config = Annotated[
+    dict[str, Any],
+    Field(
+        description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
+        'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
+        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?}. "
+        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
+    ),
+]
+ScheduleConfig = Annotated[
+    dict[str, Any],
+    Field(
+        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}. "
+        "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
+        "without an offset in timezone (IANA name)."
+    ),
+]
+Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
+MaxRetries = Annotated[int, Field(ge=0, le=100)]
+RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), AfterValidator(plain_number)]
+RetryBackoff = Annotated[
+    float, Field(ge=1, le=10, description="each further wait is this many times longer"), AfterValidator(plain_number)
+]
+CatchupWindow = Annotated[
+    float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), AfterValidator(plain_number)
+]
+Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), AfterValidator(plain_number)]
+MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
+TaskType = Literal["http", "bash"]
+TaskStatus = Annotated[
+    Literal["active", "paused", "disabled"],
+    Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
+]
+ScheduleType = Literal["cron", "once", "interval"]
+Overlap = Annotated[
+    Literal["skip", "queue", "allow", "cancel"],
+    Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
+]
+Catchup = Annotated[
+    Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
+]
+Status = Literal[
+    "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
+]
+Trigger = Literal["schedule", "catchup", "manual"]
+
+
 class Hold:
     """Bits that say why a `queued` execution may not start yet, and what lifts it."""
 
@@ -1907,60 +1993,99 @@ class Hold:
     DISABLED = 4  # until its task is no longer disabled
 
 
-# --- What the store keeps ---------------------------------------------------------------------------------------------
+# --- Resources, each declared once ------------------------------------------------------------------------------------
+#
+# A new field is one line here and a migration (section 6): the columns, the bodies of create and update, what answers show,
+# OpenAPI and the tools' arguments follow from it. A client may write a field, on creation and later, unless its type says:
+#
+#   ReadOnly[…]   shown, never written by a client. With a default, a new row starts as the schema of the table says.
+#   Internal[…]   neither shown nor written by a client
+#   Queried[…]    no column: the query computes it
+#   Detail[…]     no column: shown only where the service has filled it in, in answers about one
+#
+# A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
+# names properties that answers show, and the field that each stands behind.
+
+F = TypeVar("F")
+Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL TIME")
+ReadOnly = Annotated[F, Mark.READ_ONLY]
+Internal = Annotated[F, Mark.INTERNAL]
+Queried = Annotated[F, Mark.QUERIED]
+Detail = Annotated[F, Mark.DETAIL]
+Time = Annotated[int, Mark.TIME]
+UNSET: Any = None  # a default that is a setting, or of no effect
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Task:
-    """A row of `tasks`. Instants are microseconds since the epoch, `retry_delay` is seconds."""
+    """What to do. `config` is in normal form, with its secrets; `retry_delay` is seconds."""
 
-    id: int
-    name: str
-    description: str | None
-    task_type: str
-    status: str
-    config: dict[str, Any]
-    max_retries: int
-    retry_delay: float
-    retry_backoff: float
-    created_at: int
-    updated_at: int
-    last_run: int | None = None
-    run_count: int = 0
-    success_count: int = 0
-    failure_count: int = 0
+    id: ReadOnly[int] = 0
+    name: Name
+    description: Description | None = None
+    task_type: TaskType
+    status: TaskStatus = "active"
+    config: Config
+    max_retries: MaxRetries = UNSET
+    retry_delay: RetryDelay = UNSET
+    retry_backoff: RetryBackoff = 2
+    created_at: ReadOnly[Time]
+    updated_at: ReadOnly[Time]
+    last_run: ReadOnly[Time | None] = None
+    next_run: Queried[ReadOnly[Time | None]] = None
+    run_count: ReadOnly[int] = 0
+    success_count: ReadOnly[int] = 0
+    failure_count: ReadOnly[int] = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Schedule:
-    """A row of `schedules`. It stands at `settled_until`: `next_slot` is the first slot later than that.
+    """When a task fires. It stands at `settled_until`: `next_slot` is the first slot later than that, `next_fire` that slot with
+    its jitter.
 
-    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `over`: switched off because no slot was left.
+    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `over`: switched off because no slot was left. `live`: its
+    task is active and, once the service knows it, the scheduler not paused.
     """
 
-    id: int
-    task_id: int
-    schedule_type: str
-    schedule_config: dict[str, Any]
-    is_active: bool
-    overlap: str
-    catchup: str
-    catchup_window: float
-    jitter: float
-    start_at: int | None
-    end_at: int | None
-    max_runs: int | None
-    created_at: int
-    updated_at: int
-    settled_until: int
-    next_slot: int | None = None
-    next_fire: int | None = None
-    last_run: int | None = None
-    run_count: int = 0
-    dealt_with: int = 0
-    in_force_since: int = 0
-    ran: list[list[int]] = dataclasses.field(default_factory=list)
-    over: bool = False
+    also_shown: ClassVar = {"next_run": "last_run", "description": "run_count"}
+
+    id: ReadOnly[int] = 0
+    task_id: Id
+    schedule_type: ScheduleType
+    schedule_config: ScheduleConfig
+    is_active: bool = True
+    overlap: Overlap = "skip"
+    catchup: Catchup = "latest"
+    catchup_window: CatchupWindow = 86400
+    jitter: Jitter = 0
+    start_at: Time | None = None
+    end_at: Time | None = None
+    max_runs: MaxRuns | None = None
+    created_at: ReadOnly[Time]
+    updated_at: ReadOnly[Time]
+    settled_until: Internal[Time]
+    next_slot: Internal[Time | None] = None
+    next_fire: Internal[Time | None] = None
+    last_run: ReadOnly[Time | None] = None
+    run_count: ReadOnly[int] = 0
+    dealt_with: Internal[Time] = 0
+    in_force_since: Internal[Time] = 0
+    ran: Internal[list[list[int]]] = dataclasses.field(default_factory=list)
+    over: Internal[bool] = False
+    live: Queried[Internal[bool]] = True
+    upcoming: Detail[list[Upcoming] | None] = None
+
+    @property
+    def next_run(self) -> Time | None:
+        return self.next_fire if self.live and self.is_active else None
+
+    @property
+    def description(self) -> str:
+        """The schedule in words; a damaged one says what is wrong."""
+        try:
+            return self.plan().timing.describe()
+        except Exception as error:
+            return f"this schedule cannot be evaluated: {error!r}"
 
     @property
     def zone(self) -> str:
@@ -1986,13 +2111,6 @@ class Schedule:
             self.ran,
         )
 
-    def describe(self) -> str:
-        """The schedule in words; a damaged one says what is wrong."""
-        try:
-            return self.plan().timing.describe()
-        except Exception as error:
-            return f"this schedule cannot be evaluated: {error!r}"
-
     def stand(self, at: int) -> None:
         """Everything up to `at` is dealt with."""
         self.settled_until, self.dealt_with = at, max(self.dealt_with, at)
@@ -2005,36 +2123,167 @@ class Schedule:
         self.is_active, self.over = wanted and next_slot is not None, wanted and next_slot is None
 
 
-@dataclass(slots=True)
-class Execution:
-    """A row of `executions`: one run of a task. `started_at` is the first attempt's start."""
+@dataclass(slots=True, kw_only=True)
+class Preview(Schedule):
+    """A schedule that is not stored: to be looked at."""
 
-    id: int
-    task_id: int
-    schedule_id: int | None
-    trigger: str
-    status: str
-    scheduled_for: int | None
-    queued_at: int
-    started_at: int | None
-    finished_at: int | None
-    attempt: int
-    next_attempt_at: int | None
-    error_message: str | None
-    attempt_started_at: int | None
-    output_data: dict[str, Any] | None = None
+    task_id: Id = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
+    after: Time | None = None
+    count: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+@dataclass(slots=True, kw_only=True)
+class Execution:
+    """One run of a task, past, present or queued. `started_at` is the first attempt's start, `output_size` characters."""
+
+    also_shown: ClassVar = {"success": "status", "duration": "finished_at", "retry_count": "attempt"}
+
+    id: ReadOnly[int]
+    task_id: ReadOnly[int]
+    schedule_id: ReadOnly[int | None]
+    trigger: ReadOnly[str]
+    status: ReadOnly[str]
+    scheduled_for: ReadOnly[Time | None]
+    queued_at: ReadOnly[Time]
+    started_at: ReadOnly[Time | None]
+    finished_at: ReadOnly[Time | None]
+    attempt: ReadOnly[int]
+    next_attempt_at: ReadOnly[Time | None]
+    error_message: ReadOnly[str | None]
+    output_data: ReadOnly[dict[str, Any] | None] = None
+    attempt_started_at: Internal[Time | None]
+    output_size: Queried[Internal[int | None]] = None
+    attempts: Detail[list[AttemptView] | None] = None
+
+    @property
+    def success(self) -> bool | None:
+        return SUCCESS.get(self.status)
+
+    @property
+    def duration(self) -> float | None:
+        return seconds_between(self.started_at, self.finished_at)
+
+    @property
+    def retry_count(self) -> int:
+        return max(0, self.attempt - 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """One try at an execution. A row of `attempts` was followed by another one; the last one lives on the execution itself."""
+
+    also_shown: ClassVar = {"duration": "finished_at"}
+
+    attempt: ReadOnly[int]
+    status: ReadOnly[str]
+    started_at: ReadOnly[Time | None]
+    finished_at: ReadOnly[Time | None]
+    error_message: ReadOnly[str | None]
+    output_data: ReadOnly[dict[str, Any] | None]
+
+    @property
+    def duration(self) -> float | None:
+        return seconds_between(self.started_at, self.finished_at)
 
 
 @dataclass(frozen=True, slots=True)
-class PastAttempt:
-    """A row of `attempts`: an attempt that was followed by another one."""
+class Shape:
+    """What follows from the declaration of a resource, or of any dataclass that is made from rows."""
 
-    attempt: int
-    status: str
-    started_at: int
-    finished_at: int
-    error_message: str | None
-    output_data: dict[str, Any] | None
+    columns: tuple[str, ...]  # of its table
+    loaded: tuple[str, ...]  # these, and what queries compute
+    by_schema: frozenset[str]  # columns that start as the schema says
+    json: Mapping[str, type[Any]]  # columns that hold JSON: dict or list
+    repairs: Mapping[str, Callable[[Any], Any]]  # what makes of a loaded value one of the declared type
+    defaults: Mapping[str, Any]  # of the fields that have one
+    written: Mapping[str, Any]  # what a client may write, and its type there
+    shown: Mapping[str, Any]  # what a client sees, and its type there
+    details: tuple[str, ...]  # of what is shown: may be missing
+    times: tuple[str, ...]  # of what is shown
+    values: Callable[[Any], tuple[Any, ...]]  # of what is shown
+
+
+@functools.cache
+def shape_of(resource: Any) -> Shape:
+    hints = get_type_hints(resource, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(resource)}
+    marks = {name: set(getattr(hints[name], "__metadata__", ())) & set(Mark) for name in fields}
+    shown = [name for name in fields if Mark.INTERNAL not in marks[name]]
+    for name, before in getattr(resource, "also_shown", {}).items():
+        shown.insert(shown.index(before) + 1, name)
+        hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
+    defaults = {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
+    defaults |= {name: f.default_factory() for name, f in fields.items() if f.default_factory is not dataclasses.MISSING}
+    loaded = [name for name in fields if Mark.DETAIL not in marks[name]]
+    columns = [name for name in loaded if Mark.QUERIED not in marks[name]]
+    arms = {name: _arms(_seen(hints[name])) for name in loaded}
+    of_json = {name: kind for name in loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
+    containers = {name: partial(_sound, arms[name][0]) for name in of_json if len(arms[name]) == 1}
+    return Shape(
+        columns=tuple(columns),
+        loaded=tuple(loaded),
+        by_schema=frozenset(name for name in columns if Mark.READ_ONLY in marks[name] and name in defaults),
+        json=of_json,
+        repairs={**{name: bool for name in loaded if arms[name] == (bool,)}, **containers},
+        defaults=defaults,
+        written={name: _sent(hints[name]) for name in fields if not marks[name]},
+        shown={name: _seen(hints[name]) for name in shown},
+        details=tuple(name for name in fields if Mark.DETAIL in marks[name]),
+        times=tuple(name for name in shown if _is_time(hints[name])),
+        values=operator.attrgetter(*shown),
+    )
+
+
+def _arms(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _is_time(kind: Any) -> bool:
+    return kind is Mark.TIME or any(map(_is_time, get_args(kind)))
+
+
+def _sent(kind: Any) -> Any:
+    """A declared type as a client writes it."""
+    if len(arms := _arms(kind)) > 1:
+        return Union[tuple(map(_sent, arms))]  # noqa: UP007 - made of a tuple
+    return Instant if _is_time(kind) else kind
+
+
+def _seen(kind: Any) -> Any:
+    """A declared type as a client sees it: without the bounds of what may be written."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return str if Mark.TIME in args else NotRequired[_arms(args[0])[0]] if Mark.DETAIL in args else _seen(args[0])
+    if origin is Literal:
+        return type(args[0])
+    if len(arms := _arms(kind)) > 1:
+        return Union[tuple(map(_seen, arms))]  # noqa: UP007 - made of a tuple
+    return origin[tuple(map(_seen, args))] if origin else kind
+
+
+def _sound(kind: Any, value: Any) -> Any:
+    """A stored value; an empty one for a damaged one, so that one broken row does not stop the others."""
+    try:
+        return adapter(kind).validate_python(value)
+    except ValidationError:
+        return get_origin(kind)()
+
+
+def view_of(item: Any) -> dict[str, Any]:
+    """What a client sees of a resource."""
+    kind: Any = type(item)
+    shape = shape_of(kind)
+    shown = dict(zip(shape.shown, shape.values(item), strict=True))
+    for name in shape.times:
+        if (t := shown[name]) is not None:
+            shown[name] = format_instant(t)
+    for name in shape.details:
+        if shown[name] is None:
+            del shown[name]
+    return shown
+
+
+# --- Executions under way ---------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
@@ -2086,6 +2335,7 @@ class Run:
     max_retries: int
     retry_delay: float
     retry_backoff: float
+    owner: str = ""  # the process that runs it
 
     @property
     def run_id(self) -> str:
@@ -2112,15 +2362,56 @@ class Settlement:
 
 # --- What a client sends ----------------------------------------------------------------------------------------------
 
+_FROM_JSON = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # unknown fields are refused, types not converted
 
-class Input(BaseModel):
-    """Base of all bodies: unknown fields are refused and JSON types are not converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+def _typed_dict(name: str, fields: Mapping[str, Any], config: ConfigDict) -> Any:
+    made = cast(Any, TypedDict)(name, dict(fields))
+    made.__pydantic_config__ = config
+    return made
 
-    def sent(self) -> dict[str, Any]:
-        """Only the fields that the client sent."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
+
+class Body:
+    """Marks a dict of the fields of a resource that a client sent: of a new one, or of what shall change (`update`). `more` are
+    further fields, all required."""
+
+    def __init__(self, resource: Any, name: str, update: bool = False, **more: Any) -> None:
+        self.resource, self.name, self.update, self.more = resource, name, update, more
+
+    @functools.cached_property
+    def fields(self) -> Mapping[str, Any]:
+        """Their types."""
+        fields: dict[str, Any] = {}
+        shape = shape_of(self.resource)
+        for name, kind in shape.written.items():
+            if self.update:
+                fields[name] = NotRequired[kind]
+            elif name not in shape.defaults:
+                fields[name] = Required[kind]
+            else:
+                fields[name] = NotRequired[Annotated[kind, Field(json_schema_extra={"default": shape.defaults[name]})]]
+        return fields | self.more
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(_typed_dict(self.name, self.fields, _FROM_JSON))
+
+
+TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate")]
+TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
+ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate")]
+ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True)]
+SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview")]
+
+
+def mark_of(kind: Any) -> Any:
+    """The Body or View that a type is marked with, or None."""
+    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, (Body, View))), None)
+
+
+def field_names(model: Any) -> Collection[str]:
+    """Of a body or a query."""
+    body = mark_of(model)
+    return cast(Collection[str], model.model_fields if body is None else body.fields)
 
 
 class Query(BaseModel):
@@ -2136,182 +2427,9 @@ class Query(BaseModel):
         return value
 
 
-# Control characters, line and paragraph separators, and what turns the direction of text around.
-_NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def _line(text: str) -> str:
-    if not text.strip() or _NOT_ONE_LINE.search(text):
-        raise ValueError("must not be blank or contain control characters")
-    return text
-
-
-def _prose(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain NUL")
-    return text
-
-
-MAX_ID = 2**63 - 1  # SQLite's largest rowid
-Id = Annotated[int, Field(ge=1, le=MAX_ID)]
-Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)]
-Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
-Config = Annotated[
-    dict[str, Any],
-    Field(
-        description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
-        'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
-        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?}. "
-        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
-    ),
-]
-ScheduleConfig = Annotated[
-    dict[str, Any],
-    Field(
-        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}. "
-        "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
-        "without an offset in timezone (IANA name)."
-    ),
-]
-Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
-MaxRetries = Annotated[int, Field(ge=0, le=100)]
-RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry")]
-RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer")]
-CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up")]
-Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts")]
-MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
-TaskType = Literal["http", "bash"]
-TaskStatus = Annotated[
-    Literal["active", "paused", "disabled"],
-    Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
-]
-ScheduleType = Literal["cron", "once", "interval"]
-Overlap = Annotated[
-    Literal["skip", "queue", "allow", "cancel"],
-    Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
-]
-Catchup = Annotated[
-    Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
-]
-Status = Literal[
-    "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
-]
-Trigger = Literal["schedule", "catchup", "manual"]
 Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=1000)]
-
-
-class TaskCreate(Input):
-    name: Name
-    task_type: TaskType
-    config: Config
-    description: Description | None = None
-    status: TaskStatus = "active"
-    max_retries: MaxRetries = UNSET
-    retry_delay: RetryDelay = UNSET
-    retry_backoff: RetryBackoff = 2
-
-
-class TaskUpdate(Input):
-    """A change of a task; what is not sent stays. `config` replaces the whole configuration."""
-
-    read_only: ClassVar[frozenset[str]] = frozenset(
-        ("id", "created_at", "updated_at", "last_run", "next_run", "run_count", "success_count", "failure_count")
-    )
-    name: Name = UNSET
-    task_type: TaskType = UNSET
-    config: Config = UNSET
-    description: Description | None = None
-    status: TaskStatus = UNSET
-    max_retries: MaxRetries = UNSET
-    retry_delay: RetryDelay = UNSET
-    retry_backoff: RetryBackoff = UNSET
-
-
-class ScheduleBody(Input):
-    """What a new schedule and a preview of one have in common."""
-
-    schedule_type: ScheduleType
-    schedule_config: ScheduleConfig
-    jitter: Jitter = 0
-    start_at: Instant | None = None
-    end_at: Instant | None = None
-    max_runs: MaxRuns | None = None
-    is_active: bool = True
-    overlap: Overlap = "skip"
-    catchup: Catchup = "latest"
-    catchup_window: CatchupWindow = 86400
-
-    def times(self) -> dict[str, str | None]:
-        """The instants as they were sent."""
-        return {"start_at": self.start_at, "end_at": self.end_at}
-
-
-class ScheduleCreate(ScheduleBody):
-    task_id: Id
-
-
-class SchedulePreview(ScheduleBody):
-    after: Instant | None = None
-    count: Annotated[int, Field(ge=1, le=1000)] = 5
-    task_id: Id = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
-
-    def times(self) -> dict[str, str | None]:
-        return {**ScheduleBody.times(self), "after": self.after}
-
-
-class ScheduleUpdate(Input):
-    """A change of a schedule; what is not sent stays. `schedule_config` replaces the whole configuration."""
-
-    read_only: ClassVar[frozenset[str]] = frozenset(
-        ("id", "created_at", "updated_at", "last_run", "next_run", "run_count", "description", "upcoming")
-    )
-    task_id: Id = UNSET
-    schedule_type: ScheduleType = UNSET
-    schedule_config: ScheduleConfig = UNSET
-    is_active: bool = UNSET
-    overlap: Overlap = UNSET
-    catchup: Catchup = UNSET
-    catchup_window: CatchupWindow = UNSET
-    jitter: Jitter = UNSET
-    start_at: Instant | None = None
-    end_at: Instant | None = None
-    max_runs: MaxRuns | None = None
-
-
-_ZONE_SCHEMA = {"type": ["string", "null"], "description": "IANA time zone; default: the service's"}
-SCHEDULE_CONFIG_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {
-            "type": "object",
-            "required": ["expression"],
-            "additionalProperties": False,
-            "description": "for cron: 5 fields, or 6 with seconds first",
-            "properties": {
-                "expression": {"type": "string", "maxLength": 200, "examples": ["0 9 * * MON-FRI"]},
-                "timezone": _ZONE_SCHEMA,
-            },
-        },
-        {
-            "type": "object",
-            "required": ["datetime"],
-            "additionalProperties": False,
-            "description": "for once",
-            "properties": {"datetime": {"type": "string", "examples": ["2030-01-31T09:00:00"]}, "timezone": _ZONE_SCHEMA},
-        },
-        {
-            "type": "object",
-            "required": ["seconds"],
-            "additionalProperties": False,
-            "description": "for interval",
-            "properties": {
-                "seconds": {"type": "number", "minimum": 1, "maximum": LONGEST_INTERVAL},
-                "start_date": {"type": ["string", "null"]},
-                "timezone": _ZONE_SCHEMA,
-            },
-        },
-    ]
-}
+Wait = Annotated[float, Field(ge=0, le=300)]
 
 
 class TaskQuery(Query):
@@ -2357,36 +2475,72 @@ class EventQuery(Query):
     task_id: Id | None = None
 
 
-class ExecuteQuery(Query):
-    wait: Annotated[float, Field(ge=0, le=300)] = 0
+_ZONE_SCHEMA = {"type": ["string", "null"], "description": "IANA time zone; default: the service's"}
+SCHEDULE_CONFIG_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["expression"],
+            "additionalProperties": False,
+            "description": "for cron: 5 fields, or 6 with seconds first",
+            "properties": {
+                "expression": {"type": "string", "maxLength": 200, "examples": ["0 9 * * MON-FRI"]},
+                "timezone": _ZONE_SCHEMA,
+            },
+        },
+        {
+            "type": "object",
+            "required": ["datetime"],
+            "additionalProperties": False,
+            "description": "for once",
+            "properties": {"datetime": {"type": "string", "examples": ["2030-01-31T09:00:00"]}, "timezone": _ZONE_SCHEMA},
+        },
+        {
+            "type": "object",
+            "required": ["seconds"],
+            "additionalProperties": False,
+            "description": "for interval",
+            "properties": {
+                "seconds": {"type": "number", "minimum": 1, "maximum": LONGEST_INTERVAL},
+                "start_date": {"type": ["string", "null"]},
+                "timezone": _ZONE_SCHEMA,
+            },
+        },
+    ]
+}
 
 
-M = TypeVar("M", bound=BaseModel)
+@functools.cache
+def adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
 
 
-def parse(model: type[M], data: Any) -> M:
-    """`data` as `model`. Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones."""
-    if issubclass(model, (TaskUpdate, ScheduleUpdate)) and isinstance(data, dict):  # so that what GET gave can be sent back
-        data = {name: value for name, value in data.items() if name not in model.read_only}
+def parse(model: Any, data: Any) -> Any:
+    """`data` as `model`, a Query or a dict that is marked with a Body: of what was sent.
+
+    Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones.
+    """
+    body, known = mark_of(model), field_names(model)
+    if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
+        data = {name: value for name, value in data.items() if name in known or name not in shape_of(body.resource).shown}
     try:
-        return model.model_validate(data)
+        return adapter(model).validate_python(data)
     except ValidationError as error:
-        raise InvalidInput(*field_errors(error, known=model.model_fields), *_inner_errors(model, data)) from None
+        raise InvalidInput(*field_errors(error, known=known), *_inner_errors(body, data)) from None
 
 
-def _inner_errors(model: type[BaseModel], data: Any) -> tuple[FieldError, ...]:
+def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
     """What is wrong inside the configuration of a body that has other bad fields too: all of them are told at once.
 
     Zone and time are made up: they do not matter for what is wrong in itself.
     """
-    config = data.get("config" if issubclass(model, TaskCreate) else "schedule_config") if isinstance(data, dict) else None
-    if not isinstance(config, dict):
+    if body is None or body.update or not isinstance(data, dict):
         return ()
     try:
-        if issubclass(model, TaskCreate) and data.get("task_type") in TASK_TYPES:
-            parse_config(data["task_type"], config)
-        elif issubclass(model, ScheduleBody) and data.get("schedule_type") in SCHEDULE_TYPES:
-            check_schedule_config(data["schedule_type"], config, "UTC", 0)
+        if isinstance(data.get("config"), dict) and data.get("task_type") in TASK_TYPES:
+            parse_config(data["task_type"], data["config"])
+        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in SCHEDULE_TYPES:
+            check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
     except InvalidInput as error:
         return error.errors
     return ()
@@ -2395,23 +2549,14 @@ def _inner_errors(model: type[BaseModel], data: Any) -> tuple[FieldError, ...]:
 # --- What a client gets -----------------------------------------------------------------------------------------------
 
 
-class TaskView(TypedDict):
-    id: int
-    name: str
-    description: str | None
-    task_type: str
-    status: str
-    config: dict[str, Any]
-    max_retries: int
-    retry_delay: float
-    retry_backoff: float
-    created_at: str
-    updated_at: str
-    last_run: str | None
-    next_run: str | None
-    run_count: int
-    success_count: int
-    failure_count: int
+class View:
+    """Marks a dict as what a client sees of a resource. `more` are further fields, with their types."""
+
+    def __init__(self, resource: Any, name: str, **more: Any) -> None:
+        self.resource, self.name, self.more = resource, name, more
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(_typed_dict(self.name, {**shape_of(self.resource).shown, **self.more}, ConfigDict()))
 
 
 class Upcoming(TypedDict):
@@ -2419,56 +2564,10 @@ class Upcoming(TypedDict):
     local: str
 
 
-class ScheduleView(TypedDict):
-    id: int
-    task_id: int
-    schedule_type: str
-    schedule_config: dict[str, Any]
-    is_active: bool
-    overlap: str
-    catchup: str
-    catchup_window: float
-    jitter: float
-    start_at: str | None
-    end_at: str | None
-    max_runs: int | None
-    created_at: str
-    updated_at: str
-    last_run: str | None
-    next_run: str | None
-    run_count: int
-    description: str
-    upcoming: NotRequired[list[Upcoming]]
-
-
-class AttemptView(TypedDict):
-    attempt: int
-    status: str
-    started_at: str | None
-    finished_at: str | None
-    duration: float | None
-    error_message: str | None
-    output_data: dict[str, Any] | None
-
-
-class ExecutionView(TypedDict):
-    id: int
-    task_id: int
-    schedule_id: int | None
-    trigger: str
-    status: str
-    success: bool | None
-    scheduled_for: str | None
-    queued_at: str
-    started_at: str | None
-    finished_at: str | None
-    duration: float | None
-    attempt: int
-    retry_count: int
-    next_attempt_at: str | None
-    error_message: str | None
-    output_data: dict[str, Any] | None
-    attempts: NotRequired[list[AttemptView]]
+TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
+ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
+AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
+ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 
 
 class TaskPage(TypedDict):
@@ -2529,14 +2628,18 @@ class RecentRun(TypedDict):
     duration: float | None
 
 
-class OverviewTask(TaskView):
-    """`success_rate` (0 to 1) and `typical_duration` (the median, seconds) are those of `recent`, oldest first."""
-
-    last_status: str | None
-    last_error: str | None
-    success_rate: float | None
-    typical_duration: float | None
-    recent: list[RecentRun]
+OverviewTask = Annotated[
+    dict[str, Any],
+    View(
+        Task,
+        "OverviewTask",
+        last_status=str | None,
+        last_error=str | None,
+        success_rate=Annotated[float | None, Field(description="0 to 1, of `recent`")],
+        typical_duration=Annotated[float | None, Field(description="the median of `recent`, in seconds")],
+        recent=Annotated[list[RecentRun], Field(description="oldest first")],
+    ),
+]
 
 
 class OverviewPage(TypedDict):
@@ -2546,29 +2649,28 @@ class OverviewPage(TypedDict):
     tasks: list[OverviewTask]
 
 
-def overview_view(task: TaskView, recent: Sequence[Execution]) -> OverviewTask:
+def task_view(task: Task) -> TaskView:
+    """What a client sees of a task: secrets are masked."""
+    shown = view_of(task)
+    shown["config"] = mask_config(task.task_type, task.config)
+    return shown
+
+
+def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
     """A task with its recent executions, which are given oldest first."""
     judged = [SUCCESS[e.status] for e in recent if e.status in SUCCESS]
-    times = sorted(
-        t for e in recent if e.status == "succeeded" and (t := seconds_between(e.started_at, e.finished_at)) is not None
-    )
+    times = sorted(e.duration for e in recent if e.status == "succeeded" and e.duration is not None)
     real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
-    return OverviewTask(
-        **task,
-        last_status=real[-1].status if real else None,
-        last_error=(real[-1].error_message or "")[:300] or None if real else None,
-        success_rate=sum(judged) / len(judged) if judged else None,
-        typical_duration=times[len(times) // 2] if times else None,
-        recent=[
-            RecentRun(
-                id=e.id,
-                status=e.status,
-                started_at=instant_or_none(e.started_at),
-                duration=seconds_between(e.started_at, e.finished_at),
-            )
-            for e in recent
+    return {
+        **task_view(task),
+        "last_status": real[-1].status if real else None,
+        "last_error": (real[-1].error_message or "")[:300] or None if real else None,
+        "success_rate": sum(judged) / len(judged) if judged else None,
+        "typical_duration": times[len(times) // 2] if times else None,
+        "recent": [
+            RecentRun(id=e.id, status=e.status, started_at=instant_or_none(e.started_at), duration=e.duration) for e in recent
         ],
-    )
+    }
 
 
 def output_text(output: dict[str, Any] | None) -> str:
@@ -2587,65 +2689,6 @@ def news(recent: bytes, fresh: int) -> bytes:
     """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
     lost = fresh - len(recent)
     return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
-
-
-def plain_number(value: float) -> float:
-    """5 instead of 5.0, as SQLite gives it back."""
-    return int(value) if value == int(value) else value
-
-
-def instant_or_none(t: int | None) -> str | None:
-    return None if t is None else format_instant(t)
-
-
-def seconds_between(start: int | None, end: int | None) -> float | None:
-    return None if start is None or end is None else max(0, end - start) / SECOND
-
-
-def task_view(task: Task, next_run: int | None) -> TaskView:
-    """What a client sees of a task: secrets are masked."""
-    return {
-        "id": task.id,
-        "name": task.name,
-        "description": task.description,
-        "task_type": task.task_type,
-        "status": task.status,
-        "config": mask_config(task.task_type, task.config),
-        "max_retries": task.max_retries,
-        "retry_delay": task.retry_delay,
-        "retry_backoff": task.retry_backoff,
-        "created_at": format_instant(task.created_at),
-        "updated_at": format_instant(task.updated_at),
-        "last_run": instant_or_none(task.last_run),
-        "next_run": instant_or_none(next_run),
-        "run_count": task.run_count,
-        "success_count": task.success_count,
-        "failure_count": task.failure_count,
-    }
-
-
-def schedule_view(schedule: Schedule, live: bool) -> ScheduleView:
-    """What a client sees of a schedule in a list. `live`: neither its task nor the scheduler is paused."""
-    return {
-        "id": schedule.id,
-        "task_id": schedule.task_id,
-        "schedule_type": schedule.schedule_type,
-        "schedule_config": schedule.schedule_config,
-        "is_active": schedule.is_active,
-        "overlap": schedule.overlap,
-        "catchup": schedule.catchup,
-        "catchup_window": schedule.catchup_window,
-        "jitter": schedule.jitter,
-        "start_at": instant_or_none(schedule.start_at),
-        "end_at": instant_or_none(schedule.end_at),
-        "max_runs": schedule.max_runs,
-        "created_at": format_instant(schedule.created_at),
-        "updated_at": format_instant(schedule.updated_at),
-        "last_run": instant_or_none(schedule.last_run),
-        "next_run": instant_or_none(schedule.next_fire) if live and schedule.is_active else None,
-        "run_count": schedule.run_count,
-        "description": schedule.describe(),
-    }
 
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
@@ -2667,48 +2710,21 @@ def _clip_value(value: Any) -> Any:
     return value
 
 
-def execution_view(execution: Execution) -> ExecutionView:
-    return {
-        "id": execution.id,
-        "task_id": execution.task_id,
-        "schedule_id": execution.schedule_id,
-        "trigger": execution.trigger,
-        "status": execution.status,
-        "success": SUCCESS.get(execution.status),
-        "scheduled_for": instant_or_none(execution.scheduled_for),
-        "queued_at": format_instant(execution.queued_at),
-        "started_at": instant_or_none(execution.started_at),
-        "finished_at": instant_or_none(execution.finished_at),
-        "duration": seconds_between(execution.started_at, execution.finished_at),
-        "attempt": execution.attempt,
-        "retry_count": max(0, execution.attempt - 1),
-        "next_attempt_at": instant_or_none(execution.next_attempt_at),
-        "error_message": execution.error_message,
-        "output_data": execution.output_data,
-    }
-
-
-def attempt_views(execution: Execution, past: Sequence[PastAttempt]) -> list[AttemptView]:
+def attempt_views(execution: Execution, past: Sequence[Attempt]) -> list[AttemptView]:
     """All attempts of an execution, oldest first: the last one lives on the execution itself."""
-    views = [_attempt_view(a.attempt, a.status, a.started_at, a.finished_at, a.error_message, a.output_data) for a in past]
-    e = execution
+    e, attempts = execution, list(past)
     if e.attempt_started_at is not None and e.attempt not in {attempt.attempt for attempt in past}:
-        views.append(_attempt_view(e.attempt, e.status, e.attempt_started_at, e.finished_at, e.error_message, e.output_data))
-    return views
-
-
-def _attempt_view(
-    number: int, status: str, start: int, end: int | None, error: str | None, output: dict[str, Any] | None
-) -> AttemptView:
-    return AttemptView(
-        attempt=number,
-        status=status,
-        started_at=format_instant(start),
-        finished_at=instant_or_none(end),
-        duration=seconds_between(start, end),
-        error_message=error,
-        output_data=output,
-    )
+        attempts.append(
+            Attempt(
+                attempt=e.attempt,
+                status=e.status,
+                started_at=e.attempt_started_at,
+                finished_at=e.finished_at,
+                error_message=e.error_message,
+                output_data=e.output_data,
+            )
+        )
+    return [view_of(attempt) for attempt in attempts]
 
 
 # ======================================================================================================================
@@ -3861,43 +3877,57 @@ def locks_work(path: Path) -> bool:
 # --- Queries: tasks and schedules -------------------------------------------------------------------------------------
 
 
-def _columns(row: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(row))
-
-
-TASK_COLUMNS = _columns(Task)
-SCHEDULE_COLUMNS = _columns(Schedule)
-EXECUTION_COLUMNS = _columns(Execution)
-_RUNS = (
-    "execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, started_at, name, task_type, "
-    "stored_config, max_retries, retry_delay, retry_backoff"
-)
+Row = TypeVar("Row")
 _NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
-_TASKS = ", ".join(TASK_COLUMNS)
-_SCHEDULES = ", ".join(SCHEDULE_COLUMNS)
-_EXECUTIONS = ", ".join(EXECUTION_COLUMNS)
-_WITHOUT_OUTPUT = _EXECUTIONS.replace("output_data", "NULL AS output_data")
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
+# The rows of resources, with what their declarations mark as queried.
+_TASKS = f"SELECT *, {_NEXT_RUN} AS next_run FROM tasks"
+_S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
+_SCHEDULES = f"SELECT s.*, t.status = 'active' AS live {_S_JOIN}"
+_EXECUTIONS = "SELECT *, length(output_data) AS output_size FROM executions"
+_OUTPUT = frozenset({"output_data", "output_size"})
 
 
-_JSON_COLUMNS = re.compile(r"\b(config|schedule_config|output_data)\b")
+def load(
+    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), without: frozenset[str] = frozenset()
+) -> list[Row]:
+    """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row.
 
-
-def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
-    """All rows of a query as one JSON value: one step instead of one a row. Outputs and configurations come parsed."""
+    Columns `without` are read as NULL. A damaged JSON value is read as NULL, too.
+    """
+    shape = shape_of(kind)
     try:
-        text = _fetch(db, r"json(\g<0>)", columns, rest, parameters)
+        text = db.execute(_as_json(kind, "json({})", without) + f" FROM ({query})", parameters).fetchone()[0]
     except sqlite3.OperationalError as error:
         if "malformed JSON" not in str(error):
             raise
-        text = _fetch(db, r"CASE WHEN json_valid(\g<0>) THEN json(\g<0>) ELSE \g<0> END", columns, rest, parameters)
-    return cast(list[list[Any]], parsed(text))
+        as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", without)
+        text = db.execute(f"{as_json} FROM ({query})", parameters).fetchone()[0]
+    rows = [dict(zip(shape.loaded, row, strict=True)) for row in parsed(text)]
+    for name, repair in shape.repairs.items():
+        for row in rows:
+            row[name] = repair(row[name])
+    return [kind(**row) for row in rows]
 
 
-def _fetch(db: DB, as_json: str, columns: str, rest: str, parameters: Sequence[Any]) -> str:
-    values = _JSON_COLUMNS.sub(as_json, columns)
-    row = db.execute(f"SELECT json_group_array(json_array({values})) FROM (SELECT {columns} {rest})", parameters).fetchone()
-    return cast(str, row[0])
+@functools.cache
+def _as_json(kind: Any, json_sql: str, without: frozenset[str]) -> str:
+    shape = shape_of(kind)
+    columns = ("NULL" if name in without else json_sql.format(name) if name in shape.json else name for name in shape.loaded)
+    return f"SELECT json_group_array(json_array({', '.join(columns)}))"
+
+
+def existing(rows: Sequence[Row], what: str, row_id: int) -> Row:
+    """The one that a query by id has found. Raises NotFound."""
+    if not rows:
+        raise NotFound(f"there is no {what} {row_id}")
+    return rows[0]
+
+
+def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
+    """All rows of a query as one JSON value: one step instead of one a row."""
+    row = db.execute(f"SELECT json_group_array(json_array({columns})) FROM (SELECT {columns} {rest})", parameters).fetchone()
+    return cast(list[list[Any]], parsed(row[0]))
 
 
 def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> list[int]:
@@ -3925,39 +3955,6 @@ def _rows_sql(marks: str, size: int) -> str:
     return f"SELECT * FROM (VALUES {', '.join([f'({marks})'] * size)}) LIMIT ?"
 
 
-def _object(stored: Any) -> dict[str, Any]:
-    """A stored JSON object, as text or parsed; {} for a damaged one, so that one broken row does not stop the others."""
-    try:
-        value = parsed(stored) if isinstance(stored, str) else stored
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _task(row: Sequence[Any]) -> Task:
-    task = Task(*row)
-    task.config = _object(row[5])
-    return task
-
-
-def _schedule(row: Sequence[Any]) -> Schedule:
-    schedule = Schedule(*row)
-    schedule.schedule_config = _object(row[3])
-    schedule.is_active, schedule.over = bool(schedule.is_active), bool(schedule.over)
-    try:
-        schedule.ran = [[int(first), int(last)] for first, last in parsed(str(schedule.ran))]
-    except (TypeError, ValueError):  # damaged: the rows of its slots are there still
-        schedule.ran = []
-    return schedule
-
-
-def _execution(row: Sequence[Any]) -> Execution:
-    execution = Execution(*row)
-    if isinstance(execution.output_data, str):
-        execution.output_data = parsed(execution.output_data)
-    return execution
-
-
 _NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
 
 
@@ -3975,38 +3972,31 @@ def note_clock(db: DB, now: int) -> None:
     db.execute("INSERT INTO meta VALUES ('clock', ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)", (now,))
 
 
-def _values(rows: Iterable[Any], columns: tuple[str, ...]) -> list[list[Any]]:
-    """Of each row its `columns`, as they are stored."""
-    values = operator.attrgetter(*columns)
-    return [[compact(value) if isinstance(value, (dict, list)) else value for value in values(row)] for row in rows]
+_TABLES: dict[type[Any], str] = {Task: "tasks", Schedule: "schedules"}
 
 
-def _update(db: DB, table: str, row: Any, columns: tuple[str, ...]) -> None:
-    names = ", ".join(f"{name} = ?" for name in columns[1:])
-    db.execute(f"UPDATE {table} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_values([row], columns[1:])[0], row.id])
+def _stored(item: Any, columns: Iterable[str]) -> list[Any]:
+    """The values of some columns, as they are stored."""
+    values = [getattr(item, name) for name in columns]
+    return [compact(value) if isinstance(value, (dict, list)) else value for value in values]
 
 
-def insert_task(db: DB, task: Task) -> Task:
-    """Writes a new task, and gives it its id. It has not run: the columns from `last_run` on start as the schema says."""
-    columns = TASK_COLUMNS[1 : TASK_COLUMNS.index("last_run")]
-    statement = f"INSERT INTO tasks ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
-    task.id = cast(int, db.execute(statement, _values([task], columns)[0]).lastrowid)
-    return task
+def insert(db: DB, item: Row) -> Row:
+    """Writes a new task or schedule, and gives it its id. What it has not done yet starts as the schema says."""
+    kind: Any = type(item)
+    columns = [name for name in shape_of(kind).columns if name not in shape_of(kind).by_schema]
+    marks = ", ".join("?" * len(columns))
+    statement = f"INSERT INTO {_TABLES[kind]} ({', '.join(columns)}, rev) VALUES ({marks}, {_NEXT_REV})"
+    cast(Any, item).id = db.execute(statement, _stored(item, columns)).lastrowid
+    return item
 
 
-def update_task(db: DB, task: Task) -> None:
-    _update(db, "tasks", task, TASK_COLUMNS)
-
-
-def insert_schedule(db: DB, schedule: Schedule) -> Schedule:
-    columns = SCHEDULE_COLUMNS[1:]
-    statement = f"INSERT INTO schedules ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
-    schedule.id = cast(int, db.execute(statement, _values([schedule], columns)[0]).lastrowid)
-    return schedule
-
-
-def update_schedule(db: DB, schedule: Schedule) -> None:
-    _update(db, "schedules", schedule, SCHEDULE_COLUMNS)
+def update(db: DB, item: Task | Schedule) -> None:
+    kind: Any = type(item)
+    columns = [name for name in shape_of(kind).columns if name != "id"]
+    names = ", ".join(f"{name} = ?" for name in columns)
+    statement = f"UPDATE {_TABLES[kind]} SET {names}, rev = {_NEXT_REV} WHERE id = ?"
+    db.execute(statement, [*_stored(item, columns), item.id])
 
 
 def delete_schedule(db: DB, schedule_id: int) -> None:
@@ -4014,24 +4004,9 @@ def delete_schedule(db: DB, schedule_id: int) -> None:
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
 
 
-def existing(row: Any, what: str, row_id: int) -> Any:
-    """`row`, which a query found or not. Raises NotFound."""
-    if row is None:
-        raise NotFound(f"there is no {what} {row_id}")
-    return row
-
-
 def get_task(db: DB, task_id: int) -> Task:
     """Raises NotFound, also for a task that is being deleted."""
-    row = db.execute(f"SELECT {_TASKS} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    return _task(existing(row, "task", task_id))
-
-
-def get_task_with_next_run(db: DB, task_id: int) -> tuple[Task, int | None]:
-    """Raises NotFound."""
-    row = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN} FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    *task, next_run = existing(row, "task", task_id)
-    return _task(task), next_run
+    return existing(load(db, Task, f"{_TASKS} WHERE id = ? AND NOT deleted", (task_id,)), "task", task_id)
 
 
 def find_equal_task(db: DB, task: Task) -> int | None:
@@ -4050,8 +4025,8 @@ def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return f"WHERE {text}", [value for value in kept.values() if value is not True]
 
 
-def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | None]]]:
-    """A page of tasks with their next runs, oldest first, and how many there are in all."""
+def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[Task]]:
+    """A page of tasks, oldest first, and how many there are in all."""
     like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
     where, values = _where(
         {
@@ -4062,52 +4037,44 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[tuple[Task, int | No
         }
     )
     total = get_meta(db, "tasks") if not values else db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-    page = f"FROM tasks NOT INDEXED {where} ORDER BY id LIMIT ? OFFSET ?"  # an index would count faster, but page slower
-    rows = fetch(
-        db, f"{_TASKS}, next_run", f"FROM (SELECT {_TASKS}, {_NEXT_RUN} AS next_run {page})", [*values, query.limit, query.skip]
-    )
-    next_runs = [row.pop() for row in rows]
-    return total, list(zip(map(_task, rows), next_runs, strict=True))
+    # An index would count faster, but page slower.
+    page = f"{_TASKS} NOT INDEXED {where} ORDER BY id LIMIT ? OFFSET ?"
+    return total, load(db, Task, page, [*values, query.limit, query.skip])
 
 
 _LIVE = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
-_S = ", ".join(f"s.{name}" for name in SCHEDULE_COLUMNS)
-_S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
 
 
-def get_schedule(db: DB, schedule_id: int) -> tuple[Schedule, bool]:
-    """The schedule, and whether its task is active. Raises NotFound."""
-    row = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.id = ? AND NOT t.deleted", (schedule_id,)).fetchone()
-    *schedule, task_active = existing(row, "schedule", schedule_id)
-    return _schedule(schedule), bool(task_active)
+def get_schedule(db: DB, schedule_id: int) -> Schedule:
+    """Raises NotFound."""
+    rows = load(db, Schedule, f"{_SCHEDULES} WHERE s.id = ? AND NOT t.deleted", (schedule_id,))
+    return existing(rows, "schedule", schedule_id)
 
 
-def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[tuple[Schedule, bool]]]:
-    """A page of schedules, oldest first, each with whether its task is active, and how many there are in all."""
+def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[Schedule]]:
+    """A page of schedules, oldest first, and how many there are in all."""
     active = None if query.is_active is None else int(query.is_active)
     where, values = _where({"NOT t.deleted": True, "s.task_id = ?": query.task_id, "s.is_active = ?": active})
     total = db.execute(f"SELECT count(*) {_S_JOIN} {where}", values).fetchone()[0]
-    sql = f"SELECT {_S}, t.status = 'active' {_S_JOIN} {where} ORDER BY s.id LIMIT ? OFFSET ?"
-    rows = db.execute(sql, [*values, query.limit, query.skip]).fetchall()
-    return total, [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
+    page = f"{_SCHEDULES} {where} ORDER BY s.id LIMIT ? OFFSET ?"
+    return total, load(db, Schedule, page, [*values, query.limit, query.skip])
 
 
 def active_schedules(db: DB, task_id: int | None = None, zone: str | None = None) -> list[Schedule]:
     """Active schedules of a task, or in a time zone."""
     in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
-    where, values = _where({"is_active": True, "task_id = ?": task_id, in_zone: zone})
-    return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", values)]
+    where, values = _where({"s.is_active": True, "s.task_id = ?": task_id, in_zone: zone})
+    return load(db, Schedule, f"{_SCHEDULES} {where}", values)
 
 
 def schedules_ahead(db: DB, now: int) -> list[Schedule]:
     """Schedules that stand later than `now`, and that nobody has switched off."""
-    where = "WHERE settled_until > ? AND (is_active OR over)"
-    return [_schedule(row) for row in db.execute(f"SELECT {_SCHEDULES} FROM schedules {where}", (now,))]
+    return load(db, Schedule, f"{_SCHEDULES} WHERE settled_until > ? AND (is_active OR over)", (now,))
 
 
 def live_schedules(db: DB) -> list[Schedule]:
     """The schedules whose slots fire, or would if the scheduler were not paused."""
-    return [_schedule(row) for row in db.execute(f"SELECT {_S} {_S_JOIN} WHERE {_LIVE}")]
+    return load(db, Schedule, f"{_SCHEDULES} WHERE {_LIVE}")
 
 
 def remember_zone(db: DB, zone: str) -> None:
@@ -4137,8 +4104,7 @@ def live_timers(db: DB, since_rev: int | None = None) -> list[list[Any]]:
 
 def due_schedules(db: DB, ids: Sequence[int]) -> list[Schedule]:
     """The schedules among `ids` whose slots fire."""
-    source = f"FROM (SELECT {_S} {_S_JOIN} WHERE {_LIVE} AND s.id IN (SELECT value FROM json_each(?)))"
-    return [_schedule(row) for row in fetch(db, _SCHEDULES, source, (compact(ids),))]
+    return load(db, Schedule, f"{_SCHEDULES} WHERE {_LIVE} AND s.id IN (SELECT value FROM json_each(?))", (compact(ids),))
 
 
 def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
@@ -4197,11 +4163,11 @@ def random_uuids(count: int) -> Iterator[str]:
 
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    names = ", ".join(_columns(NewExecution))
-    values = operator.attrgetter(*_columns(NewExecution))
+    names = [field.name for field in dataclasses.fields(NewExecution)]
+    values = operator.attrgetter(*names)
     return bulk(
         db,
-        f"INSERT INTO executions ({names}, finished_at, uuid) {{rows}}",
+        f"INSERT INTO executions ({', '.join(names)}, finished_at, uuid) {{rows}}",
         [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
     )
 
@@ -4244,23 +4210,18 @@ def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> dict[tuple[int | None,
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
-    rows = db.execute(
-        f"""SELECT json_group_array(json_array(task_id, schedule_id, trigger, waiting, n)) FROM (
-            SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS n FROM executions
-            WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4)""",
-        (compact(list(task_ids)),),
-    ).fetchone()[0]
-    return [Unfinished(row[0], row[1], row[2], bool(row[3]), row[4]) for row in parsed(rows)]
+    alike = f"""SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS count FROM executions
+        WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4"""
+    return load(db, Unfinished, alike, (compact(list(task_ids)),))
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
-    source = """FROM (SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at,
-            attempt + 1 AS attempt, uuid, ?1 AS started_at, name, task_type, config AS stored_config, max_retries,
-            retry_delay, retry_backoff
+    ready = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt + 1 AS attempt, uuid,
+            ?1 AS started_at, name AS task_name, task_type, config, max_retries, retry_delay, retry_backoff, ?3 AS owner
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
-        ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2)"""
-    runs = [Run(*row) for row in fetch(db, _RUNS, source, (now, limit))]
+        ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2"""
+    runs = load(db, Run, ready, (now, limit, owner))
     if not runs:
         return []
     db.execute(
@@ -4364,8 +4325,8 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
 
 def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
     """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
-    row = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    status = str(existing(row, "execution", execution_id)[0])
+    rows = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchall()
+    status = str(existing(rows, "execution", execution_id)[0])
     if status == "running":
         db.execute("UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id = ?", (reason, execution_id))
     elif status in UNFINISHED:
@@ -4394,34 +4355,26 @@ def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
     return [row[0] for row in rows]
 
 
-def running_of_others(db: DB, owner: str) -> list[tuple[str, Run]]:
+def running_of_others(db: DB, owner: str) -> list[Run]:
     """Executions that are `running` under another owner: it has died, or is finishing them."""
-    rows = db.execute(
-        f"""SELECT owner, e.id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, attempt_started_at, name,
-            task_type, config, max_retries, retry_delay, retry_backoff FROM executions e JOIN tasks t ON t.id = e.task_id
-        WHERE e.{UNFINISHED_SQL} AND e.status = 'running' AND owner IS NOT ?""",
-        (owner,),
-    )
-    return [(str(row[0]), Run(*row[1:])) for row in rows]
+    running = f"""SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, owner,
+            attempt_started_at AS started_at, name AS task_name, task_type, config, max_retries, retry_delay, retry_backoff
+        FROM executions e JOIN tasks t ON t.id = e.task_id
+        WHERE e.{UNFINISHED_SQL} AND e.status = 'running' AND owner IS NOT ?"""
+    return load(db, Run, running, (owner,))
 
 
-def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[PastAttempt]]:
+def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
     """An execution with its earlier attempts, oldest first. Raises NotFound."""
-    row = db.execute(f"SELECT {_EXECUTIONS} FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchone()
-    execution = _execution(existing(row, "execution", execution_id))
-    past = db.execute(
-        """SELECT attempt, status, started_at, finished_at, error_message, output_data FROM attempts
-        WHERE execution_id = ? ORDER BY attempt""",
-        (execution_id,),
-    )
-    return execution, [PastAttempt(a[0], a[1], a[2], a[3], a[4], a[5] and parsed(a[5])) for a in past]
+    rows = load(db, Execution, f"{_EXECUTIONS} WHERE id = ? AND {_NOT_DELETED}", (execution_id,))
+    past = load(db, Attempt, "SELECT * FROM attempts WHERE execution_id = ? ORDER BY attempt", (execution_id,))
+    return existing(rows, "execution", execution_id), past
 
 
 def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
     """Those of the executions `ids` that exist, without output, oldest first."""
-    source = f"FROM (SELECT {_WITHOUT_OUTPUT} FROM executions WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id)"
-    rows = fetch(db, _EXECUTIONS, source, (compact(list(ids)),))
-    return [_execution(row) for row in rows]
+    these = f"{_EXECUTIONS} WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
+    return load(db, Execution, these, (compact(list(ids)),), _OUTPUT)
 
 
 _SUCCESS_SQL = {True: "status = 'succeeded'", False: "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"}
@@ -4429,20 +4382,17 @@ _SUCCESS_SQL = {True: "status = 'succeeded'", False: "(status = 'failed' OR stat
 
 def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | None) -> list[Execution]:
     """Executions with their whole output (`full`), without (`none`), or with its texts cut (None)."""
-    columns = _WITHOUT_OUTPUT if output == "none" else _EXECUTIONS
-    source = f"FROM (SELECT {columns}, length(output_data) AS size FROM executions {where})"
-    executions = []
-    for row in fetch(db, f"{_EXECUTIONS}, size", source, values):
-        executions.append(_execution(row[:-1]))
-        if output is None and (row[-1] or 0) > LIST_TEXT_LIMIT:  # only then one of its texts can be too long
-            executions[-1].output_data = clip_texts(executions[-1].output_data)
+    executions = load(db, Execution, f"{_EXECUTIONS} {where}", values, _OUTPUT if output == "none" else frozenset())
+    for execution in executions:
+        if output is None and (execution.output_size or 0) > LIST_TEXT_LIMIT:  # only then one of its texts can be too long
+            execution.output_data = clip_texts(execution.output_data)
     return executions
 
 
 def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
     """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
-    row = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchone()
-    total = existing(row, "task", task_id)[0]
+    counts = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchall()
+    total = existing(counts, "task", task_id)[0]
     conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
     if query.success is not None:
         conditions[_SUCCESS_SQL[query.success]] = True
@@ -4513,15 +4463,14 @@ def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
 
 
-def changed_tasks(db: DB, since_rev: int) -> list[tuple[Task, int | None, bool]]:
-    """Tasks changed after `since_rev`, with their next run and whether they are being deleted."""
-    rows = db.execute(f"SELECT {_TASKS}, {_NEXT_RUN}, deleted FROM tasks WHERE rev > ? LIMIT 1000", (since_rev,))
-    return [(_task(row[:-2]), row[-2], bool(row[-1])) for row in rows]
+def changed_tasks(db: DB, since_rev: int) -> tuple[list[Task], list[int]]:
+    """Tasks changed after `since_rev`, and the ids of those of them that are being deleted."""
+    gone = db.execute("SELECT id FROM tasks WHERE rev > ? AND deleted LIMIT 1000", (since_rev,))
+    return load(db, Task, f"{_TASKS} WHERE rev > ? AND NOT deleted LIMIT 1000", (since_rev,)), [row[0] for row in gone]
 
 
-def changed_schedules(db: DB, since_rev: int) -> list[tuple[Schedule, bool]]:
-    rows = db.execute(f"SELECT {_S}, t.status = 'active' {_S_JOIN} WHERE s.rev > ? LIMIT 1000", (since_rev,))
-    return [(_schedule(row[:-1]), bool(row[-1])) for row in rows]
+def changed_schedules(db: DB, since_rev: int) -> list[Schedule]:
+    return load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? LIMIT 1000", (since_rev,))
 
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
@@ -4546,12 +4495,11 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
 
 def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Execution]]:
     """The last `count` executions of each task, without output, oldest first."""
-    columns = ", ".join(f"e.{name}" if name != "output_data" else "NULL AS output_data" for name in EXECUTION_COLUMNS)
-    source = f"""FROM (SELECT {columns} FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
-        (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id)"""
+    recent = """SELECT e.*, NULL AS output_size FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
+        (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id"""
     found: dict[int, list[Execution]] = {}
-    for row in fetch(db, _EXECUTIONS, source, (compact(list(task_ids)), count)):
-        found.setdefault(row[1], []).append(_execution(row))
+    for execution in load(db, Execution, recent, (compact(list(task_ids)), count), _OUTPUT):
+        found.setdefault(execution.task_id, []).append(execution)
     return found
 
 
@@ -6475,6 +6423,7 @@ TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
+S = TypeVar("S", bound=Schedule)
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 CANCELLED = "cancelled on request"
@@ -6550,6 +6499,38 @@ class Feed:
 
 
 # --- The service ------------------------------------------------------------------------------------------------------
+
+U = TypeVar("U", bound=Callable[..., Any])
+
+
+class Route(NamedTuple):
+    """How a use case is asked for. `tool` are the hints of its MCP tool (read_only, destructive, idempotent, open_world), None
+    if there is none; `errors` are statuses beside those that every operation of its kind may answer."""
+
+    method: str
+    path: str
+    status: int
+    tool: tuple[str, ...] | None
+    errors: tuple[int, ...]
+
+
+ROUTES: dict[str, Route] = {}  # by the name of the use case
+
+
+def operation(
+    method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
+) -> Callable[[U], U]:
+    """Makes a use case an operation of REST, and with `tool` of MCP. Its signature and its docstring say the rest:
+
+    with {id} in the path, the first parameter is that id; `body` is the body, `query` the query string, and every other
+    parameter a field of the query string. The docstring is for a client: its first line is the summary.
+    """
+
+    def mark(use_case: U) -> U:
+        ROUTES[use_case.__name__] = Route(method, path, status, tool, errors)
+        return use_case
+
+    return mark
 
 
 @dataclass(slots=True)
@@ -7013,9 +6994,9 @@ class Service:
     async def _settle_orphans(self) -> None:
         """Executions left `running` by a process that died count as a failed attempt. What it started is killed first."""
         others = await self.store.read(partial(running_of_others, owner=self._owner))
-        living = {owner for owner, _ in others if self._is_draining(owner)}
+        living = {run.owner for run in others if self._is_draining(run.owner)}
         self._drained_owners = bool(living)
-        dead = [run for owner, run in others if owner not in living]
+        dead = [run for run in others if run.owner not in living]
         if not dead:
             return
         if await self.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
@@ -7082,7 +7063,7 @@ class Service:
         if self.feed.wanted and since >= 0:
             await self._publish_changes(since)
         if self.paused != paused:
-            self.feed.publish("scheduler", None, await self.scheduler_status())
+            self.feed.publish("scheduler", None, await self.get_scheduler_status())
         if self.running:
             for execution_id in await self.store.read(partial(cancel_requests, ids=list(self.running))):
                 self._stop_run(execution_id)
@@ -7142,56 +7123,69 @@ class Service:
 
     # --- use cases: tasks ---
 
+    @operation("POST", "/tasks", 201, tool=())
     async def create_task(self, body: TaskCreate) -> TaskView:
-        """Writes a new task. Raises InvalidInput, Forbidden (ALLOW_HOST_COMMANDS=false)."""
+        """Create a task: what to run.
+
+        It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine. Example: {"name":
+        "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is retried
+        max_retries times.
+        """
         self._refuse_when_stopping()
-        config = unmask_config(body.task_type, parse_config(body.task_type, body.config), {})
-        check_allowed(body.task_type, config, self.settings)
-        sent, settings, now = body.model_fields_set, self.settings, self.clock.now()
-        task = Task(
-            id=0,
-            name=body.name,
-            description=body.description,
-            task_type=body.task_type,
-            status=body.status,
-            config=config,
-            max_retries=body.max_retries if "max_retries" in sent else settings.max_retries,
-            retry_delay=plain_number(body.retry_delay if "retry_delay" in sent else settings.retry_delay),
-            retry_backoff=body.retry_backoff,
-            created_at=now,
-            updated_at=now,
-        )
-        await self.store.write(partial(insert_task, task=task))
+        config = unmask_config(body["task_type"], parse_config(body["task_type"], body["config"]), {})
+        check_allowed(body["task_type"], config, self.settings)
+        defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
+        sent, now = _with_times(Task, body, self.settings.scheduler_timezone), self.clock.now()
+        task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
+        await self.store.write(partial(insert, item=task))
         if self.feed.wanted:
             await self._sync()
-        return task_view(task, None)
+        return task_view(task)
 
+    @operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
-        """Raises NotFound."""
-        return self._task_view(*await self.store.read(partial(get_task_with_next_run, task_id=task_id)))
+        """Show a task.
 
+        With its configuration, counts of runs, and `next_run` (null while nothing will fire).
+        """
+        return self._task_view(await self.store.read(partial(get_task, task_id=task_id)))
+
+    @operation("GET", "/tasks", tool=("read_only",))
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
-        total, rows = await self.store.scan(partial(list_tasks, query=query))
-        tasks = [self._task_view(task, next_run) for task, next_run in rows]
-        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        """List tasks, paused and disabled ones too.
 
-    def _task_view(self, task: Task, next_run: int | None) -> TaskView:
-        return task_view(task, next_run if task.status == "active" and not self.paused else None)
+        Look here before you create one. `q` searches in names; `total` counts all that match.
+        """
+        total, rows = await self.store.scan(partial(list_tasks, query=query))
+        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=[self._task_view(task) for task in rows])
+
+    def _task_view(self, task: Task) -> TaskView:
+        return task_view(self._as_it_is(task))
+
+    def _as_it_is(self, task: Task) -> Task:
+        """A task with what only the service knows: nothing fires while the scheduler is paused."""
+        if self.paused or task.status != "active":
+            task.next_run = None
+        return task
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
         return await self.store.scan(lambda db: find_equal_task(db, get_task(db, task_id)))
 
+    @operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
-        """Changes the fields that were sent. Raises NotFound, InvalidInput, Forbidden."""
+        """Change the fields of a task that are sent.
+
+        What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task with status paused.
+        """
         self._refuse_when_stopping()
-        await self.store.write(partial(self._change_task, task_id=task_id, sent=body.sent(), now=self.clock.now()))
+        await self.store.write(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
         self._ready = True  # a task that is no longer disabled
         await self._sync()
         return await self.get_task(task_id)
 
     def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
-        task = get_task(db, task_id)
+        task, sent = get_task(db, task_id), _with_times(Task, sent, self.settings.scheduler_timezone)
         before = task.status
         if sent.get("task_type", task.task_type) != task.task_type and "config" not in sent:
             raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {sent['task_type']}"))
@@ -7203,12 +7197,16 @@ class Service:
         for name, value in sent.items():
             setattr(task, name, value)
         task.updated_at = now
-        update_task(db, task)
+        update(db, task)
         if task.status != before:
             _change_task_status(db, task, before, now)
 
+    @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
-        """Removes a task with its schedules and history; returns once the rows are gone. Running executions are killed."""
+        """Delete a task with its schedules and history.
+
+        Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
+        """
         self._refuse_when_stopping()
         await self.store.write(partial(mark_deleted, task_id=task_id))
         await self._sync()
@@ -7217,58 +7215,52 @@ class Service:
 
     # --- use cases: schedules ---
 
+    @operation("POST", "/schedules", 201, tool=(), errors=(404,))
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
-        """Writes a new schedule. Raises NotFound (its task), InvalidInput."""
-        self._refuse_when_stopping()
-        await self.store.read(partial(get_task, task_id=body.task_id))
-        schedule = await self._in_checks(partial(self._new_schedule, body, body.task_id, self.clock.now()))
-        schedule.is_active = body.is_active
+        """Create a schedule: when a task fires.
 
-        def insert(db: DB) -> None:
+        Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON-FRI",
+        "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's own zone applies. The answer says in words when it
+        fires, and the next five slots, local and UTC: compare them with what was asked for.
+        """
+        self._refuse_when_stopping()
+        await self.store.read(partial(get_task, task_id=body["task_id"]))
+        schedule = await self._in_checks(partial(self._new_schedule, Schedule, body, self.clock.now()))
+
+        def write(db: DB) -> None:
             get_task(db, schedule.task_id)
-            insert_schedule(db, schedule)
+            insert(db, schedule)
             remember_zone(db, schedule.zone)
             if schedule.jitter:  # it is derived from the id, which is known only now
                 _place(schedule)
-                update_schedule(db, schedule)
+                update(db, schedule)
 
-        await self.store.write(insert)
+        await self.store.write(write)
         return await self._schedule_changed(schedule.id)
 
-    def _new_schedule(self, body: ScheduleBody, task_id: int, now: int) -> Schedule:
-        """An active schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
+    def _new_schedule(self, kind: type[S], body: ScheduleCreate, now: int) -> S:
+        """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
         errors: list[FieldError] = []
         zone = self.settings.scheduler_timezone
+        config: dict[str, Any] = {}
         try:
-            config = check_schedule_config(body.schedule_type, body.schedule_config, zone, now)
+            config = check_schedule_config(body["schedule_type"], body["schedule_config"], zone, now)
             zone = str(config["timezone"])
         except InvalidInput as error:
             errors += error.errors
-        times = {name: _instant(errors, name, text, zone) for name, text in body.times().items()}
-        if errors:
-            raise InvalidInput(*errors)
-        schedule = Schedule(
-            id=0,
-            task_id=task_id,
-            schedule_type=body.schedule_type,
-            schedule_config=config,
-            is_active=True,
-            overlap=body.overlap,
-            catchup=body.catchup,
-            catchup_window=body.catchup_window,
-            jitter=body.jitter,
-            start_at=times["start_at"],
-            end_at=times["end_at"],
-            max_runs=body.max_runs,
+        sent = _with_times(kind, body, zone, errors)
+        settled = now if (after := sent.get("after")) is None else after
+        schedule = kind(
+            **{**sent, "schedule_config": config},
             created_at=now,
             updated_at=now,
-            settled_until=(settled := now if (after := times.get("after")) is None else after),
+            settled_until=settled,
             dealt_with=settled,
             in_force_since=now,
         )
         _check_bounds(schedule)
         _place(schedule)
-        if not schedule.is_active:
+        if schedule.next_slot is None:
             raise InvalidInput(_nothing_left(schedule))
         return schedule
 
@@ -7276,44 +7268,61 @@ class Service:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
+    @operation("POST", "/schedules/preview", tool=("read_only",))
     async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
-        """The words and the next slots of a schedule that is not stored. Slots are without jitter, which needs an id."""
+        """Show a schedule's words and next slots without storing it.
+
+        Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.
+        """
         return await self._in_checks(partial(self._preview, body, self.clock.now()))
 
     def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
-        schedule = self._new_schedule(body, 0, now)
-        after, plan = schedule.settled_until, dataclasses.replace(schedule.plan(), schedule_id=None)
-        view = PreviewView(
-            description=plan.timing.describe(), upcoming=upcoming_view(plan.upcoming(after, body.count), schedule.zone)
-        )
-        if body.jitter:
-            view["note"] = f"slots are shown without jitter; each will start up to {body.jitter:g} s later"
+        schedule = self._new_schedule(Preview, body, now)
+        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
+        slots = plan.upcoming(schedule.settled_until, schedule.count)
+        view = PreviewView(description=plan.timing.describe(), upcoming=upcoming_view(slots, schedule.zone))
+        if schedule.jitter:
+            view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
         return view
 
+    @operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
+        """Show a schedule."""
         return await self.store.read(partial(self._read_schedule, schedule_id=schedule_id))
 
     def _read_schedule(self, db: DB, schedule_id: int) -> ScheduleView:
-        schedule, task_active = get_schedule(db, schedule_id)
-        live = task_active and not self.paused
-        view = schedule_view(schedule, live)
-        view["upcoming"] = []
-        if live and schedule.is_active:
+        schedule = get_schedule(db, schedule_id)
+        schedule.upcoming = []
+        if schedule.is_active and schedule.live and not self.paused:
             with contextlib.suppress(*DAMAGE):  # its description says so
-                view["upcoming"] = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-        return view
+                schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
+        return self._schedule_view(schedule)
 
+    def _schedule_view(self, schedule: Schedule) -> ScheduleView:
+        schedule.live = schedule.live and not self.paused
+        return view_of(schedule)
+
+    @operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
+        """List schedules.
+
+        Of all tasks or of one, with words, time zone and next slots.
+        """
         total, rows = await self.store.scan(partial(list_schedules, query=query))
-        schedules = [schedule_view(schedule, task_active and not self.paused) for schedule, task_active in rows]
+        schedules = [self._schedule_view(schedule) for schedule in rows]
         return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
+    @operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
-        """Changes the fields that were sent; takes effect at once. Raises NotFound, InvalidInput."""
+        """Change the fields of a schedule that are sent.
+
+        What is not sent stays; `schedule_config` is replaced as a whole; null clears start_at, end_at, max_runs. Fields as in
+        create_schedule. Pause it with is_active false.
+        """
         self._refuse_when_stopping()
-        schedule, _ = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
-        now, sent = self.clock.now(), body.sent()
-        changes = await self._in_checks(partial(self._checked_changes, schedule, sent, now))
+        schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
+        now = self.clock.now()
+        changes = await self._in_checks(partial(self._checked_changes, schedule, dict(body), now))
         started = await self.store.write(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
         self._ready = True
         view = await self._schedule_changed(schedule_id)
@@ -7330,19 +7339,18 @@ class Service:
         config = sent.get("schedule_config", schedule.schedule_config)
         if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
             sent["schedule_config"] = config = check_schedule_config(schedule_type, config, self.settings.scheduler_timezone, now)
-        zone = str(config["timezone"])
-        errors: list[FieldError] = []
-        for name in sent.keys() & {"start_at", "end_at"}:
-            sent[name] = _instant(errors, name, sent[name], zone)
-        if errors:
-            raise InvalidInput(*errors)
+        sent = _with_times(Schedule, sent, str(config["timezone"]))
         changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
         if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
             changes["is_active"] = False
         return changes
 
+    @operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
-        """Removes a schedule and cancels its queued executions; its history stays."""
+        """Delete a schedule; its history stays.
+
+        Queued runs of it are cancelled, running ones end.
+        """
         self._refuse_when_stopping()
         task_id, cancelled = await self.store.write(partial(_delete_schedule, schedule_id=schedule_id, now=self.clock.now()))
         self._ready = True  # what waited behind the cancelled ones
@@ -7357,10 +7365,12 @@ class Service:
 
     # --- use cases: executions ---
 
-    async def execute_task(self, task_id: int, wait: float = 0) -> ExecutionView:
-        """Queues a run of the task by hand, on disk when this returns; waits up to `wait` seconds for its end.
+    @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,))
+    async def execute_task(self, task_id: int, wait: Wait = 0) -> ExecutionView:
+        """Run a task now.
 
-        Raises NotFound, Conflict (a disabled task), Forbidden (ALLOW_HOST_COMMANDS=false).
+        Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
+        get_execution shows its end.
         """
         self._refuse_when_stopping()
         execution = await self.store.write(partial(self._queue_manual, task_id=task_id, now=self.clock.now()))
@@ -7368,7 +7378,7 @@ class Service:
         self._wake.set()
         await self._publish_executions([execution.id])
         if wait <= 0:
-            return execution_view(execution)
+            return view_of(execution)
         await self.wait_for(execution.id, wait)
         return await self.get_execution(execution.id)
 
@@ -7403,26 +7413,41 @@ class Service:
                 if not future.done():
                     future.set_result(None)
 
+    @operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
-        """The execution with all its attempts; the output of a running one is what it has printed so far."""
+        """Show an execution with its attempts and output.
+
+        Of a running one, the output so far. It is over unless its status is queued, running or retrying.
+        """
         execution, past = await self.store.read(partial(get_execution, execution_id=execution_id))
         if (active := self.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
-        view = execution_view(execution)
-        view["attempts"] = attempt_views(execution, past)
-        return view
+        execution.attempts = attempt_views(execution, past)
+        return view_of(execution)
 
+    @operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
-        total, rows = await self.store.scan(partial(list_history, task_id=task_id, query=query))
-        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[execution_view(row) for row in rows])
+        """List the executions of a task, newest first.
 
+        How each run ended, with error_message and output. Rows with status skipped or missed are slots that ran nothing, and
+        say why. For older ones raise `skip`.
+        """
+        total, rows = await self.store.scan(partial(list_history, task_id=task_id, query=query))
+        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[view_of(row) for row in rows])
+
+    @operation("GET", "/executions")
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
+        """List executions, newest first."""
         rows = await self.store.scan(partial(list_executions, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
-        return ExecutionPage(executions=[execution_view(row) for row in rows], next_before_id=more)
+        return ExecutionPage(executions=[view_of(row) for row in rows], next_before_id=more)
 
+    @operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,))
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
-        """Ends an execution; waits up to 5 s for the end of a running one. Raises NotFound, Conflict if it was over."""
+        """End an execution.
+
+        Kills its processes and drops its retries. One that is over already is refused.
+        """
         self._refuse_when_stopping()
         before = await self.store.write(partial(_cancel, execution_id=execution_id, now=self.clock.now()))
         if before not in UNFINISHED:
@@ -7450,7 +7475,7 @@ class Service:
         if not ids or not self.feed.wanted:
             return
         for execution in await self.store.read(partial(get_executions, ids=set(ids))):
-            self.feed.publish("execution", execution.task_id, execution_view(execution))
+            self.feed.publish("execution", execution.task_id, view_of(execution))
             self._shown_up_to = max(self._shown_up_to, execution.id)
             self._shown[execution.id] = execution.status
             if execution.status in FINISHED:
@@ -7464,11 +7489,13 @@ class Service:
 
     async def _publish_changes(self, since_rev: int) -> None:
         tasks, schedules = await self.store.read(lambda db: (changed_tasks(db, since_rev), changed_schedules(db, since_rev)))
-        for task, next_run, deleted in tasks:
-            gone = {"id": task.id, "deleted": True}
-            self.feed.publish("task", task.id, gone if deleted else self._task_view(task, next_run))
-        for schedule, task_active in schedules:
-            self.feed.publish("schedule", schedule.task_id, schedule_view(schedule, task_active and not self.paused))
+        changed, gone = tasks
+        for task in changed:
+            self.feed.publish("task", task.id, self._task_view(task))
+        for task_id in gone:
+            self.feed.publish("task", task_id, {"id": task_id, "deleted": True})
+        for schedule in schedules:
+            self.feed.publish("schedule", schedule.task_id, self._schedule_view(schedule))
 
     async def get_output(self, execution_id: int) -> str:
         """The kept output as one text."""
@@ -7512,14 +7539,15 @@ class Service:
         recent = {key: active.live.recent() for key in wanted if (active := self.running.get(key))}
         await self.store.write(partial(show_output, recent=recent, now=self.clock.now()))
 
+    @operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
-        """A page of tasks, each with its last 30 executions and what these say about it."""
+        """List tasks with their recent executions."""
         return await self.store.scan(partial(self._overview, query=query))  # views of 30,000 executions are no work for the loop
 
     def _overview(self, db: DB, query: TaskQuery) -> OverviewPage:
         total, rows = list_tasks(db, query)
-        recent = recent_executions(db, [task.id for task, _ in rows], 30)
-        tasks = [overview_view(self._task_view(task, next_run), recent.get(task.id, [])) for task, next_run in rows]
+        recent = recent_executions(db, [task.id for task in rows], 30)
+        tasks = [overview_view(self._as_it_is(task), recent.get(task.id, [])) for task in rows]
         return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def backup(self) -> BinaryIO:
@@ -7539,22 +7567,28 @@ class Service:
 
     # --- use cases: the scheduler ---
 
+    @operation("POST", "/scheduler/pause")
     async def pause_scheduler(self) -> StatusView:
-        """No slot fires until `resume_scheduler`, also after a restart."""
+        """Stop all firing; survives a restart."""
         return await self._set_paused(True)
 
+    @operation("POST", "/scheduler/resume")
     async def resume_scheduler(self) -> StatusView:
-        """Slots fire again, from the next one after now on."""
+        """Fire again, from the next slots on."""
         return await self._set_paused(False)
 
     async def _set_paused(self, paused: bool) -> StatusView:
         self._refuse_when_stopping()
         await self.store.write(partial(_pause_all, paused=paused, now=self.clock.now()))
         await self._sync()
-        return await self.scheduler_status()
+        return await self.get_scheduler_status()
 
-    async def scheduler_status(self) -> StatusView:
-        """Whether this process leads, what waits and runs, what comes next, how late recent starts were (seconds)."""
+    @operation("GET", "/scheduler/status", tool=("read_only",))
+    async def get_scheduler_status(self) -> StatusView:
+        """Show the scheduler's state and what comes next.
+
+        With its time zone, the number of tasks and of executions in each status, and the next five runs.
+        """
         counts, executions, fires = await self.store.scan(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
         zone = self.settings.scheduler_timezone
         return StatusView(
@@ -7648,7 +7682,7 @@ def _follow_clock(db: DB, now: int, moved: int) -> None:
         with contextlib.suppress(*DAMAGE):
             schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
             _place(schedule)
-            update_schedule(db, schedule)
+            update(db, schedule)
     if latest >= now + CORRECTION:
         set_meta(db, "clock", now)
 
@@ -7662,7 +7696,7 @@ def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
             if schedule.schedule_type != "interval":
                 _place(schedule)
         if schedule.next_fire != before:
-            update_schedule(db, schedule)
+            update(db, schedule)
 
 
 def _place(schedule: Schedule) -> None:
@@ -7683,7 +7717,7 @@ def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
     for schedule in schedules:
         with contextlib.suppress(*DAMAGE):
             marks.append(resume_schedule(schedule, now))
-            update_schedule(db, schedule)
+            update(db, schedule)
     insert_slots(db, [mark for mark in marks if mark is not None])
 
 
@@ -7699,14 +7733,14 @@ TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitt
 
 def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
     """Returns the executions that it has touched."""
-    schedule, _ = get_schedule(db, schedule_id)
+    schedule = get_schedule(db, schedule_id)
     wanted, claimed = changes.get("is_active"), Beat()
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
         _claim(db, [schedule_id], now, claimed, early=True)
         release_held(db, {schedule.task_id})
-        schedule, _ = get_schedule(db, schedule_id)
+        schedule = get_schedule(db, schedule_id)
     resumed = bool(wanted) and not schedule.is_active
     for name, value in changes.items():
         setattr(schedule, name, value)
@@ -7725,7 +7759,7 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
         _place(schedule)
     if schedule.next_slot is None and (retimed or resumed) and not (mark is not None and insert_slots(db, [mark])[1]):
         raise InvalidInput(_nothing_left(schedule))
-    update_schedule(db, schedule)
+    update(db, schedule)
     remember_zone(db, schedule.zone)
     return [*claimed.new_ids, *claimed.cancelled]
 
@@ -7740,13 +7774,17 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
 
 
-def _instant(errors: list[FieldError], name: str, text: str | None, zone: str) -> int | None:
-    """An instant that a client sent; what is wrong with it goes to `errors`."""
-    try:
-        return None if text is None else parse_instant(text, zone)
-    except ValueError as error:
-        errors.append(FieldError(name, f"{shown(text)}: {error}"))
-        return None
+def _with_times(kind: Any, sent: dict[str, Any], zone: str, others: Sequence[FieldError] = ()) -> dict[str, Any]:
+    """What a client sent, with its instants as numbers. Raises InvalidInput that lists every bad one, and `others`."""
+    errors, result = list(others), dict(sent)
+    for name in [name for name in shape_of(kind).times if sent.get(name) is not None]:
+        try:
+            result[name] = parse_instant(sent[name], zone)
+        except ValueError as error:
+            errors.append(FieldError(name, f"{shown(sent[name])}: {error}"))
+    if errors:
+        raise InvalidInput(*errors)
+    return result
 
 
 def _check_bounds(schedule: Schedule) -> None:
@@ -7755,7 +7793,7 @@ def _check_bounds(schedule: Schedule) -> None:
 
 
 def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
-    schedule, _ = get_schedule(db, schedule_id)
+    schedule = get_schedule(db, schedule_id)
     ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True})
     for execution_id in ids:
         cancel_execution(db, execution_id, now, "cancelled: its schedule was deleted")
@@ -7805,303 +7843,73 @@ def _boot_id() -> str:
 # 9. Operations
 # ======================================================================================================================
 #
-# What can be asked of ChronoTask, once, for both doors: REST makes its routes and its OpenAPI document from this table,
-# MCP its tools. A rule that only one door has would be in the wrong place.
-
-
-@dataclass(slots=True)  # made for every request: frozen, it would be four times as dear
-class Args:
-    """The checked arguments of one call: the id in the path, the query and the body, as far as the operation has them."""
-
-    id: int = 0
-    query: Any = None
-    body: Any = None
+# What can be asked of ChronoTask, for REST and for MCP: the use cases that are marked as operations, by their signatures.
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing that can be asked. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
+    """A use case as an operation. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
 
-    `description` is for a reader who has never seen ChronoTask; `hints` are MCP's read_only, destructive, idempotent, open_world.
+    `body` and `result` are marked dicts or None. `description` is for a reader who has never seen ChronoTask.
     """
 
     name: str
     method: str
     path: str
-    call: Callable[[Service, Args], Awaitable[Any]]
+    status: int
     summary: str
-    result: Any = None
-    id_name: str | None = None
-    query: type[Query] | None = None
-    body: type[Input] | None = None
-    status: int = 200
-    location: str | None = None
-    errors: tuple[int, ...] = ()
-    tool: bool = False
-    hints: tuple[str, ...] = ()
-    description: str = ""
+    description: str
+    id_name: str | None
+    query: type[Query] | None
+    one_query: bool  # whether the use case takes the query as a whole
+    body: Any
+    result: Any
+    errors: tuple[int, ...]
+    tool: bool
+    hints: tuple[str, ...]
+
+    def call(self, service: Service, number: int, query: Any, body: Any) -> Coroutine[Any, Any, Any]:
+        """The use case with checked arguments, as far as it has them."""
+        given: dict[str, Any] = {} if self.id_name is None else {self.id_name: number}
+        if self.body is not None:
+            given["body"] = body
+        if self.query is not None:
+            given |= {"query": query} if self.one_query else {name: getattr(query, name) for name in self.query.model_fields}
+        return cast(Coroutine[Any, Any, Any], getattr(service, self.name)(**given))
+
+    @property
+    def location(self) -> str | None:
+        """Where the thing is that this makes."""
+        return f"/{mark_of(self.result).resource.__name__.lower()}s/{{id}}" if self.status in (201, 202) else None
 
 
-OPERATIONS: tuple[Operation, ...] = (
-    Operation(
-        "create_task",
-        "POST",
-        "/tasks",
-        lambda s, a: s.create_task(a.body),
-        "Create a task: what to run",
-        TaskView,
-        body=TaskCreate,
-        status=201,
-        location="/tasks/{id}",
-        errors=(403, 422),
-        tool=True,
-        description="It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine. "
-        'Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz '
-        '/tmp/x"}}. A failed run is retried max_retries times.',
-    ),
-    Operation(
-        "list_tasks",
-        "GET",
-        "/tasks",
-        lambda s, a: s.list_tasks(a.query),
-        "List tasks, paused and disabled ones too",
-        TaskPage,
-        query=TaskQuery,
-        errors=(422,),
-        tool=True,
-        hints=("read_only",),
-        description="Look here before you create one. `q` searches in names; `total` counts all that match.",
-    ),
-    Operation(
-        "get_task",
-        "GET",
-        "/tasks/{id}",
-        lambda s, a: s.get_task(a.id),
-        "Show a task",
-        TaskView,
-        "task_id",
-        errors=(404,),
-        tool=True,
-        hints=("read_only",),
-        description="With its configuration, counts of runs, and `next_run` (null while nothing will fire).",
-    ),
-    Operation(
-        "update_task",
-        "PATCH",
-        "/tasks/{id}",
-        lambda s, a: s.update_task(a.id, a.body),
-        "Change the fields of a task that are sent",
-        TaskView,
-        "task_id",
-        body=TaskUpdate,
-        errors=(403, 404, 422),
-        tool=True,
-        hints=("destructive", "idempotent"),
-        description="What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task "
-        "with status paused.",
-    ),
-    Operation(
-        "delete_task",
-        "DELETE",
-        "/tasks/{id}",
-        lambda s, a: s.delete_task(a.id),
-        "Delete a task with its schedules and history",
-        None,
-        "task_id",
-        status=204,
-        errors=(404,),
-        tool=True,
-        hints=("destructive", "idempotent"),
-        description="Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.",
-    ),
-    Operation(
-        "execute_task",
-        "POST",
-        "/tasks/{id}/execute",
-        lambda s, a: s.execute_task(a.id, a.query.wait),
-        "Run a task now",
-        ExecutionView,
-        "task_id",
-        query=ExecuteQuery,
-        status=202,
-        location="/executions/{id}",
-        errors=(403, 404, 409, 422),
-        tool=True,
-        hints=("destructive", "open_world"),
-        description="Answers when the run is over, or after `wait` seconds: with status queued, running or retrying "
-        "it goes on, and get_execution shows its end.",
-    ),
-    Operation(
-        "get_task_history",
-        "GET",
-        "/tasks/{id}/history",
-        lambda s, a: s.get_task_history(a.id, a.query),
-        "List the executions of a task, newest first",
-        HistoryPage,
-        "task_id",
-        query=HistoryQuery,
-        errors=(404, 422),
-        tool=True,
-        hints=("read_only",),
-        description="How each run ended, with error_message and output. Rows with status skipped or missed are slots "
-        "that ran nothing, and say why. For older ones raise `skip`.",
-    ),
-    Operation(
-        "overview",
-        "GET",
-        "/overview",
-        lambda s, a: s.overview(a.query),
-        "List tasks with their recent executions",
-        OverviewPage,
-        query=TaskQuery,
-        errors=(422,),
-    ),
-    Operation(
-        "create_schedule",
-        "POST",
-        "/schedules",
-        lambda s, a: s.create_schedule(a.body),
-        "Create a schedule: when a task fires",
-        ScheduleView,
-        body=ScheduleCreate,
-        status=201,
-        location="/schedules/{id}",
-        errors=(404, 422),
-        tool=True,
-        description='Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron", "schedule_config": '
-        '{"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the '
-        "scheduler's own zone applies. The answer says in words when it fires, and the next five slots, "
-        "local and UTC: compare them with what was asked for.",
-    ),
-    Operation(
-        "preview_schedule",
-        "POST",
-        "/schedules/preview",
-        lambda s, a: s.preview_schedule(a.body),
-        "Show a schedule's words and next slots without storing it",
-        PreviewView,
-        body=SchedulePreview,
-        errors=(422,),
-        tool=True,
-        hints=("read_only",),
-        description="Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.",
-    ),
-    Operation(
-        "list_schedules",
-        "GET",
-        "/schedules",
-        lambda s, a: s.list_schedules(a.query),
-        "List schedules",
-        SchedulePage,
-        query=ScheduleQuery,
-        errors=(422,),
-        tool=True,
-        hints=("read_only",),
-        description="Of all tasks or of one, with words, time zone and next slots.",
-    ),
-    Operation(
-        "get_schedule",
-        "GET",
-        "/schedules/{id}",
-        lambda s, a: s.get_schedule(a.id),
-        "Show a schedule",
-        ScheduleView,
-        "schedule_id",
-        errors=(404,),
-    ),
-    Operation(
-        "update_schedule",
-        "PATCH",
-        "/schedules/{id}",
-        lambda s, a: s.update_schedule(a.id, a.body),
-        "Change the fields of a schedule that are sent",
-        ScheduleView,
-        "schedule_id",
-        body=ScheduleUpdate,
-        errors=(404, 422),
-        tool=True,
-        hints=("destructive", "idempotent"),
-        description="What is not sent stays; `schedule_config` is replaced as a whole; null clears start_at, end_at, "
-        "max_runs. Fields as in create_schedule. Pause it with is_active false.",
-    ),
-    Operation(
-        "delete_schedule",
-        "DELETE",
-        "/schedules/{id}",
-        lambda s, a: s.delete_schedule(a.id),
-        "Delete a schedule; its history stays",
-        None,
-        "schedule_id",
-        status=204,
-        errors=(404,),
-        tool=True,
-        hints=("destructive", "idempotent"),
-        description="Queued runs of it are cancelled, running ones end.",
-    ),
-    Operation(
-        "list_executions",
-        "GET",
-        "/executions",
-        lambda s, a: s.list_executions(a.query),
-        "List executions, newest first",
-        ExecutionPage,
-        query=ExecutionQuery,
-        errors=(422,),
-    ),
-    Operation(
-        "get_execution",
-        "GET",
-        "/executions/{id}",
-        lambda s, a: s.get_execution(a.id),
-        "Show an execution with its attempts and output",
-        ExecutionView,
-        "execution_id",
-        errors=(404,),
-        tool=True,
-        hints=("read_only",),
-        description="Of a running one, the output so far. It is over unless its status is queued, running or retrying.",
-    ),
-    Operation(
-        "cancel_execution",
-        "POST",
-        "/executions/{id}/cancel",
-        lambda s, a: s.cancel_execution(a.id),
-        "End an execution",
-        ExecutionView,
-        "execution_id",
-        errors=(404, 409),
-        tool=True,
-        hints=("destructive", "idempotent"),
-        description="Kills its processes and drops its retries. One that is over already is refused.",
-    ),
-    Operation(
-        "get_scheduler_status",
-        "GET",
-        "/scheduler/status",
-        lambda s, a: s.scheduler_status(),
-        "Show the scheduler's state and what comes next",
-        StatusView,
-        tool=True,
-        hints=("read_only",),
-        description="With its time zone, the number of tasks and of executions in each status, and the next five runs.",
-    ),
-    Operation(
-        "pause_scheduler",
-        "POST",
-        "/scheduler/pause",
-        lambda s, a: s.pause_scheduler(),
-        "Stop all firing; survives a restart",
-        StatusView,
-    ),
-    Operation(
-        "resume_scheduler",
-        "POST",
-        "/scheduler/resume",
-        lambda s, a: s.resume_scheduler(),
-        "Fire again, from the next slots on",
-        StatusView,
-    ),
-)
+def _operation(name: str, route: Route) -> Operation:
+    use_case = getattr(Service, name)
+    kinds = get_type_hints(use_case, include_extras=True)
+    defaults = inspect.signature(use_case).parameters
+    result, body, query = kinds.pop("return"), kinds.pop("body", None), kinds.pop("query", None)
+    id_name = next(iter(kinds)) if "{id}" in route.path else None
+    fields: dict[str, Any] = {key: (kind, defaults[key].default) for key, kind in kinds.items() if key != id_name}
+    summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
+    return Operation(
+        name=name,
+        method=route.method,
+        path=route.path,
+        status=route.status,
+        summary=summary.rstrip("."),
+        description=" ".join(description.split()),
+        id_name=id_name,
+        query=create_model(name, __base__=Query, **fields) if fields else query,
+        one_query=not fields,
+        body=body,
+        result=None if result is type(None) else result,
+        errors=route.errors,
+        tool=route.tool is not None,
+        hints=route.tool or (),
+    )
+
+
+OPERATIONS = tuple(_operation(name, route) for name, route in ROUTES.items())
 
 
 # ======================================================================================================================
@@ -8337,7 +8145,7 @@ async def json_bytes(request: web.Request) -> bytes:
     return raw.removeprefix(codecs.BOM_UTF8)
 
 
-async def read_body(request: web.Request, model: type[Input] | None) -> Any:
+async def read_body(request: web.Request, model: Any) -> Any:
     """The body as `model`; without one, only an empty body (or {}) is taken."""
     if model is None and not request.body_exists:
         return None
@@ -8384,11 +8192,11 @@ def path_id(request: web.Request) -> int:
 
 def operation_handler(service: Service, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
-        args = Args(path_id(request), read_query(request, operation.query), await read_body(request, operation.body))
-        result = await operation.call(service, args)
+        number, query = path_id(request), read_query(request, operation.query)
+        result = await operation.call(service, number, query, await read_body(request, operation.body))
         if result is None:
             return web.Response(status=204)
-        over = operation.status == 202 and args.query.wait > 0 and result["status"] in FINISHED
+        over = operation.status == 202 and result["status"] in FINISHED
         answer = json_answer(result, 200 if over else operation.status)
         if operation.location:
             answer.headers["Location"] = API + operation.location.format(id=result["id"])
@@ -8604,7 +8412,7 @@ PAGES: tuple[Page, ...] = (
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
 
 
-_EXAMPLES: dict[type[Input], dict[str, Any]] = {
+_EXAMPLES: dict[Any, dict[str, Any]] = {
     TaskCreate: {
         "name": "nightly backup",
         "task_type": "bash",
@@ -8666,7 +8474,7 @@ def openapi() -> dict[str, Any]:
 
 def _component_schemas() -> dict[str, Any]:
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
-    adapters = [(m.__name__, "validation", TypeAdapter(m)) for m in (*models, HttpConfig, BashConfig)]
+    adapters = [(_schema_name(m), "validation", adapter(m)) for m in (*models, HttpConfig, BashConfig)]
     schemas = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")[1]["$defs"]
     task_config = {"anyOf": [{"$ref": "#/components/schemas/HttpConfig"}, {"$ref": "#/components/schemas/BashConfig"}]}
     for name in ("TaskCreate", "TaskUpdate"):
@@ -8714,8 +8522,13 @@ def _document(
     return {"operationId": name, "summary": summary, "parameters": parameters, "responses": {**answers, **problems}}
 
 
+def _schema_name(model: Any) -> str:
+    mark = mark_of(model)
+    return str(model.__name__ if mark is None else mark.name)
+
+
 def _schema_of(model: Any) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"$ref": f"#/components/schemas/{_schema_name(model)}"}
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -8774,30 +8587,16 @@ TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool
 ToolLimit = Annotated[int, Field(ge=1, le=100)]
 
 
-class _ToolTasks(TaskQuery):
-    limit: ToolLimit = 20
-
-
-class _ToolSchedules(ScheduleQuery):
-    limit: ToolLimit = 20
-
-
-class _ToolHistory(HistoryQuery):
-    limit: ToolLimit = 5
-    output: Literal["short", "full", "none"] = Field("short", description="short cuts long texts")  # type: ignore[assignment]
-
-
-class _ToolExecute(ExecuteQuery):
-    # Many clients give a call up after 60 s.
-    wait: Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")] = 10
-
-
 # A model pays for each word: other defaults serve it better than a program.
-TOOL_QUERIES: dict[str, type[Query]] = {
-    "list_tasks": _ToolTasks,
-    "list_schedules": _ToolSchedules,
-    "get_task_history": _ToolHistory,
-    "execute_task": _ToolExecute,
+TOOL_QUERIES: dict[str, dict[str, Any]] = {
+    "list_tasks": {"limit": (ToolLimit, 20)},
+    "list_schedules": {"limit": (ToolLimit, 20)},
+    "get_task_history": {
+        "limit": (ToolLimit, 5),
+        "output": (Literal["short", "full", "none"], Field("short", description="short cuts long texts")),
+    },
+    # Many clients give a call up after 60 s.
+    "execute_task": {"wait": (Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")], 10)},
 }
 # Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing.
 WITHOUT_EFFECT = {
@@ -8818,30 +8617,29 @@ class Deleted(TypedDict):
 
 
 @functools.cache
-def tool_model(operation: Operation) -> type[BaseModel]:
+def tool_model(operation: Operation) -> Any:
     """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
-    base = operation.body or TOOL_QUERIES.get(operation.name, operation.query) or Query
-    if operation.id_name is None:
-        return base
-    fields: dict[str, Any] = {operation.id_name: (Annotated[Id, Field(strict=False)], ...)}
-    return create_model(operation.name, __base__=base, **fields)
+    number = {} if operation.id_name is None else {operation.id_name: Annotated[Id, Field(strict=False)]}
+    if operation.body is not None:
+        body = mark_of(operation.body)
+        return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, **number)]
+    fields: dict[str, Any] = {**TOOL_QUERIES.get(operation.name, {}), **{name: (kind, ...) for name, kind in number.items()}}
+    return create_model(operation.name, __base__=operation.query or Query, **fields)
 
 
-def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> Args:
-    """The arguments of a call, checked by the rules of REST. Raises InvalidInput that lists every bad one."""
-    model, id_name = tool_model(operation), operation.id_name
-    given = {name: _as_object(model, name, value) for name, value in arguments.items()}
-    checked: Any = parse(model, given)
-    number = 0 if id_name is None else getattr(checked, id_name)
+def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int, Any, Any]:
+    """The id, the query and the body of a call, by the rules of REST. Raises InvalidInput that lists every bad argument."""
+    id_name = operation.id_name or ""
+    given = {name: _as_object(operation, name, value) for name, value in arguments.items()}
+    checked = parse(tool_model(operation), given)
     if operation.body is None:
-        return Args(number, query=checked)
-    return Args(number, body=parse(operation.body, {name: value for name, value in given.items() if name != id_name}))
+        return getattr(checked, id_name, 0), checked, None
+    return checked.pop(id_name, 0), None, checked
 
 
-def _as_object(model: type[BaseModel], name: str, value: Any) -> Any:
+def _as_object(operation: Operation, name: str, value: Any) -> Any:
     """Some clients send objects as JSON text."""
-    field = model.model_fields.get(name)
-    if isinstance(value, str) and field is not None and field.annotation == dict[str, Any]:
+    if isinstance(value, str) and operation.body is not None and name in shape_of(mark_of(operation.body).resource).json:
         with contextlib.suppress(ChronoTaskError):
             return load_json(value.encode("utf-8", "surrogatepass"))
     return value
@@ -8849,7 +8647,7 @@ def _as_object(model: type[BaseModel], name: str, value: Any) -> Any:
 
 def input_schema(operation: Operation) -> dict[str, Any]:
     """What a model needs to know of a tool's arguments. An update says of its fields only what differs from creation."""
-    schema = tool_model(operation).model_json_schema()
+    schema = adapter(tool_model(operation)).json_schema()
     hidden = WITHOUT_EFFECT.get(operation.name, ())
     fields = {name: _lean(field) for name, field in schema.get("properties", {}).items() if name not in hidden}
     required = schema.get("required", [])
@@ -8863,9 +8661,9 @@ def output_schema(operation: Operation) -> dict[str, Any]:
 
     Null must be allowed where it may come, else clients refuse the answer; only the tools that show a thing say where it may.
     """
-    echoed, shows = tool_model(operation).model_fields, "read_only" in operation.hints
+    echoed, shows = field_names(tool_model(operation)), "read_only" in operation.hints
     fields = {}
-    for name, field in TypeAdapter(operation.result or Deleted).json_schema()["properties"].items():
+    for name, field in adapter(operation.result or Deleted).json_schema()["properties"].items():
         nullable = NULL in field.get("anyOf", ())
         if name not in echoed and (shows or not nullable):
             fields[name] = {"anyOf": [_lean(field), NULL]} if nullable else _lean(field)
@@ -8939,7 +8737,7 @@ def _clip_execution(view: Any) -> None:
     _clip_field(view, "output_data", TOOL_TEXT, where)
 
 
-async def complete_answer(service: Service, operation: Operation, args: Args, view: Any) -> None:
+async def complete_answer(service: Service, operation: Operation, query: Any, view: Any) -> None:
     """Adds to an answer what a model cannot look up by itself, and cuts what is long."""
     match operation.name:
         case "create_task":
@@ -8953,7 +8751,7 @@ async def complete_answer(service: Service, operation: Operation, args: Args, vi
                 view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
             _clip_execution(view)
         case "get_task_history":
-            if args.query.output == "short":
+            if query.output == "short":
                 for execution in view["history"]:
                     _clip_field(execution, "output_data", TOOL_LIST_TEXT, "output=full or get_execution shows more")
             if (seen := view["skip"] + len(view["history"])) < view["total"]:
@@ -8977,7 +8775,7 @@ async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) ->
         raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
     view = None
     try:
-        view = await _to_its_end(_use(service, operation, tool_args(operation, arguments)))
+        view = await _to_its_end(_use(service, operation, *tool_args(operation, arguments)))
         text = compact(view)
     except ChronoTaskError as error:
         text = error.detail + _where_to_look(error)
@@ -8987,11 +8785,11 @@ async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) ->
     return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
 
 
-async def _use(service: Service, operation: Operation, args: Args) -> Any:
-    view = await operation.call(service, args)
+async def _use(service: Service, operation: Operation, number: int, query: Any, body: Any) -> Any:
+    view = await operation.call(service, number, query, body)
     if view is None:
-        return Deleted(id=args.id, deleted=True)
-    await complete_answer(service, operation, args, view)
+        return Deleted(id=number, deleted=True)
+    await complete_answer(service, operation, query, view)
     return view
 
 
@@ -9042,16 +8840,16 @@ async def read_resource(service: Service, uri: str) -> Any:
     if match is None:
         raise NotFound(f"there is no resource {shown(uri)}; known are status, tasks/ID and executions/ID below {SCHEME}")
     if match[1] is None:
-        return await service.scheduler_status()
+        return await service.get_scheduler_status()
     return await (service.get_task if match[1] == "tasks" else service.get_execution)(int(match[2]))
 
 
 async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     """The text of the prompt: how to go about it, and the facts. Raises NotFound, InvalidInput."""
-    args = tool_args(TOOLS["get_task_history"], arguments)
-    task = await service.get_task(args.id)
-    history = (await service.get_task_history(args.id, args.query))["history"]
-    schedules = (await service.list_schedules(ScheduleQuery(task_id=args.id, limit=20)))["schedules"]
+    task_id, query, _ = tool_args(TOOLS["get_task_history"], arguments)
+    task = await service.get_task(task_id)
+    history = (await service.get_task_history(task_id, query))["history"]
+    schedules = (await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20)))["schedules"]
     for execution in history:
         _clip_field(execution, "output_data", 4 * TOOL_LIST_TEXT, "get_execution shows more")
     return DIAGNOSE + json.dumps({"task": task, "schedules": schedules, "history": history}, ensure_ascii=False, indent=1)

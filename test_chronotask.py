@@ -120,7 +120,7 @@ from chronotask import (
     due_slots,
     format_instant,
     get_meta,
-    insert_task,
+    insert,
     kill_leftovers,
     main,
     make_server,
@@ -768,7 +768,7 @@ MODULE = Path(chronotask.__file__).read_text(encoding="utf-8")
 SECTIONS = {
     1: "Errors and settings",
     2: "Schedules (pure)",
-    3: "Models",
+    3: "Resources",
     4: "Decisions (pure)",
     5: "Clock and timers",
     6: "Store",
@@ -982,7 +982,7 @@ PLANTED = {
     "an interface that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
     "a timer queue that knows schedules": (5, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
     "a store that reads the clock": (6, "def planted(c: Clock) -> int: ...", "uses Clock of section 5, which it may not know"),
-    "another section's private name": (8, "PLANTED = _schedule", "uses the private _schedule of section 6"),
+    "another section's private name": (8, "PLANTED = _stored", "uses the private _stored of section 6"),
     "another section's private attribute": (12, "def planted(s: Service) -> None:\n    s._timers", "uses the private s._timers"),
     "a private attribute of a library": (
         8,
@@ -1103,6 +1103,79 @@ async def test_what_comes_in_by_rest_and_mcp_is_read_in_linear_time(api: Api) ->
     assert await slowdown(post, "${env:" * 4_000, "${env:" * 8_000) < 3
     assert await slowdown(too_long, b"}" + b'"id":1,' * 500, b"}" + b'"id":1,' * 1000) < 3
     assert await slowdown(too_long, b"{" * 40_000, b"{" * 80_000) < 3
+
+
+NEW_FIELDS = [
+    (
+        "tasks",
+        "Task",
+        "description",
+        'colour: Annotated[str, Field(max_length=9)] = "red"',
+        "TEXT NOT NULL DEFAULT 'red'",
+        "blue",
+    ),
+    ("tasks", "Task", "name", "rank: Annotated[int, Field(ge=0)] | None = None", "INTEGER", 7),
+    (
+        "tasks",
+        "Task",
+        "config",
+        "tags: list[str] = dataclasses.field(default_factory=list)",
+        "TEXT NOT NULL DEFAULT '[]'",
+        ["a", "b"],
+    ),
+    ("tasks", "Task", "status", "until: Time | None = None", "INTEGER", "2030-01-01T00:00:00Z"),
+    ("schedules", "Schedule", "jitter", "note: str | None = None", "TEXT", "why"),
+    ("schedules", "Schedule", "overlap", "loud: bool = False", "INTEGER NOT NULL DEFAULT 0", True),
+]
+
+
+@pytest.mark.parametrize(("table", "resource", "behind", "declaration", "column", "value"), NEW_FIELDS)
+async def test_a_field_is_added_in_two_places(
+    tmp_path: Path, table: str, resource: str, behind: str, declaration: str, column: str, value: Any
+) -> None:
+    """Its declaration and a migration: then it is in POST, PATCH, GET, the list, OpenAPI and the MCP tool."""
+    name = declaration.partition(":")[0]
+    declared = re.compile(rf"^class {resource}:\n(?:.*\n)*?    {behind}: .*\n", re.MULTILINE)
+    source, places = declared.subn(rf"\g<0>    {declaration}\n", MODULE, count=1)
+    migrations = re.compile(r"^MIGRATIONS: .*= \[\n(?:.*\n)*?(?=\]\n)", re.MULTILINE)
+    source, more_places = migrations.subn(rf'\g<0>    ("ALTER TABLE {table} ADD COLUMN {name} {column}",),\n', source)
+    assert (places, more_places) == (1, 1)
+    (tmp_path / "copied.py").write_text(source)
+    spec = importlib.util.spec_from_file_location(f"copied_{name}", tmp_path / "copied.py")
+    assert spec is not None and spec.loader is not None
+    copied: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = copied
+    try:
+        spec.loader.exec_module(copied)
+        store = copied.Store(tmp_path / "c.db", FakeClock().monotonic)
+        service = copied.Service(copied.Settings(database_url=tmp_path / "c.db"), store, FakeClock(), {})
+        schedule = {"schedule_type": "interval", "schedule_config": {"seconds": 60}}
+        async with TestClient(TestServer(copied.make_app(service))) as client:
+
+            async def ask(method: str, path: str, body: Any = None) -> Any:
+                async with client.request(method, f"/api/v1{path}", json=body) as answer:
+                    assert answer.status in (200, 201), await answer.text()
+                    return await answer.json()
+
+            await ask("POST", "/tasks", BASH)
+            body = {"task_id": 1, **schedule} if table == "schedules" else BASH
+            default = (await ask("POST", f"/{table}", body))[name]
+            made = await ask("POST", f"/{table}", {**body, name: value})
+            assert made[name] == value != default
+            path = f"/{table}/{made['id']}"
+            assert (await ask("GET", path))[name] == value
+            assert (await ask("GET", f"/{table}"))[table][-1][name] == value
+            assert (await ask("PATCH", path, {name: default}))[name] == default == (await ask("GET", path))[name]
+            schemas = copied.openapi()["components"]["schemas"]
+            for schema in ("Create", "Update", "View"):
+                assert name in schemas[resource + schema]["properties"]
+            for verb in ("create", "update"):
+                assert name in copied.input_schema(copied.TOOLS[f"{verb}_{table[:-1]}"])["properties"]
+            called = await copied.run_tool(service, f"update_{table[:-1]}", {f"{table[:-1]}_id": made["id"], name: value})
+            assert called.structured_content[name] == value, called.content
+        store.close()
+    finally:
+        del sys.modules[spec.name]
 
 
 # ======================================================================================================================
@@ -3360,7 +3433,7 @@ def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_a
 def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(tmp_path: Path, version: int) -> None:
     db = chronotask.connect(tmp_path / "old.db")
     migrate(db, MIGRATIONS[:version])
-    task = insert_task(db, some_task("t"))
+    task = insert(db, some_task("t"))
     chronotask.insert_executions(db, [chronotask.NewExecution(task.id, None, "manual", None, n) for n in range(3)])
     ended = "UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?"
     db.executemany(ended, [("failed", 1), ("succeeded", 2)])
@@ -3466,7 +3539,7 @@ async def test_a_database_of_release_1_0_goes_on_where_it_was(quick_disk: Path, 
 def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store: Store) -> None:
     """Partial indexes serve only a condition that is written to the letter like theirs."""
     db, queries = store._db, list[str]()
-    task = insert_task(db, some_task("t"))
+    task = insert(db, some_task("t"))
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
     chronotask.retry_timers(db)
@@ -4124,7 +4197,7 @@ def some_task(name: str) -> chronotask.Task:
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
-        task = insert_task(db, some_task("t"))
+        task = insert(db, some_task("t"))
         rows = [chronotask.NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
         return chronotask.insert_executions(db, rows)
 
@@ -6417,7 +6490,7 @@ async def test_lateness_is_counted_from_the_jittered_time(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task(), jitter=30)
     await rig.run_at(offset((await rig.service.get_schedule(schedule_id))["next_run"]) + 4.9)
     assert (await rig.rows())[0]["trigger"] == "schedule"
-    late = (await rig.service.scheduler_status())["lateness"]
+    late = (await rig.service.get_scheduler_status())["lateness"]
     assert late["count"] == 1 and late["max"] == pytest.approx(4.9)
 
 
@@ -6723,7 +6796,7 @@ async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str
     await set_pause(rig, what, True)
     later = await restarted(rig, open_rig, 150)
     assert await later.rows() == []
-    assert (await later.service.scheduler_status())["paused"] is (what == "scheduler")
+    assert (await later.service.get_scheduler_status())["paused"] is (what == "scheduler")
     await set_pause(later, what, False)
     await later.run_at(180)
     assert await later.brief() == [("schedule", "succeeded", 180)]
@@ -6800,7 +6873,7 @@ async def test_when_capacity_is_short_the_oldest_slot_goes_first(open_rig: OpenR
     await rig.execute(await rig.task(name="by hand", **target.config("/manual")))
     rig.clock.advance(1)
     await rig.tick()
-    assert (await rig.service.scheduler_status())["queue_length"] == 4
+    assert (await rig.service.get_scheduler_status())["queue_length"] == 4
     await rig.let_go(target)
     assert [request.path for request in target.requests] == ["/hold", "/10", "/20", "/30", "/manual"]
 
@@ -7997,7 +8070,7 @@ async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, op
     assert (rig.service.leading, second.service.leading) == (True, False)
     await rig.close()
     await until_true(lambda: second.service.leading)
-    assert (await second.service.scheduler_status())["leader"] is True
+    assert (await second.service.get_scheduler_status())["leader"] is True
 
 
 async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
@@ -9143,7 +9216,7 @@ def test_every_tool_has_all_four_annotations() -> None:
 def test_the_arguments_are_the_fields_of_the_models_and_the_id_in_the_path() -> None:
     for operation in OPERATIONS:
         if operation.tool:
-            fields = {*(operation.body or operation.query or chronotask.Query).model_fields}
+            fields = {*chronotask.field_names(operation.body or operation.query or chronotask.Query)}
             offered = {*tool(operation.name)["inputSchema"]["properties"]}
             assert offered | chronotask.WITHOUT_EFFECT.get(operation.name, set()) == fields | {operation.id_name} - {None}
 
@@ -9171,12 +9244,11 @@ def test_defaults_suit_a_model() -> None:
 
 
 def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> None:
-    args = tool_args(TOOLS["update_schedule"], {"schedule_id": 7, "overlap": "queue"})
-    assert (args.id, args.body.sent()) == (7, {"overlap": "queue"})
-    assert tool_args(TOOLS["get_task"], {"task_id": "7"}).id == 7
-    assert tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x"}).id == 7
+    assert tool_args(TOOLS["update_schedule"], {"schedule_id": 7, "overlap": "queue"}) == (7, None, {"overlap": "queue"})
+    assert tool_args(TOOLS["get_task"], {"task_id": "7"})[0] == 7
+    assert tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x"}) == (7, None, {"name": "x"})
     sent = {"task_id": 1, "schedule_type": "cron", "schedule_config": json.dumps(WEEKDAYS)}
-    assert tool_args(TOOLS["create_schedule"], sent).body.schedule_config == WEEKDAYS
+    assert tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
 
 
 def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
@@ -12949,8 +13021,8 @@ def test_every_route_is_in_the_readme() -> None:
 
 
 def test_every_field_and_every_status_is_in_the_readme() -> None:
-    for view, title in ((chronotask.TaskView, "Tasks"), (chronotask.ScheduleView, "Schedules")):
-        for name in view.__annotations__:
+    for kind, title in ((chronotask.Task, "Tasks"), (chronotask.Schedule, "Schedules")):
+        for name in chronotask.shape_of(kind).shown:
             assert re.search(rf"\b{name}\b", section(title)), f"{title}: {name}"
     for status in (*chronotask.UNFINISHED, *chronotask.FINISHED):
         assert f"`{status}`" in section("What happens when"), status
