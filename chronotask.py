@@ -2273,7 +2273,7 @@ def view_of(item: Any) -> dict[str, Any]:
     """What a client sees of a resource."""
     kind: Any = type(item)
     shape = shape_of(kind)
-    shown = dict(zip(shape.shown, shape.values(item), strict=True))
+    shown = dict(zip(shape.shown, shape.values(item), strict=False))
     for name in shape.times:
         if (t := shown[name]) is not None:
             shown[name] = format_instant(t)
@@ -2520,13 +2520,19 @@ def parse(model: Any, data: Any) -> Any:
 
     Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones.
     """
-    body, known = mark_of(model), field_names(model)
+    checks, body = _checks_of(model)
     if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
-        data = {name: value for name, value in data.items() if name in known or name not in shape_of(body.resource).shown}
+        read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
+        data = {name: value for name, value in data.items() if name not in read_only}
     try:
-        return adapter(model).validate_python(data)
+        return checks.validate_python(data)
     except ValidationError as error:
-        raise InvalidInput(*field_errors(error, known=known), *_inner_errors(body, data)) from None
+        raise InvalidInput(*field_errors(error, known=field_names(model)), *_inner_errors(body, data)) from None
+
+
+@functools.cache
+def _checks_of(model: Any) -> tuple[TypeAdapter[Any], Body | None]:
+    return adapter(model), mark_of(model)
 
 
 def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
@@ -3903,7 +3909,7 @@ def load(
             raise
         as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", without)
         text = db.execute(f"{as_json} FROM ({query})", parameters).fetchone()[0]
-    rows = [dict(zip(shape.loaded, row, strict=True)) for row in parsed(text)]
+    rows = [dict(zip(shape.loaded, row, strict=False)) for row in parsed(text)]
     for name, repair in shape.repairs.items():
         for row in rows:
             row[name] = repair(row[name])
