@@ -2147,9 +2147,7 @@ def test_other_schedules_in_words(schedule_type: str, config: dict[str, object],
          {"seconds": 60, "start_date": "2026-12-01T09:00Z", "timezone": "Europe/Berlin"}),
     ],
 )  # fmt: skip
-def test_an_accepted_config_is_stored_as_written_with_its_zone(
-    schedule_type: str, config: dict[str, object], stored: dict[str, object]
-) -> None:
+def test_a_good_config_is_stored_with_its_zone(schedule_type: str, config: dict[str, object], stored: dict[str, object]) -> None:
     assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored
     assert check_schedule_config(schedule_type, stored, "Asia/Tokyo", NOW) == stored
 
@@ -5190,9 +5188,7 @@ def test_at_least_60_attacks_on_the_list_are_tried() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "result"), [(config, result) for _, config, result in ATTACKS], ids=[a[0] for a in ATTACKS])
-async def test_an_attack_on_the_list_of_allowed_commands_runs_nothing_else(
-    tmp_path: Path, config: dict[str, Any], result: str
-) -> None:
+async def test_an_attack_on_the_list_of_commands_runs_nothing_else(tmp_path: Path, config: dict[str, Any], result: str) -> None:
     marker, planted = tmp_path / "marker", tmp_path / "planted"
     planted.mkdir()
     for name in ("echo", "ls", "cat", "rc"):
@@ -5521,9 +5517,7 @@ async def test_params_are_added_to_the_query() -> None:
         ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}, "headers": {"authorization": "Token abcdefgh"}}, None),
     ],
 )
-async def test_an_authorization_header_wins_over_auth_and_auth_over_the_url(
-    config: dict[str, Any], authorization: str | None
-) -> None:
+async def test_a_header_wins_over_auth_and_auth_over_the_url(config: dict[str, Any], authorization: str | None) -> None:
     received = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -6525,9 +6519,7 @@ async def test_while_there_is_capacity_every_tick_claims_and_starts(open_rig: Op
     assert seen == [{"running": 4}, {"running": 20}, {"running": 84}, {"running": 100}, {"running": 100}]
 
 
-async def test_while_executions_wait_for_capacity_every_other_tick_only_settles_and_starts(
-    open_rig: OpenRig, target: Target
-) -> None:
+async def test_while_executions_wait_every_other_tick_only_settles_and_starts(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=2)
     await due_at_once(rig, target, 60)
     seen = []
@@ -6626,7 +6618,7 @@ async def test_a_stop_while_a_tick_is_being_written_leaves_nothing_running(open_
         ("skip", [("schedule", "missed", 60)]),
     ],
 )
-async def test_after_a_restart_missed_slots_are_caught_up_by_policy(
+async def test_a_restart_catches_missed_slots_up_by_policy(
     rig: Rig, open_rig: OpenRig, catchup: str, expected: list[Any]
 ) -> None:
     await rig.schedule(await rig.task(), catchup=catchup)
@@ -6819,9 +6811,7 @@ async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: 
     assert (await rig.service.get_execution(third))["status"] == "succeeded"
 
 
-async def test_a_disabled_task_cannot_be_executed_and_holds_back_queued_and_retrying_ones(
-    open_rig: OpenRig, target: Target
-) -> None:
+async def test_a_disabled_task_is_not_executed_and_holds_back_queued_and_retrying_ones(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
@@ -7550,9 +7540,7 @@ async def test_ids_are_never_used_again(rig: Rig) -> None:
     assert (second, await rig.schedule(second), await rig.executed(second)) == (2, 2, 2)
 
 
-async def test_deleting_a_schedule_cancels_its_queued_executions_and_lets_running_ones_end(
-    open_rig: OpenRig, target: Target
-) -> None:
+async def test_deleting_a_schedule_cancels_its_queued_ones_and_lets_running_ones_end(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     task_id = await rig.task(**target.config("/hold"))
     schedule_id = await rig.schedule(task_id, overlap="allow")
@@ -11300,7 +11288,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_clean_stop_leaves_one_file_and_damaged_and_foreign_ones_stop_the_start_and_are_left_as_they_are(
+def test_a_clean_stop_leaves_one_file_and_damaged_or_foreign_ones_stop_the_start_and_stay_as_they_are(
     tmp_path: Path,
 ) -> None:
     original = Server(tmp_path / "original").start()
