@@ -1216,110 +1216,65 @@ def test_what_an_error_says_names_every_field_the_nearest_name_and_one_bounded_l
     assert shown({"a": 1}) == "{'a': 1}"
 
 
-# Section 2 of the contract: name, default.
-DEFAULT_SETTINGS: dict[str, Any] = {
-    "DATABASE_URL": HOME / "data" / "chronotask.db",
-    "API_HOST": "127.0.0.1",
-    "API_PORT": 8000,
-    "SCHEDULER_TIMEZONE": "UTC",
-    "HTTP_TIMEOUT": 30,
-    "BASH_TIMEOUT": 300,
-    "MAX_RETRIES": 3,
-    "RETRY_DELAY": 5,
-    "ALLOW_HOST_COMMANDS": True,
-    "ALLOWED_BASH_COMMANDS": (),
-    "ALLOWED_BASH_ENV": (),
-    "API_TOKEN": None,
-    "API_TOKEN_FILE": None,
-    "ALLOWED_HOSTS": (),
-    "SECRETS_DIR": Path("/run/secrets"),
-    "BLOCK_PRIVATE_NETWORKS": False,
-    "ALLOWED_NETWORKS": (),
-    "MAX_CONCURRENT_RUNS": 100,
-    "OUTPUT_LIMIT": 65536,
-    "HISTORY_DAYS": 30,
-    "HISTORY_PER_TASK": 1000,
-    "SHUTDOWN_GRACE": 6,
-    "LOG_LEVEL": "INFO",
-    "LOG_FILE": None,
-    "MCP_ENABLED": True,
-    "MCP_PORT": 8001,
+# Section 2 of the contract: the default, what some texts are read as, and what is refused.
+SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "DATABASE_URL": (
+        HOME / "data" / "chronotask.db",
+        {"sqlite:////var/lib/x.db": Path("/var/lib/x.db"), "sqlite:///x/y.db": Path.cwd() / "x" / "y.db"},
+        ["chronotask.db", "postgres://x", "sqlite://x", "sqlite:///"],
+    ),
+    "API_HOST": ("127.0.0.1", {"0.0.0.0": "0.0.0.0", "::1": "::1"}, ["a b", "http://x"]),
+    "API_PORT": (8000, {"0": 0, "65535": 65535}, ["-1", "65536", "80.5", "eighty", "8000 ", "1_000", "٣"]),
+    "SCHEDULER_TIMEZONE": (
+        "UTC",
+        {"Europe/Berlin": "Europe/Berlin"},
+        ["Mars/Phobos", "America", "../etc/passwd", "CET+1x", "right/UTC", "localtime"],
+    ),
+    "HTTP_TIMEOUT": (30, {"2.5": 2.5}, ["0", "604801", "nan", "inf", "-5", "1e3"]),
+    "BASH_TIMEOUT": (300, {"604800": 604800}, ["0", "604801", "x"]),
+    "MAX_RETRIES": (3, {"0": 0, "100": 100}, ["-1", "101", "2.5"]),
+    "RETRY_DELAY": (5, {"0.5": 0.5}, ["-1", "86401"]),
+    "ALLOW_HOST_COMMANDS": (True, {"false": False, "TRUE": True}, ["maybe", "2"]),
+    "ALLOWED_BASH_COMMANDS": ((), {"ls, backup.sh": ("ls", "backup.sh")}, ["a,,b", ","]),
+    "ALLOWED_BASH_ENV": ((), {"A,B": ("A", "B")}, ["A,"]),
+    "API_TOKEN": (None, {"0123456789abcdef": "0123456789abcdef"}, []),
+    "API_TOKEN_FILE": (None, {}, []),
+    "ALLOWED_HOSTS": ((), {"Tasks.Example.com,other": ("tasks.example.com", "other")}, ["http://x", "a b", "x:80/"]),
+    "SECRETS_DIR": (Path("/run/secrets"), {"/etc/secrets": Path("/etc/secrets")}, []),
+    "BLOCK_PRIVATE_NETWORKS": (False, {"true": True}, ["perhaps"]),
+    "ALLOWED_NETWORKS": (
+        (),
+        {"10.0.0.0/8,::1": (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))},
+        ["10.0.0.1/8", "x"],
+    ),
+    "MAX_CONCURRENT_RUNS": (100, {"1": 1}, ["0", "x"]),
+    "OUTPUT_LIMIT": (65536, {"1024": 1024}, ["0", "-1"]),
+    "HISTORY_DAYS": (30, {"0": 0}, ["-1", "1.5"]),
+    "HISTORY_PER_TASK": (1000, {"0": 0}, ["-1"]),
+    "SHUTDOWN_GRACE": (6, {"0": 0}, ["-1", "x"]),
+    "LOG_LEVEL": ("INFO", {"debug": "DEBUG"}, ["LOUD"]),
+    "LOG_FILE": (None, {"/tmp/x/y.log": Path("/tmp/x/y.log")}, []),
+    "MCP_ENABLED": (True, {"false": False}, ["x"]),
+    "MCP_PORT": (8001, {"9001": 9001}, ["70000"]),
 }
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
     settings, warnings = Settings.from_env({})
-    assert {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)} == DEFAULT_SETTINGS
+    found = {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    assert found == {name: default for name, (default, _, _) in SETTINGS.items()}
     assert warnings == []
 
 
-GOOD_SETTINGS: list[tuple[str, str, Any]] = [
-    ("DATABASE_URL", "sqlite:////var/lib/x.db", Path("/var/lib/x.db")),
-    ("DATABASE_URL", "sqlite:///x/y.db", Path.cwd() / "x" / "y.db"),
-    ("API_HOST", "0.0.0.0", "0.0.0.0"),
-    ("API_HOST", "::1", "::1"),
-    ("API_PORT", "0", 0),
-    ("API_PORT", "65535", 65535),
-    ("SCHEDULER_TIMEZONE", "Europe/Berlin", "Europe/Berlin"),
-    ("HTTP_TIMEOUT", "2.5", 2.5),
-    ("BASH_TIMEOUT", "604800", 604800),
-    ("MAX_RETRIES", "0", 0),
-    ("MAX_RETRIES", "100", 100),
-    ("RETRY_DELAY", "0.5", 0.5),
-    ("ALLOW_HOST_COMMANDS", "false", False),
-    ("ALLOW_HOST_COMMANDS", "TRUE", True),
-    ("ALLOWED_BASH_COMMANDS", "ls, backup.sh", ("ls", "backup.sh")),
-    ("ALLOWED_BASH_ENV", "A,B", ("A", "B")),
-    ("API_TOKEN", "0123456789abcdef", "0123456789abcdef"),
-    ("ALLOWED_HOSTS", "Tasks.Example.com,other", ("tasks.example.com", "other")),
-    ("SECRETS_DIR", "/etc/secrets", Path("/etc/secrets")),
-    ("BLOCK_PRIVATE_NETWORKS", "true", True),
-    ("ALLOWED_NETWORKS", "10.0.0.0/8,::1", (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))),
-    ("MAX_CONCURRENT_RUNS", "1", 1),
-    ("OUTPUT_LIMIT", "1024", 1024),
-    ("HISTORY_DAYS", "0", 0),
-    ("HISTORY_PER_TASK", "0", 0),
-    ("SHUTDOWN_GRACE", "0", 0),
-    ("LOG_LEVEL", "debug", "DEBUG"),
-    ("LOG_FILE", "/tmp/x/y.log", Path("/tmp/x/y.log")),
-    ("MCP_ENABLED", "false", False),
-    ("MCP_PORT", "9001", 9001),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "value"), GOOD_SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [(name, *read) for name, (_, texts, _) in SETTINGS.items() for read in texts.items()]
+)
 def test_a_setting_is_read_from_its_variable(name: str, text: str, value: Any) -> None:
     settings, warnings = Settings.from_env({f"CHRONOTASK_{name}": text})
     assert (getattr(settings, name.lower()), warnings) == (value, [])
 
 
-BAD_SETTINGS = {
-    "DATABASE_URL": ["chronotask.db", "postgres://x", "sqlite://x", "sqlite:///"],
-    "API_HOST": ["a b", "http://x"],
-    "API_PORT": ["-1", "65536", "80.5", "eighty", "8000 ", "1_000", "٣"],
-    "SCHEDULER_TIMEZONE": ["Mars/Phobos", "America", "../etc/passwd", "CET+1x", "right/UTC", "localtime"],
-    "HTTP_TIMEOUT": ["0", "604801", "nan", "inf", "-5", "1e3"],
-    "BASH_TIMEOUT": ["0", "604801", "x"],
-    "MAX_RETRIES": ["-1", "101", "2.5"],
-    "RETRY_DELAY": ["-1", "86401"],
-    "ALLOW_HOST_COMMANDS": ["maybe", "2"],
-    "ALLOWED_BASH_COMMANDS": ["a,,b", ","],
-    "ALLOWED_BASH_ENV": ["A,"],
-    "ALLOWED_HOSTS": ["http://x", "a b", "x:80/"],
-    "BLOCK_PRIVATE_NETWORKS": ["perhaps"],
-    "ALLOWED_NETWORKS": ["10.0.0.1/8", "x"],
-    "MAX_CONCURRENT_RUNS": ["0", "x"],
-    "OUTPUT_LIMIT": ["0", "-1"],
-    "HISTORY_DAYS": ["-1", "1.5"],
-    "HISTORY_PER_TASK": ["-1"],
-    "SHUTDOWN_GRACE": ["-1", "x"],
-    "LOG_LEVEL": ["LOUD"],
-    "MCP_ENABLED": ["x"],
-    "MCP_PORT": ["70000"],
-}
-
-
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD_SETTINGS.items() for text in texts])
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, (_, _, texts) in SETTINGS.items() for text in texts])
 def test_a_bad_setting_ends_the_program_with_one_line_that_names_it_its_value_and_what_is_allowed(name: str, text: str) -> None:
     with pytest.raises(StartupError) as caught:
         Settings.from_env({f"CHRONOTASK_{name}": text})
