@@ -30,7 +30,7 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      2 Schedules (pure)      slots of cron, once and interval; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      what to do about due slots, overlap, ends of attempts, a clock that was set; no clock, no I/O
-     5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
+     5 Clock and timers      the only reads of wall and monotonic time; a heap of what is due when
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Service               the use cases and the heart; does not know requests, JSON or MCP
@@ -3081,92 +3081,6 @@ class Clock:
             pass
 
 
-class Alarm(Protocol):
-    """What an alarm wakes."""
-
-    def ring(self) -> None: ...
-
-
-class Alarms:
-    """Timers of an event loop that share one of the loop's own, which is set for the earliest of them.
-
-    Most attempts end long before their time limit: to set an alarm and take it back costs a tenth of what a timer of the
-    loop's own costs. One that was taken back may still wake the loop, once.
-    """
-
-    _latest: ClassVar[Alarms | None] = None
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._rings: dict[Alarm, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._wakes_at = math.inf
-
-    @classmethod
-    def of_loop(cls) -> Alarms:
-        """Those of the running loop."""
-        if cls._latest is None or cls._latest._loop is not asyncio.get_running_loop():
-            cls._latest = cls()
-        return cls._latest
-
-    def set(self, alarm: Alarm, seconds: float) -> None:
-        """Lets `alarm` ring in so many seconds, unless it is cancelled."""
-        self._rings[alarm] = at = time.monotonic() + seconds
-        if at < self._wakes_at:
-            self._wake_at(at)
-
-    def cancel(self, alarm: Alarm) -> None:
-        self._rings.pop(alarm, None)  # unless it has rung
-
-    def _wake_at(self, at: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._wakes_at = self._loop.call_at(at, self._wake), at
-
-    def _wake(self) -> None:
-        self._wakes_at, now = math.inf, time.monotonic()
-        for _, alarm in sorted(((at, alarm) for alarm, at in self._rings.items() if at <= now), key=operator.itemgetter(0)):
-            if self._rings.pop(alarm, None) is not None:  # else one that rang before has taken it back
-                try:
-                    alarm.ring()
-                except Exception:
-                    logger.exception("an alarm could not ring")
-        earliest = min(self._rings.values(), default=math.inf)
-        if earliest < self._wakes_at:
-            self._wake_at(earliest)
-
-
-class Deadline:
-    """A time limit as a context, like `asyncio.timeout`, by an alarm: TimeoutError after so many seconds, or `expire`."""
-
-    __slots__ = ("_alarms", "_cancelling", "_job", "_seconds", "expired")
-
-    def __init__(self, seconds: float) -> None:
-        self.expired = False
-        self._seconds = seconds
-        self._job: asyncio.Task[Any] | None = None
-
-    def __enter__(self) -> None:
-        job = self._job = asyncio.current_task()
-        self._cancelling = job.cancelling() if job is not None else 0
-        self._alarms = Alarms.of_loop()
-        self._alarms.set(self, self._seconds)
-
-    def expire(self) -> None:
-        """Ends it now. Without effect before it has begun, and once it is over."""
-        if self._job is not None and not self.expired:
-            self.expired = True
-            self._job.cancel()
-
-    ring = expire
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._alarms.cancel(self)
-        job, self._job = self._job, None
-        if self.expired and job is not None and job.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise TimeoutError from error
-
-
 R = TypeVar("R")
 
 
@@ -4843,7 +4757,7 @@ class LiveOutput:
     masked before anything is kept or shown.
     """
 
-    __slots__ = ("_deadline", "_limit", "_masker", "_streams", "acted", "closed", "content_type", "facts", "reason")
+    __slots__ = ("_limit", "_masker", "_streams", "_timeout", "acted", "closed", "content_type", "facts", "reason")
 
     def __init__(self, limit: int) -> None:
         self.reason: str | None = None
@@ -4854,7 +4768,7 @@ class LiveOutput:
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
         self._masker: SecretMasker | None = None  # None while there are no secrets
-        self._deadline: Deadline | None = None
+        self._timeout: asyncio.Timeout | None = None
 
     # --- for the executor ---
 
@@ -4889,10 +4803,10 @@ class LiveOutput:
                 LiveOutput.feed(self, name, b"", last=True)
             self.closed = True
 
-    def deadline(self, seconds: float) -> Deadline:
-        """The attempt's time limit as a context; `stop` makes it expire early."""
-        self._deadline = Deadline(0 if self.reason else seconds)
-        return self._deadline
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        """The attempt's time limit as a context, to be entered at once; `stop` makes it expire early."""
+        self._timeout = asyncio.timeout(0 if self.reason else seconds)
+        return self._timeout
 
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
@@ -4914,8 +4828,9 @@ class LiveOutput:
         """End the attempt: `reason` is cancelled or interrupted, and becomes its status. The first call counts."""
         if self.reason is None and not self.closed:
             self.reason = reason
-            if self._deadline is not None:  # after this turn of the loop: what has just come to its end keeps its result
-                asyncio.get_running_loop().call_soon(self._deadline.expire)
+            if self._timeout is not None:
+                with contextlib.suppress(RuntimeError):  # it is over
+                    self._timeout.reschedule(0)  # after this turn of the loop: what has just come to its end keeps its result
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
@@ -5403,7 +5318,7 @@ class _Pipes:
         self._ended: asyncio.Future[None] | None = None  # in `drain`
         self._writers: list[int] = []
         self._listening = False
-        self._alarms = Alarms.of_loop()
+        self._begins: asyncio.TimerHandle | None = None
 
     def open(self) -> list[int]:
         """The two ends to write to; `listen` closes them here."""
@@ -5418,10 +5333,9 @@ class _Pipes:
         self._close_writers()
         for reader in self._readers:
             os.set_blocking(reader, False)
-        self._alarms.set(self, seconds)
+        self._begins = self._loop.call_later(seconds, self._begin)
 
-    def ring(self) -> None:
-        """Begins to listen."""
+    def _begin(self) -> None:
         self._listening = True
         for reader in self._readers:
             self._loop.add_reader(reader, self._read, reader)
@@ -5440,19 +5354,23 @@ class _Pipes:
 
     async def drain(self, seconds: float) -> None:
         """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
-        self._alarms.cancel(self)
+        self._cancel_begin()
         for reader in list(self._readers):
             self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
         if self._readers:
             self._ended = self._loop.create_future()
-            self.ring()
+            self._begin()
             await asyncio.wait([self._ended], timeout=seconds)
 
     def close(self) -> None:
-        self._alarms.cancel(self)
+        self._cancel_begin()
         self._close_writers()
         for reader in list(self._readers):
             self._close_reader(reader)
+
+    def _cancel_begin(self) -> None:
+        if self._begins is not None:
+            self._begins.cancel()
 
     def _close_writers(self) -> None:
         while self._writers:
@@ -5508,7 +5426,7 @@ async def _watch(process: asyncio.subprocess.Process, command: _Command, run: Ru
     """Until the process is over and its output read; whether it had to be ended."""
     pipes.listen(UNHEARD_SECONDS)
     live.facts = {"exit_code": None, "signal": None}
-    if await _ended_by_itself(process, live.deadline(command.timeout)):
+    if await _ended_by_itself(process, live, command.timeout):
         await pipes.drain(DRAIN_SECONDS)
         return False
     await _end_group(process, TERM_SECONDS[live.reason or "timed_out"])
@@ -5517,9 +5435,9 @@ async def _watch(process: asyncio.subprocess.Process, command: _Command, run: Ru
     return True
 
 
-async def _ended_by_itself(process: asyncio.subprocess.Process, deadline: Deadline) -> bool:
+async def _ended_by_itself(process: asyncio.subprocess.Process, live: LiveOutput, timeout: float) -> bool:
     try:
-        with deadline:
+        async with live.timeout(timeout):
             await process.wait()
     except TimeoutError:
         return False
@@ -6038,12 +5956,12 @@ async def run_http(
             request = config.request
         if live.reason:
             return _stopped(live, timeout)
-        deadline = live.deadline(timeout)
+        limit = live.timeout(timeout)
         try:
-            with deadline:
+            async with limit:
                 request, response = await _exchange(client, request.of_run(run), live)
         except TimeoutError as error:  # may also be the system's: ETIMEDOUT
-            return _http_timeout(config, live, timeout) if deadline.expired else _http_failure(config, error, live)
+            return _http_timeout(config, live, timeout) if limit.expired() else _http_failure(config, error, live)
         return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
         return Outcome("failed", live.masked(error.detail), _http_output(live))

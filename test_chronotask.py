@@ -72,14 +72,12 @@ from chronotask import (
     OPERATIONS,
     SECOND,
     TOOLS,
-    Alarms,
     ChronoTaskError,
     Claim,
     Clipper,
     Clock,
     Conflict,
     Cron,
-    Deadline,
     Due,
     Environ,
     FileLock,
@@ -3137,176 +3135,6 @@ async def test_a_cancelled_wait_stays_cancelled() -> None:
     assert job.cancelled()
 
 
-@dataclass(eq=False)
-class Chime:
-    """An alarm that calls a function."""
-
-    ring: Callable[[], object]
-
-
-async def test_an_alarm_rings_after_its_time_and_soon() -> None:
-    alarms, loop, rung = Alarms(), asyncio.get_running_loop(), asyncio.Event()
-    begun = loop.time()
-    alarms.set(Chime(rung.set), 0.035)
-    await rung.wait()
-    assert 0.035 <= loop.time() - begun < 0.3
-
-
-async def test_alarms_ring_in_the_order_of_their_times_but_for_those_that_were_cancelled() -> None:
-    alarms, heard = Alarms(), list[int]()
-    late, early, never = bells = [Chime(functools.partial(heard.append, n)) for n in range(3)]
-    for bell, seconds in zip(bells, (0.04, 0.01, 0.02), strict=True):
-        alarms.set(bell, seconds)
-    alarms.cancel(never)
-    alarms.cancel(never)
-    await asyncio.sleep(0.06)
-    assert heard == [1, 0]
-    alarms.cancel(early)  # it has rung: nothing to do
-    alarms.cancel(late)
-
-
-async def test_alarms_that_are_late_together_ring_the_earliest_first() -> None:
-    alarms, heard = Alarms(), list[int]()
-    for n, seconds in enumerate((0.003, 0.001, 0.002)):
-        alarms.set(Chime(functools.partial(heard.append, n)), seconds)
-    time.sleep(0.01)  # the loop is held up
-    await asyncio.sleep(0.01)
-    assert heard == [1, 2, 0]
-
-
-async def test_an_alarm_rings_in_time_though_the_one_that_the_timer_was_set_for_was_cancelled() -> None:
-    alarms, loop, rung = Alarms(), asyncio.get_running_loop(), asyncio.Event()
-    begun = loop.time()
-    first = Chime(rung.set)
-    alarms.set(first, 0.02)
-    alarms.set(Chime(rung.set), 0.05)
-    alarms.cancel(first)
-    await rung.wait()
-    assert loop.time() - begun >= 0.05
-    rung.clear()
-    alarms.set(Chime(rung.set), 0.01)  # after the last one has rung
-    await rung.wait()
-
-
-async def test_an_alarm_may_cancel_and_set_others_as_it_rings() -> None:
-    alarms, heard = Alarms(), list[str]()
-    later = Chime(functools.partial(heard.append, "cancelled"))
-
-    def ring() -> None:
-        alarms.cancel(later)
-        alarms.set(Chime(functools.partial(heard.append, "new")), 0)
-
-    alarms.set(Chime(ring), 0)
-    alarms.set(later, 0.05)
-    await asyncio.sleep(0.1)
-    assert heard == ["new"]
-
-
-async def test_an_alarm_that_fails_keeps_no_other_from_ringing(caplog: pytest.LogCaptureFixture) -> None:
-    alarms, heard = Alarms(), list[int]()
-    for n in range(20):
-        alarms.set(Chime(functools.partial([].pop, 0) if n % 2 else functools.partial(heard.append, n)), 0)
-    await asyncio.sleep(0.05)
-    assert heard == list(range(0, 20, 2))
-    assert [record.getMessage() for record in caplog.records] == ["an alarm could not ring"] * 10
-
-
-async def test_cancelled_alarms_leave_no_timer_behind() -> None:
-    """100,000 attempts with a limit of an hour each must not fill the loop's heap."""
-    alarms, loop = Alarms(), asyncio.get_running_loop()
-    for n in range(2000):
-        bell = Chime(lambda: None)
-        alarms.set(bell, 3600 + n)
-        alarms.cancel(bell)
-        if n % 100 == 99:
-            await asyncio.sleep(0)
-    assert len(loop._scheduled) < 10
-    assert alarms._rings == {}
-
-
-def test_each_loop_has_alarms_of_its_own() -> None:
-    """One loop's timers never ring for another: what a closed loop left must not swallow an alarm of the next one."""
-
-    async def of_loop() -> Alarms:
-        Alarms.of_loop().set(Chime(lambda: None), 0.05)
-        assert Alarms.of_loop() is Alarms.of_loop()
-        return Alarms.of_loop()
-
-    assert asyncio.run(of_loop()) is not asyncio.run(of_loop())
-
-
-async def test_a_deadline_that_is_not_reached_leaves_no_trace() -> None:
-    with Deadline(0.02):
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.05)
-    job = asyncio.current_task()
-    assert job is not None
-    assert job.cancelling() == 0
-
-
-async def test_a_deadline_ends_what_takes_longer_with_a_timeout() -> None:
-    deadline = Deadline(0.02)
-    with pytest.raises(TimeoutError):
-        with deadline:
-            await asyncio.sleep(30)
-    assert deadline.expired
-    job = asyncio.current_task()
-    assert job is not None
-    assert job.cancelling() == 0, "the job can go on"
-    await asyncio.sleep(0)
-
-
-async def test_a_deadline_can_be_brought_forward_but_not_before_it_has_begun_or_after_it_is_over() -> None:
-    deadline = Deadline(30)
-    deadline.expire()
-    asyncio.get_running_loop().call_soon(deadline.expire)
-    with pytest.raises(TimeoutError):
-        with deadline:
-            await asyncio.sleep(30)
-    over = Deadline(30)
-    with over:
-        pass
-    over.expire()
-    await asyncio.sleep(0)
-    assert not over.expired
-
-
-async def test_a_cancelled_job_stays_cancelled_with_a_deadline_and_also_when_that_expires_at_the_same_time() -> None:
-    for both in (False, True):
-        deadline = Deadline(30)
-
-        async def work(deadline: Deadline = deadline) -> None:
-            with deadline:
-                await asyncio.sleep(30)
-
-        job = asyncio.ensure_future(work())
-        await asyncio.sleep(0)
-        job.cancel()
-        if both:
-            deadline.expire()
-        await asyncio.wait({job})
-        assert job.cancelled()
-
-
-async def test_another_error_passes_a_deadline_as_it_is() -> None:
-    deadline = Deadline(30)
-    asyncio.get_running_loop().call_soon(deadline.expire)
-    with pytest.raises(KeyError, match="own"):
-        with deadline:
-            try:
-                await asyncio.sleep(30)
-            except asyncio.CancelledError:
-                raise KeyError("own") from None
-
-
-async def test_of_two_deadlines_the_inner_one_does_not_swallow_the_outer_one() -> None:
-    outer, inner = Deadline(0.02), Deadline(30)
-    with pytest.raises(TimeoutError):
-        with outer, inner:
-            await asyncio.sleep(30)
-    assert (outer.expired, inner.expired) == (True, False)
-
-
 # ======================================================================================================================
 # 6. Store
 # ======================================================================================================================
@@ -5401,6 +5229,7 @@ def test_only_short_configurations_are_remembered() -> None:
 
 
 async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chronotask.KEEP_SECONDS", 60)
     ports: list[int] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -5431,9 +5260,6 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch:
         await get("/")
         await get("/empty")
         assert ports[-3] == ports[-2] != ports[-1]
-        await asyncio.sleep(1.5 * chronotask.KEEP_SECONDS)  # servers close idle connections
-        await get("/empty")
-        assert ports[-2] != ports[-1]
 
 
 async def test_header_names_are_plain_strings() -> None:
@@ -6088,8 +5914,23 @@ async def test_a_server_that_closes_behind_every_answer_without_saying_so() -> N
     assert seen == ["POST /"] * 20
 
 
+async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it() -> None:
+    numbers = list[int]()
+
+    def answer(request: str, number: int) -> tuple[bytes, bool]:
+        numbers.append(number)
+        return OK, False
+
+    async with talking(answer) as (url, _), HttpClient(Settings()) as client:
+        for _ in range(3):
+            await run_http(StoredConfig(url=url), SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
+            await asyncio.sleep(0.15)
+    assert numbers == [0, 0, 0]
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
-async def test_a_request_is_sent_once_when_a_kept_connection_breaks(method: str) -> None:
+async def test_a_request_is_sent_once_when_a_kept_connection_breaks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr("chronotask.KEEP_SECONDS", 60)
     async with talking(lambda request, number: (OK if number == 0 else b"", number > 0)) as (url, seen):
         outcomes = await attempts(url, 2, method=method)
     assert [(outcome.status, outcome.error_message, outcome.retryable) for outcome in outcomes] == [
