@@ -9092,12 +9092,8 @@ IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
 LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
-OPTIONS = {
-    "host": ENV_PREFIX + "API_HOST",
-    "port": ENV_PREFIX + "API_PORT",
-}  # options that stand for a setting, and win over its variable
-
-
+# Options that stand for a setting, and win over its variable.
+OPTIONS = {"host": ENV_PREFIX + "API_HOST", "port": ENV_PREFIX + "API_PORT"}
 _OPTION_NAMES = ("--mode", "--host", "--port", "--backup", "--version", "--help")
 
 
