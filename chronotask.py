@@ -104,6 +104,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -4532,10 +4533,11 @@ def give_back_space(db: DB) -> None:
 # LiveOutput, through which the service looks on and stops them.
 
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
-UNHEARD_SECONDS = 0.02  # that output waits in the pipes at first: most commands are over by then, and it is read in one go
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
 REAP_SECONDS = 2.0  # between two looks for what tasks have left behind
 KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
+DISCARD_SECONDS = 0.05  # between two looks at a pipe that was left open: what it holds is then thrown away
+MAX_LEFT_PIPES = 200  # of them: each is an open file
 DNS_LOOKUPS = 64  # at once
 MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
@@ -5209,11 +5211,37 @@ class _Command:
 
 
 class Environ(dict[str, str]):
-    """The service's environment; and what of it tasks inherit, encoded once, not for every process."""
+    """The service's environment; what of it and of the service tasks inherit; and what they have left."""
+
+    umask = -1  # as the service's own
+    open_files: int | None = None
 
     @functools.cached_property
     def inherited(self) -> dict[bytes, bytes]:
         return _encoded({name: value for name, value in self.items() if not name.startswith(ENV_PREFIX)})
+
+    @functools.cached_property
+    def _left(self) -> dict[_Pipe, int]:
+        """Pipes of commands that are over, which something in the background holds; with their tasks, the oldest first."""
+        return {}
+
+    def leave(self, pipes: Iterable[_Pipe], task_id: int, forget: bool) -> None:
+        """Goes on reading what is still open, or closes it. Too many are closed at the expense of who has most."""
+        for pipe in pipes:
+            pipe.live = None
+            if forget:
+                pipe.transport.close()
+            elif not pipe.over.done():
+                self._left[pipe] = task_id
+                pipe.over.add_done_callback(partial(self._left.pop, pipe))
+        while len(self._left) > MAX_LEFT_PIPES:
+            worst, count = Counter(self._left.values()).most_common(1)[0]
+            oldest = next(pipe for pipe, owner in self._left.items() if owner == worst)
+            del self._left[oldest]
+            oldest.transport.close()
+            logger.warning(
+                "task %d has left %d pipes open in the background: what writes to the oldest will be killed", worst, count
+            )
 
 
 def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
@@ -5226,9 +5254,8 @@ async def run_bash(
     settings: Settings,
     environ: Environ,
     live: LiveOutput,
-    umask: int = -1,
 ) -> Outcome:
-    """Run a bash task. `environ` is the service's environment, `umask` the child's (-1: inherited).
+    """Run a bash task.
 
     What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop everything
     that carries the attempt's CHRONOTASK_RUN_ID is killed.
@@ -5241,7 +5268,7 @@ async def run_bash(
             resolved, secrets = resolve_secrets("bash", config, environ, settings)
         command = _bash_command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), secrets)
-        return await _run_process(command, run, live, umask)
+        return await _run_process(command, run, environ, live)
     except ChronoTaskError as error:
         return Outcome("failed", error.detail)
     except Exception as error:
@@ -5305,84 +5332,32 @@ def _run_variables(run: Run) -> dict[bytes, bytes]:
 _PREFIX = ENV_PREFIX.encode()
 
 
-class _Pipes:
-    """stdout and stderr of a child, read by the event loop.
+class _Pipe(asyncio.Protocol):
+    """The end of a command's stdout or stderr that is read here.
 
-    Pipes of one's own, not asyncio's: `wait()` then means the exit of the process, whoever still holds the other ends.
+    It is read to its end, also when the attempt is over before: a process that writes to a pipe that nobody reads is killed
+    by SIGPIPE. What comes then goes nowhere, and no faster than so that the loop has better things to do.
     """
 
-    def __init__(self, live: LiveOutput) -> None:
-        self._live = live
-        self._loop = asyncio.get_running_loop()
-        self._readers: dict[int, str] = {}
-        self._ended: asyncio.Future[None] | None = None  # in `drain`
-        self._writers: list[int] = []
-        self._listening = False
-        self._begins: asyncio.TimerHandle | None = None
+    transport: asyncio.ReadTransport
 
-    def open(self) -> list[int]:
-        """The two ends to write to; `listen` closes them here."""
-        for stream in ("stdout", "stderr"):
-            reader, writer = os.pipe()
-            self._readers[reader] = stream
-            self._writers.append(writer)
-        return self._writers
+    def __init__(self, live: LiveOutput, stream: str) -> None:
+        self.live: LiveOutput | None = live
+        self._stream = stream
+        self.over = asyncio.get_running_loop().create_future()
 
-    def listen(self, seconds: float) -> None:
-        """From in some seconds on, take what comes."""
-        self._close_writers()
-        for reader in self._readers:
-            os.set_blocking(reader, False)
-        self._begins = self._loop.call_later(seconds, self._begin)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.ReadTransport, transport)
 
-    def _begin(self) -> None:
-        self._listening = True
-        for reader in self._readers:
-            self._loop.add_reader(reader, self._read, reader)
-
-    def _read(self, reader: int) -> bool:
-        """Whether there may be more."""
-        try:
-            data = os.read(reader, 65536)
-        except BlockingIOError:
-            return False
-        if data:
-            self._live.feed(self._readers[reader], data)
+    def data_received(self, data: bytes) -> None:
+        if self.live is not None:
+            self.live.feed(self._stream, data)
         else:
-            self._close_reader(reader)
-        return bool(data)
+            self.transport.pause_reading()
+            self.over.get_loop().call_later(DISCARD_SECONDS, self.transport.resume_reading)
 
-    async def drain(self, seconds: float) -> None:
-        """Read what is left, at most for `seconds`: a child in the background may hold the other ends for ever."""
-        self._cancel_begin()
-        for reader in list(self._readers):
-            self._read(reader) and self._read(reader)  # all that a pipe holds, and its end
-        if self._readers:
-            self._ended = self._loop.create_future()
-            self._begin()
-            await asyncio.wait([self._ended], timeout=seconds)
-
-    def close(self) -> None:
-        self._cancel_begin()
-        self._close_writers()
-        for reader in list(self._readers):
-            self._close_reader(reader)
-
-    def _cancel_begin(self) -> None:
-        if self._begins is not None:
-            self._begins.cancel()
-
-    def _close_writers(self) -> None:
-        while self._writers:
-            os.close(self._writers.pop())
-
-    def _close_reader(self, reader: int) -> None:
-        if self._listening:
-            self._loop.remove_reader(reader)
-        del self._readers[reader]
-        os.close(reader)
-        if not self._readers and self._ended is not None:
-            self._ended.set_result(None)
+    def connection_lost(self, error: Exception | None) -> None:
+        self.over.set_result(None)
 
 
 @functools.cache
@@ -5390,73 +5365,113 @@ def _no_input() -> int:
     return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
-async def _spawn(command: _Command, pipes: _Pipes, umask: int) -> asyncio.subprocess.Process:
-    stdout, stderr = pipes.open()
-    return await asyncio.create_subprocess_exec(
-        *command.words,
-        stdin=_no_input(),
-        stdout=stdout,
-        stderr=stderr,
-        env=command.env,
-        cwd=command.cwd,
-        start_new_session=True,  # not preexec_fn: it costs a factor of three
-        umask=umask,
-    )
+def _spawn(command: _Command, environ: Environ, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+    """Starts a process under the umask and the limit of open files that the service itself was started with."""
+    streams = {"stdin": _no_input(), "stdout": stdout, "stderr": stderr}
+    options: dict[str, Any] = {
+        "env": command.env,
+        "cwd": command.cwd,
+        "start_new_session": True,
+        "umask": environ.umask,
+        **streams,
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    given = soft if environ.open_files is None else environ.open_files
+    if given == soft:
+        return subprocess.Popen(command.words, **options)
+    lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (given, hard))
+    if stderr + 64 > given:  # numbers that high are in use here, and others could not be opened meanwhile
+        return subprocess.Popen(command.words, preexec_fn=lower, **options)  # three times as slow
+    lower()  # a limit is inherited as it is at the fork: set in the child later, it might come too late
+    try:
+        return subprocess.Popen(command.words, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def _run_process(command: _Command, run: Run, live: LiveOutput, umask: int) -> Outcome:
+def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[None]:
+    """Is done once the process itself has ended, whoever still holds its pipes, and has been waited for."""
+    loop = asyncio.get_running_loop()
+    exited: asyncio.Future[None] = loop.create_future()
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        process.wait()
+        exited.set_result(None)
+
+    def wait() -> None:
+        process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(exited.set_result, None)
+
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # no Linux, one before 5.3, or a sandbox that knows no pidfd
+        threading.Thread(target=wait, daemon=True).start()
+    else:
+        loop.add_reader(pidfd, reap)
+    return exited
+
+
+async def _run_process(command: _Command, run: Run, environ: Environ, live: LiveOutput) -> Outcome:
     if live.reason:
         return _stopped(live, command.timeout)
-    with contextlib.closing(_Pipes(live)) as pipes:
-        try:
-            process = await _spawn(command, pipes, umask)
-        except OSError as error:
-            return _not_started(error, command)
-        try:
-            stopped = await _watch(process, command, run, pipes, live)
-        except BaseException:
-            _signal_group(process.pid, signal.SIGKILL)
-            kill_leftovers({run.run_id})
-            raise
+    pipes: list[_Pipe] = []
+    writers: list[int] = []
+    try:
+        for stream in ("stdout", "stderr"):
+            reader, writer = os.pipe()
+            writers.append(writer)
+            connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
+            pipes.append((await connect)[1])
+        process = _spawn(command, environ, *writers)
+    except OSError as error:
+        for pipe in pipes:
+            pipe.transport.close()
+        return _not_started(error, command)
+    finally:
+        for writer in writers:
+            os.close(writer)
+    try:
+        stopped = await _watch(process, command, run, pipes, live)
+    except BaseException:
+        _signal_group(process.pid, signal.SIGKILL)
+        kill_leftovers({run.run_id})
+        for pipe in pipes:
+            pipe.transport.close()
+        raise
+    environ.leave(pipes, run.task_id, forget=stopped)
     live.facts = _exit_facts(process.returncode)
     return _stopped(live, command.timeout) if stopped else _bash_outcome(command, live)
 
 
-async def _watch(process: asyncio.subprocess.Process, command: _Command, run: Run, pipes: _Pipes, live: LiveOutput) -> bool:
+async def _watch(process: subprocess.Popen[bytes], command: _Command, run: Run, pipes: list[_Pipe], live: LiveOutput) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
-    pipes.listen(UNHEARD_SECONDS)
     live.facts = {"exit_code": None, "signal": None}
-    if await _ended_by_itself(process, live, command.timeout):
-        await pipes.drain(DRAIN_SECONDS)
-        return False
-    await _end_group(process, TERM_SECONDS[live.reason or "timed_out"])
-    await _sweep(run.run_id)
-    await pipes.drain(KILLED_DRAIN_SECONDS)
-    return True
-
-
-async def _ended_by_itself(process: asyncio.subprocess.Process, live: LiveOutput, timeout: float) -> bool:
+    exited, stopped = _exit_of(process), False
     try:
-        async with live.timeout(timeout):
-            await process.wait()
+        async with live.timeout(command.timeout):
+            await asyncio.wait([exited])
     except TimeoutError:
-        return False
-    return True
+        stopped = True
+        await _end_group(process.pid, exited, TERM_SECONDS[live.reason or "timed_out"])
+        await _sweep(run.run_id)
+    if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
+        await asyncio.wait(ends, timeout=KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
+    return stopped
 
 
-async def _end_group(process: asyncio.subprocess.Process, grace: float) -> None:
+async def _end_group(group: int, exited: asyncio.Future[None], grace: float) -> None:
     """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
-    group = process.pid
     _signal_group(group, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace):
-            await process.wait()
+            await asyncio.wait([exited])
             while _signal_group(group, 0) and _group_lives(group):
                 await asyncio.sleep(0.05)
     _signal_group(group, signal.SIGKILL)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.2):  # one that hangs in the kernel (a dead NFS server) is not waited for
-            await process.wait()
+    await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -5487,7 +5502,7 @@ def _stat_of(pid: int) -> list[str]:
 def reap(seen: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
     """As process 1: waits for the ended children that were `seen` before, and returns the others, to be seen next time.
 
-    Those were left behind by tasks. What this process has started itself is waited for by asyncio between two looks;
+    Those were left behind by tasks. What this process has started itself is waited for between two looks;
     waitpid(-1) would take it away from there.
     """
     ended = set()
@@ -6526,9 +6541,7 @@ class Metrics:
 class Service:
     """The use cases, and the heart. One per process; `kind` is "mcp" for a process that yields to services."""
 
-    def __init__(
-        self, settings: Settings, store: Store, clock: Clock, environ: Mapping[str, str], kind: str = "service", umask: int = -1
-    ) -> None:
+    def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ, kind: str = "service") -> None:
         self.settings = settings
         self.store = store
         self.clock = clock
@@ -6543,8 +6556,7 @@ class Service:
         self.started_at = clock.now()
         self.last_beat = clock.monotonic()
         self._last_beat_end = 0.0
-        self._environ = Environ(environ)
-        self._umask = umask
+        self._environ = environ
         self._kind = kind
         self._owner = str(uuid.uuid4())
         self._timers = TimerQueue()  # schedule id → its next firing
@@ -6807,7 +6819,7 @@ class Service:
         try:
             config = stored_config(run.config)
             if run.task_type == "bash":
-                outcome = await run_bash(config, run, self.settings, self._environ, active.live, self._umask)
+                outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:
                 client = self._http or await self._open_http()
                 outcome = await run_http(config, run, self.settings, client, self._environ, active.live, self.clock.now)
@@ -9281,21 +9293,8 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def use_pidfd() -> None:
-    """3.11's default watcher makes a thread for every child; from 3.12 on pidfd (Linux 5.3) is the default where it works."""
-    if sys.version_info < (3, 12):
-        try:
-            os.close(os.pidfd_open(os.getpid()))
-        except (AttributeError, OSError):  # no Linux, an older one, or a sandbox that knows no pidfd: threads do it too
-            return
-        watcher = asyncio.PidfdChildWatcher()
-        watcher.attach_loop(asyncio.get_running_loop())
-        asyncio.get_event_loop_policy().set_child_watcher(watcher)
-
-
-async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask: int, wire: tuple[int, int] | None) -> None:
+async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int, int] | None) -> None:
     """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
-    use_pidfd()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in STOP_SIGNALS:
@@ -9308,7 +9307,7 @@ async def serve(settings: Settings, mode: str, environ: Mapping[str, str], umask
     if sockets:
         warn_if_open(settings)
     store = Store(settings.database_url, clock.monotonic)
-    service = Service(settings, store, clock, dict(environ), "mcp" if mode == "mcp" else "service", umask)
+    service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
     session: asyncio.Task[None] | None = None
     reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
@@ -9448,8 +9447,8 @@ def fill_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def allow_files(runs: int) -> None:
-    """Room for thousands of idle connections beside the runs: the usual soft limit is 1024 descriptors."""
+def allow_files(runs: int) -> int:
+    """Room for thousands of idle connections beside the runs: the usual soft limit is 1024. Returns the one before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft < wanted:
@@ -9457,6 +9456,7 @@ def allow_files(runs: int) -> None:
     if (limit := max(soft, wanted)) < 8 * runs + 64:
         advice = "raise `ulimit -n`, or lower CHRONOTASK_MAX_CONCURRENT_RUNS"
         logger.warning("%d open files are few for %d runs at a time: %s", limit, runs, advice)
+    return soft
 
 
 def run_backup(settings: Settings, target: str) -> None:
@@ -9493,7 +9493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = load_settings(options, os.environ)
         hide_from_tasks()
-        umask = os.umask(0o077)
+        environ = Environ(os.environ)
+        environ.umask = os.umask(0o077)
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
@@ -9501,9 +9502,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(settings)
         for warning in [*warnings, *exposed_secrets(os.environ)]:
             logger.warning("%s", warning)
-        allow_files(settings.max_concurrent_runs)
+        environ.open_files = allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
-        asyncio.run(serve(settings, options.mode, os.environ, umask, wire))
+        asyncio.run(serve(settings, options.mode, environ, wire))
         return 0
     except KeyboardInterrupt:
         return 130

@@ -356,7 +356,6 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
     """Opens services: `await open_rig(clock=…, kind=…, SETTING=…)`. All are closed at the end of the test."""
-    chronotask.use_pidfd()
     rigs: list[Rig] = []
 
     async def open_one(clock: FakeClock | None = None, kind: str = "service", **changes: Any) -> Rig:
@@ -365,7 +364,7 @@ async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
         if not chosen.database_url.exists():
             chosen.database_url.write_bytes(new_database())
         store = Store(chosen.database_url, clock.monotonic)
-        rig = Rig(Service(chosen, store, clock, CHILD_ENVIRON, kind), clock)
+        rig = Rig(Service(chosen, store, clock, Environ(CHILD_ENVIRON), kind), clock)
         rigs.append(rig)
         await rig.service.start()
         await clock.first_round()
@@ -4521,10 +4520,19 @@ async def test_a_child_inherits_no_descriptor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_the_umask_is_the_one_that_was_handed_in(tmp_path: Path) -> None:
-    live = LiveOutput(1000)
-    outcome = await run_bash(StoredConfig(command="umask"), SECOND_RUN, Settings(), Environ(PATH=PATH), live, 0o027)
-    assert out(outcome) == "0027\n"
+async def test_the_umask_and_the_limit_of_open_files_are_those_that_were_handed_in() -> None:
+    environ = Environ(PATH=PATH)
+    environ.umask, environ.open_files = 0o027, 200
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for settings in (Settings(), Settings(allowed_bash_commands=("bash",))):
+        source = "bash -c 'umask; ulimit -Sn; ulimit -Hn'"
+        for many in (0, 200):  # open files of this process
+            with contextlib.ExitStack() as files:
+                for _ in range(many):
+                    files.enter_context(open(os.devnull))
+                outcome = await run_bash(StoredConfig(command=source), SECOND_RUN, settings, environ, LiveOutput(1000))
+            assert out(outcome) == f"0027\n200\n{'unlimited' if before[1] < 0 else before[1]}\n"
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
 # Sources, and what is at their end. "" is a place where words are arguments.
@@ -4734,10 +4742,55 @@ async def test_a_background_child_that_holds_the_pipes_does_not_keep_the_run(mon
     assert kill_leftovers({RUN_ID}) == 1
 
 
+async def made(*paths: Path) -> list[bool]:
+    """Which of these files there are, once the last one is there."""
+    async with asyncio.timeout(20):
+        while not paths[-1].exists():
+            await asyncio.sleep(0.02)
+    return [path.exists() for path in paths]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("unheard", [0.0, 5.0], ids=["listened to", "read at the end"])
-async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.MonkeyPatch, unheard: float) -> None:
-    monkeypatch.setattr(chronotask, "UNHEARD_SECONDS", unheard)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "(sleep 0.4; echo x >&2; touch mark) > log &",
+        "(sleep 0.4; echo x; touch mark) 2> log &",
+        "(sleep 0.4; printf %300000s x; printf %300000s x >&2; touch mark) &",
+        "setsid env -i bash -c 'sleep 0.4; echo x; echo x; touch mark' &",
+    ],
+)
+async def test_a_background_child_may_write_when_the_command_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.05)
+    threads = threading.active_count()
+    outcome = await bash(f"echo done; {command}", working_dir=str(tmp_path))
+    assert (outcome.status, out(outcome), (tmp_path / "mark").exists()) == ("succeeded", "done\n", False)
+    assert (await made(tmp_path / "mark"), threading.active_count()) == ([True], threads)
+
+
+@pytest.mark.slow
+async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the_task_that_has_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(chronotask, "MAX_LEFT_PIPES", 3)
+    environ = Environ(PATH=PATH)
+    for name, task_id in [("other", 8), ("oldest", 7), ("older", 7), ("newest", 7)]:
+        source = f"(while [ ! -e go ]; do sleep 0.02; done; echo x; echo x; touch {name}) 2> /dev/null &"
+        run = dataclasses.replace(SECOND_RUN, task_id=task_id)
+        await run_bash(StoredConfig(command=source, working_dir=str(tmp_path)), run, Settings(), environ, LiveOutput(1000))
+    assert [record.getMessage() for record in caplog.records] == [
+        "task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"
+    ]
+    (tmp_path / "go").touch()
+    assert await made(tmp_path / "other") and await made(tmp_path / "older")
+    assert await made(tmp_path / "oldest", tmp_path / "newest") == [False, True]
+
+
+@pytest.mark.slow
+async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.1)
     assert out(await bash("printf %65536s x")) == f"{'x':>65536}", "as much as a pipe holds"
     both = await bash("echo good; echo bad >&2; exit 3")
@@ -9061,11 +9114,10 @@ def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     """A service as it runs, with the real clock."""
-    chronotask.use_pidfd()
     chosen = settings(tmp_path)
     clock = Clock()
     store = Store(chosen.database_url, clock.monotonic)
-    service = Service(chosen, store, clock, CHILD_ENVIRON)
+    service = Service(chosen, store, clock, Environ(CHILD_ENVIRON))
     await service.start()
     yield service
     await service.stop()
