@@ -4774,7 +4774,7 @@ async def test_a_background_child_may_write_when_the_command_is_over(
 async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the_task_that_has_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.4)
     monkeypatch.setattr(chronotask, "MAX_LEFT_PIPES", 3)
     environ = Environ(PATH=PATH)
     for name, task_id in [("other", 8), ("oldest", 7), ("older", 7), ("newest", 7)]:
