@@ -4765,7 +4765,8 @@ async def test_a_background_child_may_write_when_the_command_is_over(
 ) -> None:
     monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.05)
     threads = threading.active_count()
-    outcome = await bash(f"echo done; {command}", working_dir=str(tmp_path))
+    run = dataclasses.replace(SECOND_RUN, uuid=str(uuid.uuid4()))  # other tests end what belongs to theirs
+    outcome = await bash(f"echo done; {command}", run=run, working_dir=str(tmp_path))
     assert (outcome.status, out(outcome), (tmp_path / "mark").exists()) == ("succeeded", "done\n", False)
     assert (await made(tmp_path / "mark"), threading.active_count()) == ([True], threads)
 
@@ -4779,7 +4780,7 @@ async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the
     environ = Environ(PATH=PATH)
     for name, task_id in [("other", 8), ("oldest", 7), ("older", 7), ("newest", 7)]:
         source = f"(while [ ! -e go ]; do sleep 0.02; done; echo x; echo x; touch {name}) 2> /dev/null &"
-        run = dataclasses.replace(SECOND_RUN, task_id=task_id)
+        run = dataclasses.replace(SECOND_RUN, task_id=task_id, uuid=str(uuid.uuid4()))
         await run_bash(StoredConfig(command=source, working_dir=str(tmp_path)), run, Settings(), environ, LiveOutput(1000))
     assert [record.getMessage() for record in caplog.records] == [
         "task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"
