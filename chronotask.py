@@ -499,8 +499,6 @@ def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str
 #   An interval never drifts: its slots are anchor + k·seconds, whatever happened in between.
 #   The jitter of a slot is less than the gap to the next one, so slots fire in their order.
 
-SCHEDULE_TYPES = ("cron", "once", "interval")
-
 SECOND = 1_000_000  # all instants are whole microseconds since the epoch, UTC
 MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
@@ -607,11 +605,6 @@ def parse_instant(text: str, zone: str) -> int:
     if not 0 <= t <= LAST_INSTANT:
         raise ValueError(_INSTANT_RULE)
     return t
-
-
-def _has_offset(text: str) -> bool:
-    found = _INSTANT.fullmatch(text)
-    return found is not None and found[5] is not None
 
 
 def _parse_offset(text: str) -> int:
@@ -1177,12 +1170,6 @@ def _weekday_words(weekdays: tuple[int, ...]) -> str:
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
-_CONFIG_FIELDS = {
-    "cron": ("expression", "timezone"),
-    "once": ("datetime", "timezone"),
-    "interval": ("seconds", "start_date", "timezone"),
-}
-
 
 def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None) -> Timing:
     """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared.
@@ -1212,90 +1199,26 @@ def _shared_once(text: str, zone: str) -> Once:
     return Once(parse_instant(text, zone), zone)
 
 
-def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
-    """A client's `schedule_config` as it is stored: as written, blanks around texts stripped, `timezone` filled in.
-
-    An interval's `start_date` gets its offset, so that later rules of its zone can't move the phase.
-    Raises InvalidInput with every bad field.
-    """
-    if schedule_type not in SCHEDULE_TYPES:
-        raise InvalidInput(FieldError("schedule_type", f"{shown(schedule_type)}: must be {_and(SCHEDULE_TYPES, 'or')}"))
-    if not isinstance(config, Mapping):
-        raise InvalidInput(FieldError("schedule_config", f"{shown(config)}: must be an object"))
-    errors = [_unknown_field(name, schedule_type) for name in config if name not in _CONFIG_FIELDS[schedule_type]]
-    zone = default_zone
-    if config.get("timezone") is not None:
-        zone = _checked(errors, "timezone", config, _check_zone) or default_zone
-    if schedule_type == "cron":
-        checked = {"expression": _checked(errors, "expression", config, lambda value: _check_expression(value, zone, now))}
-    elif schedule_type == "once":
-        checked = {"datetime": _checked(errors, "datetime", config, lambda value: _check_datetime(value, zone, now))}
-    else:
-        checked = {"seconds": _checked(errors, "seconds", config, _check_seconds)}
-        if config.get("start_date") is not None:
-            checked["start_date"] = _checked(errors, "start_date", config, lambda value: _check_start_date(value, zone))
-    if errors:
-        raise InvalidInput(*errors)
-    return {**checked, "timezone": zone}
-
-
-def _unknown_field(name: object, schedule_type: str) -> FieldError:
-    known = _CONFIG_FIELDS[schedule_type]
-    text = f"unknown field, {schedule_type} takes {_and(known)}" + did_you_mean(str(name), known)
-    return FieldError(f"schedule_config.{str(name)[:100]}", text)
-
-
-def _checked(errors: list[FieldError], name: str, config: Mapping[str, Any], check: Callable[[Any], Any]) -> Any:
-    value = config.get(name)
-    try:
-        if value is None:
-            raise ValueError("must be given")
-        return check(value)
-    except ValueError as error:
-        text = str(error) if value is None else f"{shown(value)}: {error}"
-        errors.append(FieldError(f"schedule_config.{name}", text))
-        return None
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    raise ValueError("must be a string")
-
-
-def _check_zone(value: Any) -> str:
-    return load_zone(_text(value)).key
-
-
-def _check_expression(value: Any, zone: str, now: int) -> str:
-    expression = _text(value)
-    _parse_cron(expression)
-    slot = Cron(expression, zone).next_after(now)
+def check_expression(text: str, zone: str, now: int) -> str:
+    """`text`, if it is a cron expression that will fire. Raises ValueError, saying what is allowed."""
+    _parse_cron(text)
+    slot = Cron(text, zone).next_after(now)
     if slot is None or slot > now + NEVER:
         raise ValueError("must fire at least once in the next 50 years")
-    return expression
+    return text
 
 
-def _check_datetime(value: Any, zone: str, now: int) -> str:
-    text = _text(value)
+def check_datetime(text: str, zone: str, now: int) -> str:
+    """`text`, if it is an instant to come. Raises ValueError."""
     if parse_instant(text, zone) <= now:
         raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
     return text
 
 
-def _check_start_date(value: Any, zone: str) -> str:
-    text = _text(value)
-    start = parse_instant(text, zone)
-    return text if _has_offset(text) else format_local(start, zone)
-
-
-def _check_seconds(value: Any) -> int | float:
-    rule = f"must be a number from 1 to {LONGEST_INTERVAL} (10 years), with at most 3 decimals"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= LONGEST_INTERVAL:
-        raise ValueError(rule)
-    if value != round(value, 3):
-        raise ValueError(rule)
-    return int(value) if value == int(value) else value
+def check_start_date(text: str, zone: str, now: int) -> str:
+    """`text`, an instant, with an offset: later rules of its zone can't move the phase. Raises ValueError."""
+    start, found = parse_instant(text, zone), _INSTANT.fullmatch(text)
+    return text if found and found[5] else format_local(start, zone)
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
@@ -1507,7 +1430,7 @@ def _message(detail: ErrorDetails, loc: tuple[int | str, ...], known: list[str])
             return "must not be empty"
         return (
             "must be "
-            + text.format(f"{bound:g}" if isinstance(bound, float) else bound)
+            + text.format(f"{bound:.15g}" if isinstance(bound, float) else bound)
             + ("" if "too_" in kind else _echo(loc, detail["input"]))
         )
     return f"must be {_WANTED[kind]}{_echo(loc, detail['input'])}" if kind in _WANTED else detail["msg"]
@@ -1786,22 +1709,87 @@ def bash_source(command: str, args: Sequence[str]) -> str:
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
 
 
-@functools.cache
-def _config_adapter(task_type: str) -> TypeAdapter[dict[str, Any]]:
-    return TypeAdapter(CONFIGS[task_type])
-
-
 def parse_config(task_type: str, config: Any) -> dict[str, Any]:
     """`config` checked and in normal form, with only the fields that were sent (null counts as not sent).
 
     Raises InvalidInput that lists every bad field as `config.…`.
     """
     try:
-        checked = _config_adapter(task_type).validate_python(config)
+        checked = adapter(CONFIGS[task_type]).validate_python(config)
     except ValidationError as error:
         known, inside = CONFIGS[task_type].__annotations__, {"auth": HttpAuth.__annotations__}
         raise InvalidInput(*field_errors(error, "config", known, inside)) from None
     return {name: value for name, value in checked.items() if value is not None}
+
+
+# --- The kinds of schedule --------------------------------------------------------------------------------------------
+
+
+def _read(check: Callable[[str, str, int], str]) -> AfterValidator:
+    """Text without blanks around it, as `check` reads it in a zone and at an instant. What is wrong is told with the text."""
+
+    def run(text: str, info: ValidationInfo) -> str:
+        where: dict[str, Any] = info.context or {}
+        try:
+            return check(text.strip(), info.data.get("timezone") or where["zone"], where["now"])
+        except ValueError as error:
+            raise ValueError(f"{shown(text)}: {error}") from None
+
+    return AfterValidator(run)
+
+
+def _milliseconds(seconds: float) -> float:
+    if seconds != round(seconds, 3):
+        raise ValueError(f"must have at most 3 decimals, not {shown(seconds)}")
+    return plain_number(seconds)
+
+
+_Zone = Annotated[
+    str, _read(lambda name, zone, now: load_zone(name).key), Field(description="IANA time zone; default: the service's")
+]
+
+
+@_config
+class CronConfig(TypedDict, total=False):
+    """For cron: 5 fields, or 6 with seconds first."""
+
+    timezone: _Zone | None  # the first, so that the others are read in it
+    expression: Required[
+        Annotated[
+            str, Field(examples=["0 9 * * MON-FRI"], json_schema_extra={"maxLength": LONGEST_EXPRESSION}), _read(check_expression)
+        ]
+    ]
+
+
+@_config
+class OnceConfig(TypedDict, total=False):
+    """For once: ISO 8601."""
+
+    timezone: _Zone | None
+    datetime: Required[Annotated[str, Field(examples=["2030-01-31T09:00:00"]), _read(check_datetime)]]
+
+
+@_config
+class IntervalConfig(TypedDict, total=False):
+    """For interval: every so many seconds from `start_date` on, else from its creation."""
+
+    timezone: _Zone | None
+    seconds: Required[Annotated[float, Field(ge=1, le=LONGEST_INTERVAL, allow_inf_nan=False), AfterValidator(_milliseconds)]]
+    start_date: Annotated[str, _read(check_start_date)] | None
+
+
+SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig}
+
+
+def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
+    """A client's `schedule_config` as it is stored, with `timezone` filled in. Raises InvalidInput with every bad field."""
+    kind = SCHEDULE_CONFIGS[schedule_type]
+    try:
+        checked = adapter(kind).validate_python(config, context={"zone": default_zone, "now": now})
+    except ValidationError as error:
+        raise InvalidInput(*field_errors(error, "schedule_config", kind.__annotations__)) from None
+    zone = checked.pop("timezone", None) or default_zone
+    return {**{name: value for name, value in checked.items() if value is not None}, "timezone": zone}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -2476,41 +2464,6 @@ class EventQuery(Query):
     task_id: Id | None = None
 
 
-_ZONE_SCHEMA = {"type": ["string", "null"], "description": "IANA time zone; default: the service's"}
-SCHEDULE_CONFIG_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {
-            "type": "object",
-            "required": ["expression"],
-            "additionalProperties": False,
-            "description": "for cron: 5 fields, or 6 with seconds first",
-            "properties": {
-                "expression": {"type": "string", "maxLength": 200, "examples": ["0 9 * * MON-FRI"]},
-                "timezone": _ZONE_SCHEMA,
-            },
-        },
-        {
-            "type": "object",
-            "required": ["datetime"],
-            "additionalProperties": False,
-            "description": "for once",
-            "properties": {"datetime": {"type": "string", "examples": ["2030-01-31T09:00:00"]}, "timezone": _ZONE_SCHEMA},
-        },
-        {
-            "type": "object",
-            "required": ["seconds"],
-            "additionalProperties": False,
-            "description": "for interval",
-            "properties": {
-                "seconds": {"type": "number", "minimum": 1, "maximum": LONGEST_INTERVAL},
-                "start_date": {"type": ["string", "null"]},
-                "timezone": _ZONE_SCHEMA,
-            },
-        },
-    ]
-}
-
-
 @functools.cache
 def adapter(model: Any) -> TypeAdapter[Any]:
     return TypeAdapter(model)
@@ -2546,7 +2499,7 @@ def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
     try:
         if isinstance(data.get("config"), dict) and data.get("task_type") in TASK_TYPES:
             parse_config(data["task_type"], data["config"])
-        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in SCHEDULE_TYPES:
+        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in SCHEDULE_CONFIGS:
             check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
     except InvalidInput as error:
         return error.errors
@@ -8410,13 +8363,16 @@ def openapi() -> dict[str, Any]:
 
 def _component_schemas() -> dict[str, Any]:
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
-    adapters = [(_schema_name(m), "validation", adapter(m)) for m in (*models, HttpConfig, BashConfig)]
+    adapters = [(_schema_name(m), "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     schemas = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")[1]["$defs"]
-    task_config = {"anyOf": [{"$ref": "#/components/schemas/HttpConfig"}, {"$ref": "#/components/schemas/BashConfig"}]}
+    task_config, schedule_config = (
+        {"anyOf": [{"$ref": f"#/components/schemas/{config.__name__}"} for config in configs.values()]}
+        for configs in (CONFIGS, SCHEDULE_CONFIGS)
+    )
     for name in ("TaskCreate", "TaskUpdate"):
         schemas[name]["properties"]["config"] = task_config
     for name in ("ScheduleCreate", "ScheduleUpdate", "SchedulePreview"):
-        schemas[name]["properties"]["schedule_config"] = SCHEDULE_CONFIG_SCHEMA
+        schemas[name]["properties"]["schedule_config"] = schedule_config
     return {**schemas, "Problem": _PROBLEM_SCHEMA}
 
 
