@@ -5646,6 +5646,16 @@ class _Request:
         )
 
 
+@functools.cache
+def _tls_context(verify: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslobject_class = _TlsObject
+    return context
+
+
 class HttpClient:
     """The connections of all http tasks. To be made, and closed, on the event loop."""
 
@@ -5682,24 +5692,6 @@ class HttpClient:
             max_headers=MAX_HEAD_BYTES,
             middlewares=(_sent_once,),
         )
-
-    def tls(self, verify: bool) -> ssl.SSLContext:
-        return self._verifying if verify else self._trusting
-
-    @functools.cached_property
-    def _verifying(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(["http/1.1"])
-        context.sslobject_class = _TlsObject
-        return context
-
-    @functools.cached_property
-    def _trusting(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["http/1.1"])
-        context.sslobject_class = _TlsObject
-        return context
 
     async def close(self) -> None:
         await self.shared.close()
@@ -5888,19 +5880,17 @@ class Resolver:
                     loop.call_soon_threadsafe(self._free.release)
 
         await self._free.acquire()
-        return [_resolved(host, info) for info in await in_daemon(look_up)]
+        found, flags = [], socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        for kind, _, protocol, _, address in await in_daemon(look_up):
+            numeric = address[0]
+            if kind == socket.AF_INET6 and address[3] and "%" not in numeric:
+                numeric = f"{numeric}%{address[3]}"
+            entry = {"hostname": host, "host": numeric, "port": address[1], "family": kind, "proto": protocol, "flags": flags}
+            found.append(entry)
+        return found
 
     async def close(self) -> None:
         """Nothing to give back."""
-
-
-def _resolved(host: str, info: Any) -> dict[str, Any]:
-    family, _, protocol, _, address = info
-    numeric = address[0]
-    if family == socket.AF_INET6 and address[3] and "%" not in numeric:
-        numeric = f"{numeric}%{address[3]}"
-    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    return {"hostname": host, "host": numeric, "port": address[1], "family": family, "proto": protocol, "flags": flags}
 
 
 async def run_http(
@@ -5955,19 +5945,26 @@ def _credentials(config: dict[str, Any]) -> list[str]:
 def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
     try:
         url, authorization = _read_url(resolved["url"])
-        if params := resolved.get("params"):
-            url = url.extend_query([(name, _param_text(item)) for name, value in params.items() for item in _as_list(value)])
+        query: list[tuple[str, str]] = []
+        for name, value in resolved.get("params", {}).items():
+            for item in value if isinstance(value, list) else [value]:
+                query.append((name, str(item).lower() if isinstance(item, bool) else str(item)))
+        url = url.extend_query(query) if query else url
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
+    headers, body = {}, resolved.get("body")
     if auth := resolved.get("auth"):
         authorization = _basic_auth(auth["username"], auth["password"])
+    if authorization:
+        headers["Authorization"] = authorization
+    if body is not None:
+        headers["Content-Type"] = "text/plain; charset=utf-8" if isinstance(body, str) else "application/json"
+        body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     own: dict[str, str] = resolved.get("headers", {})
-    body, content_type = _http_body(resolved.get("body"))
-    headers = {"Authorization": authorization, "Content-Type": content_type}
     return _Request(
         method=resolved.get("method", "GET"),
         url=url,
-        headers=_overridden({name: value for name, value in headers.items() if value}, own),
+        headers=_overridden(headers, own),
         body=body,
         verify_tls=resolved.get("verify_tls", True),
         follow=resolved.get("follow_redirects", True),
@@ -5983,12 +5980,11 @@ def _read_url(text: str) -> tuple[yarl.URL, str | None]:
     if parts is None:
         raise ValueError
     origin = yarl.URL(f"{parts.scheme}://{parts.host}")
-    if not origin.host or not origin.port:
+    if not origin.host:
         raise ValueError
     user, _, password = map(urllib.parse.unquote, parts.userinfo.partition(":"))
-    return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), _basic_auth(
-        user, password
-    ) if parts.userinfo else None
+    login = _basic_auth(user, password) if parts.userinfo else None
+    return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), login
 
 
 def _as_written(text: str) -> str:
@@ -5997,24 +5993,8 @@ def _as_written(text: str) -> str:
     return re.sub(rb"[^\x21-\x7e]", lambda found: b"%%%02X" % found[0][0], plain).decode()
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _param_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _basic_auth(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-
-
-def _http_body(body: Any) -> tuple[bytes | None, str | None]:
-    if body is None:
-        return None, None
-    if isinstance(body, str):
-        return body.encode(), "text/plain; charset=utf-8"
-    return json.dumps(body, ensure_ascii=False).encode(), "application/json"
 
 
 def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
@@ -6037,7 +6017,7 @@ async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> 
                 headers=request.headers,
                 data=request.body,
                 skip_auto_headers=_NO_TYPE if request.body is None and request.method != "GET" else None,
-                ssl=client.tls(request.verify_tls) if request.url.scheme == "https" else True,
+                ssl=_tls_context(request.verify_tls) if request.url.scheme == "https" else True,
                 allow_redirects=False,
             )
             live.acted = live.acted or request.method in _NOT_REPEATABLE
@@ -6259,7 +6239,17 @@ def _network_error(error: Exception) -> tuple[str | None, bool]:
         reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return f"the TLS certificate of {error.host} is refused: {_one_line(reason, 200)} (verify_tls: false accepts any)", False
     if isinstance(error, aiohttp.ClientConnectorError):
-        return _connect_error(error)
+        place, cause = f"{error.host}:{error.port}", error.os_error
+        # asyncio's own text of a refused connection names the address and not the reason.
+        system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
+        reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return f"the name {_one_line(error.host, 255)} could not be resolved: {reason}", True
+        if cause.errno == REFUSED_ERRNO:
+            return f"{place} may not be called: {reason}", False
+        if isinstance(error, aiohttp.ClientConnectorSSLError):
+            return f"TLS with {place} failed: {reason}", True
+        return f"could not connect to {place}: {reason}", True
     if isinstance(error, aiohttp.InvalidURL):
         return "config.url: is not a valid http or https URL", False
     if isinstance(error, aiohttp.ServerDisconnectedError):
@@ -6271,23 +6261,6 @@ def _network_error(error: Exception) -> tuple[str | None, bool]:
     if isinstance(error, (aiohttp.ClientError, OSError)):
         return f"the connection failed: {_reason(error)}", True
     return None, False
-
-
-def _connect_error(error: aiohttp.ClientConnectorError) -> tuple[str, bool]:
-    place, reason = f"{error.host}:{error.port}", _connect_reason(error.os_error)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return f"the name {_one_line(error.host, 255)} could not be resolved: {reason}", True
-    if error.os_error.errno == REFUSED_ERRNO:
-        return f"{place} may not be called: {reason}", False
-    if isinstance(error, aiohttp.ClientConnectorSSLError):
-        return f"TLS with {place} failed: {reason}", True
-    return f"could not connect to {place}: {reason}", True
-
-
-def _connect_reason(error: OSError) -> str:
-    # asyncio's own text of a refused connection names the address and not the reason.
-    known = error.errno if not isinstance(error, (socket.gaierror, ssl.SSLError)) and error.errno in errno.errorcode else None
-    return _one_line(os.strerror(known).lower() if known else error.strerror or str(error), 200)
 
 
 # ======================================================================================================================
