@@ -569,11 +569,6 @@ def _change(zone: ZoneInfo, local: int) -> int:
     return after * SECOND
 
 
-def _from_local(zone: ZoneInfo, local: int) -> int:
-    first, second = _readings(zone, local)
-    return local - first if first >= second else _change(zone, local)
-
-
 _INSTANT = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
     r"(?: ?([Zz]|[+-](?:0[0-9]|1[0-9]|2[0-3])(?::?[0-5][0-9])?))?"
@@ -601,7 +596,11 @@ def parse_instant(text: str, zone: str) -> int:
         raise ValueError(f"{_INSTANT_RULE} ({error})") from None
     if not 0 <= local <= LAST_INSTANT:
         raise ValueError(_INSTANT_RULE)
-    t = _from_local(load_zone(zone), local) if offset is None else local - _parse_offset(offset)
+    if offset is None:
+        first, second = _readings(load_zone(zone), local)
+        t = local - first if first >= second else _change(load_zone(zone), local)
+    else:
+        t = local - _parse_offset(offset)
     if not 0 <= t <= LAST_INSTANT:
         raise ValueError(_INSTANT_RULE)
     return t
@@ -1144,7 +1143,8 @@ def _day_words(on: _DayFields) -> str:
         return f"every day{in_month}" if months else ""
     if on.any_day:
         return _weekday_words(on.weekdays) + in_month
-    month_days = _month_day_words(on)
+    days = f"day {_listed(on.days)}" if on.days else ""
+    month_days = " and ".join(filter(None, [days, "the last day" if on.last_day else ""]))
     if on.any_weekday and len(on.months) == 1 and len(on.days) == 1 and not on.last_day:
         return f"every {on.days[0]} {months}"
     if on.any_weekday:
@@ -1152,11 +1152,6 @@ def _day_words(on: _DayFields) -> str:
     if on.both:
         return f"{_weekday_words(on.weekdays)} that is day {_listed(on.days, link='or')} of {months or 'the month'}"
     return f"on {month_days} {of_month} and also {_weekday_words(on.weekdays)}{in_month}"
-
-
-def _month_day_words(on: _DayFields) -> str:
-    days = f"day {_listed(on.days)}" if on.days else ""
-    return " and ".join(filter(None, [days, "the last day" if on.last_day else ""]))
 
 
 def _weekday_words(weekdays: tuple[int, ...]) -> str:
@@ -1171,6 +1166,10 @@ def _weekday_words(weekdays: tuple[int, ...]) -> str:
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
+_cron = functools.lru_cache(maxsize=4096)(Cron)
+_once = functools.lru_cache(maxsize=4096)(Once)
+
+
 def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None) -> Timing:
     """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared.
 
@@ -1178,25 +1177,15 @@ def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, 
     """
     zone = config["timezone"]
     if schedule_type == "cron":
-        return _shared_cron(config["expression"], zone)
+        return _cron(config["expression"], zone)
     if schedule_type == "once":
-        return _shared_once(config["datetime"], zone)
+        return _once(parse_instant(config["datetime"], zone), zone)
     step, start = round(config["seconds"] * SECOND), config.get("start_date")
     if start is None:
         since = created_at if since is None else since
         return Interval(step, created_at, since + step - (since - created_at) % step, zone)
     anchor = parse_instant(start, zone)
     return Interval(step, anchor, anchor, zone)
-
-
-@functools.lru_cache(maxsize=4096)
-def _shared_cron(expression: str, zone: str) -> Cron:
-    return Cron(expression, zone)
-
-
-@functools.lru_cache(maxsize=4096)
-def _shared_once(text: str, zone: str) -> Once:
-    return Once(parse_instant(text, zone), zone)
 
 
 def check_expression(text: str, zone: str, now: int) -> str:
@@ -2835,7 +2824,7 @@ def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
     passed = schedule.next_slot
     go_on(schedule, now)
     if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and schedule.plan().remaining != 0:
-        return _new_row(schedule, passed, "schedule", now, status="skipped", error_message=SKIPPED_PAUSED)
+        return NewExecution(schedule.task_id, schedule.id, "schedule", passed, now, "skipped", 0, SKIPPED_PAUSED)
     return None
 
 
@@ -2905,7 +2894,7 @@ def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, earl
     due = due_slots(plan, schedule.settled_until, now, early)
     for missed in due.missed:
         text = missed_message(missed, schedule.zone)
-        claim.rows.append(_new_row(schedule, missed.first, "schedule", now, status="missed", error_message=text))
+        claim.rows.append(NewExecution(schedule.task_id, schedule.id, "schedule", missed.first, now, "missed", 0, text))
     left = plan.remaining
     before = None if due.missed else schedule.settled_until
     for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
@@ -2926,44 +2915,31 @@ def _judge_slot(
     claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigger: str, others: Others, now: int
 ) -> NewExecution:
     verdict = judge_overlap(schedule.overlap, *others.met_by(schedule, trigger))
-    hold = Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0
+    row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now)
     if verdict == "skip":
-        row = _new_row(
-            schedule,
-            slot,
-            trigger,
-            now,
-            status="skipped",
-            error_message=SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING,
-        )
-    else:
-        hold |= 0 if verdict == "run" else Hold.OVERLAP
-        row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now, "queued", hold, None, fire_at)
+        row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
+        claim.rows.append(row)
+        return row
+    row.fire_at = fire_at
+    row.hold = (Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0) | (
+        0 if verdict == "run" else Hold.OVERLAP
+    )
     if verdict == "cancel":
         claim.cancels.append((schedule, trigger))
-        claim.rows[:] = [_cancelled_by(schedule, trigger, other) for other in claim.rows]
+        for other in claim.rows:
+            if other.task_id == schedule.task_id and other.status == "queued" and not _same_catchup(other, schedule.id, trigger):
+                other.status, other.hold, other.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
         others.clear(schedule, trigger)
     claim.rows.append(row)
-    if row.status == "queued":
-        others.add(row)
+    others.add(row)
     return row
-
-
-def _new_row(schedule: Schedule, slot: int, trigger: str, now: int, **more: Any) -> NewExecution:
-    return NewExecution(schedule.task_id, schedule.id, trigger, slot, now, **more)
-
-
-def _cancelled_by(schedule: Schedule, trigger: str, row: NewExecution) -> NewExecution:
-    if row.task_id != schedule.task_id or row.status != "queued" or _same_catchup(row, schedule.id, trigger):
-        return row
-    return dataclasses.replace(row, status="cancelled", hold=0, error_message=CANCELLED_BY_OVERLAP)
 
 
 def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
     """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
     text = f"this schedule cannot be evaluated and was switched off: {error}"
     slot = schedule.next_slot if schedule.next_slot is not None else now
-    claim.rows.append(_new_row(schedule, slot, "schedule", now, status="failed", error_message=text))
+    claim.rows.append(NewExecution(schedule.task_id, schedule.id, "schedule", slot, now, "failed", 0, text))
     schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
     claim.schedules.append(schedule)
 
