@@ -3086,7 +3086,7 @@ class TimerQueue:
 # `_write_batch`): it must have no effect but on the database.
 #
 # The functions below that take `db` are these functions, or parts of them: the queries. They run in their caller's
-# transaction. Many rows are read and written in few steps (`fetch`, `bulk`): sqlite3 gives up and retakes the GIL at every
+# transaction. Many rows are read and written in one step (`load`, `write_rows`): sqlite3 gives up and retakes the GIL at every
 # step, and each retake costs up to a switch interval while the loop is busy.
 #
 # Processes on one database notice each other's changes of tasks and schedules by their `rev`, a number that only grows, and
@@ -3185,7 +3185,7 @@ APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' data
 UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
-BULK_SIZES = (1, 4, 8, 16, 32, 64, 128)
+
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
 SCAN_TIMEOUT = 3.0  # seconds
 SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
@@ -3506,7 +3506,10 @@ def _check_files(path: Path) -> None:
         size = path.stat().st_size if path.exists() else None
         wal = Path(f"{path}-wal")
         wal_size = wal.stat().st_size if wal.exists() else 0
-        beginning = _first_bytes(path) if size and path.is_file() else b""
+        beginning = b""
+        if size and path.is_file():
+            with path.open("rb") as file:
+                beginning = file.read(16)
     except OSError as error:
         raise StartupError(
             f"the database folder {path.parent} cannot be used by uid {os.getuid()}: {error.strerror}; "
@@ -3556,11 +3559,6 @@ def check_owner(path: Path, closed: int) -> None:
         raise StartupError(f"{path} cannot be looked at: {error.strerror}") from None
     if why := untrusted(path, found if link.st_uid in (0, me) else link, alone=True):
         raise StartupError(f"{path} {why}, or run ChronoTask as its owner (in a container: --user), or choose another place")
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(16)
 
 
 def _check_identity(db: DB, path: Path) -> None:
@@ -3774,35 +3772,22 @@ def existing(rows: Sequence[Row], what: str, row_id: int) -> Row:
     return rows[0]
 
 
-def fetch(db: DB, columns: str, rest: str, parameters: Sequence[Any] = ()) -> list[list[Any]]:
-    """All rows of a query as one JSON value: one step instead of one a row."""
-    row = db.execute(f"SELECT json_group_array(json_array({columns})) FROM (SELECT {columns} {rest})", parameters).fetchone()
-    return cast(list[list[Any]], parsed(row[0]))
+@functools.cache
+def _rows_sql(names: tuple[str, ...]) -> str:
+    columns = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(names))
+    return f"WITH rows AS (SELECT {columns} FROM json_each(?))"
 
 
-def bulk(db: DB, statement: str, rows: Sequence[Sequence[Any]]) -> list[int]:
-    """Runs `statement`, in which {rows} stands for a SELECT of column1, column2 …, for up to 128 rows in one step.
-    If it is an INSERT, gives the new ids, in order.
-
-    They are filled up to one of a few sizes, whose statements stay prepared; LIMIT cuts off what was filled in. A column
-    that is None in all rows is NULL in the statement: sqlite3 takes ten times as long to bind None as to bind a number.
-    """
-    most, last = BULK_SIZES[-1], 0
-    for start in range(0, len(rows), most):
-        some = rows[start : start + most]
-        size = next(size for size in BULK_SIZES if size >= len(some))
-        columns = list(zip(*some, strict=True))
-        empty = [column.count(None) == len(some) for column in columns]
-        given = [column for column, is_empty in zip(columns, empty, strict=True) if not is_empty]
-        values = [*itertools.chain.from_iterable(zip(*given, strict=True)), *itertools.repeat(0, len(given) * (size - len(some)))]
-        marks = ", ".join("NULL" if is_empty else "?" for is_empty in empty)
-        last = db.execute(statement.replace("{rows}", _rows_sql(marks, size)), [*values, len(some)]).lastrowid or 0
-    return list(range(last - len(rows) + 1, last + 1))
+def write_rows(db: DB, statement: str, names: tuple[str, ...], rows: Sequence[Sequence[Any]]) -> int:
+    """Runs a statement that reads a table `rows` with the columns `names`, in one step; gives the last id that it made."""
+    text = compact(rows)
+    if r"\u0000" in text:  # where a text ends for SQLite's JSON
+        text = compact([[v.replace("\0", "\ufffd") if isinstance(v, str) else v for v in row] for row in rows])
+    return db.execute(f"{_rows_sql(names)} {statement}", (text,)).lastrowid or 0
 
 
-@functools.lru_cache(256)
-def _rows_sql(marks: str, size: int) -> str:
-    return f"SELECT * FROM (VALUES {', '.join([f'({marks})'] * size)}) LIMIT ?"
+def _ids(db: DB, query: str, parameters: Sequence[Any] = ()) -> list[int]:
+    return [row[0] for row in db.execute(query, parameters)]
 
 
 _NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
@@ -3939,17 +3924,15 @@ def known_zones(db: DB) -> dict[str, str]:
 
 
 def all_task_ids(db: DB) -> list[int]:
-    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE NOT deleted")]
+    return _ids(db, "SELECT id FROM tasks WHERE NOT deleted")
 
 
-def live_timers(db: DB, since_rev: int | None = None) -> list[list[Any]]:
-    """`[schedule id, when it fires next or None]`: of all, or of those changed (or whose task was) after `since_rev`."""
+def live_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int | None]]:
+    """Schedule id, and when it fires next or None: of all, or of those changed (or whose task was) after `since_rev`."""
     changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
         UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
     where, values = ("", ()) if since_rev is None else (changed, (since_rev,))
-    return fetch(
-        db, "id, fire", f"FROM (SELECT s.id AS id, CASE WHEN {_LIVE} THEN s.next_fire END AS fire {_S_JOIN} {where})", values
-    )
+    return db.execute(f"SELECT s.id, CASE WHEN {_LIVE} THEN s.next_fire END {_S_JOIN} {where}", values).fetchall()
 
 
 def due_schedules(db: DB, ids: Sequence[int]) -> list[Schedule]:
@@ -3957,31 +3940,25 @@ def due_schedules(db: DB, ids: Sequence[int]) -> list[Schedule]:
     return load(db, Schedule, f"{_SCHEDULES} WHERE {_LIVE} AND s.id IN (SELECT value FROM json_each(?))", (compact(ids),))
 
 
+_CLAIMED = ("id", "settled_until", "next_slot", "next_fire", "is_active", "run_count", "dealt_with", "ran", "over")
+
+
 def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
     """Writes what a claim changes of schedules, many at once."""
-    bulk(
-        db,
-        """UPDATE schedules SET settled_until = column2, next_slot = column3, next_fire = column4, is_active = column5,
-            run_count = column6, dealt_with = column7, ran = column8, over = column9 FROM ({rows}) WHERE id = column1""",
-        [
-            (
-                *(s.id, s.settled_until, s.next_slot, s.next_fire, int(s.is_active), s.run_count),
-                *(s.dealt_with, compact(s.ran), int(s.over)),
-            )
-            for s in schedules
-        ],
-    )
+    changes = ", ".join(f"{name} = rows.{name}" for name in _CLAIMED[1:])
+    rows = [_stored(schedule, _CLAIMED) for schedule in schedules]
+    write_rows(db, f"UPDATE schedules SET {changes} FROM rows WHERE schedules.id = rows.id", _CLAIMED, rows)
 
 
 def mark_deleted(db: DB, task_id: int) -> None:
     """Makes a task invisible; the leader then ends its executions and removes its rows."""
     get_task(db, task_id)
     db.execute(f"UPDATE tasks SET deleted = 1, rev = {_NEXT_REV} WHERE id = ?", (task_id,))
-    hold_disabled(db, task_id, True)  # a place that a killed execution leaves must not start the next one
+    hold_disabled(db, task_id, True)  # what a killed execution leaves free must not start the next one
 
 
 def deleted_tasks(db: DB) -> list[int]:
-    return [row[0] for row in db.execute("SELECT id FROM tasks WHERE deleted = 1")]
+    return _ids(db, "SELECT id FROM tasks WHERE deleted = 1")
 
 
 def purge_task(db: DB, task_id: int, limit: int) -> bool:
@@ -4001,25 +3978,14 @@ def task_exists(db: DB, task_id: int) -> bool:
 # --- Queries: executions ----------------------------------------------------------------------------------------------
 
 
-def random_uuids(count: int) -> Iterator[str]:
-    """Version 4 UUIDs (RFC 9562), a tenth of the price of as many calls of uuid4."""
-    data = bytearray(os.urandom(16 * count))
-    data[6::16] = bytes(0x40 | byte & 0x0F for byte in data[6::16])
-    data[8::16] = bytes(0x80 | byte & 0x3F for byte in data[8::16])
-    h = data.hex()
-    for i in range(0, 32 * count, 32):
-        yield f"{h[i : i + 8]}-{h[i + 8 : i + 12]}-{h[i + 12 : i + 16]}-{h[i + 16 : i + 20]}-{h[i + 20 : i + 32]}"
-
-
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    names = [field.name for field in dataclasses.fields(NewExecution)]
+    names = tuple(field.name for field in dataclasses.fields(NewExecution))
     values = operator.attrgetter(*names)
-    return bulk(
-        db,
-        f"INSERT INTO executions ({', '.join(names)}, finished_at, uuid) {{rows}}",
-        [(*values(row), row.finished_at, new_uuid) for row, new_uuid in zip(rows, random_uuids(len(rows)), strict=True)],
-    )
+    new = [(*values(row), row.finished_at, str(uuid.uuid4())) for row in rows]
+    columns = (*names, "finished_at", "uuid")
+    last = write_rows(db, f"INSERT INTO executions ({', '.join(columns)}) SELECT * FROM rows", columns, new)
+    return list(range(last - len(rows) + 1, last + 1))
 
 
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
@@ -4033,7 +3999,13 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
         return list(rows), insert_executions(db, rows)
     except sqlite3.IntegrityError:
         db.execute("ROLLBACK TO slots")
-        taken = _taken_slots(db, rows)
+        slots = compact([[row.schedule_id, row.scheduled_for] for row in rows])
+        found = db.execute(  # of those that have a row: its id and status
+            """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
+                ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
+            (slots,),
+        )
+        taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
         free, replaced = [], []
         for row in rows:
             there = taken.get((row.schedule_id, row.scheduled_for))
@@ -4047,16 +4019,6 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     finally:
         if db.in_transaction:
             db.execute("RELEASE slots")
-
-
-def _taken_slots(db: DB, rows: Sequence[NewExecution]) -> dict[tuple[int | None, int | None], tuple[int, str]]:
-    """Of the slots that have a row: its id and status."""
-    found = db.execute(
-        """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
-            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
-        (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
-    )
-    return {(row[0], row[1]): (row[2], row[3]) for row in found}
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
@@ -4098,32 +4060,37 @@ def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
 
 def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
     """Writes how attempts ended. A retry that somebody has cancelled meanwhile becomes `cancelled`."""
-    bulk(
+    columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
+    fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
+    ends = [fields(s) for s in settlements]
+    write_rows(
         db,
-        """UPDATE executions SET owner = NULL, output_data = column7,
-            error_message = CASE WHEN cancel_requested AND column3 IN ('cancelled', 'retrying')
-                THEN error_message ELSE column6 END,
-            status = CASE WHEN column3 = 'retrying' AND cancel_requested THEN 'cancelled' ELSE column3 END,
-            finished_at = CASE WHEN column3 = 'retrying' AND NOT cancel_requested THEN NULL ELSE column4 END,
-            next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE column5 END
-        FROM ({rows}) WHERE id = column1 AND status = 'running' AND attempt = column2""",
-        [
-            (s.run.execution_id, s.run.attempt, s.status, s.finished_at, s.next_attempt_at, s.error_message, s.output)
-            for s in settlements
-        ],
+        """UPDATE executions SET owner = NULL, output_data = rows.output,
+            error_message = CASE WHEN cancel_requested AND rows.status IN ('cancelled', 'retrying')
+                THEN executions.error_message ELSE rows.error_message END,
+            status = CASE WHEN rows.status = 'retrying' AND cancel_requested THEN 'cancelled' ELSE rows.status END,
+            finished_at = CASE WHEN rows.status = 'retrying' AND NOT cancel_requested THEN NULL ELSE rows.finished_at END,
+            next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE rows.next_attempt_at END
+        FROM rows WHERE executions.id = rows.id AND executions.status = 'running' AND executions.attempt = rows.attempt""",
+        columns,
+        ends,
     )
-    bulk(
-        db,
-        """INSERT OR IGNORE INTO attempts SELECT id, attempt, column3, attempt_started_at, column4, error_message, output_data
-        FROM ({rows}) CROSS JOIN executions ON id = column1 AND attempt = column2 WHERE status = 'retrying'""",
-        [(s.run.execution_id, s.run.attempt, s.attempt_status, s.finished_at) for s in settlements if s.status == "retrying"],
-    )
+    if any(s.status == "retrying" for s in settlements):
+        write_rows(
+            db,
+            """INSERT OR IGNORE INTO attempts SELECT e.id, e.attempt, rows.attempt_status, attempt_started_at,
+                rows.finished_at, e.error_message, output_data
+            FROM rows CROSS JOIN executions e ON e.id = rows.id AND e.attempt = rows.attempt
+            WHERE rows.status = 'retrying' AND e.status = 'retrying'""",
+            columns,
+            ends,
+        )
     for name, success in (("success_count", True), ("failure_count", False)):
         _count(db, f"{name} = {name} + n", (s.run.task_id for s in settlements if SUCCESS.get(s.status) is success))
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
-    """Executions whose `next_attempt_at` has come wait for a place, unless their task is disabled."""
+    """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled."""
     db.execute(
         """UPDATE executions SET status = 'queued' WHERE id IN (SELECT value FROM json_each(?)) AND status = 'retrying'
             AND next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'""",
@@ -4131,10 +4098,11 @@ def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
     )
 
 
-def retry_timers(db: DB, task_id: int | None = None) -> list[list[Any]]:
-    """`[execution id, next attempt]` of all that are `retrying`, or of those of one task."""
-    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, "task_id = ?": task_id})
-    return fetch(db, "id, next_attempt_at", f"FROM executions {where}", values)
+def retry_timers(db: DB, task_id: int | None = None, since_rev: int | None = None) -> list[tuple[int, int]]:
+    """Execution id and next attempt of all that are `retrying`: of one task, of those changed after `since_rev`, or of all."""
+    changed = "task_id IN (SELECT id FROM tasks WHERE rev > ?)"
+    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, "task_id = ?": task_id, changed: since_rev})
+    return db.execute(f"SELECT id, next_attempt_at FROM executions {where}", values).fetchall()
 
 
 def shift_retries(db: DB, by: int, latest: int) -> None:
@@ -4144,13 +4112,6 @@ def shift_retries(db: DB, by: int, latest: int) -> None:
         WHERE {UNFINISHED_SQL} AND status = 'retrying'""",
         (by, latest),
     )
-
-
-def changed_retries(db: DB, since_rev: int) -> list[list[Any]]:
-    """`[execution id, next attempt]` of the retrying executions of tasks that were changed after `since_rev`."""
-    source = f"""FROM (SELECT e.id AS id, next_attempt_at FROM tasks t CROSS JOIN executions e ON e.task_id = t.id
-        WHERE t.rev > ? AND e.{UNFINISHED_SQL} AND e.status = 'retrying')"""
-    return fetch(db, "id, next_attempt_at", source, (since_rev,))
 
 
 def release_held(db: DB, task_ids: Collection[int] | None) -> None:
@@ -4192,17 +4153,14 @@ def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
 def unfinished_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
     """Ids of unfinished executions that meet `conditions`, oldest first."""
     where, values = _where({UNFINISHED_SQL: True, **conditions})
-    return [row[0] for row in db.execute(f"SELECT id FROM executions {where} ORDER BY id", values)]
+    return _ids(db, f"SELECT id FROM executions {where} ORDER BY id", values)
 
 
 def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
     """Those of the executions `ids` that shall be cancelled, or whose task is being deleted."""
-    rows = db.execute(
-        """SELECT e.id FROM executions e JOIN tasks t ON t.id = e.task_id
-        WHERE e.id IN (SELECT value FROM json_each(?)) AND (e.cancel_requested OR t.deleted)""",
-        (compact(list(ids)),),
-    )
-    return [row[0] for row in rows]
+    asked = """SELECT e.id FROM executions e JOIN tasks t ON t.id = e.task_id
+        WHERE e.id IN (SELECT value FROM json_each(?)) AND (e.cancel_requested OR t.deleted)"""
+    return _ids(db, asked, (compact(list(ids)),))
 
 
 def running_of_others(db: DB, owner: str) -> list[Run]:
@@ -4277,12 +4235,9 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
     """Those of the executions `ids` that are over, or gone with their task."""
-    rows = db.execute(
-        f"""SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM executions e JOIN tasks t ON t.id = e.task_id
-            WHERE e.id = value AND e.{UNFINISHED_SQL} AND NOT t.deleted)""",
-        (compact(ids),),
-    )
-    return [row[0] for row in rows]
+    over = f"""SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM executions e JOIN tasks t ON t.id = e.task_id
+        WHERE e.id = value AND e.{UNFINISHED_SQL} AND NOT t.deleted)"""
+    return _ids(db, over, (compact(ids),))
 
 
 def status_counts(db: DB) -> dict[str, int]:
@@ -4315,8 +4270,8 @@ def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
 
 def changed_tasks(db: DB, since_rev: int) -> tuple[list[Task], list[int]]:
     """Tasks changed after `since_rev`, and the ids of those of them that are being deleted."""
-    gone = db.execute("SELECT id FROM tasks WHERE rev > ? AND deleted LIMIT 1000", (since_rev,))
-    return load(db, Task, f"{_TASKS} WHERE rev > ? AND NOT deleted LIMIT 1000", (since_rev,)), [row[0] for row in gone]
+    gone = _ids(db, "SELECT id FROM tasks WHERE rev > ? AND deleted LIMIT 1000", (since_rev,))
+    return load(db, Task, f"{_TASKS} WHERE rev > ? AND NOT deleted LIMIT 1000", (since_rev,)), gone
 
 
 def changed_schedules(db: DB, since_rev: int) -> list[Schedule]:
@@ -4333,14 +4288,10 @@ def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
 
 def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[int]:
     """Executions that are newer than `after_id`, or no longer have the status that is shown of them."""
-    rows = db.execute("SELECT id FROM executions WHERE id > ? ORDER BY id DESC LIMIT 1000", (after_id,)).fetchall()
-    known = compact([list(item) for item in shown.items()])
-    rows += db.execute(
-        """SELECT e.id FROM json_each(?) AS j CROSS JOIN executions e ON e.id = json_extract(j.value, '$[0]')
-        WHERE e.status <> json_extract(j.value, '$[1]')""",
-        (known,),
-    ).fetchall()
-    return [row[0] for row in rows]
+    changed = """SELECT e.id FROM json_each(?) AS j CROSS JOIN executions e ON e.id = CAST(j.key AS INTEGER)
+        WHERE e.status <> j.value"""
+    new = _ids(db, "SELECT id FROM executions WHERE id > ? ORDER BY id DESC LIMIT 1000", (after_id,))
+    return new + _ids(db, changed, (compact(shown),))
 
 
 def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Execution]]:
@@ -4379,7 +4330,7 @@ def shown_output(db: DB, execution_id: int) -> list[tuple[str, int, bytes]]:
 
 
 def wanted_output(db: DB, now: int) -> list[int]:
-    return [row[0] for row in db.execute("SELECT execution_id FROM live_output WHERE stream = '' AND wanted_until > ?", (now,))]
+    return _ids(db, "SELECT execution_id FROM live_output WHERE stream = '' AND wanted_until > ?", (now,))
 
 
 def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
@@ -6755,7 +6706,7 @@ class Service:
         logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
         await self.store.write(partial(_follow_clock, now=self.clock.now(), moved=self._set_back))
         self._set_back = 0
-        self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
+        self._retries.rebuild(await self.store.read(retry_timers))
         await self._sync()
 
     def _distrust_clock(self) -> None:
@@ -6823,7 +6774,7 @@ class Service:
         self._set_back = 0
         await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
         await self._check_zone_rules()
-        self._retries.rebuild([(row[0], row[1]) for row in await self.store.read(retry_timers)])
+        self._retries.rebuild(await self.store.read(retry_timers))
         self.leading, self._rev, self._ready = True, -1, True
         await self._sync()
         self._touched.update(await self.store.read(all_task_ids))
@@ -6893,7 +6844,7 @@ class Service:
             else:
                 for key, at in timers:
                     self._timers.set(key, at)
-                for execution_id, at in await self.store.read(partial(changed_retries, since_rev=since)):
+                for execution_id, at in await self.store.read(partial(retry_timers, since_rev=since)):
                     self._retries.set(execution_id, at)
             for task_id in await self.store.read(deleted_tasks):
                 self._purge(task_id)

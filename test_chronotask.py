@@ -3340,7 +3340,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     chronotask.retry_timers(db)
     chronotask.retry_timers(db, task.id)
     chronotask.shift_retries(db, 1, 2)
-    chronotask.changed_retries(db, 0)
+    chronotask.retry_timers(db, since_rev=0)
     chronotask.unfinished_ids(db, {"task_id = ?": task.id})
     chronotask.running_of_others(db, "me")
     chronotask.finished_among(db, [1])
@@ -3989,7 +3989,7 @@ def some_task(name: str) -> chronotask.Task:
     return chronotask.Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("count", [0, 1, 2, 300])
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
         task = insert(db, some_task("t"))
@@ -4002,40 +4002,19 @@ async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, 
     assert len({row[2] for row in found}) == count
 
 
-async def test_a_change_of_many_rows_leaves_the_others_alone(store: Store) -> None:
-    await store.write(lambda db: db.execute("CREATE TABLE things (id INTEGER PRIMARY KEY, value)").fetchall())
-    await store.write(lambda db: db.executemany("INSERT INTO things VALUES (?, 'old')", [(n,) for n in range(200)]).rowcount)
-    change = functools.partial(chronotask.bulk, statement="UPDATE things SET value = column2 FROM ({rows}) WHERE id = column1")
-    await store.write(lambda db: change(db, rows=[(n, None if n == 5 else "new") for n in range(130)]))
-    await store.write(lambda db: change(db, rows=[]))
-    found = await store.read(lambda db: db.execute("SELECT value, count(*) FROM things GROUP BY 1 ORDER BY 1").fetchall())
-    assert found == [(None, 1), ("new", 129), ("old", 70)]
+async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_they_are(store: Store) -> None:
+    values = ["new", None, 7, 2**62, 0.1, 'a\\b"c\0', "é😀", '{"text": "\\u0000"}', "\\u0000"]
 
+    def change(db: sqlite3.Connection) -> list[Any]:
+        db.execute("CREATE TABLE things (id INTEGER PRIMARY KEY, value)")
+        db.executemany("INSERT INTO things VALUES (?, 'old')", [(n,) for n in range(200)])
+        statement = "UPDATE things SET value = rows.value FROM rows WHERE things.id = rows.id"
+        chronotask.write_rows(db, statement, ("id", "value"), list(enumerate(values * 20)))
+        chronotask.write_rows(db, statement, ("id", "value"), [])
+        return [row[0] for row in db.execute("SELECT value FROM things ORDER BY id")]
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [(None, None), ("x", None), (None, None)],
-        [(None, None)] * 5,
-        [("x", None)] * 5,
-        [(None, 1)] * 127 + [(2, 3)] * 4,
-        [(None, 1)] * 128 + [(2, 3)] * 4,
-    ],
-    ids=["some", "nothing else", "a column of them", "a first part", "a whole first step"],
-)
-async def test_rows_may_hold_nulls(store: Store, rows: list[tuple[Any, Any]]) -> None:
-    """A column that is NULL in all rows of a step is NULL in its statement."""
-    await store.write(lambda db: db.execute("CREATE TABLE things (value, other)").fetchall())
-    await store.write(functools.partial(chronotask.bulk, statement="INSERT INTO things {rows}", rows=rows))
-    assert await store.read(lambda db: db.execute("SELECT * FROM things ORDER BY rowid").fetchall()) == rows
-
-
-def test_random_uuids_are_of_version_4() -> None:
-    found = list(chronotask.random_uuids(300))
-    assert len(set(found)) == 300
-    assert [str(uuid.UUID(text)) for text in found] == found
-    assert {(uuid.UUID(text).version, uuid.UUID(text).variant) for text in found} == {(4, uuid.RFC_4122)}
-    assert list(chronotask.random_uuids(0)) == []
+    wanted = [value.replace("\0", "\ufffd") if isinstance(value, str) else value for value in values]  # SQLite's JSON ends there
+    assert await store.write(change) == wanted * 20 + ["old"] * 20
 
 
 # ======================================================================================================================
