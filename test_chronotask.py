@@ -3986,7 +3986,8 @@ def test_working_locks_are_recognised_and_leave_nothing_behind_and_a_folder_that
 
 
 def some_task(name: str) -> chronotask.Task:
-    return chronotask.Task(0, name, None, "bash", "active", {"command": "true"}, 0, 0, 1, 0, 0)
+    config = {"command": "true"}
+    return chronotask.Task(name=name, task_type="bash", config=config, max_retries=0, retry_delay=0, created_at=0, updated_at=0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300])
