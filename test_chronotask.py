@@ -7204,6 +7204,18 @@ async def test_an_execution_whose_clock_was_set_back_before_its_retry_took_no_ne
     assert (view["status"], view["attempt"], view["duration"]) == ("succeeded", 2, 0.0)
 
 
+async def test_a_retry_does_not_wait_for_a_future_that_did_not_come_after_a_restart(
+    rig: Rig, open_rig: OpenRig, target: Target
+) -> None:
+    target.answer(500)
+    await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=10))
+    await rig.finish()
+    later = await restarted(rig, open_rig, -86_400)
+    assert offset((await later.rows())[0]["next_attempt_at"]) == -86_400 + 3960
+    await later.run_at(-86_400 + 3960)
+    assert await later.statuses() == ["succeeded"]
+
+
 async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig: Rig, open_rig: OpenRig) -> None:
     await rig.schedule(await rig.task(), "cron")
     await rig.run_at(60)
@@ -7904,6 +7916,20 @@ async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, op
     await rig.close()
     await until_true(lambda: second.service.leading)
     assert (await second.service.get_scheduler_status())["leader"] is True
+
+
+async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
+    follower = await open_rig(kind="mcp", database_url=rig.path)
+    schedule_id = await rig.schedule(await rig.task(), jitter=50)
+    for one in (rig, follower):
+        one.clock.advance(60)
+    await follower.patch_schedule(schedule_id, jitter=0)
+    assert await rig.statuses() == ["queued"]
+    while await rig.statuses() == ["queued"]:
+        await asyncio.sleep(0.01)  # the leader looks four times a second
+        await rig.finish()
+    await rig.run_at(120)
+    assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
 
 
 async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
