@@ -4476,6 +4476,7 @@ class Clipper:
         return bytes(self._kept if whole else self._kept[self._limit // 4 :])
 
 
+_CHARSET_NAMED = re.compile(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", re.IGNORECASE)
 # Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
 _CHARSET = re.compile(
     r"utf-?8|utf-?(16|32)(-?(le|be))?|(us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}|koi8-[ru]"
@@ -4665,7 +4666,7 @@ class LiveOutput:
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
         self.content_type = content_type
-        found = re.search(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", content_type, re.IGNORECASE)
+        found = _CHARSET_NAMED.search(content_type)
         if found and found[1] != "utf-8" and _CHARSET.fullmatch(found[1]):
             with contextlib.suppress(LookupError):
                 for stream in self._streams.values():
@@ -4691,6 +4692,10 @@ class LiveOutput:
         """The attempt's time limit as a context, to be entered at once; `stop` makes it expire early."""
         self._timeout = asyncio.timeout(0 if self.reason else seconds)
         return self._timeout
+
+    @property
+    def has_secrets(self) -> bool:
+        return self._masker is not None
 
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
@@ -6060,8 +6065,10 @@ def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[s
     headers: dict[str, str] = {}
     names: dict[str, str] = {}
     for name, value in response.headers.items():
-        text = live.masked(value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        plain = live.masked(str(name))  # aiohttp's own kind of string takes ten times as long to write as JSON
+        text = value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        plain = str(name)  # aiohttp's own kind of string takes ten times as long to write as JSON
+        if live.has_secrets:
+            plain, text = live.masked(plain), live.masked(text)
         name = names.setdefault(plain.lower(), plain)
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
