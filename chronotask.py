@@ -5320,11 +5320,9 @@ async def _run_process(command: _Command, run: Run, environ: Environ, live: Live
             pipes.append((await connect)[1])
         process = _spawn(command, environ, *writers)
     except OSError as error:
-        for pipe in pipes:
-            pipe.transport.close()
         return _not_started(error, command)
     finally:
-        for writer in writers:
+        for writer in writers:  # where nothing was started, that ends the pipes
             os.close(writer)
     try:
         stopped = await _watch(process, command, run, pipes, live)
