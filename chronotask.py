@@ -34,7 +34,7 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Service               the use cases and the heart; does not know requests, JSON or MCP
-     9 Operations            one table of what can be asked, for both doors
+     9 Operations            what can be asked: the use cases marked as operations, by their signatures and docstrings
     10 REST                  routes, error answers, OpenAPI; holds no rule of the business
     11 MCP                   tools, resources, transports; holds no rule of the business
     12 Main                  command line, wiring, signals, order of shutdown
