@@ -12,32 +12,44 @@ The words, one meaning each
     task        what to do: an HTTP request or a bash command
     schedule    when a task fires
     slot        one planned instant of a schedule
+    claim       to turn a slot that is due into an execution, and move its schedule on
     execution   one run of a task, past, present or queued; it has one or more attempts
     attempt     one try at it
-    job         an asyncio task (never called a task here)
-    beat        one round of the heart: one transaction that settles, claims and starts
+    tick        one transaction of the engine: finish what has ended, claim what is due, start what is ready
+    take up     to follow what was written, by this process or another
     leader      the one process on a database that fires schedules and runs executions
-    door        REST or MCP: a way to ask the one service
+    job         an asyncio task (never called a task here)
 
-How a run comes about
-    request ─→ model ─→ Service ─→ Store (the truth) ─→ TimerQueue (an index, rebuilt at start)
-                                                             │ due
-    Outcome ←─ executor ←─ running row on disk ←─ one transaction: claim, move on, start ←─ decide (pure)
-       └─→ settled by the next beat: succeeded, failed, … or retrying
+How an execution lives
+    request → model → Service.use_case → Store ←──── Changes (poll, take up) → feed, who waits
+                                           ↑                  │ timers
+     TimerQueue → Engine.tick: finish → claim → start: one transaction
+                       └→ attempt: run_bash | run_http → Outcome ─┐
+                       ↑                                          │
+                       └────── settle (retry, or the end) ←───────┘
+    Leadership switches the Engine on and off; Retention deletes what is old.
+
+Where to add something
+    a field of a task, schedule or execution    its declaration (3) and a migration (6)
+    a setting                                   a line of Settings (1)
+    an operation of REST and MCP                a method of Service (11): signature, docstring, @operation
+    a kind of schedule                          a Timing (2) and its configuration
 
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
      1 Errors and settings   the error tree, the settings; never reads os.environ itself
      2 Schedules (pure)      slots of cron, once and interval; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      what to do about due slots, overlap, ends of attempts, a clock that was set; no clock, no I/O
-     5 Clock and timers      the only reads of wall and monotonic time; a heap of what is due when
+     5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
-     8 Service               the use cases and the heart; does not know requests, JSON or MCP
-     9 Operations            what can be asked: the use cases marked as operations, by their signatures and docstrings
-    10 REST                  routes, error answers, OpenAPI; holds no rule of the business
-    11 MCP                   tools, resources, transports; holds no rule of the business
-    12 Main                  command line, wiring, signals, order of shutdown
+     8 Engine                the scheduler loop, attempts, the feed of events, who waits; does not know requests, JSON or MCP
+     9 Changes               taking up what was written, whoever wrote it; retention
+    10 Leadership            which process fires and runs; what a dead one left
+    11 Service               the use cases, each an operation; one way to change something
+    12 REST                  routes, error answers, OpenAPI; holds no rule of the business
+    13 MCP                   tools, resources, transports; holds no rule of the business
+    14 Main                  command line, wiring, signals, order of shutdown
 
 All instants are integers: microseconds since the epoch, UTC. Durations are seconds.
 """
@@ -2093,6 +2105,11 @@ class Schedule:
         """Everything up to `at` is dealt with."""
         self.settled_until, self.dealt_with = at, max(self.dealt_with, at)
 
+    def look_ahead(self) -> None:
+        """Finds the first slot after `settled_until`; without one the schedule is over."""
+        plan = self.plan()
+        self.place(plan.next_slot(self.settled_until), plan)
+
     def place(self, next_slot: int | None, plan: Plan) -> None:
         """Sets what comes next. Without a next slot the schedule is over; with one again, it is active again."""
         wanted = self.is_active or self.over  # nobody has switched it off
@@ -2991,7 +3008,7 @@ def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> flo
 # 5. Clock and timers
 # ======================================================================================================================
 
-NAP = 0.25  # seconds: asyncio sleeps on the monotonic clock, so nap briefly, then look at the wall clock again
+POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so nap briefly, then look at the wall clock again
 
 
 class Clock:
@@ -3015,7 +3032,7 @@ class Clock:
 
     async def wait(self, event: asyncio.Event, until: int | None) -> None:
         """Returns when `event` is set, when the wall clock reads `until`, or after a nap: whichever comes first."""
-        nap = NAP if until is None else min(NAP, max(0.0, (until - self.now()) / 1_000_000))
+        nap = POLL if until is None else min(POLL, max(0.0, (until - self.now()) / 1_000_000))
         try:
             async with asyncio.timeout(nap):
                 await event.wait()
@@ -6204,38 +6221,34 @@ def _network_error(error: Exception) -> tuple[str | None, bool]:
 
 
 # ======================================================================================================================
-# 8. Service
+# 8. Engine
 # ======================================================================================================================
 #
-# Three jobs: the heart claims due slots, starts what is ready and settles what has ended, all in one transaction a beat;
-# the watch looks at what other processes did and at who leads; housekeeping deletes old history. Everything that a job
-# knows is an index over the store, rebuilt by `_take_over`.
-#
-# Three kinds of lock files lie beside the database, for the processes that share it:
-#   .leader         held by the one process that leads
-#   .service        shared by all services, so that a process of kind `mcp` sees that one is alive, and yields to it
-#   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
-#                   take these executions for those of a dead process
+# One loop claims due slots, starts what is ready and finishes what has ended, all in one transaction a tick. An attempt
+# reports its end to the next tick. Here, too: who looks on (the feed) and who waits for an end.
 
-FIRST_BATCH = 4  # slots claimed in the first beat of a burst, so that its first runs start at once; then four times as many
-BATCH = 256  # slots claimed in one beat at most: more would hold up other writes
+BATCH = 256  # slots claimed in one tick at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
-BEAT_GAP = 0.02  # seconds between beats then, at most
-TURN = 16  # requests that begin in one turn of the loop, at most
-SPAWN_WEIGHT = 4  # requests that a spawn counts for: it holds up the loop until exec
-KEEP_MARKS = 100  # skipped and missed rows kept of each task
-TICK_LIMIT = 10.0  # seconds without a beat after which /health fails
-CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
-RETENTION_PAUSE = 600.0  # seconds between two passes of the housekeeping
+TICK_GAP = 0.02  # seconds between ticks then, at most
+TURN = 16  # attempts that begin in one turn of the loop, at most
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
-S = TypeVar("S", bound=Schedule)
-RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
-CANCELLED = "cancelled on request"
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 
 
-# --- Events -----------------------------------------------------------------------------------------------------------
+# --- The feed of events -----------------------------------------------------------------------------------------------
+
+
+K = TypeVar("K", Task, Schedule)
+
+
+def as_it_is(entity: K, paused: bool) -> K:
+    """A task or schedule with what only the engine knows: nothing fires while the scheduler is paused."""
+    if isinstance(entity, Task) and (paused or entity.status != "active"):
+        entity.next_run = None
+    elif isinstance(entity, Schedule):
+        entity.live = entity.live and not paused
+    return entity
 
 
 @dataclass(frozen=True, slots=True)
@@ -6254,12 +6267,15 @@ class Feed:
     KEPT = 2000
     BEHIND = 1000
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._boot = uuid.uuid4().hex[:8]
         self._count = 0
         self._unread = 0  # events that are still kept for a reader that comes back
         self._recent: deque[Event] = deque(maxlen=self.KEPT)
         self._readers: set[asyncio.Queue[Event | None]] = set()
+        self._shown: dict[int, str] = {}  # unfinished executions as readers know them
+        self._shown_up_to = 0
 
     @property
     def wanted(self) -> bool:
@@ -6282,8 +6298,10 @@ class Feed:
             else:
                 reader.put_nowait(event)
 
-    def open(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
+    async def open(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
         """A queue of events to come (None: dropped), and those after `last_id`; None if they are no longer known."""
+        if not self.wanted:
+            self._shown_up_to, self._shown = await self._store.read(unfinished_statuses)
         reader: asyncio.Queue[Event | None] = asyncio.Queue()
         self._readers.add(reader)
         self._unread = self.KEPT
@@ -6302,60 +6320,34 @@ class Feed:
             reader.put_nowait(None)
         self._readers.clear()
 
+    async def publish_executions(self, ids: Collection[int]) -> None:
+        if not ids or not self.wanted:
+            return
+        for execution in await self._store.read(partial(get_executions, ids=set(ids))):
+            self.publish("execution", execution.task_id, view_of(execution))
+            self._shown_up_to = max(self._shown_up_to, execution.id)
+            self._shown[execution.id] = execution.status
+            if execution.status in FINISHED:
+                del self._shown[execution.id]
 
-# --- The service ------------------------------------------------------------------------------------------------------
+    async def publish_foreign(self) -> None:
+        """Executions that other processes queued, started or ended since the last look."""
+        if self.wanted:
+            changed = partial(changed_executions, after_id=self._shown_up_to, shown=self._shown)
+            await self.publish_executions(await self._store.read(changed))
 
-U = TypeVar("U", bound=Callable[..., Any])
-
-
-class Route(NamedTuple):
-    """How a use case is asked for. `tool` are the hints of its MCP tool (read_only, destructive, idempotent, open_world), None
-    if there is none; `errors` are statuses beside those that every operation of its kind may answer."""
-
-    method: str
-    path: str
-    status: int
-    tool: tuple[str, ...] | None
-    errors: tuple[int, ...]
-
-
-ROUTES: dict[str, Route] = {}  # by the name of the use case
-
-
-def operation(
-    method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
-) -> Callable[[U], U]:
-    """Makes a use case an operation of REST, and with `tool` of MCP. Its signature and its docstring say the rest:
-
-    with {id} in the path, the first parameter is that id; `body` is the body, `query` the query string, and every other
-    parameter a field of the query string. The docstring is for a client: its first line is the summary.
-    """
-
-    def mark(use_case: U) -> U:
-        ROUTES[use_case.__name__] = Route(method, path, status, tool, errors)
-        return use_case
-
-    return mark
+    async def publish_changes(self, since_rev: int, paused: bool) -> None:
+        tasks, schedules = await self._store.read(lambda db: (changed_tasks(db, since_rev), changed_schedules(db, since_rev)))
+        changed, gone = tasks
+        for task in changed:
+            self.publish("task", task.id, task_view(as_it_is(task, paused)))
+        for task_id in gone:
+            self.publish("task", task_id, {"id": task_id, "deleted": True})
+        for schedule in schedules:
+            self.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
 
 
-@dataclass(slots=True)
-class Active:
-    """An attempt that this process is running, from its `running` row on disk to the settlement on disk."""
-
-    run: Run
-    live: LiveOutput
-    since: float  # by the monotonic clock
-    job: asyncio.Task[None] | None = None  # None until it begins
-
-
-@dataclass(slots=True)
-class Beat:
-    """What one transaction of the heart did."""
-
-    claim: Claim = dataclasses.field(default_factory=Claim)
-    new_ids: list[int] = dataclasses.field(default_factory=list)
-    runs: list[Run] = dataclasses.field(default_factory=list)
-    cancelled: list[int] = dataclasses.field(default_factory=list)
+# --- Ticks ------------------------------------------------------------------------------------------------------------
 
 
 class Histogram:
@@ -6390,6 +6382,705 @@ class Stats:
     loop_lag: float = 0.0
 
 
+@dataclass(slots=True)
+class Active:
+    """An attempt that this process is running, from its `running` row on disk to its end on disk."""
+
+    run: Run
+    live: LiveOutput
+    since: float  # by the monotonic clock
+    job: asyncio.Task[None] | None = None  # None until it begins
+
+
+@dataclass(slots=True)
+class Tick:
+    """What one transaction of the engine did."""
+
+    claim: Claim = dataclasses.field(default_factory=Claim)
+    new_ids: list[int] = dataclasses.field(default_factory=list)
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    cancelled: list[int] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Fires slots, starts what is ready, finishes what has ended: one transaction a tick, then its effects.
+
+    What it knows is an index over the store, rebuilt when this process begins to lead.
+    """
+
+    def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ) -> None:
+        self.settings = settings
+        self.store = store
+        self.clock = clock
+        self.feed = Feed(store)
+        self.stats = Stats()
+        self.http: HttpClient | None = None
+        self.owner = str(uuid.uuid4())
+        self.running: dict[int, Active] = {}
+        self.timers = TimerQueue()  # schedule id → its next firing
+        self.retries = TimerQueue()  # execution id → its next attempt
+        self.touched: set[int] = set()  # tasks that have run since the last retention
+        self.leading = False
+        self.paused = False
+        self.stopping = False
+        self.last_tick = clock.monotonic()
+        self.distrust_until = 0.0  # by the monotonic clock: until then no history is deleted by age
+        self._environ = environ
+        self._ended: list[Settlement] = []  # of attempts, for the next tick
+        self._all_ended = asyncio.Event()  # all attempts that run here
+        self._last_tick_end = 0.0
+        self._queued = False  # something may be waiting for capacity
+        self._ticking = False  # a tick's write is under way
+        self._ending = False  # the grace of a stop is over
+        self._wake = asyncio.Event()
+        self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
+        self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a job that ends with the engine at the latest."""
+        job = asyncio.create_task(coroutine)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return job
+
+    # --- the loop ---
+
+    def wake(self) -> None:
+        """Something was queued, or lifted: the next tick looks for it."""
+        self._queued = True
+        self._wake.set()
+
+    async def step(self) -> None:
+        """One round of the scheduler loop: follows the clock, ticks, and waits until something is due or has happened."""
+        await self._gather_ends()
+        self._wake.clear()
+        moved = self.clock.step()
+        if moved > DAY:
+            self.distrust_clock()
+        self._set_back += min(moved, 0)
+        if self._set_back <= -SECOND and self.leading:
+            logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
+            await self.follow_clock(self._set_back)
+            await self.load_timers()
+        self.last_tick = self.clock.monotonic()
+        await self.tick()
+        self._last_tick_end = self.clock.monotonic()
+        due = self._next_due()
+        if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
+            await self.clock.wait(self._wake, due)
+        # else the next claim goes to the writer before what was just started begins
+
+    async def _gather_ends(self) -> None:
+        """Under load, waits until some more attempts have ended: a tick for many costs little more than a tick for one."""
+        if len(self.running) >= BUSY_FROM and not self.stopping:
+            pause = self._last_tick_end + TICK_GAP - self.clock.monotonic()
+            if (due := self._next_due()) is not None:
+                pause = min(pause, (due - self.clock.now()) / SECOND)
+            if pause > 0 and len(self._ended) < len(self.running):
+                self._all_ended.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._all_ended.wait()
+
+    def _next_due(self) -> int | None:
+        if not self.leading or self.stopping:
+            return None
+        times = [self.retries.next_due(), None if self.paused else self.timers.next_due()]
+        return min((t for t in times if t is not None), default=None)
+
+    async def tick(self) -> None:
+        """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
+        now = self.clock.now()
+        acting = self.leading and not self.stopping
+        slots = self.timers.pop_due(now, BATCH) if acting and not self.paused else []
+        retries = self.retries.pop_due(now, BATCH) if acting else []
+        ended, self._ended = self._ended, []
+        capacity = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
+        self._queued = self._queued or bool(slots or retries or ended)
+        if not (ended or slots or retries or (self._queued and capacity > 0)):
+            return
+        work = partial(write_tick, now=now, slots=slots, retries=retries, ended=ended, capacity=capacity, owner=self.owner)
+        self._ticking = True
+        try:
+            tick = await self.store.write(work, at_once=True)
+        except BaseException:  # nothing is lost: it is all tried again
+            self._ended = ended + self._ended
+            for schedule_id in slots:
+                self.timers.set(schedule_id, now)
+            for execution_id in retries:
+                self.retries.set(execution_id, now)
+            raise
+        finally:
+            self._ticking = False
+        self._queued = len(tick.runs) == capacity
+        await self._after_tick(tick, ended)
+
+    async def _after_tick(self, tick: Tick, ended: Sequence[Settlement]) -> None:
+        for schedule in tick.claim.schedules:
+            self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
+            self.touched.add(schedule.task_id)
+        for s in ended:
+            self.running.pop(s.run.execution_id, None)
+            if self.leading:
+                self.retries.set(s.run.execution_id, s.next_attempt_at)
+            self._count_end(s)
+        for execution_id in tick.cancelled:
+            self.stop_run(execution_id)
+        self.notify([*(s.run.execution_id for s in ended if s.next_attempt_at is None), *tick.cancelled])
+        started = [run.execution_id for run in tick.runs]
+        await self._begin(tick.runs)
+        await self.feed.publish_executions([*tick.new_ids, *started, *(s.run.execution_id for s in ended), *tick.cancelled])
+
+    def _count_end(self, s: Settlement) -> None:
+        self.touched.add(s.run.task_id)
+        if s.status == "retrying":
+            return
+        self.stats.ended[s.run.task_type, s.status] += 1
+        self.stats.durations.add((s.finished_at - s.run.started_at) / SECOND)
+        if SUCCESS.get(s.status) is False:
+            why = s.error_message or "no reason was given"
+            logger.warning(
+                "task %d (%s), execution %d: %s: %s", s.run.task_id, s.run.task_name, s.run.execution_id, s.status, why
+            )
+
+    # --- attempts ---
+
+    async def _begin(self, runs: Sequence[Run]) -> None:
+        """Begins attempts, a few in each turn of the loop: a spawn holds it up until exec."""
+        begun = [Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic()) for run in runs]
+        self.running.update((active.run.execution_id, active) for active in begun)
+        for number, active in enumerate(begun, 1):
+            run = active.run
+            if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
+                late = max(0.0, (run.started_at - run.fire_at) / SECOND)
+                self.stats.recent_late.append(late)
+                self.stats.lateness.add(late)
+            if self._ending:
+                active.live.stop("interrupted")
+            active.job = asyncio.create_task(self._attempt(active))
+            if number % TURN == 0:
+                await asyncio.sleep(0)
+
+    async def _attempt(self, active: Active) -> None:
+        run = active.run
+        try:
+            config = stored_config(run.config)
+            if run.task_type == "bash":
+                outcome = await run_bash(config, run, self.settings, self._environ, active.live)
+            else:
+                if self.http is None:  # the first http task in mode `mcp`: a service imports aiohttp as it starts
+                    await asyncio.to_thread(importlib.import_module, "aiohttp")
+                    self.http = self.http or HttpClient(self.settings)  # another attempt may have been faster
+                outcome = await run_http(config, run, self.settings, self.http, self._environ, active.live, self.clock.now)
+        except Exception as error:
+            logger.exception("execution %d", run.execution_id)
+            outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
+        except asyncio.CancelledError:
+            outcome = INTERRUPTED
+        self._end(active, outcome)
+        self._wake.set()
+        if len(self._ended) >= len(self.running):
+            self._all_ended.set()
+
+    def _end(self, active: Active, outcome: Outcome) -> None:
+        seconds = self.clock.monotonic() - active.since
+        self._ended.append(settle(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
+
+    def stop_run(self, execution_id: int) -> None:
+        if active := self.running.get(execution_id):
+            active.live.stop("cancelled")
+
+    # --- a clock that was set ---
+
+    async def follow_clock(self, moved: int) -> None:
+        """The clock may have been set back: slots are looked for from now on, and the wait for a retry does not grow."""
+        await self.store.write(partial(write_clock, now=self.clock.now(), moved=moved))
+        self._set_back = 0
+
+    async def load_timers(self, since_rev: int | None = None) -> None:
+        """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
+        timers, retries = await self.store.read(lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev=since_rev)))
+        for queue, found in ((self.timers, timers), (self.retries, retries)):
+            if since_rev is None:
+                queue.rebuild([(key, at) for key, at in found if at is not None])
+            else:
+                for key, at in found:
+                    queue.set(key, at)
+
+    def distrust_clock(self) -> None:
+        """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
+        self.distrust_until = self.clock.monotonic() + DISTRUST
+        logger.warning("the clock went on by more than a day: for an hour no history is deleted by age")
+
+    # --- who waits for an end ---
+
+    async def wait_for(self, execution_id: int, seconds: float) -> None:
+        """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
+        until = self.clock.monotonic() + seconds
+        while not self.stopping:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            futures = self._waiting.setdefault(execution_id, set())
+            futures.add(future)
+            try:
+                over = await self.store.read(partial(finished_among, ids=[execution_id]))
+                if over or not (await asyncio.wait({future}, timeout=until - self.clock.monotonic()))[0]:
+                    return  # else woken, perhaps by the end of an attempt that is retried
+            finally:
+                futures.discard(future)
+                if not futures:
+                    self._waiting.pop(execution_id, None)
+
+    def notify(self, execution_ids: Iterable[int] | None = None) -> None:
+        """Wakes who waits for these executions (None: for any): they look whether it is over."""
+        for execution_id in list(self._waiting) if execution_ids is None else execution_ids:
+            for future in self._waiting.get(execution_id, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    async def notify_of_others(self) -> None:
+        """Wakes who waits for what another process has finished or deleted."""
+        if self._waiting:
+            self.notify(await self.store.read(partial(finished_among, ids=list(self._waiting))))
+
+    # --- stopping ---
+
+    async def drain(self, grace: float) -> None:
+        """Nothing more begins; what runs may end within `grace` seconds, what is left then is stopped."""
+        self.stopping = True
+        self._wake.set()
+        self.notify()
+        self.feed.close_all()
+        await self._until_idle(self.clock.monotonic() + grace)
+        self._ending = True
+        for active in self.running.values():
+            active.live.stop("interrupted")
+
+    async def _until_idle(self, end: float) -> None:
+        """Until nothing runs, and no tick can start something more. What has ended may be waiting for the disk."""
+        while (self._ticking or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    async def close(self, loop: asyncio.Task[Any] | None, end: float) -> None:
+        """Ends by `end` (monotonic) what was stopped, and finishes it. `loop` is the job that steps and ends by itself:
+        cancelled in mid-write it would not know what was written."""
+        await self._until_idle(end - 0.2)
+        self._wake.set()
+        if loop is not None:
+            await asyncio.wait({loop}, timeout=end - 0.1 - self.clock.monotonic())
+        known = loop is None or loop.done()  # else its last write may still reach the disk, or not
+        for active in self.running.values():
+            if active.job is None:
+                self._end(active, INTERRUPTED)
+        jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        try:
+            if known and self._ended:
+                async with asyncio.timeout(end - self.clock.monotonic()):
+                    await self.tick()
+        except (Unavailable, TimeoutError):
+            known = False
+        if self._ended and not known:
+            logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
+        if self.http is not None:
+            await self.http.close()
+
+
+def write_tick(
+    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], ended: Sequence[Settlement], capacity: int, owner: str
+) -> Tick:
+    tick = Tick()
+    if ended:
+        write_settlements(db, ended)
+    if slots:
+        claim_due(db, slots, now, tick)
+    if retries:
+        queue_retries(db, retries, now)
+    if ended or tick.cancelled or any(row.hold for row in tick.claim.rows):
+        release_held(db, {s.run.task_id for s in ended} | {row.task_id for row in tick.claim.rows})
+    if capacity > 0:
+        tick.runs = start_ready(db, capacity, now, owner)
+    note_clock(db, now)
+    return tick
+
+
+def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = False) -> None:
+    """Claims the due slots of schedules and moves these on, in the caller's transaction."""
+    claim, schedules = tick.claim, due_schedules(db, slots)
+    others = Others(unfinished_of(db, {schedule.task_id for schedule in schedules}))
+    for schedule in schedules:
+        try:
+            claim_slots(claim, schedule, others, now, early)
+        except Exception as error:
+            logger.exception("schedule %d", schedule.id)
+            claim_broken(claim, schedule, now, error)
+    for schedule, trigger in claim.cancels:
+        tick.cancelled += _cancel_unfinished(db, schedule, trigger, now)
+    claim.rows, tick.new_ids = insert_slots(db, claim.rows)
+    runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
+    for schedule in claim.schedules:
+        schedule.run_count += runs[schedule.id]
+    advance_schedules(db, claim.schedules)
+
+
+def _cancel_unfinished(db: DB, schedule: Schedule, trigger: str, now: int) -> list[int]:
+    """Overlap `cancel`: ends the unfinished executions of the task. (A catch-up spares those of its own schedule.)"""
+    spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
+    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
+    for execution_id in ids:
+        cancel_execution(db, execution_id, now, CANCELLED_BY_OVERLAP)
+    return ids
+
+
+def write_clock(db: DB, now: int, moved: int) -> None:
+    """Takes schedules, and with `moved` the waits for retries, back to a clock that was set back."""
+    shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
+    latest = get_meta(db, "clock") or 0
+    for schedule in schedules_ahead(db, now):
+        with contextlib.suppress(*DAMAGE):
+            schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
+            schedule.look_ahead()
+            update(db, schedule)
+    if latest >= now + CORRECTION:
+        set_meta(db, "clock", now)
+
+
+# ======================================================================================================================
+# 9. Changes
+# ======================================================================================================================
+
+KEEP_MARKS = 100  # skipped and missed rows kept of each task
+RETENTION_PAUSE = 600.0  # seconds between two passes of the retention
+RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
+
+
+class Retention:
+    """Deletes old history, and the rows of deleted tasks, in small pieces: each a write of its own, so that none waits long."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.purges: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
+
+    async def step(self) -> None:
+        if self.engine.leading:
+            await self.delete(self.engine.clock.now())
+        await asyncio.sleep(RETENTION_PAUSE if self.engine.leading else 5.0)
+
+    async def delete(self, now: int) -> None:
+        """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
+        engine, settings, after = self.engine, self.engine.settings, 0
+        cutoff = now - settings.history_days * DAY
+        by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
+        while by_age and engine.leading:
+            step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
+            if (reached := await engine.store.write(step)) is None:
+                break
+            after = reached
+            await self._leave_room()
+        touched, engine.touched = engine.touched, set()
+        for task_id in touched:
+            keep = settings.history_per_task
+            surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_marks=KEEP_MARKS, now=now, limit=RETENTION_ROWS)
+            while engine.leading and await engine.store.write(surplus) > 0:
+                await self._leave_room()
+
+    async def _leave_room(self) -> None:
+        """Gives back free pages, then leaves the writer to others for a moment."""
+        await self.engine.store.write(give_back_space)
+        await asyncio.sleep(0.01)
+
+    def purge(self, task_id: int) -> None:
+        """Removes what belongs to a deleted task, in the background."""
+        if task_id not in self.purges:
+            self.purges[task_id] = self.engine.spawn(self._purge(task_id))
+
+    async def _purge(self, task_id: int) -> None:
+        engine = self.engine
+        try:
+            while running := [key for key, active in engine.running.items() if active.run.task_id == task_id]:
+                for execution_id in running:
+                    engine.stop_run(execution_id)
+                await asyncio.sleep(0.02)
+            while not await engine.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS)):
+                await asyncio.sleep(0)
+            engine.notify()
+        finally:
+            del self.purges[task_id]
+
+
+class Changes:
+    """Takes up what was written, by this process or another: timers, deleted tasks, cancels, who waits, the feed.
+
+    `status` tells the scheduler's state, for the feed.
+    """
+
+    def __init__(self, engine: Engine, retention: Retention, status: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        self.engine = engine
+        self.retention = retention
+        self._status = status
+        self._rev: int | None = None  # changes are taken up to here; None: everything is to be looked at
+        self._looking = asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
+        self._stale = False  # another process has written what this one has not taken up yet
+
+    async def poll(self) -> None:
+        """Takes up what other processes wrote, and shows them the output that they follow."""
+        self._stale = await self.engine.store.foreign_changes() or self._stale
+        if self._stale:
+            self.engine.wake()
+            await self.take_up()
+            await self.engine.feed.publish_foreign()
+            self._stale = False
+        await self._show_output()
+
+    async def take_up(self, everything: bool = False) -> None:
+        """Takes up what has changed since the last look, or everything.
+
+        Callers that come while a look is waiting for its turn share it: it will see what each of them wrote.
+        """
+        if everything:
+            self._rev = None
+        if self._next_look is None:
+            self._next_look = self.engine.spawn(self._look())
+        await asyncio.shield(self._next_look)
+
+    async def _look(self) -> None:
+        async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
+            self._next_look = None
+            engine, store, since, paused = self.engine, self.engine.store, self._rev, self.engine.paused
+            rev = await self.load_state()
+            if engine.leading:
+                await engine.load_timers(since)
+                for task_id in await store.read(deleted_tasks):
+                    self.retention.purge(task_id)
+            if engine.feed.wanted and since is not None:
+                await engine.feed.publish_changes(since, engine.paused)
+            if engine.paused != paused:
+                engine.feed.publish("scheduler", None, await self._status())
+            if engine.running:
+                for execution_id in await store.read(partial(cancel_requests, ids=list(engine.running))):
+                    engine.stop_run(execution_id)
+            await engine.notify_of_others()
+            if self._rev == since:  # else somebody wants everything to be looked at once more
+                self._rev = rev
+            engine.wake()  # what it waits for may have changed
+
+    async def load_state(self) -> int:
+        """Whether all is paused; returns the number of the latest change."""
+        rev, paused = await self.engine.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
+        self.engine.paused = bool(paused)
+        return int(rev)
+
+    async def _show_output(self) -> None:
+        """Writes what running executions print for followers in other processes, while there are any."""
+        engine = self.engine
+        now = engine.clock.now()
+        if not engine.running or not (wanted := await engine.store.read(partial(wanted_output, now=now))):
+            return
+        recent = {key: active.live.recent() for key in wanted if (active := engine.running.get(key))}
+        await engine.store.write(partial(show_output, recent=recent, now=now))
+
+
+# ======================================================================================================================
+# 10. Leadership
+# ======================================================================================================================
+#
+# Three kinds of lock files lie beside the database, for the processes that share it:
+#   .leader         held by the one process that leads
+#   .service        shared by all services, so that a process of kind `mcp` sees that one is alive, and yields to it
+#   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
+#                   take these executions for those of a dead process
+
+
+class Leadership:
+    """Which process fires schedules and runs executions: at most one, and a service before one of kind `mcp`."""
+
+    def __init__(self, engine: Engine, changes: Changes, kind: str) -> None:
+        self.engine = engine
+        self.changes = changes
+        self.kind = kind
+        path = engine.store.path
+        self._leader_lock = FileLock(Path(f"{path}.leader"))
+        self._service_lock = FileLock(Path(f"{path}.service"))
+        self._drain_lock = FileLock(self._drain_path(engine.owner))
+        self._others_drain = False  # another process is finishing executions that it started as leader
+
+    async def begin(self) -> None:
+        """Says that this process is alive, and leads if nobody does. Raises StartupError where file locks do not work."""
+        path = self.engine.store.path
+        try:
+            working = locks_work(path)
+        except OSError as error:
+            raise StartupError(f"no file can be made in {path.parent}: {error.strerror}") from None
+        if not working:
+            raise StartupError(f"file locks do not work in {path.parent}: put the database on a local file system")
+        while self.kind == "service" and not self._service_lock.acquire(shared=True):
+            await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
+        try:
+            await self.look()
+        except Unavailable as error:  # a full disk: reads work, and the next look tries again
+            logger.error("this process cannot lead yet: %s", error.detail)
+
+    def release(self) -> None:
+        """At the end of the process: the next leader need not wait."""
+        for lock in (self._drain_lock, self._leader_lock, self._service_lock):
+            lock.release()
+        self._drain_lock.path.unlink(missing_ok=True)
+
+    async def look(self) -> None:
+        """Takes over, yields, and finishes what processes left behind that are gone."""
+        engine = self.engine
+        yielding = self.kind == "mcp" and await self._must_yield()
+        if engine.leading and (yielding or not self._leader_lock.held()):
+            await self._step_down()
+        elif not engine.leading and not yielding and self._leader_lock.acquire():
+            await self._take_over()
+        elif engine.leading and self._others_drain:
+            await self._finish_orphans()
+            for execution_id, at in await engine.store.read(retry_timers):
+                engine.retries.set(execution_id, at)
+        elif not engine.leading and not engine.running:
+            self._drain_lock.release()
+            self._drain_lock.path.unlink(missing_ok=True)
+
+    async def _must_yield(self) -> bool:
+        """Whether a service is alive. Asked twice: another `mcp` process may have been looking at the same moment."""
+        if not is_locked(self._service_lock.path):
+            return False
+        await asyncio.sleep(0.01)
+        return is_locked(self._service_lock.path)
+
+    async def _step_down(self) -> None:
+        """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
+        logger.info("this process no longer leads")
+        self.engine.leading = False
+        if self.engine.running:
+            self._drain_lock.acquire()
+        self.engine.timers.rebuild([])
+        self.engine.retries.rebuild([])
+        await self.engine.store.set_leading(False)
+        self._leader_lock.release()
+
+    async def _take_over(self) -> None:
+        """Rebuilds everything from the store, finishes what a dead leader left running, and leads from then on."""
+        engine, store = self.engine, self.engine.store
+        known = await store.read(latest_known)
+        if known and engine.clock.now() > known + DAY:
+            engine.distrust_clock()
+        await store.set_leading(True)
+        await self._finish_orphans()
+        await engine.follow_clock(0)
+        await store.write(partial(set_meta, key="boot", value=_boot_id()))
+        for zone, rules in (await store.read(known_zones)).items():
+            with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
+                if (rules_now := zone_rules(zone)) != rules:
+                    await store.write(partial(_adopt_zone_rules, zone=zone, rules=rules_now))
+        engine.leading = True
+        await self.changes.take_up(everything=True)
+        engine.touched.update(await store.read(all_task_ids))
+        logger.info("this process leads: it fires schedules and runs executions")
+
+    async def _finish_orphans(self) -> None:
+        """Executions left `running` by a process that died count as a failed attempt. What it started is killed first."""
+        engine = self.engine
+        others = await engine.store.read(partial(running_of_others, owner=engine.owner))
+        living = {run.owner for run in others if self._is_draining(run.owner)}
+        self._others_drain = bool(living)
+        dead = [run for run in others if run.owner not in living]
+        if not dead:
+            return
+        if await engine.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
+            killed = await asyncio.to_thread(kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"})
+            logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
+        now = engine.clock.now()
+        outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
+        ended = [settle(run, outcome, now, random.uniform(-1, 1)) for run in dead]
+        await engine.store.write(partial(_finish_dead, ended=ended))
+        for s in ended:
+            engine.retries.set(s.run.execution_id, s.next_attempt_at)
+        engine.wake()
+
+    def _drain_path(self, owner: str) -> Path:
+        return Path(f"{self.engine.store.path}.drain-{owner}")
+
+    def _is_draining(self, owner: str) -> bool:
+        path = self._drain_path(owner)
+        if not path.exists():
+            return False
+        draining = is_locked(path)
+        if not draining:
+            path.unlink(missing_ok=True)
+        return draining
+
+
+def _finish_dead(db: DB, ended: Sequence[Settlement]) -> None:
+    write_settlements(db, ended)
+    release_held(db, None)
+
+
+def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
+    """Computes the next slots of a zone's schedules anew."""
+    set_meta(db, f"zone:{zone}", rules)
+    for schedule in active_schedules(db, zone=zone):
+        before = schedule.next_fire
+        with contextlib.suppress(*DAMAGE):
+            if schedule.schedule_type != "interval":
+                schedule.look_ahead()
+        if schedule.next_fire != before:
+            update(db, schedule)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+# ======================================================================================================================
+# 11. Service
+# ======================================================================================================================
+
+TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
+CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
+CANCELLED = "cancelled on request"
+S = TypeVar("S", bound=Schedule)
+U = TypeVar("U", bound=Callable[..., Any])
+TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
+
+
+class Route(NamedTuple):
+    """How a use case is asked for. `tool` are the hints of its MCP tool (read_only, destructive, idempotent, open_world), None
+    if there is none; `errors` are statuses beside those that every operation of its kind may answer."""
+
+    method: str
+    path: str
+    status: int
+    tool: tuple[str, ...] | None
+    errors: tuple[int, ...]
+
+
+ROUTES: dict[str, Route] = {}  # by the name of the use case
+
+
+def operation(
+    method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
+) -> Callable[[U], U]:
+    """Makes a use case an operation of REST, and with `tool` of MCP. Its signature and its docstring say the rest:
+
+    with {id} in the path, the first parameter is that id; `body` is the body, `query` the query string, and every other
+    parameter a field of the query string. The docstring is for a client: its first line is the summary.
+    """
+
+    def mark(use_case: U) -> U:
+        ROUTES[use_case.__name__] = Route(method, path, status, tool, errors)
+        return use_case
+
+    return mark
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """A snapshot for /metrics. Instants are microseconds, sizes bytes; `tasks`: id, name, last success, next slot."""
@@ -6405,135 +7096,30 @@ class Metrics:
 
 
 class Service:
-    """The use cases, and the heart. One per process; `kind` is "mcp" for a process that yields to services."""
+    """The use cases. One per process; `kind` is "mcp" for a process that yields to services."""
 
     def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ, kind: str = "service") -> None:
         self.settings = settings
         self.store = store
         self.clock = clock
-        self.feed = Feed()
-        self.stats = Stats()
-        self.running: dict[int, Active] = {}
-        self._to_begin: deque[Active] = deque()  # those of them that have no job yet
-        self.leading = False
-        self.paused = False
-        self.stopping = False
-        self._closed = False
+        self.engine = Engine(settings, store, clock, environ)
+        self.retention = Retention(self.engine)
+        self.changes = Changes(self.engine, self.retention, self.get_scheduler_status)
+        self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
-        self.last_beat = clock.monotonic()
-        self._last_beat_end = 0.0
-        self._environ = environ
-        self._kind = kind
-        self._owner = str(uuid.uuid4())
-        self._timers = TimerQueue()  # schedule id → its next firing
-        self._retries = TimerQueue()  # execution id → its next attempt
-        self._ended: list[Settlement] = []  # of attempts, for the next beat
-        self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
-        self._old_until = 0.0  # until then no history is deleted by age
-        self._batch = FIRST_BATCH
-        self._ready = False  # something may be waiting for a place
-        self._backlog = False  # the last beat claimed something and filled all places
-        self._beating = False  # a beat's write is under way
-        self._ending = False  # the grace of a stop is over
-        self._wake = asyncio.Event()
-        self._rev = -1  # changes are taken up to here; -1: everything is to be looked at
-        self._looking = asyncio.Lock()
-        self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
-        self._stale = False  # another process has written what this one has not taken up yet
-        self._heart_job: asyncio.Task[None] | None = None
-        self._shown: dict[int, str] = {}  # unfinished executions as followers of the feed know them
-        self._shown_up_to = 0
-        self._all_ended = asyncio.Event()  # of the attempts that run here
-        self._purging: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
-        self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
-        self._touched: set[int] = set()  # tasks that have run since the last housekeeping
-        self._drained_owners = False  # another process is finishing executions that it started as leader
+        self._closed = False
+        self._loop: asyncio.Task[None] | None = None
         self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
-        self._leader_lock = FileLock(Path(f"{store.path}.leader"))
-        self._service_lock = FileLock(Path(f"{store.path}.service"))
-        self._drain_lock = FileLock(self._drain_path(self._owner))
-        self._http: HttpClient | None = None
-
-    # --- life ---
 
     async def start(self) -> None:
         """Becomes leader if nobody is, and starts the jobs."""
-        try:
-            working = locks_work(self.store.path)
-        except OSError as error:
-            raise StartupError(f"no file can be made in {self.store.path.parent}: {error.strerror}") from None
-        if not working:
-            raise StartupError(f"file locks do not work in {self.store.path.parent}: put the database on a local file system")
-        while self._kind == "service" and not self._service_lock.acquire(shared=True):
-            await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
-        if self._kind == "service":
-            self._http = HttpClient(self.settings)
-        await self._load_state()
-        try:
-            await self._look_for_leadership()
-        except Unavailable as error:  # a full disk: reads work, and the watch tries again
-            logger.error("this process cannot lead yet: %s", error.detail)
-        self._heart_job = self._spawn(self._keep("heart", self._heart))
-        self._spawn(self._keep("watch", self._watch))
-        self._spawn(self._keep("housekeeping", self._housekeeping))
-
-    async def stop(self) -> None:
-        """Lets running executions finish for the grace, ends the others, settles all, releases the locks."""
-        self.stopping = True
-        self._wake.set()
-        self._notify(list(self._waiting))
-        self.feed.close_all()
-        await self._until_idle(self._after(self.settings.shutdown_grace))
-        self._ending = True
-        for active in self.running.values():
-            active.live.stop("interrupted")
-        end = self._after(1.5)  # of the 2 s that a stop may take after the grace; the rest closes connections and files
-        await self._until_idle(end - 0.2)
-        self._closed = True  # the heart ends by itself: cancelled in mid-write it would not know what was written
-        self._wake.set()
-        if self._heart_job is not None:
-            await asyncio.wait({self._heart_job}, timeout=end - 0.1 - self.clock.monotonic())
-        known = self._heart_job is None or self._heart_job.done()  # else its last write may still reach the disk, or not
-        while self._to_begin:
-            self._ended.append(self._settled(self._to_begin.popleft(), INTERRUPTED))
-        jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
-        if self._ended:
-            await self._settle_last(known, end)
-        if self._http is not None:
-            await self._http.close()
-        self._checks.shutdown(wait=False, cancel_futures=True)
-        for lock in (self._drain_lock, self._leader_lock, self._service_lock):
-            lock.release()
-        self._drain_lock.path.unlink(missing_ok=True)
-
-    async def _settle_last(self, known: bool, end: float) -> None:
-        """Settles what ended last. What the database does not take now, the next start settles like after a crash."""
-        try:
-            if known:
-                async with asyncio.timeout(end - self.clock.monotonic()):
-                    await self.beat()
-        except (Unavailable, TimeoutError):
-            known = False
-        if not known:
-            logger.error("the database cannot be written: %d executions are settled at the next start", len(self._ended))
-
-    def _after(self, seconds: float) -> float:
-        return self.clock.monotonic() + seconds
-
-    async def _until_idle(self, end: float) -> None:
-        """Until nothing runs, and no beat can start something more. What has ended may be waiting for the disk."""
-        while (self._beating or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
-            await asyncio.sleep(0.02)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        job = asyncio.create_task(coroutine)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
-        return job
+        if self.leadership.kind == "service":
+            self.engine.http = HttpClient(self.settings)
+        await self.changes.load_state()
+        await self.leadership.begin()
+        self._loop = self.engine.spawn(self._keep("scheduler loop", self.engine.step))
+        self.engine.spawn(self._keep("poll", self._poll))
+        self.engine.spawn(self._keep("retention", self.retention.step))
 
     async def _keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
@@ -6545,383 +7131,32 @@ class Service:
                 log("%s: %s", name, error)
                 await asyncio.sleep(1)
 
-    # --- the heart ---
-
-    async def _heart(self) -> None:
-        await self._gather_ends()
-        self._wake.clear()
-        moved = self.clock.step()
-        if moved > DAY:
-            self._distrust_clock()
-        self._set_back += min(moved, 0)
-        if self._set_back <= -SECOND and self.leading:
-            await self._follow_clock()
-        self.last_beat = self.clock.monotonic()
-        await self.beat()
-        self._last_beat_end = self.clock.monotonic()
-        due = self._next_due()
-        full = len(self.running) >= self.settings.max_concurrent_runs
-        if due is None or due > self.clock.now() or not full:
-            await self.clock.wait(self._wake, due)
-        # else the next claim goes to the writer before what was just started begins
-
-    async def _gather_ends(self) -> None:
-        """Under load, waits until some more attempts have ended: a beat for many costs little more than a beat for one."""
-        if len(self.running) >= BUSY_FROM and not self.stopping:
-            pause = self._last_beat_end + BEAT_GAP - self.clock.monotonic()
-            due = self._next_due()
-            if due is not None and not self._backlog:
-                pause = min(pause, (due - self.clock.now()) / SECOND)
-            if pause > 0 and len(self._ended) < len(self.running):
-                self._all_ended.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._all_ended.wait()
-
-    def _next_due(self) -> int | None:
-        if not self.leading or self.stopping:
-            return None
-        times = [self._retries.next_due(), None if self.paused else self._timers.next_due()]
-        return min((t for t in times if t is not None), default=None)
-
-    async def beat(self) -> None:
-        """Claims what is due now, starts what is ready, settles what has ended: one transaction, then the effects.
-
-        While executions wait for a place, every other beat only settles and starts: it is short, and the claims of the
-        next one go on beside what it has started.
-        """
-        now = self.clock.now()
-        acting = self.leading and not self.stopping
-        claiming = acting and not self._backlog
-        slots = self._timers.pop_due(now, self._batch) if claiming and not self.paused else []
-        retries = self._retries.pop_due(now, self._batch) if claiming else []
-        self._backlog = False
-        settlements, self._ended = self._ended, []
-        places = self.settings.max_concurrent_runs - len(self.running) + len(settlements) if acting else 0
-        self._ready = self._ready or bool(slots or retries or settlements)
-        if not (settlements or slots or retries or (self._ready and places > 0)):
-            return
-        self._beating = True
-        try:
-            beat = await self.store.write(
-                partial(_beat, now=now, slots=slots, retries=retries, settlements=settlements, places=places, owner=self._owner),
-                at_once=True,
-            )
-        except BaseException:  # nothing is lost: it is all tried again
-            self._ended = settlements + self._ended
-            for schedule_id in slots:
-                self._timers.set(schedule_id, now)
-            for execution_id in retries:
-                self._retries.set(execution_id, now)
-            raise
-        finally:
-            self._beating = False
-        self._ready = len(beat.runs) == places
-        self._backlog = self._ready and bool(slots or retries)
-        if claiming:
-            more = self._batch in (len(slots), len(retries))
-            self._batch = min(4 * self._batch, BATCH) if more else FIRST_BATCH
-        await self._after_beat(beat, settlements, now)
-
-    async def _after_beat(self, beat: Beat, settlements: Sequence[Settlement], now: int) -> None:
-        for schedule in beat.claim.schedules:
-            self._timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
-        for s in settlements:
-            self.running.pop(s.run.execution_id, None)
-            if self.leading:
-                self._retries.set(s.run.execution_id, s.next_attempt_at)
-            self._count_end(s)
-        for execution_id in beat.cancelled:
-            self._stop_run(execution_id)
-        self._start_runs(beat.runs)
-        self._notify([*(s.run.execution_id for s in settlements if s.next_attempt_at is None), *beat.cancelled])
-        for schedule in beat.claim.schedules:
-            self._touched.add(schedule.task_id)
-        if not self.leading and not self.running:
-            self._drain_lock.release()
-            self._drain_lock.path.unlink(missing_ok=True)
-        await self._publish_executions(
-            [*beat.new_ids, *(r.execution_id for r in beat.runs), *(s.run.execution_id for s in settlements), *beat.cancelled]
-        )
-
-    def _count_end(self, settlement: Settlement) -> None:
-        self._touched.add(settlement.run.task_id)
-        if settlement.status == "retrying":
-            return
-        stats, run = self.stats, settlement.run
-        stats.ended[run.task_type, settlement.status] += 1
-        if SUCCESS.get(settlement.status) is False:
-            why = settlement.error_message or "no reason was given"
-            logger.warning(
-                "task %d (%s), execution %d: %s: %s", run.task_id, run.task_name, run.execution_id, settlement.status, why
-            )
-        stats.durations.add((settlement.finished_at - run.started_at) / SECOND)
-
-    def _start_runs(self, runs: Sequence[Run]) -> None:
-        beginning = bool(self._to_begin)
-        for run in runs:
-            if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
-                late = max(0.0, (run.started_at - run.fire_at) / SECOND)
-                self.stats.recent_late.append(late)
-                self.stats.lateness.add(late)
-            active = self.running[run.execution_id] = Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic())
-            if self._ending:
-                active.live.stop("interrupted")
-            self._to_begin.append(active)
-        if not beginning:
-            self._begin_some()
-
-    def _begin_some(self) -> None:
-        room = TURN
-        while self._to_begin and room > 0:
-            active = self._to_begin.popleft()
-            active.job = asyncio.create_task(self._attempt(active))
-            room -= SPAWN_WEIGHT if active.run.task_type == "bash" else 1
-        if self._to_begin:
-            asyncio.get_running_loop().call_soon(self._begin_some)
-
-    async def _attempt(self, active: Active) -> None:
-        run = active.run
-        try:
-            config = stored_config(run.config)
-            if run.task_type == "bash":
-                outcome = await run_bash(config, run, self.settings, self._environ, active.live)
-            else:
-                client = self._http or await self._open_http()
-                outcome = await run_http(config, run, self.settings, client, self._environ, active.live, self.clock.now)
-            ended = self._settled(active, outcome)
-        except Exception as error:
-            logger.exception("execution %d", run.execution_id)
-            ended = self._settled(active, Outcome("failed", f"ChronoTask could not run this task: {error!r}"))
-        except asyncio.CancelledError:
-            ended = self._settled(active, INTERRUPTED)
-        self._ended.append(ended)
-        self._wake.set()
-        if len(self._ended) >= len(self.running):
-            self._all_ended.set()
-
-    def _settled(self, active: Active, outcome: Outcome) -> Settlement:
-        seconds = self.clock.monotonic() - active.since
-        return settle(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds)
-
-    async def _open_http(self) -> HttpClient:
-        """For the first http task in mode `mcp`: a service imports aiohttp as it starts."""
-        await asyncio.to_thread(importlib.import_module, "aiohttp")
-        self._http = self._http or HttpClient(self.settings)  # another attempt may have been faster
-        return self._http
-
-    def _stop_run(self, execution_id: int) -> None:
-        if active := self.running.get(execution_id):
-            active.live.stop("cancelled")
-
-    async def _follow_clock(self) -> None:
-        """The clock was set back: slots are looked for from now on, and the wait for a retry, a duration, does not grow."""
-        logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
-        await self.store.write(partial(_follow_clock, now=self.clock.now(), moved=self._set_back))
-        self._set_back = 0
-        self._retries.rebuild(await self.store.read(retry_timers))
-        await self._sync()
-
-    def _distrust_clock(self) -> None:
-        """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
-        self._old_until = self.clock.monotonic() + DISTRUST
-        logger.warning("the clock went on by more than a day: for an hour no history is deleted by age")
-
-    # --- leadership, and what other processes do ---
-
-    def _drain_path(self, owner: str) -> Path:
-        return Path(f"{self.store.path}.drain-{owner}")
-
-    async def _must_yield(self) -> bool:
-        """Whether a service is alive. Asked twice: another `mcp` process may have been looking at the same moment."""
-        if not is_locked(self._service_lock.path):
-            return False
-        await asyncio.sleep(0.01)
-        return is_locked(self._service_lock.path)
-
-    async def _watch(self) -> None:
+    async def _poll(self) -> None:
+        """Looks who leads and what other processes wrote."""
         before = self.clock.monotonic()
-        await asyncio.sleep(NAP)
-        self.stats.loop_lag = max(0.0, self.clock.monotonic() - before - NAP)
-        if self.stopping:
-            return
-        await self._look_for_leadership()
-        self._stale = await self.store.foreign_changes() or self._stale
-        if self._stale:
-            self._ready = True
-            await self._sync()
-            await self._publish_foreign()
-            self._stale = False
-        if self.leading and self._drained_owners:
-            await self._settle_orphans()
-            for execution_id, at in await self.store.read(retry_timers):
-                self._retries.set(execution_id, at)
-        await self._show_output()
+        await asyncio.sleep(POLL)
+        self.engine.stats.loop_lag = max(0.0, self.clock.monotonic() - before - POLL)
+        if not self.engine.stopping:
+            await self.leadership.look()
+            await self.changes.poll()
 
-    async def _look_for_leadership(self) -> None:
-        yielding = self._kind == "mcp" and await self._must_yield()
-        if self.leading and (yielding or not self._leader_lock.held()):
-            await self._step_down()
-        elif not self.leading and not yielding and self._leader_lock.acquire():
-            await self._take_over()
+    async def stop(self) -> None:
+        """Lets running executions finish for the grace, ends the others, finishes all, releases the locks."""
+        await self.engine.drain(self.settings.shutdown_grace)
+        end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
+        self._closed = True
+        await self.engine.close(self._loop, end)
+        self._checks.shutdown(wait=False, cancel_futures=True)
+        self.leadership.release()
 
-    async def _step_down(self) -> None:
-        """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
-        logger.info("this process no longer leads")
-        self.leading = False
-        if self.running:
-            self._drain_lock.acquire()
-        self._timers.rebuild([])
-        self._retries.rebuild([])
-        await self.store.set_leading(False)
-        self._leader_lock.release()
-
-    async def _take_over(self) -> None:
-        """Rebuilds everything from the store, settles what a dead leader left running, and leads from then on."""
-        known = await self.store.read(latest_known)
-        if known and self.clock.now() > known + DAY:
-            self._distrust_clock()
-        await self.store.set_leading(True)
-        await self._settle_orphans()
-        await self.store.write(partial(_follow_clock, now=self.clock.now(), moved=0))
-        self._set_back = 0
-        await self.store.write(partial(set_meta, key="boot", value=_boot_id()))
-        await self._check_zone_rules()
-        self._retries.rebuild(await self.store.read(retry_timers))
-        self.leading, self._rev, self._ready = True, -1, True
-        await self._sync()
-        self._touched.update(await self.store.read(all_task_ids))
-        logger.info("this process leads: it fires schedules and runs executions")
-
-    async def _settle_orphans(self) -> None:
-        """Executions left `running` by a process that died count as a failed attempt. What it started is killed first."""
-        others = await self.store.read(partial(running_of_others, owner=self._owner))
-        living = {run.owner for run in others if self._is_draining(run.owner)}
-        self._drained_owners = bool(living)
-        dead = [run for run in others if run.owner not in living]
-        if not dead:
-            return
-        if await self.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
-            killed = await asyncio.to_thread(kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"})
-            logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
-        now = self.clock.now()
-        outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
-        settlements = [settle(run, outcome, now, random.uniform(-1, 1)) for run in dead]
-        await self.store.write(partial(_settle_dead, settlements=settlements))
-        for s in settlements:
-            self._retries.set(s.run.execution_id, s.next_attempt_at)
-        self._ready = True
-
-    def _is_draining(self, owner: str) -> bool:
-        path = self._drain_path(owner)
-        if not path.exists():
-            return False
-        draining = is_locked(path)
-        if not draining:
-            path.unlink(missing_ok=True)
-        return draining
-
-    async def _check_zone_rules(self) -> None:
-        """Slots of zones whose rules have changed since they were computed are computed anew."""
-        for zone, known in (await self.store.read(known_zones)).items():
-            with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
-                if (rules := zone_rules(zone)) != known:
-                    await self.store.write(partial(_adopt_zone_rules, zone=zone, rules=rules))
-
-    async def _load_state(self) -> int:
-        rev, paused = await self.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
-        self.paused = bool(paused)
-        return int(rev)
-
-    async def _sync(self) -> None:
-        """Takes up what changed in the store since the last look, whoever changed it.
-
-        Callers that come while a look is waiting for its turn share it: it will see what each of them wrote.
-        """
-        if self._next_look is None:
-            self._next_look = self._spawn(self._look())
-        await asyncio.shield(self._next_look)
-
-    async def _look(self) -> None:
-        async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
-            self._next_look = None
-            await self._take_up_changes()
-
-    async def _take_up_changes(self) -> None:
-        since, paused = self._rev, self.paused
-        rev = await self._load_state()
-        if self.leading:
-            timers = await self.store.read(partial(live_timers, since_rev=since if since >= 0 else None))
-            if since < 0:
-                self._timers.rebuild([(key, at) for key, at in timers if at is not None])
-            else:
-                for key, at in timers:
-                    self._timers.set(key, at)
-                for execution_id, at in await self.store.read(partial(retry_timers, since_rev=since)):
-                    self._retries.set(execution_id, at)
-            for task_id in await self.store.read(deleted_tasks):
-                self._purge(task_id)
-        self._rev = rev
-        if self.feed.wanted and since >= 0:
-            await self._publish_changes(since)
-        if self.paused != paused:
-            self.feed.publish("scheduler", None, await self.get_scheduler_status())
-        if self.running:
-            for execution_id in await self.store.read(partial(cancel_requests, ids=list(self.running))):
-                self._stop_run(execution_id)
-        if self._waiting:
-            over = await self.store.read(partial(finished_among, ids=list(self._waiting)))
-            self._notify(over)
-        self._wake.set()  # what it waits for may have changed
-
-    # --- housekeeping ---
-
-    async def _housekeeping(self) -> None:
-        """Deletes old history in small pieces, each a write of its own, so that no other write waits long."""
-        if self.leading:
-            await self.retain(self.clock.now())
-        await asyncio.sleep(RETENTION_PAUSE if self.leading else 5.0)
-
-    async def retain(self, now: int) -> None:
-        """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
-        settings, after = self.settings, 0
-        cutoff = now - settings.history_days * DAY
-        trusted = self.clock.monotonic() >= self._old_until
-        while settings.history_days and self.leading and trusted:
-            step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
-            if (reached := await self.store.write(step)) is None:
-                break
-            after = reached
-            await self._breathe()
-        touched, self._touched = self._touched, set()
-        for task_id in touched:
-            keep = settings.history_per_task
-            surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_marks=KEEP_MARKS, now=now, limit=RETENTION_ROWS)
-            while self.leading and await self.store.write(surplus) > 0:
-                await self._breathe()
-
-    async def _breathe(self) -> None:
-        """Gives back free pages, then leaves the writer to others for a moment."""
-        await self.store.write(give_back_space)
-        await asyncio.sleep(0.01)
-
-    def _purge(self, task_id: int) -> None:
-        if task_id not in self._purging:
-            self._purging[task_id] = self._spawn(self._purge_rows(task_id))
-
-    async def _purge_rows(self, task_id: int) -> None:
-        """Ends what a deleted task runs, then removes its rows in small pieces."""
-        try:
-            while any(active.run.task_id == task_id for active in self.running.values()):
-                for active in self.running.values():
-                    if active.run.task_id == task_id:
-                        active.live.stop("cancelled")
-                await asyncio.sleep(0.02)
-            while not await self.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS)):
-                await asyncio.sleep(0)
-            self._notify(list(self._waiting))
-        finally:
-            del self._purging[task_id]
+    async def _change(self, write: Callable[[DB], T], take_up: bool = True) -> T:
+        """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
+        if self.engine.stopping:
+            raise Unavailable("the service is shutting down")
+        done = await self.store.write(write)
+        if take_up:
+            await self.changes.take_up()
+        return done
 
     # --- use cases: tasks ---
 
@@ -6933,15 +7168,12 @@ class Service:
         "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is retried
         max_retries times.
         """
-        self._refuse_when_stopping()
         config = unmask_config(body["task_type"], parse_config(body["task_type"], body["config"]), {})
         check_allowed(body["task_type"], config, self.settings)
         defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
         sent, now = _with_times(Task, body, self.settings.scheduler_timezone), self.clock.now()
         task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
-        await self.store.write(partial(insert, item=task))
-        if self.feed.wanted:
-            await self._sync()
+        await self._change(partial(insert, item=task), take_up=self.engine.feed.wanted)
         return task_view(task)
 
     @operation("GET", "/tasks/{id}", tool=("read_only",))
@@ -6950,7 +7182,7 @@ class Service:
 
         With its configuration, counts of runs, and `next_run` (null while nothing will fire).
         """
-        return self._task_view(await self.store.read(partial(get_task, task_id=task_id)))
+        return task_view(as_it_is(await self.store.read(partial(get_task, task_id=task_id)), self.engine.paused))
 
     @operation("GET", "/tasks", tool=("read_only",))
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
@@ -6959,16 +7191,12 @@ class Service:
         Look here before you create one. `q` searches in names; `total` counts all that match.
         """
         total, rows = await self.store.scan(partial(list_tasks, query=query))
-        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=[self._task_view(task) for task in rows])
-
-    def _task_view(self, task: Task) -> TaskView:
-        return task_view(self._as_it_is(task))
-
-    def _as_it_is(self, task: Task) -> Task:
-        """A task with what only the service knows: nothing fires while the scheduler is paused."""
-        if self.paused or task.status != "active":
-            task.next_run = None
-        return task
+        return TaskPage(
+            total=total,
+            skip=query.skip,
+            limit=query.limit,
+            tasks=[task_view(as_it_is(task, self.engine.paused)) for task in rows],
+        )
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
@@ -6980,10 +7208,7 @@ class Service:
 
         What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task with status paused.
         """
-        self._refuse_when_stopping()
-        await self.store.write(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
-        self._ready = True  # a task that is no longer disabled
-        await self._sync()
+        await self._change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
         return await self.get_task(task_id)
 
     def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
@@ -7009,10 +7234,8 @@ class Service:
 
         Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
         """
-        self._refuse_when_stopping()
-        await self.store.write(partial(mark_deleted, task_id=task_id))
-        await self._sync()
-        while await self.store.read(partial(task_exists, task_id=task_id)) and not self.stopping:
+        await self._change(partial(mark_deleted, task_id=task_id))
+        while await self.store.read(partial(task_exists, task_id=task_id)) and not self.engine.stopping:
             await asyncio.sleep(0.02)
 
     # --- use cases: schedules ---
@@ -7025,7 +7248,6 @@ class Service:
         "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's own zone applies. The answer says in words when it
         fires, and the next five slots, local and UTC: compare them with what was asked for.
         """
-        self._refuse_when_stopping()
         await self.store.read(partial(get_task, task_id=body["task_id"]))
         schedule = await self._in_checks(partial(self._new_schedule, Schedule, body, self.clock.now()))
 
@@ -7034,11 +7256,11 @@ class Service:
             insert(db, schedule)
             remember_zone(db, schedule.zone)
             if schedule.jitter:  # it is derived from the id, which is known only now
-                _place(schedule)
+                schedule.look_ahead()
                 update(db, schedule)
 
-        await self.store.write(write)
-        return await self._schedule_changed(schedule.id)
+        await self._change(write)
+        return await self.get_schedule(schedule.id)
 
     def _new_schedule(self, kind: type[S], body: ScheduleCreate, now: int) -> S:
         """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
@@ -7061,7 +7283,7 @@ class Service:
             in_force_since=now,
         )
         _check_bounds(schedule)
-        _place(schedule)
+        schedule.look_ahead()
         if schedule.next_slot is None:
             raise InvalidInput(_nothing_left(schedule))
         return schedule
@@ -7095,14 +7317,10 @@ class Service:
     def _read_schedule(self, db: DB, schedule_id: int) -> ScheduleView:
         schedule = get_schedule(db, schedule_id)
         schedule.upcoming = []
-        if schedule.is_active and schedule.live and not self.paused:
+        if schedule.is_active and schedule.live and not self.engine.paused:
             with contextlib.suppress(*DAMAGE):  # its description says so
                 schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-        return self._schedule_view(schedule)
-
-    def _schedule_view(self, schedule: Schedule) -> ScheduleView:
-        schedule.live = schedule.live and not self.paused
-        return view_of(schedule)
+        return view_of(as_it_is(schedule, self.engine.paused))
 
     @operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -7111,7 +7329,7 @@ class Service:
         Of all tasks or of one, with words, time zone and next slots.
         """
         total, rows = await self.store.scan(partial(list_schedules, query=query))
-        schedules = [self._schedule_view(schedule) for schedule in rows]
+        schedules = [view_of(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
     @operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
@@ -7121,15 +7339,12 @@ class Service:
         What is not sent stays; `schedule_config` is replaced as a whole; null clears start_at, end_at, max_runs. Fields as in
         create_schedule. Pause it with is_active false.
         """
-        self._refuse_when_stopping()
         schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now = self.clock.now()
         changes = await self._in_checks(partial(self._checked_changes, schedule, dict(body), now))
-        started = await self.store.write(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
-        self._ready = True
-        view = await self._schedule_changed(schedule_id)
-        await self._publish_executions(started)
-        return view
+        touched = await self._change(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
+        await self.engine.feed.publish_executions(touched)
+        return await self.get_schedule(schedule_id)
 
     def _checked_changes(self, schedule: Schedule, sent: dict[str, Any], now: int) -> dict[str, Any]:
         """What was sent, as the store keeps it, and only where it differs."""
@@ -7153,17 +7368,9 @@ class Service:
 
         Queued runs of it are cancelled, running ones end.
         """
-        self._refuse_when_stopping()
-        task_id, cancelled = await self.store.write(partial(_delete_schedule, schedule_id=schedule_id, now=self.clock.now()))
-        self._ready = True  # what waited behind the cancelled ones
-        await self._sync()
-        self._notify(cancelled)
-        await self._publish_executions(cancelled)
-        self.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
-
-    async def _schedule_changed(self, schedule_id: int) -> ScheduleView:
-        await self._sync()
-        return await self.get_schedule(schedule_id)
+        task_id, cancelled = await self._change(partial(_delete_schedule, schedule_id=schedule_id, now=self.clock.now()))
+        await self.engine.feed.publish_executions(cancelled)
+        self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
 
     # --- use cases: executions ---
 
@@ -7174,14 +7381,13 @@ class Service:
         Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
         get_execution shows its end.
         """
-        self._refuse_when_stopping()
-        execution = await self.store.write(partial(self._queue_manual, task_id=task_id, now=self.clock.now()))
-        self._ready = True
-        self._wake.set()
-        await self._publish_executions([execution.id])
+        queue = partial(self._queue_manual, task_id=task_id, now=self.clock.now())
+        execution = await self._change(queue, take_up=False)
+        self.engine.wake()
+        await self.engine.feed.publish_executions([execution.id])
         if wait <= 0:
             return view_of(execution)
-        await self.wait_for(execution.id, wait)
+        await self.engine.wait_for(execution.id, wait)
         return await self.get_execution(execution.id)
 
     def _queue_manual(self, db: DB, task_id: int, now: int) -> Execution:
@@ -7192,29 +7398,6 @@ class Service:
             raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
         return get_execution(db, insert_executions(db, [NewExecution(task_id, None, "manual", None, now)])[0])[0]
 
-    async def wait_for(self, execution_id: int, seconds: float) -> None:
-        """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
-        until = self.clock.monotonic() + seconds
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        while not self.stopping:
-            futures = self._waiting.setdefault(execution_id, set())
-            futures.add(future)
-            try:
-                over = await self.store.read(partial(finished_among, ids=[execution_id]))
-                if over or not (await asyncio.wait({future}, timeout=until - self.clock.monotonic()))[0]:
-                    return
-            finally:
-                futures.discard(future)
-                if not futures:
-                    self._waiting.pop(execution_id, None)
-            future = asyncio.get_running_loop().create_future()  # woken, perhaps by the end of an attempt that is retried
-
-    def _notify(self, execution_ids: Iterable[int]) -> None:
-        for execution_id in execution_ids:
-            for future in self._waiting.get(execution_id, ()):
-                if not future.done():
-                    future.set_result(None)
-
     @operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
         """Show an execution with its attempts and output.
@@ -7222,7 +7405,7 @@ class Service:
         Of a running one, the output so far. It is over unless its status is queued, running or retrying.
         """
         execution, past = await self.store.read(partial(get_execution, execution_id=execution_id))
-        if (active := self.running.get(execution_id)) and execution.status == "running":
+        if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
         execution.attempts = attempt_views(execution, past)
         return view_of(execution)
@@ -7250,54 +7433,16 @@ class Service:
 
         Kills its processes and drops its retries. One that is over already is refused.
         """
-        self._refuse_when_stopping()
-        before = await self.store.write(partial(_cancel, execution_id=execution_id, now=self.clock.now()))
+        before = await self._change(partial(_cancel, execution_id=execution_id, now=self.clock.now()))
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
-            self._stop_run(execution_id)
-            await self.wait_for(execution_id, CANCEL_WAIT)
+            await self.engine.wait_for(execution_id, CANCEL_WAIT)
         else:
-            self._retries.set(execution_id, None)
-            self._ready = True
-            self._wake.set()
-            self._notify([execution_id])
-            await self._publish_executions([execution_id])
+            await self.engine.feed.publish_executions([execution_id])
         return await self.get_execution(execution_id)
 
     # --- use cases: looking on ---
-
-    async def open_feed(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
-        """Events to come, and those missed since `last_id` (None: too many to know)."""
-        if not self.feed.wanted:
-            self._shown_up_to, self._shown = await self.store.read(unfinished_statuses)
-        return self.feed.open(last_id)
-
-    async def _publish_executions(self, ids: Collection[int]) -> None:
-        if not ids or not self.feed.wanted:
-            return
-        for execution in await self.store.read(partial(get_executions, ids=set(ids))):
-            self.feed.publish("execution", execution.task_id, view_of(execution))
-            self._shown_up_to = max(self._shown_up_to, execution.id)
-            self._shown[execution.id] = execution.status
-            if execution.status in FINISHED:
-                del self._shown[execution.id]
-
-    async def _publish_foreign(self) -> None:
-        """Executions that other processes queued, started or ended since the last look."""
-        if self.feed.wanted:
-            changed = partial(changed_executions, after_id=self._shown_up_to, shown=self._shown)
-            await self._publish_executions(await self.store.read(changed))
-
-    async def _publish_changes(self, since_rev: int) -> None:
-        tasks, schedules = await self.store.read(lambda db: (changed_tasks(db, since_rev), changed_schedules(db, since_rev)))
-        changed, gone = tasks
-        for task in changed:
-            self.feed.publish("task", task.id, self._task_view(task))
-        for task_id in gone:
-            self.feed.publish("task", task_id, {"id": task_id, "deleted": True})
-        for schedule in schedules:
-            self.feed.publish("schedule", schedule.task_id, self._schedule_view(schedule))
 
     async def get_output(self, execution_id: int) -> str:
         """The kept output as one text."""
@@ -7313,9 +7458,9 @@ class Service:
         sent: dict[tuple[int, str], int] = {}
         while True:
             execution, _ = await self.store.read(partial(get_execution, execution_id=execution_id))
-            if active := self.running.get(execution_id):
+            if active := self.engine.running.get(execution_id):
                 live = active.live
-            over = execution.status in FINISHED or self.stopping
+            over = execution.status in FINISHED or self.engine.stopping
             recent = live.recent() if live is not None else await self._foreign_output(execution)
             for stream, total, data in recent:
                 before = sent.get((execution.attempt, stream), 0)
@@ -7327,19 +7472,12 @@ class Service:
                     yield output_text(execution.output_data).encode()
                 return
             live = None if execution.status == "retrying" else live
-            await asyncio.sleep(NAP)
+            await asyncio.sleep(POLL)
 
     async def _foreign_output(self, execution: Execution) -> list[tuple[str, int, bytes]]:
         if execution.status == "running":
             return await self.store.write(partial(ask_for_output, execution_id=execution.id, until=self.clock.now() + 5 * SECOND))
         return await self.store.read(partial(shown_output, execution_id=execution.id))
-
-    async def _show_output(self) -> None:
-        """Writes what running executions print for followers in other processes, while there are any."""
-        if not self.running or not (wanted := await self.store.read(partial(wanted_output, now=self.clock.now()))):
-            return
-        recent = {key: active.live.recent() for key in wanted if (active := self.running.get(key))}
-        await self.store.write(partial(show_output, recent=recent, now=self.clock.now()))
 
     @operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
@@ -7349,7 +7487,7 @@ class Service:
     def _overview(self, db: DB, query: TaskQuery) -> OverviewPage:
         total, rows = list_tasks(db, query)
         recent = recent_executions(db, [task.id for task in rows], 30)
-        tasks = [overview_view(self._as_it_is(task), recent.get(task.id, [])) for task in rows]
+        tasks = [overview_view(as_it_is(task, self.engine.paused), recent.get(task.id, [])) for task in rows]
         return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def backup(self) -> BinaryIO:
@@ -7365,7 +7503,16 @@ class Service:
         """Everything that /metrics shows, in the store's words."""
         objects, counts, tasks = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return Metrics(self.stats, objects, counts, tasks, size, self.store.waiting_writes, self.leading, len(self.running))
+        return Metrics(
+            self.engine.stats,
+            objects,
+            counts,
+            tasks,
+            size,
+            self.store.waiting_writes,
+            self.engine.leading,
+            len(self.engine.running),
+        )
 
     # --- use cases: the scheduler ---
 
@@ -7380,9 +7527,7 @@ class Service:
         return await self._set_paused(False)
 
     async def _set_paused(self, paused: bool) -> StatusView:
-        self._refuse_when_stopping()
-        await self.store.write(partial(_pause_all, paused=paused, now=self.clock.now()))
-        await self._sync()
+        await self._change(partial(_pause_all, paused=paused, now=self.clock.now()))
         return await self.get_scheduler_status()
 
     @operation("GET", "/scheduler/status", tool=("read_only",))
@@ -7394,9 +7539,9 @@ class Service:
         counts, executions, fires = await self.store.scan(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
         zone = self.settings.scheduler_timezone
         return StatusView(
-            running=not self.stopping,
-            leader=self.leading,
-            paused=self.paused,
+            running=not self.engine.stopping,
+            leader=self.engine.leading,
+            paused=self.engine.paused,
             timezone=zone,
             version=__version__,
             started_at=format_instant(self.started_at),
@@ -7406,105 +7551,19 @@ class Service:
             executions=executions,
             queue_length=executions["queued"],
             max_concurrent_runs=self.settings.max_concurrent_runs,
-            next_runs=[] if self.paused else [_next_run(*fire) for fire in fires],
-            lateness=_lateness(self.stats.recent_late),
+            next_runs=[] if self.engine.paused else [_next_run(*fire) for fire in fires],
+            lateness=_lateness(self.engine.stats.recent_late),
         )
 
     def problem(self) -> str | None:
         """Why the service is not healthy, or None."""
-        silent = self.clock.monotonic() - self.last_beat
+        silent = self.clock.monotonic() - self.engine.last_tick
         if silent > TICK_LIMIT:
             return f"the scheduling job has not ticked for {silent:.0f} s"
         return self.store.problem()
 
-    def _refuse_when_stopping(self) -> None:
-        if self.stopping:
-            raise Unavailable("the service is shutting down")
 
-
-# --- Transactions of the service --------------------------------------------------------------------------------------
-
-
-def _beat(
-    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], settlements: Sequence[Settlement], places: int, owner: str
-) -> Beat:
-    beat = Beat()
-    if settlements:
-        write_settlements(db, settlements)
-    if slots:
-        _claim(db, slots, now, beat)
-    if retries:
-        queue_retries(db, retries, now)
-    if settlements or beat.cancelled or any(row.hold for row in beat.claim.rows):
-        release_held(db, {s.run.task_id for s in settlements} | {row.task_id for row in beat.claim.rows})
-    if places > 0:
-        beat.runs = start_ready(db, places, now, owner)
-    note_clock(db, now)
-    return beat
-
-
-def _claim(db: DB, slots: Sequence[int], now: int, beat: Beat, early: bool = False) -> None:
-    """Claims the due slots of schedules and moves these on, in the caller's transaction."""
-    claim, schedules = beat.claim, due_schedules(db, slots)
-    others = Others(unfinished_of(db, {schedule.task_id for schedule in schedules}))
-    for schedule in schedules:
-        try:
-            claim_slots(claim, schedule, others, now, early)
-        except Exception as error:
-            logger.exception("schedule %d", schedule.id)
-            claim_broken(claim, schedule, now, error)
-    for schedule, trigger in claim.cancels:
-        beat.cancelled += _cancel_unfinished(db, schedule, trigger, now)
-    claim.rows, beat.new_ids = insert_slots(db, claim.rows)
-    runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
-    for schedule in claim.schedules:
-        schedule.run_count += runs[schedule.id]
-    advance_schedules(db, claim.schedules)
-
-
-def _cancel_unfinished(db: DB, schedule: Schedule, trigger: str, now: int) -> list[int]:
-    """Overlap `cancel`: ends the unfinished executions of the task. (A catch-up spares those of its own schedule.)"""
-    spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
-    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
-    for execution_id in ids:
-        cancel_execution(db, execution_id, now, CANCELLED_BY_OVERLAP)
-    return ids
-
-
-def _settle_dead(db: DB, settlements: Sequence[Settlement]) -> None:
-    write_settlements(db, settlements)
-    release_held(db, None)
-
-
-def _follow_clock(db: DB, now: int, moved: int) -> None:
-    """Takes schedules, and with `moved` the waits for retries, back to a clock that was set back."""
-    shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
-    latest = get_meta(db, "clock") or 0
-    for schedule in schedules_ahead(db, now):
-        with contextlib.suppress(*DAMAGE):
-            schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
-            _place(schedule)
-            update(db, schedule)
-    if latest >= now + CORRECTION:
-        set_meta(db, "clock", now)
-
-
-def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
-    """Computes the next slots of a zone's schedules anew."""
-    set_meta(db, f"zone:{zone}", rules)
-    for schedule in active_schedules(db, zone=zone):
-        before = schedule.next_fire
-        with contextlib.suppress(*DAMAGE):
-            if schedule.schedule_type != "interval":
-                _place(schedule)
-        if schedule.next_fire != before:
-            update(db, schedule)
-
-
-def _place(schedule: Schedule) -> None:
-    """Finds the first slot after `settled_until`; without one the schedule is over."""
-    plan = schedule.plan()
-    schedule.place(plan.next_slot(schedule.settled_until), plan)
+# --- Transactions of the use cases ------------------------------------------------------------------------------------
 
 
 def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
@@ -7530,17 +7589,14 @@ def _pause_all(db: DB, paused: bool, now: int) -> None:
     set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
-TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
-
-
 def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
     """Returns the executions that it has touched."""
     schedule = get_schedule(db, schedule_id)
-    wanted, claimed = changes.get("is_active"), Beat()
+    wanted, claimed = changes.get("is_active"), Tick()
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
-        _claim(db, [schedule_id], now, claimed, early=True)
+        claim_due(db, [schedule_id], now, claimed, early=True)
         release_held(db, {schedule.task_id})
         schedule = get_schedule(db, schedule_id)
     resumed = bool(wanted) and not schedule.is_active
@@ -7558,7 +7614,7 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
     elif schedule.over:
         go_on(schedule, now)
     elif schedule.plan().remaining == 0:
-        _place(schedule)
+        schedule.look_ahead()
     if schedule.next_slot is None and (retimed or resumed) and not (mark is not None and insert_slots(db, [mark])[1]):
         raise InvalidInput(_nothing_left(schedule))
     update(db, schedule)
@@ -7634,18 +7690,9 @@ def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
     }
 
 
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"
-
-
-# ======================================================================================================================
-# 9. Operations
-# ======================================================================================================================
+# --- Operations -------------------------------------------------------------------------------------------------------
 #
-# What can be asked of ChronoTask, for REST and for MCP: the use cases that are marked as operations, by their signatures.
+# REST makes its routes and its OpenAPI document from them, MCP its tools.
 
 
 @dataclass(frozen=True, slots=True)
@@ -7715,7 +7762,7 @@ OPERATIONS = tuple(_operation(name, route) for name, route in ROUTES.items())
 
 
 # ======================================================================================================================
-# 10. REST
+# 12. REST
 # ======================================================================================================================
 
 API = "/api/v1"
@@ -8057,7 +8104,7 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
     reason = service.problem()
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
     if service.settings.api_token is None:
-        answer |= {"version": __version__, "leader": service.leading, "running": len(service.running)}
+        answer |= {"version": __version__, "leader": service.engine.leading, "running": len(service.engine.running)}
         if reason is not None:
             answer["reason"] = reason
     return json_answer(answer, 200 if reason is None else 503)
@@ -8081,7 +8128,7 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
     """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
     query = read_query(request, EventQuery)
-    reader, missed = await service.open_feed(request.headers.get("Last-Event-ID"))
+    reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
         await answer.prepare(request)
@@ -8099,7 +8146,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
                 return answer
             await _send_event(answer, event_or_end, query.task_id)
     finally:
-        service.feed.close(reader)
+        service.engine.feed.close(reader)
 
 
 async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | None) -> None:
@@ -8371,7 +8418,7 @@ def make_app(service: Service) -> web.Application:
 
 
 # ======================================================================================================================
-# 11. MCP
+# 13. MCP
 # ======================================================================================================================
 #
 # The same operations as tools for a language model: flat arguments, answers with what it cannot look up (zones, words, next
@@ -8965,7 +9012,7 @@ async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterat
 
 
 # ======================================================================================================================
-# 12. Main
+# 14. Main
 # ======================================================================================================================
 
 MAX_CONNECTIONS = 4096  # of REST, and of MCP over HTTP

@@ -292,11 +292,11 @@ class Rig:
     async def finish(self) -> None:
         """Waits for all attempts under way and for those that they make way for."""
         for _ in range(100):
-            jobs = [active.job for active in self.service.running.values() if active.job is not None]
+            jobs = [active.job for active in self.service.engine.running.values() if active.job is not None]
             if jobs:
                 await asyncio.wait(jobs)
             await self.tick()
-            if not self.service.running:
+            if not self.service.engine.running:
                 return
         raise AssertionError("executions go on for ever")
 
@@ -775,11 +775,13 @@ SECTIONS = {
     5: "Clock and timers",
     6: "Store",
     7: "Executors",
-    8: "Service",
-    9: "Operations",
-    10: "REST",
-    11: "MCP",
-    12: "Main",
+    8: "Engine",
+    9: "Changes",
+    10: "Leadership",
+    11: "Service",
+    12: "REST",
+    13: "MCP",
+    14: "Main",
 }
 # Which sections a section may know: an interface knows the service and the models, never what lies behind the service.
 MAY_KNOW: dict[int, set[int]] = {
@@ -792,10 +794,12 @@ MAY_KNOW: dict[int, set[int]] = {
     6: {0, 1, 2, 3},
     7: {0, 1, 2, 3, 5},
     8: {0, 1, 2, 3, 4, 5, 6, 7},
-    9: {0, 1, 3, 8},
-    10: {0, 1, 2, 3, 8, 9},
-    11: {0, 1, 2, 3, 5, 8, 9, 10},  # of 5 the helper for calls that may block for ever
-    12: {*range(12)},
+    9: {0, 1, 2, 3, 6, 8},
+    10: {0, 1, 2, 3, 4, 6, 7, 8, 9},
+    11: {*range(11)},
+    12: {0, 1, 2, 3, 8, 11},  # of 8 the events of the feed
+    13: {0, 1, 2, 3, 5, 11, 12},  # of 5 the helper for calls that may block for ever
+    14: {*range(14)},
 }
 _WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "yarl"}
 # Imported names that contradict what a section promises: no I/O, no SQL, no HTTP, no JSON.
@@ -807,11 +811,10 @@ MAY_NOT_USE: dict[int, set[str]] = {
     5: {"sqlite3", "os", "open", "datetime", *_WIRE},
     6: {"BaseModel", "random", *_WIRE},
     7: {"sqlite3", "web", "mcp", "BaseModel", "Clock"},
-    8: {"sqlite3", "json", "web", "mcp", "BaseModel", "CIMultiDictProxy"},
-    9: {"sqlite3", "json", *_WIRE},
-    10: {"sqlite3", "mcp"},
-    11: {"sqlite3"},
-    12: set(),
+    **{section: {"sqlite3", "json", "web", "mcp", "BaseModel", "CIMultiDictProxy"} for section in (8, 9, 10, 11)},
+    12: {"sqlite3", "mcp"},
+    13: {"sqlite3"},
+    14: set(),
 }
 _CLOCKS = re.compile(
     r"time\.(time|time_ns|monotonic|monotonic_ns|perf_counter|perf_counter_ns|gmtime|localtime|ctime|strftime|sleep)"
@@ -878,8 +881,8 @@ class House:
     def _wrong_import(self, node: ast.Import | ast.ImportFrom, section: int) -> Iterator[str]:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
         roots = {name.split(".")[0] for name in names}
-        if "mcp" in roots and section != 11:
-            yield "imports mcp: only section 11 may"
+        if "mcp" in roots and section != 13:
+            yield "imports mcp: only section 13 may"
         yield from (f"imports {name}" for name in roots & MAY_NOT_USE.get(section, set()) - {"mcp"})
 
     def _wrong_name(self, name: str, section: int) -> Iterator[str]:
@@ -897,7 +900,7 @@ class House:
         text = ast.unparse(node)
         if section != 5 and _CLOCKS.fullmatch(text):
             yield f"reads a clock: {text}"
-        if section != 12 and _ENVIRONMENT.fullmatch(text):
+        if section != 14 and _ENVIRONMENT.fullmatch(text):
             yield f"reads the environment: {text}"
         own = section in self.private.get(node.attr, ()) or text in PRIVATE_BY_NEED
         if node.attr.startswith("_") and not node.attr.endswith("__") and not own:
@@ -967,12 +970,12 @@ PLANTED = {
     "a name from below in an annotation": (
         2,
         "def planted(x: Service) -> None: ...",
-        "uses Service of section 8, which is below",
+        "uses Service of section 11, which is below",
     ),
     "a name from below in a default": (
         3,
         "def planted(x=OPERATIONS) -> None: ...",
-        "uses OPERATIONS of section 9, which is below",
+        "uses OPERATIONS of section 11, which is below",
     ),
     "a base class from below": (1, "class Planted(Task): ...", "uses Task of section 3, which is below"),
     "executors that see the store": (
@@ -980,12 +983,12 @@ PLANTED = {
         "async def planted(s: Store) -> None: ...",
         "uses Store of section 6, which it may not know",
     ),
-    "an interface that sees the store": (10, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
-    "an interface that sees an executor": (10, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
+    "an interface that sees the store": (12, "PLANTED = get_task", "uses get_task of section 6, which it may not know"),
+    "an interface that sees an executor": (12, "PLANTED = run_bash", "uses run_bash of section 7, which it may not know"),
     "a timer queue that knows schedules": (5, "PLANTED = Schedule", "uses Schedule of section 3, which it may not know"),
     "a store that reads the clock": (6, "def planted(c: Clock) -> int: ...", "uses Clock of section 5, which it may not know"),
     "another section's private name": (8, "PLANTED = _stored", "uses the private _stored of section 6"),
-    "another section's private attribute": (12, "def planted(s: Service) -> None:\n    s._timers", "uses the private s._timers"),
+    "another section's private attribute": (14, "def planted(s: Service) -> None:\n    s._checks", "uses the private s._checks"),
     "a private attribute of a library": (
         8,
         "def planted(job) -> object:\n    return job._callbacks",
@@ -1002,10 +1005,10 @@ PLANTED = {
     "os.getenv": (7, "PLANTED = os.getenv('HOME')", "reads the environment: os.getenv"),
     "schedules that do I/O": (2, "def planted() -> object:\n    return open('/etc/hostname')", "uses open"),
     "models that know HTTP": (3, "def planted(r: web.Request) -> None: ...", "uses web"),
-    "a service that knows requests": (8, "def planted(r: web.Request) -> None: ...", "uses web"),
-    "a service that knows JSON": (8, "PLANTED = json.loads('{}')", "uses json"),
-    "a service that knows SQL": (8, "PLANTED = sqlite3.connect(':memory:')", "uses sqlite3"),
-    "an early import of mcp": (12, "def planted() -> None:\n    import mcp.server", "imports mcp: only section 11 may"),
+    "a service that knows requests": (11, "def planted(r: web.Request) -> None: ...", "uses web"),
+    "a service that knows JSON": (11, "PLANTED = json.loads('{}')", "uses json"),
+    "a service that knows SQL": (11, "PLANTED = sqlite3.connect(':memory:')", "uses sqlite3"),
+    "an early import of mcp": (14, "def planted() -> None:\n    import mcp.server", "imports mcp: only section 13 may"),
 }
 
 
@@ -2196,7 +2199,7 @@ def test_the_jitter_of_a_slot_is_what_it_was_in_every_version() -> None:
 
 
 # ======================================================================================================================
-# 3. Models
+# 3. Resources
 # ======================================================================================================================
 
 
@@ -6203,7 +6206,7 @@ async def test_headers_that_differ_in_case_are_one() -> None:
 
 
 # ======================================================================================================================
-# 8. Service
+# 8. Engine
 # ======================================================================================================================
 
 
@@ -6234,12 +6237,12 @@ async def test_claiming_a_slot_and_moving_the_schedule_on_is_one_transaction(rig
     rig.sql("CREATE TRIGGER t BEFORE UPDATE OF next_slot ON schedules BEGIN SELECT RAISE(ABORT, 'planted'); END")
     rig.clock.advance(60)
     with pytest.raises(Unavailable, match="planted"):
-        await rig.service.beat()
+        await rig.service.engine.tick()
     assert rig.sql("SELECT count(*) FROM executions") == [(0,)]
     rig.sql("DROP TRIGGER t")
     rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
     with pytest.raises(Unavailable, match="planted"):
-        await rig.service.beat()
+        await rig.service.engine.tick()
     assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START,)]
     rig.sql("DROP TRIGGER t")
     await rig.tick()
@@ -6359,7 +6362,7 @@ async def test_while_there_is_capacity_every_tick_claims_and_starts(open_rig: Op
     await due_at_once(rig, target, 100)
     seen = []
     for _ in range(5):
-        await rig.service.beat()
+        await rig.service.engine.tick()
         seen.append(Counter(await rig.statuses()))
     assert seen == [{"running": 4}, {"running": 20}, {"running": 84}, {"running": 100}, {"running": 100}]
 
@@ -6369,7 +6372,7 @@ async def test_while_executions_wait_every_other_tick_only_settles_and_starts(op
     await due_at_once(rig, target, 60)
     seen = []
     for _ in range(6):
-        await rig.service.beat()
+        await rig.service.engine.tick()
         seen.append(sum(Counter(await rig.statuses()).values()))
     assert seen == [4, 4, 20, 20, 60, 60]
     await rig.let_go(target)
@@ -6379,14 +6382,14 @@ async def test_while_executions_wait_every_other_tick_only_settles_and_starts(op
 async def test_a_claim_that_fails_is_tried_again_by_the_next_tick(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     await due_at_once(rig, target, 20)
-    await rig.service.beat()
-    await rig.service.beat()
+    await rig.service.engine.tick()
+    await rig.service.engine.tick()
     rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
     for _ in range(2):
         with pytest.raises(Unavailable, match="planted"):
-            await rig.service.beat()
+            await rig.service.engine.tick()
     rig.sql("DROP TRIGGER t")
-    await rig.service.beat()
+    await rig.service.engine.tick()
     assert Counter(await rig.statuses()) == {"running": 1, "queued": 19}
 
 
@@ -6398,10 +6401,10 @@ async def test_a_burst_begins_little_by_little_so_that_others_have_the_loop_too(
     task_id = await rig.task(**(target.config("/hold") if kind == "http" else {"config": {"command": "sleep 30"}}))
     for _ in range(40):
         await rig.execute(task_id)
-    await rig.service.beat()
+    await rig.service.engine.tick()
     begun = []
     for _ in steps:
-        begun.append(sum(active.job is not None for active in rig.service.running.values()))
+        begun.append(sum(active.job is not None for active in rig.service.engine.running.values()))
         await asyncio.sleep(0)
     assert begun == steps
     target.let_go.set()
@@ -6413,9 +6416,9 @@ async def test_what_is_cancelled_before_it_has_begun_starts_nothing(open_rig: Op
     rig = await open_rig(max_concurrent_runs=20)
     task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 0.1"})
     ids = [await rig.execute(task_id) for _ in range(20)]
-    await rig.service.beat()
-    assert rig.service.running[ids[-1]].job is None
-    rig.service.running[ids[-1]].live.stop("cancelled")
+    await rig.service.engine.tick()
+    assert rig.service.engine.running[ids[-1]].job is None
+    rig.service.engine.running[ids[-1]].live.stop("cancelled")
     await rig.finish()
     assert Counter(await rig.statuses()) == {"succeeded": 19, "cancelled": 1}
     assert not (tmp_path / str(ids[-1])).exists()
@@ -6426,7 +6429,7 @@ async def test_a_stop_begins_nothing_more(open_rig: OpenRig, tmp_path: Path) -> 
     task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"}, max_retries=1)
     for _ in range(40):
         await rig.execute(task_id)
-    await rig.service.beat()
+    await rig.service.engine.tick()
     await rig.close()
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("retrying", 40)]
     assert len(list(tmp_path.glob("[0-9]*"))) <= 4
@@ -6441,7 +6444,7 @@ async def test_a_stop_while_a_tick_is_being_written_leaves_nothing_running(open_
     begun, go = threading.Event(), threading.Event()
     busy = asyncio.ensure_future(rig.service.store.write(lambda db: (begun.set(), go.wait(5))))
     await asyncio.to_thread(begun.wait, 5)
-    tick = asyncio.ensure_future(rig.service.beat())
+    tick = asyncio.ensure_future(rig.service.engine.tick())
     await asyncio.sleep(0)
     stop = asyncio.ensure_future(rig.close())
     await asyncio.sleep(0.05)
@@ -6924,7 +6927,7 @@ async def test_counters_survive_retention(open_rig: OpenRig) -> None:
     task_id = await rig.task()
     for _ in range(4):
         await rig.executed(task_id)
-    await rig.service.retain(rig.clock.now())
+    await rig.service.retention.delete(rig.clock.now())
     assert (await rig.history(task_id))["total"] == 1
     assert (await rig.service.get_task(task_id))["run_count"] == 4
 
@@ -6941,123 +6944,6 @@ async def test_forbidden_bash_tasks_are_neither_made_nor_executed_and_their_slot
     (row,) = await later.rows()
     assert (row["status"], row["retry_count"]) == ("failed", 0)
     assert "ALLOW_HOST_COMMANDS" in str(row["error_message"])
-
-
-# --- Restart and recovery ---------------------------------------------------------------------------------------------
-
-
-async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenRig) -> None:
-    task_id = await rig.task(name="a", description="words", config={"command": "true", "args": ["x"]}, retry_backoff=1.5)
-    for schedule_type in ("interval", "cron", "once"):
-        await rig.schedule(task_id, schedule_type, jitter=7, overlap="allow", max_runs=9)
-    await rig.executed(task_id)
-
-    async def everything(one: Rig) -> Any:
-        schedules = await one.service.list_schedules(ScheduleQuery())
-        return await one.service.list_tasks(chronotask.TaskQuery()), schedules, await one.rows(), one.clock.until
-
-    before = await everything(rig)
-    later = await restarted(rig, open_rig)
-    assert await everything(later) == before
-
-
-async def test_the_phase_of_an_interval_survives_restarts(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.schedule(await rig.task(), schedule_config={"seconds": 7})
-    later = await restarted(rig, open_rig, 8)
-    await later.finish()
-    assert later.clock.until == START + 14 * S
-    last = await restarted(later, open_rig, 1000)
-    assert last.clock.until == START + 1001 * S
-
-
-async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: OpenRig, target: Target) -> None:
-    rig = await open_rig(max_concurrent_runs=1)
-    target.answer(500)
-    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=100))
-    queued = await rig.execute(await rig.task())
-    later = await restarted(rig, open_rig, 60)
-    await later.finish()
-    assert (await later.service.get_execution(queued))["status"] == "succeeded"
-    assert await later.statuses() == ["retrying", "succeeded"]
-    await later.run_at(120)
-    assert await later.statuses() == ["succeeded", "succeeded"]
-
-
-async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 30) -> Rig:
-    """A service on the database as a crash at this moment leaves it. (The old one runs on, on its own file.)"""
-    copy = tmp_path / "after the crash" / "chronotask.db"
-    copy.parent.mkdir()
-    backup(rig.path, copy)
-    return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
-
-
-async def test_after_a_crash_a_running_execution_is_interrupted_when_no_attempt_is_left(
-    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
-) -> None:
-    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=0))
-    await rig.tick()
-    later = await crashed(rig, open_rig, tmp_path)
-    row = await later.service.get_execution(execution_id)
-    assert (row["status"], row["success"], row["finished_at"]) == ("interrupted", False, "2026-01-01T00:00:30Z")
-    assert row["error_message"]
-    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted")]
-    assert (await later.service.get_task(1))["failure_count"] == 1
-
-
-async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left(
-    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
-) -> None:
-    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=1, retry_delay=10))
-    await rig.tick()
-    later = await crashed(rig, open_rig, tmp_path)
-    row = await later.service.get_execution(execution_id)
-    assert (row["status"], row["attempt"]) == ("retrying", 1)
-    assert 39 <= offset(row["next_attempt_at"]) <= 41
-    target.let_go.set()
-    await later.run_at(42)
-    row = await later.service.get_execution(execution_id)
-    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted"), (2, "succeeded")]
-    assert (await later.service.get_task(1))["run_count"] == 1
-
-
-async def test_after_a_crash_processes_that_survived_it_are_killed(rig: Rig, open_rig: OpenRig, tmp_path: Path) -> None:
-    await rig.execute(await rig.task(config={"command": "exec sleep 60"}, max_retries=1))
-    await rig.tick()
-    (active,) = rig.service.running.values()
-    while "sleep" not in running_commands(active.run.run_id):
-        await asyncio.sleep(0.005)
-    await crashed(rig, open_rig, tmp_path)
-    assert running_commands(active.run.run_id) == []
-
-
-def running_commands(run_id: str) -> list[str]:
-    """The names of living processes that belong to an attempt."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if run_id.encode() in (folder / "environ").read_bytes() and ") Z " not in (folder / "stat").read_text():
-                found.append((folder / "comm").read_text().strip())
-        except OSError:
-            continue
-    return found
-
-
-async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.execute(await rig.task(name="once", config={"command": "exec sleep 60"}, max_retries=0))
-    await rig.execute(await rig.task(name="again", config={"command": "exec sleep 60"}, max_retries=1))
-    await rig.tick()
-    later = await restarted(rig, open_rig)
-    assert await later.statuses() == ["interrupted", "retrying"]
-    assert [a["status"] for a in (await later.service.get_execution(2))["attempts"]] == ["interrupted"]
-
-
-async def test_a_service_that_stops_takes_no_new_work(rig: Rig) -> None:
-    task_id = await rig.task()
-    rig.service.stopping = True
-    for call in (rig.task(), rig.execute(task_id), rig.schedule(task_id), rig.service.delete_task(task_id)):
-        with pytest.raises(Unavailable, match="shutting down"):
-            await call
-    rig.service.stopping = False
 
 
 # --- Time ------------------------------------------------------------------------------------------------------------
@@ -7186,7 +7072,7 @@ async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_t
     await rig.finish()
     view = await rig.service.get_execution(run)
     assert (view["duration"], view["attempts"][0]["duration"], view["status"]) == (3.0, 3.0, "succeeded")
-    assert ("_sum", 3.0) in rig.service.stats.durations.samples()
+    assert ("_sum", 3.0) in rig.service.engine.stats.durations.samples()
     assert (await rig.service.overview(chronotask.TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
     await rig.execute(1)
     await rig.finish()
@@ -7253,7 +7139,7 @@ async def test_a_broken_schedule_row_is_switched_off_and_the_others_go_on(rig: R
         await rig.schedule(await rig.task(), "cron")
     rig.sql("UPDATE schedules SET schedule_config = ? WHERE id = 2", BROKEN_CONFIGS[what])
     rig.clock.advance(60)
-    await rig.service.beat()
+    await rig.service.engine.tick()
     await rig.finish()
     found = rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id")
     assert found == [(1, "succeeded"), (2, "failed"), (3, "succeeded")]
@@ -7313,7 +7199,7 @@ async def test_a_task_row_with_broken_retries_does_not_keep_the_next_start_from_
         )
     rig.sql(f"UPDATE tasks SET {column} = 'soon' WHERE id = ?", tasks[0])
     rig = await open_rig()
-    assert rig.service.leading
+    assert rig.service.engine.leading
     assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
 
 
@@ -7323,7 +7209,7 @@ async def test_two_ticks_that_fail_do_not_stop_the_scheduler_loop(rig: Rig) -> N
     rig.clock.advance(60)
     for _ in range(2):
         with pytest.raises(Unavailable):
-            await rig.service.beat()
+            await rig.service.engine.tick()
     rig.sql("DROP TRIGGER t")
     await rig.finish()
     assert await rig.brief() == [("schedule", "succeeded", 60)]
@@ -7337,6 +7223,11 @@ async def test_a_scheduler_loop_that_does_not_tick_for_10_seconds_is_told(rig: R
     assert rig.service.problem() is None
 
 
+# ======================================================================================================================
+# 9. Changes
+# ======================================================================================================================
+
+
 # --- Deleting ---------------------------------------------------------------------------------------------------------
 
 
@@ -7345,8 +7236,8 @@ async def test_deleting_a_task_kills_what_it_runs_and_removes_every_row(rig: Rig
     await rig.schedule(task_id)
     execution_id = await rig.execute(task_id)
     await rig.tick()
-    (active,) = rig.service.running.values()
-    waiter = asyncio.ensure_future(rig.service.wait_for(execution_id, 30))
+    (active,) = rig.service.engine.running.values()
+    waiter = asyncio.ensure_future(rig.service.engine.wait_for(execution_id, 30))
     await meanwhile(rig, rig.service.delete_task(task_id))
     await waiter
     assert running_commands(active.run.run_id) == []
@@ -7381,7 +7272,7 @@ async def test_deleting_a_task_starts_none_of_its_queued_executions(open_rig: Op
 async def test_a_waiter_for_an_execution_of_a_deleted_task_hears_that_it_is_gone(rig: Rig, target: Target) -> None:
     task_id = await rig.task(**target.config("/hold"))
     waiting = asyncio.ensure_future(rig.service.execute_task(task_id, wait=30))
-    while not rig.service.running:
+    while not rig.service.engine.running:
         await rig.tick()
     await meanwhile(rig, rig.service.delete_task(task_id))
     with pytest.raises(NotFound):
@@ -7421,6 +7312,343 @@ async def test_deleting_a_schedule_lets_a_retrying_execution_end(rig: Rig, targe
     await rig.service.delete_schedule(schedule_id)
     await rig.run_at(70)
     assert await rig.statuses() == ["succeeded"]
+
+
+# --- Retention --------------------------------------------------------------------------------------------------------
+
+
+def plant_rows(
+    rig: Rig, count: int, status: str, age_days: float, schedule_id: int | None = None, slot: int | None = None
+) -> None:
+    """Rows of task 1, all of one age."""
+    at = rig.clock.now() - round(age_days * 86400) * S
+    end = None if status in ("queued", "running", "retrying") else at
+    rows = [(schedule_id, status, None if slot is None else slot + n, at, end) for n in range(count)]
+    columns = "schedule_id, status, scheduled_for, queued_at, finished_at, task_id, trigger, next_attempt_at, uuid"
+    db = sqlite3.connect(rig.path)
+    db.executemany(f"INSERT INTO executions ({columns}) VALUES (?, ?, ?, ?, ?, 1, 'schedule', {2**60}, 'u')", rows)
+    db.commit()
+    db.close()
+
+
+async def test_old_history_is_deleted_by_age_in_pieces(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 2500, "succeeded", 31)
+    plant_rows(rig, 10, "succeeded", 29)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(10,)]
+
+
+async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=5)
+    await rig.task()
+    for _ in range(8):
+        await rig.executed(1)
+    await rig.service.retention.delete(rig.clock.now())
+    assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
+
+
+async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no_run(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=5)
+    await rig.task()
+    plant_rows(rig, 4, "succeeded", 1)
+    plant_rows(rig, 90, "skipped", 1)
+    plant_rows(rig, 60, "missed", 1)
+    await rig.executed(1)
+    await rig.service.retention.delete(rig.clock.now())
+    found = rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1")
+    assert found == [("missed", 60), ("skipped", 40), ("succeeded", 5)]
+
+
+@pytest.mark.parametrize("status", ["queued", "retrying"])
+async def test_retention_never_deletes_unfinished_rows(open_rig: OpenRig, status: str) -> None:
+    rig = await open_rig(history_days=1, history_per_task=1)
+    await rig.task(status="disabled")
+    plant_rows(rig, 5, status, 99)
+    plant_rows(rig, 5, "failed", 99)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [(status, 5)]
+
+
+async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=1, history_per_task=1)
+    await rig.schedule(await rig.task())
+    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() + 3600 * S)
+    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() - 3600 * S)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("ages", "kept"),  # in days, oldest row first: -365 was written by a clock that was ahead, 9999 by one that was behind
+    [
+        ([31, 1], 1),
+        ([31, -365, 31, 1], 1),
+        ([31, -365, 1], 2),
+        ([-365], 1),
+        ([1, 9999, 1], 3),
+        ([31, 1, 9999], 2),
+    ],
+)
+async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig, ages: list[int], kept: int) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    for age in ages:
+        plant_rows(rig, 1, "succeeded", age)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
+
+
+async def test_rows_of_a_clock_that_was_ahead_do_not_keep_those_behind_them(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=30, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 1500, "succeeded", -365)
+    plant_rows(rig, 1500, "succeeded", 31)
+    plant_rows(rig, 5, "succeeded", 1)
+    for _ in range(2):
+        await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(5,)]
+
+
+@pytest.mark.parametrize(("days", "at_start"), [(1.01, True), (365, True), (365, False)])
+async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
+    rig: Rig, open_rig: OpenRig, days: float, at_start: bool
+) -> None:
+    await rig.task()
+    plant_rows(rig, 10, "succeeded", 29.5)
+    if at_start:
+        rig = await restarted(rig, open_rig, days * 86400)
+    else:
+        rig.clock.set_wall(START + round(days * 86400) * S)
+        await rig.tick()
+    for passed, kept in ((0, 10), (3590, 10), (20, 0)):
+        rig.clock.advance(passed)
+        await rig.service.retention.delete(rig.clock.now())
+        assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
+
+
+async def test_a_start_within_a_day_of_what_the_database_knows_deletes_by_age_at_once(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.task()
+    plant_rows(rig, 10, "succeeded", 29.5)
+    later = await restarted(rig, open_rig, 0.99 * 86400)
+    await later.service.retention.delete(later.clock.now())
+    assert later.sql("SELECT count(*) FROM executions") == [(0,)]
+
+
+async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=0, history_per_task=0)
+    await rig.task()
+    plant_rows(rig, 1200, "succeeded", 9999)
+    await rig.executed(1)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT count(*) FROM executions") == [(1201,)]
+
+
+async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(history_days=1)
+    target.answer(500)
+    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
+    await rig.finish()
+    assert rig.sql("SELECT count(*) FROM attempts") == [(1,)]
+    rig.clock.advance(86400 * 3)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT (SELECT count(*) FROM executions), (SELECT count(*) FROM attempts)") == [(0, 0)]
+
+
+# ======================================================================================================================
+# 10. Leadership
+# ======================================================================================================================
+
+
+# --- Restart and recovery ---------------------------------------------------------------------------------------------
+
+
+async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(name="a", description="words", config={"command": "true", "args": ["x"]}, retry_backoff=1.5)
+    for schedule_type in ("interval", "cron", "once"):
+        await rig.schedule(task_id, schedule_type, jitter=7, overlap="allow", max_runs=9)
+    await rig.executed(task_id)
+
+    async def everything(one: Rig) -> Any:
+        schedules = await one.service.list_schedules(ScheduleQuery())
+        return await one.service.list_tasks(chronotask.TaskQuery()), schedules, await one.rows(), one.clock.until
+
+    before = await everything(rig)
+    later = await restarted(rig, open_rig)
+    assert await everything(later) == before
+
+
+async def test_the_phase_of_an_interval_survives_restarts(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.schedule(await rig.task(), schedule_config={"seconds": 7})
+    later = await restarted(rig, open_rig, 8)
+    await later.finish()
+    assert later.clock.until == START + 14 * S
+    last = await restarted(later, open_rig, 1000)
+    assert last.clock.until == START + 1001 * S
+
+
+async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: OpenRig, target: Target) -> None:
+    rig = await open_rig(max_concurrent_runs=1)
+    target.answer(500)
+    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=100))
+    queued = await rig.execute(await rig.task())
+    later = await restarted(rig, open_rig, 60)
+    await later.finish()
+    assert (await later.service.get_execution(queued))["status"] == "succeeded"
+    assert await later.statuses() == ["retrying", "succeeded"]
+    await later.run_at(120)
+    assert await later.statuses() == ["succeeded", "succeeded"]
+
+
+async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 30) -> Rig:
+    """A service on the database as a crash at this moment leaves it. (The old one runs on, on its own file.)"""
+    copy = tmp_path / "after the crash" / "chronotask.db"
+    copy.parent.mkdir()
+    backup(rig.path, copy)
+    return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
+
+
+async def test_after_a_crash_a_running_execution_is_interrupted_when_no_attempt_is_left(
+    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
+) -> None:
+    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=0))
+    await rig.tick()
+    later = await crashed(rig, open_rig, tmp_path)
+    row = await later.service.get_execution(execution_id)
+    assert (row["status"], row["success"], row["finished_at"]) == ("interrupted", False, "2026-01-01T00:00:30Z")
+    assert row["error_message"]
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted")]
+    assert (await later.service.get_task(1))["failure_count"] == 1
+
+
+async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left(
+    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
+) -> None:
+    execution_id = await rig.execute(await rig.task(**target.config("/hold"), max_retries=1, retry_delay=10))
+    await rig.tick()
+    later = await crashed(rig, open_rig, tmp_path)
+    row = await later.service.get_execution(execution_id)
+    assert (row["status"], row["attempt"]) == ("retrying", 1)
+    assert 39 <= offset(row["next_attempt_at"]) <= 41
+    target.let_go.set()
+    await later.run_at(42)
+    row = await later.service.get_execution(execution_id)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted"), (2, "succeeded")]
+    assert (await later.service.get_task(1))["run_count"] == 1
+
+
+async def test_after_a_crash_processes_that_survived_it_are_killed(rig: Rig, open_rig: OpenRig, tmp_path: Path) -> None:
+    await rig.execute(await rig.task(config={"command": "exec sleep 60"}, max_retries=1))
+    await rig.tick()
+    (active,) = rig.service.engine.running.values()
+    while "sleep" not in running_commands(active.run.run_id):
+        await asyncio.sleep(0.005)
+    await crashed(rig, open_rig, tmp_path)
+    assert running_commands(active.run.run_id) == []
+
+
+def running_commands(run_id: str) -> list[str]:
+    """The names of living processes that belong to an attempt."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if run_id.encode() in (folder / "environ").read_bytes() and ") Z " not in (folder / "stat").read_text():
+                found.append((folder / "comm").read_text().strip())
+        except OSError:
+            continue
+    return found
+
+
+async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: OpenRig) -> None:
+    await rig.execute(await rig.task(name="once", config={"command": "exec sleep 60"}, max_retries=0))
+    await rig.execute(await rig.task(name="again", config={"command": "exec sleep 60"}, max_retries=1))
+    await rig.tick()
+    later = await restarted(rig, open_rig)
+    assert await later.statuses() == ["interrupted", "retrying"]
+    assert [a["status"] for a in (await later.service.get_execution(2))["attempts"]] == ["interrupted"]
+
+
+async def test_a_service_that_stops_takes_no_new_work(rig: Rig) -> None:
+    task_id = await rig.task()
+    rig.service.engine.stopping = True
+    for call in (rig.task(), rig.execute(task_id), rig.schedule(task_id), rig.service.delete_task(task_id)):
+        with pytest.raises(Unavailable, match="shutting down"):
+            await call
+    rig.service.engine.stopping = False
+
+
+# --- Two processes on one database ------------------------------------------------------------------------------------
+
+
+async def until_true(condition: Any) -> None:
+    async with asyncio.timeout(2):  # what the contract allows for a takeover
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, open_rig: OpenRig) -> None:
+    second = await open_rig()
+    assert (rig.service.engine.leading, second.service.engine.leading) == (True, False)
+    await rig.close()
+    await until_true(lambda: second.service.engine.leading)
+    assert (await second.service.get_scheduler_status())["leader"] is True
+
+
+async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
+    follower = await open_rig(kind="mcp", database_url=rig.path)
+    schedule_id = await rig.schedule(await rig.task(), jitter=50)
+    for one in (rig, follower):
+        one.clock.advance(60)
+    await follower.patch_schedule(schedule_id, jitter=0)
+    assert await rig.statuses() == ["queued"]
+    while await rig.statuses() == ["queued"]:
+        await asyncio.sleep(0.01)  # the leader looks four times a second
+        await rig.finish()
+    await rig.run_at(120)
+    assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
+
+
+async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
+    follower = await open_rig()
+    task_id = await follower.task()
+    schedule_id = await follower.schedule(task_id)
+    execution_id = await follower.execute(task_id)
+    while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
+        await rig.tick()
+        await asyncio.sleep(0.01)
+    await rig.run_at(60)
+    assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
+    assert follower.service.engine.running == {}
+
+
+async def test_a_mcp_process_yields_to_a_service(open_rig: OpenRig) -> None:
+    mcp = await open_rig(kind="mcp")
+    assert mcp.service.engine.leading is True
+    service = await open_rig()
+    await until_true(lambda: service.service.engine.leading)
+    assert mcp.service.engine.leading is False
+
+
+async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
+    await rig.task(name="ünï", config={"command": "echo ü"})
+    assert rig.sql("SELECT config FROM tasks") == [
+        (json.dumps({"command": "echo ü"}, separators=(",", ":"), ensure_ascii=False),)
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"env": {"A": "1"}}])
+async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, more: dict[str, Any]) -> None:
+    task_id = await rig.task(config={"command": "echo ${UNSET:-fallback}", **more})
+    execution_id = await rig.execute(task_id)
+    await rig.tick()
+    await rig.finish()
+    assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
+
+
+# ======================================================================================================================
+# 11. Service
+# ======================================================================================================================
 
 
 # --- Changing tasks and schedules -------------------------------------------------------------------------------------
@@ -7630,148 +7858,6 @@ async def test_defaults_of_retries_are_filled_in_at_creation(open_rig: OpenRig) 
     assert (await later.service.get_task(view["id"]))["max_retries"] == 7
 
 
-# --- Retention --------------------------------------------------------------------------------------------------------
-
-
-def plant_rows(
-    rig: Rig, count: int, status: str, age_days: float, schedule_id: int | None = None, slot: int | None = None
-) -> None:
-    """Rows of task 1, all of one age."""
-    at = rig.clock.now() - round(age_days * 86400) * S
-    end = None if status in ("queued", "running", "retrying") else at
-    rows = [(schedule_id, status, None if slot is None else slot + n, at, end) for n in range(count)]
-    columns = "schedule_id, status, scheduled_for, queued_at, finished_at, task_id, trigger, next_attempt_at, uuid"
-    db = sqlite3.connect(rig.path)
-    db.executemany(f"INSERT INTO executions ({columns}) VALUES (?, ?, ?, ?, ?, 1, 'schedule', {2**60}, 'u')", rows)
-    db.commit()
-    db.close()
-
-
-async def test_old_history_is_deleted_by_age_in_pieces(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=30, history_per_task=0)
-    await rig.task()
-    plant_rows(rig, 2500, "succeeded", 31)
-    plant_rows(rig, 10, "succeeded", 29)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT count(*) FROM executions") == [(10,)]
-
-
-async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_per_task=5)
-    await rig.task()
-    for _ in range(8):
-        await rig.executed(1)
-    await rig.service.retain(rig.clock.now())
-    assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
-
-
-async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no_run(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_per_task=5)
-    await rig.task()
-    plant_rows(rig, 4, "succeeded", 1)
-    plant_rows(rig, 90, "skipped", 1)
-    plant_rows(rig, 60, "missed", 1)
-    await rig.executed(1)
-    await rig.service.retain(rig.clock.now())
-    found = rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1")
-    assert found == [("missed", 60), ("skipped", 40), ("succeeded", 5)]
-
-
-@pytest.mark.parametrize("status", ["queued", "retrying"])
-async def test_retention_never_deletes_unfinished_rows(open_rig: OpenRig, status: str) -> None:
-    rig = await open_rig(history_days=1, history_per_task=1)
-    await rig.task(status="disabled")
-    plant_rows(rig, 5, status, 99)
-    plant_rows(rig, 5, "failed", 99)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [(status, 5)]
-
-
-async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=1, history_per_task=1)
-    await rig.schedule(await rig.task())
-    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() + 3600 * S)
-    plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() - 3600 * S)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
-
-
-@pytest.mark.parametrize(
-    ("ages", "kept"),  # in days, oldest row first: -365 was written by a clock that was ahead, 9999 by one that was behind
-    [
-        ([31, 1], 1),
-        ([31, -365, 31, 1], 1),
-        ([31, -365, 1], 2),
-        ([-365], 1),
-        ([1, 9999, 1], 3),
-        ([31, 1, 9999], 2),
-    ],
-)
-async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig, ages: list[int], kept: int) -> None:
-    rig = await open_rig(history_days=30, history_per_task=0)
-    await rig.task()
-    for age in ages:
-        plant_rows(rig, 1, "succeeded", age)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
-
-
-async def test_rows_of_a_clock_that_was_ahead_do_not_keep_those_behind_them(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=30, history_per_task=0)
-    await rig.task()
-    plant_rows(rig, 1500, "succeeded", -365)
-    plant_rows(rig, 1500, "succeeded", 31)
-    plant_rows(rig, 5, "succeeded", 1)
-    for _ in range(2):
-        await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT count(*) FROM executions") == [(5,)]
-
-
-@pytest.mark.parametrize(("days", "at_start"), [(1.01, True), (365, True), (365, False)])
-async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
-    rig: Rig, open_rig: OpenRig, days: float, at_start: bool
-) -> None:
-    await rig.task()
-    plant_rows(rig, 10, "succeeded", 29.5)
-    if at_start:
-        rig = await restarted(rig, open_rig, days * 86400)
-    else:
-        rig.clock.set_wall(START + round(days * 86400) * S)
-        await rig.tick()
-    for passed, kept in ((0, 10), (3590, 10), (20, 0)):
-        rig.clock.advance(passed)
-        await rig.service.retain(rig.clock.now())
-        assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
-
-
-async def test_a_start_within_a_day_of_what_the_database_knows_deletes_by_age_at_once(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.task()
-    plant_rows(rig, 10, "succeeded", 29.5)
-    later = await restarted(rig, open_rig, 0.99 * 86400)
-    await later.service.retain(later.clock.now())
-    assert later.sql("SELECT count(*) FROM executions") == [(0,)]
-
-
-async def test_0_keeps_all_history(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=0, history_per_task=0)
-    await rig.task()
-    plant_rows(rig, 1200, "succeeded", 9999)
-    await rig.executed(1)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT count(*) FROM executions") == [(1201,)]
-
-
-async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
-    rig = await open_rig(history_days=1)
-    target.answer(500)
-    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
-    await rig.finish()
-    assert rig.sql("SELECT count(*) FROM attempts") == [(1,)]
-    rig.clock.advance(86400 * 3)
-    await rig.service.retain(rig.clock.now())
-    assert rig.sql("SELECT (SELECT count(*) FROM executions), (SELECT count(*) FROM attempts)") == [(0, 0)]
-
-
 # --- A random life ----------------------------------------------------------------------------------------------------
 
 
@@ -7901,77 +7987,7 @@ async def test_in_a_random_life_every_slot_has_its_row_and_every_count_is_right(
         await life.check_schedule(schedule_id)
 
 
-# --- Two processes on one database ------------------------------------------------------------------------------------
-
-
-async def until_true(condition: Any) -> None:
-    async with asyncio.timeout(2):  # what the contract allows for a takeover
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, open_rig: OpenRig) -> None:
-    second = await open_rig()
-    assert (rig.service.leading, second.service.leading) == (True, False)
-    await rig.close()
-    await until_true(lambda: second.service.leading)
-    assert (await second.service.get_scheduler_status())["leader"] is True
-
-
-async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
-    follower = await open_rig(kind="mcp", database_url=rig.path)
-    schedule_id = await rig.schedule(await rig.task(), jitter=50)
-    for one in (rig, follower):
-        one.clock.advance(60)
-    await follower.patch_schedule(schedule_id, jitter=0)
-    assert await rig.statuses() == ["queued"]
-    while await rig.statuses() == ["queued"]:
-        await asyncio.sleep(0.01)  # the leader looks four times a second
-        await rig.finish()
-    await rig.run_at(120)
-    assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
-
-
-async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
-    follower = await open_rig()
-    task_id = await follower.task()
-    schedule_id = await follower.schedule(task_id)
-    execution_id = await follower.execute(task_id)
-    while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
-        await rig.tick()
-        await asyncio.sleep(0.01)
-    await rig.run_at(60)
-    assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
-    assert follower.service.running == {}
-
-
-async def test_a_mcp_process_yields_to_a_service(open_rig: OpenRig) -> None:
-    mcp = await open_rig(kind="mcp")
-    assert mcp.service.leading is True
-    service = await open_rig()
-    await until_true(lambda: service.service.leading)
-    assert mcp.service.leading is False
-
-
-async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
-    await rig.task(name="ünï", config={"command": "echo ü"})
-    assert rig.sql("SELECT config FROM tasks") == [
-        (json.dumps({"command": "echo ü"}, separators=(",", ":"), ensure_ascii=False),)
-    ]
-
-
-@pytest.mark.parametrize("more", [{}, {"env": {"A": "1"}}])
-async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, more: dict[str, Any]) -> None:
-    task_id = await rig.task(config={"command": "echo ${UNSET:-fallback}", **more})
-    execution_id = await rig.execute(task_id)
-    await rig.tick()
-    await rig.finish()
-    assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
-
-
-# ======================================================================================================================
-# 9. Operations
-# ======================================================================================================================
+# --- Operations -------------------------------------------------------------------------------------------------------
 
 
 # Section 7 of the contract.
@@ -7999,7 +8015,7 @@ def test_an_operation_says_what_its_id_is_called_and_only_changes_take_a_body() 
 
 
 # ======================================================================================================================
-# 10. REST
+# 12. REST
 # ======================================================================================================================
 
 
@@ -8293,11 +8309,11 @@ async def test_a_waiting_client_hears_202_at_shutdown(open_api: OpenApi, target:
 
 async def test_a_stopping_service_answers_503(api: Api) -> None:
     await api.task()
-    api.rig.service.stopping = True
+    api.rig.service.engine.stopping = True
     problem_of(await api("POST", "/tasks", BASH), 503)
     problem_of(await api("POST", "/tasks/1/execute"), 503)
     assert (await api("GET", "/tasks/1")).status == 200
-    api.rig.service.stopping = False
+    api.rig.service.engine.stopping = False
 
 
 async def test_a_disabled_task_answers_409_and_a_paused_one_runs(api: Api) -> None:
@@ -8998,7 +9014,7 @@ async def test_no_bytes_at_all_make_the_server_fail(api: Api) -> None:
 
 
 # ======================================================================================================================
-# 11. MCP
+# 13. MCP
 # ======================================================================================================================
 
 
@@ -9343,14 +9359,14 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
         os.mkfifo(f"{service.store.path}.gate")
         task_id = await bash_mcp(call, f"read line < {service.store.path}.gate; echo $line")
         waiting = asyncio.ensure_future(client.call_tool("execute_task", {"task_id": task_id, "wait": 50}))
-        while not service.running:
+        while not service.engine.running:
             await asyncio.sleep(0.005)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
         await asyncio.to_thread(Path(f"{service.store.path}.gate").write_text, "on and on\n")
         [run] = (await call("get_task_history", task_id=task_id))["history"]
-        await service.wait_for(run["id"], 10)
+        await service.engine.wait_for(run["id"], 10)
         assert (await call("get_execution", execution_id=run["id"]))["output_data"]["stdout"] == "on and on\n"
 
 
@@ -9941,7 +9957,7 @@ os.write(sink, b"wire:" + os.read(source, 100))
 
 
 # ======================================================================================================================
-# 12. Main
+# 14. Main
 # ======================================================================================================================
 
 
@@ -10718,7 +10734,7 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     assert other.execute(quick, wait=10)["status"] == "succeeded"
     figures["execute and wait"] = time.monotonic() - start
 
-    run = other.running(long)
+    run = other.engine.running(long)
     start = time.monotonic()
     assert other.expect(200, "POST", f"/executions/{run}/cancel")["status"] == "cancelled"
     figures["cancel"] = time.monotonic() - start
@@ -12746,7 +12762,7 @@ def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. REST: the dashboard and /docs
+# 12. REST: the dashboard and /docs
 # ----------------------------------------------------------------------------------------------------------------------
 
 
