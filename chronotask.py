@@ -2517,7 +2517,7 @@ def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
     try:
         if isinstance(data.get("config"), dict) and data.get("task_type") in TASK_TYPES:
             parse_config(data["task_type"], data["config"])
-        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in SCHEDULE_CONFIGS:
+        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
             check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
     except InvalidInput as error:
         return error.errors
@@ -6230,7 +6230,7 @@ def _network_error(error: Exception) -> tuple[str | None, bool]:
 BATCH = 256  # slots claimed in one tick at most: more would hold up other writes
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then, at most
-TURN = 16  # attempts that begin in one turn of the loop, at most
+TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
@@ -6547,7 +6547,7 @@ class Engine:
     # --- attempts ---
 
     async def _begin(self, runs: Sequence[Run]) -> None:
-        """Begins attempts, a few in each turn of the loop: a spawn holds it up until exec."""
+        """Begins attempts, a few in each turn of the loop."""
         begun = [Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic()) for run in runs]
         self.running.update((active.run.execution_id, active) for active in begun)
         for number, active in enumerate(begun, 1):
@@ -6601,12 +6601,12 @@ class Engine:
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
         timers, retries = await self.store.read(lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev=since_rev)))
-        for queue, found in ((self.timers, timers), (self.retries, retries)):
+        for index, found in ((self.timers, timers), (self.retries, retries)):
             if since_rev is None:
-                queue.rebuild([(key, at) for key, at in found if at is not None])
+                index.rebuild([(key, at) for key, at in found if at is not None])
             else:
                 for key, at in found:
-                    queue.set(key, at)
+                    index.set(key, at)
 
     def distrust_clock(self) -> None:
         """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
