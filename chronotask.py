@@ -4293,14 +4293,14 @@ def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
 
 
-def changed_tasks(db: DB, since_rev: int) -> tuple[list[Task], list[int]]:
-    """Tasks changed after `since_rev`, and the ids of those of them that are being deleted."""
-    gone = _ids(db, "SELECT id FROM tasks WHERE rev > ? AND deleted LIMIT 1000", (since_rev,))
-    return load(db, Task, f"{_TASKS} WHERE rev > ? AND NOT deleted LIMIT 1000", (since_rev,)), gone
+def changed_tasks(db: DB, revs: tuple[int, int]) -> tuple[list[Task], list[int]]:
+    """Tasks changed after the first of `revs`, up to the second, and the ids of those of them that are being deleted."""
+    gone = _ids(db, "SELECT id FROM tasks WHERE rev > ? AND rev <= ? AND deleted LIMIT 1000", revs)
+    return load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT 1000", revs), gone
 
 
-def changed_schedules(db: DB, since_rev: int) -> list[Schedule]:
-    return load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? LIMIT 1000", (since_rev,))
+def changed_schedules(db: DB, revs: tuple[int, int]) -> list[Schedule]:
+    return load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
 
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
@@ -6336,8 +6336,9 @@ class Feed:
             changed = partial(changed_executions, after_id=self._shown_up_to, shown=self._shown)
             await self.publish_executions(await self._store.read(changed))
 
-    async def publish_changes(self, since_rev: int, paused: bool) -> None:
-        tasks, schedules = await self._store.read(lambda db: (changed_tasks(db, since_rev), changed_schedules(db, since_rev)))
+    async def publish_changes(self, revs: tuple[int, int], paused: bool) -> None:
+        """What was changed after the first of `revs`, up to the second: each change once."""
+        tasks, schedules = await self._store.read(lambda db: (changed_tasks(db, revs), changed_schedules(db, revs)))
         changed, gone = tasks
         for task in changed:
             self.publish("task", task.id, task_view(as_it_is(task, paused)))
@@ -6856,7 +6857,7 @@ class Changes:
                 for task_id in await store.read(deleted_tasks):
                     self.retention.purge(task_id)
             if engine.feed.wanted and since is not None:
-                await engine.feed.publish_changes(since, engine.paused)
+                await engine.feed.publish_changes((since, rev), engine.paused)
             if engine.paused != paused:
                 engine.feed.publish("scheduler", None, await self._status())
             if engine.running:
