@@ -1307,7 +1307,6 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
-_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,4})?(?:[/?#][!#%-\[\]-~]*)?")
 NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 
 
@@ -1340,49 +1339,18 @@ def field_errors(
     """
     if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
         return (FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them"),)
-    found: dict[str, list[str]] = {}
-    details = error.errors(include_url=False)
-    unions = _union_paths(details)
-    for detail in details:
-        loc = detail["loc"][:-1] if detail["loc"][:-1] in unions else detail["loc"]
+    found: list[FieldError] = []
+    for detail in error.errors(include_url=False)[:100]:
+        loc, path = detail["loc"], prefix
+        for part in loc:
+            if isinstance(part, int):
+                path += f"[{part}]"
+            else:
+                name = part if len(part) <= 80 and part.isprintable() else shown(part)
+                path += f".{name}" if path else name
         names = (nested or {}).get(str(loc[0]), known) if len(loc) > 1 else known
-        messages = found.setdefault(_path_text(prefix, loc), [])
-        message = _message(detail, loc, list(names))
-        if message not in messages:
-            messages.append(message)
-        if len(found) == 100:
-            break
-    return tuple(FieldError(path, _joined(messages)) for path, messages in found.items())
-
-
-def _union_paths(details: list[ErrorDetails]) -> set[tuple[int | str, ...]]:
-    # pydantic reports each arm of a union under a path of its own: ("timeout", "int"), ("timeout", "float").
-    ends: dict[tuple[int | str, ...], set[int | str]] = {}
-    for detail in details:
-        ends.setdefault(detail["loc"][:-1], set()).update(detail["loc"][-1:])
-    return {path for path, last in ends.items() if path and len(last) > 1 and last <= _UNION_TAGS}
-
-
-_UNION_TAGS = {"str", "int", "float", "bool", "constrained-str", "constrained-int", "constrained-float"}
-
-
-def _path_text(prefix: str, loc: tuple[int | str, ...]) -> str:
-    text = prefix
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" if text else _plain(part)
-    return text
-
-
-def _plain(name: str) -> str:
-    return name if len(name) <= 80 and name.isprintable() else shown(name)
-
-
-def _joined(messages: list[str]) -> str:
-    if len(messages) > 1 and all(message.startswith("must be ") for message in messages):
-        value = messages[0].partition(", not ")[2]
-        wanted = " or ".join(message.removeprefix("must be ").partition(", not ")[0] for message in messages)
-        return f"must be {wanted}" + (f", not {value}" if value else "")
-    return "; ".join(messages)
+        found.append(FieldError(path, _message(detail, list(names))))
+    return tuple(found)
 
 
 _WANTED = {
@@ -1413,28 +1381,28 @@ _BOUNDS = {
 }
 
 
-def _message(detail: ErrorDetails, loc: tuple[int | str, ...], known: list[str]) -> str:
+def _message(detail: ErrorDetails, known: list[str]) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
         names = f" (known: {', '.join(known)})" if known else ""
-        return "unknown field" + (did_you_mean(str(loc[-1]), known) or names)
+        return "unknown field" + (did_you_mean(str(detail["loc"][-1]), known) or names)
     if kind == "value_error":
         return str(context["error"])
+    if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
+        return "must not be empty"
     if kind == "literal_error":
-        return f"must be one of {context['expected']}" + _echo(loc, detail["input"])
-    if kind in _BOUNDS:
+        wanted = f"one of {context['expected']}"
+    elif kind in _BOUNDS:
         name, text = _BOUNDS[kind]
         bound = context[name]
-        if (kind, bound) in (("string_too_short", 1), ("too_short", 1)):
-            return "must not be empty"
-        return (
-            "must be "
-            + text.format(f"{bound:.15g}" if isinstance(bound, float) else bound)
-            + ("" if "too_" in kind else _echo(loc, detail["input"]))
-        )
-    return f"must be {_WANTED[kind]}{_echo(loc, detail['input'])}" if kind in _WANTED else detail["msg"]
+        wanted = text.format(f"{bound:.15g}" if isinstance(bound, float) else bound)
+    elif kind in _WANTED:
+        wanted = _WANTED[kind]
+    else:
+        return detail["msg"]
+    return f"must be {wanted}" + ("" if "too_" in kind else _echo(detail["loc"], detail["input"]))
 
 
 _NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
@@ -1450,16 +1418,19 @@ def _echo(loc: tuple[int | str, ...], value: object) -> str:
 # --- The two kinds of configuration -----------------------------------------------------------------------------------
 
 
-def _no_control(text: str) -> str:
-    if _CONTROL.search(text):
-        raise ValueError("must not hold control characters")
-    return text
+def _refused(wrong: Callable[[str], object], why: str) -> AfterValidator:
+    """Refuses text of which `wrong` is true."""
+
+    def check(text: str) -> str:
+        if wrong(text):
+            raise ValueError(why)
+        return text
+
+    return AfterValidator(check)
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not hold a NUL character")
-    return text
+_NO_CONTROL = _refused(_CONTROL.search, "must not hold control characters")
+_NO_NUL = _refused(lambda text: "\0" in text, "must not hold a NUL character")
 
 
 def _references(text: str) -> str:
@@ -1473,8 +1444,6 @@ def _references(text: str) -> str:
 
 
 def _url(text: str) -> str:
-    if _PLAIN_URL.fullmatch(text):  # most are: no need to take them apart
-        return text
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
     if "${" in text and SECRET_REFERENCE.match(_references(text)):
@@ -1518,10 +1487,6 @@ def url_parts(url: str) -> UrlParts | None:
     return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :], host)
 
 
-def _method(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
-
-
 def _headers(headers: dict[str, str]) -> dict[str, str]:
     if len({name.lower() for name in headers}) != len(headers):
         raise ValueError("must not hold the same name twice (upper and lower case are the same)")
@@ -1536,7 +1501,7 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
     return headers
 
 
-def _status_ranges(entries: list[int | str]) -> list[int | str]:
+def _status_ranges(entries: list[Any]) -> list[Any]:
     if not entries:
         raise ValueError("must name at least one status")
     for entry in entries:
@@ -1546,7 +1511,7 @@ def _status_ranges(entries: list[int | str]) -> list[int | str]:
     return entries
 
 
-def status_range(entry: int | str) -> tuple[int, int]:
+def status_range(entry: object) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
     match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
     return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -1598,10 +1563,23 @@ def _env(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
+def plain_number(value: float) -> float:
+    """5 instead of 5.0, as SQLite gives it back."""
+    return int(value) if value == int(value) else value
+
+
+def _seconds(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"must be a whole number or a number, not {shown(value)}")
+    return value
+
+
 _Text = Annotated[str, AfterValidator(_references)]
 _Timeout = Annotated[
-    int | float,
+    float,
+    BeforeValidator(_seconds),
     Field(ge=1, le=604800, allow_inf_nan=False),
+    AfterValidator(plain_number),
     WithJsonSchema({"type": "number", "minimum": 1, "maximum": 604800, "description": "Seconds for one attempt."}),
 ]
 
@@ -1622,13 +1600,8 @@ def _param(value: Any) -> Any:
 
 
 _Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
+_Codes = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})]
 _Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
-
-
-def _no_colon(text: str) -> str:
-    if ":" in SECRET_REFERENCE.sub("", text):
-        raise ValueError("must not hold a colon (RFC 7617)")
-    return text
 
 
 def _script(command: str) -> str:
@@ -1637,16 +1610,18 @@ def _script(command: str) -> str:
     return command.replace("\r\n", "\n")  # from a Windows editor: bash would take the \r for a part of each last word
 
 
-def _folder(path: str) -> str:
-    if "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"):
-        raise ValueError("must be an absolute path, or one that starts with ~/ (the home of the service's user), without $")
-    return path
-
-
 def _fits(args: list[str], info: ValidationInfo) -> list[str]:
     if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
         raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
     return args
+
+
+_UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
+_NO_COLON = _refused(lambda text: ":" in SECRET_REFERENCE.sub("", text), "must not hold a colon (RFC 7617)")
+_FOLDER = _refused(
+    lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
+    "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
+)
 
 
 def _default(value: bool | str) -> Any:
@@ -1661,8 +1636,8 @@ _config = with_config(ConfigDict(extra="forbid", strict=True, hide_input_in_erro
 class HttpAuth(TypedDict):
     """HTTP basic authentication."""
 
-    username: Annotated[_Text, Field(max_length=1024), AfterValidator(_no_control), AfterValidator(_no_colon)]
-    password: Annotated[_Text, Field(max_length=4096), AfterValidator(_no_control)]
+    username: Annotated[_Text, Field(max_length=1024), _NO_CONTROL, _NO_COLON]
+    password: Annotated[_Text, Field(max_length=4096), _NO_CONTROL]
 
 
 @_config
@@ -1670,16 +1645,14 @@ class HttpConfig(TypedDict, total=False):
     """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
 
     url: Required[Annotated[str, Field(max_length=8192), AfterValidator(_url)]]
-    method: Annotated[
-        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], BeforeValidator(_method), _default("GET")
-    ]
+    method: Annotated[Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], _UPPER, _default("GET")]
     headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
     params: Annotated[dict[str, _Param], Field(max_length=1000)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
     auth: HttpAuth | None
     timeout: _Timeout | None
     expected_status: Annotated[
-        Annotated[list[int | str], Field(max_length=100), AfterValidator(_status_ranges)] | None,
+        Annotated[list[_Codes], Field(max_length=100), AfterValidator(_status_ranges)] | None,
         Field(description='Codes or ranges that count as success; default ["200-299"].'),
     ]
     follow_redirects: Annotated[bool, _default(True)]
@@ -1690,15 +1663,10 @@ class HttpConfig(TypedDict, total=False):
 class BashConfig(TypedDict, total=False):
     """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
 
-    command: Required[Annotated[str, Field(min_length=1, max_length=65536), AfterValidator(_no_nul), AfterValidator(_script)]]
-    args: (
-        Annotated[
-            list[Annotated[str, Field(max_length=65536), AfterValidator(_no_nul)]], Field(max_length=1000), AfterValidator(_fits)
-        ]
-        | None
-    )
+    command: Required[Annotated[str, Field(min_length=1, max_length=65536), _NO_NUL, AfterValidator(_script)]]
+    args: Annotated[list[Annotated[str, Field(max_length=65536), _NO_NUL]], Field(max_length=1000), AfterValidator(_fits)] | None
     env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
-    working_dir: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_folder)] | None
+    working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
     timeout: _Timeout | None
 
 
@@ -1895,11 +1863,6 @@ def parsed(text: str) -> Any:
     return from_json(text, cache_strings="keys")  # values may be secrets
 
 
-def plain_number(value: float) -> float:
-    """5 instead of 5.0, as SQLite gives it back."""
-    return int(value) if value == int(value) else value
-
-
 def instant_or_none(t: int | None) -> str | None:
     return None if t is None else format_instant(t)
 
@@ -1912,22 +1875,14 @@ def seconds_between(start: int | None, end: int | None) -> float | None:
 _NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def _line(text: str) -> str:
-    if not text.strip() or _NOT_ONE_LINE.search(text):
-        raise ValueError("must not be blank or contain control characters")
-    return text
-
-
-def _prose(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain NUL")
-    return text
-
-
 MAX_ID = 2**63 - 1  # SQLite's largest rowid
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
-Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_line)]
-Description = Annotated[str, Field(max_length=1000), AfterValidator(_prose)]
+Name = Annotated[
+    str,
+    Field(min_length=1, max_length=255),
+    _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters"),
+]
+Description = Annotated[str, Field(max_length=1000), _refused(lambda text: "\0" in text, "must not contain NUL")]
 Config = Annotated[
     dict[str, Any],
     Field(
@@ -2492,19 +2447,14 @@ def parse(model: Any, data: Any) -> Any:
 
     Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones.
     """
-    checks, body = _checks_of(model)
+    body = mark_of(model)
     if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
         read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
         data = {name: value for name, value in data.items() if name not in read_only}
     try:
-        return checks.validate_python(data)
+        return adapter(model).validate_python(data)
     except ValidationError as error:
         raise InvalidInput(*field_errors(error, known=field_names(model)), *_inner_errors(body, data)) from None
-
-
-@functools.cache
-def _checks_of(model: Any) -> tuple[TypeAdapter[Any], Body | None]:
-    return adapter(model), mark_of(model)
 
 
 def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
