@@ -142,7 +142,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     NotRequired,  # pydantic reads those of `typing` only from 3.12 on
-    Protocol,
     Required,
     TypeVar,
     Union,
@@ -292,7 +291,9 @@ def load_zone(name: str) -> ZoneInfo:
             raise ValueError
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        hint = _nearest_zone(name)
+        city, known = name.lower().replace(" ", "_").rpartition("/")[2], _zone_names()
+        same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
+        hint = same_city[0] if same_city else nearest(name, known)
         example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
         raise ValueError(f"must be an IANA time zone {example}") from None
 
@@ -302,14 +303,6 @@ def _zone_names() -> list[str]:
     return sorted(zoneinfo.available_timezones())  # opens some 600 files
 
 
-def _nearest_zone(name: str) -> str | None:
-    known = _zone_names()
-    city = name.lower().replace(" ", "_").rpartition("/")[2]
-    same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
-    return same_city[0] if same_city else nearest(name, known)
-
-
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 ENV_PREFIX = "CHRONOTASK_"
 SECRET_PREFIX = "CHRONOTASK_SECRET_"
 # Names that a running task finds in its environment (section 7 sets them): a task that starts ChronoTask itself must
@@ -319,14 +312,20 @@ TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDU
 PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS")
 
 
-def _setting_text(pattern: re.Pattern[str], allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """What reads a setting. It raises ValueError that says what is `allowed`, also where `convert` raises one."""
+def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many: bool = False) -> Callable[[str], Any]:
+    """What reads a setting, or with `many` a tuple of them.
+
+    It raises ValueError that says what is `allowed`, also where `convert` raises one.
+    """
+    matches = re.compile(pattern).fullmatch
 
     def read(text: str) -> Any:
+        words = [word.strip() for word in text.split(",")] if many else [text]
         with contextlib.suppress(ValueError):
-            if text.isprintable() and pattern.fullmatch(text):
-                return convert(text)
-        raise ValueError(f"must be {allowed}")
+            if text.isprintable() and all(map(matches, words)):
+                values = tuple(map(convert, words))
+                return values if many else values[0]
+        raise ValueError(f"must be {'a comma-separated list ' if many else ''}{allowed}")
 
     return read
 
@@ -337,38 +336,23 @@ def _number(low: int, high: int, kind: Callable[[str], float] = float) -> Callab
             raise ValueError
         return kind(text)
 
-    if kind is int:
-        return _setting_text(re.compile("[0-9]{1,12}"), f"a whole number from {low} to {high}", within)
-    return _setting_text(re.compile(r"[0-9]{1,12}(\.[0-9]{1,6})?"), f"a number from {low} to {high}", within)
+    pattern, what = ("[0-9]{1,12}", "a whole number") if kind is int else (r"[0-9]{1,12}(\.[0-9]{1,6})?", "a number")
+    return _text(pattern, f"{what} from {low} to {high}", within)
 
 
-def _words(word: re.Pattern[str], allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    def split(text: str) -> tuple[Any, ...]:
-        words = [part.strip() for part in text.split(",")]
-        if not all(map(word.fullmatch, words)):
-            raise ValueError
-        return tuple(map(convert, words))
-
-    return _setting_text(re.compile(".+"), f"a comma-separated list {allowed}", split)
-
-
-_path = _setting_text(re.compile(".+"), "a path without control characters", lambda text: Path(text).absolute())
-_sqlite_path = _setting_text(
-    re.compile(r"sqlite:///[^?]+"),
+_path = _text(".+", "a path without control characters", lambda text: Path(text).absolute())
+_sqlite_path = _text(
+    r"sqlite:///[^?]+",
     "sqlite:///relative/path.db or sqlite:////absolute/path.db",
     lambda text: Path(text.removeprefix("sqlite:///")).absolute(),
 )
-_host = _setting_text(re.compile(r"[A-Za-z0-9._:-]+"), "a host name or IP address to listen on")
-_token = _setting_text(re.compile(r"[\x21-\x7e]{8,4096}"), "8 to 4096 visible ASCII characters")
-_flag = _setting_text(
-    re.compile("(?i)true|false|1|0|yes|no|on|off"), "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"}
-)
-_log_level = _setting_text(re.compile("(?i)" + "|".join(LOG_LEVELS)), "one of " + ", ".join(LOG_LEVELS), str.upper)
-_any_words = _words(re.compile(".+"), "without empty entries or control characters")
-_hosts = _words(
-    re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?"), "of host names, without scheme and port", lambda text: text.lower()
-)
-_networks = _words(re.compile(".+"), "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network)
+_host = _text(r"[A-Za-z0-9._:-]+", "a host name or IP address to listen on")
+_token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
+_flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
+_log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
+_words = _text(".+", "without empty entries or control characters", many=True)
+_hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
+_networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
 
 
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
@@ -390,9 +374,9 @@ class Settings:
     max_retries: int = _setting(_number(0, 100, int), 3, "retries of tasks that set none")
     retry_delay: float = _setting(_number(0, 86400), 5.0, "seconds before the first retry")
     allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
-    allowed_bash_commands: tuple[str, ...] = _setting(_any_words, (), "when set, only these commands run, and no shell")
+    allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
     allowed_bash_env: tuple[str, ...] = _setting(
-        _any_words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
+        _words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
     )
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
@@ -488,13 +472,13 @@ def _read_token(path: Path, warnings: list[str]) -> str:
 
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
-    given_to_tasks = {ENV_PREFIX + name for name in TASK_VARIABLES}
     names = [name.removeprefix(ENV_PREFIX) for name in known]  # the prefix alone would make everything alike
     warnings = []
     for name in sorted(environ):
-        if not name.startswith(ENV_PREFIX) or name in known or name in given_to_tasks or name.startswith(SECRET_PREFIX):
+        word = name.removeprefix(ENV_PREFIX)
+        if word == name or word in names or word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
             continue
-        hint = nearest(name.removeprefix(ENV_PREFIX), names)
+        hint = nearest(word, names)
         text = f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else "")
         if hint is not None and hint.startswith(PROTECTIVE):
             raise StartupError(f"{text} That one protects the service: correct or remove this one", exit_status=2)
@@ -602,28 +586,20 @@ def parse_instant(text: str, zone: str) -> int:
     if found is None:
         raise ValueError(_INSTANT_RULE)
     day, minute, seconds, fraction, offset = found.groups()
+    text = f"{day}T{minute}:{seconds or '00'}.{(fraction or '0').ljust(6, '0')}{(offset or '').upper()}"
     try:
-        local = (datetime.fromisoformat(f"{day}T{minute}:{seconds or '00'}.{(fraction or '0').ljust(6, '0')}") - _EPOCH) // _TICK
+        moment = datetime.fromisoformat(text)
     except ValueError as error:  # 31 February, 25:00
         raise ValueError(f"{_INSTANT_RULE} ({error})") from None
-    if not 0 <= local <= LAST_INSTANT:
-        raise ValueError(_INSTANT_RULE)
-    if offset is None:
+    t = local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
+    if (shift := moment.utcoffset()) is not None:
+        t -= shift // _TICK
+    elif 0 <= local <= LAST_INSTANT:
         first, second = _readings(load_zone(zone), local)
         t = local - first if first >= second else _change(load_zone(zone), local)
-    else:
-        t = local - _parse_offset(offset)
-    if not 0 <= t <= LAST_INSTANT:
+    if not (0 <= local <= LAST_INSTANT and 0 <= t <= LAST_INSTANT):
         raise ValueError(_INSTANT_RULE)
     return t
-
-
-def _parse_offset(text: str) -> int:
-    if text in "Zz":
-        return 0
-    digits = text[1:].replace(":", "").ljust(4, "0")
-    size = int(digits[:2]) * HOUR + int(digits[2:]) * MINUTE
-    return -size if text[0] == "-" else size
 
 
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
@@ -696,19 +672,16 @@ class _CronFields(NamedTuple):
 @functools.lru_cache(maxsize=2048)
 def _parse_cron(expression: str) -> _CronFields:
     """Raises ValueError, saying what is allowed."""
-    second, minute, hour, day, month, weekday = _cron_texts(expression)
-    seconds = _field_values(_FIELDS[0], second)
-    return _CronFields(
-        seconds,
-        minutes=_field_values(_FIELDS[1], minute),
-        hours=_field_values(_FIELDS[2], hour),
-        on=_parse_days(day, month, weekday),
-        wild=minute.startswith("*") or hour.startswith("*"),
-        unit=MINUTE if seconds == (0,) else SECOND,
-    )
-
-
-def _parse_days(day: str, month: str, weekday: str) -> _DayFields:
+    if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
+        raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
+    text = expression.strip().lower()
+    if text.startswith("@") and text not in _ALIASES:
+        raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
+    texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
+    if len(texts) not in {5, 6} or not all(texts):
+        raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
+    second, minute, hour, day, month, weekday = texts if len(texts) == 6 else ["0", *texts]
+    seconds, minutes, hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
     plain = [part for part in day.split(",") if part != "l"]
     last_day = "l" in day.split(",")
     nth = _nth_weekdays(weekday)
@@ -716,7 +689,7 @@ def _parse_days(day: str, month: str, weekday: str) -> _DayFields:
         raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
     days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
     weekdays = () if nth else _field_values(_FIELDS[5], weekday)
-    return _DayFields(
+    on = _DayFields(
         days,
         last_day,
         months=_field_values(_FIELDS[4], month),
@@ -726,19 +699,8 @@ def _parse_days(day: str, month: str, weekday: str) -> _DayFields:
         any_weekday=weekday.startswith("*") and len(weekdays) == 7,
         both=day.startswith("*") or weekday.startswith("*"),
     )
-
-
-def _cron_texts(expression: str) -> list[str]:
-    """The six fields in lower case; without seconds the first is 0."""
-    if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
-        raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
-    text = expression.strip().lower()
-    if text.startswith("@") and text not in _ALIASES:
-        raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
-    texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
-    if len(texts) not in {5, 6} or not all(texts):
-        raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
-    return texts if len(texts) == 6 else ["0", *texts]
+    wild = minute.startswith("*") or hour.startswith("*")
+    return _CronFields(seconds, minutes, hours, on, wild, unit=MINUTE if seconds == (0,) else SECOND)
 
 
 def _nth_weekdays(text: str) -> tuple[tuple[int, int], ...]:
@@ -766,25 +728,18 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
         if star or (step_text and not high_text):
             high = field.high  # 10/15 is 10-59/15, as most engines have it
         else:
-            high = _range_end(field, part, low, high_text)
+            high = _value(field, high_text or low_text)
+            if field.name == "day-of-week" and high == 0 and low > 0:
+                high = 7  # Sunday may end a range
+        if high < low:
+            names = field.name == "day-of-week" and not high_text.isdigit()
+            wrapped = f"{part.partition('-')[0]}-{'sat' if names else field.high},{'sun' if names else field.low}-{high_text}"
+            raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
         step = int(step_text or 1)
         if step == 0:
             raise ValueError(f"{field.name} {shown(part)} needs a step of at least 1")
         values.update(range(low, high + 1, step))
     return tuple(sorted({value % 7 for value in values} if field.name == "day-of-week" else values))
-
-
-def _range_end(field: _Field, part: str, low: int, text: str | None) -> int:
-    if text is None:
-        return low
-    high = _value(field, text)
-    if field.name == "day-of-week" and high == 0 and low > 0:
-        high = 7  # Sunday may end a range
-    if high < low:
-        names = field.name == "day-of-week" and not text.isdigit()
-        wrapped = f"{part.partition('-')[0]}-{'sat' if names else field.high},{'sun' if names else field.low}-{text}"
-        raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
-    return high
 
 
 def _value(field: _Field, text: str) -> int:
@@ -917,9 +872,15 @@ def _second_pass_slot(cron: _CronFields, zone: ZoneInfo, after: int, local: int)
 @functools.lru_cache(maxsize=4096)
 def _last_cron_slot(cron: Cron, t: int) -> int | None:
     """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
-    found = _some_cron_slot_before(cron, t)
+    upcoming = cron.next_after(t)
+    following = None if upcoming is None else cron.next_after(upcoming)
+    back = HOUR if upcoming is None or following is None else following - upcoming
+    while (found := cron.next_after(t - back)) is None or found > t:
+        if back > t:
+            return None
+        back *= 8
     beyond = t
-    while found is not None and (later := cron.next_after(found)) is not None and later <= t:
+    while (later := cron.next_after(found)) is not None and later <= t:
         found = later
         middle = (found + beyond) // 2
         later = cron.next_after(middle)
@@ -927,37 +888,9 @@ def _last_cron_slot(cron: Cron, t: int) -> int | None:
     return found
 
 
-def _some_cron_slot_before(cron: Cron, t: int) -> int | None:
-    upcoming = cron.next_after(t)
-    following = None if upcoming is None else cron.next_after(upcoming)
-    back = HOUR if upcoming is None or following is None else following - upcoming
-    while True:
-        found = cron.next_after(t - back)
-        if found is not None and found <= t:
-            return found
-        if back > t:
-            return None
-        back *= 8
-
-
-class Timing(Protocol):
-    """When something fires. Instants are microseconds since the epoch."""
-
-    @property
-    def fixed(self) -> bool:
-        """Whether its slots are fixed local times: those wait when the clock is set back a little, others go on from now."""
-
-    def next_after(self, t: int) -> int | None:
-        """The first slot later than `t`, or None."""
-
-    def last_at_or_before(self, t: int) -> int | None:
-        """The last slot not later than `t`, or None."""
-
-    def count(self, first: int, last: int, limit: int) -> int:
-        """How many slots lie in first..last, both inclusive; counting stops at `limit`."""
-
-    def describe(self) -> str:
-        """The slots in words, with the time zone."""
+# A timing says when something fires. Instants are microseconds since the epoch; both ends of `count` are inclusive, and it
+# stops at `limit`. `fixed`: its slots are fixed local times. Those wait when the clock is set back a little, others go on from
+# now.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1000,10 +933,7 @@ class Once:
 
     at: int
     zone: str
-
-    @property
-    def fixed(self) -> bool:
-        return True
+    fixed: ClassVar = True
 
     def next_after(self, t: int) -> int | None:
         return self.at if self.at > t else None
@@ -1026,10 +956,7 @@ class Interval:
     anchor: int
     first: int
     zone: str
-
-    @property
-    def fixed(self) -> bool:
-        return False
+    fixed: ClassVar = False
 
     def next_after(self, t: int) -> int | None:
         slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
@@ -1048,10 +975,12 @@ class Interval:
         return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
 
 
+Timing = Cron | Once | Interval
+
+
 def _local_words(t: int, zone: str) -> str:
-    local = format_local(t, zone)
     first, second = _readings(load_zone(zone), t + _offset(load_zone(zone), t))
-    words = local.replace("T", " ")
+    words = format_local(t, zone).replace("T", " ")
     return words if first != second else words[:19]  # an hour that comes twice needs its offset
 
 
@@ -1096,11 +1025,11 @@ def _cron_words(cron: _CronFields) -> str:
 def _clock_words(cron: _CronFields) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
     times = [(h, m, s) for h in cron.hours for m in cron.minutes for s in cron.seconds][:9]
-    if len(times) <= 8:
+    spread = _frequency_words(cron)
+    if len(times) <= 2 or (len(times) <= 8 and not spread):
         form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
-        spread = _frequency_words(cron)
-        return spread if spread and len(times) > 2 else "at " + _and([form.format(*time) for time in times])
-    return _frequency_words(cron) or _each_field_words(cron)
+        return "at " + _and([form.format(*time) for time in times])
+    return spread or _each_field_words(cron)
 
 
 def _frequency_words(cron: _CronFields) -> str | None:
@@ -1178,20 +1107,16 @@ def _weekday_words(weekdays: tuple[int, ...]) -> str:
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
-_cron = functools.lru_cache(maxsize=4096)(Cron)
-_once = functools.lru_cache(maxsize=4096)(Once)
-
-
 def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None) -> Timing:
-    """The timing of a stored schedule: its config has been through `check_schedule_config`. Equal ones are shared.
+    """The timing of a stored schedule: its config has been through `check_schedule_config`.
 
     An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
     """
     zone = config["timezone"]
     if schedule_type == "cron":
-        return _cron(config["expression"], zone)
+        return Cron(config["expression"], zone)
     if schedule_type == "once":
-        return _once(parse_instant(config["datetime"], zone), zone)
+        return Once(parse_instant(config["datetime"], zone), zone)
     step, start = round(config["seconds"] * SECOND), config.get("start_date")
     if start is None:
         since = created_at if since is None else since
@@ -1225,7 +1150,7 @@ def check_start_date(text: str, zone: str, now: int) -> str:
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)  # made for every slot: frozen, it would be four times as dear
+@dataclass(slots=True)  # made for every slot: frozen, it would take four times as long
 class Plan:
     """All that decides when a schedule fires. Bounds are inclusive instants; jitter and catchup_window are seconds."""
 
@@ -1259,10 +1184,7 @@ class Plan:
         return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
 
     def _run_of(self, slot: int) -> Sequence[int] | None:
-        for run in self.ran:
-            if run[0] <= slot <= run[1]:
-                return run
-        return None
+        return next((run for run in self.ran if run[0] <= slot <= run[1]), None)
 
     def fire_time(self, slot: int) -> int:
         """`slot` plus its jitter: whole milliseconds, the same each time, less than the gap to the next slot."""
@@ -1279,10 +1201,9 @@ class Plan:
         """When the next slots later than the slot `after` fire, at most `count` of them."""
         count = count if self.remaining is None else min(count, self.remaining)
         times: list[int] = []
-        slot = self.next_slot(after)
-        while slot is not None and len(times) < count:
+        while len(times) < count and (slot := self.next_slot(after)) is not None:
             times.append(self.fire_time(slot))
-            slot = self.next_slot(slot)
+            after = slot
         return times
 
 
@@ -2716,7 +2637,9 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
     catchup: list[int] = []
     slot = plan.next_slot(settled_until)
     if slot is not None and plan.fire_time(slot) < now - ON_TIME:
-        newest = _last_fired(plan, now - ON_TIME - 1) or slot
+        newest = plan.last_slot(now - ON_TIME - 1) or slot
+        if plan.fire_time(newest) >= now - ON_TIME:  # a slot fires before the next one, so the one before has fired
+            newest = plan.last_slot(newest - 1) or slot
         known = plan.dealt_with if plan.dealt_with <= now else plan.in_force_since
         first = plan.next_slot(max(settled_until, known))
         if first is not None and first <= newest:
@@ -2728,12 +2651,6 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
         on_time.append(slot)
         settled_until, slot = slot, plan.next_slot(slot)
     return Due(missed, catchup, on_time, settled_until, slot)
-
-
-def _last_fired(plan: Plan, t: int) -> int | None:
-    slot = plan.last_slot(t)
-    # A slot fires before the next one, so the one before has fired.
-    return plan.last_slot(slot - 1) if slot is not None and plan.fire_time(slot) > t else slot
 
 
 def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
@@ -2823,7 +2740,7 @@ def judge_overlap(policy: str, others: int, waiting: int) -> str:
 
 
 class Others:
-    """The unfinished executions of some tasks, kept up to date while one beat claims slots."""
+    """The unfinished executions of some tasks, kept up to date while one tick claims slots."""
 
     def __init__(self, unfinished: Iterable[Unfinished]) -> None:
         self._groups: dict[int, list[Unfinished]] = {}
@@ -2880,38 +2797,28 @@ def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, earl
         for slot in slots:
             if left is not None and left <= 0:
                 break
-            row = _judge_slot(claim, schedule, slot, plan.fire_time(slot), trigger, others, now)
-            if row.status == "queued":
+            verdict = judge_overlap(schedule.overlap, *others.met_by(schedule, trigger))
+            row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now)
+            if verdict == "skip":
+                row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
+            else:
+                row.fire_at = plan.fire_time(slot)
+                row.hold = Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0
+                row.hold |= 0 if verdict == "run" else Hold.OVERLAP
+                if verdict == "cancel":
+                    claim.cancels.append((schedule, trigger))
+                    for other in (row for row in claim.rows if row.task_id == schedule.task_id and row.status == "queued"):
+                        if not _same_catchup(other, schedule.id, trigger):
+                            other.status, other.hold, other.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
+                    others.clear(schedule, trigger)
+                others.add(row)
                 left = None if left is None else left - 1
                 schedule.ran = add_run(schedule.ran, slot, before)
+            claim.rows.append(row)
             before = slot
     schedule.stand(due.settled_until)
     schedule.place(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
-
-
-def _judge_slot(
-    claim: Claim, schedule: Schedule, slot: int, fire_at: int, trigger: str, others: Others, now: int
-) -> NewExecution:
-    verdict = judge_overlap(schedule.overlap, *others.met_by(schedule, trigger))
-    row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now)
-    if verdict == "skip":
-        row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
-        claim.rows.append(row)
-        return row
-    row.fire_at = fire_at
-    row.hold = (Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0) | (
-        0 if verdict == "run" else Hold.OVERLAP
-    )
-    if verdict == "cancel":
-        claim.cancels.append((schedule, trigger))
-        for other in claim.rows:
-            if other.task_id == schedule.task_id and other.status == "queued" and not _same_catchup(other, schedule.id, trigger):
-                other.status, other.hold, other.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
-        others.clear(schedule, trigger)
-    claim.rows.append(row)
-    others.add(row)
-    return row
 
 
 def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
@@ -2958,7 +2865,7 @@ def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> flo
 # 5. Clock and timers
 # ======================================================================================================================
 
-POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so nap briefly, then look at the wall clock again
+POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so wait briefly, then look at the wall clock again
 
 
 class Clock:
@@ -2981,13 +2888,11 @@ class Clock:
         return moved
 
     async def wait(self, event: asyncio.Event, until: int | None) -> None:
-        """Returns when `event` is set, when the wall clock reads `until`, or after a nap: whichever comes first."""
-        nap = POLL if until is None else min(POLL, max(0.0, (until - self.now()) / 1_000_000))
-        try:
-            async with asyncio.timeout(nap):
+        """Returns when `event` is set, when the wall clock reads `until`, or after POLL: whichever comes first."""
+        seconds = POLL if until is None else min(POLL, max(0.0, (until - self.now()) / SECOND))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
                 await event.wait()
-        except TimeoutError:
-            pass
 
 
 R = TypeVar("R")

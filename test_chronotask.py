@@ -2160,11 +2160,6 @@ def test_a_refused_config_is_told_why(schedule_type: str, config: object, field:
     assert errors_of(schedule_type, config) == [(f"schedule_config{field}", message)]
 
 
-def test_equal_schedules_share_their_timing() -> None:
-    config = {"expression": "0 9 * * *", "timezone": "UTC"}
-    assert make_timing("cron", config, 1) is make_timing("cron", dict(config), 2)
-
-
 # -- What to do about due slots ----------------------------------------------------------------------------------------
 
 
