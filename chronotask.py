@@ -3557,8 +3557,9 @@ class FileLock:
 
     def acquire(self, shared: bool = False) -> bool:
         """Tries to take the lock without waiting. True if it is held."""
-        if self._fd is not None:
+        if self.held():
             return True
+        self.release()
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -6383,7 +6384,7 @@ class Engine:
             self._count_end(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
-        self.notify([*(s.run.execution_id for s in ended if s.next_attempt_at is None), *tick.cancelled])
+        self.notify([*(s.run.execution_id for s in ended), *tick.cancelled])  # a retry may have become cancelled meanwhile
         started = [run.execution_id for run in tick.runs]
         await self._begin(tick.runs)
         await self.feed.publish_executions([*tick.new_ids, *started, *(s.run.execution_id for s in ended), *tick.cancelled])
@@ -6451,8 +6452,9 @@ class Engine:
 
     async def follow_clock(self, moved: int) -> None:
         """The clock may have been set back: slots are looked for from now on, and the wait for a retry does not grow."""
+        seen = self._set_back
         await self.store.write(partial(write_clock, now=self.clock.now(), moved=moved))
-        self._set_back = 0
+        self._set_back -= seen  # it may have been set again meanwhile
 
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
@@ -6517,14 +6519,14 @@ class Engine:
         while (self._ticking or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def close(self, loop: asyncio.Task[Any] | None, end: float) -> None:
+    async def close(self, loop: asyncio.Task[Any] | None, end: float) -> bool:
         """Ends by `end` (monotonic) what was stopped, and finishes it. `loop` is the job that steps and ends by itself:
-        cancelled in mid-write it would not know what was written."""
+        cancelled in mid-write it would not know what was written. Returns whether that is known of every tick."""
         await self._until_idle(end - 0.2)
         self._wake.set()
         if loop is not None:
             await asyncio.wait({loop}, timeout=end - 0.1 - self.clock.monotonic())
-        known = loop is None or loop.done()  # else its last write may still reach the disk, or not
+        known = written = loop is None or loop.done()  # else its last write may still reach the disk, or not
         for active in self.running.values():
             if active.job is None:
                 self._end(active, INTERRUPTED)
@@ -6537,11 +6539,12 @@ class Engine:
                 async with asyncio.timeout(end - self.clock.monotonic()):
                     await self.tick()
         except (Unavailable, TimeoutError):
-            known = False
-        if self._ended and not known:
+            written = False
+        if self._ended and not written:
             logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
         if self.http is not None:
             await self.http.close()
+        return known
 
 
 def write_tick(
@@ -6635,9 +6638,9 @@ class Retention:
                 break
             after = reached
             await self._leave_room()
-        touched, engine.touched = engine.touched, set()
-        for task_id in touched:
-            keep = settings.history_per_task
+        keep = settings.history_per_task
+        for task_id in list(engine.touched):
+            engine.touched.discard(task_id)
             surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_marks=KEEP_MARKS, now=now, limit=RETENTION_ROWS)
             while engine.leading and await engine.store.write(surplus) > 0:
                 await self._leave_room()
@@ -6683,8 +6686,10 @@ class Changes:
 
     async def poll(self) -> None:
         """Takes up what other processes wrote, and shows them the output that they follow."""
-        self._stale = await self.engine.store.foreign_changes() or self._stale
-        if self._stale:
+        store = self.engine.store
+        self._stale = await store.foreign_changes() or self._stale
+        # The number tells what no use case has taken up: a clock that was set, a look that failed.
+        if self._stale or await store.read(partial(get_meta, key="rev")) != self._rev:
             self.engine.wake()
             await self.take_up()
             await self.engine.feed.publish_foreign()
@@ -6789,7 +6794,8 @@ class Leadership:
         """Takes over, yields, and finishes what processes left behind that are gone."""
         engine = self.engine
         yielding = self.kind == "mcp" and await self._must_yield()
-        if engine.leading and (yielding or not self._leader_lock.held()):
+        held = self._leader_lock.held()
+        if (held and yielding) or (engine.leading and not held):  # held, too, where a take-over has failed half-way
             await self._step_down()
         elif not engine.leading and not yielding and self._leader_lock.acquire():
             await self._take_over()
@@ -6812,8 +6818,9 @@ class Leadership:
         """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
         logger.info("this process no longer leads")
         self.engine.leading = False
-        if self.engine.running:
-            self._drain_lock.acquire()
+        # Also when nothing runs: the write of a tick that starts something may be under way.
+        while not self._drain_lock.acquire():
+            await asyncio.sleep(0.01)  # another process is looking whether this one lives
         self.engine.timers.rebuild([])
         self.engine.retries.rebuild([])
         await self.engine.store.set_leading(False)
@@ -7001,9 +7008,10 @@ class Service:
         await self.engine.drain(self.settings.shutdown_grace)
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         self._closed = True
-        await self.engine.close(self._loop, end)
+        known = await self.engine.close(self._loop, end)
         self._checks.shutdown(wait=False, cancel_futures=True)
-        self.leadership.release()
+        if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
+            self.leadership.release()
 
     async def _change(self, write: Callable[[DB], T], take_up: bool = True) -> T:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""

@@ -7573,6 +7573,45 @@ async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, op
     assert (await second.service.get_scheduler_status())["leader"] is True
 
 
+async def test_what_a_tick_starts_while_its_process_steps_down_is_not_taken_for_that_of_a_dead_process(
+    rig: Rig, open_rig: OpenRig
+) -> None:
+    follower = await open_rig(kind="mcp", database_url=rig.path)
+    execution_id = await rig.execute(await rig.task(config={"command": "sleep 0.5"}))
+    tick = asyncio.create_task(rig.service.engine.tick())
+    await asyncio.sleep(0)  # its write is on its way
+    await rig.service.leadership._step_down()
+    assert [run.execution_id for run in await follower.service.store.read(partial(chronotask.running_of_others, owner=""))] == [1]
+    await follower.service.leadership._take_over()
+    await tick
+    assert (await follower.service.get_execution(execution_id))["status"] == "running"
+    await follower.service.leadership._step_down()
+
+
+async def test_a_process_that_yields_gives_back_the_lock_of_a_take_over_that_failed(open_rig: OpenRig) -> None:
+    process = await open_rig(kind="mcp")
+    process.service.engine.leading = False  # as a take-over leaves it that the database has refused
+    service = await open_rig(database_url=process.path)
+    await until_true(lambda: service.service.engine.leading)
+
+
+async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(rig: Rig) -> None:
+    reader, _ = await rig.service.engine.feed.open(None)
+    await rig.schedule(await rig.task(), "cron")
+    await rig.service.changes.poll()
+    while not reader.empty():
+        reader.get_nowait()
+    rig.clock.wall -= 7200 * S
+    await rig.tick()
+    await rig.service.changes.poll()
+    event = reader.get_nowait()
+    assert event is not None and event.kind == "schedule" and reader.empty()
+    rig.service.changes._rev = None  # as a look that failed leaves it
+    rig.service.engine.timers.rebuild([])
+    await rig.service.changes.poll()
+    assert rig.service.engine.timers.next_due() is not None
+
+
 async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
     follower = await open_rig(kind="mcp", database_url=rig.path)
     schedule_id = await rig.schedule(await rig.task(), jitter=50)
