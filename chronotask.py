@@ -1210,6 +1210,18 @@ class Plan:
 # ======================================================================================================================
 # 3. Resources
 # ======================================================================================================================
+#
+# Each resource is a dataclass (Task, Schedule, Execution, Attempt), each of its fields a line: name, type, default.
+# A new field is one line here and a migration (section 6): the columns, the bodies of create and update, what answers show,
+# OpenAPI and the tools' arguments follow from it. A client may write a field, on creation and later, unless its type says:
+#
+#   ReadOnly[…]   shown, never written by a client. With a default, a new row starts as the schema of the table says.
+#   Internal[…]   neither shown nor written by a client
+#   Queried[…]    no column: the query computes it
+#   Detail[…]     no column: shown only where the service has filled it in, in answers about one
+#
+# A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
+# names properties that answers show, and the field that each stands behind.
 
 MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -1231,7 +1243,7 @@ NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab
 NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
+@dataclass(slots=True)  # like all that is made for every attempt: frozen, it takes four times as long to make
 class Outcome:
     """How one attempt ended.
 
@@ -1491,7 +1503,7 @@ def plain_number(value: float) -> float:
 
 def _seconds(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"must be a whole number or a number, not {shown(value)}")
+        raise ValueError("must be a whole number or a number" + _echo((), value))
     return value
 
 
@@ -1860,17 +1872,6 @@ class Hold:
 
 
 # --- Resources, each declared once ------------------------------------------------------------------------------------
-#
-# A new field is one line here and a migration (section 6): the columns, the bodies of create and update, what answers show,
-# OpenAPI and the tools' arguments follow from it. A client may write a field, on creation and later, unless its type says:
-#
-#   ReadOnly[…]   shown, never written by a client. With a default, a new row starts as the schema of the table says.
-#   Internal[…]   neither shown nor written by a client
-#   Queried[…]    no column: the query computes it
-#   Detail[…]     no column: shown only where the service has filled it in, in answers about one
-#
-# A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
-# names properties that answers show, and the field that each stands behind.
 
 F = TypeVar("F")
 Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL TIME")
@@ -1984,9 +1985,9 @@ class Schedule:
     def look_ahead(self) -> None:
         """Finds the first slot after `settled_until`; without one the schedule is over."""
         plan = self.plan()
-        self.place(plan.next_slot(self.settled_until), plan)
+        self.set_next(plan.next_slot(self.settled_until), plan)
 
-    def place(self, next_slot: int | None, plan: Plan) -> None:
+    def set_next(self, next_slot: int | None, plan: Plan) -> None:
         """Sets what comes next. Without a next slot the schedule is over; with one again, it is active again."""
         wanted = self.is_active or self.over  # nobody has switched it off
         self.next_slot = next_slot
@@ -2169,7 +2170,7 @@ def view_of(item: Any) -> dict[str, Any]:
 # --- Executions under way ---------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
+@dataclass(slots=True)
 class NewExecution:
     """An execution, or the record of a slot that ran nothing, about to be written."""
 
@@ -2199,7 +2200,7 @@ class Unfinished:
     count: int
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
+@dataclass(slots=True)
 class Run:
     """An attempt that was just written as `running`: the execution, and its task as it is now."""
 
@@ -2230,7 +2231,7 @@ def run_id(execution_uuid: str, attempt: int) -> str:
     return f"{execution_uuid[:-4]}{attempt:04x}"
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
+@dataclass(slots=True)
 class Settlement:
     """What becomes of an execution when an attempt of it ends."""
 
@@ -2245,25 +2246,40 @@ class Settlement:
 
 # --- What a client sends ----------------------------------------------------------------------------------------------
 
-_FROM_JSON = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # unknown fields are refused, types not converted
 
+class View:
+    """Marks a dict as what a client sees of a resource. `more` are further fields, with their types."""
 
-def _typed_dict(name: str, fields: Mapping[str, Any], config: ConfigDict) -> Any:
-    made = cast(Any, TypedDict)(name, dict(fields))
-    made.__pydantic_config__ = config
-    return made
+    config = ConfigDict()
 
-
-class Body:
-    """Marks a dict of the fields of a resource that a client sent: of a new one, or of what shall change (`update`). `more` are
-    further fields, all required."""
-
-    def __init__(self, resource: Any, name: str, update: bool = False, **more: Any) -> None:
-        self.resource, self.name, self.update, self.more = resource, name, update, more
+    def __init__(self, resource: Any, name: str, **more: Any) -> None:
+        self.resource, self.name, self.more = resource, name, more
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
         """Their types."""
+        return {**shape_of(self.resource).shown, **self.more}
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
+        made = cast(Any, TypedDict)(self.name, dict(self.fields))
+        made.__pydantic_config__ = self.config
+        return handler.generate_schema(made)
+
+
+class Body(View):
+    """Marks a dict of the fields of a resource that a client sent: of a new one, or of what shall change (`update`).
+
+    `more` are required. Unknown fields are refused, types not converted.
+    """
+
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, resource: Any, name: str, update: bool = False, **more: Any) -> None:
+        super().__init__(resource, name, **more)
+        self.update = update
+
+    @functools.cached_property
+    def fields(self) -> Mapping[str, Any]:
         fields: dict[str, Any] = {}
         shape = shape_of(self.resource)
         for name, kind in shape.written.items():
@@ -2275,9 +2291,6 @@ class Body:
                 fields[name] = NotRequired[Annotated[kind, Field(json_schema_extra={"default": shape.defaults[name]})]]
         return fields | self.more
 
-    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
-        return handler.generate_schema(_typed_dict(self.name, self.fields, _FROM_JSON))
-
 
 TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate")]
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
@@ -2287,8 +2300,8 @@ SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview")]
 
 
 def mark_of(kind: Any) -> Any:
-    """The Body or View that a type is marked with, or None."""
-    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, (Body, View))), None)
+    """The View or Body that a type is marked with, or None."""
+    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, View)), None)
 
 
 def field_names(model: Any) -> Collection[str]:
@@ -2398,16 +2411,6 @@ def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
 # --- What a client gets -----------------------------------------------------------------------------------------------
 
 
-class View:
-    """Marks a dict as what a client sees of a resource. `more` are further fields, with their types."""
-
-    def __init__(self, resource: Any, name: str, **more: Any) -> None:
-        self.resource, self.name, self.more = resource, name, more
-
-    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
-        return handler.generate_schema(_typed_dict(self.name, {**shape_of(self.resource).shown, **self.more}, ConfigDict()))
-
-
 class Upcoming(TypedDict):
     utc: str
     local: str
@@ -2419,24 +2422,21 @@ AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 
 
-class TaskPage(TypedDict):
+class Counted(TypedDict):
     total: int
     skip: int
     limit: int
+
+
+class TaskPage(Counted):
     tasks: list[TaskView]
 
 
-class SchedulePage(TypedDict):
-    total: int
-    skip: int
-    limit: int
+class SchedulePage(Counted):
     schedules: list[ScheduleView]
 
 
-class HistoryPage(TypedDict):
-    total: int
-    skip: int
-    limit: int
+class HistoryPage(Counted):
     history: list[ExecutionView]
 
 
@@ -2491,10 +2491,7 @@ OverviewTask = Annotated[
 ]
 
 
-class OverviewPage(TypedDict):
-    total: int
-    skip: int
-    limit: int
+class OverviewPage(Counted):
     tasks: list[OverviewTask]
 
 
@@ -2544,19 +2541,15 @@ def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
     return [Upcoming(utc=format_instant(t), local=format_local(t, zone)) for t in fire_times]
 
 
-def clip_texts(output: dict[str, Any] | None) -> dict[str, Any] | None:
+def clip_texts(output: dict[str, Any]) -> dict[str, Any]:
     """Output as it stands in lists: each text is cut to 4,096 characters, and says so."""
-    if output is None:
-        return None
-    return {name: _clip_value(value) for name, value in output.items()}
-
-
-def _clip_value(value: Any) -> Any:
-    if isinstance(value, (dict, list)) and len(text := json.dumps(value, ensure_ascii=False)) > LIST_TEXT_LIMIT:
-        value = text
-    if isinstance(value, str) and len(value) > LIST_TEXT_LIMIT:
-        return value[:LIST_TEXT_LIMIT] + f"… [{len(value) - LIST_TEXT_LIMIT} more characters: ask for output=full]"
-    return value
+    clipped = dict(output)
+    for name, value in output.items():
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+        if isinstance(text, str) and len(text) > LIST_TEXT_LIMIT:
+            more = len(text) - LIST_TEXT_LIMIT
+            clipped[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
+    return clipped
 
 
 def attempt_views(execution: Execution, past: Sequence[Attempt]) -> list[AttemptView]:
@@ -2711,7 +2704,7 @@ def go_on(schedule: Schedule, now: int) -> None:
     schedule.stand(max(now, stands_at(schedule.plan().timing, schedule.settled_until, now)))
     schedule.in_force_since = max(schedule.in_force_since, now)
     plan = schedule.plan()
-    schedule.place(plan.next_slot(schedule.settled_until), plan)
+    schedule.set_next(plan.next_slot(schedule.settled_until), plan)
 
 
 def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
@@ -2817,7 +2810,7 @@ def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, earl
             claim.rows.append(row)
             before = slot
     schedule.stand(due.settled_until)
-    schedule.place(None if left is not None and left <= 0 else due.next_slot, plan)
+    schedule.set_next(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
 
 
@@ -4073,7 +4066,8 @@ def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | Non
     """Executions with their whole output (`full`), without (`none`), or with its texts cut (None)."""
     executions = load(db, Execution, f"{_EXECUTIONS} {where}", values, _OUTPUT if output == "none" else frozenset())
     for execution in executions:
-        if output is None and (execution.output_size or 0) > LIST_TEXT_LIMIT:  # only then one of its texts can be too long
+        # Only longer output can have a text that is too long.
+        if output is None and execution.output_data and (execution.output_size or 0) > LIST_TEXT_LIMIT:
             execution.output_data = clip_texts(execution.output_data)
     return executions
 
@@ -4967,7 +4961,7 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
 # --- bash -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)  # made for every run: frozen, it would be four times as dear
+@dataclass(slots=True)
 class _Command:
     words: list[str]
     env: dict[bytes, bytes]
