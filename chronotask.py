@@ -67,7 +67,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()  # until the service is up (`settle_memory`): what imports make is there to stay
+    gc.disable()  # until the service is up (`serve`): what imports make is there to stay
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
     if os.getpid() == 1:  # which gets no signal that it has no handler for
@@ -520,13 +520,7 @@ def _clock_face(t: int) -> datetime:
 @functools.lru_cache(maxsize=4096)  # pages are read again and again
 def format_instant(t: int) -> str:
     """`t` as ISO 8601 in UTC: `2026-11-24T05:00:00Z`, with six decimals when it is no whole second."""
-    second, rest = divmod(t, SECOND)
-    return f"{_second_text(second)}.{rest:06d}Z" if rest else _second_text(second) + "Z"
-
-
-@functools.lru_cache(maxsize=256)  # of a burst, every instant is another, but most lie in one second
-def _second_text(second: int) -> str:
-    return _clock_face(second * SECOND).isoformat()
+    return _clock_face(t).isoformat() + "Z"
 
 
 def format_local(t: int, zone: str) -> str:
@@ -2587,11 +2581,6 @@ SKIPPED_RUNNING = "skipped: the previous execution is still running (overlap=ski
 SKIPPED_WAITING = "skipped: another execution is already waiting (overlap=queue)"
 SKIPPED_PAUSED = "skipped: the time passed while the schedule was paused"
 CANCELLED_BY_OVERLAP = "cancelled: a later slot started instead (overlap=cancel)"
-_UNCAUGHT = {
-    "skip": "catchup=skip",
-    "latest": "catchup=latest runs only the newest",
-    "all": f"catchup=all runs only the newest {CATCHUP_MOST}",
-}
 
 # --- Due slots --------------------------------------------------------------------------------------------------------
 
@@ -2648,7 +2637,11 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
 
 def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
     """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
-    wanted = {"skip": 0, "latest": 1, "all": CATCHUP_MOST}[plan.catchup]
+    wanted, reason = {
+        "skip": (0, "catchup=skip"),
+        "latest": (1, "catchup=latest runs only the newest"),
+        "all": (CATCHUP_MOST, f"catchup=all runs only the newest {CATCHUP_MOST}"),
+    }[plan.catchup]
     oldest = max(first, now - round(plan.catchup_window * SECOND))
     picked: list[int] = []
     slot: int | None = last
@@ -2657,7 +2650,6 @@ def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], l
         slot = plan.last_slot(slot - 1)
     if slot is None or slot < first:
         return picked[::-1], []
-    reason = _UNCAUGHT[plan.catchup]
     if wanted and slot < oldest:
         reason = f"older than the catchup_window of {plan.catchup_window:g} s"
     return picked[::-1], [Missed(first, slot, plan.timing.count(first, slot, MISSED_COUNTED), reason)]
@@ -8878,8 +8870,6 @@ IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
 LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
-# Options that stand for a setting, and win over its variable.
-OPTIONS = {"host": ENV_PREFIX + "API_HOST", "port": ENV_PREFIX + "API_PORT"}
 _OPTION_NAMES = ("--mode", "--host", "--port", "--backup", "--version", "--help")
 
 
@@ -8907,7 +8897,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """Options over variables over defaults. Raises StartupError that names the option or the variable."""
     given: dict[str, str] = {}
-    for option, variable in OPTIONS.items():
+    for option, variable in (("host", ENV_PREFIX + "API_HOST"), ("port", ENV_PREFIX + "API_PORT")):
         if (value := getattr(options, option)) is not None:
             given[variable] = value
             try:
@@ -9053,28 +9043,21 @@ def hide_from_tasks() -> None:
             number += 1
 
 
-def settle_memory() -> None:
-    """After the start: what is there stays, so the garbage collector need not look at it."""
-    gc.freeze()
-    gc.set_threshold(10_000)  # requests and runs free what they used without its help
-    gc.enable()
-    return_memory()
-
-
-def return_memory() -> None:
-    """What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes."""
-    with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int, int] | None) -> None:
     """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if signalled.is_set():  # not `stop`: an MCP client closes stdin first, and sends SIGTERM when it grows impatient
+            os._exit(1)
+        signalled.set()
+        stop.set()
+
     for number in STOP_SIGNALS:
         # Whoever starts a program with SIGHUP ignored (nohup) wants it to survive its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            loop.add_signal_handler(number, _on_signal, stop, signalled)
+            loop.add_signal_handler(number, on_signal)
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
@@ -9099,12 +9082,16 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
                 session = loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None))
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
-        settle_memory()
+        gc.freeze()  # what is there stays, so the garbage collector need not look at it
+        gc.set_threshold(10_000)  # requests and attempts free what they used without its help
+        gc.enable()
         while not stop.is_set():
+            # What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes.
+            with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
+                ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(60):
                     await stop.wait()
-            return_memory()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
         await service.stop()
@@ -9165,13 +9152,6 @@ async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio
     finally:
         if stop is not None:
             stop.set()
-
-
-def _on_signal(stop: asyncio.Event, signalled: asyncio.Event) -> None:
-    if signalled.is_set():  # not `stop`: an MCP client closes stdin first, and sends SIGTERM when it grows impatient
-        os._exit(1)
-    signalled.set()
-    stop.set()
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
