@@ -26,7 +26,7 @@ How an execution lives
      TimerQueue → Engine.tick: finish → claim → start: one transaction
                        └→ attempt: run_bash | run_http → Outcome ─┐
                        ↑                                          │
-                       └────── settle (retry, or the end) ←───────┘
+                       └────── decide_end (retry, or the end) ←───┘
     Leadership switches the Engine on and off; Retention deletes what is old.
 
 Where to add something
@@ -2226,7 +2226,7 @@ def run_id(execution_uuid: str, attempt: int) -> str:
 
 
 @dataclass(slots=True)
-class Settlement:
+class Finished:
     """What becomes of an execution when an attempt of it ends."""
 
     run: Run
@@ -2818,7 +2818,7 @@ def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -
 # --- Ends of attempts -------------------------------------------------------------------------------------------------
 
 
-def settle(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Settlement:
+def decide_end(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Finished:
     """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %.
 
     It ended `seconds` after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it.
@@ -2834,7 +2834,7 @@ def settle(run: Run, outcome: Outcome, now: int, spread: float, seconds: float |
         error = f"{error or status}; not retried: the retry settings of the task are damaged"
     output = None if outcome.output is None else compact(outcome.output)
     finished_at = max(run.started_at, now) if seconds is None else run.started_at + round(seconds * SECOND)
-    return Settlement(run, status, outcome.status, finished_at, again, error, output)
+    return Finished(run, status, outcome.status, finished_at, again, error, output)
 
 
 def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
@@ -3924,11 +3924,11 @@ def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
         db.execute(f"UPDATE tasks SET {change} FROM ({source}) WHERE id = task_id", {"counts": compact(counts), "now": now})
 
 
-def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
+def finish_attempts(db: DB, ended: Sequence[Finished]) -> None:
     """Writes how attempts ended. A retry that somebody has cancelled meanwhile becomes `cancelled`."""
     columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
     fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
-    ends = [fields(s) for s in settlements]
+    ends = [fields(s) for s in ended]
     write_rows(
         db,
         """UPDATE executions SET owner = NULL, output_data = rows.output,
@@ -3941,7 +3941,7 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
         columns,
         ends,
     )
-    if any(s.status == "retrying" for s in settlements):
+    if any(s.status == "retrying" for s in ended):
         write_rows(
             db,
             """INSERT OR IGNORE INTO attempts SELECT e.id, e.attempt, rows.attempt_status, attempt_started_at,
@@ -3952,7 +3952,8 @@ def write_settlements(db: DB, settlements: Sequence[Settlement]) -> None:
             ends,
         )
     for name, success in (("success_count", True), ("failure_count", False)):
-        _count(db, f"{name} = {name} + n", (s.run.task_id for s in settlements if SUCCESS.get(s.status) is success))
+        _count(db, f"{name} = {name} + n", (s.run.task_id for s in ended if SUCCESS.get(s.status) is success))
+    release_held(db, {s.run.task_id for s in ended})
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
@@ -3980,18 +3981,16 @@ def shift_retries(db: DB, by: int, latest: int) -> None:
     )
 
 
-def release_held(db: DB, task_ids: Collection[int] | None) -> None:
-    """Lifts the holds of executions that nothing is ahead of any more, of these tasks (None: of all)."""
+def release_held(db: DB, task_ids: Collection[int]) -> None:
+    """Lifts the holds of executions of these tasks that nothing is ahead of any more."""
     if db.execute("SELECT 1 FROM executions WHERE status = 'queued' AND hold > 0 LIMIT 1").fetchone() is None:
         return
-    these = "" if task_ids is None else "AND held.task_id IN (SELECT value FROM json_each(?))"
-    values = () if task_ids is None else (compact(list(task_ids)),)
     ahead = f"SELECT 1 FROM executions a WHERE a.task_id = held.task_id AND a.id < held.id AND a.{UNFINISHED_SQL}"
     for bit, extra in ((Hold.OVERLAP, ""), (Hold.CATCHUP, "AND a.trigger = 'catchup' AND a.schedule_id = held.schedule_id")):
         db.execute(
             f"""UPDATE executions AS held SET hold = hold & ~{bit:d} WHERE status = 'queued' AND hold > 0 AND hold & {bit:d}
-                {these} AND NOT EXISTS ({ahead} {extra})""",
-            values,
+                AND held.task_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS ({ahead} {extra})""",
+            (compact(list(task_ids)),),
         )
 
 
@@ -4000,20 +3999,25 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
     db.execute(f"UPDATE executions SET hold = {change} WHERE status = 'queued' AND task_id = ?", (task_id,))
 
 
-def cancel_execution(db: DB, execution_id: int, now: int, reason: str) -> str:
-    """Ends a waiting execution, or asks for the end of a running one. Returns the status it had. Raises NotFound."""
-    rows = db.execute(f"SELECT status FROM executions WHERE id = ? AND {_NOT_DELETED}", (execution_id,)).fetchall()
-    status = str(existing(rows, "execution", execution_id)[0])
-    if status == "running":
-        db.execute("UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id = ?", (reason, execution_id))
-    elif status in UNFINISHED:
-        db.execute(
-            """UPDATE executions SET status = 'cancelled', finished_at = ?, next_attempt_at = NULL,
-                error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
-            WHERE id = ?3""",
-            (now, reason, execution_id),
-        )
-    return status
+def cancel_executions(db: DB, ids: Collection[int], now: int, reason: str) -> list[str]:
+    """Ends those of the executions `ids` that wait, and asks for the end of those that run. Returns the statuses they had."""
+    found = db.execute(
+        f"SELECT task_id, status FROM executions WHERE id IN (SELECT value FROM json_each(?)) AND {_NOT_DELETED}",
+        (these := compact(list(ids)),),
+    ).fetchall()
+    db.execute(
+        """UPDATE executions SET cancel_requested = 1, error_message = ?
+        WHERE id IN (SELECT value FROM json_each(?)) AND status = 'running'""",
+        (reason, these),
+    )
+    db.execute(
+        """UPDATE executions SET status = 'cancelled', finished_at = ?1, next_attempt_at = NULL,
+            error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
+        WHERE id IN (SELECT value FROM json_each(?3)) AND status IN ('queued', 'retrying')""",
+        (now, reason, these),
+    )
+    release_held(db, {task_id for task_id, _ in found})
+    return [status for _, status in found]
 
 
 def unfinished_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
@@ -6269,7 +6273,7 @@ class Engine:
         self.last_tick = clock.monotonic()
         self.distrust_until = 0.0  # by the monotonic clock: until then no history is deleted by age
         self._environ = environ
-        self._ended: list[Settlement] = []  # of attempts, for the next tick
+        self._ended: list[Finished] = []  # of attempts, for the next tick
         self._all_ended = asyncio.Event()  # all attempts that run here
         self._last_tick_end = 0.0
         self._queued = False  # something may be waiting for capacity
@@ -6357,9 +6361,15 @@ class Engine:
         finally:
             self._ticking = False
         self._queued = len(tick.runs) == capacity
-        await self._after_tick(tick, ended)
+        await self._after_write(tick, ended)
 
-    async def _after_tick(self, tick: Tick, ended: Sequence[Settlement]) -> None:
+    async def finish(self, ended: Sequence[Finished]) -> None:
+        """Finishes attempts of a process that is gone, as a tick does with those of this one."""
+        await self.store.write(partial(finish_attempts, ended=ended))
+        await self._after_write(Tick(), ended)
+        self.wake()
+
+    async def _after_write(self, tick: Tick, ended: Sequence[Finished]) -> None:
         for schedule in tick.claim.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
             self.touched.add(schedule.task_id)
@@ -6375,7 +6385,7 @@ class Engine:
         await self._begin(tick.runs)
         await self.feed.publish_executions([*tick.new_ids, *started, *(s.run.execution_id for s in ended), *tick.cancelled])
 
-    def _count_end(self, s: Settlement) -> None:
+    def _count_end(self, s: Finished) -> None:
         self.touched.add(s.run.task_id)
         if s.status == "retrying":
             return
@@ -6428,7 +6438,7 @@ class Engine:
 
     def _end(self, active: Active, outcome: Outcome) -> None:
         seconds = self.clock.monotonic() - active.since
-        self._ended.append(settle(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
+        self._ended.append(decide_end(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
 
     def stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
@@ -6534,17 +6544,15 @@ class Engine:
 
 
 def write_tick(
-    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], ended: Sequence[Settlement], capacity: int, owner: str
+    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], ended: Sequence[Finished], capacity: int, owner: str
 ) -> Tick:
     tick = Tick()
     if ended:
-        write_settlements(db, ended)
+        finish_attempts(db, ended)
     if slots:
         claim_due(db, slots, now, tick)
     if retries:
         queue_retries(db, retries, now)
-    if ended or tick.cancelled or any(row.hold for row in tick.claim.rows):
-        release_held(db, {s.run.task_id for s in ended} | {row.task_id for row in tick.claim.rows})
     if capacity > 0:
         tick.runs = start_ready(db, capacity, now, owner)
     note_clock(db, now)
@@ -6562,21 +6570,18 @@ def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = 
             logger.exception("schedule %d", schedule.id)
             claim_broken(claim, schedule, now, error)
     for schedule, trigger in claim.cancels:
-        tick.cancelled += _cancel_unfinished(db, schedule, trigger, now)
+        # A catch-up spares those of its own schedule.
+        spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
+        ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
+        cancel_executions(db, ids, now, CANCELLED_BY_OVERLAP)
+        tick.cancelled += ids
     claim.rows, tick.new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
         schedule.run_count += runs[schedule.id]
     advance_schedules(db, claim.schedules)
-
-
-def _cancel_unfinished(db: DB, schedule: Schedule, trigger: str, now: int) -> list[int]:
-    """Overlap `cancel`: ends the unfinished executions of the task. (A catch-up spares those of its own schedule.)"""
-    spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
-    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
-    for execution_id in ids:
-        cancel_execution(db, execution_id, now, CANCELLED_BY_OVERLAP)
-    return ids
+    if any(row.hold for row in claim.rows):  # what they wait for may have been cancelled by another of them
+        release_held(db, {row.task_id for row in claim.rows})
 
 
 def write_clock(db: DB, now: int, moved: int) -> None:
@@ -6845,11 +6850,7 @@ class Leadership:
             logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
-        ended = [settle(run, outcome, now, random.uniform(-1, 1)) for run in dead]
-        await engine.store.write(partial(_finish_dead, ended=ended))
-        for s in ended:
-            engine.retries.set(s.run.execution_id, s.next_attempt_at)
-        engine.wake()
+        await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
 
     def _drain_path(self, owner: str) -> Path:
         return Path(f"{self.engine.store.path}.drain-{owner}")
@@ -6862,11 +6863,6 @@ class Leadership:
         if not draining:
             path.unlink(missing_ok=True)
         return draining
-
-
-def _finish_dead(db: DB, ended: Sequence[Settlement]) -> None:
-    write_settlements(db, ended)
-    release_held(db, None)
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
@@ -7283,7 +7279,8 @@ class Service:
 
         Kills its processes and drops its retries. One that is over already is refused.
         """
-        before = await self._change(partial(_cancel, execution_id=execution_id, now=self.clock.now()))
+        cancel = partial(cancel_executions, ids=[execution_id], now=self.clock.now(), reason=CANCELLED)
+        before = existing(await self._change(cancel), "execution", execution_id)
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
@@ -7447,7 +7444,6 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
         claim_due(db, [schedule_id], now, claimed, early=True)
-        release_held(db, {schedule.task_id})
         schedule = get_schedule(db, schedule_id)
     resumed = bool(wanted) and not schedule.is_active
     for name, value in changes.items():
@@ -7503,18 +7499,9 @@ def _check_bounds(schedule: Schedule) -> None:
 def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
     schedule = get_schedule(db, schedule_id)
     ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True})
-    for execution_id in ids:
-        cancel_execution(db, execution_id, now, "cancelled: its schedule was deleted")
+    cancel_executions(db, ids, now, "cancelled: its schedule was deleted")
     delete_schedule(db, schedule_id)
-    release_held(db, [schedule.task_id])
     return schedule.task_id, ids
-
-
-def _cancel(db: DB, execution_id: int, now: int) -> str:
-    before = cancel_execution(db, execution_id, now, CANCELLED)
-    if before in UNFINISHED:
-        release_held(db, None)
-    return before
 
 
 def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:

@@ -116,6 +116,7 @@ from chronotask import (
     check_schedule_config,
     claim_slots,
     clip,
+    decide_end,
     due_slots,
     format_instant,
     get_meta,
@@ -143,7 +144,6 @@ from chronotask import (
     run_tool,
     set_meta,
     set_up_logging,
-    settle,
     shown,
     stored_config,
     tool_args,
@@ -2989,22 +2989,22 @@ def a_run(attempt: int = 1, max_retries: int = 3) -> Run:
 
 @pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
 def test_an_end_that_is_not_retryable_is_final(status: str) -> None:
-    settlement = settle(a_run(), Outcome(status), START, 0)
-    assert (settlement.status, settlement.next_attempt_at) == (status, None)
+    ended = decide_end(a_run(), Outcome(status), START, 0)
+    assert (ended.status, ended.next_attempt_at) == (status, None)
 
 
 @pytest.mark.parametrize("status", ["failed", "timed_out", "interrupted"])
 def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None:
     outcome = Outcome(status, retryable=True)
-    again = settle(a_run(attempt=3), outcome, START, 0)
+    again = decide_end(a_run(attempt=3), outcome, START, 0)
     assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
-    assert settle(a_run(attempt=4), outcome, START, 0).status == status
-    assert settle(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
+    assert decide_end(a_run(attempt=4), outcome, START, 0).status == status
+    assert decide_end(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
 
 
 def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
-    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
-    assert settle(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
+    assert decide_end(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
+    assert decide_end(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
 
 
 @pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
@@ -3012,8 +3012,8 @@ def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_star
     wall: int, seconds: float | None, ends: int
 ) -> None:
     run = dataclasses.replace(a_run(), started_at=START)
-    settlement = settle(run, Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
-    assert (settlement.finished_at, settlement.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
+    ended = decide_end(run, Outcome("failed", retryable=True, retry_after=60), START + wall * S, 0, seconds)
+    assert (ended.finished_at, ended.next_attempt_at) == (START + ends * S, START + (wall + 60) * S)
 
 
 # ======================================================================================================================
@@ -3323,6 +3323,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     for status in (None, "failed", "timed_out", "interrupted"):
         chronotask.list_history(db, task.id, HistoryQuery(success=False, status=status))
     chronotask.start_ready(db, 10, START, "me")
+    chronotask.cancel_executions(db, [1], START, "because")
     chronotask.release_held(db, [task.id])
     db.set_trace_callback(None)
     plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries if "executions" in query}
@@ -7210,6 +7211,7 @@ async def test_after_a_crash_a_running_execution_is_interrupted_when_no_attempt_
     assert row["error_message"]
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "interrupted")]
     assert (await later.service.get_task(1))["failure_count"] == 1
+    assert later.service.engine.stats.ended == {("http", "interrupted"): 1}  # an end like any other
 
 
 async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left(
