@@ -725,7 +725,7 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
             high = _value(field, high_text or low_text)
             if field.name == "day-of-week" and high == 0 and low > 0:
                 high = 7  # Sunday may end a range
-        if high < low:
+        if high_text and high < low:
             names = field.name == "day-of-week" and not high_text.isdigit()
             wrapped = f"{part.partition('-')[0]}-{'sat' if names else field.high},{'sun' if names else field.low}-{high_text}"
             raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
@@ -1001,10 +1001,12 @@ def _listed(values: tuple[int, ...], words: Sequence[str] | None = None, link: s
     return f"{names[0]} to {names[-1]}" if _is_run(values) else _and(names, link)
 
 
-def _spacing(values: tuple[int, ...], full: int) -> int | None:
-    """n when the values are 0, n, 2n … and go on evenly into the next round of `full`."""
+def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
+    """`every 15 minutes`, when the values are 0, n, 2n … and go on evenly into the next round of `full`."""
     step = full if len(values) == 1 else values[1] - values[0]
-    return step if full % step == 0 and values == tuple(range(0, full, step)) else None
+    if step == full or full % step or values != tuple(range(0, full, step)):
+        return None
+    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
 
 
 def _cron_words(cron: _CronFields) -> str:
@@ -1023,40 +1025,9 @@ def _clock_words(cron: _CronFields) -> str:
     if len(times) <= 2 or (len(times) <= 8 and not spread):
         form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
         return "at " + _and([form.format(*time) for time in times])
-    return spread or _each_field_words(cron)
-
-
-def _frequency_words(cron: _CronFields) -> str | None:
-    """Evenly spread slots, all day or in a run of hours."""
-    if cron.seconds != (0,):
-        rest_full = len(cron.minutes) == 60
-        word = _every(_spacing(cron.seconds, 60), "second", 60)
-        last = f":59:{cron.seconds[-1]:02}"
-    elif len(cron.minutes) > 1:
-        rest_full, word, last = True, _every(_spacing(cron.minutes, 60), "minute", 60), f":{cron.minutes[-1]:02}"
-    else:
-        minute, hours = cron.minutes[0], _spacing(cron.hours, 24)
-        rest_full, word, last = True, _every(1 if _is_run(cron.hours) else hours, "hour", 24), f":{minute:02}"
-        if word and hours:
-            return word + (f" at minute {minute}" if minute else "")
-    if word is None or not rest_full:
-        return None
-    if len(cron.hours) == 24:
-        return word
-    if cron.hours[-1] - cron.hours[0] != len(cron.hours) - 1:
-        return None
-    first = f":{cron.minutes[0]:02}"
-    return f"{word} from {cron.hours[0]:02}{first} to {cron.hours[-1]:02}{last}"
-
-
-def _every(step: int | None, unit: str, full: int) -> str | None:
-    if step is None or step == full:
-        return None
-    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
-
-
-def _each_field_words(cron: _CronFields) -> str:
-    """Field by field: never pretty, never wrong."""
+    if spread:
+        return spread
+    # Field by field: never pretty, never wrong.
     parts = []
     if cron.seconds != (0,):
         parts.append("every second" if len(cron.seconds) == 60 else f"second {_listed(cron.seconds)}")
@@ -1066,6 +1037,25 @@ def _each_field_words(cron: _CronFields) -> str:
     elif len(cron.minutes) < 60:
         parts.append("every hour")
     return "at " + " of ".join(parts)
+
+
+def _frequency_words(cron: _CronFields) -> str | None:
+    """Evenly spread slots, all day or in a run of hours."""
+    minute = cron.minutes[0]
+    if cron.seconds != (0,):
+        word = _every(cron.seconds, "second", 60) if len(cron.minutes) == 60 else None
+        last = f":59:{cron.seconds[-1]:02}"
+    elif len(cron.minutes) > 1:
+        word, last = _every(cron.minutes, "minute", 60), f":{cron.minutes[-1]:02}"
+    elif word := _every(cron.hours, "hour", 24):
+        return word + (f" at minute {minute}" if minute else "")
+    else:
+        word, last = "every hour" if _is_run(cron.hours) else None, f":{minute:02}"
+    if word is None or len(cron.hours) == 24:
+        return word
+    if cron.hours[-1] - cron.hours[0] != len(cron.hours) - 1:
+        return None
+    return f"{word} from {cron.hours[0]:02}:{minute:02} to {cron.hours[-1]:02}{last}"
 
 
 def _day_words(on: _DayFields) -> str:
