@@ -2714,38 +2714,8 @@ def judge_overlap(policy: str, others: int, waiting: int) -> str:
     return policy
 
 
-class Others:
-    """The unfinished executions of some tasks, kept up to date while one tick claims slots."""
-
-    def __init__(self, unfinished: Iterable[Unfinished]) -> None:
-        self._groups: dict[int, list[Unfinished]] = {}
-        for group in unfinished:
-            self._groups.setdefault(group.task_id, []).append(group)
-
-    def met_by(self, schedule: Schedule, trigger: str) -> tuple[int, int]:
-        """How many executions a slot meets, and how many of its own schedule's among them wait because of overlap.
-
-        Catch-up executions of one schedule do not see each other: they run one after the other.
-        """
-        groups = self._groups.get(schedule.task_id)
-        if not groups:
-            return 0, 0
-        groups = [g for g in groups if not _same_catchup(g, schedule.id, trigger)]
-        return sum(g.count for g in groups), sum(g.count for g in groups if g.waiting and g.schedule_id == schedule.id)
-
-    def has_catchup(self, schedule: Schedule) -> bool:
-        return any(_same_catchup(g, schedule.id, "catchup") for g in self._groups.get(schedule.task_id, ()))
-
-    def add(self, row: NewExecution) -> None:
-        group = Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1)
-        self._groups.setdefault(row.task_id, []).append(group)
-
-    def clear(self, schedule: Schedule, trigger: str) -> None:
-        groups = self._groups.get(schedule.task_id, [])
-        self._groups[schedule.task_id] = [g for g in groups if _same_catchup(g, schedule.id, trigger)]
-
-
 def _same_catchup(other: Unfinished | NewExecution, schedule_id: int, trigger: str) -> bool:
+    """Catch-up executions of one schedule do not see each other: they run one after the other."""
     return trigger == "catchup" and other.trigger == "catchup" and other.schedule_id == schedule_id
 
 
@@ -2759,8 +2729,11 @@ class Claim:
     cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
 
 
-def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, early: bool = False) -> None:
-    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on."""
+def claim_slots(claim: Claim, schedule: Schedule, unfinished: dict[int, list[Unfinished]], now: int, early: bool = False) -> None:
+    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on.
+
+    `unfinished` holds the executions of each task that slots may meet; what this claims is added.
+    """
     plan = schedule.plan()
     due = due_slots(plan, schedule.settled_until, now, early)
     for missed in due.missed:
@@ -2772,21 +2745,23 @@ def claim_slots(claim: Claim, schedule: Schedule, others: Others, now: int, earl
         for slot in slots:
             if left is not None and left <= 0:
                 break
-            verdict = judge_overlap(schedule.overlap, *others.met_by(schedule, trigger))
+            others = unfinished.setdefault(schedule.task_id, [])
+            met = [other for other in others if not _same_catchup(other, schedule.id, trigger)]
+            waiting = sum(other.count for other in met if other.waiting and other.schedule_id == schedule.id)
+            verdict = judge_overlap(schedule.overlap, sum(other.count for other in met), waiting)
             row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now)
             if verdict == "skip":
                 row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
             else:
                 row.fire_at = plan.fire_time(slot)
-                row.hold = Hold.CATCHUP if trigger == "catchup" and others.has_catchup(schedule) else 0
-                row.hold |= 0 if verdict == "run" else Hold.OVERLAP
+                row.hold = (Hold.CATCHUP if len(met) < len(others) else 0) | (Hold.OVERLAP if verdict != "run" else 0)
                 if verdict == "cancel":
                     claim.cancels.append((schedule, trigger))
-                    for other in (row for row in claim.rows if row.task_id == schedule.task_id and row.status == "queued"):
-                        if not _same_catchup(other, schedule.id, trigger):
-                            other.status, other.hold, other.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
-                    others.clear(schedule, trigger)
-                others.add(row)
+                    for new in (new for new in claim.rows if new.task_id == schedule.task_id and new.status == "queued"):
+                        if not _same_catchup(new, schedule.id, trigger):
+                            new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
+                    others[:] = [other for other in others if _same_catchup(other, schedule.id, trigger)]
+                others.append(Unfinished(row.task_id, row.schedule_id, trigger, bool(row.hold & Hold.OVERLAP), 1))
                 left = None if left is None else left - 1
                 schedule.ran = add_run(schedule.ran, slot, before)
             claim.rows.append(row)
@@ -3877,10 +3852,13 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
             db.execute("RELEASE slots")
 
 
-def unfinished_of(db: DB, task_ids: Collection[int]) -> list[Unfinished]:
+def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
     alike = f"""SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS count FROM executions
         WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4"""
-    return load(db, Unfinished, alike, (compact(list(task_ids)),))
+    groups: dict[int, list[Unfinished]] = {}
+    for group in load(db, Unfinished, alike, (compact(list(task_ids)),)):
+        groups.setdefault(group.task_id, []).append(group)
+    return groups
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
@@ -6552,10 +6530,10 @@ def write_tick(
 def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = False) -> None:
     """Claims the due slots of schedules and moves these on, in the caller's transaction."""
     claim, schedules = tick.claim, due_schedules(db, slots)
-    others = Others(unfinished_of(db, {schedule.task_id for schedule in schedules}))
+    unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules})
     for schedule in schedules:
         try:
-            claim_slots(claim, schedule, others, now, early)
+            claim_slots(claim, schedule, unfinished, now, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim_broken(claim, schedule, now, error)

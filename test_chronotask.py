@@ -91,7 +91,6 @@ from chronotask import (
     LiveOutput,
     Missed,
     Once,
-    Others,
     Outcome,
     Plan,
     Run,
@@ -2778,7 +2777,8 @@ def claimed(schedule: Schedule, unfinished: str, now: float) -> tuple[Claim, str
     A queued one may wait behind o(verlap) and behind c(atch-up).
     """
     claim = Claim()
-    claim_slots(claim, schedule, Others(UNFINISHED[unfinished]), START + round(now * S))
+    others = {task: list(groups) for task, groups in itertools.groupby(UNFINISHED[unfinished], lambda group: group.task_id)}
+    claim_slots(claim, schedule, others, START + round(now * S))
     words = []
     for row in claim.rows:
         held = "o" * bool(row.hold & Hold.OVERLAP) + "c" * bool(row.hold & Hold.CATCHUP)
@@ -2901,10 +2901,9 @@ def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
 
 def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
     schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True, 1)
-    assert Others([other]).met_by(schedule, "schedule") == (1, 0)
     claim = Claim()
-    claim_slots(claim, schedule, Others([other]), START + 60 * S)
-    claim_slots(claim, schedule, Others([other, Unfinished(1, 7, "schedule", True, 1)]), START + 120 * S)
+    claim_slots(claim, schedule, {1: [other]}, START + 60 * S)
+    claim_slots(claim, schedule, {1: [other, Unfinished(1, 7, "schedule", True, 1)]}, START + 120 * S)
     assert [(row.status, row.hold) for row in claim.rows] == [("queued", Hold.OVERLAP), ("skipped", 0)]
 
 
