@@ -3200,17 +3200,13 @@ class Store:
                 db.execute("ROLLBACK")
         return True
 
-    def stuck_for(self) -> float:
-        """Seconds that the oldest running write has been under way."""
-        writing = self._writing
-        return 0.0 if writing is None else self._monotonic() - writing.since
-
     def problem(self) -> str | None:
         """Why the database cannot be relied on now, or None."""
         if not self._threads[0][0].is_alive():
             return "the database writer has died"
-        if self.stuck_for() > STUCK_AFTER:
-            return f"a write to the database has not come back for {self.stuck_for():.0f} s"
+        writing = self._writing
+        if writing is not None and (stuck := self._monotonic() - writing.since) > STUCK_AFTER:
+            return f"a write to the database has not come back for {stuck:.0f} s"
         if self._replaced:
             return _REPLACED
         return self.failure and f"the last write to the database failed: {self.failure}"
@@ -3447,7 +3443,7 @@ def refused_target(path: Path, target: Path) -> str | None:
 
     Whoever has a database open goes on writing to the file that was replaced; and a log of the old file spoils the new one.
     """
-    own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", "-wal", "-shm", "-journal", ".leader", ".service")]
+    own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", *BESIDE)]
     draining = str(target.resolve()).startswith(f"{path.resolve()}.drain-")
     if draining or target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
         return "a file of its own, not one of the database"
@@ -3933,10 +3929,10 @@ def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
     )
 
 
-def retry_timers(db: DB, task_id: int | None = None, since_rev: int | None = None) -> list[tuple[int, int]]:
-    """Execution id and next attempt of all that are `retrying`: of one task, of those changed after `since_rev`, or of all."""
+def retry_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int]]:
+    """Execution id and next attempt of all that are `retrying`, or of those whose task was changed after `since_rev`."""
     changed = "task_id IN (SELECT id FROM tasks WHERE rev > ?)"
-    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, "task_id = ?": task_id, changed: since_rev})
+    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, changed: since_rev})
     return db.execute(f"SELECT id, next_attempt_at FROM executions {where}", values).fetchall()
 
 
@@ -4224,10 +4220,10 @@ def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int 
     return None if young or rows < limit else int(last)
 
 
-def delete_surplus(db: DB, task_id: int, keep: int, keep_marks: int, now: int, limit: int) -> int:
-    """Deletes at most `limit` of a task's finished rows beyond the newest `keep` runs and `keep_marks` skipped or missed ones."""
+def delete_surplus(db: DB, task_id: int, keep: int, keep_skipped: int, now: int, limit: int) -> int:
+    """Deletes at most `limit` of a task's finished rows: beyond the newest `keep` runs, `keep_skipped` skipped or missed ones."""
     deleted = 0
-    for kind, kept in (("NOT IN", keep), ("IN", keep_marks)):
+    for kind, kept in (("NOT IN", keep), ("IN", keep_skipped)):
         if kept:
             deleted += db.execute(
                 f"""DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE task_id = :task AND {_OVER}
@@ -6119,11 +6115,9 @@ class Feed:
         reader: asyncio.Queue[Event | None] = asyncio.Queue()
         self._readers.add(reader)
         self._unread = self.KEPT
-        if last_id is None:
+        if last_id in (None, f"{self._boot}-{self._count}"):
             return reader, []
         ids = [event.id for event in self._recent]
-        if last_id == f"{self._boot}-{self._count}":
-            return reader, []
         return reader, list(self._recent)[ids.index(last_id) + 1 :] if last_id in ids else None
 
     def close(self, reader: asyncio.Queue[Event | None]) -> None:
@@ -6422,7 +6416,7 @@ class Engine:
 
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
-        timers, retries = await self.store.read(lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev=since_rev)))
+        timers, retries = await self.store.read(lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev)))
         for index, found in ((self.timers, timers), (self.retries, retries)):
             if since_rev is None:
                 index.rebuild([(key, at) for key, at in found if at is not None])
@@ -6569,7 +6563,7 @@ def write_clock(db: DB, now: int, moved: int) -> None:
 # 9. Changes
 # ======================================================================================================================
 
-KEEP_MARKS = 100  # skipped and missed rows kept of each task
+KEEP_SKIPPED = 100  # skipped and missed rows kept of each task
 RETENTION_PAUSE = 600.0  # seconds between two passes of the retention
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 
@@ -6600,7 +6594,9 @@ class Retention:
         keep = settings.history_per_task
         for task_id in list(engine.touched):
             engine.touched.discard(task_id)
-            surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_marks=KEEP_MARKS, now=now, limit=RETENTION_ROWS)
+            surplus = partial(
+                delete_surplus, task_id=task_id, keep=keep, keep_skipped=KEEP_SKIPPED, now=now, limit=RETENTION_ROWS
+            )
             while engine.leading and await engine.store.write(surplus) > 0:
                 await self._leave_room()
 
@@ -6621,7 +6617,12 @@ class Retention:
                 for execution_id in running:
                     engine.stop_run(execution_id)
                 await asyncio.sleep(0.02)
-            while not await engine.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS)):
+            gone = False
+            while not gone:
+                try:
+                    gone = await engine.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS))
+                except Unavailable:  # nobody else tries again, and somebody may be waiting for it
+                    await asyncio.sleep(POLL)
                 await asyncio.sleep(0)
             engine.notify()
         finally:
@@ -6653,7 +6654,10 @@ class Changes:
             await self.take_up()
             await self.engine.feed.publish_foreign()
             self._stale = False
-        await self._show_output()
+        engine, now = self.engine, self.engine.clock.now()
+        if engine.running and (wanted := await store.read(partial(wanted_output, now=now))):
+            recent = {key: active.live.recent() for key in wanted if (active := engine.running.get(key))}
+            await store.write(partial(show_output, recent=recent, now=now))
 
     async def take_up(self, everything: bool = False) -> None:
         """Takes up what has changed since the last look, or everything.
@@ -6692,15 +6696,6 @@ class Changes:
         rev, paused = await self.engine.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
         self.engine.paused = bool(paused)
         return int(rev)
-
-    async def _show_output(self) -> None:
-        """Writes what running executions print for followers in other processes, while there are any."""
-        engine = self.engine
-        now = engine.clock.now()
-        if not engine.running or not (wanted := await engine.store.read(partial(wanted_output, now=now))):
-            return
-        recent = {key: active.live.recent() for key in wanted if (active := engine.running.get(key))}
-        await engine.store.write(partial(show_output, recent=recent, now=now))
 
 
 # ======================================================================================================================
@@ -6864,34 +6859,92 @@ U = TypeVar("U", bound=Callable[..., Any])
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
 
 
-class Route(NamedTuple):
-    """How a use case is asked for. `tool` are the hints of its MCP tool (read_only, destructive, idempotent, open_world), None
-    if there is none; `errors` are statuses beside those that every operation of its kind may answer."""
+# --- Operations -------------------------------------------------------------------------------------------------------
+#
+# REST makes its routes and its OpenAPI document from them, MCP its tools.
 
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A use case as an operation. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
+
+    `body` and `result` are marked dicts or None. `description` is for a reader who has never seen ChronoTask.
+    """
+
+    name: str
     method: str
     path: str
     status: int
-    tool: tuple[str, ...] | None
+    summary: str
+    description: str
+    id_name: str | None
+    query: type[Query] | None
+    one_query: bool  # whether the use case takes the query as a whole
+    body: Any
+    result: Any
     errors: tuple[int, ...]
+    tool: bool
+    hints: tuple[str, ...]
+
+    def call(self, service: Service, number: int, query: Any, body: Any) -> Coroutine[Any, Any, Any]:
+        """The use case with checked arguments, as far as it has them."""
+        given: dict[str, Any] = {} if self.id_name is None else {self.id_name: number}
+        if self.body is not None:
+            given["body"] = body
+        if self.query is not None:
+            given |= {"query": query} if self.one_query else {name: getattr(query, name) for name in self.query.model_fields}
+        return cast(Coroutine[Any, Any, Any], getattr(service, self.name)(**given))
+
+    @property
+    def location(self) -> str | None:
+        """Where the thing is that this makes."""
+        return f"/{mark_of(self.result).resource.__name__.lower()}s/{{id}}" if self.status in (201, 202) else None
 
 
-ROUTES: dict[str, Route] = {}  # by the name of the use case
+OPERATIONS: list[Operation] = []
 
 
 def operation(
     method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
 ) -> Callable[[U], U]:
-    """Makes a use case an operation of REST, and with `tool` of MCP. Its signature and its docstring say the rest:
+    """Makes a use case an operation of REST, and with `tool` of MCP: the hints of its tool (read_only, destructive, idempotent,
+    open_world). `errors` are statuses beside those that every operation of its kind may answer. Its signature and its
+    docstring say the rest:
 
     with {id} in the path, the first parameter is that id; `body` is the body, `query` the query string, and every other
     parameter a field of the query string. The docstring is for a client: its first line is the summary.
     """
 
-    def mark(use_case: U) -> U:
-        ROUTES[use_case.__name__] = Route(method, path, status, tool, errors)
+    def add(use_case: U) -> U:
+        kinds = get_type_hints(use_case, include_extras=True)
+        defaults = inspect.signature(use_case).parameters
+        result, body, query = kinds.pop("return"), kinds.pop("body", None), kinds.pop("query", None)
+        id_name = next(iter(kinds)) if "{id}" in path else None
+        fields: dict[str, Any] = {key: (kind, defaults[key].default) for key, kind in kinds.items() if key != id_name}
+        summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
+        made = Operation(
+            name=use_case.__name__,
+            method=method,
+            path=path,
+            status=status,
+            summary=summary.rstrip("."),
+            description=" ".join(description.split()),
+            id_name=id_name,
+            query=create_model(use_case.__name__, __base__=Query, **fields) if fields else query,
+            one_query=not fields,
+            body=body,
+            result=None if result is type(None) else result,
+            errors=errors,
+            tool=tool is not None,
+            hints=tool or (),
+        )
+        OPERATIONS.append(made)
         return use_case
 
-    return mark
+    return add
+
+
+# --- The use cases ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -7039,8 +7092,10 @@ class Service:
             setattr(task, name, value)
         task.updated_at = now
         update(db, task)
-        if task.status != before:
-            _change_task_status(db, task, before, now)
+        if task.status != before and "disabled" in (before, task.status):
+            hold_disabled(db, task.id, task.status == "disabled")
+        if task.status != before and task.status == "active":
+            _resume(db, active_schedules(db, task.id), now)
 
     @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
@@ -7276,7 +7331,13 @@ class Service:
             if active := self.engine.running.get(execution_id):
                 live = active.live
             over = execution.status in FINISHED or self.engine.stopping
-            recent = live.recent() if live is not None else await self._foreign_output(execution)
+            if live is not None:
+                recent = live.recent()
+            elif execution.status == "running":  # in another process
+                ask = partial(ask_for_output, execution_id=execution_id, until=self.clock.now() + 5 * SECOND)
+                recent = await self.store.write(ask)
+            else:
+                recent = await self.store.read(partial(shown_output, execution_id=execution_id))
             for stream, total, data in recent:
                 before = sent.get((execution.attempt, stream), 0)
                 sent[execution.attempt, stream] = total
@@ -7288,11 +7349,6 @@ class Service:
                 return
             live = None if execution.status == "retrying" else live
             await asyncio.sleep(POLL)
-
-    async def _foreign_output(self, execution: Execution) -> list[tuple[str, int, bytes]]:
-        if execution.status == "running":
-            return await self.store.write(partial(ask_for_output, execution_id=execution.id, until=self.clock.now() + 5 * SECOND))
-        return await self.store.read(partial(shown_output, execution_id=execution.id))
 
     @operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
@@ -7318,16 +7374,8 @@ class Service:
         """Everything that /metrics shows, in the store's words."""
         objects, counts, tasks = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return Metrics(
-            self.engine.stats,
-            objects,
-            counts,
-            tasks,
-            size,
-            self.store.waiting_writes,
-            self.engine.leading,
-            len(self.engine.running),
-        )
+        engine = self.engine
+        return Metrics(engine.stats, objects, counts, tasks, size, self.store.waiting_writes, engine.leading, len(engine.running))
 
     # --- use cases: the scheduler ---
 
@@ -7381,20 +7429,13 @@ class Service:
 # --- Transactions of the use cases ------------------------------------------------------------------------------------
 
 
-def _change_task_status(db: DB, task: Task, before: str, now: int) -> None:
-    if "disabled" in (before, task.status):
-        hold_disabled(db, task.id, task.status == "disabled")
-    if task.status == "active":
-        _resume(db, active_schedules(db, task.id), now)
-
-
 def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
-    marks = []
+    missed = []
     for schedule in schedules:
         with contextlib.suppress(*DAMAGE):
-            marks.append(resume_schedule(schedule, now))
+            missed.append(resume_schedule(schedule, now))
             update(db, schedule)
-    insert_slots(db, [mark for mark in marks if mark is not None])
+    insert_slots(db, [row for row in missed if row is not None])
 
 
 def _pause_all(db: DB, paused: bool, now: int) -> None:
@@ -7420,16 +7461,14 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
     schedule.updated_at = now
     _check_bounds(schedule)
     retimed = bool(changes.keys() & TIMING_FIELDS)
-    mark = None
-    if retimed:
+    missed = None
+    if retimed or schedule.over:
         go_on(schedule, now)
     elif resumed:
-        mark = resume_schedule(schedule, now)
-    elif schedule.over:
-        go_on(schedule, now)
+        missed = resume_schedule(schedule, now)
     elif schedule.plan().remaining == 0:
         schedule.look_ahead()
-    if schedule.next_slot is None and (retimed or resumed) and not (mark is not None and insert_slots(db, [mark])[1]):
+    if schedule.next_slot is None and (retimed or resumed) and not (missed is not None and insert_slots(db, [missed])[1]):
         raise InvalidInput(_nothing_left(schedule))
     update(db, schedule)
     remember_zone(db, schedule.zone)
@@ -7493,77 +7532,6 @@ def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
         "p99": late[min(len(late) - 1, len(late) * 99 // 100)],
         "max": late[-1],
     }
-
-
-# --- Operations -------------------------------------------------------------------------------------------------------
-#
-# REST makes its routes and its OpenAPI document from them, MCP its tools.
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """A use case as an operation. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
-
-    `body` and `result` are marked dicts or None. `description` is for a reader who has never seen ChronoTask.
-    """
-
-    name: str
-    method: str
-    path: str
-    status: int
-    summary: str
-    description: str
-    id_name: str | None
-    query: type[Query] | None
-    one_query: bool  # whether the use case takes the query as a whole
-    body: Any
-    result: Any
-    errors: tuple[int, ...]
-    tool: bool
-    hints: tuple[str, ...]
-
-    def call(self, service: Service, number: int, query: Any, body: Any) -> Coroutine[Any, Any, Any]:
-        """The use case with checked arguments, as far as it has them."""
-        given: dict[str, Any] = {} if self.id_name is None else {self.id_name: number}
-        if self.body is not None:
-            given["body"] = body
-        if self.query is not None:
-            given |= {"query": query} if self.one_query else {name: getattr(query, name) for name in self.query.model_fields}
-        return cast(Coroutine[Any, Any, Any], getattr(service, self.name)(**given))
-
-    @property
-    def location(self) -> str | None:
-        """Where the thing is that this makes."""
-        return f"/{mark_of(self.result).resource.__name__.lower()}s/{{id}}" if self.status in (201, 202) else None
-
-
-def _operation(name: str, route: Route) -> Operation:
-    use_case = getattr(Service, name)
-    kinds = get_type_hints(use_case, include_extras=True)
-    defaults = inspect.signature(use_case).parameters
-    result, body, query = kinds.pop("return"), kinds.pop("body", None), kinds.pop("query", None)
-    id_name = next(iter(kinds)) if "{id}" in route.path else None
-    fields: dict[str, Any] = {key: (kind, defaults[key].default) for key, kind in kinds.items() if key != id_name}
-    summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
-    return Operation(
-        name=name,
-        method=route.method,
-        path=route.path,
-        status=route.status,
-        summary=summary.rstrip("."),
-        description=" ".join(description.split()),
-        id_name=id_name,
-        query=create_model(name, __base__=Query, **fields) if fields else query,
-        one_query=not fields,
-        body=body,
-        result=None if result is type(None) else result,
-        errors=route.errors,
-        tool=route.tool is not None,
-        hints=route.tool or (),
-    )
-
-
-OPERATIONS = tuple(_operation(name, route) for name, route in ROUTES.items())
 
 
 # ======================================================================================================================

@@ -3296,7 +3296,6 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
     chronotask.retry_timers(db)
-    chronotask.retry_timers(db, task.id)
     chronotask.shift_retries(db, 1, 2)
     chronotask.retry_timers(db, since_rev=0)
     chronotask.unfinished_ids(db, {"task_id = ?": task.id})
@@ -7058,6 +7057,17 @@ async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Targe
     rig.clock.advance(86400 * 3)
     await rig.service.retention.delete(rig.clock.now())
     assert rig.sql("SELECT (SELECT count(*) FROM executions), (SELECT count(*) FROM attempts)") == [(0, 0)]
+
+
+async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> None:
+    task_id = await rig.task()
+    refusal = "CREATE TRIGGER refusal BEFORE DELETE ON tasks BEGIN SELECT RAISE(ABORT, 'not now'); END"
+    await rig.service.store.write(lambda db: db.execute(refusal))
+    await rig.service._change(partial(chronotask.mark_deleted, task_id=task_id))
+    await asyncio.sleep(0.1)
+    await rig.service.store.write(lambda db: db.execute("DROP TRIGGER refusal"))
+    await until_true(lambda: not rig.service.retention.purges)
+    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
 # ======================================================================================================================
