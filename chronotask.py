@@ -1282,15 +1282,11 @@ _WANTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
     "list_type": "a list",
 }
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least {}"),
     "less_than_equal": ("le", "at most {}"),
-    "greater_than": ("gt", "more than {}"),
-    "less_than": ("lt", "less than {}"),
     "string_too_short": ("min_length", "at least {} characters long"),
     "string_too_long": ("max_length", "at most {} characters long"),
     "too_short": ("min_length", "at least {} entries long"),
@@ -1761,7 +1757,6 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
 
 # --- The words of tasks, schedules and executions ---------------------------------------------------------------------
 
-TASK_TYPES = ("http", "bash")
 UNFINISHED = ("queued", "running", "retrying")
 FINISHED = ("succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted")
 NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothing
@@ -2132,8 +2127,6 @@ def _seen(kind: Any) -> Any:
 
 def _sound(kind: Any, value: Any) -> Any:
     """A stored value; an empty one for a damaged one, so that one broken row does not stop the others."""
-    if isinstance(value, dict) and kind == dict[str, Any]:
-        return value  # of whatever: there is nothing to look at
     try:
         return adapter(kind).validate_python(value)
     except ValidationError:
@@ -2383,7 +2376,7 @@ def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
     if body is None or body.update or not isinstance(data, dict):
         return ()
     try:
-        if isinstance(data.get("config"), dict) and data.get("task_type") in TASK_TYPES:
+        if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
             parse_config(data["task_type"], data["config"])
         if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
             check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
@@ -2538,19 +2531,11 @@ def clip_texts(output: dict[str, Any]) -> dict[str, Any]:
 
 def attempt_views(execution: Execution, past: Sequence[Attempt]) -> list[AttemptView]:
     """All attempts of an execution, oldest first: the last one lives on the execution itself."""
-    e, attempts = execution, list(past)
-    if e.attempt_started_at is not None and e.attempt not in {attempt.attempt for attempt in past}:
-        attempts.append(
-            Attempt(
-                attempt=e.attempt,
-                status=e.status,
-                started_at=e.attempt_started_at,
-                finished_at=e.finished_at,
-                error_message=e.error_message,
-                output_data=e.output_data,
-            )
-        )
-    return [view_of(attempt) for attempt in attempts]
+    attempts = [view_of(attempt) for attempt in past]
+    if execution.attempt_started_at is not None and execution.attempt not in {attempt.attempt for attempt in past}:
+        of_both = {name: getattr(execution, name) for name in shape_of(Attempt).loaded}
+        attempts.append(view_of(Attempt(**{**of_both, "started_at": execution.attempt_started_at})))
+    return attempts
 
 
 # ======================================================================================================================
@@ -7574,7 +7559,6 @@ def problem_answer(error: ChronoTaskError) -> web.Response:
 # --- Who may ask ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(256)
 def split_host(text: str) -> tuple[str, int | None]:
     """`name:port` or `[v6]:port` as lower-case name and port. Raises ValueError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
@@ -7583,16 +7567,11 @@ def split_host(text: str) -> tuple[str, int | None]:
     return (match[1] or match[2]).lower().rstrip("."), None if match[3] is None else int(match[3])
 
 
-@functools.lru_cache(256)
-def is_trusted_name(name: str, allowed_hosts: tuple[str, ...]) -> bool:
-    """Names that cannot have been made to point here by a hostile page (DNS rebinding)."""
-    if name == "localhost" or name in allowed_hosts:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+def _is_address(name: str) -> bool:
+    """Such a name cannot have been made to point here by a hostile page (DNS rebinding)."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> None:
@@ -7604,7 +7583,7 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
         name, port = split_host(hosts[0] if len(hosts) == 1 else "")
     except ValueError:
         raise Forbidden("the Host header is missing or malformed") from None
-    if not is_trusted_name(name, settings.allowed_hosts):
+    if name != "localhost" and name not in settings.allowed_hosts and not _is_address(name):
         raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
     for origin in headers.getall("Origin", []):
         _check_origin(origin, name, port, settings)
@@ -7633,33 +7612,6 @@ def _check_origin(origin: str, name: str, port: int | None, settings: Settings) 
 
 def wants_html(headers: CIMultiDictProxy[str]) -> bool:
     return "text/html" in headers.get("Accept", "")
-
-
-def make_gate(service: Service, busy: set[Any]) -> Any:
-    """What every request passes: who may ask is checked before, and every error becomes an answer after.
-
-    `busy` holds the connections whose request is being answered.
-    """
-
-    @web.middleware
-    async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        busy.add(request.protocol)
-        try:
-            check_caller(request.headers, request.method, request.path, service.settings)
-            return await handler(request)
-        except ChronoTaskError as error:
-            return problem_answer(error)
-        except web.HTTPException as error:
-            return _http_problem(error)
-        except ConnectionError:  # the client has gone, or was dropped because it took nothing: there is nobody to answer
-            return web.Response(status=503)
-        except Exception:
-            logger.exception("%s %s", request.method, shown(request.path))
-            return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
-        finally:
-            busy.discard(request.protocol)
-
-    return gate
 
 
 def _http_problem(error: web.HTTPException) -> web.Response:
@@ -7696,19 +7648,37 @@ def connection_type() -> type[web.RequestHandler]:
 
 @functools.cache
 def app_key(name: str) -> web.AppKey[Any]:
-    """Of what an application carries: the `busy` connections of its gate, and the `manager` of MCP sessions."""
+    """Of what an application carries: `busy`, connections whose request is being answered, and the `manager` of MCP sessions."""
     return web.AppKey(name)
 
 
-async def _hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
-    answer.headers["Server"] = SERVER
-
-
 def gated_app(service: Service) -> web.Application:
-    """An application without routes."""
+    """An application without routes. Who may ask is checked before every request, and every error becomes an answer after."""
     busy: set[Any] = set()
-    app = web.Application(middlewares=[make_gate(service, busy)], client_max_size=MAX_BODY)
-    app.on_response_prepare.append(_hide_versions)
+
+    @web.middleware
+    async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        busy.add(request.protocol)
+        try:
+            check_caller(request.headers, request.method, request.path, service.settings)
+            return await handler(request)
+        except ChronoTaskError as error:
+            return problem_answer(error)
+        except web.HTTPException as error:
+            return _http_problem(error)
+        except ConnectionError:  # the client has gone, or was dropped because it took nothing: there is nobody to answer
+            return web.Response(status=503)
+        except Exception:
+            logger.exception("%s %s", request.method, shown(request.path))
+            return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
+        finally:
+            busy.discard(request.protocol)
+
+    async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
+        answer.headers["Server"] = SERVER
+
+    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
+    app.on_response_prepare.append(hide_versions)
     app[app_key("busy")] = busy
     return app
 
@@ -7785,16 +7755,12 @@ async def read_body(request: web.Request, model: Any) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    if model is None and not request.query_string:
-        return None
-    repeated = [name for name in request.query if len(request.query.getall(name)) > 1]
-    if repeated:
-        raise InvalidInput(*(FieldError(name, "must be given once") for name in dict.fromkeys(repeated)))
-    if model is not None:
-        return parse(model, dict(request.query))
-    if request.query:
-        raise InvalidInput(*(FieldError(name, "unknown parameter; known are none") for name in request.query))
-    return None
+    wrong = [FieldError(name, "must be given once") for name, times in Counter(request.query.keys()).items() if times > 1]
+    if not wrong and model is None:
+        wrong = [FieldError(name, "unknown parameter; known are none") for name in request.query]
+    if wrong:
+        raise InvalidInput(*wrong)
+    return None if model is None else parse(model, dict(request.query))
 
 
 _PATH_ID = re.compile("[0-9]{1,19}")
@@ -7947,12 +7913,8 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
-    text = metrics_text(await service.metrics())
-    return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def metrics_text(metrics: Metrics) -> str:
     """Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
+    metrics = await service.metrics()
     stats, lines = metrics.stats, list[str]()
 
     def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | int]]) -> None:
@@ -7970,7 +7932,10 @@ def metrics_text(metrics: Metrics) -> str:
     active = metrics.objects["active_schedules"]
     schedules = [('{state="firing"}', active), ('{state="idle"}', metrics.objects["schedules"] - active)]
     family("schedules", "gauge", "Schedules.", schedules)
-    labels = [(f'{{task_id="{key}",task="{_label(name)}"}}', last, following) for key, name, last, following in metrics.tasks]
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    labels = [
+        (f'{{task_id="{key}",task="{name.translate(escapes)}"}}', last, following) for key, name, last, following in metrics.tasks
+    ]
     successes = [(label, last / SECOND) for label, last, _ in labels if last is not None]
     family("task_last_success_timestamp_seconds", "gauge", "End of the last success.", successes)
     slots = [(label, following / SECOND) for label, _, following in labels if following is not None]
@@ -7980,11 +7945,8 @@ def metrics_text(metrics: Metrics) -> str:
     family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])
     family("leader", "gauge", "Whether this process fires schedules.", [("", int(metrics.leading))])
     family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)])
-    return "\n".join(lines) + "\n"
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    text = "\n".join(lines) + "\n"
+    return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 async def show_openapi(_service: Service, request: web.Request) -> web.Response:
@@ -8070,8 +8032,17 @@ def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document of everything that can be asked, from the models and the two tables of routes."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
+        content = {"application/json": {"schema": _schema_of(operation.result)}} if operation.result is not None else None
+        good = {operation.status: content, **({200: content} if operation.status == 202 else {})}
+        wrong = {400, 401, 403, 422, 503, *operation.errors, *((404,) if operation.id_name else ())}
         for method in _methods(operation):
-            paths.setdefault(API + operation.path, {})[method.lower()] = _operation_document(operation, method)
+            name = operation.name if method != "PUT" else operation.name.replace("update", "put")
+            refused = wrong | ({408, 413, 415} if method != "GET" else set())
+            document = _document(name, operation.summary, operation.path, operation.query, good, refused)
+            if operation.body is not None:
+                sent = {"schema": _schema_of(operation.body), "example": _EXAMPLES[operation.body]}
+                document["requestBody"] = {"required": True, "content": {"application/json": sent}}
+            paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         name = page.handler.__name__ if page.path != "/docs" else "show_docs"
         wrong = {400} if page.path == "/health" else {400, 401, 403, 503, *page.errors}
@@ -8107,18 +8078,6 @@ def _component_schemas() -> dict[str, Any]:
     for name in ("ScheduleCreate", "ScheduleUpdate", "SchedulePreview"):
         schemas[name]["properties"]["schedule_config"] = schedule_config
     return {**schemas, "Problem": _PROBLEM_SCHEMA}
-
-
-def _operation_document(o: Operation, method: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": _schema_of(o.result)}} if o.result is not None else None
-    good = {o.status: content, **({200: content} if o.status == 202 else {})}
-    wrong = {400, 401, 403, 422, 503, *o.errors, *((404,) if o.id_name else ()), *((408, 413, 415) if method != "GET" else ())}
-    name = o.name if method != "PUT" else o.name.replace("update", "put")
-    document = _document(name, o.summary, o.path, o.query, good, wrong)
-    if o.body is not None:
-        content = {"application/json": {"schema": _schema_of(o.body), "example": _EXAMPLES[o.body]}}
-        document["requestBody"] = {"required": True, "content": content}
-    return document
 
 
 def _document(
@@ -8207,10 +8166,8 @@ MAX_PENDING = 256  # calls that one client on stdio may have under way; further 
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
 LAST_CALLS = 1.5  # seconds that calls in flight get after the end of stdin
 TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
-
-
 ToolLimit = Annotated[int, Field(ge=1, le=100)]
-
+NULL = {"type": "null"}
 
 # A model pays for each word: other defaults serve it better than a program.
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
@@ -8228,9 +8185,6 @@ WITHOUT_EFFECT = {
     "preview_schedule": {"is_active", "overlap", "catchup", "catchup_window"},
     "update_schedule": {"task_id"},
 }
-
-
-NULL = {"type": "null"}
 
 
 class Deleted(TypedDict):
@@ -8254,20 +8208,15 @@ def tool_model(operation: Operation) -> Any:
 
 def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int, Any, Any]:
     """The id, the query and the body of a call, by the rules of REST. Raises InvalidInput that lists every bad argument."""
-    id_name = operation.id_name or ""
-    given = {name: _as_object(operation, name, value) for name, value in arguments.items()}
+    id_name, given = operation.id_name or "", dict(arguments)
+    for name in shape_of(mark_of(operation.body).resource).json if operation.body is not None else ():
+        if isinstance(value := given.get(name), str):  # some clients send objects as JSON text
+            with contextlib.suppress(ChronoTaskError):
+                given[name] = load_json(value.encode("utf-8", "surrogatepass"))
     checked = parse(tool_model(operation), given)
     if operation.body is None:
         return getattr(checked, id_name, 0), checked, None
     return checked.pop(id_name, 0), None, checked
-
-
-def _as_object(operation: Operation, name: str, value: Any) -> Any:
-    """Some clients send objects as JSON text."""
-    if isinstance(value, str) and operation.body is not None and name in shape_of(mark_of(operation.body).resource).json:
-        with contextlib.suppress(ChronoTaskError):
-            return load_json(value.encode("utf-8", "surrogatepass"))
-    return value
 
 
 def input_schema(operation: Operation) -> dict[str, Any]:
@@ -8310,24 +8259,20 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
 def make_tools() -> types.ListToolsResult:
     from mcp import types
 
-    def hints(operation: Operation) -> types.ToolAnnotations:
-        words: Any = {
-            f"{word}_hint": word in operation.hints for word in ("read_only", "destructive", "idempotent", "open_world")
-        }
-        return types.ToolAnnotations(**words)
-
-    return types.ListToolsResult(
-        tools=[
+    tools = []
+    for operation in TOOLS.values():
+        words = ("read_only", "destructive", "idempotent", "open_world")
+        hints: Any = {f"{word}_hint": word in operation.hints for word in words}
+        tools.append(
             types.Tool(
                 name=operation.name,
                 description=f"{operation.summary}. {operation.description}",
                 input_schema=input_schema(operation),
                 output_schema=output_schema(operation),
-                annotations=hints(operation),
+                annotations=types.ToolAnnotations(**hints),
             )
-            for operation in TOOLS.values()
-        ]
-    )
+        )
+    return types.ListToolsResult(tools=tools)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -8353,15 +8298,6 @@ def _clip_field(holder: Any, field: str, limit: int, where: str) -> None:
         holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
 
 
-def _clip_execution(view: Any) -> None:
-    where = f"resource {SCHEME}executions/{view['id']} has all"
-    for attempt in view.get("attempts", ()):
-        if attempt["output_data"] == view["output_data"]:
-            attempt["output_data"] = None  # the last attempt's output is the execution's
-        _clip_field(attempt, "output_data", TOOL_LIST_TEXT, where)
-    _clip_field(view, "output_data", TOOL_TEXT, where)
-
-
 async def complete_answer(service: Service, operation: Operation, query: Any, view: Any) -> None:
     """Adds to an answer what a model cannot look up by itself, and cuts what is long."""
     match operation.name:
@@ -8374,7 +8310,12 @@ async def complete_answer(service: Service, operation: Operation, query: Any, vi
         case "execute_task" | "get_execution" | "cancel_execution":
             if view["status"] in UNFINISHED:
                 view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
-            _clip_execution(view)
+            where = f"resource {SCHEME}executions/{view['id']} has all"
+            for attempt in view.get("attempts", ()):
+                if attempt["output_data"] == view["output_data"]:
+                    attempt["output_data"] = None  # the last attempt's output is the execution's
+                _clip_field(attempt, "output_data", TOOL_LIST_TEXT, where)
+            _clip_field(view, "output_data", TOOL_TEXT, where)
         case "get_task_history":
             if query.output == "short":
                 for execution in view["history"]:
@@ -8391,6 +8332,9 @@ async def complete_answer(service: Service, operation: Operation, query: Any, vi
                 view["note"] = f"nothing fires now: {why}"
 
 
+_CALLS: set[asyncio.Task[Any]] = set()
+
+
 async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) -> types.CallToolResult:
     """Calls a tool. What is wrong with the call is in the result, for the model to put right; only an unknown name raises."""
     from mcp import MCPError, types
@@ -8400,7 +8344,10 @@ async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) ->
         raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
     view = None
     try:
-        view = await _to_its_end(_use(service, operation, *tool_args(operation, arguments)))
+        job = asyncio.create_task(_use(service, operation, *tool_args(operation, arguments)))
+        _CALLS.add(job)
+        job.add_done_callback(_CALLS.discard)
+        view = await asyncio.shield(job)  # which goes on when the client goes away: a use case is never left half done
         text = compact(view)
     except ChronoTaskError as error:
         text = error.detail + _where_to_look(error)
@@ -8416,17 +8363,6 @@ async def _use(service: Service, operation: Operation, number: int, query: Any, 
         return Deleted(id=number, deleted=True)
     await complete_answer(service, operation, query, view)
     return view
-
-
-_CALLS: set[asyncio.Task[Any]] = set()
-
-
-async def _to_its_end(call: Coroutine[Any, Any, R]) -> R:
-    """Awaits `call`, which goes on when the client goes away: a use case is never left half done."""
-    job = asyncio.ensure_future(call)
-    _CALLS.add(job)
-    job.add_done_callback(_CALLS.discard)
-    return await asyncio.shield(job)
 
 
 def _where_to_look(error: ChronoTaskError) -> str:
@@ -8480,46 +8416,31 @@ async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     return DIAGNOSE + json.dumps({"task": task, "schedules": schedules, "history": history}, ensure_ascii=False, indent=1)
 
 
-@functools.cache
-def make_resources() -> types.ListResourcesResult:
-    from mcp import types
-
-    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **JSON_TEXT)
-    return types.ListResourcesResult(resources=[status])
-
-
-@functools.cache
-def make_templates() -> types.ListResourceTemplatesResult:
-    from mcp import types
-
-    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    return types.ListResourceTemplatesResult(
-        resource_templates=[
-            types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **JSON_TEXT)
-            for name, text in about.items()
-        ]
-    )
-
-
-@functools.cache
-def make_prompts() -> types.ListPromptsResult:
-    from mcp import types
-
-    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
-    prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
-    return types.ListPromptsResult(prompts=[prompt])
-
-
 def make_server(service: Service) -> Server[Any]:
     """The MCP server of a service, for any transport and every protocol version that the SDK knows."""
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
 
-    def always(make: Callable[[], R]) -> Callable[[Any, Any], Awaitable[R]]:
-        async def answer(_: Any, params: Any) -> R:
-            return make()
+    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **JSON_TEXT)
+    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
+    templates = [
+        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **JSON_TEXT)
+        for name, text in about.items()
+    ]
+    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
+    prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-        return answer
+    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
+        return make_tools()
+
+    async def list_resources(_: Any, params: Any) -> types.ListResourcesResult:
+        return types.ListResourcesResult(resources=[status])
+
+    async def list_templates(_: Any, params: Any) -> types.ListResourceTemplatesResult:
+        return types.ListResourceTemplatesResult(resource_templates=templates)
+
+    async def list_prompts(_: Any, params: Any) -> types.ListPromptsResult:
+        return types.ListPromptsResult(prompts=[prompt])
 
     async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         return await run_tool(service, params.name, params.arguments or {})
@@ -8544,12 +8465,12 @@ def make_server(service: Service) -> Server[Any]:
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=always(make_tools),
+        on_list_tools=list_tools,
         on_call_tool=call_tool,
-        on_list_resources=always(make_resources),
-        on_list_resource_templates=always(make_templates),
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_templates,
         on_read_resource=get_resource,
-        on_list_prompts=always(make_prompts),
+        on_list_prompts=list_prompts,
         on_get_prompt=get_prompt,
     )
 
@@ -8670,17 +8591,10 @@ async def _take_in(source: int, calls: _Unanswered, into: Any, refusals: Any) ->
 
 async def _give_out(sink: int, calls: _Unanswered, out_of: Any) -> None:
     """Writes the server's messages, one a line."""
-    import anyio
-
-    async for first in out_of:
-        ready = [first.message]
-        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):  # what is ready goes out in one piece
-            while len(ready) < 64:
-                ready.append(out_of.receive_nowait().message)
-        lines = [message.model_dump_json(by_alias=True, exclude_unset=True) + "\n" for message in ready]
-        await in_daemon(write_all, sink, "".join(lines).encode())
-        for message in ready:
-            calls.discard(getattr(message, "id", None))
+    async for outgoing in out_of:
+        line = outgoing.message.model_dump_json(by_alias=True, exclude_unset=True) + "\n"
+        await in_daemon(write_all, sink, line.encode())
+        calls.discard(getattr(outgoing.message, "id", None))
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
@@ -8754,18 +8668,12 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 
     Run it with `handler_cancellation=True`, so that a stream ends with its client.
     """
-    app = gated_app(service)
-    for method in ("POST", "GET", "DELETE"):
-        app.router.add_route(method, "/mcp", handle_mcp)
-    app.cleanup_ctx.append(partial(_run_manager, server=server))
-    return app
-
-
-async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterator[None]:
-    """The SDK's session manager, entered and left in one job, as its cancel scopes need."""
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.server.transport_security import TransportSecuritySettings
 
+    app = gated_app(service)
+    for method in ("POST", "GET", "DELETE"):
+        app.router.add_route(method, "/mcp", handle_mcp)
     # `gate` has checked Host, Origin and token, by rules that the SDK's lists cannot express.
     checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     manager = StreamableHTTPSessionManager(server, stateless=True, json_response=False, security_settings=checked)
@@ -8776,12 +8684,16 @@ async def _run_manager(app: web.Application, server: Server[Any]) -> AsyncIterat
             ready.set()
             await over.wait()
 
+    async def run_manager(_app: web.Application) -> AsyncIterator[None]:
+        job = asyncio.ensure_future(run())  # entered and left in one job, as the manager's cancel scopes need
+        await ready.wait()
+        yield
+        over.set()
+        await job
+
     app[app_key("manager")] = manager
-    job = asyncio.ensure_future(run())
-    await ready.wait()
-    yield
-    over.set()
-    await job
+    app.cleanup_ctx.append(run_manager)
+    return app
 
 
 # ======================================================================================================================
