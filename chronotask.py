@@ -6607,7 +6607,7 @@ class Retention:
                 try:
                     gone = await engine.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS))
                 except Unavailable:  # nobody else tries again, and somebody may be waiting for it
-                    await asyncio.sleep(POLL)
+                    await asyncio.sleep(0.25)
                 await asyncio.sleep(0)
             engine.notify()
         finally:
