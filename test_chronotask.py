@@ -5307,17 +5307,18 @@ async def test_the_method_changes_on_redirects_as_in_browsers(status: int, metho
     assert seen == [(then, "/next?x=1", "data" if kept else "", "text/plain; charset=utf-8" if kept else None)]
 
 
-async def test_redirects_without_end_are_given_up() -> None:
-    outcome = await answered(lambda: web.Response(status=302, headers={"Location": "/again"}))
-    assert (outcome.status, outcome.retryable) == ("failed", False)
-    assert outcome.error_message == "more than 10 redirects, the last one to 127.0.0.1"
-
-
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)"])
-async def test_a_redirect_to_anything_but_http_is_refused(location: str) -> None:
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("/again", "more than 10 redirects, the last one to 127.0.0.1"),
+        *((url, "no http or https URL") for url in ("file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)")),
+        ("http://169.254.169.254/", "169.254.169.254:80 may not be called"),
+    ],
+)
+async def test_a_redirect_that_is_not_followed_fails_for_good(location: str, message: str) -> None:
     outcome = await answered(lambda: web.Response(status=302, headers={"Location": location}))
     assert (outcome.status, outcome.retryable) == ("failed", False)
-    assert str(outcome.error_message).endswith("which is no http or https URL")
+    assert message in str(outcome.error_message)
 
 
 CREDENTIALS = """Cookie Proxy-Authorization X-Api-Key X-Auth-Token X-Amz-Security-Token X-Hub-Signature My-Password Client-Secret
@@ -5541,12 +5542,6 @@ async def test_private_addresses_are_refused_when_blocked_however_they_are_writt
     assert str(outcome.error_message).endswith(
         ("private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)", "is not a valid http or https URL")
     )
-
-
-async def test_a_redirect_to_a_refused_address_is_refused() -> None:
-    outcome = await answered(lambda: web.Response(status=302, headers={"Location": "http://169.254.169.254/"}))
-    assert (outcome.status, outcome.retryable) == ("failed", False)
-    assert "169.254.169.254:80 may not be called" in str(outcome.error_message)
 
 
 # A certificate for localhost and 127.0.0.1 that nobody trusts, valid for a hundred years. Made for these tests alone.
@@ -6474,13 +6469,6 @@ async def test_a_success_has_all_its_fields(rig: Rig) -> None:
     assert row == EXECUTION_VIEW
     assert output is not None and (output["exit_code"], output["stdout"]) == (0, "hello\n")
     assert [(a["attempt"], a["status"], a["duration"]) for a in attempts] == [(1, "succeeded", 2.0)]
-
-
-async def test_an_attempt_over_its_timeout_is_timed_out(rig: Rig) -> None:
-    execution_id = await rig.executed(await rig.task(config={"command": "echo begun; exec sleep 60", "timeout": 1}))
-    row = await rig.service.get_execution(execution_id)
-    assert (row["status"], row["success"]) == ("timed_out", False)
-    assert row["output_data"] is not None and row["output_data"]["stdout"] == "begun\n"
 
 
 async def meanwhile(rig: Rig, call: Any) -> Any:
@@ -9168,15 +9156,6 @@ def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_program_cleanly_while_input_stays_open(tmp_path: Path, number: int) -> None:
-    server = session(tmp_path)
-    server.signal(number)
-    assert server.rest() == []
-    assert server.ended(8) == 0
-
-
-@pytest.mark.slow
 def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
     server = session(tmp_path, SHUTDOWN_GRACE=0)
     server.send_call(1, "execute_task", task_id=server.bash("sleep 60"), wait=50)
@@ -9270,20 +9249,13 @@ def test_many_calls_at_once_are_all_answered(tmp_path: Path) -> None:
 
 # --- Real processes: both, and HTTP -----------------------------------------------------------------------------------
 
-# A program that is ChronoTask with something planted in it. It reports what `main` returned.
-PLANTED_PROGRAM = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import chronotask
-{planted}
-print(chronotask.main(["--port", "0"]), sorted({{name.partition(".")[0] for name in sys.modules}} & {{{modules}}}))
-"""
-
 
 def ran_with(tmp_path: Path, planted: str) -> subprocess.CompletedProcess[str]:
-    modules = '"mcp", "mcp_types", "starlette", "uvicorn", "anyio"'
-    program = PLANTED_PROGRAM.format(folder=str(TOP), planted=planted, modules=modules)
-    return ran(tmp_path, sys.executable, "-c", program)
+    """ChronoTask with something planted in it. When `main` has returned 0, it prints what it has imported for MCP."""
+    heavy = '{"mcp", "mcp_types", "starlette", "uvicorn", "anyio"} & sys.modules.keys()'
+    told = f"run = chronotask.main\nchronotask.main = lambda: run() or print({heavy})"
+    program = wrapped(tmp_path, "import signal", f"{told}\n{planted}")
+    return ran(tmp_path, sys.executable, program, "--port", "0")
 
 
 @pytest.mark.slow
@@ -9296,7 +9268,7 @@ async def open_and_stop(*args, **more):
 chronotask._open = open_and_stop
 """
     done = ran_with(tmp_path, planted)
-    assert done.stderr.endswith("0 []\n"), done.stderr  # what is printed goes where the log goes
+    assert done.returncode == 0 and done.stderr.endswith("set()\n"), done.stderr  # what is printed goes where the log goes
 
 
 @pytest.mark.slow
@@ -9315,7 +9287,7 @@ def make(service):
 chronotask.make_app = make
 """
     done = ran_with(tmp_path, planted)
-    assert done.stderr.endswith("0 []\n"), done.stderr  # what is printed goes where the log goes
+    assert done.returncode == 0 and done.stderr.endswith("set()\n"), done.stderr  # what is printed goes where the log goes
     assert "could not be closed: planted" in done.stderr
     assert not (tmp_path / "c.db-wal").exists()
 
@@ -9662,14 +9634,6 @@ def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_closed_standard_streams_do_not_change_the_exit_status(tmp_path: Path) -> None:
     assert ran(tmp_path, "sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, PROGRAM).returncode == 2
-
-
-@pytest.mark.slow
-def test_whoever_runs_the_file_as_a_part_of_something_is_not_replaced(tmp_path: Path) -> None:
-    wrapper = f"import atexit, runpy; atexit.register(print, 'still here'); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-    (tmp_path / "wrapper.py").write_text(wrapper)
-    done = ran(tmp_path, sys.executable, tmp_path / "wrapper.py", "--version")
-    assert (done.returncode, done.stdout.splitlines()) == (0, [f"ChronoTask {__version__}", "still here"])
 
 
 @pytest.mark.slow
@@ -10643,23 +10607,16 @@ def test_old_history_is_deleted_in_the_background_and_writes_go_on(tmp_path: Pat
         db.commit()
         size = server.database.stat().st_size
     server.start()
-    times, left = list[float](), count
-    end = time.monotonic() + 90
+    left, end = count, time.monotonic() + 90
     while left and time.monotonic() < end:
-        start = time.monotonic()
-        server.expect(200, "PATCH", f"/tasks/{task}", {"description": f"at {start}"})
-        times.append(time.monotonic() - start)
-        if len(times) % 20 == 0:
-            left = server.sql("SELECT count(*) FROM executions WHERE finished_at < ?", now - 86_400_000_000)[0][0]
-        time.sleep(0.005)
-    times.sort()
-    figures = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100], "max": times[-1]}
-    print(f"{count} rows deleted; {len(times)} writes meanwhile:", {name: f"{1000 * t:.1f} ms" for name, t in figures.items()})
+        for number in range(20):
+            server.expect(200, "PATCH", f"/tasks/{task}", {"description": f"{left} {number}"})
+            time.sleep(0.005)
+        left = server.sql("SELECT count(*) FROM executions WHERE finished_at < ?", now - 86_400_000_000)[0][0]
     assert left == 0
     assert server.get(f"/executions/{held}")["status"] == "queued"
     until(lambda: server.database.stat().st_size < size / 2 or not server.sql("PRAGMA wal_checkpoint"), 15, "space is given back")
     assert server.stop() == 0
-    print(f"the file had {size >> 10} KiB and has {server.database.stat().st_size >> 10}")
     assert server.database.stat().st_size < size / 2
 
 
@@ -11484,6 +11441,7 @@ def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: P
     server.signal(number)
     assert server.ended(30) == 0
     assert "stopping: " in server.log() and not list(tmp_path.glob("*.db-wal"))
+    assert mode == "http" or server.rest() == []
 
 
 @pytest.mark.slow
