@@ -2824,7 +2824,7 @@ class Clock:
 
     async def wait(self, event: asyncio.Event, until: int | None) -> None:
         """Returns when `event` is set, when the wall clock reads `until`, or after POLL: whichever comes first."""
-        seconds = POLL if until is None else min(POLL, max(0.0, (until - self.now()) / SECOND))
+        seconds = POLL if until is None else min(POLL, max(0.0, (until - self.now()) / 1_000_000))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await event.wait()
@@ -3005,6 +3005,7 @@ UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial ind
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 
+QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes under 1 s a GB
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
 SCAN_TIMEOUT = 3.0  # seconds
 SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
@@ -3273,7 +3274,10 @@ def open_database(path: Path) -> DB:
             # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
             with contextlib.closing(connect(path, read_only=True)) as db:
                 _check_identity(db, path)
-                _check_integrity(db, path)
+                if path.stat().st_size > QUICK_CHECK_BELOW:
+                    logger.warning("the database is over 2 GiB: its check at start is left out")
+                elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
+                    raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
         return _open_for_writing(path)
     except sqlite3.Error as error:
         raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error, path)}") from None
@@ -3409,18 +3413,6 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-
-
-QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes under 1 s a GB
-
-
-def _check_integrity(db: DB, path: Path) -> None:
-    if path.stat().st_size > QUICK_CHECK_BELOW:
-        logger.warning("the database is over 2 GiB: its check at start is left out")
-        return
-    found = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
-    if found != ["ok"]:
-        raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
 
 
 def refused_target(path: Path, target: Path) -> str | None:
@@ -3948,12 +3940,12 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
     db.execute(f"UPDATE executions SET hold = {change} WHERE status = 'queued' AND task_id = ?", (task_id,))
 
 
-def cancel_executions(db: DB, ids: Collection[int], now: int, reason: str) -> list[str]:
-    """Ends those of the executions `ids` that wait, and asks for the end of those that run. Returns the statuses they had."""
-    found = db.execute(
-        f"SELECT task_id, status FROM executions WHERE id IN (SELECT value FROM json_each(?)) AND {_NOT_DELETED}",
-        (these := compact(list(ids)),),
-    ).fetchall()
+def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: str) -> dict[int, str]:
+    """Of the executions that meet `conditions`, ends those that wait, and asks for the end of those that run. Returns the
+    statuses that they had, by id, oldest first."""
+    where, values = _where({_NOT_DELETED: True, **conditions})
+    found = db.execute(f"SELECT id, task_id, status FROM executions {where} ORDER BY +id", values).fetchall()
+    these = compact([execution_id for execution_id, _, _ in found])
     db.execute(
         """UPDATE executions SET cancel_requested = 1, error_message = ?
         WHERE id IN (SELECT value FROM json_each(?)) AND status = 'running'""",
@@ -3965,14 +3957,8 @@ def cancel_executions(db: DB, ids: Collection[int], now: int, reason: str) -> li
         WHERE id IN (SELECT value FROM json_each(?3)) AND status IN ('queued', 'retrying')""",
         (now, reason, these),
     )
-    release_held(db, {task_id for task_id, _ in found})
-    return [status for _, status in found]
-
-
-def unfinished_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
-    """Ids of unfinished executions that meet `conditions`, oldest first."""
-    where, values = _where({UNFINISHED_SQL: True, **conditions})
-    return _ids(db, f"SELECT id FROM executions {where} ORDER BY id", values)
+    release_held(db, {task_id for _, task_id, _ in found})
+    return {execution_id: status for execution_id, _, status in found}
 
 
 def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
@@ -6519,9 +6505,8 @@ def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = 
     for schedule, trigger in claim.cancels:
         # A catch-up spares those of its own schedule.
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
-        ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, **spared})
-        cancel_executions(db, ids, now, CANCELLED_BY_OVERLAP)
-        tick.cancelled += ids
+        overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
+        tick.cancelled += cancel_executions(db, overlapped, now, CANCELLED_BY_OVERLAP)
     claim.rows, tick.new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
@@ -6838,7 +6823,6 @@ def _boot_id() -> str:
 
 TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
-CANCELLED = "cancelled on request"
 S = TypeVar("S", bound=Schedule)
 U = TypeVar("U", bound=Callable[..., Any])
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
@@ -6930,20 +6914,6 @@ def operation(
 
 
 # --- The use cases ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """A snapshot for /metrics. Instants are microseconds, sizes bytes; `tasks`: id, name, last success, next slot."""
-
-    stats: Stats
-    objects: dict[str, int]
-    executions: dict[str, int]
-    tasks: list[tuple[int, str, int | None, int | None]]
-    database_bytes: int
-    waiting_writes: int
-    leading: bool
-    running_here: int
 
 
 class Service:
@@ -7043,12 +7013,8 @@ class Service:
         Look here before you create one. `q` searches in names; `total` counts all that match.
         """
         total, rows = await self.store.scan(partial(list_tasks, query=query))
-        return TaskPage(
-            total=total,
-            skip=query.skip,
-            limit=query.limit,
-            tasks=[task_view(as_it_is(task, self.engine.paused)) for task in rows],
-        )
+        tasks = [task_view(as_it_is(task, self.engine.paused)) for task in rows]
+        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
@@ -7287,8 +7253,9 @@ class Service:
 
         Kills its processes and drops its retries. One that is over already is refused.
         """
-        cancel = partial(cancel_executions, ids=[execution_id], now=self.clock.now(), reason=CANCELLED)
-        before = existing(await self._change(cancel), "execution", execution_id)
+        this = {"id = ?": execution_id}
+        cancel = partial(cancel_executions, conditions=this, now=self.clock.now(), reason="cancelled on request")
+        before = existing([*(await self._change(cancel)).values()], "execution", execution_id)
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
@@ -7355,12 +7322,12 @@ class Service:
         finally:
             target.unlink(missing_ok=True)
 
-    async def metrics(self) -> Metrics:
-        """Everything that /metrics shows, in the store's words."""
-        objects, counts, tasks = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
+    async def metrics(self) -> tuple[dict[str, int], dict[str, int], list[tuple[int, str, int | None, int | None]], int]:
+        """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last (id, name,
+        last success, next slot), bytes on disk."""
+        counts = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        engine = self.engine
-        return Metrics(engine.stats, objects, counts, tasks, size, self.store.waiting_writes, engine.leading, len(engine.running))
+        return *counts, size
 
     # --- use cases: the scheduler ---
 
@@ -7490,10 +7457,10 @@ def _check_bounds(schedule: Schedule) -> None:
 
 def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
     schedule = get_schedule(db, schedule_id)
-    ids = unfinished_ids(db, {"task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True})
-    cancel_executions(db, ids, now, "cancelled: its schedule was deleted")
+    queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
+    cancelled = cancel_executions(db, queued, now, "cancelled: its schedule was deleted")
     delete_schedule(db, schedule_id)
-    return schedule.task_id, ids
+    return schedule.task_id, list(cancelled)
 
 
 def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:
@@ -7509,14 +7476,8 @@ def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str
 def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
     """p50, p99 and maximum of recent starts, in seconds behind their slots."""
     late = sorted(recent)
-    if not late:
-        return {"count": 0, "p50": None, "p99": None, "max": None}
-    return {
-        "count": len(late),
-        "p50": late[len(late) // 2],
-        "p99": late[min(len(late) - 1, len(late) * 99 // 100)],
-        "max": late[-1],
-    }
+    p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
+    return {"count": len(late), "p50": p50, "p99": p99, "max": most}
 
 
 # ======================================================================================================================
@@ -7914,8 +7875,8 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
     """Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
-    metrics = await service.metrics()
-    stats, lines = metrics.stats, list[str]()
+    objects, executions, tasks, size = await service.metrics()
+    engine, stats, lines = service.engine, service.engine.stats, list[str]()
 
     def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | int]]) -> None:
         lines.append(f"# HELP chronotask_{name} {text}\n# TYPE chronotask_{name} {kind}")
@@ -7925,25 +7886,23 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("executions_total", "counter", "Executions that ended since this process started.", ended)
     family("execution_duration_seconds", "histogram", "From the start of the last attempt to its end.", stats.durations.samples())
     family("start_lateness_seconds", "histogram", "From a slot to the start of its execution.", stats.lateness.samples())
-    waiting = [(f'{{status="{status}"}}', n) for status, n in metrics.executions.items()]
+    waiting = [(f'{{status="{status}"}}', n) for status, n in executions.items()]
     family("executions", "gauge", "Executions that are not over, of all processes.", waiting)
-    family("executions_running_here", "gauge", "Executions that this process runs.", [("", metrics.running_here)])
-    family("tasks", "gauge", "Tasks.", [("", metrics.objects["tasks"])])
-    active = metrics.objects["active_schedules"]
-    schedules = [('{state="firing"}', active), ('{state="idle"}', metrics.objects["schedules"] - active)]
+    family("executions_running_here", "gauge", "Executions that this process runs.", [("", len(engine.running))])
+    family("tasks", "gauge", "Tasks.", [("", objects["tasks"])])
+    active = objects["active_schedules"]
+    schedules = [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)]
     family("schedules", "gauge", "Schedules.", schedules)
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    labels = [
-        (f'{{task_id="{key}",task="{name.translate(escapes)}"}}', last, following) for key, name, last, following in metrics.tasks
-    ]
+    labels = [(f'{{task_id="{key}",task="{name.translate(escapes)}"}}', last, following) for key, name, last, following in tasks]
     successes = [(label, last / SECOND) for label, last, _ in labels if last is not None]
     family("task_last_success_timestamp_seconds", "gauge", "End of the last success.", successes)
     slots = [(label, following / SECOND) for label, _, following in labels if following is not None]
     family("task_next_slot_timestamp_seconds", "gauge", "Next firing.", slots)
-    family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", metrics.database_bytes)])
-    family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", metrics.waiting_writes)])
+    family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", size)])
+    family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", service.store.waiting_writes)])
     family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])
-    family("leader", "gauge", "Whether this process fires schedules.", [("", int(metrics.leading))])
+    family("leader", "gauge", "Whether this process fires schedules.", [("", int(engine.leading))])
     family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)])
     text = "\n".join(lines) + "\n"
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

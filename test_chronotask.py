@@ -3298,7 +3298,6 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     chronotask.retry_timers(db)
     chronotask.shift_retries(db, 1, 2)
     chronotask.retry_timers(db, since_rev=0)
-    chronotask.unfinished_ids(db, {"task_id = ?": task.id})
     chronotask.running_of_others(db, "me")
     chronotask.finished_among(db, [1])
     chronotask.status_counts(db)
@@ -3309,7 +3308,8 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     for status in (None, "failed", "timed_out", "interrupted"):
         chronotask.list_history(db, task.id, HistoryQuery(success=False, status=status))
     chronotask.start_ready(db, 10, START, "me")
-    chronotask.cancel_executions(db, [1], START, "because")
+    for conditions in ({"id = ?": 1}, {chronotask.UNFINISHED_SQL: True, "task_id = ?": task.id}):
+        chronotask.cancel_executions(db, conditions, START, "because")
     chronotask.release_held(db, [task.id])
     db.set_trace_callback(None)
     plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries if "executions" in query}
