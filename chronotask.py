@@ -366,18 +366,14 @@ class Settings:
     database_url: Path = _setting(_sqlite_path, Path(__file__).resolve().parent / "data" / "chronotask.db", "the SQLite database")
     api_host: str = _setting(_host, "127.0.0.1", "address of REST and MCP over HTTP")
     api_port: int = _setting(_number(0, 65535, int), 8000, "port of REST and the dashboard (0: any free one)")
-    scheduler_timezone: str = _setting(
-        lambda text: load_zone(text).key, "UTC", "zone of cron and of date-times without an offset"
-    )
+    scheduler_timezone: str = _setting(lambda text: load_zone(text).key, "UTC", "zone of cron and of date-times without offset")
     http_timeout: float = _setting(_number(1, 604800), 30.0, "seconds for one HTTP attempt")
     bash_timeout: float = _setting(_number(1, 604800), 300.0, "seconds for one bash attempt")
     max_retries: int = _setting(_number(0, 100, int), 3, "retries of tasks that set none")
     retry_delay: float = _setting(_number(0, 86400), 5.0, "seconds before the first retry")
     allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
     allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
-    allowed_bash_env: tuple[str, ...] = _setting(
-        _words, (), "with ALLOWED_BASH_COMMANDS, the only names that a task's env may set"
-    )
+    allowed_bash_env: tuple[str, ...] = _setting(_words, (), "with ALLOWED_BASH_COMMANDS, the only names a task's env may set")
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
     allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
@@ -772,9 +768,9 @@ def _field_rule(field: _Field, part: str) -> str:
 # falls into a gap runs right after it, and runs once in a repeated hour.
 
 
-@functools.lru_cache(maxsize=1024)
-def _day_matcher(on: _DayFields) -> Any:
-    """A croniter that finds matching days. It is never used itself, only copies of it."""
+@functools.lru_cache(maxsize=4096)
+def _next_day(on: _DayFields, day: int) -> int | None:
+    """The first matching day from `day` on, counted from 1970-01-01; None when the next 50 years have none."""
     from croniter import croniter  # type: ignore[import-untyped]  # takes 15 ms that a start without cron need not pay
 
     longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in on.months)
@@ -788,15 +784,9 @@ def _day_matcher(on: _DayFields) -> Any:
         "*" if len(on.months) == 12 else ",".join(map(str, on.months)),
         "*" if on.any_weekday else ",".join(nth or map(str, on.weekdays)),
     ]
-    return croniter(" ".join(fields), _EPOCH, datetime, day_or=not on.both)
-
-
-@functools.lru_cache(maxsize=4096)
-def _next_day(days: _DayFields, day: int) -> int | None:
-    """The first matching day from `day` on, counted from 1970-01-01; None when the next 50 years have none."""
     try:
-        # The copy keeps concurrent calls apart: get_next changes its croniter.
-        found: datetime = copy.copy(_day_matcher(days)).get_next(datetime, _clock_face(day * DAY - MINUTE))
+        matches = croniter(" ".join(fields), _clock_face(day * DAY - MINUTE), datetime, day_or=not on.both)
+        found: datetime = matches.get_next()
     except (ValueError, OverflowError):  # also: none before the year 10000
         return None
     return (found - _EPOCH).days
