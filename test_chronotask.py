@@ -25,6 +25,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -42,7 +43,7 @@ import urllib.parse
 import uuid
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -310,9 +311,6 @@ class Rig:
         """Of each execution, oldest slot first: trigger, status, seconds from START to its slot."""
         found = [(r["trigger"], r["status"], offset(r["scheduled_for"])) for r in await self.rows(**query)]
         return sorted(found, key=lambda row: row[2] if row[2] is not None else 0)
-
-    async def history(self, task_id: int, **query: Any) -> Any:
-        return await self.service.get_task_history(task_id, HistoryQuery(**query))
 
     async def close(self) -> None:
         if not self.closed:
@@ -3535,11 +3533,6 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     opened.close()
 
 
-async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]) -> list[Any]:
-    """Runs the calls as one batch. Results, or exceptions."""
-    return await gathered(store, *(store.write(call) for call in calls))
-
-
 @contextlib.asynccontextmanager
 async def held_up(store: Store, change: Callable[[sqlite3.Connection], Any] = lambda db: None) -> AsyncIterator[None]:
     """The writer has made this change and does not come back before the end of the `with` block."""
@@ -3557,10 +3550,10 @@ async def held_up(store: Store, change: Callable[[sqlite3.Connection], Any] = la
     await job
 
 
-async def gathered(store: Store, *writes: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What the writes give, or raise: they gather while the writer is kept busy."""
+async def in_one_batch(store: Store, *calls: Callable[[sqlite3.Connection], Any]) -> list[Any]:
+    """What the calls give, or raise, as one batch: they gather while the writer is kept busy."""
     async with held_up(store):
-        jobs = [asyncio.ensure_future(write) for write in writes]
+        jobs = [asyncio.ensure_future(store.write(call)) for call in calls]
         await asyncio.sleep(0)
     return await asyncio.gather(*jobs, return_exceptions=True)
 
@@ -4999,29 +4992,42 @@ async def serving(handler: Handler, ssl_context: ssl.SSLContext | None = None) -
         await runner.cleanup()
 
 
-@contextlib.asynccontextmanager
-async def answering(answer: bytes, then: Callable[[asyncio.StreamWriter], Awaitable[None]] | None = None) -> AsyncIterator[str]:
-    """A loopback server that sends these very bytes, and then closes or does something else."""
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
+
+@contextlib.asynccontextmanager
+async def conversing(talk: Talk, ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A loopback server that has this conversation on each connection; its URL."""
     writers = []
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(answer)
-            if then is not None:
-                await then(writer)
-            await writer.drain()
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+            await talk(reader, writer)
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    server = await asyncio.start_server(converse, "127.0.0.1", 0, ssl=ssl_context)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield f"{'https' if ssl_context else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for writer in writers:
             writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: bytes, then: Callable[[asyncio.StreamWriter], Awaitable[None]] | None = None) -> AsyncIterator[str]:
+    """A loopback server that sends these very bytes, and then closes or does something else."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        if then is not None:
+            await then(writer)
+        await writer.drain()
+
+    async with conversing(talk) as url:
+        yield url
 
 
 async def http_executors(
@@ -5637,31 +5643,21 @@ async def talking(
     """A server that keeps connections: `answer` gets the request line and its number on this connection, and gives bytes and
     whether the connection ends behind them. The URL, and the request lines so far."""
     seen: list[str] = []
-    writers = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
-            for number in itertools.count():
-                head = await reader.readuntil(b"\r\n\r\n")
-                seen.append(head.split(b" HTTP/")[0].decode())
-                if length := re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE):
-                    await reader.readexactly(int(length[1]))
-                data, ends = answer(seen[-1], number)
-                writer.write(data)
-                await writer.drain()
-                if ends:
-                    break
-        writer.close()
+        for number in itertools.count():
+            head = await reader.readuntil(b"\r\n\r\n")
+            seen.append(head.split(b" HTTP/")[0].decode())
+            if length := re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE):
+                await reader.readexactly(int(length[1]))
+            data, ends = answer(seen[-1], number)
+            writer.write(data)
+            await writer.drain()
+            if ends:
+                break
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=ssl_context)
-    scheme = "https" if ssl_context else "http"
-    try:
-        yield f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
+    async with conversing(talk, ssl_context) as url:
+        yield url, seen
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -9805,6 +9801,11 @@ def loopback() -> Iterator[Web]:
 
 
 # --- Crashes ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_seeded_bug_of_the_crash_harness_fits_the_code() -> None:
+    bugs = runpy.run_path(str(TOP / ".ci" / "crash"))["SEEDED_BUGS"]
+    assert [(bug, old) for bug, changes in bugs.items() for old, _ in changes if MODULE.count(old) != 1] == []
 
 
 @pytest.mark.slow
