@@ -2498,7 +2498,7 @@ def output_text(output: dict[str, Any] | None) -> str:
     return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
 
 
-def news(recent: bytes, fresh: int) -> bytes:
+def newest(recent: bytes, fresh: int) -> bytes:
     """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
     lost = fresh - len(recent)
     return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
@@ -7284,7 +7284,7 @@ class Service:
                 before = sent.get((execution.attempt, stream), 0)
                 sent[execution.attempt, stream] = total
                 if total > before:
-                    yield news(data, total - before)
+                    yield newest(data, total - before)
             if over:
                 if not sent:
                     yield output_text(execution.output_data).encode()
@@ -7479,7 +7479,6 @@ KEEPALIVE = 10.0  # seconds between comments on a stream of events that has noth
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which the kernel drops a client that takes nothing of its answer
 MAX_BODY = 1024 * 1024  # bytes
-_TOO_LARGE = f"a body may have at most {MAX_BODY} bytes"
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -7537,7 +7536,15 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
     if name != "localhost" and name not in settings.allowed_hosts and not _is_address(name):
         raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
     for origin in headers.getall("Origin", []):
-        _check_origin(origin, name, port, settings)
+        scheme, _, rest = origin.partition("://")
+        default = {"http": 80, "https": 443}.get(scheme)
+        try:
+            origin_name, origin_port = split_host(rest)
+        except ValueError:
+            raise Forbidden(f"Origin {shown(origin)} is not accepted here") from None
+        same = default is not None and (origin_name, origin_port or default) == (name, port or default)
+        if not same and origin_name not in settings.allowed_hosts:
+            raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
     navigates = method in ("GET", "HEAD") and path in BROWSER_PAGES
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
@@ -7547,18 +7554,6 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
         sent, wanted = given.strip().encode("utf-8", "surrogateescape"), settings.api_token.encode()
         if scheme.lower() != "bearer" or not hmac.compare_digest(sent, wanted):
             raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with the value of CHRONOTASK_API_TOKEN")
-
-
-def _check_origin(origin: str, name: str, port: int | None, settings: Settings) -> None:
-    scheme, _, rest = origin.partition("://")
-    default = {"http": 80, "https": 443}.get(scheme)
-    try:
-        origin_name, origin_port = split_host(rest)
-    except ValueError:
-        raise Forbidden(f"Origin {shown(origin)} is not accepted here") from None
-    same = default is not None and (origin_name, origin_port or default) == (name, port or default)
-    if not same and origin_name not in settings.allowed_hosts:
-        raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
 
 
 def wants_html(headers: CIMultiDictProxy[str]) -> bool:
@@ -7573,7 +7568,7 @@ def _http_problem(error: web.HTTPException) -> web.Response:
         answer.headers["Allow"] = allowed
         return answer
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return problem_answer(BodyTooLarge(_TOO_LARGE))
+        return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
     if isinstance(error, web.HTTPNotFound):
         return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
     return problem_answer(MalformedBody(error.reason or "the request is malformed"))
@@ -7598,9 +7593,9 @@ def connection_type() -> type[web.RequestHandler]:
 
 
 @functools.cache
-def app_key(name: str) -> web.AppKey[Any]:
-    """Of what an application carries: `busy`, connections whose request is being answered, and the `manager` of MCP sessions."""
-    return web.AppKey(name)
+def busy_key() -> web.AppKey[set[Any]]:
+    """Under it an application carries the connections whose request is being answered."""
+    return web.AppKey("busy")
 
 
 def gated_app(service: Service) -> web.Application:
@@ -7630,7 +7625,7 @@ def gated_app(service: Service) -> web.Application:
 
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app.on_response_prepare.append(hide_versions)
-    app[app_key("busy")] = busy
+    app[busy_key()] = busy
     return app
 
 
@@ -7664,15 +7659,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 async def json_bytes(request: web.Request) -> bytes:
-    """The body without a BOM, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody, BodyTooLarge."""
+    """The body without a BOM, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody."""
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
-        if request.content.is_eof():
-            raw = request.content.read_nowait()  # all of it has arrived
-        else:
-            async with asyncio.timeout(SLOW_BODY):
-                raw = await request.read()
+        async with asyncio.timeout(SLOW_BODY):
+            raw = await request.read()
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
     except (ConnectionError, web.RequestPayloadError) as error:
@@ -7681,8 +7673,6 @@ async def json_bytes(request: web.Request) -> bytes:
         if isinstance(error, ConnectionError):
             raise
         raise MalformedBody("the body is not what its headers say: its chunks are malformed") from None
-    if len(raw) > MAX_BODY:
-        raise BodyTooLarge(_TOO_LARGE)
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
     return raw.removeprefix(codecs.BOM_UTF8)
@@ -7714,14 +7704,11 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     return None if model is None else parse(model, dict(request.query))
 
 
-_PATH_ID = re.compile("[0-9]{1,19}")
-
-
 def path_id(request: web.Request) -> int:
     text = request.match_info.get("id")
     if text is None:
         return 0
-    if not _PATH_ID.fullmatch(text) or int(text) > MAX_ID:
+    if len(text) > 19 or int(text) > MAX_ID:  # its route lets only digits through
         raise NotFound(f"{shown(text)} is no id")
     return int(text)
 
@@ -7987,7 +7974,7 @@ def openapi() -> dict[str, Any]:
         for method in _methods(operation):
             name = operation.name if method != "PUT" else operation.name.replace("update", "put")
             refused = wrong | ({408, 413, 415} if method != "GET" else set())
-            document = _document(name, operation.summary, operation.path, operation.query, good, refused)
+            document = _document(operation, name, good, refused)
             if operation.body is not None:
                 sent = {"schema": _schema_of(operation.body), "example": _EXAMPLES[operation.body]}
                 document["requestBody"] = {"required": True, "content": {"application/json": sent}}
@@ -7999,7 +7986,7 @@ def openapi() -> dict[str, Any]:
             status: {media: {"schema": {"type": "object"} if media == "application/json" else _TEXT}}
             for status, media in page.answers.items()
         }
-        document = _document(name, page.summary, page.path, page.query, good, wrong, page.header)
+        document = _document(page, name, good, wrong)
         paths[page.path] = {"get": {**document, **({"security": []} if page.path == "/health" else {})}}
     return {
         "openapi": "3.1.0",
@@ -8029,30 +8016,24 @@ def _component_schemas() -> dict[str, Any]:
     return {**schemas, "Problem": _PROBLEM_SCHEMA}
 
 
-def _document(
-    name: str,
-    summary: str,
-    path: str,
-    query: type[Query] | None,
-    good: Mapping[int, Mapping[str, Any] | None],
-    wrong: Iterable[int],
-    header: str | None = None,
-) -> dict[str, Any]:
-    """One call. `good` are the statuses of its answers with their content."""
+def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong: Iterable[int]) -> dict[str, Any]:
+    """One call. `good` are the statuses of its answers with their content, `wrong` those of its errors."""
     parameters: list[dict[str, Any]] = []
-    if "{id}" in path:
+    if "{id}" in route.path:
         schema = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
-    if query is not None:
-        fields = query.model_json_schema()["properties"].items()
+    if route.query is not None:
+        fields = route.query.model_json_schema()["properties"].items()
         parameters += [{"name": field, "in": "query", "schema": _without_null(schema)} for field, schema in fields]
-    if header is not None:
-        parameters.append({"name": header, "in": "header", "schema": _TEXT})
-    answers = {str(status): {"description": summary, **({"content": found} if found else {})} for status, found in good.items()}
+    if isinstance(route, Page) and route.header is not None:
+        parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
+    answers = {
+        str(status): {"description": route.summary, **({"content": found} if found else {})} for status, found in good.items()
+    }
     titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
     problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     problems = {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
-    return {"operationId": name, "summary": summary, "parameters": parameters, "responses": {**answers, **problems}}
+    return {"operationId": name, "summary": route.summary, "parameters": parameters, "responses": {**answers, **problems}}
 
 
 def _schema_name(model: Any) -> str:
@@ -8083,7 +8064,6 @@ def _route(path: str) -> str:
 
 
 def make_app(service: Service) -> web.Application:
-    """The REST application of a service."""
     app = gated_app(service)
     for operation in OPERATIONS:
         handler, path = operation_handler(service, operation), _route(API + operation.path)
@@ -8108,6 +8088,7 @@ def make_app(service: Service) -> web.Application:
 if TYPE_CHECKING:
     from mcp import types
     from mcp.server.lowlevel import Server
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 TOOL_TEXT = 8000  # characters of each output text in an answer about one execution
 TOOL_LIST_TEXT = 500  # the same in lists
@@ -8247,8 +8228,9 @@ def _clip_field(holder: Any, field: str, limit: int, where: str) -> None:
         holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
 
 
-async def complete_answer(service: Service, operation: Operation, query: Any, view: Any) -> None:
-    """Adds to an answer what a model cannot look up by itself, and cuts what is long."""
+async def _use(service: Service, operation: Operation, number: int, query: Any, body: Any) -> Any:
+    """An operation's answer, with what a model cannot look up by itself, and without what is long."""
+    view = await operation.call(service, number, query, body)
     match operation.name:
         case "create_task":
             if (other := await service.find_equal_task(view["id"])) is not None:
@@ -8279,6 +8261,7 @@ async def complete_answer(service: Service, operation: Operation, query: Any, vi
             if not view["upcoming"]:
                 why = "its task or the scheduler is paused" if view["is_active"] else "is_active is false"
                 view["note"] = f"nothing fires now: {why}"
+    return Deleted(id=number, deleted=True) if view is None else view
 
 
 _CALLS: set[asyncio.Task[Any]] = set()
@@ -8304,14 +8287,6 @@ async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) ->
         logger.exception("tool %s", name)
         text = "something went wrong here; the log has the details"
     return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
-
-
-async def _use(service: Service, operation: Operation, number: int, query: Any, body: Any) -> Any:
-    view = await operation.call(service, number, query, body)
-    if view is None:
-        return Deleted(id=number, deleted=True)
-    await complete_answer(service, operation, query, view)
-    return view
 
 
 def _where_to_look(error: ChronoTaskError) -> str:
@@ -8574,7 +8549,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
-async def handle_mcp(request: web.Request) -> web.StreamResponse:
+async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request) -> web.StreamResponse:
     """A request as an ASGI call of the SDK. Headers go out at once: a stream is seen to be open before it has data."""
     messages = [{"type": "http.request", "body": await json_bytes(request)}]
     answer = web.StreamResponse(headers=HEADERS)
@@ -8606,7 +8581,7 @@ async def handle_mcp(request: web.Request) -> web.StreamResponse:
         "query_string": request.query_string.encode(),
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
     }
-    await request.app[app_key("manager")].handle_request(scope, receive, send)
+    await manager.handle_request(scope, receive, send)
     with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
         await answer.write_eof()
     return answer
@@ -8620,9 +8595,6 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.server.transport_security import TransportSecuritySettings
 
-    app = gated_app(service)
-    for method in ("POST", "GET", "DELETE"):
-        app.router.add_route(method, "/mcp", handle_mcp)
     # `gate` has checked Host, Origin and token, by rules that the SDK's lists cannot express.
     checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     manager = StreamableHTTPSessionManager(server, stateless=True, json_response=False, security_settings=checked)
@@ -8640,7 +8612,9 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
         over.set()
         await job
 
-    app[app_key("manager")] = manager
+    app = gated_app(service)
+    for method in ("POST", "GET", "DELETE"):
+        app.router.add_route(method, "/mcp", partial(handle_mcp, manager))
     app.cleanup_ctx.append(run_manager)
     return app
 
@@ -8904,7 +8878,7 @@ async def _open(
 
     app.on_shutdown.append(stop_listening)
     await runner.setup()
-    loop, server, busy = asyncio.get_running_loop(), cast(web.Server, runner.server), app[app_key("busy")]
+    loop, server, busy = asyncio.get_running_loop(), cast(web.Server, runner.server), app[busy_key()]
     limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def connect() -> asyncio.Protocol:
