@@ -5357,8 +5357,6 @@ class _Request:
     def of_run(self, run: Run) -> _Request:
         """The same with the headers that tell this run from others; the task's own win over them."""
         headers = {
-            "Accept-Encoding": "gzip, deflate",
-            "User-Agent": f"ChronoTask/{__version__}",
             "X-ChronoTask-Execution-Id": str(run.execution_id),
             "X-ChronoTask-Attempt": str(run.attempt),
             "Idempotency-Key": run.uuid,
@@ -5411,6 +5409,7 @@ class HttpClient:
         return aiohttp.ClientSession(
             connector=connector,
             cookie_jar=cookies,
+            headers={"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"},
             timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
             auto_decompress=False,
             max_line_size=MAX_HEAD_LINE,
@@ -5484,6 +5483,7 @@ class _Answer:
         return at - known
 
     def _take_head(self, head: bytes) -> None:
+        head = head.lower()  # patterns that ignore case would take ten times as long
         found = _STATUS.match(head)
         if not found:  # not HTTP, about which the parser has the last word
             self._left = math.inf
@@ -5513,9 +5513,9 @@ class _Answer:
 
 
 _HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
-_STATUS = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})")
-_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n", re.IGNORECASE)
-_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n", re.IGNORECASE)
+_STATUS = re.compile(rb"http/1\.[0-9] ([0-9]{3})")
+_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
+_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
 _REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
 
 
@@ -5546,6 +5546,8 @@ class _Answering:
 
 
 class _Socket(_Answering, socket.socket):
+    _poll: select.poll | None = None
+
     def send(self, data: Any, flags: int = 0, /) -> int:
         self._asked(data)
         return super().send(data, flags)
@@ -5556,11 +5558,10 @@ class _Socket(_Answering, socket.socket):
         return super().sendmsg(buffers, *more)
 
     def _ended(self) -> bool:
-        try:
-            super().recv(1, socket.MSG_PEEK)  # it never blocks
-        except BlockingIOError:
-            return False
-        return True
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self, select.POLLIN)
+        return bool(self._poll.poll(0))
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         try:
