@@ -908,7 +908,15 @@ class Cron:
         return found
 
     def describe(self) -> str:
-        return f"{_cron_words(_parse_cron(self.expression))} ({self.zone})"
+        cron = _parse_cron(self.expression)
+        clock, days = _clock_words(cron), _day_words(cron.on)
+        if not clock.startswith("at "):
+            words = f"{clock}, {days}" if days else clock
+        elif days:
+            words = f"{days} {clock}"
+        else:
+            words = clock if len(cron.hours) == 24 else f"every day {clock}"
+        return f"{words[0].upper()}{words[1:]} ({self.zone})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -997,15 +1005,6 @@ def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
     if step == full or full % step or values != tuple(range(0, full, step)):
         return None
     return f"every {unit}" if step == 1 else f"every {step} {unit}s"
-
-
-def _cron_words(cron: _CronFields) -> str:
-    clock, days = _clock_words(cron), _day_words(cron.on)
-    if clock.startswith("at "):
-        words = f"{days} {clock}" if days else clock if len(cron.hours) == 24 else f"every day {clock}"
-    else:
-        words = f"{clock}, {days}" if days else clock
-    return words[0].upper() + words[1:]
 
 
 def _clock_words(cron: _CronFields) -> str:
