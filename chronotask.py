@@ -7696,12 +7696,13 @@ async def read_body(request: web.Request, model: Any) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    wrong = [FieldError(name, "must be given once") for name, times in Counter(request.query.keys()).items() if times > 1]
+    given = dict(request.query)
+    wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
     if not wrong and model is None:
-        wrong = [FieldError(name, "unknown parameter; known are none") for name in request.query]
+        wrong = [FieldError(name, "unknown parameter; known are none") for name in given]
     if wrong:
         raise InvalidInput(*wrong)
-    return None if model is None else parse(model, dict(request.query))
+    return None if model is None else parse(model, given)
 
 
 def path_id(request: web.Request) -> int:
