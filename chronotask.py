@@ -3784,34 +3784,26 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
     """Writes the rows of slots that have none yet, and returns these rows with their ids.
 
-    A slot has a row already when the clock was set back: the unique key is the fence. Only a slot that runs takes the place
-    of a row which says that it did not.
+    A slot has a row already when the clock was set back. Only a slot that runs takes the place of a row which says that it
+    did not.
     """
-    db.execute("SAVEPOINT slots")
-    try:
-        return list(rows), insert_executions(db, rows)
-    except sqlite3.IntegrityError:
-        db.execute("ROLLBACK TO slots")
-        slots = compact([[row.schedule_id, row.scheduled_for] for row in rows])
-        found = db.execute(  # of those that have a row: its id and status
-            """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
-                ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
-            (slots,),
-        )
-        taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
-        free, replaced = [], []
-        for row in rows:
-            there = taken.get((row.schedule_id, row.scheduled_for))
-            if there is None:
-                free.append(row)
-            elif row.status not in NEVER_STARTED and there[1] in NEVER_STARTED:
-                free.append(row)
-                replaced.append(there[0])
+    found = db.execute(
+        """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
+            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
+        (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
+    )
+    taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
+    free, replaced = [], []
+    for row in rows:
+        there, status = taken.get((row.schedule_id, row.scheduled_for), (None, None))
+        if there is not None and row.status not in NEVER_STARTED and status in NEVER_STARTED:
+            replaced.append(there)
+            there = None
+        if there is None:
+            free.append(row)
+    if replaced:
         db.execute("DELETE FROM executions WHERE id IN (SELECT value FROM json_each(?))", (compact(replaced),))
-        return free, insert_executions(db, free)
-    finally:
-        if db.in_transaction:
-            db.execute("RELEASE slots")
+    return free, insert_executions(db, free)
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
@@ -3823,10 +3815,13 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinishe
     return groups
 
 
+_RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, uuid, name AS task_name, task_type,
+    config, max_retries, retry_delay, retry_backoff"""
+
+
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
-    ready = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt + 1 AS attempt, uuid,
-            ?1 AS started_at, name AS task_name, task_type, config, max_retries, retry_delay, retry_backoff, ?3 AS owner
+    ready = f"""{_RUNS}, attempt + 1 AS attempt, ?1 AS started_at, ?3 AS owner
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2"""
     runs = load(db, Run, ready, (now, limit, owner))
@@ -3959,9 +3954,7 @@ def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
 
 def running_of_others(db: DB, owner: str) -> list[Run]:
     """Executions that are `running` under another owner: it has died, or is finishing them."""
-    running = f"""SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, attempt, uuid, owner,
-            attempt_started_at AS started_at, name AS task_name, task_type, config, max_retries, retry_delay, retry_backoff
-        FROM executions e JOIN tasks t ON t.id = e.task_id
+    running = f"""{_RUNS}, attempt, attempt_started_at AS started_at, owner FROM executions e JOIN tasks t ON t.id = e.task_id
         WHERE e.{UNFINISHED_SQL} AND e.status = 'running' AND owner IS NOT ?"""
     return load(db, Run, running, (owner,))
 
@@ -7256,10 +7249,6 @@ class Service:
 
     # --- use cases: looking on ---
 
-    async def get_output(self, execution_id: int) -> str:
-        """The kept output as one text."""
-        return output_text((await self.get_execution(execution_id))["output_data"])
-
     async def follow_output(self, execution_id: int) -> AsyncIterator[bytes]:
         """What an execution prints, as it comes, until it is over; what was kept, if it is over already.
 
@@ -7792,7 +7781,7 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
     query, execution_id = read_query(request, FollowQuery), path_id(request)
     if not query.follow:
-        return web.Response(text=await service.get_output(execution_id), headers=HEADERS)
+        return web.Response(text=output_text((await service.get_execution(execution_id))["output_data"]), headers=HEADERS)
     pieces = service.follow_output(execution_id)
     first = await anext(pieces, b"")
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
