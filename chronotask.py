@@ -4325,8 +4325,8 @@ class _Unescaped:
             return at, at + 1
         if at < self._ends[number]:
             return self.escapes[number]
-        place = self.escapes[number][1] + at - self._ends[number]
-        return place, place + 1
+        start = self.escapes[number][1] + at - self._ends[number]
+        return start, start + 1
 
 
 class SecretMasker:
@@ -4371,13 +4371,13 @@ class SecretMasker:
         return b"".join(shown)
 
     def _places(self, data: bytes) -> list[tuple[int, int]]:
-        places = []
+        found = []
         for form in self._forms:
             at = data.find(form)  # linear, which a regular expression would not be
             while at >= 0:
-                places.append((at, at + len(form)))
+                found.append((at, at + len(form)))
                 at = data.find(form, at + len(form))
-        return places
+        return found
 
     def _possible_start(self, data: bytes) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
@@ -4697,9 +4697,12 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
             raise InvalidInput(FieldError("config.args", f"would be lost or changed: the command ends with {end}"))
     else:
         bash_words(config, settings)
-        refused = [name for name in config.get("env", {}) if not _env_allowed(name, settings)]
-        if refused:
-            raise InvalidInput(*(FieldError(f"config.env.{name}", _env_refusal(settings)) for name in refused))
+        permitted = [name for name in settings.allowed_bash_env if not _REFUSED_ENV.fullmatch(name)]
+        if refused := [name for name in config.get("env", {}) if name not in permitted]:
+            only = (
+                f"only {', '.join(permitted or ['nothing'])} (CHRONOTASK_ALLOWED_BASH_ENV, without what a loader or shell obeys)"
+            )
+            raise InvalidInput(*(FieldError(f"config.env.{name}", f"may not be set: {only}") for name in refused))
 
 
 _ORDINARY = re.compile(r"[^\s;&|<>()#'\"`\\${}]+")
@@ -4812,15 +4815,6 @@ def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
         hint = f"must be one of {', '.join(allowed)} (CHRONOTASK_ALLOWED_BASH_COMMANDS)"
         raise InvalidInput(FieldError("config.command", f"the command {hint}, not {shown(words[0] if words else '')}"))
     return [*words, *args]
-
-
-def _env_allowed(name: str, settings: Settings) -> bool:
-    return name in settings.allowed_bash_env and not _REFUSED_ENV.fullmatch(name)
-
-
-def _env_refusal(settings: Settings) -> str:
-    names = [name for name in settings.allowed_bash_env if not _REFUSED_ENV.fullmatch(name)] or ["nothing"]
-    return f"may not be set: only {', '.join(names)} (CHRONOTASK_ALLOWED_BASH_ENV, without what a loader or shell obeys)"
 
 
 def refused_address(address: str, settings: Settings) -> str | None:
@@ -4999,10 +4993,7 @@ def _run_variables(run: Run) -> dict[bytes, bytes]:
     if run.schedule_id is not None and run.scheduled_for is not None:
         values[b"SCHEDULE_ID"] = b"%d" % run.schedule_id
         values[b"SCHEDULED_FOR"] = format_instant(run.scheduled_for).encode()
-    return {_PREFIX + name: value for name, value in values.items()}
-
-
-_PREFIX = ENV_PREFIX.encode()
+    return {ENV_PREFIX.encode() + name: value for name, value in values.items()}
 
 
 class _Pipe(asyncio.Protocol):
@@ -5033,20 +5024,16 @@ class _Pipe(asyncio.Protocol):
         self.over.set_result(None)
 
 
-@functools.cache
-def _no_input() -> int:
-    return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-
-
 def _spawn(command: _Command, environ: Environ, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
-    streams = {"stdin": _no_input(), "stdout": stdout, "stderr": stderr}
     options: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": stdout,
+        "stderr": stderr,
         "env": command.env,
         "cwd": command.cwd,
         "start_new_session": True,
         "umask": environ.umask,
-        **streams,
     }
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     given = soft if environ.open_files is None else environ.open_files
