@@ -2354,24 +2354,17 @@ def parse(model: Any, data: Any) -> Any:
     try:
         return adapter(model).validate_python(data)
     except ValidationError as error:
-        raise InvalidInput(*field_errors(error, known=field_names(model)), *_inner_errors(body, data)) from None
-
-
-def _inner_errors(body: Body | None, data: Any) -> tuple[FieldError, ...]:
-    """What is wrong inside the configuration of a body that has other bad fields too: all of them are told at once.
-
-    Zone and time are made up: they do not matter for what is wrong in itself.
-    """
-    if body is None or body.update or not isinstance(data, dict):
-        return ()
-    try:
-        if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
-            parse_config(data["task_type"], data["config"])
-        if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
-            check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
-    except InvalidInput as error:
-        return error.errors
-    return ()
+        errors = field_errors(error, known=field_names(model))
+    if body is not None and not body.update and isinstance(data, dict):
+        # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
+        try:
+            if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
+                parse_config(data["task_type"], data["config"])
+            if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
+                check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
+        except InvalidInput as inner:
+            errors += inner.errors
+    raise InvalidInput(*errors)
 
 
 # --- What a client gets -----------------------------------------------------------------------------------------------
@@ -7927,17 +7920,14 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
 _TEXT = {"type": "string"}
 
 
-def _object_schema(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-_PROBLEM_SCHEMA = _object_schema(
-    type=_TEXT,
-    title=_TEXT,
-    status={"type": "integer"},
-    detail=_TEXT,
-    errors={"type": "array", "items": _object_schema(field=_TEXT, message=_TEXT)},
-)
+_ERROR = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
+_PROBLEM_FIELDS = {
+    "type": _TEXT,
+    "title": _TEXT,
+    "status": {"type": "integer"},
+    "detail": _TEXT,
+    "errors": {"type": "array", "items": _ERROR},
+}
 
 
 @functools.cache
@@ -7982,15 +7972,12 @@ def _component_schemas() -> dict[str, Any]:
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
     adapters = [(_schema_name(m), "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     schemas = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")[1]["$defs"]
-    task_config, schedule_config = (
-        {"anyOf": [{"$ref": f"#/components/schemas/{config.__name__}"} for config in configs.values()]}
-        for configs in (CONFIGS, SCHEDULE_CONFIGS)
-    )
-    for name in ("TaskCreate", "TaskUpdate"):
-        schemas[name]["properties"]["config"] = task_config
-    for name in ("ScheduleCreate", "ScheduleUpdate", "SchedulePreview"):
-        schemas[name]["properties"]["schedule_config"] = schedule_config
-    return {**schemas, "Problem": _PROBLEM_SCHEMA}
+    for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
+        kinds = {"anyOf": [{"$ref": f"#/components/schemas/{config.__name__}"} for config in configs.values()]}
+        for body in _EXAMPLES:
+            if field in (properties := schemas[_schema_name(body)]["properties"]):
+                properties[field] = kinds
+    return {**schemas, "Problem": {"type": "object", "required": list(_PROBLEM_FIELDS), "properties": _PROBLEM_FIELDS}}
 
 
 def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong: Iterable[int]) -> dict[str, Any]:
