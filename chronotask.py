@@ -545,14 +545,9 @@ def _change(zone: ZoneInfo, local: int) -> int:
     """The instant at which the clocks of `zone` change, for a local time that lies in a gap or comes twice."""
     offsets = _readings(zone, local)
     before, after = (local - max(offsets)) // SECOND, (local - min(offsets)) // SECOND
-    old = _offset(zone, before * SECOND)
-    while after - before > 1:
-        middle = (before + after) // 2
-        if _offset(zone, middle * SECOND) == old:
-            before = middle
-        else:
-            after = middle
-    return after * SECOND
+    old, seconds = _offset(zone, before * SECOND), range(before + 1, after)
+    unchanged = bisect.bisect_left(seconds, True, key=lambda second: _offset(zone, second * SECOND) != old)
+    return (before + 1 + unchanged) * SECOND
 
 
 _INSTANT = re.compile(
@@ -605,10 +600,7 @@ class _Field(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-_MONTHS = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
-)
+_MONTHS = "January February March April May June July August September October November December".split()
 _WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _FIELDS = (
@@ -962,8 +954,7 @@ class Interval:
         return 0 if begin is None or begin > last else min(limit, (last - begin) // self.step + 1)
 
     def describe(self) -> str:
-        every = f"Every {_span_words(self.step)}"
-        at = _local_words(self.anchor, self.zone)
+        every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
         return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
 
 
