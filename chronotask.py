@@ -3549,18 +3549,13 @@ def existing(rows: Sequence[Row], what: str, row_id: int) -> Row:
     return rows[0]
 
 
-@functools.cache
-def _rows_sql(names: tuple[str, ...]) -> str:
-    columns = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(names))
-    return f"WITH rows AS (SELECT {columns} FROM json_each(?))"
-
-
 def write_rows(db: DB, statement: str, names: tuple[str, ...], rows: Sequence[Sequence[Any]]) -> int:
     """Runs a statement that reads a table `rows` with the columns `names`, in one step; gives the last id that it made."""
     text = compact(rows)
     if r"\u0000" in text:  # where a text ends for SQLite's JSON
         text = compact([[v.replace("\0", "\ufffd") if isinstance(v, str) else v for v in row] for row in rows])
-    return db.execute(f"{_rows_sql(names)} {statement}", (text,)).lastrowid or 0
+    columns = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(names))
+    return db.execute(f"WITH rows AS (SELECT {columns} FROM json_each(?)) {statement}", (text,)).lastrowid or 0
 
 
 def _ids(db: DB, query: str, parameters: Sequence[Any] = ()) -> list[int]:
@@ -7302,12 +7297,21 @@ class Service:
         With its time zone, the number of tasks and of executions in each status, and the next five runs.
         """
         counts, executions, fires = await self.store.scan(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
-        zone = self.settings.scheduler_timezone
+        next_runs = [
+            {
+                "schedule_id": key,
+                "task_id": task_id,
+                "task_name": name,
+                "utc": format_instant(at),
+                "local": format_local(at, zone),
+            }
+            for key, task_id, name, at, zone in fires
+        ]
         return StatusView(
             running=not self.engine.stopping,
             leader=self.engine.leading,
             paused=self.engine.paused,
-            timezone=zone,
+            timezone=self.settings.scheduler_timezone,
             version=__version__,
             started_at=format_instant(self.started_at),
             tasks=counts["tasks"],
@@ -7316,7 +7320,7 @@ class Service:
             executions=executions,
             queue_length=executions["queued"],
             max_concurrent_runs=self.settings.max_concurrent_runs,
-            next_runs=[] if self.engine.paused else [_next_run(*fire) for fire in fires],
+            next_runs=[] if self.engine.paused else next_runs,
             lateness=_lateness(self.engine.stats.recent_late),
         )
 
@@ -7411,16 +7415,6 @@ def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]
     cancelled = cancel_executions(db, queued, now, "cancelled: its schedule was deleted")
     delete_schedule(db, schedule_id)
     return schedule.task_id, list(cancelled)
-
-
-def _next_run(schedule_id: int, task_id: int, task_name: str, at: int, zone: str) -> dict[str, Any]:
-    return {
-        "schedule_id": schedule_id,
-        "task_id": task_id,
-        "task_name": task_name,
-        "utc": format_instant(at),
-        "local": format_local(at, zone),
-    }
 
 
 def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
