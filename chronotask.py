@@ -187,7 +187,7 @@ else:
 
     aiohttp, web, yarl = _Later("aiohttp"), _Later("aiohttp.web"), _Later("yarl")
 
-__version__ = "1.0.0"
+__version__ = "1.1.0.dev0"
 logger = logging.getLogger("chronotask")
 
 
