@@ -5028,10 +5028,14 @@ def _spawn(command: _Command, environ: Environ, stdout: int, stderr: int) -> sub
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[None]:
+def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
     """Is done once the process itself has ended, whoever still holds its pipes, and has been waited for."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # no Linux, one before 5.3, or a sandbox that knows no pidfd
+        return asyncio.ensure_future(in_daemon(process.wait))
     loop = asyncio.get_running_loop()
-    exited: asyncio.Future[None] = loop.create_future()
+    exited = loop.create_future()
 
     def reap() -> None:
         loop.remove_reader(pidfd)
@@ -5039,17 +5043,7 @@ def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[None]:
         process.wait()
         exited.set_result(None)
 
-    def wait() -> None:
-        process.wait()
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(exited.set_result, None)
-
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except (AttributeError, OSError):  # no Linux, one before 5.3, or a sandbox that knows no pidfd
-        threading.Thread(target=wait, daemon=True).start()
-    else:
-        loop.add_reader(pidfd, reap)
+    loop.add_reader(pidfd, reap)
     return exited
 
 
@@ -5099,7 +5093,7 @@ async def _watch(process: subprocess.Popen[bytes], command: _Command, run: Run, 
     return stopped
 
 
-async def _end_group(group: int, exited: asyncio.Future[None], grace: float) -> None:
+async def _end_group(group: int, exited: asyncio.Future[Any], grace: float) -> None:
     """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
     _signal_group(group, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
@@ -5406,14 +5400,13 @@ class _Answer:
     curl does not: so it never gets to see it.
     """
 
-    __slots__ = ("_chunked", "_held", "_left", "_no_body", "_trailer", "complete")
+    complete = False
+    _held = b""  # a head, or a line between chunks, of which only a part has come
+    _left: float = 0  # bytes of the body or chunk that are still to come
+    _chunked = _trailer = False
 
     def __init__(self, request: bytes) -> None:
-        self.complete = False
         self._no_body = bytes(request[:5]) == b"HEAD "
-        self._held = b""  # a head, or a line between chunks, of which only a part has come
-        self._left: float = 0  # bytes of the body or chunk that are still to come
-        self._chunked = self._trailer = False
 
     @property
     def broken_off(self) -> bool:
@@ -5500,7 +5493,7 @@ class _Answering:
             return data
         belongs = 0 if self._over else self._answer.take(data)
         self._over = belongs < len(data)
-        return data[:belongs] if self._over else data
+        return data[:belongs]
 
 
 class _Socket(_Answering, socket.socket):
