@@ -1522,7 +1522,8 @@ def _default(value: bool | str) -> Any:
 
 
 # Checked, they are the dicts that are stored, with the fields that were sent: no default is filled in, no object made.
-_config = with_config(ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, regex_engine="python-re"))
+_STRICT = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, regex_engine="python-re")
+_config = with_config(_STRICT)
 
 
 @_config
@@ -1611,7 +1612,15 @@ _Zone = Annotated[
 ]
 
 
-@_config
+def _zone_last(schema: dict[str, Any]) -> None:
+    """People say when before where: forms show the fields in the order of their schema."""
+    schema["properties"]["timezone"] = schema["properties"].pop("timezone")
+
+
+_schedule_config = with_config(ConfigDict(**_STRICT, json_schema_extra=_zone_last))
+
+
+@_schedule_config
 class CronConfig(TypedDict, total=False):
     """For cron: 5 fields, or 6 with seconds first."""
 
@@ -1623,7 +1632,7 @@ class CronConfig(TypedDict, total=False):
     ]
 
 
-@_config
+@_schedule_config
 class OnceConfig(TypedDict, total=False):
     """For once: ISO 8601."""
 
@@ -1631,7 +1640,7 @@ class OnceConfig(TypedDict, total=False):
     datetime: Required[Annotated[str, Field(examples=["2030-01-31T09:00:00"]), _read(check_datetime)]]
 
 
-@_config
+@_schedule_config
 class IntervalConfig(TypedDict, total=False):
     """For interval: every so many seconds from `start_date` on, else from its creation."""
 

@@ -5065,7 +5065,7 @@ async def test_a_get_has_the_documented_headers_and_without_a_slot_none_of_it_an
     seen = await echoed("/a?b=c")
     headers = seen["headers"]
     assert (seen["method"], seen["path"], seen["body"]) == ("GET", "/a?b=c", "")
-    assert re.fullmatch(r"ChronoTask/[0-9.]+", headers["user-agent"])
+    assert headers["user-agent"] == f"ChronoTask/{__version__}"
     assert headers["x-chronotask-execution-id"] == "8"
     assert headers["x-chronotask-scheduled-for"] == "2023-11-14T22:13:20.250000Z"
     assert headers["x-chronotask-attempt"] == "2"
