@@ -4820,10 +4820,11 @@ def refused_address(address: str, settings: Settings) -> str | None:
 
 
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Of IPv6 only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too)."""
-    if ip.version == 6 and ip in _NAT64:
-        return True
-    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in _IPV6_INTERNET)
+    """Of IPv6 only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too);
+    not 6to4, which IANA lists as not global and older Pythons do not know to be."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip in _NAT64 or (ip.is_global and not ip.is_multicast and ip in _IPV6_INTERNET and ip.sixtofour is None)
+    return ip.is_global and not ip.is_multicast
 
 
 # Those of clouds that are not link-local anyway: Amazon, Google, Oracle, Akamai, Scaleway; Alibaba, Azure, Oracle.

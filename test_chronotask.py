@@ -4910,11 +4910,11 @@ async def test_bash_tasks_can_be_forbidden_altogether() -> None:
 
 # What is said of an address, and when private networks are blocked: None when it may be called.
 ADDRESSES = {
-    (None, None): "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1",
+    (None, None): "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808",
     (None, "private"): """
         127.0.0.1 127.8.9.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 100.64.0.1 224.0.0.1 255.255.255.255 ::1 ::
         fd12:3456::1 fec0::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::
-        64:ff9b:1::808:808 4000::1 1000::1 5f00::1 100::1 2001:db8::1
+        64:ff9b:1::808:808 2002:808:808::1 4000::1 1000::1 5f00::1 100::1 2001:db8::1
     """,
     ("link-local", "link-local"): """
         169.254.169.254 169.254.0.1 fe80::1 fe80::1%2 ::ffff:169.254.169.254 64:ff9b::a9fe:a9fe
