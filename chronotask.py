@@ -4693,100 +4693,22 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
             raise InvalidInput(*(FieldError(f"config.env.{name}", f"may not be set: {only}") for name in refused))
 
 
-_ORDINARY = re.compile(r"[^\s;&|<>()#'\"`\\${}]+")
-_HERE_DOCUMENT = re.compile(r"<<(-?)[ \t]*((?:\\.|'[^']*'|\"[^\"]*\"|[^\s;&|<>()'\"\\])+)", re.DOTALL)
-_ANSI_QUOTED = re.compile(r"\$'(?:[^'\\]|\\.)*'", re.DOTALL)
-
-
+@functools.lru_cache(64)
 def _end_of_source(source: str) -> str | None:
-    """What bash is in at the end of `source`, if further words would be no arguments there: a comment, a here-document.
+    """What bash is in at the end of `source`, if further words would be no arguments there. None also where it is incomplete."""
 
-    Follows quotes and substitutions as bash(1) has them. None also for source that ends in the middle of one: bash says so.
-    """
-    if "#" not in source and "<<" not in source and not source.endswith("\\"):
-        return None
-    # What is open, innermost last: " ` { as they are, ( a list of commands, $ one that is a part of a word; arithmetic is + as
-    # a command, 1 in a word and for the parentheses in it.
-    inside = [""]
-    at, backquote, begins = 0, 0, True  # whether a word may begin here, and so a comment
-    documents: list[tuple[str, str]] = []  # that begin behind this line
-    while at < len(source):
-        char, top, word_begins, begins = source[at], inside[-1], begins, False
-        if found := _ORDINARY.match(source, at):
-            at = found.end()
-        elif char == "\\":
-            if at + 1 == len(source):
-                return "a backslash" if len(inside) == 1 else None
-            begins = word_begins and source[at + 1] == "\n"
-            at += 2
-        elif char == "`":
-            if backquote:  # it ends there, whatever is open in it
-                del inside[backquote:]
-            else:
-                inside.append("`")
-            backquote = 0 if backquote else len(inside) - 1
-            begins = backquote > 0
-            at += 1
-        elif source.startswith(("$(", "${"), at):
-            arithmetic = source.startswith("$((", at)
-            inside += ["1", "1"] if arithmetic else ["$"] if source[at + 1] == "(" else ["{"]
-            begins = inside[-1] == "$"
-            at += 2 + arithmetic
-        elif top == '"' or char == '"':
-            if char == '"':
-                inside.pop() if top == '"' else inside.append('"')
-            at += 1
-        elif source.startswith(("'", "$'"), at):
-            quoted = _ANSI_QUOTED.match(source, at) if char == "$" else None
-            at = quoted.end() if quoted else source.find("'", at + 1) + 1
-            if at == 0:
-                return None
-        elif top in {"{", "1", "+"}:
-            if char == ("}" if top == "{" else ")"):
-                begins = inside.pop() == "+"
-            elif char == "(" and top != "{":
-                inside.append("1")
-            at += 1
-        elif char == "#" and word_begins:
-            end = source.find("`", at) if top == "`" else len(source)
-            at, begins = source.find("\n", at, end), True
-            if (at := end if at < 0 else at) in {-1, len(source)}:
-                return "a comment" if len(inside) == 1 else None
-        elif source.startswith("<<<", at):
-            at += 3
-        elif found := _HERE_DOCUMENT.match(source, at):
-            documents.append((found[1], found[2]))
-            at = found.end()
-        elif char == "\n":
-            at = _behind_documents(source, at + 1, documents)
-            if at < 0:
-                return "a here-document" if len(inside) == 1 else None
-            documents, begins = [], True
-        else:
-            if source.startswith("((", at) and word_begins:
-                inside += ["+", "1"]
-                at += 1
-            elif char == "(":
-                inside.append("$" if source[at - 1 : at] in set("<>=?*+@!") else "(")
-            elif char == ")" and top in {"(", "$"}:
-                inside.pop()
-            begins = char in " \t;&|<>()" and inside[-1] != "1" and not (char == ")" and top == "$")
-            at += 1
-    return None
+    def is_correct(source: str) -> tuple[bool, bytes]:
+        words = [shutil.which("bash") or "bash", "-O", "extglob", "-nc", source]  # -n executes nothing
+        done = subprocess.run(words, env={"LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True, timeout=2)
+        return done.returncode == 0, done.stderr
 
-
-def _behind_documents(source: str, at: int, documents: Iterable[tuple[str, str]]) -> int:
-    """The beginning of the line behind these here-documents, the first of which begins at `at`; -1 when there is none."""
-    for dash, word in documents:
-        last_line = re.sub(r"\\(.)|['\"]", r"\1", word, flags=re.DOTALL)
-        line, continued = "\n", False
-        while line != last_line or continued:
-            if at > len(source):
-                return -1
-            continued = last_line == word and (len(line) - len(line.rstrip("\\"))) % 2 == 1
-            end = source.find("\n", at) % (len(source) + 1)
-            line, at = source[at:end].lstrip("\t" * len(dash)), end + 1
-    return at if at <= len(source) else -1
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if "#" in source.rpartition("\n")[2] or "<<" in source:
+            # A parenthesis that closes nothing is an error, unless it is no part of the program any more.
+            lost, warning = is_correct(source + " )")
+            if lost and is_correct(source)[0]:
+                return "a here-document" if b"here-document" in warning else "a comment"
+    return "a backslash" if (len(source) - len(source.rstrip("\\"))) % 2 else None
 
 
 def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
