@@ -47,9 +47,10 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      9 Changes               taking up what was written, whoever wrote it; retention
     10 Leadership            which process fires and runs; what a dead one left
     11 Service               the use cases, each an operation; one way to change something
-    12 REST                  routes, error answers, OpenAPI; holds no rule of the business
-    13 MCP                   tools, resources, transports; holds no rule of the business
-    14 Main                  command line, wiring, signals, order of shutdown
+    12 Files                 apply, export, and crontabs: definitions in a file
+    13 REST                  routes, error answers, OpenAPI; holds no rule of the business
+    14 MCP                   tools, resources, transports; holds no rule of the business
+    15 Main                  command line, wiring, signals, order of shutdown
 
 All instants are integers: microseconds since the epoch, UTC. Durations are seconds.
 """
@@ -7350,7 +7351,159 @@ def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
 
 
 # ======================================================================================================================
-# 12. REST
+# 12. Files
+# ======================================================================================================================
+#
+# Definitions in a file. Tasks and schedules are known by their keys, their fields are those of REST.
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def slug(text: str, taken: Collection[str]) -> str:
+    """A key made of `text`, none of those `taken`."""
+    base = re.sub("[^a-z0-9_]+", "-", text.lower()[:50]).strip("-_") or "task"
+    return next(key for n in itertools.count(1) if (key := base if n == 1 else f"{base}-{n}") not in taken)
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+# --- TOML -------------------------------------------------------------------------------------------------------------
+
+
+def to_toml(definitions: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> str:
+    """Definitions as TOML. `comments` are lines for the head (under "") and for each task. Raises InvalidInput for a null."""
+    lines = [f"{name} = {_toml(value, name)}" for name, value in definitions.items() if name != "tasks"]
+    lines += [f"# {line}" for line in comments.get("", ())]
+    for key, task in definitions["tasks"].items():
+        tables, told = {f"tasks.{_toml_key(key)}": task}, comments.get(key, ())
+        tables |= {f"tasks.{_toml_key(key)}.schedules.{_toml_key(name)}": s for name, s in task.get("schedules", {}).items()}
+        for table, fields in tables.items():
+            lines += ["", *(f"# {line}" for line in told), f"[{table}]"]
+            lines += [f"{name} = {_toml(value, f'{table}.{name}')}" for name, value in fields.items() if name != "schedules"]
+            told = ()
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any, path: str) -> str:
+    if isinstance(value, dict):
+        inside = (f"{_toml_key(name)} = {_toml(item, f'{path}.{name}')}" for name, item in value.items())
+        return f"{{ {', '.join(inside)} }}" if value else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item, f'{path}[{i}]') for i, item in enumerate(value))}]"
+    if value is None:
+        raise InvalidInput(FieldError(path, "is null, which TOML does not have: export JSON instead"))
+    if not isinstance(value, str):
+        return compact(value)
+    if "'" not in value and value.isprintable():
+        return f"'{value}'" if '"' in value or "\\" in value else f'"{value}"'
+    lines = [json.dumps(line, ensure_ascii=False)[1:-1].replace("\x7f", r"\u007f") for line in value.split("\n")]
+    return f'"{lines[0]}"' if len(lines) == 1 else '"""\n' + "\n".join(lines) + '"""'
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False).replace("\x7f", r"\u007f")
+
+
+# --- The way in from a crontab ----------------------------------------------------------------------------------------
+#
+# What the cron of Debian 12 (3.0pl1-162, crontab(5)) makes of the same lines, also where the page does not say it.
+
+_CRON_SETTING = re.compile(
+    r"""(?:'([^'=]*)'|"([^"=]*)"|([^\s='"][^\s=]*))\s*=\s*(?:'([^']*)'\s*|"([^"]*)"\s*|([^\s'"].*))""", re.ASCII | re.DOTALL
+)
+_CRON_COMMAND = re.compile(r"((?:[^\\%]|\\.?)*)(?:%(.*))?", re.DOTALL)
+# What bash and every /bin/sh do alike: a program, its words, files for its output.
+_PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +(?:2>&1|2?>>? *[A-Za-z0-9_./-]+))*")
+
+
+def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The tasks of a crontab of `user`, who with `system` must stand in its user column, and comments for `to_toml`.
+
+    Raises InvalidInput that names every line that cannot be read.
+    """
+    tasks: dict[str, Any] = {}
+    comments: dict[str, list[str]] = {"": []}
+    mail: dict[str, list[str]] = {}
+    errors: list[FieldError] = []
+    env = {"SHELL": "/bin/sh", "HOME": user.pw_dir, "PATH": "/usr/bin:/bin", "LOGNAME": user.pw_name}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (line := line.lstrip(" \t")) or line.startswith("#"):
+            continue
+        try:
+            if setting := _CRON_SETTING.fullmatch(line):
+                changed = env | _cron_setting(setting) | {"LOGNAME": user.pw_name}
+                parse_config("bash", {"command": ":", "env": changed, "working_dir": changed["HOME"]})
+                zone = load_zone(changed["CRON_TZ"]).key if "CRON_TZ" in changed else zone
+                env = changed
+                continue
+            times = 1 if line.startswith("@") else 5
+            fields = re.split("[ \t]+", line, maxsplit=times + system)
+            task = _cron_job(fields, times, user.pw_name if system else None, env)
+            if fields[0] != "@reboot":
+                config = {"expression": " ".join(fields[:times]), "timezone": zone}
+                config = check_schedule_config("cron", config, zone, 0)
+                kept = {"overlap": "allow", "catchup": "skip"}
+                task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": config, **kept}}
+        except (InvalidInput, ValueError) as error:
+            errors.append(FieldError(f"line {number}", str(error)))
+            continue
+        words = re.split("[<>%]", fields[-1], maxsplit=1)[0].split()
+        key = slug(" ".join(word.rpartition("/")[2] for word in words), tasks)
+        tasks[key], comments[key] = task, [f"line {number}: {_printable(line)}"]
+        if fields[0] == "@reboot":
+            comments[key].append("No schedule here is about the start of the machine: its init system can ask for a run by")
+            comments[key].append(f"curl -X POST http://127.0.0.1:8000/api/v1/tasks/key:{key}/execute")
+        if env.get("MAILTO"):
+            mail.setdefault(env["MAILTO"], []).append(key)
+    if errors:
+        raise InvalidInput(*errors)
+    if text and not text.endswith("\n"):
+        comments[""].append("The last line has no end: cron itself would refuse the whole crontab.")
+    for address, keys in mail.items():
+        comments[""] += _mail_advice(address, keys, slug("mail", tasks))
+    return tasks, comments
+
+
+def _cron_setting(found: re.Match[str]) -> dict[str, str]:
+    name, value = (part for part in found.groups() if part is not None)
+    value = value.rstrip()
+    return {name: value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value}
+
+
+def _cron_job(fields: Sequence[str], times: int, user: str | None, env: dict[str, str]) -> dict[str, Any]:
+    """The task of a line, of which `fields` are the times, the user if there is a column for it, and the command."""
+    if len(fields) <= times + (user is not None) or fields[-1].startswith("*"):
+        raise ValueError(f"must be five time fields or an @word{', a user' if user else ''} and a command, or NAME = VALUE")
+    if user is None and fields[-1].startswith("root "):
+        raise ValueError("has a user before its command: --system reads it")
+    if user is not None and fields[-2] != user:
+        raise ValueError(f"is run as {shown(fields[-2])}, ChronoTask as {user}: import it where ChronoTask runs as that user")
+    found = cast(re.Match[str], _CRON_COMMAND.fullmatch(fields[-1]))
+    command, data = re.sub(r"\\([\\%])", r"\1", found[1]), found[2]
+    config: dict[str, Any] = {"command": command}
+    if data or (env["SHELL"] != "/bin/bash" and not _PLAIN_COMMAND.fullmatch(command)):
+        data = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
+        config = {"command": f'exec "$SHELL"{f" <<< {shlex.quote(data)}" if found[2] else ""} -c', "args": [command]}
+    config |= {"env": env, "working_dir": env["HOME"], "timeout": 86400}
+    name = _printable(command)[:100]
+    return {"name": name, "task_type": "bash", "config": parse_config("bash", config), "max_retries": 0}
+
+
+def _mail_advice(address: str, keys: list[str], key: str) -> list[str]:
+    """What does what MAILTO does, as lines of TOML."""
+    send = f'printf \'%s\\n\' "$CHRONOTASK_CAUSE_OUTPUT" | mail -s "$CHRONOTASK_CAUSE_TEXT" {shlex.quote(address)}'
+    config = {"tasks": keys, "on": ["success", "failure"]}
+    after = {"end": {"schedule_type": "after", "schedule_config": config}}
+    command = f'[ -z "$CHRONOTASK_CAUSE_OUTPUT" ] || {send}'
+    lines = to_toml({"tasks": {key: {"task_type": "bash", "config": {"command": command}, "schedules": after}}}, {})
+    advice = f"MAILTO={address}: output is kept in the history here. To get it by mail as well, take the # away from:"
+    return [_printable(advice), *lines.split("\n")[1:-1]]
+
+
+# ======================================================================================================================
+# 13. REST
 # ======================================================================================================================
 
 API = "/api/v1"
@@ -7953,7 +8106,7 @@ def make_app(service: Service) -> web.Application:
 
 
 # ======================================================================================================================
-# 13. MCP
+# 14. MCP
 # ======================================================================================================================
 #
 # The same operations as tools for a language model: flat arguments, answers with what it cannot look up (zones, words, next
@@ -8494,7 +8647,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 
 
 # ======================================================================================================================
-# 14. Main
+# 15. Main
 # ======================================================================================================================
 
 MAX_CONNECTIONS = 4096  # of REST, and of MCP over HTTP
