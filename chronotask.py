@@ -7541,19 +7541,16 @@ def problem_answer(error: ChronoTaskError) -> web.Response:
 # --- Who may ask ------------------------------------------------------------------------------------------------------
 
 
-def split_host(text: str) -> tuple[str, int | None]:
-    """`name:port` or `[v6]:port` as lower-case name and port. Raises ValueError."""
+@functools.lru_cache(64)
+def split_host(text: str) -> tuple[str, int | None, bool]:
+    """`name:port` or `[v6]:port` as lower-case name and port, and whether the name is an address. Raises ValueError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
     if match is None:
         raise ValueError
-    return (match[1] or match[2]).lower().rstrip("."), None if match[3] is None else int(match[3])
-
-
-def _is_address(name: str) -> bool:
-    """Such a name cannot have been made to point here by a hostile page (DNS rebinding)."""
+    name, is_address = (match[1] or match[2]).lower().rstrip("."), False
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
+        is_address = bool(ipaddress.ip_address(name))
+    return name, None if match[3] is None else int(match[3]), is_address
 
 
 def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> None:
@@ -7562,16 +7559,17 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
         return
     hosts = headers.getall("Host", [])
     try:
-        name, port = split_host(hosts[0] if len(hosts) == 1 else "")
+        name, port, is_address = split_host(hosts[0] if len(hosts) == 1 else "")
     except ValueError:
         raise Forbidden("the Host header is missing or malformed") from None
-    if name != "localhost" and name not in settings.allowed_hosts and not _is_address(name):
+    # A hostile page cannot have made an address point here (DNS rebinding).
+    if name != "localhost" and name not in settings.allowed_hosts and not is_address:
         raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
     for origin in headers.getall("Origin", []):
         scheme, _, rest = origin.partition("://")
         default = {"http": 80, "https": 443}.get(scheme)
         try:
-            origin_name, origin_port = split_host(rest)
+            origin_name, origin_port, _ = split_host(rest)
         except ValueError:
             raise Forbidden(f"Origin {shown(origin)} is not accepted here") from None
         same = default is not None and (origin_name, origin_port or default) == (name, port or default)
@@ -7695,7 +7693,7 @@ async def json_bytes(request: web.Request) -> bytes:
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
         raise UnsupportedMedia("send the body as it is, without Content-Encoding")
     try:
-        async with asyncio.timeout(SLOW_BODY):
+        async with asyncio.timeout(None if request.content.is_eof() else SLOW_BODY):
             raw = await request.read()
     except TimeoutError:
         raise RequestTimeout(f"the body did not arrive within {SLOW_BODY:g} s") from None
@@ -7728,6 +7726,8 @@ async def read_body(request: web.Request, model: Any) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
+    if not request.query_string:  # most have none
+        return None if model is None else parse(model, {})
     given = dict(request.query)
     wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
     if not wrong and model is None:
@@ -7750,6 +7750,8 @@ def path_id(request: web.Request) -> int:
 
 
 def operation_handler(service: Service, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+    location = operation.location
+
     async def handle(request: web.Request) -> web.Response:
         number, query = path_id(request), read_query(request, operation.query)
         result = await operation.call(service, number, query, await read_body(request, operation.body))
@@ -7757,8 +7759,8 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
             return web.Response(status=204)
         over = operation.status == 202 and result["status"] in FINISHED
         answer = json_answer(result, 200 if over else operation.status)
-        if operation.location:
-            answer.headers["Location"] = API + operation.location.format(id=result["id"])
+        if location:
+            answer.headers["Location"] = API + location.format(id=result["id"])
         return answer
 
     return handle
