@@ -1200,7 +1200,7 @@ SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
 
 _REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
 _HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
-_HARMLESS_USERINFO = re.compile(rf"[^:@$]*:{_REFERENCE}")
+_HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -1252,26 +1252,25 @@ def field_errors(
 
 
 _WANTED = {
+    "literal_error": "one of {expected}",
     "string_type": "text",
     "string_unicode": "text of valid Unicode",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
-    "float_parsing": "a number",
-    "bool_parsing": "true or false",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "dict_type": "an object",
     "list_type": "a list",
-}
-_BOUNDS = {
-    "greater_than_equal": ("ge", "at least {}"),
-    "less_than_equal": ("le", "at most {}"),
-    "string_too_short": ("min_length", "at least {} characters long"),
-    "string_too_long": ("max_length", "at most {} characters long"),
-    "too_short": ("min_length", "at least {} entries long"),
-    "too_long": ("max_length", "at most {} entries long"),
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "too_short": "at least {min_length} entries long",
+    "too_long": "at most {max_length} entries long",
 }
 
 
@@ -1284,19 +1283,12 @@ def _message(detail: ErrorDetails, known: list[str]) -> str:
         return "unknown field" + (did_you_mean(str(detail["loc"][-1]), known) or names)
     if kind == "value_error":
         return str(context["error"])
-    if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
+    if context.get("min_length") == 1:
         return "must not be empty"
-    if kind == "literal_error":
-        wanted = f"one of {context['expected']}"
-    elif kind in _BOUNDS:
-        name, text = _BOUNDS[kind]
-        bound = context[name]
-        wanted = text.format(f"{bound:.15g}" if isinstance(bound, float) else bound)
-    elif kind in _WANTED:
-        wanted = _WANTED[kind]
-    else:
+    if kind not in _WANTED:
         return detail["msg"]
-    return f"must be {wanted}" + ("" if "too_" in kind else _echo(detail["loc"], detail["input"]))
+    bounds = {name: f"{bound:.15g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+    return "must be " + _WANTED[kind].format(**bounds) + ("" if "too_" in kind else _echo(detail["loc"], detail["input"]))
 
 
 _NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
@@ -1462,20 +1454,9 @@ def plain_number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _seconds(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError("must be a whole number or a number" + _echo((), value))
-    return value
-
-
+_PLAIN = AfterValidator(plain_number)
 _Text = Annotated[str, AfterValidator(_references)]
-_Timeout = Annotated[
-    float,
-    BeforeValidator(_seconds),
-    Field(ge=1, le=604800, allow_inf_nan=False),
-    AfterValidator(plain_number),
-    WithJsonSchema({"type": "number", "minimum": 1, "maximum": 604800, "description": "Seconds for one attempt."}),
-]
+_Timeout = Annotated[float, Field(ge=1, le=604800, allow_inf_nan=False, description="Seconds for one attempt."), _PLAIN]
 
 
 def _param(value: Any) -> Any:
@@ -1667,36 +1648,39 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
 
 
-def mask_url(url: str) -> str:
-    """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
-    if "@" not in url:
-        return url
-    if parts := url_parts(url):
-        if not parts.userinfo or _HARMLESS_USERINFO.fullmatch(parts.userinfo):
-            return url
-        return f"{url[: len(parts.scheme)]}://{MASK}@{url[parts.host_begins :]}"
-    # Not sure where it begins: then nothing that may be one is shown.
-    neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url)
-    at = re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
-    return url if at < 0 or _HARMLESS.fullmatch(url[:at]) else MASK + url[at:]
+def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """An http configuration with each text in it that may be a secret as `change` gives it, from its path and the text."""
+    url, result = config["url"], dict(config)
+    if "@" in url:
+        if parts := url_parts(url):
+            begin, end = len(parts.scheme) + 3, parts.host_begins - 1
+        else:  # Not sure where it begins: then it is all before the host.
+            neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url)
+            begin, end = 0, re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
+        if begin < end:
+            result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
+    if "auth" in config:
+        result["auth"] = {**config["auth"], "password": change("auth.password", config["auth"]["password"])}
+    if "headers" in config:
+        result["headers"] = {
+            name: change(f"headers.{name}", value) if name.lower() in MASKED_HEADERS else value
+            for name, value in config["headers"].items()
+        }
+    return result
+
+
+def _masked(name: str, text: str) -> str:
+    return text if (_HARMLESS_USERINFO if name == "url" else _HARMLESS).fullmatch(text) else MASK
 
 
 def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` as answers, the log and the history may show it. Values that are only a `${…}` reference stay readable."""
-    if task_type != "http" or not ("@" in config["url"] or "auth" in config or "headers" in config):
-        return config
-    masked = {**config, "url": mask_url(config["url"])}
-    if "auth" in config:
-        masked["auth"] = {**config["auth"], "password": _mask(config["auth"]["password"])}
-    if "headers" in config:
-        masked["headers"] = {
-            name: _mask(value) if name.lower() in MASKED_HEADERS else value for name, value in config["headers"].items()
-        }
-    return masked
+    return _map_secrets(config, _masked) if task_type == "http" else config
 
 
-def _mask(value: str) -> str:
-    return value if _HARMLESS.fullmatch(value) else MASK
+def mask_url(url: str) -> str:
+    """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
+    return str(_map_secrets({"url": url}, _masked)["url"])
 
 
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
@@ -1707,39 +1691,28 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     """
     if task_type != "http" or MASK not in str(new):
         return new
-    result, stored = dict(new), stored or {}
-    refused: list[FieldError] = []
-    url, kept_url = new.get("url", ""), stored.get("url", "")
-    parts, kept_parts = url_parts(url), url_parts(kept_url)
+    kept: dict[str, str] = {}
+    kept_url = (stored or {}).get("url", "")
+    if stored:
+        _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
+    parts, kept_parts = url_parts(new["url"]), url_parts(kept_url)
     # Where it is not sure, it has moved.
-    moved = url not in (kept_url, mask_url(kept_url)) and not (
+    same = new["url"] in (kept_url, mask_url(kept_url)) or bool(
         parts and kept_parts and parts.origin and parts.origin == kept_parts.origin
     )
+    refused: list[FieldError] = []
 
-    def secret(name: str, sent: str, kept: str | None) -> str:
+    def secret(name: str, sent: str) -> str:
         if MASK not in sent:
             return sent
-        if sent == MASK and kept is not None and not moved:
-            return kept
-        why = "scheme, host or port of the url changed" if moved and kept is not None else "there is no such value"
+        known = kept.get(name.lower())
+        if sent == MASK and same and known is not None:
+            return known
+        why = "there is no such value" if same or known is None else "scheme, host or port of the url changed"
         refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
         return sent
 
-    if url == mask_url(kept_url):
-        result["url"] = kept_url
-    elif parts and parts.userinfo:
-        userinfo = secret("url", parts.userinfo, kept_parts.userinfo or None if kept_parts else None)
-        result["url"] = f"{parts.scheme}://{userinfo}@{url[parts.host_begins :]}"
-    elif not parts and MASK in url:
-        secret("url", url, None)
-    if auth := new.get("auth"):
-        result["auth"] = {**auth, "password": secret("auth.password", auth["password"], stored.get("auth", {}).get("password"))}
-    if headers := new.get("headers"):
-        kept = {name.lower(): value for name, value in stored.get("headers", {}).items()}
-        result["headers"] = {
-            name: secret(f"headers.{name}", value, kept.get(name.lower())) if name.lower() in MASKED_HEADERS else value
-            for name, value in headers.items()
-        }
+    result = _map_secrets(new, secret)
     if refused:
         raise InvalidInput(*refused)
     return result
@@ -1804,14 +1777,10 @@ ScheduleConfig = Annotated[
 ]
 Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
 MaxRetries = Annotated[int, Field(ge=0, le=100)]
-RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), AfterValidator(plain_number)]
-RetryBackoff = Annotated[
-    float, Field(ge=1, le=10, description="each further wait is this many times longer"), AfterValidator(plain_number)
-]
-CatchupWindow = Annotated[
-    float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), AfterValidator(plain_number)
-]
-Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), AfterValidator(plain_number)]
+RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN]
+RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN]
+CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
+Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]
 MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
 TaskType = Literal["http", "bash"]
 TaskStatus = Annotated[
