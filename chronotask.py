@@ -164,6 +164,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    WrapValidator,
     create_model,
     field_validator,
     with_config,
@@ -1783,6 +1784,21 @@ CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds;
 Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]
 MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
 TaskType = Literal["http", "bash"]
+Key = Annotated[
+    str,
+    Field(max_length=100, description="a name for programs and files: lower-case letters, digits and . _ -"),
+    _refused(lambda text: not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", text), "must match [a-z0-9][a-z0-9._-]{0,99}"),
+]
+KEY_OF_TASK = re.compile(r"key:[a-z0-9][a-z0-9._-]{0,99}")
+# The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
+TaskId = Annotated[
+    Id,
+    WrapValidator(lambda sent, check: sent if isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent) else check(sent)),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
+]
+Tag = Annotated[str, _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._:-]{1,50}", text), "must match [A-Za-z0-9._:-]{1,50}")]
+Tags = Annotated[list[Tag], Field(max_length=20), AfterValidator(lambda tags: list(dict.fromkeys(tags)))]
+PauseAfter = Annotated[int, Field(ge=1, le=1000, description="pauses the task after so many failures in a row")]
 TaskStatus = Annotated[
     Literal["active", "paused", "disabled"],
     Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
@@ -1826,21 +1842,30 @@ class Task:
     """What to do. `config` is in normal form, with its secrets; `retry_delay` is seconds."""
 
     id: ReadOnly[int] = 0
+    key: Key | None = None
     name: Name
     description: Description | None = None
+    tags: Tags = dataclasses.field(default_factory=list)
     task_type: TaskType
     status: TaskStatus = "active"
+    status_reason: ReadOnly[str | None] = None
     config: Config
     max_retries: MaxRetries = UNSET
     retry_delay: RetryDelay = UNSET
     retry_backoff: RetryBackoff = 2
+    pause_after: PauseAfter | None = None
+    managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
     updated_at: ReadOnly[Time]
     last_run: ReadOnly[Time | None] = None
+    last_status: ReadOnly[str | None] = None
+    last_success: Internal[ReadOnly[Time | None]] = None
+    last_success_id: Internal[ReadOnly[int | None]] = None
     next_run: Queried[ReadOnly[Time | None]] = None
     run_count: ReadOnly[int] = 0
     success_count: ReadOnly[int] = 0
     failure_count: ReadOnly[int] = 0
+    failures_in_a_row: ReadOnly[int] = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1855,7 +1880,9 @@ class Schedule:
     also_shown: ClassVar = {"next_run": "last_run", "description": "run_count"}
 
     id: ReadOnly[int] = 0
-    task_id: Id
+    key: Key | None = None
+    task_id: TaskId
+    task_name: Queried[ReadOnly[str]] = ""
     schedule_type: ScheduleType
     schedule_config: ScheduleConfig
     is_active: bool = True
@@ -1866,6 +1893,7 @@ class Schedule:
     start_at: Time | None = None
     end_at: Time | None = None
     max_runs: MaxRuns | None = None
+    managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
     updated_at: ReadOnly[Time]
     settled_until: Internal[Time]
@@ -1937,7 +1965,7 @@ class Schedule:
 class Preview(Schedule):
     """A schedule that is not stored: to be looked at."""
 
-    task_id: Id = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
+    task_id: TaskId = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
     after: Time | None = None
     count: Annotated[int, Field(ge=1, le=1000)] = 5
 
@@ -1950,6 +1978,7 @@ class Execution:
 
     id: ReadOnly[int]
     task_id: ReadOnly[int]
+    task_name: Queried[ReadOnly[str]]
     schedule_id: ReadOnly[int | None]
     trigger: ReadOnly[str]
     status: ReadOnly[str]
@@ -2254,7 +2283,7 @@ class Query(BaseModel):
     @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", mode="before", check_fields=False)
     @classmethod
     def _digits(cls, value: Any) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value):
+        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}|key:.*", value):
             raise ValueError(f"must be a whole number, not {shown(value)}")
         return value
 
@@ -2268,12 +2297,16 @@ class TaskQuery(Query):
     status: TaskStatus | None = None
     task_type: TaskType | None = None
     q: Annotated[str, Field(max_length=255)] | None = None
+    tag: Tag | None = None
+    key: Key | None = None
     skip: Skip = 0
     limit: Limit = 100
 
 
 class ScheduleQuery(Query):
-    task_id: Id | None = None
+    task_id: TaskId | None = None
+    tag: Tag | None = None
+    schedule_type: ScheduleType | None = None
     is_active: bool | None = None
     skip: Skip = 0
     limit: Limit = 100
@@ -2291,7 +2324,8 @@ class HistoryQuery(OutputQuery):
 
 
 class ExecutionQuery(OutputQuery):
-    task_id: Id | None = None
+    task_id: TaskId | None = None
+    tag: Tag | None = None
     schedule_id: Id | None = None
     status: Status | None = None
     trigger: Trigger | None = None
@@ -2304,7 +2338,7 @@ class FollowQuery(Query):
 
 
 class EventQuery(Query):
-    task_id: Id | None = None
+    task_id: TaskId | None = None
 
 
 @functools.cache
@@ -2411,7 +2445,6 @@ OverviewTask = Annotated[
     View(
         Task,
         "OverviewTask",
-        last_status=str | None,
         last_error=str | None,
         success_rate=Annotated[float | None, Field(description="0 to 1, of `recent`")],
         typical_duration=Annotated[float | None, Field(description="the median of `recent`, in seconds")],
@@ -2438,7 +2471,6 @@ def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
     real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
     return {
         **task_view(task),
-        "last_status": real[-1].status if real else None,
         "last_error": (real[-1].error_message or "")[:300] or None if real else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
@@ -2950,6 +2982,35 @@ MIGRATIONS: list[tuple[str, ...]] = [
         """UPDATE schedules SET dealt_with = settled_until, in_force_since = settled_until,
             over = NOT is_active AND next_slot IS NULL,
             ran = CASE WHEN settled_until > created_at THEN json_array(json_array(created_at, settled_until)) ELSE '[]' END""",
+    ),
+    # Names for programs and files, streaks, and what an execution was caused by.
+    (
+        "ALTER TABLE tasks ADD COLUMN key TEXT",
+        "ALTER TABLE tasks ADD COLUMN tags TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE tasks ADD COLUMN status_reason TEXT",
+        "ALTER TABLE tasks ADD COLUMN pause_after INTEGER",
+        "ALTER TABLE tasks ADD COLUMN managed_by TEXT",
+        "ALTER TABLE tasks ADD COLUMN last_status TEXT",
+        "ALTER TABLE tasks ADD COLUMN last_success INTEGER",
+        "ALTER TABLE tasks ADD COLUMN last_success_id INTEGER",
+        "ALTER TABLE tasks ADD COLUMN failures_in_a_row INTEGER NOT NULL DEFAULT 0",
+        "CREATE UNIQUE INDEX tasks_key ON tasks (key) WHERE key IS NOT NULL AND deleted = 0",
+        "ALTER TABLE schedules ADD COLUMN key TEXT",
+        "ALTER TABLE schedules ADD COLUMN managed_by TEXT",
+        "CREATE UNIQUE INDEX schedules_key ON schedules (task_id, key) WHERE key IS NOT NULL",
+        "CREATE INDEX schedules_after ON schedules (is_active) WHERE schedule_type = 'after'",
+        "ALTER TABLE executions ADD COLUMN cause TEXT",
+        "ALTER TABLE executions ADD COLUMN caused_by INTEGER",
+        "ALTER TABLE executions ADD COLUMN event TEXT",
+        "ALTER TABLE executions ADD COLUMN depth INTEGER NOT NULL DEFAULT 0",
+        "CREATE UNIQUE INDEX executions_caused ON executions (caused_by, schedule_id, event) WHERE caused_by IS NOT NULL",
+        """UPDATE tasks SET (last_success_id, last_success) = (SELECT id, finished_at FROM executions
+            WHERE task_id = tasks.id AND status = 'succeeded' ORDER BY id DESC LIMIT 1)""",
+        """UPDATE tasks SET last_status = (SELECT status FROM executions WHERE task_id = tasks.id AND started_at IS NOT NULL
+                AND finished_at IS NOT NULL ORDER BY id DESC LIMIT 1),
+            failures_in_a_row = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND id > coalesce(last_success_id, 0)
+                AND (status = 'failed' OR status = 'timed_out' OR status = 'interrupted'))""",
+        """UPDATE tasks SET status_reason = status || ' before the upgrade to 1.1' WHERE status <> 'active'""",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -3491,8 +3552,10 @@ _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND 
 # The rows of resources, with what their declarations mark as queried.
 _TASKS = f"SELECT *, {_NEXT_RUN} AS next_run FROM tasks"
 _S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
-_SCHEDULES = f"SELECT s.*, t.status = 'active' AS live {_S_JOIN}"
-_EXECUTIONS = "SELECT *, length(output_data) AS output_size FROM executions"
+_SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live {_S_JOIN}"
+_TASK_NAME = "(SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name"
+_EXECUTIONS = f"SELECT *, {_TASK_NAME}, length(output_data) AS output_size FROM executions e"
+_TAGGED = "SELECT tasks.id FROM tasks, json_each(CASE WHEN json_valid(tags) THEN tags ELSE '[]' END) WHERE value = ?"
 _OUTPUT = frozenset({"output_data", "output_size"})
 
 
@@ -3521,7 +3584,7 @@ def _as_json(kind: Any, json_sql: str, without: frozenset[str]) -> str:
     return f"SELECT json_group_array(json_array({', '.join(columns)}))"
 
 
-def existing(rows: Sequence[Row], what: str, row_id: int) -> Row:
+def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
     """The one that a query by id has found. Raises NotFound."""
     if not rows:
         raise NotFound(f"there is no {what} {row_id}")
@@ -3595,6 +3658,22 @@ def get_task(db: DB, task_id: int) -> Task:
     return existing(load(db, Task, f"{_TASKS} WHERE id = ? AND NOT deleted", (task_id,)), "task", task_id)
 
 
+def task_of_key(db: DB, key: str) -> int:
+    """Raises NotFound."""
+    return int(existing(_ids(db, "SELECT id FROM tasks WHERE key = ? AND deleted = 0", (key,)), "task", f"key:{key}"))
+
+
+def check_key(db: DB, item: Task | Schedule) -> None:
+    """Raises Conflict if another task, or another schedule of the same task, has its key."""
+    if isinstance(item, Task):
+        taken = _ids(db, "SELECT id FROM tasks WHERE key = ? AND deleted = 0 AND id <> ?", (item.key, item.id))
+    else:
+        mine = (item.key, item.task_id, item.id)
+        taken = _ids(db, "SELECT id FROM schedules WHERE key = ? AND task_id = ? AND id <> ?", mine)
+    if taken:
+        raise Conflict(f"key: {type(item).__name__.lower()} {taken[0]} has the key {item.key} already")
+
+
 def find_equal_task(db: DB, task: Task) -> int | None:
     """Another task with the same name and configuration."""
     row = db.execute(
@@ -3619,6 +3698,8 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[Task]]:
             "deleted = 0": True,
             "status = ?": query.status,
             "task_type = ?": query.task_type,
+            "key = ?": query.key,
+            f"id IN ({_TAGGED})": query.tag,
             r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'": like,
         }
     )
@@ -3640,7 +3721,15 @@ def get_schedule(db: DB, schedule_id: int) -> Schedule:
 def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[Schedule]]:
     """A page of schedules, oldest first, and how many there are in all."""
     active = None if query.is_active is None else int(query.is_active)
-    where, values = _where({"NOT t.deleted": True, "s.task_id = ?": query.task_id, "s.is_active = ?": active})
+    where, values = _where(
+        {
+            "NOT t.deleted": True,
+            "s.task_id = ?": query.task_id,
+            f"s.task_id IN ({_TAGGED})": query.tag,
+            "s.schedule_type = ?": query.schedule_type,
+            "s.is_active = ?": active,
+        }
+    )
     total = db.execute(f"SELECT count(*) {_S_JOIN} {where}", values).fetchone()[0]
     page = f"{_SCHEDULES} {where} ORDER BY s.id LIMIT ? OFFSET ?"
     return total, load(db, Schedule, page, [*values, query.limit, query.skip])
@@ -3965,6 +4054,7 @@ def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
         {
             _NOT_DELETED: True,
             "task_id = ?": query.task_id,
+            f"task_id IN ({_TAGGED})": query.tag,
             "schedule_id = ?": query.schedule_id,
             "scheduled_for IS NOT NULL": query.schedule_id is not None,  # what the index on slots is limited to
             "status = ?": query.status,
@@ -4042,7 +4132,7 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
 
 def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Execution]]:
     """The last `count` executions of each task, without output, oldest first."""
-    recent = """SELECT e.*, NULL AS output_size FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
+    recent = f"""SELECT e.*, {_TASK_NAME}, NULL AS output_size FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
         (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id"""
     found: dict[int, list[Execution]] = {}
     for execution in load(db, Execution, recent, (compact(list(task_ids)), count), _OUTPUT):
@@ -6699,14 +6789,16 @@ class Operation:
     tool: bool
     hints: tuple[str, ...]
 
-    def call(self, service: Service, number: int, query: Any, body: Any) -> Coroutine[Any, Any, Any]:
-        """The use case with checked arguments, as far as it has them."""
-        given: dict[str, Any] = {} if self.id_name is None else {self.id_name: number}
+    async def call(self, service: Service, number: int | str, query: Any, body: Any) -> Any:
+        """The use case with checked arguments, as far as it has them. Here a task's key becomes its id."""
+        given: dict[str, Any] = {} if self.id_name is None else {self.id_name: await service.task_id(number)}
         if self.body is not None:
-            given["body"] = body
+            given["body"] = {**body, "task_id": await service.task_id(body["task_id"])} if body.get("task_id") else body
         if self.query is not None:
+            if getattr(query, "task_id", None):
+                query.task_id = await service.task_id(query.task_id)
             given |= {"query": query} if self.one_query else {name: getattr(query, name) for name in self.query.model_fields}
-        return cast(Coroutine[Any, Any, Any], getattr(service, self.name)(**given))
+        return await getattr(service, self.name)(**given)
 
     @property
     def location(self) -> str | None:
@@ -6839,7 +6931,12 @@ class Service:
         defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
         sent, now = _with_times(Task, body, self.settings.scheduler_timezone), self.clock.now()
         task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
-        await self._change(partial(insert, item=task), take_up=self.engine.feed.wanted)
+
+        def write(db: DB) -> None:
+            check_key(db, task)
+            insert(db, task)
+
+        await self._change(write, take_up=self.engine.feed.wanted)
         return task_view(task)
 
     @operation("GET", "/tasks/{id}", tool=("read_only",))
@@ -6859,6 +6956,10 @@ class Service:
         total, rows = await self.store.scan(partial(list_tasks, query=query))
         tasks = [task_view(as_it_is(task, self.engine.paused)) for task in rows]
         return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+
+    async def task_id(self, task: int | str) -> int:
+        """The id of a task that is named by it or by `key:NAME`. Raises NotFound."""
+        return task if isinstance(task, int) else await self.store.read(partial(task_of_key, key=task.removeprefix("key:")))
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
@@ -6886,6 +6987,10 @@ class Service:
         for name, value in sent.items():
             setattr(task, name, value)
         task.updated_at = now
+        if task.status != before:
+            task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_instant(now)}"
+            task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
+        check_key(db, task)
         update(db, task)
         if task.status != before and "disabled" in (before, task.status):
             hold_disabled(db, task.id, task.status == "disabled")
@@ -6917,6 +7022,7 @@ class Service:
 
         def write(db: DB) -> None:
             get_task(db, schedule.task_id)
+            check_key(db, schedule)
             insert(db, schedule)
             remember_zone(db, schedule.zone)
             if schedule.jitter:  # it is derived from the id, which is known only now
@@ -7271,6 +7377,7 @@ def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int
         schedule.look_ahead()
     if schedule.next_slot is None and (retimed or resumed) and not (missed is not None and insert_slots(db, [missed])[1]):
         raise InvalidInput(_nothing_left(schedule))
+    check_key(db, schedule)
     update(db, schedule)
     remember_zone(db, schedule.zone)
     return [*claimed.new_ids, *claimed.cancelled]
@@ -7706,10 +7813,12 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     return None if model is None else parse(model, given)
 
 
-def path_id(request: web.Request) -> int:
+def path_id(request: web.Request) -> int | str:
     text = request.match_info.get("id")
     if text is None:
         return 0
+    if text.startswith("key:"):
+        return text
     if len(text) > 19 or int(text) > MAX_ID:  # its route lets only digits through
         raise NotFound(f"{shown(text)} is no id")
     return int(text)
@@ -7793,7 +7902,7 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
 
 async def send_output(service: Service, request: web.Request) -> web.StreamResponse:
     """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
-    query, execution_id = read_query(request, FollowQuery), path_id(request)
+    query, execution_id = read_query(request, FollowQuery), cast(int, path_id(request))
     if not query.follow:
         return web.Response(text=output_text((await service.get_execution(execution_id))["output_data"]), headers=HEADERS)
     pieces = service.follow_output(execution_id)
@@ -7809,13 +7918,14 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
     """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
     query = read_query(request, EventQuery)
+    only = query.task_id and await service.task_id(query.task_id)
     reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
     try:
         await answer.prepare(request)
         await answer.write(b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
         for event in missed or ():
-            await _send_event(answer, event, query.task_id)
+            await _send_event(answer, event, only)
         while True:
             try:
                 async with asyncio.timeout(KEEPALIVE):
@@ -7825,7 +7935,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
                 continue
             if event_or_end is None:
                 return answer
-            await _send_event(answer, event_or_end, query.task_id)
+            await _send_event(answer, event_or_end, only)
     finally:
         service.engine.feed.close(reader)
 
@@ -8018,7 +8128,9 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
     """One call. `good` are the statuses of its answers with their content, `wrong` those of its errors."""
     parameters: list[dict[str, Any]] = []
     if "{id}" in route.path:
-        schema = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+        schema: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+        if "/tasks/" in route.path:
+            schema = {"anyOf": [schema, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
     if route.query is not None:
         fields = route.query.model_json_schema()["properties"].items()
@@ -8058,6 +8170,7 @@ def _methods(operation: Operation) -> tuple[str, ...]:
 
 
 def _route(path: str) -> str:
+    path = path.replace("tasks/{id}", "tasks/{id:[0-9]+|key:[a-z0-9._-]+}")
     return path.replace("{id}", "{id:[0-9]+}")  # else /schedules/{id} would take /schedules/preview, too
 
 
@@ -8126,7 +8239,8 @@ class Deleted(TypedDict):
 @functools.cache
 def tool_model(operation: Operation) -> Any:
     """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
-    number = {} if operation.id_name is None else {operation.id_name: Annotated[Id, Field(strict=False)]}
+    kind = TaskId if operation.id_name == "task_id" else Id
+    number = {} if operation.id_name is None else {operation.id_name: Annotated[kind, Field(strict=False)]}
     if operation.body is not None:
         body = mark_of(operation.body)
         return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, **number)]
@@ -8134,7 +8248,7 @@ def tool_model(operation: Operation) -> Any:
     return create_model(operation.name, __base__=operation.query or Query, **fields)
 
 
-def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int, Any, Any]:
+def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int | str, Any, Any]:
     """The id, the query and the body of a call, by the rules of REST. Raises InvalidInput that lists every bad argument."""
     id_name, given = operation.id_name or "", dict(arguments)
     for name in shape_of(mark_of(operation.body).resource).json if operation.body is not None else ():
@@ -8226,8 +8340,9 @@ def _clip_field(holder: Any, field: str, limit: int, where: str) -> None:
         holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
 
 
-async def _use(service: Service, operation: Operation, number: int, query: Any, body: Any) -> Any:
+async def _use(service: Service, operation: Operation, named: int | str, query: Any, body: Any) -> Any:
     """An operation's answer, with what a model cannot look up by itself, and without what is long."""
+    number = await service.task_id(named)
     view = await operation.call(service, number, query, body)
     match operation.name:
         case "create_task":
@@ -8329,7 +8444,8 @@ async def read_resource(service: Service, uri: str) -> Any:
 
 async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     """The text of the prompt: how to go about it, and the facts. Raises NotFound, InvalidInput."""
-    task_id, query, _ = tool_args(TOOLS["get_task_history"], arguments)
+    named, query, _ = tool_args(TOOLS["get_task_history"], arguments)
+    task_id = await service.task_id(named)
     task = await service.get_task(task_id)
     history = (await service.get_task_history(task_id, query))["history"]
     schedules = (await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20)))["schedules"]

@@ -1129,7 +1129,7 @@ NEW_FIELDS = [
         "tasks",
         "Task",
         "config",
-        "tags: list[str] = dataclasses.field(default_factory=list)",
+        "labels: list[str] = dataclasses.field(default_factory=list)",
         "TEXT NOT NULL DEFAULT '[]'",
         ["a", "b"],
     ),
@@ -3178,20 +3178,22 @@ def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_a
 def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(tmp_path: Path, version: int) -> None:
     db = chronotask.connect(tmp_path / "old.db")
     migrate(db, MIGRATIONS[:version])
-    task = insert(db, some_task("t"))
-    chronotask.insert_executions(db, [chronotask.NewExecution(task.id, None, "manual", None, n) for n in range(3)])
+    task = "INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at, updated_at)"
+    db.execute(task + """ VALUES ('t', 'bash', 'active', '{"command": "true"}', 0, 5, 2, 0, 0)""")
+    chronotask.insert_executions(db, [chronotask.NewExecution(1, None, "manual", None, n) for n in range(3)])
     ended = "UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?"
     db.executemany(ended, [("failed", 1), ("succeeded", 2)])
-    rows = db.execute("SELECT * FROM executions").fetchall()
+    columns = ", ".join(row[1] for row in db.execute("PRAGMA table_info(executions)"))
+    rows = db.execute(f"SELECT {columns} FROM executions").fetchall()
     db.close()
     newest = open_database(tmp_path / "new.db")
     migrated = open_database(tmp_path / "old.db")
     schema = "SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2"
     assert migrated.execute(schema).fetchall() == newest.execute(schema).fetchall()
-    assert migrated.execute("SELECT * FROM executions").fetchall() == rows
+    assert migrated.execute(f"SELECT {columns} FROM executions").fetchall() == rows
     assert migrated.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert chronotask.status_counts(migrated) == {"queued": 1, "running": 0, "retrying": 0}
-    assert [row.id for row in chronotask.list_history(migrated, task.id, HistoryQuery(success=False))[1]] == [1]
+    assert [row.id for row in chronotask.list_history(migrated, 1, HistoryQuery(success=False))[1]] == [1]
     newest.close()
     migrated.close()
 
@@ -6433,7 +6435,7 @@ async def test_when_capacity_is_short_the_oldest_slot_goes_first(open_rig: OpenR
 
 
 EXECUTION_VIEW = json.loads("""
-    {"id": 1, "task_id": 1, "schedule_id": null, "trigger": "manual", "status": "succeeded", "success": true,
+    {"id": 1, "task_id": 1, "task_name": "t", "schedule_id": null, "trigger": "manual", "status": "succeeded", "success": true,
     "scheduled_for": null, "queued_at": "2026-01-01T00:00:00Z", "started_at": "2026-01-01T00:00:01Z",
     "finished_at": "2026-01-01T00:00:03Z", "duration": 2.0, "attempt": 1, "retry_count": 0, "next_attempt_at": null,
     "error_message": null}
@@ -7258,6 +7260,7 @@ async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, 
 
 TASK_CHANGES: dict[str, Any] = {"name": "new name", "description": "new words", "config": {"command": "false"}}
 TASK_CHANGES |= {"max_retries": 9, "retry_delay": 7.5, "retry_backoff": 3, "status": "paused"}
+TASK_CHANGES |= {"key": "new-key", "tags": ["a", "b:c"], "pause_after": 3}
 
 
 @pytest.mark.parametrize("field", TASK_CHANGES)
@@ -7266,7 +7269,8 @@ async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig, field: str
     before = await rig.service.get_task(task_id)
     rig.clock.advance(5)
     after = await rig.patch_task(task_id, **{field: TASK_CHANGES[field]})
-    assert after == {**before, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05Z"}
+    reason = {"status_reason": "paused on request, 2026-01-01T00:00:05Z"} if field == "status" else {}
+    assert after == {**before, **reason, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05Z"}
     assert await rig.service.get_task(task_id) == after
 
 
@@ -7690,8 +7694,9 @@ def problem_of(answer: Answer, status: int, *fields: str) -> str:
 # --- Tasks ------------------------------------------------------------------------------------------------------------
 
 TASK_VIEW = json.loads("""
-    {"id": 1, "name": "t", "description": "words", "task_type": "bash", "status": "active", "config": {"command": "true"},
-    "max_retries": 3, "retry_delay": 5, "retry_backoff": 2,
+    {"id": 1, "key": null, "name": "t", "description": "words", "tags": [], "task_type": "bash", "status": "active",
+    "status_reason": null, "config": {"command": "true"}, "max_retries": 3, "retry_delay": 5, "retry_backoff": 2,
+    "pause_after": null, "managed_by": null, "last_status": null, "failures_in_a_row": 0,
     "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "last_run": null, "next_run": null,
     "run_count": 0, "success_count": 0, "failure_count": 0}
 """)
@@ -8024,7 +8029,8 @@ async def test_output_can_be_followed_until_the_execution_is_over(api: Api, tmp_
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
 SCHEDULE_VIEW = json.loads("""
-    {"id": 1, "task_id": 1, "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
+    {"id": 1, "key": null, "task_id": 1, "task_name": "t", "managed_by": null,
+    "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
     "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "is_active": true,
     "overlap": "skip", "catchup": "latest", "catchup_window": 86400, "jitter": 0,
     "start_at": null, "end_at": null, "max_runs": null,
@@ -8057,6 +8063,63 @@ async def test_schedules_are_listed_in_pages_with_filters(api: Api) -> None:
     filters = {f"task_id={first}": [1, 3], "is_active=true": [1, 2], "is_active=false": [3], "task_id=99": [], "skip=2": [3]}
     for query, ids in filters.items():
         assert [schedule["id"] for schedule in (await api.get(f"/schedules?{query}"))["schedules"]] == ids, query
+
+
+async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
+    task_id = await api.task(key="nightly.backup-1", tags=["ops", "db:main", "ops"])
+    await api.task(name="other")
+    schedule = await api.made("/schedules", {**EVERY_MINUTE, "task_id": "key:nightly.backup-1"})
+    assert (await api.get("/schedules/1"))["task_id"] == task_id and schedule == 1
+    task = await api.get("/tasks/key:nightly.backup-1")
+    assert (task["id"], task["key"], task["tags"]) == (task_id, "nightly.backup-1", ["ops", "db:main"])
+    assert (await api("POST", "/tasks/key:nightly.backup-1/execute")).json["task_id"] == task_id
+    for path, name in (
+        ("/schedules?task_id=key:", "schedules"),
+        ("/executions?task_id=key:", "executions"),
+        ("/tasks?key=", "tasks"),
+    ):
+        assert len((await api.get(f"{path}nightly.backup-1"))[name]) == 1, path
+    for path, name in (("tasks", "tasks"), ("schedules", "schedules"), ("executions", "executions")):
+        assert len((await api.get(f"/{path}?tag=db:main"))[name]) == 1, path
+        assert (await api.get(f"/{path}?tag=db"))[name] == [], path
+    assert (await api("GET", "/tasks/key:none")).status == 404
+    assert (await api("PATCH", "/tasks/key:nightly.backup-1", {"key": None})).json["key"] is None
+    assert (await api("GET", "/tasks/key:nightly.backup-1")).json["detail"] == "there is no task key:nightly.backup-1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("key", "", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("key", "Backup", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("key", "a" * 101, "must be at most 100 characters long"),
+        ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
+        ("tags", ["a"] * 21, "must be at most 20 entries long"),
+        ("tags", None, "must be a list, not null"),
+        ("pause_after", 0, "must be at least 1, not 0"),
+        ("managed_by", "me", "unknown field"),
+    ],
+)
+async def test_a_bad_key_or_tag_is_refused_by_name(api: Api, field: str, value: Any, message: str) -> None:
+    answer = await api("POST", "/tasks", {**BASH, field: value})
+    errors = answer.json["errors"]
+    assert answer.status == 422
+    assert [e["field"].partition("[")[0] for e in errors] == [field] and errors[0]["message"].startswith(message), errors
+
+
+async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api) -> None:
+    first, second = await api.task(key="a"), await api.task(key="b")
+    for call in (("POST", "/tasks", {**BASH, "key": "a"}), ("PATCH", f"/tasks/{second}", {"key": "a"})):
+        answer = await api(*call)
+        assert (answer.status, answer.json["detail"]) == (409, "key: task 1 has the key a already")
+    assert (await api("PATCH", f"/tasks/{first}", {"key": "a", "name": "n"})).status == 200
+    assert (await api("DELETE", f"/tasks/{first}")).status == 204
+    await api.task(key="a")
+    await api.schedule(second, key="night")
+    await api.schedule(3, key="night")
+    assert (await api("POST", "/schedules", {**EVERY_MINUTE, "task_id": 3, "key": "night"})).status == 409
+    await api.schedule(3, key="day")
+    assert (await api("PATCH", "/schedules/3", {"key": "night"})).status == 409
 
 
 async def test_a_preview_answers_words_and_slots(api: Api) -> None:
@@ -8606,9 +8669,9 @@ def refused(name: str, /, **arguments: Json) -> list[tuple[str, str]]:
 # --- What tools/list says ---------------------------------------------------------------------------------------------
 
 
-def test_there_are_the_15_tools_of_the_contract_described_for_a_stranger_in_less_than_4000_tokens() -> None:
+def test_there_are_the_15_tools_of_the_contract_described_for_a_stranger_in_less_than_5000_tokens() -> None:
     assert {tool["name"] for tool in tools()} == TOOL_NAMES
-    assert len(json.dumps({"tools": tools()}, ensure_ascii=False, separators=(",", ":"))) < 4000 * 4
+    assert len(json.dumps({"tools": tools()}, ensure_ascii=False, separators=(",", ":"))) < 5000 * 4
     for one in tools():
         assert len(one["description"]) > 60, one["name"]
         assert one["description"].endswith((".", "?")), one["name"]
@@ -8625,7 +8688,7 @@ def test_schemas_hold_no_titles_no_references_and_no_lists_of_types() -> None:
             for one in inner:
                 yield from words(one)
 
-    plain = {"type", "properties", "required", "items", "enum", "default", "maximum", "description"}
+    plain = {"type", "properties", "required", "items", "enum", "default", "maximum", "description", "anyOf", "pattern"}
     for one in tools():
         assert {*words(one["inputSchema"])} <= plain, one["name"]
         assert {*words(one["outputSchema"])} <= plain | {"anyOf"}, one["name"]
@@ -8813,7 +8876,7 @@ async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to
 async def test_a_partial_update_changes_only_what_was_sent(call: Caller) -> None:
     task = await call("create_task", name="t", task_type="bash", config={"command": "true"}, max_retries=7, description="d")
     changed = await call("update_task", task_id=task["id"], status="paused")
-    assert {name for name in task if task[name] != changed[name]} == {"status", "updated_at"}
+    assert {name for name in task if task[name] != changed[name]} == {"status", "status_reason", "updated_at"}
     assert (await call("list_tasks"))["tasks"][0]["status"] == "paused"
     assert (await call("update_task", task_id=task["id"], description=None))["description"] is None
 
