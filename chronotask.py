@@ -7559,7 +7559,7 @@ def _cron_job(fields: Sequence[str], times: int, user: str | None, env: dict[str
     found = cast(re.Match[str], _CRON_COMMAND.fullmatch(fields[-1]))
     command, data = re.sub(r"\\([\\%])", r"\1", found[1]), found[2]
     config: dict[str, Any] = {"command": command}
-    if data or (env["SHELL"] != "/bin/bash" and not _PLAIN_COMMAND.fullmatch(command)):
+    if data or not _PLAIN_COMMAND.fullmatch(command):
         data = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
         config = {"command": f'exec "$SHELL"{f" <<< {shlex.quote(data)}" if found[2] else ""} -c', "args": [command]}
     config |= {"env": env, "working_dir": env["HOME"], "timeout": 86400}

@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import random
 import re
 import resource
@@ -38,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import tracemalloc
 import urllib.parse
 import uuid
@@ -131,6 +133,7 @@ from chronotask import (
     parse,
     parse_config,
     parse_instant,
+    read_crontab,
     read_message,
     reap,
     refused_address,
@@ -144,6 +147,7 @@ from chronotask import (
     set_up_logging,
     shown,
     stored_config,
+    to_toml,
     tool_args,
     unmask_config,
     warn_if_open,
@@ -7596,6 +7600,237 @@ def test_an_operation_says_what_its_id_is_called_and_only_changes_take_a_body() 
         assert operation.body is None or operation.method in ("POST", "PATCH"), operation.name
         assert (operation.location is not None) == (operation.status in (201, 202)), operation.name
         assert (operation.result is None) == (operation.status == 204), operation.name
+
+
+# ======================================================================================================================
+# 12. Files
+# ======================================================================================================================
+
+
+# --- TOML -------------------------------------------------------------------------------------------------------------
+
+
+def random_text(rng: random.Random) -> str:
+    parts = [
+        "a",
+        "B9",
+        " ",
+        "'",
+        '"',
+        "\\",
+        "\n",
+        "\t",
+        "\r\n",
+        "\x7f",
+        "\x01",
+        "é",
+        "\u2028",
+        "🙂",
+        "'''",
+        '"""',
+        "\\n",
+        "#",
+        "=",
+        ".",
+    ]
+    return "".join(rng.choices(parts, k=rng.randrange(7)))
+
+
+def random_value(rng: random.Random, depth: int = 3) -> Any:
+    simple = [True, False, 0, -7, 2**53, 1.5, 1e300, -2.5e-9, random_text(rng), random_text(rng)]
+    if depth and rng.random() < 0.4:
+        items = [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+        return items if rng.random() < 0.5 else {random_text(rng): item for item in items}
+    return rng.choice(simple)
+
+
+def test_what_is_written_as_toml_is_read_back_equal() -> None:
+    rng = random.Random(20)
+    for _ in range(300):
+        tasks = {
+            random_text(rng): {"name": random_text(rng), "config": random_value(rng), "schedules": {random_text(rng): {"a": 1}}}
+            for _ in range(3)
+        }
+        definitions = {"chronotask": 1, "owner": random_text(rng), "tasks": tasks}
+        assert tomllib.loads(to_toml(definitions, {"": ["above"], "a": ["of a task"]})) == definitions
+
+
+def test_toml_is_written_for_a_reader() -> None:
+    schedule = {"schedule_type": "cron", "schedule_config": {"expression": "30 2 * * *", "timezone": "UTC"}}
+    task = {"name": "backup", "config": {"command": 'cd /x\n./backup "$1"', "args": []}, "schedules": {"at night": schedule}}
+    assert to_toml({"chronotask": 1, "tasks": {"backup.sh": task}}, {"": ["made here"], "backup.sh": ["line 1"]}) == (
+        'chronotask = 1\n# made here\n\n# line 1\n[tasks."backup.sh"]\nname = "backup"\n'
+        'config = { command = """\ncd /x\n./backup \\"$1\\"""", args = [] }\n\n'
+        '[tasks."backup.sh".schedules."at night"]\nschedule_type = "cron"\n'
+        'schedule_config = { expression = "30 2 * * *", timezone = "UTC" }\n'
+    )
+
+
+def test_a_null_cannot_be_written_as_toml() -> None:
+    with pytest.raises(InvalidInput, match=r"tasks.a.config.body\[1\].x: is null, which TOML does not have"):
+        to_toml({"tasks": {"a": {"config": {"body": [1, {"x": None}]}}}}, {})
+
+
+# --- The way in from a crontab ----------------------------------------------------------------------------------------
+
+
+ROOT = pwd.struct_passwd(("root", "x", 0, 0, "", "/root", "/bin/bash"))
+NASTY = r"""SHELL=/bin/sh
+  FOO = a b  c  |
+BAR="  quoted  "
+'QUX' = 'it"s'
+BAZ=$HOME/x
+EMPTY=""
+DQ="'inner'"
+HASH=a#b # no comment
+TZ=Asia/Tokyo
+A==b
+LOGNAME=nobody
+HOME=/tmp
+PATH=/bin:/usr/bin:/sbin
+""".replace("|", "")
+# What the cron of Debian 12 (3.0pl1-162) wrote to OUT when its spool held these lines, under NASTY.
+CRON_DID = {
+    r"""* * * * * echo 'c\d' "e\%f" back\\slash > OUT""": "c\\d e%f backslash\n",
+    r"""* * * * * cat > OUT%line one%line \% two\\%x\y%""": "line one\nline % two\\%x\\y\n",
+    r"""* * * * * cat > OUT; echo end >> OUT%""": "end\n",
+    "*\t*  * * *\t \tcat > OUT; date +\\%Y | tr 0-9 9 >> OUT": "9999\n",
+    r"""* * * * * echo {a,b} $0 "$SHELL" "$HOME" > OUT; pwd >> OUT""": "{a,b} /bin/sh /bin/sh /tmp\n/tmp\n",
+    r"""  * * * * * env | grep -E '^(FOO|BAR|QUX|BAZ|EMPTY|DQ|HASH|TZ|LOGNAME|PATH|HOME|SHELL|A)=' | sort > OUT""": (
+        "A==b\nBAR=  quoted\nBAZ=$HOME/x\nDQ=inner\nEMPTY=\nFOO=a b  c\nHASH=a#b # no comment\nHOME=/tmp\nLOGNAME=root\n"
+        'PATH=/bin:/usr/bin:/sbin\nQUX=it"s\nSHELL=/bin/sh\nTZ=Asia/Tokyo\n'
+    ),
+    r"""* * * * * echo "it's" 'a "b"' \$HOME `echo sub` # no comment > OUT; echo never > OUT""": None,
+    r"""* * * Jan-Dec sun-Sat echo \\\% \\\\\\\\ > OUT""": "% \\\n",
+    r"""0-59/1 */1 1-31,1 1-12/1 0-7/1 read x; read y; echo "$y/$x" > OUT% first%second%%""": "second/first\n",
+    'SHELL=/bin/bash\n* * * * * echo {a,b} $0 "$SHELL" > OUT; exit 3': "a b /bin/bash /bin/bash\n",
+    "* * * * * /bin/sh -c pwd > OUT 2>&1": "/tmp\n",
+}
+
+
+@pytest.mark.parametrize("line", CRON_DID)
+async def test_a_job_of_a_crontab_does_what_it_did_under_cron(line: str, tmp_path: Path) -> None:
+    text = NASTY + line.replace("OUT", str(tmp_path / "out")) + "\n"
+    (task,) = read_crontab(text, False, ROOT, "UTC")[0].values()
+    outcome = await bash(**task["config"])
+    assert output(outcome)["exit_code"] == (3 if "exit 3" in line else 0)
+    written = (tmp_path / "out").read_text() if (tmp_path / "out").exists() else None
+    assert written == CRON_DID[line]
+
+
+def test_a_crontab_becomes_tasks_that_keep_the_ways_of_cron() -> None:
+    text = (
+        "# m h dom mon dow command\n\n17 * * * * cd / && run-parts --report /etc/cron.hourly\n"
+        "CRON_TZ=Europe/Berlin\nTZ=Asia/Tokyo\n@daily\t/usr/local/bin/backup.sh --full >> /var/log/backup.log 2>&1\n"
+    )
+    tasks, comments = read_crontab(text, False, ROOT, "America/New_York")
+    env = {"SHELL": "/bin/sh", "HOME": "/root", "PATH": "/usr/bin:/bin", "LOGNAME": "root"}
+    assert tasks == {
+        "cd-run-parts-report-cron-hourly": {
+            "name": "cd / && run-parts --report /etc/cron.hourly",
+            "task_type": "bash",
+            "config": {
+                "command": 'exec "$SHELL" -c',
+                "args": ["cd / && run-parts --report /etc/cron.hourly"],
+                "env": env,
+                "working_dir": "/root",
+                "timeout": 86400,
+            },
+            "max_retries": 0,
+            "schedules": {
+                "cron": {
+                    "schedule_type": "cron",
+                    "schedule_config": {"expression": "17 * * * *", "timezone": "America/New_York"},
+                    "overlap": "allow",
+                    "catchup": "skip",
+                }
+            },
+        },
+        "backup-sh-full": {
+            "name": "/usr/local/bin/backup.sh --full >> /var/log/backup.log 2>&1",
+            "task_type": "bash",
+            "config": {
+                "command": "/usr/local/bin/backup.sh --full >> /var/log/backup.log 2>&1",
+                "env": {**env, "CRON_TZ": "Europe/Berlin", "TZ": "Asia/Tokyo"},
+                "working_dir": "/root",
+                "timeout": 86400,
+            },
+            "max_retries": 0,
+            "schedules": {
+                "cron": {
+                    "schedule_type": "cron",
+                    "schedule_config": {"expression": "@daily", "timezone": "Europe/Berlin"},
+                    "overlap": "allow",
+                    "catchup": "skip",
+                }
+            },
+        },
+    }
+    assert comments == {
+        "": [],
+        "cd-run-parts-report-cron-hourly": ["line 3: 17 * * * * cd / && run-parts --report /etc/cron.hourly"],
+        "backup-sh-full": ["line 6: @daily /usr/local/bin/backup.sh --full >> /var/log/backup.log 2>&1"],
+    }
+
+
+def test_what_a_crontab_has_and_chronotask_has_not_is_told_with_its_line_and_what_to_do() -> None:
+    tasks, comments = read_crontab("MAILTO=ops@example.org\n@reboot /bin/a\n\n* * * * * /bin/a", False, ROOT, "UTC")
+    assert "schedules" not in tasks["a"]
+    assert comments["a"] == [
+        "line 2: @reboot /bin/a",
+        "No schedule here is about the start of the machine: its init system can ask for a run by",
+        "curl -X POST http://127.0.0.1:8000/api/v1/tasks/key:a/execute",
+    ]
+    assert comments[""][0] == "The last line has no end: cron itself would refuse the whole crontab."
+    assert comments[""][1] == (
+        "MAILTO=ops@example.org: output is kept in the history here. To get it by mail as well, take the # away from:"
+    )
+    assert tomllib.loads("\n".join(comments[""][2:]))["tasks"]["mail"]["schedules"]["end"] == {
+        "schedule_type": "after",
+        "schedule_config": {"tasks": ["a", "a-2"], "on": ["success", "failure"]},
+    }
+    assert read_crontab('MAILTO=""\n* * * * * /bin/a\n', False, ROOT, "UTC")[1][""] == []
+
+
+CRON_REFUSED = {
+    "* * * * *": "line 1: must be five time fields or an @word and a command, or NAME = VALUE",
+    "@hourly": "line 1: must be five time fields or an @word and a command, or NAME = VALUE",
+    "* * * * * * /bin/a": "line 1: must be five time fields or an @word and a command, or NAME = VALUE",
+    "FOO=": "line 1: must be five time fields or an @word and a command, or NAME = VALUE",
+    "@weekdays /bin/a": "line 1: schedule_config.expression: '@weekdays': ",
+    "61 * * * * /bin/a": "line 1: schedule_config.expression: '61 * * * *': ",
+    "CRON_TZ=Berlin": "line 1: must be an IANA time zone (did you mean Europe/Berlin?)",
+    "HOME=work": "line 1: config.working_dir: ",
+    "CHRONOTASK_X=1": "line 1: config.env: CHRONOTASK_X cannot be set",
+    "0 0 * * * root /bin/a": "line 1: has a user before its command: --system reads it",
+    "0 0 30 2 * /bin/a": "line 1: schedule_config.expression: '0 0 30 2 *': must fire at least once",
+    "0 0 * * * \udcff": "line 1: config.args[0]: must be text of valid Unicode",
+}
+
+
+@pytest.mark.parametrize("line", CRON_REFUSED)
+def test_a_line_that_cannot_be_read_is_named(line: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_crontab(line + "\n* * * * * /bin/fine\n", False, ROOT, "UTC")
+    assert caught.value.detail.startswith(CRON_REFUSED[line])
+    assert len(caught.value.errors) == 1
+
+
+def test_all_lines_that_cannot_be_read_are_named() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_crontab("FOO=\n* * * * * /bin/a\n\n# x\n1 2 3\n", False, ROOT, "UTC")
+    assert [error.field for error in caught.value.errors] == ["line 1", "line 5"]
+
+
+def test_a_system_crontab_has_a_user_who_must_be_the_services() -> None:
+    tasks, _ = read_crontab("17 *\t* * *\troot  /bin/a b\n@daily root /bin/c\n", True, ROOT, "UTC")
+    assert [task["config"]["command"] for task in tasks.values()] == ["/bin/a b", "/bin/c"]
+    with pytest.raises(InvalidInput) as caught:
+        read_crontab("* * * * * www-data /bin/a\n* * * * * root\n", True, ROOT, "UTC")
+    assert caught.value.errors == (
+        ("line 1", "is run as 'www-data', ChronoTask as root: import it where ChronoTask runs as that user"),
+        ("line 2", "must be five time fields or an @word, a user and a command, or NAME = VALUE"),
+    )
 
 
 # ======================================================================================================================
