@@ -3674,15 +3674,6 @@ def check_key(db: DB, item: Task | Schedule) -> None:
         raise Conflict(f"key: {type(item).__name__.lower()} {taken[0]} has the key {item.key} already")
 
 
-def find_equal_task(db: DB, task: Task) -> int | None:
-    """Another task with the same name and configuration."""
-    row = db.execute(
-        "SELECT id FROM tasks WHERE name = ? AND task_type = ? AND config = ? AND id <> ? AND NOT deleted LIMIT 1",
-        (task.name, task.task_type, compact(task.config), task.id),
-    ).fetchone()
-    return row and int(row[0])
-
-
 def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """WHERE text and parameters from conditions whose value is not None; True adds a condition without a parameter."""
     kept = {text: value for text, value in conditions.items() if value is not None and value is not False}
@@ -3709,7 +3700,7 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[Task]]:
     return total, load(db, Task, page, [*values, query.limit, query.skip])
 
 
-_LIVE = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
+LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
 
 
 def get_schedule(db: DB, schedule_id: int) -> Schedule:
@@ -3735,21 +3726,10 @@ def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[Schedule]]:
     return total, load(db, Schedule, page, [*values, query.limit, query.skip])
 
 
-def active_schedules(db: DB, task_id: int | None = None, zone: str | None = None) -> list[Schedule]:
-    """Active schedules of a task, or in a time zone."""
-    in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
-    where, values = _where({"s.is_active": True, "s.task_id = ?": task_id, in_zone: zone})
+def schedules_that(db: DB, conditions: Mapping[str, Any]) -> list[Schedule]:
+    """The schedules (`s`, with their tasks `t`) that meet `conditions`, also those of deleted tasks."""
+    where, values = _where(conditions)
     return load(db, Schedule, f"{_SCHEDULES} {where}", values)
-
-
-def schedules_ahead(db: DB, now: int) -> list[Schedule]:
-    """Schedules that stand later than `now`, and that nobody has switched off."""
-    return load(db, Schedule, f"{_SCHEDULES} WHERE settled_until > ? AND (is_active OR over)", (now,))
-
-
-def live_schedules(db: DB) -> list[Schedule]:
-    """The schedules whose slots fire, or would if the scheduler were not paused."""
-    return load(db, Schedule, f"{_SCHEDULES} WHERE {_LIVE}")
 
 
 def remember_zone(db: DB, zone: str) -> None:
@@ -3763,8 +3743,9 @@ def known_zones(db: DB) -> dict[str, str]:
     return {key.removeprefix("zone:"): value for key, value in rows}
 
 
-def all_task_ids(db: DB) -> list[int]:
-    return _ids(db, "SELECT id FROM tasks WHERE NOT deleted")
+def task_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
+    where, values = _where(conditions)
+    return _ids(db, f"SELECT id FROM tasks {where}", values)
 
 
 def live_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int | None]]:
@@ -3772,12 +3753,7 @@ def live_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int | N
     changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
         UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
     where, values = ("", ()) if since_rev is None else (changed, (since_rev,))
-    return db.execute(f"SELECT s.id, CASE WHEN {_LIVE} THEN s.next_fire END {_S_JOIN} {where}", values).fetchall()
-
-
-def due_schedules(db: DB, ids: Sequence[int]) -> list[Schedule]:
-    """The schedules among `ids` whose slots fire."""
-    return load(db, Schedule, f"{_SCHEDULES} WHERE {_LIVE} AND s.id IN (SELECT value FROM json_each(?))", (compact(ids),))
+    return db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {where}", values).fetchall()
 
 
 _CLAIMED = ("id", "settled_until", "next_slot", "next_fire", "is_active", "run_count", "dealt_with", "ran", "over")
@@ -3797,10 +3773,6 @@ def mark_deleted(db: DB, task_id: int) -> None:
     hold_disabled(db, task_id, True)  # what a killed execution leaves free must not start the next one
 
 
-def deleted_tasks(db: DB) -> list[int]:
-    return _ids(db, "SELECT id FROM tasks WHERE deleted = 1")
-
-
 def purge_task(db: DB, task_id: int, limit: int) -> bool:
     """Removes up to `limit` rows of a deleted task; True once the task itself is gone."""
     chosen = "SELECT id FROM executions WHERE task_id = ? LIMIT ?"
@@ -3809,10 +3781,6 @@ def purge_task(db: DB, task_id: int, limit: int) -> bool:
     db.execute("DELETE FROM schedules WHERE task_id = ?", (task_id,))
     db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
     return True
-
-
-def task_exists(db: DB, task_id: int) -> bool:
-    return db.execute("SELECT 1 FROM tasks WHERE id = ?", (task_id,)).fetchone() is not None
 
 
 # --- Queries: executions ----------------------------------------------------------------------------------------------
@@ -4085,7 +4053,7 @@ def status_counts(db: DB) -> dict[str, int]:
 def object_counts(db: DB) -> dict[str, int]:
     counts = db.execute(
         f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted), (SELECT count(*) FROM schedules),
-            (SELECT count(*) {_S_JOIN} WHERE {_LIVE})"""
+            (SELECT count(*) {_S_JOIN} WHERE {LIVE_SQL})"""
     ).fetchone()
     return dict(zip(("tasks", "schedules", "active_schedules"), counts, strict=True))
 
@@ -4094,7 +4062,7 @@ def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
     """The next `limit` firings: schedule id, task id, task name, instant, time zone."""
     rows = db.execute(
         f"""SELECT s.id, t.id, t.name, s.next_fire, json_extract(s.schedule_config, '$.timezone') {_S_JOIN}
-        WHERE {_LIVE} AND s.next_fire IS NOT NULL AND json_valid(s.schedule_config)
+        WHERE {LIVE_SQL} AND s.next_fire IS NOT NULL AND json_valid(s.schedule_config)
         ORDER BY s.next_fire LIMIT ?""",
         (limit,),
     )
@@ -4104,14 +4072,11 @@ def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
 
 
-def changed_tasks(db: DB, revs: tuple[int, int]) -> tuple[list[Task], list[int]]:
-    """Tasks changed after the first of `revs`, up to the second, and the ids of those of them that are being deleted."""
+def changed_objects(db: DB, revs: tuple[int, int]) -> tuple[list[Task], list[int], list[Schedule]]:
+    """Tasks changed after the first of `revs`, up to the second, the ids of those being deleted, and schedules."""
+    tasks = load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT 1000", revs)
     gone = _ids(db, "SELECT id FROM tasks WHERE rev > ? AND rev <= ? AND deleted LIMIT 1000", revs)
-    return load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT 1000", revs), gone
-
-
-def changed_schedules(db: DB, revs: tuple[int, int]) -> list[Schedule]:
-    return load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
+    return tasks, gone, load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
 
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
@@ -6051,9 +6016,8 @@ class Feed:
 
     async def publish_changes(self, revs: tuple[int, int], paused: bool) -> None:
         """What was changed after the first of `revs`, up to the second: each change once."""
-        tasks, schedules = await self._store.read(lambda db: (changed_tasks(db, revs), changed_schedules(db, revs)))
-        changed, gone = tasks
-        for task in changed:
+        tasks, gone, schedules = await self._store.read(partial(changed_objects, revs=revs))
+        for task in tasks:
             self.publish("task", task.id, task_view(as_it_is(task, paused)))
         for task_id in gone:
             self.publish("task", task_id, {"id": task_id, "deleted": True})
@@ -6428,7 +6392,8 @@ def write_tick(
 
 def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = False) -> None:
     """Claims the due slots of schedules and moves these on, in the caller's transaction."""
-    claim, schedules = tick.claim, due_schedules(db, slots)
+    claim = tick.claim
+    schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
     unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules})
     for schedule in schedules:
         try:
@@ -6454,7 +6419,7 @@ def write_clock(db: DB, now: int, moved: int) -> None:
     """Takes schedules, and with `moved` the waits for retries, back to a clock that was set back."""
     shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
     latest = get_meta(db, "clock") or 0
-    for schedule in schedules_ahead(db, now):
+    for schedule in schedules_that(db, {"settled_until > ?": now, "(is_active OR over)": True}):  # nobody has switched them off
         with contextlib.suppress(*DAMAGE):
             schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
             schedule.look_ahead()
@@ -6581,7 +6546,7 @@ class Changes:
             rev = await self.load_state()
             if engine.leading:
                 await engine.load_timers(since)
-                for task_id in await store.read(deleted_tasks):
+                for task_id in await store.read(partial(task_ids, conditions={"deleted = 1": True})):
                     self.retention.purge(task_id)
             if engine.feed.wanted and since is not None:
                 await engine.feed.publish_changes((since, rev), engine.paused)
@@ -6700,7 +6665,7 @@ class Leadership:
                     await store.write(partial(_adopt_zone_rules, zone=zone, rules=rules_now))
         engine.leading = True
         await self.changes.take_up(everything=True)
-        engine.touched.update(await store.read(all_task_ids))
+        engine.touched.update(await store.read(partial(task_ids, conditions={"deleted = 0": True})))
         logger.info("this process leads: it fires schedules and runs executions")
 
     async def _finish_orphans(self) -> None:
@@ -6735,7 +6700,8 @@ class Leadership:
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
     """Computes the next slots of a zone's schedules anew."""
     set_meta(db, f"zone:{zone}", rules)
-    for schedule in active_schedules(db, zone=zone):
+    in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
+    for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
         before = schedule.next_fire
         with contextlib.suppress(*DAMAGE):
             if schedule.schedule_type != "interval":
@@ -6963,7 +6929,9 @@ class Service:
 
     async def find_equal_task(self, task_id: int) -> int | None:
         """The id of another task with the same name and configuration, or None."""
-        return await self.store.scan(lambda db: find_equal_task(db, get_task(db, task_id)))
+        task = await self.store.read(partial(get_task, task_id=task_id))
+        same = {"name = ?": task.name, "task_type = ?": task.task_type, "config = ?": compact(task.config), "id <> ?": task_id}
+        return next(iter(await self.store.scan(partial(task_ids, conditions={"deleted = 0": True, **same}))), None)
 
     @operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
@@ -6995,7 +6963,7 @@ class Service:
         if task.status != before and "disabled" in (before, task.status):
             hold_disabled(db, task.id, task.status == "disabled")
         if task.status != before and task.status == "active":
-            _resume(db, active_schedules(db, task.id), now)
+            _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now)
 
     @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
@@ -7004,7 +6972,8 @@ class Service:
         Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
         """
         await self._change(partial(mark_deleted, task_id=task_id))
-        while await self.store.read(partial(task_exists, task_id=task_id)) and not self.engine.stopping:
+        there = partial(task_ids, conditions={"id = ?": task_id})
+        while await self.store.read(there) and not self.engine.stopping:
             await asyncio.sleep(0.02)
 
     # --- use cases: schedules ---
@@ -7347,7 +7316,7 @@ def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
 
 def _pause_all(db: DB, paused: bool, now: int) -> None:
     if get_meta(db, "paused") and not paused:
-        _resume(db, live_schedules(db), now)
+        _resume(db, schedules_that(db, {LIVE_SQL: True}), now)
     set_meta(db, "paused", int(paused))
     set_meta(db, "rev", get_meta(db, "rev") + 1)
 
