@@ -7813,10 +7813,38 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
     return handle
 
 
+class Page(NamedTuple):
+    """A route that is no operation: outside of the API, or a stream."""
+
+    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
+    path: str
+    media: str  # of its answer
+    query: type[Query] | None = None
+    header: str | None = None
+
+    @property
+    def summary(self) -> str:
+        return (self.handler.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+PAGES: list[Page] = []
+
+
+def page(*about: Any) -> Callable[[U], U]:
+    """Makes a handler a page. The first line of its docstring is for a client."""
+
+    def add(handler: U) -> U:
+        PAGES.append(Page(handler, *about))
+        return handler
+
+    return add
+
+
+@page("/", "application/json")
 async def show_root(service: Service, request: web.Request) -> web.StreamResponse:
-    """The dashboard to a browser, what this is as JSON to everything else."""
+    """What this is; the dashboard to a browser."""
     if wants_html(request.headers):
-        return await show_page(service, request)
+        return await show_docs(service, request)
     return json_answer(
         {
             "name": "ChronoTask",
@@ -7834,8 +7862,12 @@ async def show_root(service: Service, request: web.Request) -> web.StreamRespons
     )
 
 
-async def show_page(_service: Service, request: web.Request) -> web.Response:
-    """dashboard.html, at `/` and at `/docs`. Its only scripts and styles are its own: their hashes are the policy."""
+@page("/docs", "text/html")
+async def show_docs(_service: Service, request: web.Request) -> web.Response:
+    """This document to read and to try.
+
+    It is dashboard.html, at `/` too. Its only scripts and styles are its own: their hashes are the policy.
+    """
     try:
         page = DASHBOARD.read_text(encoding="utf-8")
     except OSError:
@@ -7859,7 +7891,9 @@ def page_policy(page: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
+@page("/health", "application/json")
 async def show_health(service: Service, request: web.Request) -> web.Response:
+    """Whether the service works; needs no token."""
     reason = service.problem()
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
     if service.settings.api_token is None:
@@ -7869,8 +7903,9 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
     return json_answer(answer, 200 if reason is None else 503)
 
 
+@page(API + "/executions/{id}/output", "text/plain", FollowQuery)
 async def send_output(service: Service, request: web.Request) -> web.StreamResponse:
-    """The kept output as plain text; with `follow=true` what is printed, as it comes, until the execution is over."""
+    """The kept output as plain text; follow=true streams it while the execution runs."""
     query, execution_id = read_query(request, FollowQuery), cast(int, path_id(request))
     if not query.follow:
         return web.Response(text=output_text((await service.get_execution(execution_id))["output_data"]), headers=HEADERS)
@@ -7884,8 +7919,12 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     return answer
 
 
+@page(API + "/events", "text/event-stream", EventQuery, "Last-Event-ID")
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
-    """Changes as server-sent events. Each `data` is one line of JSON, so that nothing in it can forge an event."""
+    """Changes as server-sent events: execution, task, schedule, scheduler, reset.
+
+    Each `data` is one line of JSON, so that nothing in it can forge an event.
+    """
     query = read_query(request, EventQuery)
     only = query.task_id and await service.task_id(query.task_id)
     reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
@@ -7914,8 +7953,12 @@ async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | N
         await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
+@page(API + "/backup", "application/vnd.sqlite3")
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
-    """A consistent copy of the database. Without a token this would hand all secrets to whoever asks."""
+    """A consistent copy of the database.
+
+    Without a token this would hand all secrets to whoever asks.
+    """
     if service.settings.api_token is None:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
     with await service.backup() as copy:
@@ -7933,8 +7976,12 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
         return answer
 
 
+@page("/metrics", "text/plain")
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
-    """Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
+    """Metrics in Prometheus text format.
+
+    Labels never hold a command; tasks are those that ran last, at most 1000.
+    """
     objects, executions, tasks, size = await service.metrics()
     engine, stats, lines = service.engine, service.engine.stats, list[str]()
 
@@ -7968,48 +8015,10 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
+@page("/openapi.json", "application/json")
 async def show_openapi(_service: Service, request: web.Request) -> web.Response:
+    """This document."""
     return json_answer(openapi())
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A route that is no operation: outside of the API, or a stream. `answers` are its good statuses with their media types."""
-
-    path: str
-    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
-    summary: str
-    answers: Mapping[int, str]
-    errors: tuple[int, ...] = ()
-    query: type[Query] | None = None
-    header: str | None = None
-
-
-PAGES: tuple[Page, ...] = (
-    Page("/", show_root, "What this is; the dashboard to a browser", {200: "application/json"}),
-    Page("/health", show_health, "Whether the service works; needs no token", {200: "application/json", 503: "application/json"}),
-    Page("/metrics", show_metrics, "Metrics in Prometheus text format", {200: "text/plain"}),
-    Page("/openapi.json", show_openapi, "This document", {200: "application/json"}),
-    Page("/docs", show_page, "This document to read and to try", {200: "text/html"}),
-    Page(
-        API + "/executions/{id}/output",
-        send_output,
-        "The kept output as plain text; follow=true streams it while the execution runs",
-        {200: "text/plain"},
-        (404, 422),
-        FollowQuery,
-    ),
-    Page(
-        API + "/events",
-        show_events,
-        "Changes as server-sent events: execution, task, schedule, scheduler, reset",
-        {200: "text/event-stream"},
-        (422,),
-        EventQuery,
-        "Last-Event-ID",
-    ),
-    Page(API + "/backup", show_backup, "A consistent copy of the database", {200: "application/vnd.sqlite3"}),
-)
 
 
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
@@ -8031,8 +8040,6 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
 }
 _TEXT = {"type": "string"}
-
-
 _ERROR = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
 _PROBLEM_FIELDS = {
     "type": _TEXT,
@@ -8045,29 +8052,34 @@ _PROBLEM_FIELDS = {
 
 @functools.cache
 def openapi() -> dict[str, Any]:
-    """The OpenAPI 3.1 document of everything that can be asked, from the models and the two tables of routes."""
+    """The OpenAPI 3.1 document of everything that can be asked, from the operations, their models and the pages."""
+    models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
+    adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
+    refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = found["$defs"]
+    for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
+        for body in _EXAMPLES:
+            if field in (properties := schemas[mark_of(body).name]["properties"]):
+                properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
+    schemas["Problem"] = {"type": "object", "required": list(_PROBLEM_FIELDS), "properties": _PROBLEM_FIELDS}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        content = {"application/json": {"schema": _schema_of(operation.result)}} if operation.result is not None else None
+        content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
         good = {operation.status: content, **({200: content} if operation.status == 202 else {})}
         wrong = {400, 401, 403, 422, 503, *operation.errors, *((404,) if operation.id_name else ())}
         for method in _methods(operation):
             name = operation.name if method != "PUT" else operation.name.replace("update", "put")
-            refused = wrong | ({408, 413, 415} if method != "GET" else set())
-            document = _document(operation, name, good, refused)
+            document = _document(operation, name, good, wrong | ({408, 413, 415} if method != "GET" else set()))
             if operation.body is not None:
-                sent = {"schema": _schema_of(operation.body), "example": _EXAMPLES[operation.body]}
+                sent = {"schema": refs[operation.body, "validation"], "example": _EXAMPLES[operation.body]}
                 document["requestBody"] = {"required": True, "content": {"application/json": sent}}
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
-        name = page.handler.__name__ if page.path != "/docs" else "show_docs"
-        wrong = {400} if page.path == "/health" else {400, 401, 403, 503, *page.errors}
-        good = {
-            status: {media: {"schema": {"type": "object"} if media == "application/json" else _TEXT}}
-            for status, media in page.answers.items()
-        }
-        document = _document(page, name, good, wrong)
-        paths[page.path] = {"get": {**document, **({"security": []} if page.path == "/health" else {})}}
+        content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
+        wrong = {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
+        paths[page.path] = {"get": _document(page, page.handler.__name__, {200: content}, wrong)}
+        if page.path == "/health":
+            paths[page.path]["get"] |= _document(page, "show_health", {200: content, 503: content}, {400}) | {"security": []}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -8076,21 +8088,9 @@ def openapi() -> dict[str, Any]:
             "description": "A task scheduler: HTTP requests and bash commands.",
         },
         "paths": paths,
-        "components": {"schemas": _component_schemas(), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
     }
-
-
-def _component_schemas() -> dict[str, Any]:
-    models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
-    adapters = [(_schema_name(m), "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
-    schemas = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")[1]["$defs"]
-    for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
-        kinds = {"anyOf": [{"$ref": f"#/components/schemas/{config.__name__}"} for config in configs.values()]}
-        for body in _EXAMPLES:
-            if field in (properties := schemas[_schema_name(body)]["properties"]):
-                properties[field] = kinds
-    return {**schemas, "Problem": {"type": "object", "required": list(_PROBLEM_FIELDS), "properties": _PROBLEM_FIELDS}}
 
 
 def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong: Iterable[int]) -> dict[str, Any]:
@@ -8101,34 +8101,20 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
         if "/tasks/" in route.path:
             schema = {"anyOf": [schema, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
-    if route.query is not None:
-        fields = route.query.model_json_schema()["properties"].items()
-        parameters += [{"name": field, "in": "query", "schema": _without_null(schema)} for field, schema in fields]
+    for field, schema in route.query.model_json_schema()["properties"].items() if route.query is not None else ():
+        arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
+        lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
+        parameters.append({"name": field, "in": "query", "schema": lean | (arms[0] if len(arms) == 1 else {})})
     if isinstance(route, Page) and route.header is not None:
         parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
-    answers = {
-        str(status): {"description": route.summary, **({"content": found} if found else {})} for status, found in good.items()
+    answers: dict[str, Any] = {
+        str(status): {"description": route.summary, **({"content": content} if content else {})}
+        for status, content in good.items()
     }
     titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
     problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    problems = {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
-    return {"operationId": name, "summary": route.summary, "parameters": parameters, "responses": {**answers, **problems}}
-
-
-def _schema_name(model: Any) -> str:
-    mark = mark_of(model)
-    return str(model.__name__ if mark is None else mark.name)
-
-
-def _schema_of(model: Any) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{_schema_name(model)}"}
-
-
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query parameter is left out, never null."""
-    arms = [arm for arm in schema.get("anyOf", []) if arm != {"type": "null"}]
-    lean = {key: value for key, value in schema.items() if key not in ("anyOf", "title") and (key, value) != ("default", None)}
-    return {**lean, **(arms[0] if len(arms) == 1 else {})}
+    answers |= {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
+    return {"operationId": name, "summary": route.summary, "parameters": parameters, "responses": answers}
 
 
 # --- The application --------------------------------------------------------------------------------------------------
