@@ -2025,65 +2025,45 @@ class Attempt:
         return seconds_between(self.started_at, self.finished_at)
 
 
-@dataclass(frozen=True, slots=True)
 class Shape:
     """What follows from the declaration of a resource, or of any dataclass that is made from rows."""
 
-    columns: tuple[str, ...]  # of its table
-    loaded: tuple[str, ...]  # these, and what queries compute
-    by_schema: frozenset[str]  # columns that start as the schema says
-    json: Mapping[str, type[Any]]  # columns that hold JSON: dict or list
-    defaults: Mapping[str, Any]  # of the fields that have one
-    written: Mapping[str, Any]  # what a client may write, and its type there
-    shown: Mapping[str, Any]  # what a client sees, and its type there
-    details: tuple[str, ...]  # of what is shown: may be missing
-    times: tuple[str, ...]  # of what is shown
-    make: Callable[[Sequence[Any]], Any]  # of a row of what is loaded
-    view: Callable[[Any], dict[str, Any]]  # what is shown
-
-
-@functools.cache
-def shape_of(resource: Any) -> Shape:
-    hints = get_type_hints(resource, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(resource)}
-    marks = {name: set(getattr(hints[name], "__metadata__", ())) & set(Mark) for name in fields}
-    shown = [name for name in fields if Mark.INTERNAL not in marks[name]]
-    for name, before in getattr(resource, "also_shown", {}).items():
-        shown.insert(shown.index(before) + 1, name)
-        hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
-    defaults = {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
-    defaults |= {name: f.default_factory() for name, f in fields.items() if f.default_factory is not dataclasses.MISSING}
-    loaded = [name for name in fields if Mark.DETAIL not in marks[name]]
-    columns = [name for name in loaded if Mark.QUERIED not in marks[name]]
-    arms = {name: _arms(_seen(hints[name])) for name in loaded}
-    of_json = {name: kind for name in loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
-    repairs: dict[str, Any] = {name: bool for name in loaded if arms[name] == (bool,)}
-    repairs |= {name: partial(_sound, arms[name][0]) for name in of_json if len(arms[name]) == 1}
-    times = [name for name in shown if _is_time(hints[name])]
-    return Shape(
-        columns=tuple(columns),
-        loaded=tuple(loaded),
-        by_schema=frozenset(name for name in columns if Mark.READ_ONLY in marks[name] and name in defaults),
-        json=of_json,
-        defaults=defaults,
-        written={name: _sent(hints[name]) for name in fields if not marks[name]},
-        shown={name: _seen(hints[name]) for name in shown},
-        details=tuple(name for name in fields if Mark.DETAIL in marks[name]),
-        times=tuple(times),
+    def __init__(self, resource: Any) -> None:
+        hints = get_type_hints(resource, include_extras=True)
+        fields = {field.name: field for field in dataclasses.fields(resource)}
+        marks = {name: set(getattr(hints[name], "__metadata__", ())) & set(Mark) for name in fields}
+        shown = [name for name in fields if Mark.INTERNAL not in marks[name]]
+        for name, before in getattr(resource, "also_shown", {}).items():
+            shown.insert(shown.index(before) + 1, name)
+            hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
+        self.shown = {name: _seen(hints[name]) for name in shown}  # what a client sees, and its type there
+        self.times = [name for name in shown if _is_time(hints[name])]  # of what is shown
+        self.details = [name for name in fields if Mark.DETAIL in marks[name]]  # of what is shown: may be missing
+        self.written = {name: _sent(hints[name]) for name in fields if not marks[name]}  # what a client may write
+        self.loaded = tuple(name for name in fields if Mark.DETAIL not in marks[name])  # columns, and what queries compute
+        self.columns = tuple(name for name in self.loaded if Mark.QUERIED not in marks[name])  # of its table
+        self.defaults: dict[str, Any] = {  # of the fields that have one
+            name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for name, field in fields.items()
+            if not (field.default is field.default_factory is dataclasses.MISSING)
+        }
+        # Columns that start as the schema says.
+        self.by_schema = {name for name in self.columns if Mark.READ_ONLY in marks[name] and name in self.defaults}
+        arms = {name: _arms(_seen(hints[name])) for name in self.loaded}
+        # Columns that hold JSON: dict or list.
+        self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
+        repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == (bool,)}
+        repairs |= {name: partial(_sound, arms[name][0]) for name in self.json if len(arms[name]) == 1}
         # Generated, these two take half of what loops over the fields take.
-        make=_function("row", f"kind({_source('{0}=', loaded, repairs, 'row[{1}]')})", kind=resource, **repairs),
-        view=_function("item", f"{{{_source('{0!r}: ', shown, times, 'item.{0}')}}}", **dict.fromkeys(times, instant_or_none)),
-    )
+        values = [f"{name}={name if name in repairs else ''}(row[{at}])" for at, name in enumerate(self.loaded)]
+        views = [f"{name!r}: {'text' if name in self.times else ''}(item.{name})" for name in shown]
+        self.make: Callable[[Sequence[Any]], Any]  # of a row of what is loaded
+        self.make = eval(f"lambda row: kind({', '.join(values)})", {"kind": resource, **repairs})
+        self.view: Callable[[Any], dict[str, Any]]  # what is shown
+        self.view = eval(f"lambda item: {{{', '.join(views)}}}", {"text": instant_or_none})
 
 
-def _source(head: str, names: Sequence[str], converted: Collection[str], value: str) -> str:
-    """Python text: for each name its value, those that are converted by a function of the same name."""
-    form = {name: f"{head}{name}({value})" if name in converted else head + value for name in names}
-    return ", ".join(text.format(name, place) for place, (name, text) in enumerate(form.items()))
-
-
-def _function(parameter: str, body: str, **names: Any) -> Callable[[Any], Any]:
-    return cast(Callable[[Any], Any], eval(f"lambda {parameter}: {body}", names))
+shape_of = functools.cache(Shape)
 
 
 def _arms(kind: Any) -> tuple[Any, ...]:
@@ -2223,7 +2203,7 @@ class View:
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
         """Their types."""
-        return {**shape_of(self.resource).shown, **self.more}
+        return shape_of(self.resource).shown | self.more
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
         made = cast(Any, TypedDict)(self.name, dict(self.fields))
@@ -2245,15 +2225,11 @@ class Body(View):
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
-        fields: dict[str, Any] = {}
-        shape = shape_of(self.resource)
-        for name, kind in shape.written.items():
-            if self.update:
-                fields[name] = NotRequired[kind]
-            elif name not in shape.defaults:
-                fields[name] = Required[kind]
-            else:
-                fields[name] = NotRequired[Annotated[kind, Field(json_schema_extra={"default": shape.defaults[name]})]]
+        defaults, fields = shape_of(self.resource).defaults, dict[str, Any]()
+        for name, kind in shape_of(self.resource).written.items():
+            if not self.update and name in defaults:
+                kind = Annotated[kind, Field(json_schema_extra={"default": defaults[name]})]
+            fields[name] = NotRequired[kind] if self.update or name in defaults else kind
         return fields | self.more
 
 
