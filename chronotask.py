@@ -4200,13 +4200,13 @@ MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
+READ_AHEAD = 65536  # bytes of a response
+DNS_SECONDS = 10.0  # that addresses are remembered
 KEEP_SECONDS = 0.1  # that a connection waits for the next request: long enough for a burst, shorter than any server's limit
 MAX_SECRET_BYTES = 65536
 MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
-REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
-STALE_ERRNO = 0x4355  # nor this: the server had closed a kept connection before anything was sent
 
 
 # --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
@@ -5223,6 +5223,7 @@ _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
     " pragma user-agent x-chronotask-attempt x-chronotask-execution-id x-chronotask-scheduled-for".split()
 )
+_DEFAULT_HEADERS = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
 _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
 
 
@@ -5254,6 +5255,24 @@ class _Request:
             self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body, self.closes
         )
 
+    @property
+    def place(self) -> tuple[str, str, int, bool]:
+        """Requests that have it in common may share connections."""
+        url = self.url
+        return url.scheme, url.raw_host or "", url.port or 0, self.verify_tls
+
+    def message(self, jar: aiohttp.CookieJar | None) -> bytes:
+        """What is sent: head and body."""
+        headers, url, body = _overridden(_DEFAULT_HEADERS, self.headers), self.url, self.body or b""
+        if jar and (cookies := jar.filter_cookies(url).output(header="", sep=";").strip()):
+            own = next((name for name in headers if name.lower() == "cookie"), "Cookie")
+            headers[own] = f"{headers[own]}; {cookies}" if own in headers else cookies
+        if body or self.method in ("POST", "PUT", "PATCH"):
+            headers["Content-Length"] = str(len(body))
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        text = f"{self.method} {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n{head}\r\n"
+        return text.encode("utf-8", "surrogateescape") + body
+
 
 @functools.cache
 def _tls_context(verify: bool) -> ssl.SSLContext:
@@ -5261,247 +5280,275 @@ def _tls_context(verify: bool) -> ssl.SSLContext:
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["http/1.1"])
-    context.sslobject_class = _TlsObject
     return context
 
 
-class HttpClient:
-    """The connections of all http tasks. To be made, and closed, on the event loop."""
+class _Failed(ChronoTaskError):
+    """Why there is no whole answer, in words that hold no URL, and whether trying again may help."""
 
-    def __init__(self, settings: Settings) -> None:
-        refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-
-        def guarded_socket(info: Any) -> socket.socket:
-            # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
-            family, kind, protocol, _, address = info
-            if refusal := refusal_of(address[0]):
-                raise OSError(REFUSED_ERRNO, refusal)
-            return _Socket(family, kind, protocol)
-
-        def connector(**more: Any) -> aiohttp.TCPConnector:
-            # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
-            resolver = cast(Any, Resolver())
-            return aiohttp.TCPConnector(limit=0, socket_factory=guarded_socket, resolver=resolver, **more)
-
-        self._fresh = connector(force_close=True)
-        self.shared = self._session(connector(keepalive_timeout=KEEP_SECONDS), aiohttp.DummyCookieJar())
-
-    def fresh(self) -> aiohttp.ClientSession:
-        """A session for one attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
-        return self._session(self._fresh, aiohttp.CookieJar(unsafe=True, quote_cookie=False))  # unsafe: also of IP addresses
-
-    def _session(self, connector: aiohttp.TCPConnector, cookies: aiohttp.abc.AbstractCookieJar) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=cookies,
-            headers={"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"},
-            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
-            auto_decompress=False,
-            max_line_size=MAX_HEAD_LINE,
-            max_field_size=MAX_HEAD_LINE,
-            max_headers=MAX_HEAD_BYTES,
-            middlewares=(_sent_once,),
-        )
-
-    async def close(self) -> None:
-        await self.shared.close()
-        await self._fresh.close()
-
-    async def __aenter__(self) -> HttpClient:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
+    def __init__(self, message: str, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
-async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a kept connection breaks: unless it is told another error."""
-    while True:
-        try:
-            return await handler(request)
-        except aiohttp.ClientConnectorError:
-            raise
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            if getattr(error, "errno", None) != STALE_ERRNO:
-                raise aiohttp.ClientConnectionError from error
+@dataclass(slots=True)
+class _Response:
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]  # bytes that are not UTF-8 come as surrogates
+    first: dict[str, str]  # of each header, by its lower-case name
 
 
-class _Answer:
-    """Tells what of the bytes that a server sends belongs to its answer: the head, and the body that it declares (RFC 9112, 6).
+class _Connection(asyncio.Protocol):
+    """A connection to a server. It gives the answer to what was sent, and no byte of what a server sends behind it.
 
-    Servers send bodies with 204, a line or a whole page behind an answer. aiohttp's parser would give up the answer for it, as
-    curl does not: so it never gets to see it.
+    Servers send bodies with 204, a line or a whole page behind an answer: the answer stands, as it does for curl. What has come
+    is kept until it is read, and no more of it is read than a little.
     """
 
-    complete = False
-    _held = b""  # a head, or a line between chunks, of which only a part has come
-    _left: float = 0  # bytes of the body or chunk that are still to come
-    _chunked = _trailer = False
-
-    def __init__(self, request: bytes) -> None:
-        self._no_body = bytes(request[:5]) == b"HEAD "
-
-    @property
-    def broken_off(self) -> bool:
-        """Whether it would end within its head."""
-        return bool(self._held) and not self._chunked
-
-    def take(self, data: bytes) -> int:
-        """How many of these bytes belong to it."""
-        at, known = 0, len(self._held)
-        if known:
-            data, self._held = self._held + data, b""
-        size = len(data)
-        while at < size and not self.complete:
-            if self._left:
-                step = int(min(self._left, size - at))
-                at, self._left = at + step, self._left - step
-                self.complete = not self._left and not self._chunked
-            elif found := (_LINE_END if self._chunked else _HEAD_END).search(data, max(at, known - 2)):
-                begin, at = at, found.end()
-                (self._take_line if self._chunked else self._take_head)(data[begin:at])
-            elif size - at > MAX_HEAD_BYTES:
-                raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
-            else:
-                self._held, at = data[at:], size
-        return at - known
-
-    def _take_head(self, head: bytes) -> None:
-        head = head.lower()  # patterns that ignore case would take ten times as long
-        found = _STATUS.match(head)
-        if not found:  # not HTTP, about which the parser has the last word
-            self._left = math.inf
-        elif found[1][0] == 49 and found[1] != b"101":  # 1xx: the real one is still to come
-            pass
-        elif self._no_body or found[1] in (b"204", b"304"):
-            self.complete = True
-        elif _TRANSFER_CHUNKED.search(head):
-            self._chunked = True
-        elif length := _CONTENT_LENGTH.search(head):
-            self._left = int(length[1])
-            self.complete = not self._left
-        else:  # until the connection ends
-            self._left = math.inf
-
-    def _take_line(self, line: bytes) -> None:
-        if self._trailer:
-            self.complete = not line.strip()
-            return
-        try:
-            size = int(line.partition(b";")[0], 16)
-        except ValueError:  # as above
-            self._left = math.inf
-            return
-        self._trailer = size == 0
-        self._left = size + 2 if size > 0 else 0
-
-
-_HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
-_STATUS = re.compile(rb"http/1\.[0-9] ([0-9]{3})")
-_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
-_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
-_REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
-
-
-class _Answering:
-    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent."""
-
-    _answer: _Answer | None = None
-    _over = False  # something else came: as if the server had closed the connection
-
-    def _asked(self, data: bytes) -> None:
-        """Raises OSError when a request would begin on a connection that is not to be used again."""
-        if not _REQUEST_BEGINS.match(data):  # the rest of one, such as a body whose answer may have come before it
-            return
-        if self._over or (self._answer is not None and self._ended()):
-            raise OSError(STALE_ERRNO, "was closed by the server")
-        self._answer = _Answer(data)
-
-    def _ended(self) -> bool:
-        """Whether the server has ended it, or begun to say something else, and the loop has not heard of it yet."""
-        return False
-
-    def _answered(self, data: bytes) -> bytes:
-        if self._answer is None or not data:
-            return data
-        belongs = 0 if self._over else self._answer.take(data)
-        self._over = belongs < len(data)
-        return data[:belongs]
-
-
-class _Socket(_Answering, socket.socket):
-    _poll: select.poll | None = None
-
-    def send(self, data: Any, flags: int = 0, /) -> int:
-        self._asked(data)
-        return super().send(data, flags)
-
-    def sendmsg(self, buffers: Any, *more: Any) -> int:
-        buffers = list(buffers)
-        self._asked(buffers[0])
-        return super().sendmsg(buffers, *more)
-
-    def _ended(self) -> bool:
-        if self._poll is None:
-            self._poll = select.poll()
-            self._poll.register(self, select.POLLIN)
-        return bool(self._poll.poll(0))
-
-    def recv(self, size: int, flags: int = 0, /) -> bytes:
-        try:
-            data = self._answered(super().recv(size, flags))
-        except ConnectionError:
-            if self._answer is None or not self._answer.broken_off:
-                raise
-            return b""  # aiohttp then says that a part of an answer had come
-        if self._over:
-            with contextlib.suppress(OSError):
-                self.shutdown(socket.SHUT_RD)  # so that the loop comes again, to hear of the end
-        return data
-
-
-class _TlsObject(_Answering, ssl.SSLObject):
-    def write(self, data: Any) -> int:
-        self._asked(data)
-        return super().write(data)
-
-    def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        data = super().read(len, buffer)
-        return data if buffer is not None else self._answered(data)
-
-
-class Resolver:
-    """Looks names up in daemon threads of its own, so that dead DNS servers hold up neither the loop's executor nor the exit."""
+    transport: asyncio.Transport
+    expiry: asyncio.TimerHandle  # while it waits for the next request
 
     def __init__(self) -> None:
-        self._free = asyncio.Semaphore(DNS_LOOKUPS)
+        self.answered = False  # some of the answer has come
+        self._data = bytearray()
+        self._left: float = 0  # bytes of the body or chunk that are still to come
+        self._chunked = self._keeps = self._over = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.answered = True
+        self._data += data
+        if len(self._data) >= READ_AHEAD:
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> None:
+        self._over = True
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._over, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _more(self) -> bool:
+        """Waits for further bytes; whether there are any."""
+        before = len(self._data)
+        if not self._over:
+            self.transport.resume_reading()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return len(self._data) > before
+
+    async def _read(self, head: bool = False) -> bytes:
+        """A line, or all lines of a head with the empty one behind them."""
+        seen = 0
+        while not (found := (_HEAD_END if head else _LINE_END).search(self._data, max(0, seen - 2))):
+            seen = len(self._data)
+            if seen > MAX_HEAD_BYTES:
+                raise _Failed(f"the connection failed: the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
+            if not await self._more():
+                if self.answered:
+                    raise _Failed(_BROKE_OFF)
+                why = f"the connection failed: {_reason(self._error)}" if self._error else ""
+                raise _Failed(why or "the server closed the connection without an answer")
+        return self._taken(found.end())
+
+    def _taken(self, size: int) -> bytes:
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+    async def answer(self, method: str, message: bytes) -> _Response:
+        """Sends a request. The head of its answer; what comes before (RFC 9110, 15.2) is not the real one."""
+        self.answered = False
+        self.transport.write(message)
+        while True:
+            line = await self._read()
+            found = _STATUS.fullmatch(line)
+            if not found:
+                raise _Failed(_NOT_HTTP + _one_line(line.decode("utf-8", "replace"), 200))
+            head = await self._read(head=True)
+            if found[2] == b"101" or found[2][:1] != b"1":
+                break
+        status, headers, first = int(found[2]), list[tuple[str, str]](), dict[str, str]()
+        for text in _FOLDED.sub(b" ", head).decode("utf-8", "surrogateescape").rstrip("\r\n").split("\n"):
+            name, colon, value = text.partition(":")
+            if (text and not colon) or len(text) > MAX_HEAD_LINE:
+                raise _Failed(_NOT_HTTP + _one_line(text, 200))
+            if colon:
+                headers.append((name, value.strip()))
+                first.setdefault(name.lower(), headers[-1][1])
+        # RFC 9112, 6.3: what of the bytes that follow is the body.
+        length, coding = first.get("content-length", ""), first.get("transfer-encoding", "").lower()
+        self._chunked, self._left = False, math.inf  # until the connection ends
+        if method == "HEAD" or status in (204, 304):
+            self._left = 0
+        elif coding:
+            self._chunked = coding.endswith("chunked")
+            self._left = 0 if self._chunked else math.inf
+        elif length:
+            if not re.fullmatch("[0-9]{1,18}", length):
+                raise _Failed(f"{_NOT_HTTP}Content-Length: {_one_line(length, 200)}")
+            self._left = int(length)
+        self._keeps = found[1] == b"1" and "close" not in first.get("connection", "").lower()
+        return _Response(status, (found[3] or b"").decode("utf-8", "replace"), headers, first)
+
+    async def body(self) -> bytes:
+        """The next bytes of the body; none at its end."""
+        if self._chunked and not self._left:
+            while not (line := (await self._read()).strip()):
+                pass  # the end of the chunk before
+            size = line.partition(b";")[0].strip()
+            if not re.fullmatch(b"[0-9A-Fa-f]{1,15}", size):
+                raise _Failed(_BROKE_OFF)
+            self._left = int(size, 16)
+            while not self._left and self._chunked:  # trailers
+                self._chunked = bool((await self._read()).strip())
+        if self._left and not self._data and not await self._more():
+            if self._left < math.inf or self._chunked or self._error is not None:
+                raise _Failed(_BROKE_OFF)
+            self._left = 0
+        taken = self._taken(int(min(self._left, len(self._data))))
+        self._left -= len(taken)
+        return taken
+
+    @property
+    def is_through(self) -> bool:
+        """Whether the request is sent, its answer read, and another one may follow."""
+        return self._keeps and not self._chunked and not self._left and not self.transport.get_write_buffer_size()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the server has neither closed it nor begun to say something else, also if the loop has not heard of it yet."""
+        if self._over or self._data:
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return not poll.poll(0)
+
+
+_NOT_HTTP = "the server's answer is not valid HTTP: "
+_BROKE_OFF = "the answer broke off before its end, or could not be decoded"
+_LINE_END, _HEAD_END, _FOLDED = re.compile(rb"\n"), re.compile(rb"(?:\A|\n)\r?\n"), re.compile(rb"\r?\n[ \t]+")
+_STATUS = re.compile(rb"HTTP/1\.([0-9]) +([0-9]{3})(?: ([^\r\n]*))?\r?\n")
+
+
+class HttpClient:
+    """The connections of all http tasks."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
+        self._idle: dict[tuple[Any, ...], list[_Connection]] = {}
+        self._lookups = asyncio.Semaphore(DNS_LOOKUPS)
+        self._names: dict[str, asyncio.Task[list[str]]] = {}
+
+    async def connection(self, request: _Request, fresh: bool) -> _Connection:
+        """One of its own, or one that is free by now. Raises _Failed."""
+        while not fresh and request.place in self._idle:
+            connection = self._idle[request.place][-1]
+            self._forget(request.place, connection)
+            if connection.is_idle:
+                return connection
+            connection.transport.abort()
+        return await self._connect(request)
+
+    def keep(self, request: _Request, connection: _Connection) -> None:
+        """It is free for the next one, for a moment."""
+        self._idle.setdefault(request.place, []).append(connection)
+
+        def expire() -> None:
+            self._forget(request.place, connection)
+            connection.transport.abort()
+
+        connection.expiry = asyncio.get_running_loop().call_later(KEEP_SECONDS, expire)
+
+    def _forget(self, place: tuple[Any, ...], connection: _Connection) -> None:
+        connection.expiry.cancel()
+        self._idle[place].remove(connection)
+        if not self._idle[place]:
+            del self._idle[place]
+
+    async def _connect(self, request: _Request) -> _Connection:
+        scheme, host, port, verify = request.place
+        refusals = {address: self._refusal_of(address) for address in await self._addresses(host)}
+        waiting = deque(address for address, refusal in refusals.items() if refusal is None)
+        if not waiting:
+            raise _Failed(f"{host}:{port} may not be called: {next(iter(refusals.values()))}", retryable=False)
+        context, name = (_tls_context(verify), host.rstrip(".")) if scheme == "https" else (None, None)
+        loop, error = asyncio.get_running_loop(), OSError()
+        tries: set[asyncio.Task[tuple[asyncio.Transport, _Connection]]] = set()
+        try:
+            while waiting or tries:  # RFC 8305: an address that does not answer is not waited for
+                if waiting:
+                    address = waiting.popleft()
+                    coming = loop.create_connection(_Connection, address, port, ssl=context, server_hostname=name)
+                    tries.add(loop.create_task(coming))
+                done, tries = await asyncio.wait(tries, timeout=0.25 if waiting else None, return_when=asyncio.FIRST_COMPLETED)
+                made = [one.result()[1] for one in done if one.exception() is None]
+                for other in made[1:]:
+                    other.transport.abort()
+                if made:
+                    return made[0]
+                for one in done:
+                    error = cast(OSError, one.exception())
+        finally:
+            for one in tries:
+                one.cancel()
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = _one_line(error.verify_message or "not valid", 200)
+            raise _Failed(f"the TLS certificate of {host} is refused: {reason} (verify_tls: false accepts any)", retryable=False)
+        # asyncio's own text of a refused connection names the address and not the reason.
+        system = not isinstance(error, ssl.SSLError) and error.errno in errno.errorcode
+        reason = _one_line(os.strerror(error.errno or 0).lower() if system else error.strerror or str(error), 200)
+        what = "TLS with {} failed" if isinstance(error, ssl.SSLError) else "could not connect to {}"
+        raise _Failed(f"{what.format(f'{host}:{port}')}: {reason}")
+
+    async def _addresses(self, host: str) -> list[str]:
+        """Those of a name, which are remembered for a moment. Raises _Failed."""
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(host)
+            return [host]
+        loop = asyncio.get_running_loop()
+        if host not in self._names:
+            self._names[host] = loop.create_task(self._look_up(host))
+            loop.call_later(DNS_SECONDS, self._names.pop, host, None)
+        try:
+            return await asyncio.shield(self._names[host])
+        except OSError as error:
+            self._names.pop(host, None)
+            reason = _one_line(error.strerror or str(error), 200)
+            raise _Failed(f"the name {_one_line(host, 255)} could not be resolved: {reason}") from None
+
+    async def _look_up(self, host: str) -> list[str]:
+        """In a daemon thread, so that dead DNS servers hold up neither the loop's executor nor the exit."""
         loop = asyncio.get_running_loop()
 
         def look_up() -> list[Any]:
             try:
-                return socket.getaddrinfo(
-                    host, port, socket.AddressFamily(family), socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-                )
+                return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
             except UnicodeError:
                 raise OSError(None, "invalid name") from None
             finally:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(self._free.release)
+                    loop.call_soon_threadsafe(self._lookups.release)
 
-        await self._free.acquire()
-        found, flags = [], socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        for kind, _, protocol, _, address in await in_daemon(look_up):
-            numeric = address[0]
-            if kind == socket.AF_INET6 and address[3] and "%" not in numeric:
-                numeric = f"{numeric}%{address[3]}"
-            entry = {"hostname": host, "host": numeric, "port": address[1], "family": kind, "proto": protocol, "flags": flags}
-            found.append(entry)
-        return found
+        await self._lookups.acquire()
+        return [str(socket.getnameinfo(info[4], socket.NI_NUMERICHOST)[0]) for info in await in_daemon(look_up)]
 
-    async def close(self) -> None:
-        """Nothing to give back."""
+    def close(self) -> None:
+        for place, connections in list(self._idle.items()):
+            for connection in connections[:]:
+                self._forget(place, connection)
+                connection.transport.abort()
 
 
 async def run_http(
@@ -5525,17 +5572,17 @@ async def run_http(
             request = config.request
         if live.reason:
             return _stopped(live, timeout)
-        limit = live.timeout(timeout)
         try:
-            async with limit:
+            async with live.timeout(timeout):
                 request, response = await _exchange(client, request.of_run(run), live)
-        except TimeoutError as error:  # may also be the system's: ETIMEDOUT
-            return _http_timeout(config, live, timeout) if limit.expired() else _http_failure(config, error, live)
+        except TimeoutError:
+            return _http_timeout(live, timeout)
         return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
-        return Outcome("failed", live.masked(error.detail), _http_output(live))
+        retryable = isinstance(error, _Failed) and error.retryable and not live.acted
+        return Outcome("failed", live.masked(error.detail), _http_output(live), retryable=retryable)
     except Exception as error:
-        return _http_failure(config, error, live)
+        return _unexpected(error, live)
     finally:
         live.close()
 
@@ -5614,51 +5661,41 @@ def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in given} | own
 
 
-async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> tuple[_Request, aiohttp.ClientResponse]:
+async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> tuple[_Request, _Response]:
     """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
 
     A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
     """
-    session = client.fresh() if request.closes else client.shared
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            response = await session.request(
-                request.method,
-                request.url,
-                headers=request.headers,
-                data=request.body,
-                skip_auto_headers=_NO_TYPE if request.body is None and request.method != "GET" else None,
-                ssl=_tls_context(request.verify_tls) if request.url.scheme == "https" else True,
-                allow_redirects=False,
-            )
-            live.acted = live.acted or request.method in _NOT_REPEATABLE
-            try:
-                target = _redirect_target(request, response)
-                if target is None:
-                    await _read_body(response, live)
-                    return request, response
-            finally:
-                if response.connection is not None:  # else it has given it back at its end, with the request all sent
-                    response.close()
-            if session is client.shared:
-                session = client.fresh()
-                session.cookie_jar.update_cookies(response.cookies, response.url)
-            request = _redirected(request, response.status, target)
-            live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
-        raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
-    finally:
-        if session is not client.shared:
-            session.detach()
+    jar: aiohttp.CookieJar | None = None  # of this attempt alone, as in a browser
+    for _ in range(MAX_REDIRECTS + 1):
+        connection, kept = await client.connection(request, fresh=jar is not None or request.closes), False
+        try:
+            response = await connection.answer(request.method, request.message(jar))
+            target = _redirect_target(request, response)
+            if target is None:
+                await _read_body(connection, response, live)
+            kept = jar is None and not request.closes and connection.is_through
+            if target is None:
+                return request, response
+        finally:
+            live.acted = live.acted or (connection.answered and request.method in _NOT_REPEATABLE)
+            client.keep(request, connection) if kept else connection.transport.abort()
+        if jar is None:
+            await asyncio.to_thread(importlib.import_module, "aiohttp")  # in mode `mcp` it may be the first use
+            jar = aiohttp.CookieJar(unsafe=True, quote_cookie=False)  # unsafe: also of IP addresses
+        jar.update_cookies_from_headers([value for name, value in response.headers if name.lower() == "set-cookie"], request.url)
+        request = _redirected(request, response.status, target)
+        live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
+    raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
 
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
-_NO_TYPE = ("Content-Type",)  # which a body without bytes has none of
 
 
-def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
-    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "Location" not in response.headers:
+def _redirect_target(request: _Request, response: _Response) -> yarl.URL | None:
+    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "location" not in response.first:
         return None
-    location = response.headers["Location"].strip()
+    location = response.first["location"]
     try:
         if location.startswith("//"):
             return _read_url(f"{request.url.scheme}:{location}")[0]
@@ -5686,14 +5723,12 @@ def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
     return dataclasses.replace(request, method=method, url=target, headers=headers, body=body, redirected_from=came_from)
 
 
-async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
-    live.expect(response.headers.get("Content-Type", ""))
+async def _read_body(connection: _Connection, response: _Response, live: LiveOutput) -> None:
+    live.expect(response.first.get("content-type", ""))
     live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
-    coding = response.headers.get("Content-Encoding", "").strip().lower()
-    decoder = _Decoder() if coding in ("gzip", "x-gzip", "deflate") else None
-    content, read, kept = response.content, 0, 0
-    while not content.at_eof() and read < MAX_BODY_BYTES:
-        chunk = await content.readany()
+    decoder = _Decoder() if response.first.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate") else None
+    read = kept = 0
+    while chunk := await connection.body():
         for part in (chunk,) if decoder is None else decoder.decoded(chunk):
             live.feed("body", part)
             read += len(part)
@@ -5702,7 +5737,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                 await asyncio.sleep(0)
             if read >= MAX_BODY_BYTES:
                 return
-    if decoder is not None and read < MAX_BODY_BYTES:
+    if decoder is not None:
         live.feed("body", decoder.finish())
 
 
@@ -5714,7 +5749,7 @@ class _Decoder:
         self._begun = False
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes unpack to. Raises aiohttp.ClientPayloadError."""
+        """What these bytes unpack to. Raises _Failed."""
         while data:
             if self._inflate is None:
                 if self._begun and data[:1] != b"\x1f":  # gzip may have several members; anything else behind it is no part of it
@@ -5725,25 +5760,24 @@ class _Decoder:
             try:
                 yield self._inflate.decompress(data, 65536)
             except zlib.error:
-                raise aiohttp.ClientPayloadError("cannot be decoded") from None
+                raise _Failed(_BROKE_OFF) from None
             data = self._inflate.unconsumed_tail
             if self._inflate.eof:
                 data, self._inflate = self._inflate.unused_data, None
 
     def finish(self) -> bytes:
-        """The rest. Raises aiohttp.ClientPayloadError when something is missing."""
+        """The rest. Raises _Failed when something is missing."""
         rest: bytes = self._inflate.flush() if self._inflate is not None else b""
         if self._inflate is not None and not self._inflate.eof:
-            raise aiohttp.ClientPayloadError("ends too early")
+            raise _Failed(_BROKE_OFF)
         return rest
 
 
-def _shown_headers(response: aiohttp.ClientResponse, live: LiveOutput) -> dict[str, str]:
+def _shown_headers(response: _Response, live: LiveOutput) -> dict[str, str]:
     headers: dict[str, str] = {}
     names: dict[str, str] = {}
-    for name, value in response.headers.items():
+    for plain, value in response.headers:
         text = value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        plain = str(name)  # aiohttp's own kind of string takes ten times as long to write as JSON
         if live.has_secrets:
             plain, text = live.masked(plain), live.masked(text)
         name = names.setdefault(plain.lower(), plain)
@@ -5778,12 +5812,12 @@ def _finite(text: str) -> float:
     return value if math.isfinite(value) else _not_finite(text)
 
 
-def _http_timeout(config: StoredConfig, live: LiveOutput, timeout: float) -> Outcome:
+def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
     output = _http_output(live)
     if live.reason:
         return dataclasses.replace(_stopped(live, timeout), output=output)
     what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
-    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=_may_repeat(config, live))
+    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
 
 
 _SUCCESSFUL = ["200-299"]
@@ -5792,7 +5826,7 @@ _SUCCESSFUL = ["200-299"]
 def _judged(
     config: StoredConfig,
     request: _Request,
-    response: aiohttp.ClientResponse,
+    response: _Response,
     live: LiveOutput,
     now: Callable[[], int] | None,
 ) -> Outcome:
@@ -5800,13 +5834,13 @@ def _judged(
     for low, high in config.expected:
         if low <= status <= high:
             return Outcome("succeeded", output=output)
-    message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
+    message = f"answered {status} {_one_line(live.masked(response.reason), 80)}".rstrip()
     message += f"; expected {', '.join(map(str, config.get('expected_status') or _SUCCESSFUL))}"
     if status in (401, 403) and request.redirected_from:
         message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
     if 300 <= status < 400 and not request.follow:
         message += " (follow_redirects is false)"
-    wait = retry_after(response.headers, now) if status in (429, 503) else None
+    wait = retry_after(response.first, now) if status in (429, 503) else None
     return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
 
 
@@ -5828,52 +5862,6 @@ def _http_date(text: str) -> float | None:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _may_repeat(config: StoredConfig, live: LiveOutput) -> bool:
-    """Whether trying again cannot do a second time what a server has answered already."""
-    return not live.acted or config.get("method") not in _NOT_REPEATABLE
-
-
-def _http_failure(config: StoredConfig, error: Exception, live: LiveOutput) -> Outcome:
-    if type(error) is aiohttp.ClientConnectionError and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of `_sent_once`
-    broken_off = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
-    live.acted = live.acted or broken_off or isinstance(error, aiohttp.ClientResponseError)
-    message, retryable = _network_error(aiohttp.ClientPayloadError() if broken_off else error)
-    if message is None:
-        return _unexpected(error, live)
-    return Outcome("failed", live.masked(message), _http_output(live), retryable=retryable and _may_repeat(config, live))
-
-
-def _network_error(error: Exception) -> tuple[str | None, bool]:
-    """What a person can do about a failed request, and whether trying again may help. Never aiohttp's own text: it has URLs."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
-        return f"the TLS certificate of {error.host} is refused: {_one_line(reason, 200)} (verify_tls: false accepts any)", False
-    if isinstance(error, aiohttp.ClientConnectorError):
-        place, cause = f"{error.host}:{error.port}", error.os_error
-        # asyncio's own text of a refused connection names the address and not the reason.
-        system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
-        reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return f"the name {_one_line(error.host, 255)} could not be resolved: {reason}", True
-        if cause.errno == REFUSED_ERRNO:
-            return f"{place} may not be called: {reason}", False
-        if isinstance(error, aiohttp.ClientConnectorSSLError):
-            return f"TLS with {place} failed: {reason}", True
-        return f"could not connect to {place}: {reason}", True
-    if isinstance(error, aiohttp.InvalidURL):
-        return "config.url: is not a valid http or https URL", False
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "the server closed the connection without an answer", True
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return "the answer broke off before its end, or could not be decoded", True
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}", True
-    if isinstance(error, (aiohttp.ClientError, OSError)):
-        return f"the connection failed: {_reason(error)}", True
-    return None, False
 
 
 # ======================================================================================================================
@@ -6068,7 +6056,7 @@ class Engine:
         self.clock = clock
         self.feed = Feed(store)
         self.stats = Stats()
-        self.http: HttpClient | None = None
+        self.http = HttpClient(settings)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
         self.timers = TimerQueue()  # schedule id → its next firing
@@ -6229,9 +6217,6 @@ class Engine:
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:
-                if self.http is None:  # the first http task in mode `mcp`: a service imports aiohttp as it starts
-                    await asyncio.to_thread(importlib.import_module, "aiohttp")
-                    self.http = self.http or HttpClient(self.settings)  # another attempt may have been faster
                 outcome = await run_http(config, run, self.settings, self.http, self._environ, active.live, self.clock.now)
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
@@ -6345,8 +6330,7 @@ class Engine:
             written = False
         if self._ended and not written:
             logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
-        if self.http is not None:
-            await self.http.close()
+        self.http.close()
         return known
 
 
@@ -6812,8 +6796,6 @@ class Service:
 
     async def start(self) -> None:
         """Becomes leader if nobody is, and starts the jobs."""
-        if self.leadership.kind == "service":
-            self.engine.http = HttpClient(self.settings)
         await self.changes.load_state()
         await self.leadership.begin()
         self._loop = self.engine.spawn(self._keep("scheduler loop", self.engine.step))
