@@ -124,6 +124,7 @@ import time
 import traceback
 import urllib.parse
 import uuid
+import weakref
 import zlib
 import zoneinfo
 from collections import Counter, deque
@@ -2266,7 +2267,6 @@ class Query(BaseModel):
 
 Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=1000)]
-Wait = Annotated[float, Field(ge=0, le=300)]
 
 
 class TaskQuery(Query):
@@ -2307,6 +2307,10 @@ class ExecutionQuery(OutputQuery):
     trigger: Trigger | None = None
     before_id: Id | None = None
     limit: Limit = 100
+
+
+class WaitQuery(Query):
+    wait: Annotated[float, Field(ge=0, le=300)] = 0
 
 
 class FollowQuery(Query):
@@ -3057,7 +3061,7 @@ class Store:
         self._writing: _Call | None = None
         self._version = 0
         self._db = open_database(path)
-        self._file, self._replaced = _file_of(path), False
+        self._file, self._replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._scanning, self._closing = 0, False
@@ -3128,9 +3132,12 @@ class Store:
         return changed
 
     def _look(self, db: DB) -> int:
-        if not self._replaced and _file_of(self.path) != self._file:
+        there, before = False, self._replaced
+        with contextlib.suppress(OSError):
+            there = os.path.samestat(self.path.stat(), self._file)
+        self._replaced = not there
+        if self._replaced and not before:
             logger.error("%s: what is written from now on may be lost", _REPLACED)
-        self._replaced = _file_of(self.path) != self._file
         if self.failure:
             set_meta(db, "probe", self._monotonic())
         return _pragma(db, "data_version")
@@ -3231,15 +3238,6 @@ def _deliver(batch: list[_Call]) -> None:
             call.future.set_result(call.result)
 
 
-def _file_of(path: Path) -> tuple[int, int] | None:
-    """Which file has this name now; None if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 # --- Opening ----------------------------------------------------------------------------------------------------------
 
 
@@ -3262,7 +3260,14 @@ def open_database(path: Path) -> DB:
         if path.exists() and path.stat().st_size:
             # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
             with contextlib.closing(connect(path, read_only=True)) as db:
-                _check_identity(db, path)
+                version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
+                if application != APPLICATION_ID and (version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+                    raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
+                if version > len(MIGRATIONS):
+                    raise StartupError(
+                        f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to "
+                        f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
+                    )
                 if path.stat().st_size > QUICK_CHECK_BELOW:
                     logger.warning("the database is over 2 GiB: its check at start is left out")
                 elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
@@ -3273,8 +3278,8 @@ def open_database(path: Path) -> DB:
 
 
 def _open_for_writing(path: Path) -> DB:
-    db = connect(path)
-    try:
+    with contextlib.ExitStack() as stack:
+        db = stack.enter_context(contextlib.closing(connect(path)))
         if not _pragma(db, "user_version"):
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
         db.execute("PRAGMA journal_mode=WAL")
@@ -3282,9 +3287,7 @@ def _open_for_writing(path: Path) -> DB:
         db.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
         db.execute("PRAGMA wal_autocheckpoint=0")  # only the leader checkpoints: see `set_leading`
         migrate(db, MIGRATIONS)
-    except BaseException:
-        db.close()
-        raise
+        stack.pop_all()
     return db
 
 
@@ -3314,16 +3317,12 @@ def _check_files(path: Path) -> None:
         size = path.stat().st_size if path.exists() else None
         wal = Path(f"{path}-wal")
         wal_size = wal.stat().st_size if wal.exists() else 0
-        beginning = b""
-        if size and path.is_file():
-            with path.open("rb") as file:
-                beginning = file.read(16)
     except OSError as error:
         raise StartupError(
             f"the database folder {path.parent} cannot be used by uid {os.getuid()}: {error.strerror}; "
             f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
         ) from None
-    if beginning and beginning != b"SQLite format 3\0":
+    if size and size < 512:  # SQLite takes what is shorter than a page for a database that is empty, and writes over it
         raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
     if not size and wal_size:
         what = "missing" if size is None else "empty"
@@ -3367,18 +3366,6 @@ def check_owner(path: Path, closed: int) -> None:
         raise StartupError(f"{path} cannot be looked at: {error.strerror}") from None
     if why := untrusted(path, found if link.st_uid in (0, me) else link, alone=True):
         raise StartupError(f"{path} {why}, or run ChronoTask as its owner (in a container: --user), or choose another place")
-
-
-def _check_identity(db: DB, path: Path) -> None:
-    version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if application != APPLICATION_ID and (tables or version):
-        raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
-    if version > len(MIGRATIONS):
-        raise StartupError(
-            f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: "
-            "upgrade ChronoTask, or restore an older backup"
-        )
 
 
 def _pragma(db: DB, name: str) -> int:
@@ -3485,13 +3472,10 @@ class FileLock:
 
     def held(self) -> bool:
         """Whether this process holds the lock on the file that now has the name."""
-        if self._fd is None:
-            return False
         try:
-            mine, named = os.fstat(self._fd), os.stat(self.path)
+            return self._fd is not None and os.path.samestat(os.fstat(self._fd), self.path.stat())
         except FileNotFoundError:
             return False
-        return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
 
     def release(self) -> None:
         if self._fd is not None:
@@ -4020,18 +4004,15 @@ def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
     return _ids(db, over, (compact(ids),))
 
 
-def status_counts(db: DB) -> dict[str, int]:
-    """How many executions wait, run or will be retried."""
+def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
+    """How many tasks, schedules and active schedules there are, and how many executions wait, run or will be retried."""
+    found = db.execute(
+        f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted) AS tasks, (SELECT count(*) FROM schedules) AS schedules,
+            (SELECT count(*) {_S_JOIN} WHERE {LIVE_SQL}) AS active_schedules"""
+    )
+    objects = dict(zip((column[0] for column in found.description), found.fetchone(), strict=True))
     rows = db.execute(f"SELECT status, count(*) FROM executions WHERE {UNFINISHED_SQL} GROUP BY status")
-    return {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
-
-
-def object_counts(db: DB) -> dict[str, int]:
-    counts = db.execute(
-        f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted), (SELECT count(*) FROM schedules),
-            (SELECT count(*) {_S_JOIN} WHERE {LIVE_SQL})"""
-    ).fetchone()
-    return dict(zip(("tasks", "schedules", "active_schedules"), counts, strict=True))
+    return objects, {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
 
 
 def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
@@ -4090,18 +4071,13 @@ def task_moments(db: DB, limit: int) -> list[tuple[int, str, int | None, int | N
     ).fetchall()
 
 
-def ask_for_output(db: DB, execution_id: int, until: int) -> list[tuple[str, int, bytes]]:
-    """Asks the process that runs an execution to show its output until `until`; returns what it has shown so far."""
-    db.execute(
-        """INSERT INTO live_output VALUES (?, '', ?, 0, x'')
-        ON CONFLICT DO UPDATE SET wanted_until = excluded.wanted_until""",
-        (execution_id, until),
-    )
-    return shown_output(db, execution_id)
-
-
-def shown_output(db: DB, execution_id: int) -> list[tuple[str, int, bytes]]:
-    """Stream, bytes in all and the last of them, as the process that runs the execution has shown them."""
+def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> list[tuple[str, int, bytes]]:
+    """Stream, bytes in all and the last of them, as the process that runs the execution has shown them. It is asked to go on
+    showing them until `ask_until`."""
+    if ask_until is not None:
+        wanted = """INSERT INTO live_output VALUES (?, '', ?, 0, x'')
+            ON CONFLICT DO UPDATE SET wanted_until = excluded.wanted_until"""
+        db.execute(wanted, (execution_id, ask_until))
     sql = "SELECT stream, total, recent FROM live_output WHERE execution_id = ? AND stream <> ''"
     return db.execute(sql, (execution_id,)).fetchall()
 
@@ -6076,7 +6052,8 @@ class Engine:
         self._ending = False  # the grace of a stop is over
         self._wake = asyncio.Event()
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}  # execution id → who waits for its end
+        # Execution id → the event that whoever waits for its end holds.
+        self._waiting: weakref.WeakValueDictionary[int, asyncio.Event] = weakref.WeakValueDictionary()
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -6263,26 +6240,19 @@ class Engine:
 
     async def wait_for(self, execution_id: int, seconds: float) -> None:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
-        until = self.clock.monotonic() + seconds
-        while not self.stopping:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            futures = self._waiting.setdefault(execution_id, set())
-            futures.add(future)
-            try:
-                over = await self.store.read(partial(finished_among, ids=[execution_id]))
-                if over or not (await asyncio.wait({future}, timeout=until - self.clock.monotonic()))[0]:
-                    return  # else woken, perhaps by the end of an attempt that is retried
-            finally:
-                futures.discard(future)
-                if not futures:
-                    self._waiting.pop(execution_id, None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.stopping:
+                    ended = self._waiting.setdefault(execution_id, asyncio.Event())
+                    if await self.store.read(partial(finished_among, ids=[execution_id])):
+                        return
+                    await ended.wait()  # for an attempt, too, that is retried
 
     def notify(self, execution_ids: Iterable[int] | None = None) -> None:
         """Wakes who waits for these executions (None: for any): they look whether it is over."""
         for execution_id in list(self._waiting) if execution_ids is None else execution_ids:
-            for future in self._waiting.get(execution_id, ()):
-                if not future.done():
-                    future.set_result(None)
+            if ended := self._waiting.pop(execution_id, None):
+                ended.set()
 
     async def notify_of_others(self) -> None:
         """Wakes who waits for what another process has finished or deleted."""
@@ -6548,7 +6518,7 @@ class Leadership:
         path = engine.store.path
         self._leader_lock = FileLock(Path(f"{path}.leader"))
         self._service_lock = FileLock(Path(f"{path}.service"))
-        self._drain_lock = FileLock(self._drain_path(engine.owner))
+        self._drain_lock = FileLock(Path(f"{path}.drain-{engine.owner}"))
         self._others_drain = False  # another process is finishing executions that it started as leader
 
     async def begin(self) -> None:
@@ -6632,7 +6602,13 @@ class Leadership:
         """Executions left `running` by a process that died count as a failed attempt. What it started is killed first."""
         engine = self.engine
         others = await engine.store.read(partial(running_of_others, owner=engine.owner))
-        living = {run.owner for run in others if self._is_draining(run.owner)}
+        living = set()
+        for owner in {run.owner for run in others}:
+            drain = Path(f"{engine.store.path}.drain-{owner}")
+            if is_locked(drain):
+                living.add(owner)
+            else:
+                drain.unlink(missing_ok=True)
         self._others_drain = bool(living)
         dead = [run for run in others if run.owner not in living]
         if not dead:
@@ -6643,18 +6619,6 @@ class Leadership:
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
         await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
-
-    def _drain_path(self, owner: str) -> Path:
-        return Path(f"{self.engine.store.path}.drain-{owner}")
-
-    def _is_draining(self, owner: str) -> bool:
-        path = self._drain_path(owner)
-        if not path.exists():
-            return False
-        draining = is_locked(path)
-        if not draining:
-            path.unlink(missing_ok=True)
-        return draining
 
 
 def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
@@ -6693,27 +6657,27 @@ TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitt
 # REST makes its routes and its OpenAPI document from them, MCP its tools.
 
 
-@dataclass(frozen=True, slots=True)
 class Operation:
-    """A use case as an operation. `id_name` is the word for `{id}` in `path`; `tool` says whether MCP offers it.
+    """A use case as an operation of REST, and with `tool` of MCP.
 
-    `body` and `result` are marked dicts or None. `description` is for a reader who has never seen ChronoTask.
+    `tool` is the hints of its tool (read_only, destructive, idempotent, open_world). `errors` are statuses beside those that
+    every operation of its kind may answer. The signature of the use case and its docstring say the rest: with {id} in the path,
+    the first parameter is that id; `query` is the query string, `body` the body (like the result a marked dict, or None). The
+    docstring is for a client who has never seen ChronoTask: its first line is the summary.
     """
 
-    name: str
-    method: str
-    path: str
-    status: int
-    summary: str
-    description: str
-    id_name: str | None
-    query: type[Query] | None
-    one_query: bool  # whether the use case takes the query as a whole
-    body: Any
-    result: Any
-    errors: tuple[int, ...]
-    tool: bool
-    hints: tuple[str, ...]
+    def __init__(
+        self, use_case: Any, method: str, path: str, status: int, tool: tuple[str, ...] | None, errors: tuple[int, ...]
+    ) -> None:
+        kinds = get_type_hints(use_case, include_extras=True)
+        summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
+        self.name, self.summary, self.description = use_case.__name__, summary.rstrip("."), " ".join(description.split())
+        self.method, self.path, self.status, self.errors = method, path, status, errors
+        self.tool, self.hints = tool is not None, tool or ()
+        self.id_name: str | None = next(iter(kinds)) if "{id}" in path else None
+        self.query: type[Query] | None = kinds.get("query")
+        self.body: Any = kinds.get("body")
+        self.result: Any = None if kinds["return"] is type(None) else kinds["return"]
 
     async def call(self, service: Service, number: int | str, query: Any, body: Any) -> Any:
         """The use case with checked arguments, as far as it has them. Here a task's key becomes its id."""
@@ -6723,7 +6687,7 @@ class Operation:
         if self.query is not None:
             if getattr(query, "task_id", None):
                 query.task_id = await service.task_id(query.task_id)
-            given |= {"query": query} if self.one_query else {name: getattr(query, name) for name in self.query.model_fields}
+            given["query"] = query
         return await getattr(service, self.name)(**given)
 
     @property
@@ -6738,38 +6702,10 @@ OPERATIONS: list[Operation] = []
 def operation(
     method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
 ) -> Callable[[U], U]:
-    """Makes a use case an operation of REST, and with `tool` of MCP: the hints of its tool (read_only, destructive, idempotent,
-    open_world). `errors` are statuses beside those that every operation of its kind may answer. Its signature and its
-    docstring say the rest:
-
-    with {id} in the path, the first parameter is that id; `body` is the body, `query` the query string, and every other
-    parameter a field of the query string. The docstring is for a client: its first line is the summary.
-    """
+    """Makes a use case an operation."""
 
     def add(use_case: U) -> U:
-        kinds = get_type_hints(use_case, include_extras=True)
-        defaults = inspect.signature(use_case).parameters
-        result, body, query = kinds.pop("return"), kinds.pop("body", None), kinds.pop("query", None)
-        id_name = next(iter(kinds)) if "{id}" in path else None
-        fields: dict[str, Any] = {key: (kind, defaults[key].default) for key, kind in kinds.items() if key != id_name}
-        summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
-        made = Operation(
-            name=use_case.__name__,
-            method=method,
-            path=path,
-            status=status,
-            summary=summary.rstrip("."),
-            description=" ".join(description.split()),
-            id_name=id_name,
-            query=create_model(use_case.__name__, __base__=Query, **fields) if fields else query,
-            one_query=not fields,
-            body=body,
-            result=None if result is type(None) else result,
-            errors=errors,
-            tool=tool is not None,
-            hints=tool or (),
-        )
-        OPERATIONS.append(made)
+        OPERATIONS.append(Operation(use_case, method, path, status, tool, errors))
         return use_case
 
     return add
@@ -7072,7 +7008,7 @@ class Service:
     # --- use cases: executions ---
 
     @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,))
-    async def execute_task(self, task_id: int, wait: Wait = 0) -> ExecutionView:
+    async def execute_task(self, task_id: int, query: WaitQuery) -> ExecutionView:
         """Run a task now.
 
         Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
@@ -7082,9 +7018,9 @@ class Service:
         execution = await self._change(queue, take_up=False)
         self.engine.wake()
         await self.engine.feed.publish_executions([execution.id])
-        if wait <= 0:
+        if query.wait <= 0:
             return view_of(execution)
-        await self.engine.wait_for(execution.id, wait)
+        await self.engine.wait_for(execution.id, query.wait)
         return await self.get_execution(execution.id)
 
     def _queue_manual(self, db: DB, task_id: int, now: int) -> Execution:
@@ -7159,8 +7095,8 @@ class Service:
             if live is not None:
                 recent = live.recent()
             elif execution.status == "running":  # in another process
-                ask = partial(ask_for_output, execution_id=execution_id, until=self.clock.now() + 5 * SECOND)
-                recent = await self.store.write(ask)
+                until = self.clock.now() + 5 * SECOND
+                recent = await self.store.write(partial(shown_output, execution_id=execution_id, ask_until=until))
             else:
                 recent = await self.store.read(partial(shown_output, execution_id=execution_id))
             for stream, total, data in recent:
@@ -7198,9 +7134,9 @@ class Service:
     async def metrics(self) -> tuple[dict[str, int], dict[str, int], list[tuple[int, str, int | None, int | None]], int]:
         """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last (id, name,
         last success, next slot), bytes on disk."""
-        counts = await self.store.scan(lambda db: (object_counts(db), status_counts(db), task_moments(db, 1000)))
+        (objects, executions), moments = await self.store.scan(lambda db: (counts(db), task_moments(db, 1000)))
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return *counts, size
+        return objects, executions, moments, size
 
     # --- use cases: the scheduler ---
 
@@ -7224,17 +7160,11 @@ class Service:
 
         With its time zone, the number of tasks and of executions in each status, and the next five runs.
         """
-        counts, executions, fires = await self.store.scan(lambda db: (object_counts(db), status_counts(db), next_fires(db, 5)))
-        next_runs = [
-            {
-                "schedule_id": key,
-                "task_id": task_id,
-                "task_name": name,
-                "utc": format_instant(at),
-                "local": format_local(at, zone),
-            }
-            for key, task_id, name, at, zone in fires
-        ]
+        (objects, executions), fires = await self.store.scan(lambda db: (counts(db), next_fires(db, 5)))
+        names = ("schedule_id", "task_id", "task_name")
+        next_runs = [{**dict(zip(names, task, strict=True)), **upcoming_view([at], zone)[0]} for *task, at, zone in fires]
+        late = sorted(self.engine.stats.recent_late)
+        p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
         return StatusView(
             running=not self.engine.stopping,
             leader=self.engine.leading,
@@ -7242,14 +7172,14 @@ class Service:
             timezone=self.settings.scheduler_timezone,
             version=__version__,
             started_at=format_instant(self.started_at),
-            tasks=counts["tasks"],
-            schedules=counts["schedules"],
-            active_schedules=counts["active_schedules"],
+            tasks=objects["tasks"],
+            schedules=objects["schedules"],
+            active_schedules=objects["active_schedules"],
             executions=executions,
             queue_length=executions["queued"],
             max_concurrent_runs=self.settings.max_concurrent_runs,
             next_runs=[] if self.engine.paused else next_runs,
-            lateness=_lateness(self.engine.stats.recent_late),
+            lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
         )
 
     def problem(self) -> str | None:
@@ -7344,13 +7274,6 @@ def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]
     cancelled = cancel_executions(db, queued, now, "cancelled: its schedule was deleted")
     delete_schedule(db, schedule_id)
     return schedule.task_id, list(cancelled)
-
-
-def _lateness(recent: Iterable[float]) -> dict[str, float | int | None]:
-    """p50, p99 and maximum of recent starts, in seconds behind their slots."""
-    late = sorted(recent)
-    p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
-    return {"count": len(late), "p50": p50, "p99": p99, "max": most}
 
 
 # ======================================================================================================================

@@ -265,7 +265,7 @@ class Rig:
         return await self.service.update_schedule(schedule_id, parse(chronotask.ScheduleUpdate, fields))
 
     async def execute(self, task_id: int) -> int:
-        return (await self.service.execute_task(task_id))["id"]
+        return (await self.service.execute_task(task_id, chronotask.WaitQuery()))["id"]
 
     async def executed(self, task_id: int) -> int:
         """An execution by hand that is over, or waits for its retry; its id."""
@@ -3196,7 +3196,7 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     assert migrated.execute(schema).fetchall() == newest.execute(schema).fetchall()
     assert migrated.execute(f"SELECT {columns} FROM executions").fetchall() == rows
     assert migrated.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    assert chronotask.status_counts(migrated) == {"queued": 1, "running": 0, "retrying": 0}
+    assert chronotask.counts(migrated)[1] == {"queued": 1, "running": 0, "retrying": 0}
     assert [row.id for row in chronotask.list_history(migrated, 1, HistoryQuery(success=False))[1]] == [1]
     newest.close()
     migrated.close()
@@ -3298,7 +3298,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     chronotask.retry_timers(db, since_rev=0)
     chronotask.running_of_others(db, "me")
     chronotask.finished_among(db, [1])
-    chronotask.status_counts(db)
+    chronotask.counts(db)
     chronotask.unfinished_statuses(db)
     for status in ("queued", "running", "retrying"):
         chronotask.list_history(db, task.id, HistoryQuery(status=status))
