@@ -8304,17 +8304,11 @@ def make_server(service: Service) -> Server[Any]:
     task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
     prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
-        return make_tools()
+    def always(make: Callable[[], T]) -> Callable[[Any, Any], Awaitable[T]]:
+        async def answer(_: Any, params: Any) -> T:
+            return make()
 
-    async def list_resources(_: Any, params: Any) -> types.ListResourcesResult:
-        return types.ListResourcesResult(resources=[status])
-
-    async def list_templates(_: Any, params: Any) -> types.ListResourceTemplatesResult:
-        return types.ListResourceTemplatesResult(resource_templates=templates)
-
-    async def list_prompts(_: Any, params: Any) -> types.ListPromptsResult:
-        return types.ListPromptsResult(prompts=[prompt])
+        return answer
 
     async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         return await run_tool(service, params.name, params.arguments or {})
@@ -8339,12 +8333,12 @@ def make_server(service: Service) -> Server[Any]:
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=list_tools,
+        on_list_tools=always(make_tools),
         on_call_tool=call_tool,
-        on_list_resources=list_resources,
-        on_list_resource_templates=list_templates,
+        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status])),
+        on_list_resource_templates=always(lambda: types.ListResourceTemplatesResult(resource_templates=templates)),
         on_read_resource=get_resource,
-        on_list_prompts=list_prompts,
+        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[prompt])),
         on_get_prompt=get_prompt,
     )
 
@@ -8406,86 +8400,71 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
         match = next(filter(None, map(_ID.search, ends)), None)
         number = json.loads(match[1]) if match else None
         raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
-    line = line.removeprefix(codecs.BOM_UTF8)  # PowerShell begins what it pipes with one
+    number = None
     try:
-        return types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-    except ValidationError:
-        pass
-    try:
-        value = load_json(line)
+        value = load_json(line.removeprefix(codecs.BOM_UTF8))  # PowerShell begins what it pipes with one
+        number = value.get("id") if isinstance(value, dict) else None
+        return types.jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ChronoTaskError as error:
         raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}") from None
-    number = value.get("id") if isinstance(value, dict) else None
-    number = number if type(number) in (int, str) else None
-    raise MCPError(types.INVALID_REQUEST, "this line is no JSON-RPC 2.0 message (one object a line, no batches)", number)
-
-
-class _Unanswered:
-    """The ids of one client's calls that have no answer yet."""
-
-    def __init__(self) -> None:
-        self._ids: set[str] = set()
-        self._fewer = asyncio.Event()
-
-    def add(self, number: Any) -> None:
-        self._ids.add(str(number))
-
-    def discard(self, number: Any) -> None:
-        self._ids.discard(str(number))
-        self._fewer.set()
-
-    async def at_most(self, count: int) -> None:
-        """Waits until no more than `count` are left."""
-        while len(self._ids) > count:
-            self._fewer.clear()
-            await self._fewer.wait()
-
-
-async def _take_in(source: int, calls: _Unanswered, into: Any, refusals: Any) -> None:
-    """Passes messages on to the server, no faster than it answers; what is no message is refused at once."""
-    from mcp import MCPError, types
-    from mcp.shared.message import SessionMessage
-
-    async for line, size in read_lines(source):
-        if not line.strip():
-            continue
-        try:
-            message = read_message(line, size)
-        except MCPError as error:
-            about = types.ErrorData(code=error.code, message=error.message)
-            await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
-            continue
-        await calls.at_most(MAX_PENDING)
-        if isinstance(message, types.JSONRPCRequest):
-            calls.add(message.id)
-        elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-            calls.discard((message.params or {}).get("requestId"))
-        await into.send(SessionMessage(message))
-
-
-async def _give_out(sink: int, calls: _Unanswered, out_of: Any) -> None:
-    """Writes the server's messages, one a line."""
-    async for outgoing in out_of:
-        line = outgoing.message.model_dump_json(by_alias=True, exclude_unset=True) + "\n"
-        await in_daemon(write_all, sink, line.encode())
-        calls.discard(getattr(outgoing.message, "id", None))
+    except ValidationError:
+        number = number if type(number) in (int, str) else None
+        raise MCPError(
+            types.INVALID_REQUEST, "this line is no JSON-RPC 2.0 message (one object a line, no batches)", number
+        ) from None
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
     """Serves one client until it closes its end of `source` (calls in flight get `LAST_CALLS` seconds) or of `sink`."""
     import anyio
+    from mcp import MCPError, types
+    from mcp.shared.message import SessionMessage
 
     into, inbox = anyio.create_memory_object_stream[Any](0)
     outbox, out_of = anyio.create_memory_object_stream[Any](0)
-    refusals, calls = outbox.clone(), _Unanswered()
+    refusals, calls, answered = outbox.clone(), set[str](), asyncio.Event()  # the ids of calls that have no answer yet
+
+    async def at_most(count: int) -> None:
+        while len(calls) > count:
+            answered.clear()
+            await answered.wait()
+
+    def forget(number: Any) -> None:
+        calls.discard(str(number))
+        answered.set()
+
+    async def take_in() -> None:
+        """Passes messages on to the server, no faster than it answers; what is no message is refused at once."""
+        async for line, size in read_lines(source):
+            if not line.strip():
+                continue
+            try:
+                message = read_message(line, size)
+            except MCPError as error:
+                about = types.ErrorData(code=error.code, message=error.message)
+                await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
+                continue
+            await at_most(MAX_PENDING)
+            if isinstance(message, types.JSONRPCRequest):
+                calls.add(str(message.id))
+            elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
+                forget((message.params or {}).get("requestId"))
+            await into.send(SessionMessage(message))
+
+    async def give_out() -> None:
+        async for outgoing in out_of:
+            line = outgoing.message.model_dump_json(by_alias=True, exclude_unset=True) + "\n"
+            await in_daemon(write_all, sink, line.encode())
+            forget(getattr(outgoing.message, "id", None))
+
     serving = asyncio.ensure_future(server.run(inbox, outbox, server.create_initialization_options()))
-    writing = asyncio.ensure_future(_give_out(sink, calls, out_of))
-    jobs = [serving, writing, asyncio.ensure_future(_take_in(source, calls, into, refusals))]
+    writing = asyncio.ensure_future(give_out())
+    jobs = [serving, writing, asyncio.ensure_future(take_in())]
     try:
         done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         for job in done - {writing}:  # which ends by an error when the client no longer listens
             job.result()
-        jobs.append(asyncio.ensure_future(calls.at_most(0)))
+        jobs.append(asyncio.ensure_future(at_most(0)))
         await asyncio.wait({writing, jobs[-1]}, timeout=LAST_CALLS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await into.aclose()  # the server cancels what is left, and says so to the client
