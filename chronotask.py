@@ -255,6 +255,15 @@ class InvalidInput(ChronoTaskError, status=422, title="Invalid input"):
         super().__init__("; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors), errors)
 
 
+@contextlib.contextmanager
+def told_at(path: str, errors: list[FieldError]) -> Iterator[None]:
+    """Adds what is refused to `errors`, as fields below `path`."""
+    try:
+        yield
+    except InvalidInput as error:
+        errors += [FieldError(path + name, message) for name, message in error.errors]
+
+
 class Unavailable(ChronoTaskError, status=503, title="Unavailable"):
     """The database cannot be written, or the service is stopping."""
 
@@ -1867,6 +1876,7 @@ class Task:
     success_count: ReadOnly[int] = 0
     failure_count: ReadOnly[int] = 0
     failures_in_a_row: ReadOnly[int] = 0
+    schedules: Detail[list[ScheduleView] | None] = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -2215,14 +2225,14 @@ class View:
 class Body(View):
     """Marks a dict of the fields of a resource that a client sent: of a new one, or of what shall change (`update`).
 
-    `more` are required. Unknown fields are refused, types not converted.
+    `more` are further fields. Unknown fields are refused, types not converted.
     """
 
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, resource: Any, name: str, update: bool = False, **more: Any) -> None:
+    def __init__(self, resource: Any, name: str, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
         super().__init__(resource, name, **more)
-        self.update = update
+        self.update, self.without = update, without
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
@@ -2231,10 +2241,12 @@ class Body(View):
             if not self.update and name in defaults:
                 kind = Annotated[kind, Field(json_schema_extra={"default": defaults[name]})]
             fields[name] = NotRequired[kind] if self.update or name in defaults else kind
-        return fields | self.more
+        return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
 
 
-TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate")]
+NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",))]
+Nested = NotRequired[Annotated[list[NestedSchedule], Field(max_length=100, description="made with it")]]
+TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested)]
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
 ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate")]
 ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True)]
@@ -2338,7 +2350,7 @@ def parse(model: Any, data: Any) -> Any:
     try:
         return adapter(model).validate_python(data)
     except ValidationError as error:
-        errors = field_errors(error, known=field_names(model))
+        errors = field_errors(error, "", field_names(model), {"schedules": field_names(NestedSchedule)})
     if body is not None and not body.update and isinstance(data, dict):
         # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
         try:
@@ -6767,7 +6779,7 @@ class Service:
         if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
             self.leadership.release()
 
-    async def _change(self, write: Callable[[DB], T], take_up: bool = True) -> T:
+    async def change(self, write: Callable[[DB], T], take_up: bool = True) -> T:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
         if self.engine.stopping:
             raise Unavailable("the service is shutting down")
@@ -6786,18 +6798,35 @@ class Service:
         "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is retried
         max_retries times.
         """
-        config = unmask_config(body["task_type"], parse_config(body["task_type"], body["config"]), {})
-        check_allowed(body["task_type"], config, self.settings)
-        defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
-        sent, now = _with_times(Task, body, self.settings.scheduler_timezone), self.clock.now()
-        task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
+        now, errors = self.clock.now(), list[FieldError]()
+        schedules: list[Schedule] = []
+        with told_at("", errors):
+            task = self.new_task({name: value for name, value in body.items() if name != "schedules"}, now)
+            task.config = unmask_config(task.task_type, task.config, {})
+        for number, part in enumerate(body.get("schedules", ())):
+            with told_at(f"schedules[{number}].", errors):
+                schedules.append(await self.in_checks(partial(self.new_schedule, Schedule, {**part, "task_id": 0}, now)))
+        if errors:
+            raise InvalidInput(*errors)
 
         def write(db: DB) -> None:
-            check_key(db, task)
-            insert(db, task)
+            add_task(db, task)
+            for schedule in schedules:
+                schedule.task_id = task.id
+                add_schedule(db, schedule)
 
-        await self._change(write, take_up=self.engine.feed.wanted)
-        return task_view(task)
+        await self.change(write, take_up=self.engine.feed.wanted or bool(schedules))
+        if not schedules:
+            return task_view(task)
+        return {**await self.get_task(task.id), "schedules": [await self.get_schedule(made.id) for made in schedules]}
+
+    def new_task(self, body: TaskCreate, now: int) -> Task:
+        """A task as `body` describes it, with the masks that stand in its configuration. Raises InvalidInput, Forbidden."""
+        config = parse_config(body["task_type"], body["config"])
+        check_allowed(body["task_type"], config, self.settings)
+        defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
+        sent = _with_times(Task, body, self.settings.scheduler_timezone)
+        return Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
 
     @operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
@@ -6833,12 +6862,11 @@ class Service:
 
         What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task with status paused.
         """
-        await self._change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
+        await self.change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
         return await self.get_task(task_id)
 
     def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
         task, sent = get_task(db, task_id), _with_times(Task, sent, self.settings.scheduler_timezone)
-        before = task.status
         if sent.get("task_type", task.task_type) != task.task_type and "config" not in sent:
             raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {sent['task_type']}"))
         if "config" in sent:
@@ -6846,18 +6874,7 @@ class Service:
             stored = task.config if task_type == task.task_type else {}
             sent["config"] = unmask_config(task_type, parse_config(task_type, sent["config"]), stored)
             check_allowed(task_type, sent["config"], self.settings)
-        for name, value in sent.items():
-            setattr(task, name, value)
-        task.updated_at = now
-        if task.status != before:
-            task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_instant(now)}"
-            task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
-        check_key(db, task)
-        update(db, task)
-        if task.status != before and "disabled" in (before, task.status):
-            hold_disabled(db, task.id, task.status == "disabled")
-        if task.status != before and task.status == "active":
-            _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now)
+        change_task(db, task, sent, now)
 
     @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
@@ -6865,7 +6882,7 @@ class Service:
 
         Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
         """
-        await self._change(partial(mark_deleted, task_id=task_id))
+        await self.change(partial(mark_deleted, task_id=task_id))
         there = partial(task_ids, conditions={"id = ?": task_id})
         while await self.store.read(there) and not self.engine.stopping:
             await asyncio.sleep(0.02)
@@ -6881,21 +6898,12 @@ class Service:
         fires, and the next five slots, local and UTC: compare them with what was asked for.
         """
         await self.store.read(partial(get_task, task_id=body["task_id"]))
-        schedule = await self._in_checks(partial(self._new_schedule, Schedule, body, self.clock.now()))
+        schedule = await self.in_checks(partial(self.new_schedule, Schedule, body, self.clock.now()))
 
-        def write(db: DB) -> None:
-            get_task(db, schedule.task_id)
-            check_key(db, schedule)
-            insert(db, schedule)
-            remember_zone(db, schedule.zone)
-            if schedule.jitter:  # it is derived from the id, which is known only now
-                schedule.look_ahead()
-                update(db, schedule)
-
-        await self._change(write)
+        await self.change(partial(add_schedule, schedule=schedule))
         return await self.get_schedule(schedule.id)
 
-    def _new_schedule(self, kind: type[S], body: ScheduleCreate, now: int) -> S:
+    def new_schedule(self, kind: type[S], body: ScheduleCreate, now: int) -> S:
         """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
         errors: list[FieldError] = []
         zone = self.settings.scheduler_timezone
@@ -6921,7 +6929,7 @@ class Service:
             raise InvalidInput(_nothing_left(schedule))
         return schedule
 
-    async def _in_checks(self, run: Callable[[], T]) -> T:
+    async def in_checks(self, run: Callable[[], T]) -> T:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
@@ -6931,10 +6939,10 @@ class Service:
 
         Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.
         """
-        return await self._in_checks(partial(self._preview, body, self.clock.now()))
+        return await self.in_checks(partial(self._preview, body, self.clock.now()))
 
     def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
-        schedule = self._new_schedule(Preview, body, now)
+        schedule = self.new_schedule(Preview, body, now)
         plan = dataclasses.replace(schedule.plan(), schedule_id=None)
         slots = plan.upcoming(schedule.settled_until, schedule.count)
         view = PreviewView(description=plan.timing.describe(), upcoming=upcoming_view(slots, schedule.zone))
@@ -6974,8 +6982,8 @@ class Service:
         """
         schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now = self.clock.now()
-        changes = await self._in_checks(partial(self._checked_changes, schedule, dict(body), now))
-        touched = await self._change(partial(_change_schedule, schedule_id=schedule_id, changes=changes, now=now))
+        changes = await self.in_checks(partial(self._checked_changes, schedule, dict(body), now))
+        touched = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now))
         await self.engine.feed.publish_executions(touched)
         return await self.get_schedule(schedule_id)
 
@@ -7001,7 +7009,7 @@ class Service:
 
         Queued runs of it are cancelled, running ones end.
         """
-        task_id, cancelled = await self._change(partial(_delete_schedule, schedule_id=schedule_id, now=self.clock.now()))
+        task_id, cancelled = await self.change(partial(remove_schedule, schedule_id=schedule_id, now=self.clock.now()))
         await self.engine.feed.publish_executions(cancelled)
         self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
 
@@ -7015,7 +7023,7 @@ class Service:
         get_execution shows its end.
         """
         queue = partial(self._queue_manual, task_id=task_id, now=self.clock.now())
-        execution = await self._change(queue, take_up=False)
+        execution = await self.change(queue, take_up=False)
         self.engine.wake()
         await self.engine.feed.publish_executions([execution.id])
         if query.wait <= 0:
@@ -7068,7 +7076,7 @@ class Service:
         """
         this = {"id = ?": execution_id}
         cancel = partial(cancel_executions, conditions=this, now=self.clock.now(), reason="cancelled on request")
-        before = existing([*(await self._change(cancel)).values()], "execution", execution_id)
+        before = existing([*(await self.change(cancel)).values()], "execution", execution_id)
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
@@ -7151,7 +7159,7 @@ class Service:
         return await self._set_paused(False)
 
     async def _set_paused(self, paused: bool) -> StatusView:
-        await self._change(partial(_pause_all, paused=paused, now=self.clock.now()))
+        await self.change(partial(_pause_all, paused=paused, now=self.clock.now()))
         return await self.get_scheduler_status()
 
     @operation("GET", "/scheduler/status", tool=("read_only",))
@@ -7209,7 +7217,38 @@ def _pause_all(db: DB, paused: bool, now: int) -> None:
     set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
-def _change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
+def add_task(db: DB, task: Task) -> None:
+    check_key(db, task)
+    insert(db, task)
+
+
+def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int) -> None:
+    before = task.status
+    for name, value in changes.items():
+        setattr(task, name, value)
+    task.updated_at = now
+    if task.status != before:
+        task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_instant(now)}"
+        task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
+    check_key(db, task)
+    update(db, task)
+    if task.status != before and "disabled" in (before, task.status):
+        hold_disabled(db, task.id, task.status == "disabled")
+    if task.status != before and task.status == "active":
+        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now)
+
+
+def add_schedule(db: DB, schedule: Schedule) -> None:
+    get_task(db, schedule.task_id)
+    check_key(db, schedule)
+    insert(db, schedule)
+    remember_zone(db, schedule.zone)
+    if schedule.jitter:  # it is derived from the id, which is known only now
+        schedule.look_ahead()
+        update(db, schedule)
+
+
+def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
     """Returns the executions that it has touched."""
     schedule = get_schedule(db, schedule_id)
     wanted, claimed = changes.get("is_active"), Tick()
@@ -7268,7 +7307,7 @@ def _check_bounds(schedule: Schedule) -> None:
         raise InvalidInput(FieldError("end_at", "must not be before start_at"))
 
 
-def _delete_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
+def remove_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
     schedule = get_schedule(db, schedule_id)
     queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
     cancelled = cancel_executions(db, queued, now, "cancelled: its schedule was deleted")
@@ -8057,8 +8096,9 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
     # Many clients give a call up after 60 s.
     "execute_task": {"wait": (Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")], 10)},
 }
-# Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing.
+# Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing, or another tool does it.
 WITHOUT_EFFECT = {
+    "create_task": {"schedules"},
     "preview_schedule": {"is_active", "overlap", "catchup", "catchup_window"},
     "update_schedule": {"task_id"},
 }
@@ -8076,10 +8116,10 @@ class Deleted(TypedDict):
 def tool_model(operation: Operation) -> Any:
     """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
     kind = TaskId if operation.id_name == "task_id" else Id
-    number = {} if operation.id_name is None else {operation.id_name: Annotated[kind, Field(strict=False)]}
+    number: dict[str, Any] = {} if operation.id_name is None else {operation.id_name: Annotated[kind, Field(strict=False)]}
     if operation.body is not None:
         body = mark_of(operation.body)
-        return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, **number)]
+        return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, body.without, **body.more, **number)]
     fields: dict[str, Any] = {**TOOL_QUERIES.get(operation.name, {}), **{name: (kind, ...) for name, kind in number.items()}}
     return create_model(operation.name, __base__=operation.query or Query, **fields)
 

@@ -7045,7 +7045,7 @@ async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> 
     task_id = await rig.task()
     refusal = "CREATE TRIGGER refusal BEFORE DELETE ON tasks BEGIN SELECT RAISE(ABORT, 'not now'); END"
     await rig.service.store.write(lambda db: db.execute(refusal))
-    await rig.service._change(partial(chronotask.mark_deleted, task_id=task_id))
+    await rig.service.change(partial(chronotask.mark_deleted, task_id=task_id))
     await asyncio.sleep(0.1)
     await rig.service.store.write(lambda db: db.execute("DROP TRIGGER refusal"))
     await until_true(lambda: not rig.service.retention.purges)
@@ -8288,6 +8288,33 @@ async def test_a_bad_key_or_tag_is_refused_by_name(api: Api, field: str, value: 
     errors = answer.json["errors"]
     assert answer.status == 422
     assert [e["field"].partition("[")[0] for e in errors] == [field] and errors[0]["message"].startswith(message), errors
+
+
+async def test_a_task_is_made_with_its_schedules_or_not_at_all(api: Api) -> None:
+    minute = {name: value for name, value in EVERY_MINUTE.items() if name != "task_id"}
+    nested = [{"key": "night", **minute}, {"schedule_type": "cron", "schedule_config": {"expression": "0 2 * * *"}}]
+    answer = await api("POST", "/tasks", {**BASH, "key": "a", "schedules": nested})
+    task = answer.json
+    assert answer.status == 201, answer.text
+    assert [(schedule["key"], schedule["task_id"], schedule["task_name"]) for schedule in task["schedules"]] == [
+        ("night", task["id"], "t"), (None, task["id"], "t"),
+    ]  # fmt: skip
+    assert task["next_run"] == task["schedules"][0]["next_run"] == "2026-01-01T00:01:00Z"
+    assert (await api("PUT", "/tasks/1", task)).status == 200 and (await api.get("/schedules"))["total"] == 2
+    bad = [{**minute, "overlapp": "skip"}, {**EVERY_MINUTE, "task_id": 1}]
+    answer = await api("POST", "/tasks", {**BASH, "schedules": bad})
+    assert problem_of(answer, 422, "schedules[0].overlapp", "schedules[1].task_id")
+    assert "did you mean overlap?" in answer.json["detail"]
+    bad = [
+        {**minute, "key": "x"},
+        {"schedule_type": "cron", "schedule_config": {"expression": "61 * * * *"}},
+        *nested[:1] * 2,
+    ]
+    answer = await api("POST", "/tasks", {**BASH, "max_retries": 1, "config": {}, "schedules": bad})
+    assert problem_of(answer, 422, "config.command", "schedules[1].schedule_config.expression")
+    answer = await api("POST", "/tasks", {**BASH, "schedules": nested[:1] * 2})
+    assert answer.status == 409
+    assert (await api.get("/tasks"))["total"] == 1
 
 
 async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api) -> None:
