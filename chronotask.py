@@ -4270,40 +4270,19 @@ def _unescaped(escape: bytes) -> bytes:
     return {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(escape[1:], escape[1:])
 
 
-class _Unescaped:
-    """Bytes with their escapes undone, and the way back."""
-
-    def __init__(self, data: bytes) -> None:
-        self.escapes: list[tuple[int, int]] = []
-        self._starts: list[int] = []  # of each escape, where what it stands for starts and ends
-        self._ends: list[int] = []
-        parts: list[bytes] = []
-        taken = length = 0
-        self.unfinished = b""  # what may be the beginning of one, at the end
-        for found in _ESCAPE.finditer(data):
-            if found.lastgroup:
-                self.unfinished = found[0]
-                break
-            start, end = found.span()
-            self.escapes.append((start, end))
-            meant = _unescaped(found[0])
-            parts += data[taken:start], meant
-            length += start - taken
-            self._starts.append(length)
-            length += len(meant)
-            self._ends.append(length)
-            taken = end
-        self.data = b"".join([*parts, data[taken:]])
-
-    def source(self, at: int) -> tuple[int, int]:
-        """Start and end of what the byte `at` was read from."""
-        number = bisect.bisect_right(self._starts, at) - 1
-        if number < 0:
-            return at, at + 1
-        if at < self._ends[number]:
-            return self.escapes[number]
-        start = self.escapes[number][1] + at - self._ends[number]
-        return start, start + 1
+def _unescape(data: bytes) -> tuple[bytes, list[int], int]:
+    """`data` with its escapes undone; where each byte of that was read from, and the end; how many may begin one more escape."""
+    plain, sources, taken, unfinished = bytearray(), list[int](), 0, 0
+    for found in _ESCAPE.finditer(data):
+        if found.lastgroup:
+            unfinished = len(found[0])
+            break
+        start, meant = found.start(), _unescaped(found[0])
+        plain += data[taken:start] + meant
+        sources += range(taken, start)
+        sources += [start] * len(meant)
+        taken = found.end()
+    return bytes(plain + data[taken:]), [*sources, *range(taken, len(data) + 1)], unfinished
 
 
 class SecretMasker:
@@ -4327,14 +4306,12 @@ class SecretMasker:
         cut = len(data) if last else self._possible_start(data)
         secrets = self._places(data)
         if b"\\" in data or b"%" in data or b"&" in data:
-            plain = _Unescaped(data)
-            secrets += [(plain.source(start)[0], plain.source(end - 1)[1]) for start, end in self._places(plain.data)]
+            plain, sources, unfinished = _unescape(data)
+            for start, end in self._places(plain):
+                secrets.append((sources[start], sources[bisect.bisect_right(sources, sources[end - 1])]))
             if not last:
-                finished = plain.data[: len(plain.data) - len(plain.unfinished)]
-                cut = min(cut, plain.source(self._possible_start(finished))[0])
-            escape = bisect.bisect_left(plain.escapes, (cut, 0)) - 1
-            if escape >= 0 and cut < plain.escapes[escape][1]:
-                cut = plain.escapes[escape][0]  # half an escape would be read as something else
+                cut = min(cut, sources[self._possible_start(plain[: len(plain) - unfinished])])
+            cut = sources[bisect.bisect_right(sources, cut) - 1]  # half an escape would be read as something else
         shown: list[bytes] = []
         at = self._known
         for start, end in sorted(secrets):
@@ -4456,10 +4433,6 @@ class LiveOutput:
         self._timeout = asyncio.timeout(0 if self.reason else seconds)
         return self._timeout
 
-    @property
-    def has_secrets(self) -> bool:
-        return self._masker is not None
-
     def masked(self, text: str) -> str:
         """`text` without the secrets of this attempt."""
         return self._masker.feed(text.encode("utf-8", "replace"), last=True).decode("utf-8", "replace") if self._masker else text
@@ -4515,16 +4488,6 @@ class StoredConfig(dict[str, Any]):
     def request(self) -> _Request:
         """What an http task without references asks for. Raises ChronoTaskError."""
         return _http_request(self, self)
-
-    @functools.cached_property
-    def credentials(self) -> list[str]:
-        """Those that are written into an http task itself."""
-        return _credentials(self)
-
-    @functools.cached_property
-    def expected(self) -> list[tuple[int, int]]:
-        """First and last status of what counts as success."""
-        return [status_range(entry) for entry in self.get("expected_status") or _SUCCESSFUL]
 
 
 def stored_config(text: str) -> StoredConfig:
@@ -5209,7 +5172,7 @@ def _same_folder_hint(command: _Command, stderr: str) -> str | None:
 # What a redirect to another server may carry along; any other header may be a credential, whatever its name.
 _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
-    " pragma user-agent x-chronotask-attempt x-chronotask-execution-id x-chronotask-scheduled-for".split()
+    " pragma user-agent".split()
 )
 _DEFAULT_HEADERS = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
 _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
@@ -5228,30 +5191,21 @@ class _Request:
     closes: bool  # the task asks for `Connection: close`
     redirected_from: str | None = None  # the host whose headers were taken off
 
-    def of_run(self, run: Run) -> _Request:
-        """The same with the headers that tell this run from others; the task's own win over them."""
-        headers = {
-            "X-ChronoTask-Execution-Id": str(run.execution_id),
-            "X-ChronoTask-Attempt": str(run.attempt),
-            "Idempotency-Key": run.uuid,
-        }
-        if run.scheduled_for is not None:
-            headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
-        if self.headers:
-            headers = _overridden(headers, self.headers)
-        return _Request(
-            self.method, self.url, headers, self.body, self.verify_tls, self.follow, self.private, self.private_body, self.closes
-        )
-
     @property
     def place(self) -> tuple[str, str, int, bool]:
         """Requests that have it in common may share connections."""
         url = self.url
         return url.scheme, url.raw_host or "", url.port or 0, self.verify_tls
 
-    def message(self, jar: aiohttp.CookieJar | None) -> bytes:
-        """What is sent: head and body."""
-        headers, url, body = _overridden(_DEFAULT_HEADERS, self.headers), self.url, self.body or b""
+    def message(self, run: Run, jar: aiohttp.CookieJar | None) -> bytes:
+        """What is sent, with the headers that tell this run from others. The task's own headers win."""
+        url, body, headers = self.url, self.body or b"", _DEFAULT_HEADERS.copy()
+        headers["X-ChronoTask-Execution-Id"], headers["X-ChronoTask-Attempt"] = str(run.execution_id), str(run.attempt)
+        headers["Idempotency-Key"] = run.uuid
+        if run.scheduled_for is not None:
+            headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
+        if self.headers:
+            headers = _overridden(headers, self.headers)
         if jar and (cookies := jar.filter_cookies(url).output(header="", sep=";").strip()):
             own = next((name for name in headers if name.lower() == "cookie"), "Cookie")
             headers[own] = f"{headers[own]}; {cookies}" if own in headers else cookies
@@ -5556,15 +5510,19 @@ async def run_http(
             live.begin(("body",), [*secrets, *_credentials(resolved)])
             request = _http_request(config, resolved)
         else:
-            live.begin(("body",), config.credentials)
+            live.begin(("body",), _credentials(config))
             request = config.request
         if live.reason:
             return _stopped(live, timeout)
         try:
             async with live.timeout(timeout):
-                request, response = await _exchange(client, request.of_run(run), live)
+                request, response = await _exchange(client, request, run, live)
         except TimeoutError:
-            return _http_timeout(live, timeout)
+            output = _http_output(live)
+            if live.reason:
+                return dataclasses.replace(_stopped(live, timeout), output=output)
+            what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
+            return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
         return _judged(config, request, response, live, now)
     except ChronoTaskError as error:
         retryable = isinstance(error, _Failed) and error.retryable and not live.acted
@@ -5649,7 +5607,7 @@ def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in given} | own
 
 
-async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> tuple[_Request, _Response]:
+async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveOutput) -> tuple[_Request, _Response]:
     """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
 
     A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
@@ -5658,7 +5616,7 @@ async def _exchange(client: HttpClient, request: _Request, live: LiveOutput) -> 
     for _ in range(MAX_REDIRECTS + 1):
         connection, kept = await client.connection(request, fresh=jar is not None or request.closes), False
         try:
-            response = await connection.answer(request.method, request.message(jar))
+            response = await connection.answer(request.method, request.message(run, jar))
             target = _redirect_target(request, response)
             if target is None:
                 await _read_body(connection, response, live)
@@ -5765,10 +5723,8 @@ def _shown_headers(response: _Response, live: LiveOutput) -> dict[str, str]:
     headers: dict[str, str] = {}
     names: dict[str, str] = {}
     for plain, value in response.headers:
-        text = value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        if live.has_secrets:
-            plain, text = live.masked(plain), live.masked(text)
-        name = names.setdefault(plain.lower(), plain)
+        text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        name = names.setdefault(plain.lower(), live.masked(plain))
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
 
@@ -5777,38 +5733,11 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     output = _output(live)
     if output and output["body"] and not output["truncated"] and _JSON_TYPE.match(live.content_type):
         with contextlib.suppress(ValueError, RecursionError):
-            output["body"] = live.masked_json(_parsed_json(output["body"].removeprefix("\ufeff")))
+            value = json.loads(output["body"].removeprefix("\ufeff"))
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
+            if nesting(value) <= MAX_NESTING:
+                output["body"] = live.masked_json(value)
     return output
-
-
-def _parsed_json(text: str) -> Any:
-    """The value, if it can be written as JSON again. Raises ValueError or RecursionError."""
-    value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
-    if (text.count("[") + text.count("{") > MAX_NESTING) and nesting(value) > MAX_NESTING:
-        raise ValueError("nested too deeply")
-    if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-    return value
-
-
-def _not_finite(text: str) -> float:
-    raise ValueError(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _not_finite(text)
-
-
-def _http_timeout(live: LiveOutput, timeout: float) -> Outcome:
-    output = _http_output(live)
-    if live.reason:
-        return dataclasses.replace(_stopped(live, timeout), output=output)
-    what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
-    return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
-
-
-_SUCCESSFUL = ["200-299"]
 
 
 def _judged(
@@ -5819,11 +5748,11 @@ def _judged(
     now: Callable[[], int] | None,
 ) -> Outcome:
     status, output = response.status, _http_output(live)
-    for low, high in config.expected:
-        if low <= status <= high:
-            return Outcome("succeeded", output=output)
+    expected = config.get("expected_status") or ["200-299"]
+    if any(low <= status <= high for low, high in map(status_range, expected)):
+        return Outcome("succeeded", output=output)
     message = f"answered {status} {_one_line(live.masked(response.reason), 80)}".rstrip()
-    message += f"; expected {', '.join(map(str, config.get('expected_status') or _SUCCESSFUL))}"
+    message += f"; expected {', '.join(map(str, expected))}"
     if status in (401, 403) and request.redirected_from:
         message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
     if 300 <= status < 400 and not request.follow:
@@ -8597,16 +8526,10 @@ IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
 LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
-_OPTION_NAMES = ("--mode", "--host", "--port", "--backup", "--version", "--help")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            word = message.split()[2]
-            hint = nearest(word.partition("=")[0], _OPTION_NAMES)
-            known = f"did you mean {hint}?" if hint else "known are " + ", ".join(_OPTION_NAMES)
-            message = f"{shown(word)} is no option: {known}"
         raise StartupError(message, exit_status=2)
 
 
