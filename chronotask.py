@@ -4731,15 +4731,6 @@ def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddre
 # --- bash -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Command:
-    words: list[str]
-    env: dict[bytes, bytes]
-    cwd: str | None
-    timeout: float
-    source: str
-
-
 class Environ(dict[str, str]):
     """The service's environment; what of it and of the service tasks inherit; and what they have left."""
 
@@ -4790,15 +4781,48 @@ async def run_bash(
     What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop everything
     that carries the attempt's CHRONOTASK_RUN_ID is killed.
     """
+    timeout = config.get("timeout", settings.bash_timeout)
     try:
         check_allowed("bash", config, settings)
-        resolved: dict[str, Any] = config
-        secrets: list[str] = []
-        if config.names_secrets:
-            resolved, secrets = resolve_secrets("bash", config, environ, settings)
-        command = _bash_command(resolved, run, settings, environ)
+        resolved, secrets = resolve_secrets("bash", config, environ, settings) if config.names_secrets else (config, [])
+        path = environ.get("PATH", os.defpath)
+        if settings.allowed_bash_commands:
+            words = bash_words(resolved, settings)
+            words[0] = _program(words[0], path)
+        else:
+            words = [_program("bash", path), "-c", bash_source(resolved["command"], resolved.get("args", ()))]
+        env = environ.inherited | _encoded(resolved.get("env", {})) | _run_variables(run)
+        folder: str | None = resolved.get("working_dir")
+        if folder is not None and folder.partition("/")[0] == "~":
+            folder = (environ.get("HOME") or os.path.expanduser("~")) + folder[1:]
         live.begin(("stdout", "stderr"), secrets)
-        return await _run_process(command, run, environ, live)
+        if live.reason:
+            return _stopped(live, timeout)
+        pipes: list[_Pipe] = []
+        writers: list[int] = []
+        try:
+            for stream in ("stdout", "stderr"):
+                reader, writer = os.pipe()
+                writers.append(writer)
+                connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
+                pipes.append((await connect)[1])
+            process = _spawn(words, env, folder, environ, *writers)
+        except OSError as error:
+            return _not_started(error, words[0], folder)
+        finally:
+            for writer in writers:  # where nothing was started, that ends the pipes
+                os.close(writer)
+        try:
+            stopped = await _watch(process, timeout, run, pipes, live)
+        except BaseException:
+            _signal_group(process.pid, signal.SIGKILL)
+            kill_leftovers({run.run_id})
+            for pipe in pipes:
+                pipe.transport.close()
+            raise
+        environ.leave(pipes, run.task_id, forget=stopped)
+        live.facts = _exit_facts(process.returncode)
+        return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live)
     except ChronoTaskError as error:
         return Outcome("failed", error.detail)
     except Exception as error:
@@ -4818,30 +4842,13 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
     return live.snapshot() if live.facts else None
 
 
-def _bash_command(config: dict[str, Any], run: Run, settings: Settings, environ: Environ) -> _Command:
-    if settings.allowed_bash_commands:
-        words = bash_words(config, settings)
-        words[0] = _program(words[0], environ)
-    else:
-        words = [_program("bash", environ), "-c", bash_source(config["command"], config.get("args", ()))]
-    env = environ.inherited | _encoded(config.get("env", {})) | _run_variables(run)
-    folder = config.get("working_dir")
-    if folder is not None and folder.partition("/")[0] == "~":
-        folder = (environ.get("HOME") or os.path.expanduser("~")) + folder[1:]
-    return _Command(words, env, folder, config.get("timeout", settings.bash_timeout), config["command"])
-
-
-def _program(name: str, environ: Mapping[str, str]) -> str:
-    """The absolute file of a command, on the service's own PATH: neither a task's env nor its working_dir can change it."""
-    return os.path.abspath(name) if "/" in name else _found_program(name, environ.get("PATH", os.defpath))
-
-
 @functools.lru_cache(256)
-def _found_program(name: str, path: str) -> str:
-    for folder in path.split(os.pathsep):
-        file = os.path.join(folder, name)
-        if os.path.isabs(folder) and os.access(file, os.X_OK) and os.path.isfile(file):
-            return file
+def _program(name: str, path: str) -> str:
+    """The absolute file of a command, on the service's own PATH: neither a task's env nor its working_dir can change it."""
+    if "/" in name:
+        return os.path.abspath(name)
+    if file := shutil.which(name, path=os.pathsep.join(filter(os.path.isabs, path.split(os.pathsep)))):
+        return file
     raise ChronoTaskError(f"the command {shown(name)} was not found on the service's PATH")
 
 
@@ -4887,27 +4894,29 @@ class _Pipe(asyncio.Protocol):
         self.over.set_result(None)
 
 
-def _spawn(command: _Command, environ: Environ, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+def _spawn(
+    words: list[str], env: dict[bytes, bytes], folder: str | None, environ: Environ, stdout: int, stderr: int
+) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
     options: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "stdout": stdout,
         "stderr": stderr,
-        "env": command.env,
-        "cwd": command.cwd,
+        "env": env,
+        "cwd": folder,
         "start_new_session": True,
         "umask": environ.umask,
     }
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     given = soft if environ.open_files is None else environ.open_files
     if given == soft:
-        return subprocess.Popen(command.words, **options)
+        return subprocess.Popen(words, **options)
     lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (given, hard))
     if stderr + 64 > given:  # numbers that high are in use here, and others could not be opened meanwhile
-        return subprocess.Popen(command.words, preexec_fn=lower, **options)  # three times as slow
+        return subprocess.Popen(words, preexec_fn=lower, **options)  # three times as slow
     lower()  # a limit is inherited as it is at the fork: set in the child later, it might come too late
     try:
-        return subprocess.Popen(command.words, **options)
+        return subprocess.Popen(words, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -4931,42 +4940,12 @@ def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
     return exited
 
 
-async def _run_process(command: _Command, run: Run, environ: Environ, live: LiveOutput) -> Outcome:
-    if live.reason:
-        return _stopped(live, command.timeout)
-    pipes: list[_Pipe] = []
-    writers: list[int] = []
-    try:
-        for stream in ("stdout", "stderr"):
-            reader, writer = os.pipe()
-            writers.append(writer)
-            connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
-            pipes.append((await connect)[1])
-        process = _spawn(command, environ, *writers)
-    except OSError as error:
-        return _not_started(error, command)
-    finally:
-        for writer in writers:  # where nothing was started, that ends the pipes
-            os.close(writer)
-    try:
-        stopped = await _watch(process, command, run, pipes, live)
-    except BaseException:
-        _signal_group(process.pid, signal.SIGKILL)
-        kill_leftovers({run.run_id})
-        for pipe in pipes:
-            pipe.transport.close()
-        raise
-    environ.leave(pipes, run.task_id, forget=stopped)
-    live.facts = _exit_facts(process.returncode)
-    return _stopped(live, command.timeout) if stopped else _bash_outcome(command, live)
-
-
-async def _watch(process: subprocess.Popen[bytes], command: _Command, run: Run, pipes: list[_Pipe], live: LiveOutput) -> bool:
+async def _watch(process: subprocess.Popen[bytes], timeout: float, run: Run, pipes: list[_Pipe], live: LiveOutput) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
     live.facts = {"exit_code": None, "signal": None}
     exited, stopped = _exit_of(process), False
     try:
-        async with live.timeout(command.timeout):
+        async with live.timeout(timeout):
             await asyncio.wait([exited])
     except TimeoutError:
         stopped = True
@@ -5043,17 +5022,11 @@ _to_sweep: set[str] = set()  # run ids
 
 
 async def _sweep(run_id: str) -> None:
-    _to_sweep.add(run_id)
-    await asyncio.get_running_loop().run_in_executor(_sweeper, _sweep_all)
-
-
-def _sweep_all() -> None:
     """One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap."""
-    run_ids = set()
-    while _to_sweep:
-        run_ids.add(_to_sweep.pop())
-    if run_ids:
-        kill_leftovers(run_ids)
+    _to_sweep.add(run_id)
+    await asyncio.get_running_loop().run_in_executor(
+        _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))})
+    )
 
 
 def kill_leftovers(run_ids: set[str]) -> int:
@@ -5064,7 +5037,7 @@ def kill_leftovers(run_ids: set[str]) -> int:
     """
     wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
     killed: set[int] = set()
-    for _ in range(10):
+    for _ in range(10 if wanted else 0):
         found = [pid for pid in _own_processes() if not wanted.isdisjoint(_environment(pid))]
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -5112,12 +5085,11 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
 
 
 def _exit_facts(returncode: int | None) -> dict[str, Any]:
-    if returncode is None or returncode >= 0:
+    number = -(returncode or 0)
+    if number <= 0:
         return {"exit_code": returncode, "signal": None}
-    try:
-        return {"exit_code": None, "signal": signal.Signals(-returncode).name}
-    except ValueError:  # a real-time signal
-        return {"exit_code": None, "signal": f"SIG{-returncode}"}
+    name = signal.Signals(number).name if number in list(signal.Signals) else f"SIG{number}"  # a real-time signal
+    return {"exit_code": None, "signal": name}
 
 
 def _stopped(live: LiveOutput, timeout: float) -> Outcome:
@@ -5132,38 +5104,32 @@ def _stopped(live: LiveOutput, timeout: float) -> Outcome:
 _FINAL_ERRORS = {"ENOENT", "ENOTDIR", "EACCES", "EPERM", "ENOEXEC", "E2BIG", "ELOOP", "ENAMETOOLONG"}
 
 
-def _not_started(error: OSError, command: _Command) -> Outcome:
-    _found_program.cache_clear()  # it may have been moved
+def _not_started(error: OSError, file: str, folder: str | None) -> Outcome:
+    _program.cache_clear()  # it may have been moved
     reason = _reason(error)
-    if command.cwd is not None and error.filename == command.cwd:
-        return Outcome("failed", f"working_dir {shown(command.cwd)}: {reason}")
+    if folder is not None and error.filename == folder:
+        return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
     if error.errno == errno.ENOEXEC:
         reason += "; a script needs a first line such as #!/bin/sh"
     retryable = errno.errorcode.get(error.errno or 0) not in _FINAL_ERRORS
-    return Outcome("failed", f"{shown(command.words[0])} could not be started: {reason}", retryable=retryable)
+    return Outcome("failed", f"{shown(file)} could not be started: {reason}", retryable=retryable)
 
 
-def _bash_outcome(command: _Command, live: LiveOutput) -> Outcome:
+def _bash_outcome(source: str, folder: str | None, live: LiveOutput) -> Outcome:
     output = _output(live) or {}
-    if output["exit_code"] == 0:
+    code, stderr = output["exit_code"], output["stderr"][-4096:]
+    if code == 0:
         return Outcome("succeeded", output=output)
     if output["signal"]:
         return Outcome("failed", f"was killed by {output['signal']}", output, retryable=True)
-    code = output["exit_code"]
-    lines = (_one_line(line, 200) for line in reversed(output["stderr"][-4096:].splitlines()))
+    lines = (_one_line(line, 200) for line in reversed(stderr.splitlines()))
     message = ": ".join([f"exit status {code}", *itertools.islice(filter(None, lines), 1)])
-    if code == 127 and (hint := _same_folder_hint(command, output["stderr"])):
-        message += f"; {hint}"
+    if code == 127:  # often the command lies in the working directory, which no PATH holds
+        said, found, _ = stderr.rpartition(": command not found")
+        name = re.split(r"[\s:/]", said)[-1] if found else source.split(None, 1)[0]
+        if name and "/" not in name and os.path.isfile(os.path.join(folder or "", name)):
+            message += f"; the file is in the working directory: use ./{_one_line(name, 100)}"
     return Outcome("failed", message, output, retryable=code not in (126, 127))
-
-
-def _same_folder_hint(command: _Command, stderr: str) -> str | None:
-    """Advice for a command that was not found because it lies in the working directory, which no PATH holds."""
-    said, found, _ = stderr[-4096:].rpartition(": command not found")
-    name = re.split(r"[\s:/]", said)[-1] if found else command.source.split(None, 1)[0]
-    if name and "/" not in name and os.path.isfile(os.path.join(command.cwd or "", name)):
-        return f"the file is in the working directory: use ./{_one_line(name, 100)}"
-    return None
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
