@@ -5223,7 +5223,7 @@ class _Connection(asyncio.Protocol):
         self._left: float = 0  # bytes of the body or chunk that are still to come
         self._chunked = self._keeps = self._over = False
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._came = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -5233,27 +5233,23 @@ class _Connection(asyncio.Protocol):
         self._data += data
         if len(self._data) >= READ_AHEAD:
             self.transport.pause_reading()
-        self._wake()
+        self._came.set()
 
     def eof_received(self) -> None:
         self._over = True
-        self._wake()
+        self._came.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._over, self._error = True, error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._came.set()
 
     async def _more(self) -> bool:
         """Waits for further bytes; whether there are any."""
         before = len(self._data)
         if not self._over:
             self.transport.resume_reading()
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            self._came.clear()
+            await self._came.wait()
         return len(self._data) > before
 
     async def _read(self, head: bool = False) -> bytes:
@@ -5355,35 +5351,35 @@ class HttpClient:
 
     def __init__(self, settings: Settings) -> None:
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-        self._idle: dict[tuple[Any, ...], list[_Connection]] = {}
+        self._idle: dict[_Connection, tuple[Any, ...]] = {}  # and their places
         self._lookups = asyncio.Semaphore(DNS_LOOKUPS)
         self._names: dict[str, asyncio.Task[list[str]]] = {}
 
     async def connection(self, request: _Request, fresh: bool) -> _Connection:
         """One of its own, or one that is free by now. Raises _Failed."""
-        while not fresh and request.place in self._idle:
-            connection = self._idle[request.place][-1]
-            self._forget(request.place, connection)
-            if connection.is_idle:
-                return connection
-            connection.transport.abort()
+        while not fresh and (kept := next((one for one, at in reversed(self._idle.items()) if at == request.place), None)):
+            kept.expiry.cancel()
+            del self._idle[kept]
+            if kept.is_idle:
+                return kept
+            kept.transport.abort()
         return await self._connect(request)
 
     def keep(self, request: _Request, connection: _Connection) -> None:
         """It is free for the next one, for a moment."""
-        self._idle.setdefault(request.place, []).append(connection)
 
         def expire() -> None:
-            self._forget(request.place, connection)
+            del self._idle[connection]
             connection.transport.abort()
 
+        self._idle[connection] = request.place
         connection.expiry = asyncio.get_running_loop().call_later(KEEP_SECONDS, expire)
 
-    def _forget(self, place: tuple[Any, ...], connection: _Connection) -> None:
-        connection.expiry.cancel()
-        self._idle[place].remove(connection)
-        if not self._idle[place]:
-            del self._idle[place]
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.expiry.cancel()
+            connection.transport.abort()
+        self._idle.clear()
 
     async def _connect(self, request: _Request) -> _Connection:
         scheme, host, port, verify = request.place
@@ -5425,38 +5421,22 @@ class HttpClient:
         with contextlib.suppress(ValueError):
             ipaddress.ip_address(host)
             return [host]
-        loop = asyncio.get_running_loop()
         if host not in self._names:
-            self._names[host] = loop.create_task(self._look_up(host))
-            loop.call_later(DNS_SECONDS, self._names.pop, host, None)
+            self._names[host] = asyncio.create_task(self._look_up(host))
+            asyncio.get_running_loop().call_later(DNS_SECONDS, self._names.pop, host, None)
         try:
             return await asyncio.shield(self._names[host])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._names.pop(host, None)
-            reason = _one_line(error.strerror or str(error), 200)
+            reason = _one_line(error.strerror or str(error), 200) if isinstance(error, OSError) else "invalid name"
             raise _Failed(f"the name {_one_line(host, 255)} could not be resolved: {reason}") from None
 
     async def _look_up(self, host: str) -> list[str]:
         """In a daemon thread, so that dead DNS servers hold up neither the loop's executor nor the exit."""
-        loop = asyncio.get_running_loop()
-
-        def look_up() -> list[Any]:
-            try:
-                return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-            except UnicodeError:
-                raise OSError(None, "invalid name") from None
-            finally:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(self._lookups.release)
-
-        await self._lookups.acquire()
-        return [str(socket.getnameinfo(info[4], socket.NI_NUMERICHOST)[0]) for info in await in_daemon(look_up)]
-
-    def close(self) -> None:
-        for place, connections in list(self._idle.items()):
-            for connection in connections[:]:
-                self._forget(place, connection)
-                connection.transport.abort()
+        async with self._lookups:
+            name, flags = host.encode("idna"), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+            found = await in_daemon(socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+        return [str(socket.getnameinfo(info[4], flags)[0]) for info in found]
 
 
 async def run_http(
@@ -8777,16 +8757,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
     sockets = []
     try:
         for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
+            sock = socket.create_server(
+                address, family=family, backlog=1024, dualstack_ipv6=address[0] == "::" and socket.has_dualstack_ipv6()
+            )
             sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
-            sock.bind(address)
-            sock.listen(1024)  # only this tells that the port is free: two programs may bind one that nobody listens to
         return sockets
     except socket.gaierror as error:
         raise StartupError(f"cannot listen on {host}: must be an address of this machine ({error.strerror})", 2) from None

@@ -5631,7 +5631,7 @@ async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value(caplo
 async def test_names_are_looked_up_in_daemon_threads() -> None:
     async with serving(echo) as url:
         assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-look_up")
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-getaddrinfo")
 
 
 # ---- http: what real servers do, and curl takes
