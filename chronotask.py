@@ -3959,54 +3959,45 @@ def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
     return load(db, Execution, these, (compact(list(ids)),), _OUTPUT)
 
 
-_SUCCESS_SQL = {True: "status = 'succeeded'", False: "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"}
+_FAILED_SQL = "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"  # to the letter, as the partial index
 
 
-def _execution_page(db: DB, where: str, values: Sequence[Any], output: str | None) -> list[Execution]:
-    """Executions with their whole output (`full`), without (`none`), or with its texts cut (None)."""
-    executions = load(db, Execution, f"{_EXECUTIONS} {where}", values, _OUTPUT if output == "none" else frozenset())
-    for execution in executions:
-        # Only longer output can have a text that is too long.
-        if output is None and execution.output_data and (execution.output_size or 0) > LIST_TEXT_LIMIT:
-            execution.output_data = clip_texts(execution.output_data)
-    return executions
+def list_executions(db: DB, query: ExecutionQuery | HistoryQuery, task_id: int | None = None) -> tuple[int, list[Execution]]:
+    """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
 
-
-def list_history(db: DB, task_id: int, query: HistoryQuery) -> tuple[int, list[Execution]]:
-    """A page of a task's executions, newest first, and how many there are in all. Raises NotFound."""
-    counts = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchall()
-    total = existing(counts, "task", task_id)[0]
-    conditions: dict[str, Any] = {"task_id = ?": task_id, "status = ?": query.status}
-    if query.success is not None:
-        conditions[_SUCCESS_SQL[query.success]] = True
-    if query.status in UNFINISHED:
-        conditions[UNFINISHED_SQL] = True
-    where, values = _where(conditions)
-    if query.status is not None or query.success is not None:
-        total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
-    page = f"{where} ORDER BY id DESC LIMIT ? OFFSET ?"
-    return total, _execution_page(db, page, [*values, query.limit, query.skip], query.output)
-
-
-def list_executions(db: DB, query: ExecutionQuery) -> list[Execution]:
-    """A page of executions, newest first, from before `before_id` on."""
+    With their whole output (`full`), without (`none`), or with its texts cut (None).
+    """
+    asked = query.model_dump(exclude_none=True)
     where, values = _where(
         {
-            _NOT_DELETED: True,
-            "task_id = ?": query.task_id,
-            f"task_id IN ({_TAGGED})": query.tag,
-            "schedule_id = ?": query.schedule_id,
-            "scheduled_for IS NOT NULL": query.schedule_id is not None,  # what the index on slots is limited to
+            _NOT_DELETED: task_id is None,
+            "task_id = ?": task_id if task_id is not None else asked.get("task_id"),
+            f"task_id IN ({_TAGGED})": asked.get("tag"),
+            "schedule_id = ?": asked.get("schedule_id"),
+            "scheduled_for IS NOT NULL": "schedule_id" in asked,  # what the index on slots is limited to
             "status = ?": query.status,
-            "trigger = ?": query.trigger,
-            "id < ?": query.before_id,
+            "trigger = ?": asked.get("trigger"),
+            "id < ?": asked.get("before_id"),
+            "status = 'succeeded'": asked.get("success"),
             UNFINISHED_SQL: query.status in UNFINISHED,
-            _SUCCESS_SQL[False]: query.status is not None and SUCCESS.get(query.status) is False,
+            _FAILED_SQL: asked.get("success") is False or SUCCESS.get(query.status or "") is False,
         }
     )
+    total = 0
+    if task_id is not None:
+        counted = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchall()
+        total = existing(counted, "task", task_id)[0]
+        if asked.keys() & {"status", "success"}:
+            total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
     order = "+id" if query.status in UNFINISHED else "id"  # + for the index of the few, not the order of all rows
-    page = f"{where} ORDER BY {order} DESC LIMIT ?"
-    return _execution_page(db, page, [*values, query.limit], query.output)
+    page = f"{_EXECUTIONS} {where} ORDER BY {order} DESC LIMIT ? OFFSET ?"
+    without = _OUTPUT if query.output == "none" else frozenset[str]()
+    executions = load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], without)
+    for execution in executions:
+        # Only longer output can have a text that is too long.
+        if query.output is None and execution.output_data and (execution.output_size or 0) > LIST_TEXT_LIMIT:
+            execution.output_data = clip_texts(execution.output_data)
+    return total, executions
 
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
@@ -6426,6 +6417,16 @@ class Leadership:
         except Unavailable as error:  # a full disk: reads work, and the next look tries again
             logger.error("this process cannot lead yet: %s", error.detail)
 
+    async def step(self) -> None:
+        """Looks who leads and what other processes wrote."""
+        clock = self.engine.clock
+        before = clock.monotonic()
+        await asyncio.sleep(POLL)
+        self.engine.stats.loop_lag = max(0.0, clock.monotonic() - before - POLL)
+        if not self.engine.stopping:
+            await self.look()
+            await self.changes.poll()
+
     def release(self) -> None:
         """At the end of the process: the next leader need not wait."""
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
@@ -6624,7 +6625,7 @@ class Service:
         await self.changes.load_state()
         await self.leadership.begin()
         self._loop = self.engine.spawn(self._keep("scheduler loop", self.engine.step))
-        self.engine.spawn(self._keep("poll", self._poll))
+        self.engine.spawn(self._keep("poll", self.leadership.step))
         self.engine.spawn(self._keep("retention", self.retention.step))
 
     async def _keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
@@ -6636,15 +6637,6 @@ class Service:
                 log = logger.error if isinstance(error, Unavailable) else logger.exception
                 log("%s: %s", name, error)
                 await asyncio.sleep(1)
-
-    async def _poll(self) -> None:
-        """Looks who leads and what other processes wrote."""
-        before = self.clock.monotonic()
-        await asyncio.sleep(POLL)
-        self.engine.stats.loop_lag = max(0.0, self.clock.monotonic() - before - POLL)
-        if not self.engine.stopping:
-            await self.leadership.look()
-            await self.changes.poll()
 
     async def stop(self) -> None:
         """Lets running executions finish for the grace, ends the others, finishes all, releases the locks."""
@@ -6830,15 +6822,7 @@ class Service:
     @operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
         """Show a schedule."""
-        return await self.store.read(partial(self._read_schedule, schedule_id=schedule_id))
-
-    def _read_schedule(self, db: DB, schedule_id: int) -> ScheduleView:
-        schedule = get_schedule(db, schedule_id)
-        schedule.upcoming = []
-        if schedule.is_active and schedule.live and not self.engine.paused:
-            with contextlib.suppress(*DAMAGE):  # its description says so
-                schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-        return view_of(as_it_is(schedule, self.engine.paused))
+        return await self.store.read(partial(_read_schedule, schedule_id=schedule_id, paused=self.engine.paused))
 
     @operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -6899,7 +6883,7 @@ class Service:
         Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
         get_execution shows its end.
         """
-        queue = partial(self._queue_manual, task_id=task_id, now=self.clock.now())
+        queue = partial(_queue_manual, task_id=task_id, settings=self.settings, now=self.clock.now())
         execution = await self.change(queue, take_up=False)
         self.engine.wake()
         await self.engine.feed.publish_executions([execution.id])
@@ -6907,14 +6891,6 @@ class Service:
             return view_of(execution)
         await self.engine.wait_for(execution.id, query.wait)
         return await self.get_execution(execution.id)
-
-    def _queue_manual(self, db: DB, task_id: int, now: int) -> Execution:
-        task = get_task(db, task_id)
-        if task.status == "disabled":
-            raise Conflict(f"task {task_id} is disabled: set its status to active or paused first")
-        if task.task_type == "bash" and not self.settings.allow_host_commands:
-            raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
-        return get_execution(db, insert_executions(db, [NewExecution(task_id, None, "manual", None, now)])[0])[0]
 
     @operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
@@ -6935,13 +6911,13 @@ class Service:
         How each run ended, with error_message and output. Rows with status skipped or missed are slots that ran nothing, and
         say why. For older ones raise `skip`.
         """
-        total, rows = await self.store.scan(partial(list_history, task_id=task_id, query=query))
+        total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[view_of(row) for row in rows])
 
     @operation("GET", "/executions")
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
-        rows = await self.store.scan(partial(list_executions, query=query))
+        _, rows = await self.store.scan(partial(list_executions, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=[view_of(row) for row in rows], next_before_id=more)
 
@@ -6999,13 +6975,7 @@ class Service:
     @operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
         """List tasks with their recent executions."""
-        return await self.store.scan(partial(self._overview, query=query))  # views of 30,000 executions are no work for the loop
-
-    def _overview(self, db: DB, query: TaskQuery) -> OverviewPage:
-        total, rows = list_tasks(db, query)
-        recent = recent_executions(db, [task.id for task in rows], 30)
-        tasks = [overview_view(as_it_is(task, self.engine.paused), recent.get(task.id, [])) for task in rows]
-        return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        return await self.store.scan(partial(_overview, query=query, paused=self.engine.paused))
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
@@ -7028,15 +6998,13 @@ class Service:
     @operation("POST", "/scheduler/pause")
     async def pause_scheduler(self) -> StatusView:
         """Stop all firing; survives a restart."""
-        return await self._set_paused(True)
+        await self.change(partial(_pause_all, paused=True, now=self.clock.now()))
+        return await self.get_scheduler_status()
 
     @operation("POST", "/scheduler/resume")
     async def resume_scheduler(self) -> StatusView:
         """Fire again, from the next slots on."""
-        return await self._set_paused(False)
-
-    async def _set_paused(self, paused: bool) -> StatusView:
-        await self.change(partial(_pause_all, paused=paused, now=self.clock.now()))
+        await self.change(partial(_pause_all, paused=False, now=self.clock.now()))
         return await self.get_scheduler_status()
 
     @operation("GET", "/scheduler/status", tool=("read_only",))
@@ -7076,6 +7044,32 @@ class Service:
 
 
 # --- Transactions of the use cases ------------------------------------------------------------------------------------
+
+
+def _read_schedule(db: DB, schedule_id: int, paused: bool) -> ScheduleView:
+    schedule = get_schedule(db, schedule_id)
+    schedule.upcoming = []
+    if schedule.is_active and schedule.live and not paused:
+        with contextlib.suppress(*DAMAGE):  # its description says so
+            schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
+    return view_of(as_it_is(schedule, paused))
+
+
+def _queue_manual(db: DB, task_id: int, settings: Settings, now: int) -> Execution:
+    task = get_task(db, task_id)
+    if task.status == "disabled":
+        raise Conflict(f"task {task_id} is disabled: set its status to active or paused first")
+    if task.task_type == "bash" and not settings.allow_host_commands:
+        raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
+    return get_execution(db, insert_executions(db, [NewExecution(task_id, None, "manual", None, now)])[0])[0]
+
+
+def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
+    """In a thread: views of 30,000 executions are no work for the loop."""
+    total, rows = list_tasks(db, query)
+    recent = recent_executions(db, [task.id for task in rows], 30)
+    tasks = [overview_view(as_it_is(task, paused), recent.get(task.id, [])) for task in rows]
+    return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
 
 def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
