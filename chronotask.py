@@ -171,7 +171,7 @@ from pydantic import (
     with_config,
 )
 from pydantic_core import ErrorDetails, from_json, to_json
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, is_typeddict
 
 if TYPE_CHECKING:
     import aiohttp
@@ -1238,30 +1238,6 @@ class Outcome:
 # --- Readable messages for refused fields -----------------------------------------------------------------------------
 
 
-def field_errors(
-    error: ValidationError, prefix: str = "", known: Iterable[str] = (), nested: Mapping[str, Iterable[str]] | None = None
-) -> tuple[FieldError, ...]:
-    """What a model refused, one entry a field, at most 100 of them.
-
-    `prefix` goes before each path; `known` are the names to suggest for a wrong one, `nested` those inside a field.
-    Values are shown unless they may be secret.
-    """
-    if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
-        return (FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them"),)
-    found: list[FieldError] = []
-    for detail in error.errors(include_url=False)[:100]:
-        loc, path = detail["loc"], prefix
-        for part in loc:
-            if isinstance(part, int):
-                path += f"[{part}]"
-            else:
-                name = part if len(part) <= 80 and part.isprintable() else shown(part)
-                path += f".{name}" if path else name
-        names = (nested or {}).get(str(loc[0]), known) if len(loc) > 1 else known
-        found.append(FieldError(path, _message(detail, list(names))))
-    return tuple(found)
-
-
 _WANTED = {
     "literal_error": "one of {expected}",
     "string_type": "text",
@@ -1570,12 +1546,7 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
 
     Raises InvalidInput that lists every bad field as `config.…`.
     """
-    try:
-        checked = adapter(CONFIGS[task_type]).validate_python(config)
-    except ValidationError as error:
-        known, inside = CONFIGS[task_type].__annotations__, {"auth": HttpAuth.__annotations__}
-        raise InvalidInput(*field_errors(error, "config", known, inside)) from None
-    return {name: value for name, value in checked.items() if value is not None}
+    return {name: value for name, value in _checked(CONFIGS[task_type], config, "config").items() if value is not None}
 
 
 # --- The kinds of schedule --------------------------------------------------------------------------------------------
@@ -1647,11 +1618,7 @@ SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "int
 
 def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
     """A client's `schedule_config` as it is stored, with `timezone` filled in. Raises InvalidInput with every bad field."""
-    kind = SCHEDULE_CONFIGS[schedule_type]
-    try:
-        checked = adapter(kind).validate_python(config, context={"zone": default_zone, "now": now})
-    except ValidationError as error:
-        raise InvalidInput(*field_errors(error, "schedule_config", kind.__annotations__)) from None
+    checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", {"zone": default_zone, "now": now})
     zone = checked.pop("timezone", None) or default_zone
     return {**{name: value for name, value in checked.items() if value is not None}, "timezone": zone}
 
@@ -2259,9 +2226,10 @@ def mark_of(kind: Any) -> Any:
 
 
 def field_names(model: Any) -> Collection[str]:
-    """Of a body or a query."""
-    body = mark_of(model)
-    return cast(Collection[str], model.model_fields if body is None else body.fields)
+    """Of a configuration, a body or a query."""
+    if (mark := mark_of(model)) is not None:
+        return cast(Collection[str], mark.fields)
+    return cast(Collection[str], model.__annotations__ if is_typeddict(model) else model.model_fields)
 
 
 class Query(BaseModel):
@@ -2338,6 +2306,32 @@ def adapter(model: Any) -> TypeAdapter[Any]:
     return TypeAdapter(model)
 
 
+def _checked(model: Any, data: Any, prefix: str = "", context: Mapping[str, Any] | None = None) -> Any:
+    """`data` as `model`. Raises InvalidInput with an entry for each bad field, at most 100, with `prefix` before its path.
+
+    The nearest known name is suggested for an unknown one. Values are shown unless they may be secret.
+    """
+    try:
+        return adapter(model).validate_python(data, context=cast(Any, context))
+    except ValidationError as error:
+        if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
+            raise InvalidInput(FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them")) from None
+        details = error.errors(include_url=False)[:100]
+    found: list[FieldError] = []
+    for detail in details:
+        loc, path = detail["loc"], prefix
+        for part in loc:
+            if isinstance(part, int):
+                path += f"[{part}]"
+            else:
+                name = part if len(part) <= 80 and part.isprintable() else shown(part)
+                path += f".{name}" if path else name
+        inside = {"auth": HttpAuth, "schedules": NestedSchedule} if len(loc) > 1 else {}
+        known = field_names(inside.get(str(loc[0]), model))
+        found.append(FieldError(path, _message(detail, list(known))))
+    raise InvalidInput(*found)
+
+
 def parse(model: Any, data: Any) -> Any:
     """`data` as `model`, a Query or a dict that is marked with a Body: of what was sent.
 
@@ -2348,9 +2342,9 @@ def parse(model: Any, data: Any) -> Any:
         read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
         data = {name: value for name, value in data.items() if name not in read_only}
     try:
-        return adapter(model).validate_python(data)
-    except ValidationError as error:
-        errors = field_errors(error, "", field_names(model), {"schedules": field_names(NestedSchedule)})
+        return _checked(model, data)
+    except InvalidInput as error:
+        errors = error.errors
     if body is not None and not body.update and isinstance(data, dict):
         # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
         try:
@@ -7458,19 +7452,15 @@ def connection_type() -> type[web.RequestHandler]:
     return Connection
 
 
-@functools.cache
-def busy_key() -> web.AppKey[set[Any]]:
-    """Under it an application carries the connections whose request is being answered."""
-    return web.AppKey("busy")
+BUSY: set[Any] = set()  # connections whose request is being answered
 
 
 def gated_app(service: Service) -> web.Application:
     """An application without routes. Who may ask is checked before every request, and every error becomes an answer after."""
-    busy: set[Any] = set()
 
     @web.middleware
     async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        busy.add(request.protocol)
+        BUSY.add(request.protocol)
         try:
             check_caller(request.headers, request.method, request.path, service.settings)
             return await handler(request)
@@ -7484,14 +7474,13 @@ def gated_app(service: Service) -> web.Application:
             logger.exception("%s %s", request.method, shown(request.path))
             return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
         finally:
-            busy.discard(request.protocol)
+            BUSY.discard(request.protocol)
 
     async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
         answer.headers["Server"] = SERVER
 
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app.on_response_prepare.append(hide_versions)
-    app[busy_key()] = busy
     return app
 
 
@@ -8048,20 +8037,19 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
 def make_tools() -> types.ListToolsResult:
     from mcp import types
 
-    tools = []
-    for operation in TOOLS.values():
-        words = ("read_only", "destructive", "idempotent", "open_world")
-        hints: Any = {f"{word}_hint": word in operation.hints for word in words}
-        tools.append(
-            types.Tool(
-                name=operation.name,
-                description=f"{operation.summary}. {operation.description}",
-                input_schema=input_schema(operation),
-                output_schema=output_schema(operation),
-                annotations=types.ToolAnnotations(**hints),
-            )
+    def tool(operation: Operation) -> types.Tool:
+        hints: Any = {
+            f"{word}_hint": word in operation.hints for word in ("read_only", "destructive", "idempotent", "open_world")
+        }
+        return types.Tool(
+            name=operation.name,
+            description=f"{operation.summary}. {operation.description}",
+            input_schema=input_schema(operation),
+            output_schema=output_schema(operation),
+            annotations=types.ToolAnnotations(**hints),
         )
-    return types.ListToolsResult(tools=tools)
+
+    return types.ListToolsResult(tools=list(map(tool, TOOLS.values())))
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -8712,7 +8700,7 @@ async def _open(
 
     app.on_shutdown.append(stop_listening)
     await runner.setup()
-    loop, server, busy = asyncio.get_running_loop(), cast(web.Server, runner.server), app[busy_key()]
+    loop, server = asyncio.get_running_loop(), cast(web.Server, runner.server)
     limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def connect() -> asyncio.Protocol:
@@ -8721,7 +8709,7 @@ async def _open(
         Else a stranger's idle connections would take all file descriptors from clients and tasks.
         """
         if len(server.connections) >= limit:
-            idle = (other for other in server.connections if other.transport is not None and other not in busy)
+            idle = (other for other in server.connections if other.transport is not None and other not in BUSY)
             if (oldest := next(idle, None)) is not None:
                 oldest.force_close()
         return connection_type()(server, loop=loop, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
