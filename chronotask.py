@@ -4906,22 +4906,26 @@ def _spawn(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+_children: set[int] = set()  # that were started here and are not waited for yet
+
+
 def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
     """Is done once the process itself has ended, whoever still holds its pipes, and has been waited for."""
+    loop, exited = asyncio.get_running_loop(), asyncio.Future[Any]()
     try:
         pidfd = os.pidfd_open(process.pid)
     except (AttributeError, OSError):  # no Linux, one before 5.3, or a sandbox that knows no pidfd
-        return asyncio.ensure_future(in_daemon(process.wait))
-    loop = asyncio.get_running_loop()
-    exited = loop.create_future()
+        exited = asyncio.ensure_future(in_daemon(process.wait))
+    else:
 
-    def reap() -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        process.wait()
-        exited.set_result(None)
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            exited.set_result(process.wait())
 
-    loop.add_reader(pidfd, reap)
+        loop.add_reader(pidfd, ended)
+    _children.add(process.pid)
+    exited.add_done_callback(lambda _: _children.discard(process.pid))
     return exited
 
 
@@ -4965,40 +4969,23 @@ def _signal_group(group: int, number: int) -> bool:
 def _group_lives(group: int) -> bool:
     """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
     for pid in _own_processes():
-        with contextlib.suppress(OSError):
-            state, _, its_group = _stat_of(pid)[:3]
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]  # proc(5); the name before them may hold anything
             if its_group == str(group) and state not in "ZX":
                 return True
     return False
 
 
-def _stat_of(pid: int) -> list[str]:
-    """State, parent, process group and so on, from proc(5); the name before them may hold anything."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()
-
-
-def reap(seen: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
-    """As process 1: waits for the ended children that were `seen` before, and returns the others, to be seen next time.
-
-    Those were left behind by tasks. What this process has started itself is waited for between two looks;
-    waitpid(-1) would take it away from there.
-    """
-    ended = set()
-    for name in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if name.isdecimal() and (stat := _stat_of(int(name)))[:2] == ["Z", str(os.getpid())]:
-                ended.add((int(name), stat[19]))  # with the time of its start: numbers are given again
-    for pid, _ in ended.intersection(seen):
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-    return ended.difference(seen)
+def reap() -> None:
+    """As process 1: waits for the ended children that tasks have left behind."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in _children:
+            os.waitpid(ended.si_pid, 0)
 
 
 async def reap_for_ever() -> None:
-    ended: set[tuple[int, str]] = set()
     while True:
-        ended = reap(ended)
+        reap()
         await asyncio.sleep(REAP_SECONDS)
 
 
