@@ -1486,10 +1486,6 @@ _FOLDER = _refused(
 )
 
 
-def _default(value: bool | str) -> Any:
-    return Field(json_schema_extra={"default": value})
-
-
 # Checked, they are the dicts that are stored, with the fields that were sent: no default is filled in, no object made.
 _STRICT = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, regex_engine="python-re")
 _config = with_config(_STRICT)
@@ -1508,7 +1504,9 @@ class HttpConfig(TypedDict, total=False):
     """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
 
     url: Required[Annotated[str, Field(max_length=8192), AfterValidator(_url)]]
-    method: Annotated[Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], _UPPER, _default("GET")]
+    method: Annotated[
+        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], _UPPER, Field(json_schema_extra={"default": "GET"})
+    ]
     headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
     params: Annotated[dict[str, _Param], Field(max_length=1000)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
@@ -1518,8 +1516,8 @@ class HttpConfig(TypedDict, total=False):
         Annotated[list[_Codes], Field(max_length=100), AfterValidator(_status_ranges)] | None,
         Field(description='Codes or ranges that count as success; default ["200-299"].'),
     ]
-    follow_redirects: Annotated[bool, _default(True)]
-    verify_tls: Annotated[bool, _default(True)]
+    follow_redirects: Annotated[bool, Field(json_schema_extra={"default": True})]
+    verify_tls: Annotated[bool, Field(json_schema_extra={"default": True})]
 
 
 @_config
@@ -7580,34 +7578,6 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
     return handle
 
 
-class Page(NamedTuple):
-    """A route that is no operation: outside of the API, or a stream."""
-
-    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
-    path: str
-    media: str  # of its answer
-    query: type[Query] | None = None
-    header: str | None = None
-
-    @property
-    def summary(self) -> str:
-        return (self.handler.__doc__ or "").partition("\n")[0].rstrip(".")
-
-
-PAGES: list[Page] = []
-
-
-def page(*about: Any) -> Callable[[U], U]:
-    """Makes a handler a page. The first line of its docstring is for a client."""
-
-    def add(handler: U) -> U:
-        PAGES.append(Page(handler, *about))
-        return handler
-
-    return add
-
-
-@page("/", "application/json")
 async def show_root(service: Service, request: web.Request) -> web.StreamResponse:
     """What this is; the dashboard to a browser."""
     if wants_html(request.headers):
@@ -7629,7 +7599,6 @@ async def show_root(service: Service, request: web.Request) -> web.StreamRespons
     )
 
 
-@page("/docs", "text/html")
 async def show_docs(_service: Service, request: web.Request) -> web.Response:
     """This document to read and to try.
 
@@ -7658,7 +7627,6 @@ def page_policy(page: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
-@page("/health", "application/json")
 async def show_health(service: Service, request: web.Request) -> web.Response:
     """Whether the service works; needs no token."""
     reason = service.problem()
@@ -7670,7 +7638,6 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
     return json_answer(answer, 200 if reason is None else 503)
 
 
-@page(API + "/executions/{id}/output", "text/plain", FollowQuery)
 async def send_output(service: Service, request: web.Request) -> web.StreamResponse:
     """The kept output as plain text; follow=true streams it while the execution runs."""
     query, execution_id = read_query(request, FollowQuery), cast(int, path_id(request))
@@ -7686,7 +7653,6 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     return answer
 
 
-@page(API + "/events", "text/event-stream", EventQuery, "Last-Event-ID")
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
     """Changes as server-sent events: execution, task, schedule, scheduler, reset.
 
@@ -7720,7 +7686,6 @@ async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | N
         await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
-@page(API + "/backup", "application/vnd.sqlite3")
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
     """A consistent copy of the database.
 
@@ -7743,7 +7708,6 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
         return answer
 
 
-@page("/metrics", "text/plain")
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
     """Metrics in Prometheus text format.
 
@@ -7782,10 +7746,35 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-@page("/openapi.json", "application/json")
 async def show_openapi(_service: Service, request: web.Request) -> web.Response:
     """This document."""
     return json_answer(openapi())
+
+
+class Page(NamedTuple):
+    """A route that is no operation: outside of the API, or a stream. Its handler's docstring begins with the summary."""
+
+    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
+    path: str
+    media: str  # of its answer
+    query: type[Query] | None = None
+    header: str | None = None
+
+    @property
+    def summary(self) -> str:
+        return (self.handler.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+PAGES = (
+    Page(show_root, "/", "application/json"),
+    Page(show_health, "/health", "application/json"),
+    Page(show_metrics, "/metrics", "text/plain"),
+    Page(show_openapi, "/openapi.json", "application/json"),
+    Page(show_docs, "/docs", "text/html"),
+    Page(send_output, API + "/executions/{id}/output", "text/plain", FollowQuery),
+    Page(show_events, API + "/events", "text/event-stream", EventQuery, "Last-Event-ID"),
+    Page(show_backup, API + "/backup", "application/vnd.sqlite3"),
+)
 
 
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
