@@ -5266,7 +5266,7 @@ class _Connection(asyncio.Protocol):
         self._chunked, self._left = False, math.inf  # until the connection ends
         if method == "HEAD" or status in (204, 304):
             self._left = 0
-        elif coding:
+        elif coding not in ("", "identity"):
             self._chunked = coding.endswith("chunked")
             self._left = 0 if self._chunked else math.inf
         elif length:
@@ -5590,7 +5590,8 @@ async def _read_body(connection: _Connection, response: _Response, live: LiveOut
     live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
     decoder = _Decoder() if response.first.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate") else None
     read = kept = 0
-    while chunk := await connection.body():
+    while True:
+        chunk = await connection.body()
         for part in (chunk,) if decoder is None else decoder.decoded(chunk):
             live.feed("body", part)
             read += len(part)
@@ -5599,19 +5600,22 @@ async def _read_body(connection: _Connection, response: _Response, live: LiveOut
                 await asyncio.sleep(0)
             if read >= MAX_BODY_BYTES:
                 return
-    if decoder is not None:
-        live.feed("body", decoder.finish())
+        if not chunk:
+            return
 
 
 class _Decoder:
     """Undoes gzip and deflate in small pieces, so that what unpacks to gigabytes needs no memory."""
 
-    def __init__(self) -> None:
-        self._inflate: Any = None
-        self._begun = False
+    _inflate: Any = None
+    _begun = False
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes unpack to. Raises _Failed."""
+        """What these bytes unpack to; none are the end. Raises _Failed."""
+        if not data and self._inflate is not None:
+            yield self._inflate.flush()
+            if not self._inflate.eof:
+                raise _Failed(_BROKE_OFF)
         while data:
             if self._inflate is None:
                 if self._begun and data[:1] != b"\x1f":  # gzip may have several members; anything else behind it is no part of it
@@ -5626,13 +5630,6 @@ class _Decoder:
             data = self._inflate.unconsumed_tail
             if self._inflate.eof:
                 data, self._inflate = self._inflate.unused_data, None
-
-    def finish(self) -> bytes:
-        """The rest. Raises _Failed when something is missing."""
-        rest: bytes = self._inflate.flush() if self._inflate is not None else b""
-        if self._inflate is not None and not self._inflate.eof:
-            raise _Failed(_BROKE_OFF)
-        return rest
 
 
 def _shown_headers(response: _Response, live: LiveOutput) -> dict[str, str]:
@@ -8534,20 +8531,13 @@ class LogStream(io.TextIOBase):
                 about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
             try:
-                if self._path is not None and not _is_still_at(self._path, fd):
+                if self._path is not None and not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(fd))):
                     fd, old = _open_log(self._path), fd
                     os.close(old)
                 write_all(fd, text.encode("utf-8", "backslashreplace"))
             except OSError:
                 with self._changed:
                     self._lost += lost + text.count("\n")
-
-
-def _is_still_at(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _open_log(path: Path) -> int:
@@ -8745,15 +8735,6 @@ def warn_if_open(settings: Settings) -> None:
             logger.warning("CHRONOTASK_ALLOWED_HOSTS: DNS can be made to answer for %s: set CHRONOTASK_API_TOKEN", name)
 
 
-def fill_standard_streams() -> None:
-    """Where the parent has closed one, the next file or socket must not become a standard stream."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
 def allow_files(runs: int) -> int:
     """Room for thousands of idle connections beside the runs: the usual soft limit is 1024. Returns the one before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8796,7 +8777,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        fill_standard_streams()
+        for number in (0, 1, 2):  # where the parent has closed one, the next file or socket must not become a standard stream
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = load_settings(options, os.environ)
         hide_from_tasks()

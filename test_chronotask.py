@@ -5627,6 +5627,24 @@ async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value(caplo
     assert "geheim" not in caplog.text
 
 
+async def test_an_address_that_does_not_answer_is_not_waited_for() -> None:
+    async with serving(echo) as url:
+        port = int(url.rpartition(":")[2])
+        with contextlib.ExitStack() as sockets:
+            dead = sockets.enter_context(socket.create_server(("127.0.0.3", port), backlog=0))
+            for _ in range(3):  # its queue is full: the kernel answers no more
+                waiting = sockets.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(dead.getsockname())
+            async with http_client(Settings()) as client:
+                for addresses in (["127.0.0.3", "127.0.0.2", "127.0.0.1"], ["127.0.0.2"]):
+                    client._names["many"] = asyncio.ensure_future(asyncio.sleep(0, addresses))
+                    task = StoredConfig(url=f"http://many:{port}/", timeout=10, headers={"Connection": "close"})
+                    outcome = await run_http(task, SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
+                    assert outcome.status == ("succeeded" if "127.0.0.1" in addresses else "failed")
+    assert outcome.error_message == f"could not connect to many:{port}: connection refused"
+
+
 async def test_names_are_looked_up_in_daemon_threads() -> None:
     async with serving(echo) as url:
         assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
@@ -5740,6 +5758,8 @@ BEHIND = [
     ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nhello", ""),
     ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", ""),
     ("GET", OK + b"garbage", "ok"),
+    ("GET", OK.replace(b"\r\n", b"\r\nTransfer-Encoding: identity\r\nX-Folded: a\r\n b\r\n", 1), "ok"),
+    ("GET", OK.replace(b"\r\n", b"\n").replace(b" OK", b""), "ok"),
     ("GET", OK + b"\r\n\r\n<html>", "ok"),
     ("GET", OK + b"HTTP/1.1 500 Forged\r\nContent-Length: 6\r\n\r\nforged", "ok"),
     ("GET", b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 500 Forged\r\nContent-Length: 6\r\n\r\nforged", ""),
