@@ -2324,8 +2324,8 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Mapping[str, Any]
             else:
                 name = part if len(part) <= 80 and part.isprintable() else shown(part)
                 path += f".{name}" if path else name
-        inside = {"auth": HttpAuth, "schedules": NestedSchedule} if len(loc) > 1 else {}
-        known = field_names(inside.get(str(loc[0]), model))
+        inside: dict[Any, Any] = {"auth": HttpAuth, "schedules": NestedSchedule}
+        known = field_names(inside.get(loc[0], model) if len(loc) > 1 else model)
         found.append(FieldError(path, _message(detail, list(known))))
     raise InvalidInput(*found)
 
