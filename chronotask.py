@@ -362,6 +362,7 @@ _host = _text(r"[A-Za-z0-9._:-]+", "a host name or IP address to listen on")
 _token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
+_public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
 _words = _text(".+", "without empty entries or control characters", many=True)
 _hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
@@ -389,6 +390,7 @@ class Settings:
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
     allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
+    public_url: str | None = _setting(_public_url, None, "how people reach the dashboard, for links in messages")
     secrets_dir: Path = _setting(_path, Path("/run/secrets"), "where ${file:...} may read")
     block_private_networks: bool = _setting(_flag, False, "refuse loopback and private addresses to HTTP tasks")
     allowed_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
@@ -970,7 +972,56 @@ class Interval:
         return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
 
 
-Timing = Cron | Once | Interval
+# An event of an `after` schedule, and how words tell that it came; `{n}` is the threshold.
+EVENTS = {
+    "success": "succeeded",
+    "failure": "failed",
+    "cancelled": "was cancelled",
+    "skipped": "skipped a slot",
+    "missed": "missed a slot",
+    "started": "started",
+    "broke": "failed {n} times in a row",
+    "recovered": "has recovered",
+    "paused": "was paused after failures",
+    "overdue": "has not succeeded for {span}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """Fires when another task comes to something: no slots, but for the one of `overdue`, at `at`."""
+
+    config: Mapping[str, Any]
+    watched: Sequence[Sequence[Any]]  # id and name of the tasks of `task_ids` that exist
+    at: int | None
+    fixed: ClassVar = False
+
+    def next_after(self, t: int) -> int | None:
+        return self.at if self.at is not None and self.at > t else None
+
+    def last_at_or_before(self, t: int) -> int | None:
+        return None
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        return 0
+
+    def describe(self) -> str:
+        config, names = self.config, {task_id: f"'{name}'" for task_id, name, *_ in self.watched}
+        who = f"a task tagged '{config['tag']}'" if "tag" in config else "any task"
+        if "task_ids" in config:
+            who = _and([names.get(task_id, f"task {task_id} (deleted)") for task_id in config["task_ids"]], "or")
+        times, span = config.get("threshold", 1), _span_words(round(config.get("seconds", 0) * SECOND))
+        span = span if span[0].isdigit() else f"1 {span}"
+        words = {event: EVENTS[event].format(n=times, span=span) for event in config["on"]}
+        if times == 1 and "broke" in words:
+            words["broke"] = "failed after a success"
+        if "overdue" in words:
+            return f"When {who} {words['overdue']}"
+        recovered = words.pop("recovered", None) if len(words) > 1 else None
+        return f"After {who} {_and(list(words.values()), 'or')}" + (", and when it has recovered" if recovered else "")
+
+
+Timing = Cron | Once | Interval | After
 
 
 def _local_words(t: int, zone: str) -> str:
@@ -1083,11 +1134,18 @@ def _weekday_words(weekdays: tuple[int, ...]) -> str:
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
-def make_timing(schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None) -> Timing:
+def make_timing(
+    schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None, watched: Sequence[Any] = ()
+) -> Timing:
     """The timing of a stored schedule: its config has been through `check_schedule_config`.
 
     An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
+    `watched` are the tasks that one of type `after` names: id, name, last success.
     """
+    if schedule_type == "after":
+        overdue = "overdue" in config["on"] and watched
+        last = max(created_at, watched[0][2] or 0) if overdue else 0
+        return After(config, watched, last + round(config["seconds"] * SECOND) if overdue else None)
     zone = config["timezone"]
     if schedule_type == "cron":
         return Cron(config["expression"], zone)
@@ -1209,6 +1267,7 @@ MAX_ARGUMENT_BYTES = 131071
 # No name holds a `{`: else each of many beginnings without an end would be followed through all the text behind it.
 SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
 
+CAUSE_REFERENCE = re.compile(r"\$\{cause:([^{}]*)\}")
 _REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
 _HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
 _HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
@@ -1306,8 +1365,26 @@ _NO_CONTROL = _refused(_CONTROL.search, "must not hold control characters")
 _NO_NUL = _refused(lambda text: "\0" in text, "must not hold a NUL character")
 
 
-def _references(text: str) -> str:
-    """`text`, whose `${env:…}` and `${file:…}` all have a form that may be resolved when the task runs."""
+# What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
+CAUSE_NAMES = (
+    *("event", "execution_id", "task_id", "task_key", "task_name", "status", "error_message", "scheduled_for", "started_at"),
+    *("finished_at", "duration", "attempt", "failures_in_a_row", "exit_code", "status_code", "output", "text", "url"),
+)
+
+
+def _references(text: str, cause: bool = False) -> str:
+    """`text`, whose `${env:…}` and `${file:…}` all have a form that may be resolved when the task runs. `cause`: here facts
+    about what happened may stand; nowhere else, or they would become source, or a part of something else."""
+    for name in CAUSE_REFERENCE.findall(text):
+        if not cause:
+            raise ValueError(
+                f"${{cause:{shown(name)}}} cannot stand here: only in the path and query of url, params, headers, a JSON or form "
+                "body, a body of text/plain, and env"
+            )
+        if name not in CAUSE_NAMES:
+            raise ValueError(
+                f"${{cause:{shown(name)}}}: must be one of {', '.join(CAUSE_NAMES)}{did_you_mean(name, CAUSE_NAMES)}"
+            )
     for kind, name in SECRET_REFERENCE.findall(text):
         if kind == "env" and not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
             raise ValueError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
@@ -1319,9 +1396,11 @@ def _references(text: str) -> str:
 def _url(text: str) -> str:
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
-    if "${" in text and SECRET_REFERENCE.match(_references(text)):
-        return text  # the whole beginning is a secret: checked when it is known
     parts = url_parts(text)
+    beginning = text[: len(text) - len(parts.rest)] if parts else text.partition("}")[0] + "}"
+    _references(beginning)
+    if "${" in text and SECRET_REFERENCE.match(_references(text, cause=True)):
+        return text  # the whole beginning is a secret: checked when it is known
     try:
         read = urllib.parse.urlsplit("//" + SECRET_REFERENCE.sub("0", parts.host if parts else ""))
         read.port  # noqa: B018 - reading it checks it
@@ -1370,7 +1449,7 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{name} cannot be set: it follows from the url and the body")
         if NOT_IN_HEADERS.search(value) or len(value) > 8192:
             raise ValueError(f"the value of {name} must be at most 8192 characters, without line breaks and control characters")
-        _references(value)
+        _references(value, cause=name.lower() not in MASKED_HEADERS)
     return headers
 
 
@@ -1399,7 +1478,16 @@ def nesting(value: Any) -> int:
     return depth
 
 
-def _body(body: Any) -> Any:
+def body_kind(headers: Mapping[str, str] | None) -> str:
+    """The media type that a task names for its body, in lower case; empty if it names none."""
+    named = (value for name, value in (headers or {}).items() if name.lower() == "content-type")
+    return next(named, "").partition(";")[0].strip().lower()
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+def _body(body: Any, info: ValidationInfo) -> Any:
     if not isinstance(body, (dict, list, str)):
         raise ValueError("must be an object or a list (sent as JSON), or text (sent as it is)")
     if nesting(body) > MAX_NESTING:
@@ -1410,8 +1498,9 @@ def _body(body: Any) -> Any:
         raise ValueError("must be valid JSON: finite numbers and valid Unicode") from None
     if size > 1048576:
         raise ValueError("must be at most 1 MiB")
+    facts = not isinstance(body, str) or body_kind(info.data.get("headers")) in ("text/plain", FORM)
     for text in texts(body):
-        _references(text)
+        _references(text, cause=facts)
     return body
 
 
@@ -1432,7 +1521,7 @@ def _env(env: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{name} cannot be set: {ENV_PREFIX}… belongs to the service")
         if "\0" in value or len(value.encode()) > 65536:
             raise ValueError(f"the value of {name} must be at most 65536 bytes, without a NUL character")
-        _references(value)
+        _references(value, cause=True)
     return env
 
 
@@ -1455,7 +1544,7 @@ def _param(value: Any) -> Any:
         if isinstance(item, str) and len(item) > 8192:
             raise ValueError("must be at most 8192 characters long")
         if isinstance(item, str):
-            _references(item)
+            _references(item, cause=True)
     if isinstance(value, list) and len(value) > 1000:
         raise ValueError("must be at most 1000 entries long")
     return value
@@ -1466,13 +1555,22 @@ _Codes = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": 
 _Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
 
 
+def _no_cause(source: str) -> None:
+    """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
+    if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
+        raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
+
+
 def _script(command: str) -> str:
     if not command.strip():
         raise ValueError("must hold a command")
+    _no_cause(command)
     return command.replace("\r\n", "\n")  # from a Windows editor: bash would take the \r for a part of each last word
 
 
 def _fits(args: list[str], info: ValidationInfo) -> list[str]:
+    for arg in args:
+        _no_cause(arg)
     if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
         raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
     return args
@@ -1611,14 +1709,66 @@ class IntervalConfig(TypedDict, total=False):
     start_date: Annotated[str, _read(check_start_date)] | None
 
 
-SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig}
+AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
+
+
+def _event(name: object) -> object:
+    if name in ("failed", "timed_out", "interrupted"):
+        raise ValueError("failed, timed_out and interrupted are one event: write failure, which covers them all")
+    return name
+
+
+@_config
+class AfterConfig(TypedDict, total=False):
+    """For after: when other tasks come to something. Exactly one of task_ids, tag, any."""
+
+    task_ids: Annotated[list[TaskId], Field(min_length=1, max_length=100)] | None
+    tag: Tag | None
+    any: Literal[True] | None
+    on: Required[
+        Annotated[
+            list[Annotated[AfterEvent, BeforeValidator(_event)]],
+            Field(min_length=1, max_length=10),
+            AfterValidator(lambda events: list(dict.fromkeys(events))),
+        ]
+    ]
+    threshold: Annotated[int, Field(ge=1, le=100)] | None
+    seconds: Annotated[float, Field(ge=60, le=31622400, allow_inf_nan=False), AfterValidator(_milliseconds)] | None
+
+
+def _check_after(config: Mapping[str, Any]) -> None:
+    """Raises InvalidInput for fields of an AfterConfig that do not go together."""
+    wrong: list[FieldError] = []
+    selected = [name for name in ("task_ids", "tag", "any") if name in config]
+    if len(selected) != 1:
+        wrong.append(FieldError("", f"must have exactly one of task_ids, tag and any, not {' and '.join(selected) or 'none'}"))
+    if "overdue" in config["on"]:
+        if len(config["on"]) > 1:
+            wrong.append(FieldError("on", "overdue must stand alone: make a schedule of its own for it"))
+        if "seconds" not in config:
+            wrong.append(FieldError("seconds", "is required for overdue: how long without a success"))
+        if len(config.get("task_ids", ())) != 1:
+            wrong.append(FieldError("task_ids", "must be exactly one task for overdue"))
+    elif "seconds" in config:
+        wrong.append(FieldError("seconds", "is only for overdue"))
+    if "threshold" in config and not {"broke", "recovered"} & {*config["on"]}:
+        wrong.append(FieldError("threshold", "is only for broke and recovered"))
+    if wrong:
+        raise InvalidInput(*(FieldError(f"schedule_config.{e.field}".rstrip("."), e.message) for e in wrong))
+
+
+SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig, "after": AfterConfig}
 
 
 def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
     """A client's `schedule_config` as it is stored, with `timezone` filled in. Raises InvalidInput with every bad field."""
     checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", {"zone": default_zone, "now": now})
     zone = checked.pop("timezone", None) or default_zone
-    return {**{name: value for name, value in checked.items() if value is not None}, "timezone": zone}
+    sent = {name: value for name, value in checked.items() if value is not None}
+    if schedule_type != "after":
+        return {**sent, "timezone": zone}
+    _check_after(sent)
+    return sent
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -1746,7 +1896,8 @@ Config = Annotated[
 ScheduleConfig = Annotated[
     dict[str, Any],
     Field(
-        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}. "
+        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}; "
+        "after: {task_ids or tag or any: true, on: [success, failure, broke, recovered, …], threshold?, seconds?}. "
         "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
         "without an offset in timezone (IANA name)."
     ),
@@ -1778,7 +1929,7 @@ TaskStatus = Annotated[
     Literal["active", "paused", "disabled"],
     Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
 ]
-ScheduleType = Literal["cron", "once", "interval"]
+ScheduleType = Literal["cron", "once", "interval", "after"]
 Overlap = Annotated[
     Literal["skip", "queue", "allow", "cancel"],
     Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
@@ -1789,7 +1940,7 @@ Catchup = Annotated[
 Status = Literal[
     "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
 ]
-Trigger = Literal["schedule", "catchup", "manual"]
+Trigger = Literal["schedule", "catchup", "manual", "after"]
 
 
 class Hold:
@@ -1849,7 +2000,8 @@ class Schedule:
     """When a task fires. It stands at `settled_until`: `next_slot` is the first slot later than that, `next_fire` that slot with
     its jitter.
 
-    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `over`: switched off because no slot was left. `live`: its
+    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `watched`: of the tasks that one of type `after` names, those
+    that exist: id, name, last success, its id. `over`: switched off because no slot was left. `live`: its
     task is active and, once the service knows it, the scheduler not paused.
     """
 
@@ -1882,6 +2034,7 @@ class Schedule:
     ran: Internal[list[list[int]]] = dataclasses.field(default_factory=list)
     over: Internal[bool] = False
     live: Queried[Internal[bool]] = True
+    watched: Queried[Internal[list[list[Any]]]] = dataclasses.field(default_factory=list)
     upcoming: Detail[list[Upcoming] | None] = None
 
     @property
@@ -1898,13 +2051,13 @@ class Schedule:
 
     @property
     def zone(self) -> str:
-        return str(self.schedule_config["timezone"])
+        return str(self.schedule_config.get("timezone", "UTC"))
 
     def plan(self) -> Plan:
         """The schedule as pure arithmetic."""
         # An interval that was made by a clock that was ahead keeps its phase, and has slots before that.
         since = min(self.created_at, self.settled_until) if self.settled_until < self.dealt_with else self.created_at
-        timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since)
+        timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since, self.watched)
         left = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
         return Plan(
             timing,
@@ -1934,7 +2087,10 @@ class Schedule:
         wanted = self.is_active or self.over  # nobody has switched it off
         self.next_slot = next_slot
         self.next_fire = None if next_slot is None else plan.fire_time(next_slot)
-        self.is_active, self.over = wanted and next_slot is not None, wanted and next_slot is None
+        left = next_slot is not None
+        if self.schedule_type == "after":  # one without a slot waits for what comes
+            left = plan.remaining != 0 and bool("task_ids" not in self.schedule_config or self.watched)
+        self.is_active, self.over = wanted and left, wanted and not left
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1966,8 +2122,10 @@ class Execution:
     next_attempt_at: ReadOnly[Time | None]
     error_message: ReadOnly[str | None]
     output_data: ReadOnly[dict[str, Any] | None] = None
+    cause: ReadOnly[dict[str, Any] | None] = None
     attempt_started_at: Internal[Time | None]
     output_size: Queried[Internal[int | None]] = None
+    caused: Detail[list[int] | None] = None
     attempts: Detail[list[AttemptView] | None] = None
 
     @property
@@ -2104,6 +2262,10 @@ class NewExecution:
     hold: int = 0
     error_message: str | None = None
     fire_at: int | None = None  # the slot with its jitter
+    cause: str | None = None  # JSON text
+    caused_by: int | None = None  # an execution; 0: none, but an event all the same
+    event: str | None = None
+    depth: int = 0  # of these, how many `after` has fired one because of the other
 
     @property
     def finished_at(self) -> int | None:
@@ -2140,6 +2302,7 @@ class Run:
     max_retries: int
     retry_delay: float
     retry_backoff: float
+    cause: str | None = None  # JSON text
     owner: str = ""  # the process that runs it
 
     @property
@@ -2209,13 +2372,22 @@ class Body(View):
         return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
 
 
-NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",))]
+NOT_OF_AFTER = {"catchup", "catchup_window", "jitter"}  # null in schedules of type `after`
+_OR_NULL: dict[str, Any] = {
+    name: NotRequired[Annotated[kind, Field(json_schema_extra={"default": default})]]
+    for name, kind, default in (
+        ("catchup", Catchup | None, "latest"),
+        ("catchup_window", CatchupWindow | None, 86400),
+        ("jitter", Jitter | None, 0),
+    )
+}
+NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",), **_OR_NULL)]
 Nested = NotRequired[Annotated[list[NestedSchedule], Field(max_length=100, description="made with it")]]
 TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested)]
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
-ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate")]
-ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True)]
-SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview")]
+ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", **_OR_NULL)]
+ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, **_OR_NULL)]
+SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", **_OR_NULL)]
 
 
 def mark_of(kind: Any) -> Any:
@@ -2364,7 +2536,9 @@ class Upcoming(TypedDict):
 
 
 TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
-ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
+ScheduleView = Annotated[
+    dict[str, Any], View(Schedule, "ScheduleView", catchup=str | None, catchup_window=float | None, jitter=float | None)
+]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 
@@ -2446,6 +2620,11 @@ def task_view(task: Task) -> TaskView:
     shown = view_of(task)
     shown["config"] = mask_config(task.task_type, task.config)
     return shown
+
+
+def schedule_view(schedule: Schedule) -> ScheduleView:
+    shown = view_of(schedule)
+    return {**shown, **dict.fromkeys(NOT_OF_AFTER)} if schedule.schedule_type == "after" else shown
 
 
 def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
@@ -2698,30 +2877,35 @@ def claim_slots(claim: Claim, schedule: Schedule, unfinished: dict[int, list[Unf
         for slot in slots:
             if left is not None and left <= 0:
                 break
-            others = unfinished.setdefault(schedule.task_id, [])
-            met = [other for other in others if not _same_catchup(other, schedule.id, trigger)]
-            waiting = sum(other.count for other in met if other.waiting and other.schedule_id == schedule.id)
-            verdict = judge_overlap(schedule.overlap, sum(other.count for other in met), waiting)
-            row = NewExecution(schedule.task_id, schedule.id, trigger, slot, now)
-            if verdict == "skip":
-                row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
-            else:
-                row.fire_at = plan.fire_time(slot)
-                row.hold = (Hold.CATCHUP if len(met) < len(others) else 0) | (Hold.OVERLAP if verdict != "run" else 0)
-                if verdict == "cancel":
-                    claim.cancels.append((schedule, trigger))
-                    for new in (new for new in claim.rows if new.task_id == schedule.task_id and new.status == "queued"):
-                        if not _same_catchup(new, schedule.id, trigger):
-                            new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
-                    others[:] = [other for other in others if _same_catchup(other, schedule.id, trigger)]
-                others.append(Unfinished(row.task_id, row.schedule_id, trigger, bool(row.hold & Hold.OVERLAP), 1))
+            if claim_row(claim, schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, now), unfinished):
+                claim.rows[-1].fire_at = plan.fire_time(slot)
                 left = None if left is None else left - 1
                 schedule.ran = add_run(schedule.ran, slot, before)
-            claim.rows.append(row)
             before = slot
     schedule.stand(due.settled_until)
     schedule.set_next(None if left is not None and left <= 0 else due.next_slot, plan)
     claim.schedules.append(schedule)
+
+
+def claim_row(claim: Claim, schedule: Schedule, row: NewExecution, unfinished: dict[int, list[Unfinished]]) -> bool:
+    """Adds an execution to `claim`, as the schedule's overlap allows it. Returns whether it will run."""
+    others = unfinished.setdefault(schedule.task_id, [])
+    met = [other for other in others if not _same_catchup(other, schedule.id, row.trigger)]
+    waiting = sum(other.count for other in met if other.waiting and other.schedule_id == schedule.id)
+    verdict = judge_overlap(schedule.overlap, sum(other.count for other in met), waiting)
+    if verdict == "skip":
+        row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
+    else:
+        row.hold = (Hold.CATCHUP if len(met) < len(others) else 0) | (Hold.OVERLAP if verdict != "run" else 0)
+        if verdict == "cancel":
+            claim.cancels.append((schedule, row.trigger))
+            for new in (new for new in claim.rows if new.task_id == schedule.task_id and new.status == "queued"):
+                if not _same_catchup(new, schedule.id, row.trigger):
+                    new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
+            others[:] = [other for other in others if _same_catchup(other, schedule.id, row.trigger)]
+        others.append(Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1))
+    claim.rows.append(row)
+    return verdict != "skip"
 
 
 def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
@@ -2762,6 +2946,189 @@ def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> flo
     except OverflowError:
         wait = MAX_RETRY_WAIT
     return min(wait, MAX_RETRY_WAIT) * (1 + 0.1 * spread)
+
+
+# --- One thing after another ------------------------------------------------------------------------------------------
+#
+# What an execution comes to is told to schedules of type `after` in the transaction that writes it: a crash leaves both or
+# neither. Its row and the event name the execution of the schedule that it causes: exactly one.
+
+MOST_DEPTH = 10  # executions that `after` fires one because of the other
+TOO_DEEP = f"skipped: {MOST_DEPTH} executions have followed each other already; is it a circle?"
+MOST_CAUSE_OUTPUT = 2000  # characters
+MOST_CAUSE_BYTES = 6144
+
+
+@dataclass(slots=True)
+class Standing:
+    """What a task has come to so far, as ends change it."""
+
+    id: int
+    status: str
+    status_reason: str | None
+    pause_after: int | None
+    failures_in_a_row: int
+    success_count: int
+    failure_count: int
+    last_status: str | None
+    last_success: int | None
+    last_success_id: int | None
+
+
+@dataclass(slots=True)
+class Ended:
+    """An execution that is over, or (`started`) begins, and the failures in a row of its task before and after that."""
+
+    execution_id: int
+    task_id: int
+    status: str
+    finished_at: int
+    before: int | None = None  # None: it does not count
+    after: int | None = None
+    paused: bool = False
+    started: bool = False
+
+
+def count_end(standing: Standing, end: Ended) -> None:
+    """Counts the end of an execution that ran, and pauses the task after `pause_after` failures in a row."""
+    end.before = standing.failures_in_a_row
+    standing.last_status = end.status
+    if SUCCESS.get(end.status) is True:
+        standing.success_count += 1
+        standing.failures_in_a_row = 0
+        standing.last_success, standing.last_success_id = end.finished_at, end.execution_id
+    elif SUCCESS.get(end.status) is False:
+        standing.failure_count += 1
+        standing.failures_in_a_row += 1
+        if (
+            standing.pause_after is not None
+            and standing.failures_in_a_row >= standing.pause_after
+            and standing.status == "active"
+        ):
+            standing.status, end.paused = "paused", True
+            failures = f"{standing.failures_in_a_row} failures in a row"
+            standing.status_reason = f"paused after {failures} (pause_after), {format_instant(end.finished_at)}"
+    end.after = standing.failures_in_a_row
+
+
+def events_of(end: Ended, threshold: int) -> list[str]:
+    """The events of `after` that this is."""
+    if end.started:
+        return ["started"]
+    if (success := SUCCESS.get(end.status)) is None:
+        return [end.status]
+    if success:
+        return ["success", *(["recovered"] if (end.before or 0) >= threshold else [])]
+    broke = end.before is not None and end.before + 1 == threshold
+    return ["failure", *(["broke"] if broke else []), *(["paused"] if end.paused else [])]
+
+
+def watches(schedule: Schedule, task_id: int, tags: Collection[str], by_after: bool) -> bool:
+    """Whether an `after` schedule is told of executions of this task. By tag, or of any, none of those that `after` fired."""
+    config = schedule.schedule_config
+    if "task_ids" in config:
+        return task_id in config["task_ids"]
+    return not by_after and task_id != schedule.task_id and ("any" in config or config.get("tag") in tags)
+
+
+def claim_after(
+    claim: Claim,
+    schedule: Schedule,
+    cause: dict[str, Any],
+    caused_by: int,
+    depth: int,
+    unfinished: dict[int, list[Unfinished]],
+    now: int,
+) -> None:
+    """Adds the execution that an `after` schedule fires because of the execution `caused_by` (0: none)."""
+    row = NewExecution(schedule.task_id, schedule.id, "after", None, now)
+    row.cause, row.caused_by, row.event, row.depth = compact(cause), caused_by, cause["event"], depth + 1
+    if depth < MOST_DEPTH:
+        claim_row(claim, schedule, row, unfinished)
+    else:
+        row.status, row.error_message = "skipped", TOO_DEEP
+        claim.rows.append(row)
+
+
+def find_circle(fired: Mapping[int, Collection[int]], begin: int, ends: Collection[int]) -> list[int]:
+    """The way from the task `begin` to one of `ends`, when each task fires the tasks `fired` after it; empty if there is none."""
+    ways, found = [[begin]], {begin}
+    while ways:
+        way = ways.pop(0)
+        if way[-1] in ends:
+            return way
+        ways += [[*way, task_id] for task_id in fired.get(way[-1], ()) if task_id not in found]
+        found.update(fired.get(way[-1], ()))
+    return []
+
+
+def cause_of(event: str, execution: Execution | None, task: Task, streak: int, zone: str, url: str | None) -> dict[str, Any]:
+    """What an `after` execution knows of its cause: a snapshot of at most 6 KiB. Kept output is masked already."""
+    e, output = execution, (execution.output_data if execution else None) or {}
+    error = (e.error_message if e else None) or None
+    cause: dict[str, Any] = {
+        "event": event,
+        "execution_id": e and e.id,
+        "task_id": task.id,
+        "task_key": task.key,
+        "task_name": task.name,
+        "status": e and e.status,
+        "error_message": error and error[:500],
+        "scheduled_for": instant_or_none(e.scheduled_for) if e else None,
+        "started_at": instant_or_none(e.started_at) if e else None,
+        "finished_at": instant_or_none(e.finished_at if e else task.last_success),
+        "duration": e and e.duration,
+        "attempt": e and e.attempt,
+        "failures_in_a_row": streak,
+        "exit_code": output.get("exit_code"),
+        "status_code": output.get("status_code"),
+        "output": output_text(output)[-MOST_CAUSE_OUTPUT:],
+        "text": _cause_text(event, e, task, streak, zone),
+        "url": url and f"{url}#/executions/{e.id}" if e else url,
+    }
+    while (surplus := len(to_json(cause)) - MOST_CAUSE_BYTES) > 0 and cause["output"]:
+        cause["output"] = cause["output"][max(1, surplus // 6) :]
+    return cause
+
+
+def _cause_text(event: str, execution: Execution | None, task: Task, streak: int, zone: str) -> str:
+    """One sentence for a message."""
+    if event == "overdue":
+        return f"{task.name} is overdue (last success: {_minute(task.last_success, zone) if task.last_success else 'never'})"
+    did = {"timed_out": "timed out", "interrupted": "was interrupted", "cancelled": "was cancelled"}
+    did |= {"skipped": "skipped a slot", "missed": "missed a slot", "running": "started"}
+    assert execution is not None
+    words = "has recovered" if event == "recovered" else did.get(execution.status, execution.status)
+    output = execution.output_data or {}
+    why = " ".join((execution.error_message or "").split())[:300]
+    if why and (last := (output.get("stderr") or "").strip().rpartition("\n")[2][:200]):
+        why += "" if last in why else f": {last}"
+    at = execution.finished_at or execution.started_at or execution.queued_at
+    parts = [f"{task.name} {words}{f' ({why})' if why else ''}"]
+    if event == "recovered":
+        parts.append(f"after {streak} failure{'s' * (streak > 1)} in a row")
+    elif streak > 1 and SUCCESS.get(execution.status) is False:
+        parts.append(f"{streak} times in a row")
+    if event == "paused":
+        parts.append("and is paused now")
+    return f"{', '.join(parts)}, {_minute(at, zone)}"
+
+
+def _minute(t: int, zone: str) -> str:
+    return f"{format_local(t, zone)[:16].replace('T', ' ')} {zone}"
+
+
+def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, Any]:
+    """For a run by hand: what an alert may look like."""
+    output: dict[str, Any] = {"exit_code": 1, "stdout": "", "stderr": "an example of output\n"}
+    execution = Execution(
+        id=0, task_id=0, task_name="example", schedule_id=None, trigger="schedule", status="failed", scheduled_for=now,
+        queued_at=now, started_at=now, finished_at=now, attempt=1, next_attempt_at=None, error_message="exit status 1",
+        output_data=output, attempt_started_at=now,
+    )  # fmt: skip
+    example = Task(id=0, name="example", task_type="bash", config={}, created_at=now, updated_at=now)
+    cause = cause_of("failure", execution, example, 1, zone, url)
+    return {**cause, "event": "test", "text": f"This is a test of {task.name}. {cause['text']}"}
 
 
 # ======================================================================================================================
@@ -3516,7 +3883,11 @@ _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND 
 # The rows of resources, with what their declarations mark as queried.
 _TASKS = f"SELECT *, {_NEXT_RUN} AS next_run FROM tasks"
 _S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
-_SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live {_S_JOIN}"
+_WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_config) THEN (SELECT
+    json_group_array(json_array(w.id, w.name, w.last_success, w.last_success_id))
+    FROM json_each(s.schedule_config, '$.task_ids') j
+    CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
+_SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
 _TASK_NAME = "(SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name"
 _EXECUTIONS = f"SELECT *, {_TASK_NAME}, length(output_data) AS output_size FROM executions e"
 _TAGGED = "SELECT tasks.id FROM tasks, json_each(CASE WHEN json_valid(tags) THEN tags ELSE '[]' END) WHERE value = ?"
@@ -3555,13 +3926,13 @@ def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
     return rows[0]
 
 
-def write_rows(db: DB, statement: str, names: tuple[str, ...], rows: Sequence[Sequence[Any]]) -> int:
-    """Runs a statement that reads a table `rows` with the columns `names`, in one step; gives the last id that it made."""
+def write_rows(db: DB, statement: str, names: tuple[str, ...], rows: Sequence[Sequence[Any]]) -> sqlite3.Cursor:
+    """Runs a statement that reads a table `rows` with the columns `names`, in one step."""
     text = compact(rows)
     if r"\u0000" in text:  # where a text ends for SQLite's JSON
         text = compact([[v.replace("\0", "\ufffd") if isinstance(v, str) else v for v in row] for row in rows])
     columns = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(names))
-    return db.execute(f"WITH rows AS (SELECT {columns} FROM json_each(?)) {statement}", (text,)).lastrowid or 0
+    return db.execute(f"WITH rows AS (SELECT {columns} FROM json_each(?)) {statement}", (text,))
 
 
 def _ids(db: DB, query: str, parameters: Sequence[Any] = ()) -> list[int]:
@@ -3615,6 +3986,12 @@ def update(db: DB, item: Task | Schedule) -> None:
 def delete_schedule(db: DB, schedule_id: int) -> None:
     db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id = (SELECT task_id FROM schedules WHERE id = ?)", (schedule_id,))
     db.execute("DELETE FROM schedules WHERE id = ?", (schedule_id,))
+
+
+def get_tasks(db: DB, ids: Collection[int]) -> dict[int, Task]:
+    """Those of the tasks `ids` that exist, by id."""
+    these = f"{_TASKS} WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted"
+    return {task.id: task for task in load(db, Task, these, (compact(list(ids)),))}
 
 
 def get_task(db: DB, task_id: int) -> Task:
@@ -3696,6 +4073,25 @@ def schedules_that(db: DB, conditions: Mapping[str, Any]) -> list[Schedule]:
     return load(db, Schedule, f"{_SCHEDULES} {where}", values)
 
 
+def after_schedules(db: DB) -> list[Schedule]:
+    """The schedules of type `after` that fire. Costs next to nothing where there is none."""
+    if not _ids(db, "SELECT 1 FROM schedules WHERE schedule_type = 'after' AND is_active = 1 LIMIT 1") or get_meta(db, "paused"):
+        return []
+    return schedules_that(db, {"s.schedule_type = 'after' AND s.is_active = 1": True, LIVE_SQL: True})
+
+
+def after_edges(db: DB, without: int) -> dict[int, list[int]]:
+    """Which tasks are fired after which, by the ids that `after` schedules name; but for one schedule."""
+    edges: dict[int, list[int]] = {}
+    for watched, fired in db.execute(
+        """SELECT DISTINCT j.value, s.task_id FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
+            WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ?""",
+        (without,),
+    ):
+        edges.setdefault(watched, []).append(fired)
+    return edges
+
+
 def remember_zone(db: DB, zone: str) -> None:
     """Notes the rules by which slots in a zone are computed, so that the next start sees whether they have changed."""
     db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"zone:{zone}", zone_rules(zone)))
@@ -3735,6 +4131,10 @@ def mark_deleted(db: DB, task_id: int) -> None:
     get_task(db, task_id)
     db.execute(f"UPDATE tasks SET deleted = 1, rev = {_NEXT_REV} WHERE id = ?", (task_id,))
     hold_disabled(db, task_id, True)  # what a killed execution leaves free must not start the next one
+    for schedule in load(db, Schedule, f"{_SCHEDULES} WHERE s.schedule_type = 'after' AND s.is_active"):
+        if task_id in schedule.schedule_config.get("task_ids", ()):  # without another one it is over
+            schedule.look_ahead()
+            update(db, schedule)
 
 
 def purge_task(db: DB, task_id: int, limit: int) -> bool:
@@ -3750,13 +4150,16 @@ def purge_task(db: DB, task_id: int, limit: int) -> bool:
 # --- Queries: executions ----------------------------------------------------------------------------------------------
 
 
+_NEW = tuple(field.name for field in dataclasses.fields(NewExecution))  # the last four are those of a cause
+
+
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    names = tuple(field.name for field in dataclasses.fields(NewExecution))
+    names = _NEW if any(row.cause for row in rows) else _NEW[:-4]
     values = operator.attrgetter(*names)
     new = [(*values(row), row.finished_at, str(uuid.uuid4())) for row in rows]
     columns = (*names, "finished_at", "uuid")
-    last = write_rows(db, f"INSERT INTO executions ({', '.join(columns)}) SELECT * FROM rows", columns, new)
+    last = write_rows(db, f"INSERT INTO executions ({', '.join(columns)}) SELECT * FROM rows", columns, new).lastrowid or 0
     return list(range(last - len(rows) + 1, last + 1))
 
 
@@ -3795,7 +4198,7 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinishe
 
 
 _RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, uuid, name AS task_name, task_type,
-    config, max_retries, retry_delay, retry_backoff"""
+    config, max_retries, retry_delay, retry_backoff, cause"""
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
@@ -3828,12 +4231,13 @@ def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
         db.execute(f"UPDATE tasks SET {change} FROM ({source}) WHERE id = task_id", {"counts": compact(counts), "now": now})
 
 
-def finish_attempts(db: DB, ended: Sequence[Finished]) -> None:
-    """Writes how attempts ended. A retry that somebody has cancelled meanwhile becomes `cancelled`."""
+def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
+    """Writes how attempts ended, and returns the executions that are over by that. A retry that somebody has cancelled
+    meanwhile becomes `cancelled`."""
     columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
     fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
     ends = [fields(s) for s in ended]
-    write_rows(
+    written = write_rows(
         db,
         """UPDATE executions SET owner = NULL, output_data = rows.output,
             error_message = CASE WHEN cancel_requested AND rows.status IN ('cancelled', 'retrying')
@@ -3841,10 +4245,11 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> None:
             status = CASE WHEN rows.status = 'retrying' AND cancel_requested THEN 'cancelled' ELSE rows.status END,
             finished_at = CASE WHEN rows.status = 'retrying' AND NOT cancel_requested THEN NULL ELSE rows.finished_at END,
             next_attempt_at = CASE WHEN cancel_requested THEN NULL ELSE rows.next_attempt_at END
-        FROM rows WHERE executions.id = rows.id AND executions.status = 'running' AND executions.attempt = rows.attempt""",
+        FROM rows WHERE executions.id = rows.id AND executions.status = 'running' AND executions.attempt = rows.attempt
+        RETURNING id, task_id, status, finished_at""",
         columns,
         ends,
-    )
+    ).fetchall()
     if any(s.status == "retrying" for s in ended):
         write_rows(
             db,
@@ -3855,9 +4260,26 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> None:
             columns,
             ends,
         )
-    for name, success in (("success_count", True), ("failure_count", False)):
-        _count(db, f"{name} = {name} + n", (s.run.task_id for s in ended if SUCCESS.get(s.status) is success))
     release_held(db, {s.run.task_id for s in ended})
+    order = {s.run.execution_id: place for place, s in enumerate(ended)}
+    return sorted((Ended(*row) for row in written if row[2] != "retrying"), key=lambda end: order[end.execution_id])
+
+
+def standings_of(db: DB, task_ids: Collection[int]) -> dict[int, Standing]:
+    columns = ", ".join(shape_of(Standing).columns)
+    these = f"SELECT {columns} FROM tasks WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted"
+    return {standing.id: standing for standing in load(db, Standing, these, (compact(list(task_ids)),))}
+
+
+def write_standings(db: DB, standings: Collection[Standing], paused: Collection[int]) -> None:
+    """`paused` are the tasks among them whose status has changed."""
+    columns = shape_of(Standing).columns
+    changes = ", ".join(f"{name} = rows.{name}" for name in columns[1:] if name != "pause_after")
+    rows = [_stored(standing, columns) for standing in standings]
+    write_rows(db, f"UPDATE tasks SET {changes} FROM rows WHERE tasks.id = rows.id", columns, rows)
+    if paused:
+        these = "(SELECT value FROM json_each(?))"
+        db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id IN {these}", (compact(list(paused)),))
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
@@ -3903,9 +4325,9 @@ def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
     db.execute(f"UPDATE executions SET hold = {change} WHERE status = 'queued' AND task_id = ?", (task_id,))
 
 
-def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: str) -> dict[int, str]:
-    """Of the executions that meet `conditions`, ends those that wait, and asks for the end of those that run. Returns the
-    statuses that they had, by id, oldest first."""
+def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: str) -> list[tuple[int, int, str]]:
+    """Of the executions that meet `conditions`, ends those that wait, and asks for the end of those that run. Returns their
+    ids, those of their tasks, and the statuses that they had, oldest first."""
     where, values = _where({_NOT_DELETED: True, **conditions})
     found = db.execute(f"SELECT id, task_id, status FROM executions {where} ORDER BY +id", values).fetchall()
     these = compact([execution_id for execution_id, _, _ in found])
@@ -3920,8 +4342,10 @@ def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: s
         WHERE id IN (SELECT value FROM json_each(?3)) AND status IN ('queued', 'retrying')""",
         (now, reason, these),
     )
+    tried = compact([task_id for _, task_id, status in found if status == "retrying"])
+    db.execute("UPDATE tasks SET last_status = 'cancelled' WHERE id IN (SELECT value FROM json_each(?))", (tried,))
     release_held(db, {task_id for _, task_id, _ in found})
-    return {execution_id: status for execution_id, _, status in found}
+    return found
 
 
 def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
@@ -3945,10 +4369,20 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
     return existing(rows, "execution", execution_id), past
 
 
-def get_executions(db: DB, ids: Collection[int]) -> list[Execution]:
-    """Those of the executions `ids` that exist, without output, oldest first."""
+def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[Execution]:
+    """Those of the executions `ids` that exist, oldest first."""
     these = f"{_EXECUTIONS} WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
-    return load(db, Execution, these, (compact(list(ids)),), _OUTPUT)
+    return load(db, Execution, these, (compact(list(ids)),), frozenset() if output else _OUTPUT)
+
+
+def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
+    """How many executions `after` fired one because of the other until each of these, which is one of them."""
+    these = "SELECT id, depth FROM executions WHERE depth > 0 AND id IN (SELECT value FROM json_each(?))"
+    return dict(db.execute(these, (compact(list(ids)),)).fetchall())
+
+
+def caused_by(db: DB, execution_id: int) -> list[int]:
+    return _ids(db, "SELECT id FROM executions WHERE caused_by = ? ORDER BY id", (execution_id,))
 
 
 _FAILED_SQL = "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"  # to the letter, as the partial index
@@ -4013,7 +4447,7 @@ def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
 def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
     """The next `limit` firings: schedule id, task id, task name, instant, time zone."""
     rows = db.execute(
-        f"""SELECT s.id, t.id, t.name, s.next_fire, json_extract(s.schedule_config, '$.timezone') {_S_JOIN}
+        f"""SELECT s.id, t.id, t.name, s.next_fire, coalesce(json_extract(s.schedule_config, '$.timezone'), 'UTC') {_S_JOIN}
         WHERE {LIVE_SQL} AND s.next_fire IS NOT NULL AND json_valid(s.schedule_config)
         ORDER BY s.next_fire LIMIT ?""",
         (limit,),
@@ -4483,16 +4917,20 @@ def _small_config(text: str) -> StoredConfig:
     return StoredConfig(parsed(text))
 
 
+_FILLED = re.compile(r"\$\{(env|file|cause):([^{}]*)\}")
+
 # --- Secrets ----------------------------------------------------------------------------------------------------------
 
 
 def resolve_secrets(
-    task_type: str, config: dict[str, Any], environ: Mapping[str, str], settings: Settings
+    task_type: str, config: dict[str, Any], environ: Mapping[str, str], settings: Settings, facts: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in.
+    """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in. `facts` (JSON text) replace its
+    `${cause:…}`; without facts these are empty. What was put in is not looked at again.
 
     Raises ChronoTaskError with the reason, never with a content.
     """
+    known = parsed(facts) if facts else {}
     fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
@@ -4511,16 +4949,27 @@ def resolve_secrets(
         secrets.append(value)
         return value
 
-    def filled(value: Any) -> Any:
-        if isinstance(value, str):
-            return SECRET_REFERENCE.sub(lambda found: secret(found[1], found[2]), value)
-        if isinstance(value, dict):
-            return {key: filled(item) for key, item in value.items()}
-        return [filled(item) for item in value] if isinstance(value, list) else value
+    def fact(name: str) -> str:
+        value = known.get(name)
+        return value if isinstance(value, str) else "" if value is None else compact(value)
 
-    result = {name: filled(value) if name in fields and name != "url" else value for name, value in config.items()}
+    def filled(value: Any, escape: Callable[[str], str]) -> Any:
+        if isinstance(value, str):
+            return _FILLED.sub(lambda found: escape(fact(found[2])) if found[1] == "cause" else secret(found[1], found[2]), value)
+        if isinstance(value, dict):
+            return {key: filled(item, escape) for key, item in value.items()}
+        return [filled(item, escape) for item in value] if isinstance(value, list) else value
+
+    escapes: dict[str, Callable[[str], str]] = {"headers": lambda text: _one_line(text, 512)}
+    if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
+        escapes["body"] = urllib.parse.quote_plus
+    result = {
+        name: filled(value, escapes.get(name, lambda text: text.replace("\0", ""))) if name in fields and name != "url" else value
+        for name, value in config.items()
+    }
     if "url" in config and task_type == "http":
-        result["url"] = _filled_url(config["url"], secret)
+        url = _filled_url(config["url"], secret)
+        result["url"] = CAUSE_REFERENCE.sub(lambda found: urllib.parse.quote(fact(found[1]), safe=""), url)
     _check_filled(result, task_type)
     return result, secrets
 
@@ -4767,7 +5216,9 @@ async def run_bash(
     timeout = config.get("timeout", settings.bash_timeout)
     try:
         check_allowed("bash", config, settings)
-        resolved, secrets = resolve_secrets("bash", config, environ, settings) if config.names_secrets else (config, [])
+        resolved, secrets = (
+            resolve_secrets("bash", config, environ, settings, run.cause) if config.names_secrets else (config, [])
+        )
         path = environ.get("PATH", os.defpath)
         if settings.allowed_bash_commands:
             words = bash_words(resolved, settings)
@@ -4846,6 +5297,9 @@ def _run_variables(run: Run) -> dict[bytes, bytes]:
     if run.schedule_id is not None and run.scheduled_for is not None:
         values[b"SCHEDULE_ID"] = b"%d" % run.schedule_id
         values[b"SCHEDULED_FOR"] = format_instant(run.scheduled_for).encode()
+    for name, value in (parsed(run.cause) if run.cause else {}).items():
+        text = value if isinstance(value, str) else "" if value is None else compact(value)
+        values[b"CAUSE_" + name.upper().encode()] = text.replace("\0", "").encode()
     return {ENV_PREFIX.encode() + name: value for name, value in values.items()}
 
 
@@ -5422,7 +5876,7 @@ async def run_http(
     timeout = config.get("timeout", settings.http_timeout)
     try:
         if config.names_secrets:
-            resolved, secrets = resolve_secrets("http", config, environ, settings)
+            resolved, secrets = resolve_secrets("http", config, environ, settings, run.cause)
             live.begin(("body",), [*secrets, *_credentials(resolved)])
             request = _http_request(config, resolved)
         else:
@@ -5472,15 +5926,17 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
         url = url.extend_query(query) if query else url
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
-    headers, body = {}, resolved.get("body")
+    headers, body, own = {}, resolved.get("body"), resolved.get("headers", {})
     if auth := resolved.get("auth"):
         authorization = _basic_auth(auth["username"], auth["password"])
     if authorization:
         headers["Authorization"] = authorization
     if body is not None:
         headers["Content-Type"] = "text/plain; charset=utf-8" if isinstance(body, str) else "application/json"
+        if isinstance(body, dict) and body_kind(own) == FORM:
+            flat = {name: value if isinstance(value, (str, list)) else compact(value) for name, value in body.items()}
+            body = urllib.parse.urlencode(flat, doseq=True)
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
-    own: dict[str, str] = resolved.get("headers", {})
     return _Request(
         method=resolved.get("method", "GET"),
         url=url,
@@ -5817,7 +6273,7 @@ class Feed:
         for task_id in gone:
             self.publish("task", task_id, {"id": task_id, "deleted": True})
         for schedule in schedules:
-            self.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
+            self.publish("schedule", schedule.task_id, schedule_view(as_it_is(schedule, paused)))
 
 
 # --- Ticks ------------------------------------------------------------------------------------------------------------
@@ -5869,7 +6325,7 @@ class Active:
 class Tick:
     """What one transaction of the engine did."""
 
-    claim: Claim = dataclasses.field(default_factory=Claim)
+    schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
@@ -5975,7 +6431,7 @@ class Engine:
         self._queued = self._queued or bool(slots or retries or ended)
         if not (ended or slots or retries or (self._queued and capacity > 0)):
             return
-        work = partial(write_tick, now=now, slots=slots, retries=retries, ended=ended, capacity=capacity, owner=self.owner)
+        work = partial(self._write, now=now, slots=slots, retries=retries, ended=ended, capacity=capacity)
         self._ticking = True
         try:
             tick = await self.store.write(work, at_once=True)
@@ -5991,14 +6447,44 @@ class Engine:
         self._queued = len(tick.runs) == capacity
         await self._after_write(tick, ended)
 
+    def _write(
+        self,
+        db: DB,
+        now: int,
+        ended: Sequence[Finished],
+        slots: Sequence[int] = (),
+        retries: Sequence[int] = (),
+        capacity: int = 0,
+    ) -> Tick:
+        tick, over = Tick(), []
+        if ended:
+            over = settle(db, ended)
+        if slots:
+            over += claim_due(db, slots, now, tick, self.settings)
+        follow(db, over, now, tick, self.settings)
+        if retries:
+            queue_retries(db, retries, now)
+        if capacity > 0:
+            tick.runs = start_ready(db, capacity, now, self.owner)
+            first = [run for run in tick.runs if run.attempt == 1]
+            follow(
+                db,
+                [Ended(run.execution_id, run.task_id, "running", now, started=True) for run in first],
+                now,
+                tick,
+                self.settings,
+            )
+        note_clock(db, now)
+        return tick
+
     async def finish(self, ended: Sequence[Finished]) -> None:
         """Finishes attempts of a process that is gone, as a tick does with those of this one."""
-        await self.store.write(partial(finish_attempts, ended=ended))
-        await self._after_write(Tick(), ended)
+        tick = await self.store.write(partial(self._write, now=self.clock.now(), ended=ended))
+        await self._after_write(tick, ended)
         self.wake()
 
     async def _after_write(self, tick: Tick, ended: Sequence[Finished]) -> None:
-        for schedule in tick.claim.schedules:
+        for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
             self.touched.add(schedule.task_id)
         for s in ended:
@@ -6160,45 +6646,128 @@ class Engine:
         return known
 
 
-def write_tick(
-    db: DB, now: int, slots: Sequence[int], retries: Sequence[int], ended: Sequence[Finished], capacity: int, owner: str
-) -> Tick:
-    tick = Tick()
-    if ended:
-        finish_attempts(db, ended)
-    if slots:
-        claim_due(db, slots, now, tick)
-    if retries:
-        queue_retries(db, retries, now)
-    if capacity > 0:
-        tick.runs = start_ready(db, capacity, now, owner)
-    note_clock(db, now)
-    return tick
+def settle(db: DB, ended: Sequence[Finished]) -> list[Ended]:
+    """Finishes attempts, and counts for their tasks what is over by that."""
+    over = finish_attempts(db, ended)
+    standings = standings_of(db, {end.task_id for end in over})
+    for end in over:
+        if standing := standings.get(end.task_id):
+            count_end(standing, end)
+    write_standings(db, standings.values(), {end.task_id for end in over if end.paused})
+    return over
 
 
-def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, early: bool = False) -> None:
-    """Claims the due slots of schedules and moves these on, in the caller's transaction."""
-    claim = tick.claim
+def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, settings: Settings, early: bool = False) -> list[Ended]:
+    """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
+    claim = Claim()
     schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
     unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules})
     for schedule in schedules:
         try:
-            claim_slots(claim, schedule, unfinished, now, early)
+            if schedule.schedule_type == "after":
+                claim_overdue(db, claim, schedule, unfinished, now, settings)
+            else:
+                claim_slots(claim, schedule, unfinished, now, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim_broken(claim, schedule, now, error)
+    return write_claim(db, claim, now, tick)
+
+
+def write_claim(db: DB, claim: Claim, now: int, tick: Tick) -> list[Ended]:
+    """Writes what was claimed, and adds it to `tick`. Returns what is over by that."""
+    over: list[Ended] = []
     for schedule, trigger in claim.cancels:
         # A catch-up spares those of its own schedule.
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
         overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
-        tick.cancelled += cancel_executions(db, overlapped, now, CANCELLED_BY_OVERLAP)
-    claim.rows, tick.new_ids = insert_slots(db, claim.rows)
+        found = cancel_executions(db, overlapped, now, CANCELLED_BY_OVERLAP)
+        tick.cancelled += [execution_id for execution_id, _, _ in found]
+        over += cancelled_of(found, now)
+    claim.rows, new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
         schedule.run_count += runs[schedule.id]
+        if schedule.schedule_type == "after":
+            schedule.set_next(schedule.next_slot, schedule.plan())
     advance_schedules(db, claim.schedules)
     if any(row.hold for row in claim.rows):  # what they wait for may have been cancelled by another of them
         release_held(db, {row.task_id for row in claim.rows})
+    tick.schedules += claim.schedules
+    tick.new_ids += new_ids
+    rows = zip(new_ids, claim.rows, strict=True)
+    return over + [Ended(new_id, row.task_id, row.status, now) for new_id, row in rows if row.status != "queued"]
+
+
+def cancelled_of(found: Iterable[tuple[int, int, str]], now: int) -> list[Ended]:
+    """Those of `cancel_executions` that are over by it."""
+    waiting = ("queued", "retrying")
+    return [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before in waiting]
+
+
+def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settings) -> None:
+    """Writes the executions that schedules of type `after` fire because of `over`, and because of what is over by them."""
+    zone, url = settings.scheduler_timezone, settings.public_url
+    while over and (schedules := after_schedules(db)):
+        tasks, depths = get_tasks(db, {end.task_id for end in over}), depths_of(db, [end.execution_id for end in over])
+        unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules if schedule.overlap != "allow"})
+        executions: dict[int, Execution] = {}
+        claim = Claim()
+        for schedule in schedules:
+            try:
+                told = _told(schedule, over, tasks, depths, now)
+                if missing := {end.execution_id for end, _ in told} - executions.keys():
+                    executions |= {e.id: e for e in get_executions(db, missing, output=True)}
+                for end, event in told:
+                    task = tasks[end.task_id]
+                    streak = end.before if event == "recovered" else task.failures_in_a_row if end.after is None else end.after
+                    cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
+                    claim_after(claim, schedule, cause, end.execution_id, depths.get(end.execution_id, 0), unfinished, now)
+                before = schedule.next_slot
+                if "overdue" in schedule.schedule_config["on"]:
+                    schedule.look_ahead()
+                if told or schedule.next_slot != before:
+                    claim.schedules.append(schedule)
+            except Exception:
+                logger.exception("schedule %d", schedule.id)
+        over = write_claim(db, claim, now, tick)
+
+
+def _told(
+    schedule: Schedule, over: Sequence[Ended], tasks: Mapping[int, Task], depths: Mapping[int, int], now: int
+) -> list[tuple[Ended, str]]:
+    """Of what a schedule is told, with the event, as much as it may still fire."""
+    config, left = schedule.schedule_config, schedule.plan().remaining
+    if not (schedule.start_at or now) <= now <= (schedule.end_at or now):
+        return []
+    threshold, on = config.get("threshold", 1), config["on"]
+    told = [
+        (end, event)
+        for end in over
+        if end.task_id in tasks and depths.get(end.execution_id, 0) <= MOST_DEPTH
+        if watches(schedule, end.task_id, tasks[end.task_id].tags, end.execution_id in depths)
+        for event in events_of(end, threshold)
+        if event in on
+    ]
+    return told[:left]
+
+
+def claim_overdue(
+    db: DB, claim: Claim, schedule: Schedule, unfinished: dict[int, list[Unfinished]], now: int, settings: Settings
+) -> None:
+    """The slot of an `overdue`, unless a success has moved it."""
+    plan = schedule.plan()
+    slot = plan.next_slot(schedule.settled_until)
+    if slot is not None and slot <= now:
+        [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
+        last = get_executions(db, [task.last_success_id or 0], output=True)
+        zone, url = settings.scheduler_timezone, settings.public_url
+        cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
+        claim_after(claim, schedule, cause, task.last_success_id or 0, 0, unfinished, now)
+        schedule.stand(now)
+        slot = None
+    schedule.set_next(slot, plan)
+    claim.schedules.append(schedule)
 
 
 def write_clock(db: DB, now: int, moved: int) -> None:
@@ -6719,7 +7288,7 @@ class Service:
             stored = task.config if task_type == task.task_type else {}
             sent["config"] = unmask_config(task_type, parse_config(task_type, sent["config"]), stored)
             check_allowed(task_type, sent["config"], self.settings)
-        change_task(db, task, sent, now)
+        change_task(db, task, sent, now, self.settings)
 
     @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
@@ -6753,11 +7322,14 @@ class Service:
         errors: list[FieldError] = []
         zone = self.settings.scheduler_timezone
         config: dict[str, Any] = {}
+        if body["schedule_type"] == "after":
+            body = {"overlap": "allow", **body}
         try:
             config = check_schedule_config(body["schedule_type"], body["schedule_config"], zone, now)
-            zone = str(config["timezone"])
+            zone = config.get("timezone", zone)
         except InvalidInput as error:
             errors += error.errors
+        body = _of_its_type(body["schedule_type"], body, errors)
         sent = _with_times(kind, body, zone, errors)
         settled = now if (after := sent.get("after")) is None else after
         schedule = kind(
@@ -6769,9 +7341,10 @@ class Service:
             in_force_since=now,
         )
         _check_bounds(schedule)
-        schedule.look_ahead()
-        if schedule.next_slot is None:
-            raise InvalidInput(_nothing_left(schedule))
+        if schedule.schedule_type != "after":  # which looks at other tasks first
+            schedule.look_ahead()
+            if schedule.next_slot is None:
+                raise InvalidInput(_nothing_left(schedule))
         return schedule
 
     async def in_checks(self, run: Callable[[], T]) -> T:
@@ -6784,10 +7357,8 @@ class Service:
 
         Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.
         """
-        return await self.in_checks(partial(self._preview, body, self.clock.now()))
-
-    def _preview(self, body: SchedulePreview, now: int) -> PreviewView:
-        schedule = self.new_schedule(Preview, body, now)
+        schedule = await self.in_checks(partial(self.new_schedule, Preview, body, self.clock.now()))
+        await self.store.read(partial(check_watched, schedule=schedule))
         plan = dataclasses.replace(schedule.plan(), schedule_id=None)
         slots = plan.upcoming(schedule.settled_until, schedule.count)
         view = PreviewView(description=plan.timing.describe(), upcoming=upcoming_view(slots, schedule.zone))
@@ -6807,7 +7378,7 @@ class Service:
         Of all tasks or of one, with words, time zone and next slots.
         """
         total, rows = await self.store.scan(partial(list_schedules, query=query))
-        schedules = [view_of(as_it_is(schedule, self.engine.paused)) for schedule in rows]
+        schedules = [schedule_view(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
     @operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
@@ -6820,7 +7391,8 @@ class Service:
         schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now = self.clock.now()
         changes = await self.in_checks(partial(self._checked_changes, schedule, dict(body), now))
-        touched = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now))
+        change = partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now, settings=self.settings)
+        touched = await self.change(change)
         await self.engine.feed.publish_executions(touched)
         return await self.get_schedule(schedule_id)
 
@@ -6834,7 +7406,8 @@ class Service:
         config = sent.get("schedule_config", schedule.schedule_config)
         if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
             sent["schedule_config"] = config = check_schedule_config(schedule_type, config, self.settings.scheduler_timezone, now)
-        sent = _with_times(Schedule, sent, str(config["timezone"]))
+        sent = _of_its_type(schedule_type, sent)
+        sent = _with_times(Schedule, sent, config.get("timezone", self.settings.scheduler_timezone))
         changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
         if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
             changes["is_active"] = False
@@ -6846,7 +7419,8 @@ class Service:
 
         Queued runs of it are cancelled, running ones end.
         """
-        task_id, cancelled = await self.change(partial(remove_schedule, schedule_id=schedule_id, now=self.clock.now()))
+        remove = partial(remove_schedule, schedule_id=schedule_id, now=self.clock.now(), settings=self.settings)
+        task_id, cancelled = await self.change(remove)
         await self.engine.feed.publish_executions(cancelled)
         self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
 
@@ -6874,10 +7448,12 @@ class Service:
 
         Of a running one, the output so far. It is over unless its status is queued, running or retrying.
         """
-        execution, past = await self.store.read(partial(get_execution, execution_id=execution_id))
+        (execution, past), caused = await self.store.read(
+            lambda db: (get_execution(db, execution_id), caused_by(db, execution_id))
+        )
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
-        execution.attempts = attempt_views(execution, past)
+        execution.attempts, execution.caused = attempt_views(execution, past), caused
         return view_of(execution)
 
     @operation("GET", "/tasks/{id}/history", tool=("read_only",))
@@ -6903,16 +7479,22 @@ class Service:
 
         Kills its processes and drops its retries. One that is over already is refused.
         """
-        this = {"id = ?": execution_id}
-        cancel = partial(cancel_executions, conditions=this, now=self.clock.now(), reason="cancelled on request")
-        before = existing([*(await self.change(cancel)).values()], "execution", execution_id)
+        before, touched = await self.change(partial(self._cancel, execution_id=execution_id, now=self.clock.now()))
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
             await self.engine.wait_for(execution_id, CANCEL_WAIT)
         else:
-            await self.engine.feed.publish_executions([execution_id])
+            await self.engine.feed.publish_executions(touched)
         return await self.get_execution(execution_id)
+
+    def _cancel(self, db: DB, execution_id: int, now: int) -> tuple[str, list[int]]:
+        """The status that it had, and the executions that it has touched."""
+        [*found] = cancel_executions(db, {"id = ?": execution_id}, now, "cancelled on request")
+        _, _, before = existing(found, "execution", execution_id)
+        tick = Tick()
+        follow(db, cancelled_of(found, now), now, tick, self.settings)
+        return before, [execution_id, *tick.new_ids]
 
     # --- use cases: looking on ---
 
@@ -6974,13 +7556,13 @@ class Service:
     @operation("POST", "/scheduler/pause")
     async def pause_scheduler(self) -> StatusView:
         """Stop all firing; survives a restart."""
-        await self.change(partial(_pause_all, paused=True, now=self.clock.now()))
+        await self.change(partial(_pause_all, paused=True, now=self.clock.now(), settings=self.settings))
         return await self.get_scheduler_status()
 
     @operation("POST", "/scheduler/resume")
     async def resume_scheduler(self) -> StatusView:
         """Fire again, from the next slots on."""
-        await self.change(partial(_pause_all, paused=False, now=self.clock.now()))
+        await self.change(partial(_pause_all, paused=False, now=self.clock.now(), settings=self.settings))
         return await self.get_scheduler_status()
 
     @operation("GET", "/scheduler/status", tool=("read_only",))
@@ -7028,7 +7610,7 @@ def _read_schedule(db: DB, schedule_id: int, paused: bool) -> ScheduleView:
     if schedule.is_active and schedule.live and not paused:
         with contextlib.suppress(*DAMAGE):  # its description says so
             schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-    return view_of(as_it_is(schedule, paused))
+    return schedule_view(as_it_is(schedule, paused))
 
 
 def _queue_manual(db: DB, task_id: int, settings: Settings, now: int) -> Execution:
@@ -7037,7 +7619,10 @@ def _queue_manual(db: DB, task_id: int, settings: Settings, now: int) -> Executi
         raise Conflict(f"task {task_id} is disabled: set its status to active or paused first")
     if task.task_type == "bash" and not settings.allow_host_commands:
         raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
-    return get_execution(db, insert_executions(db, [NewExecution(task_id, None, "manual", None, now)])[0])[0]
+    row = NewExecution(task_id, None, "manual", None, now)
+    if "${cause:" in compact(task.config) or schedules_that(db, {"s.task_id = ?": task_id, "s.schedule_type = 'after'": True}):
+        row.cause = compact(sample_cause(task, now, settings.scheduler_timezone, settings.public_url))
+    return get_execution(db, insert_executions(db, [row])[0])[0]
 
 
 def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
@@ -7048,19 +7633,27 @@ def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
     return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
 
-def _resume(db: DB, schedules: Sequence[Schedule], now: int) -> None:
-    missed = []
+def _record(db: DB, row: NewExecution | None, now: int, settings: Settings) -> list[int]:
+    """Writes the row of a slot that ran nothing, and what follows from it; returns the new ids."""
+    tick = Tick()
+    if row is not None:
+        follow(db, write_claim(db, Claim([row]), now, tick), now, tick, settings)
+    return tick.new_ids
+
+
+def _resume(db: DB, schedules: Sequence[Schedule], now: int, settings: Settings) -> None:
     for schedule in schedules:
         with contextlib.suppress(*DAMAGE):
-            missed.append(resume_schedule(schedule, now))
+            missed = resume_schedule(schedule, now)
             update(db, schedule)
-    insert_slots(db, [row for row in missed if row is not None])
+            _record(db, missed, now, settings)
 
 
-def _pause_all(db: DB, paused: bool, now: int) -> None:
-    if get_meta(db, "paused") and not paused:
-        _resume(db, schedules_that(db, {LIVE_SQL: True}), now)
+def _pause_all(db: DB, paused: bool, now: int, settings: Settings) -> None:
+    was = get_meta(db, "paused")
     set_meta(db, "paused", int(paused))
+    if was and not paused:
+        _resume(db, schedules_that(db, {LIVE_SQL: True}), now, settings)
     set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
@@ -7069,7 +7662,7 @@ def add_task(db: DB, task: Task) -> None:
     insert(db, task)
 
 
-def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int) -> None:
+def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settings: Settings) -> None:
     before = task.status
     for name, value in changes.items():
         setattr(task, name, value)
@@ -7082,12 +7675,13 @@ def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int) -> Non
     if task.status != before and "disabled" in (before, task.status):
         hold_disabled(db, task.id, task.status == "disabled")
     if task.status != before and task.status == "active":
-        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now)
+        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now, settings)
 
 
 def add_schedule(db: DB, schedule: Schedule) -> None:
     get_task(db, schedule.task_id)
     check_key(db, schedule)
+    check_watched(db, schedule)
     insert(db, schedule)
     remember_zone(db, schedule.zone)
     if schedule.jitter:  # it is derived from the id, which is known only now
@@ -7095,14 +7689,14 @@ def add_schedule(db: DB, schedule: Schedule) -> None:
         update(db, schedule)
 
 
-def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int) -> list[int]:
+def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int, settings: Settings) -> list[int]:
     """Returns the executions that it has touched."""
     schedule = get_schedule(db, schedule_id)
     wanted, claimed = changes.get("is_active"), Tick()
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
-        claim_due(db, [schedule_id], now, claimed, early=True)
+        follow(db, claim_due(db, [schedule_id], now, claimed, settings, early=True), now, claimed, settings)
         schedule = get_schedule(db, schedule_id)
     resumed = bool(wanted) and not schedule.is_active
     for name, value in changes.items():
@@ -7110,6 +7704,8 @@ def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int)
     schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
     schedule.updated_at = now
     _check_bounds(schedule)
+    if "schedule_config" in changes:
+        check_watched(db, schedule)
     retimed = bool(changes.keys() & TIMING_FIELDS)
     missed = None
     if retimed or schedule.over:
@@ -7118,12 +7714,14 @@ def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int)
         missed = resume_schedule(schedule, now)
     elif schedule.plan().remaining == 0:
         schedule.look_ahead()
-    if schedule.next_slot is None and (retimed or resumed) and not (missed is not None and insert_slots(db, [missed])[1]):
+    recorded: list[int] = []
+    nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
+    if nothing and (retimed or resumed) and not (recorded := _record(db, missed, now, settings)):
         raise InvalidInput(_nothing_left(schedule))
     check_key(db, schedule)
     update(db, schedule)
     remember_zone(db, schedule.zone)
-    return [*claimed.new_ids, *claimed.cancelled]
+    return [*claimed.new_ids, *claimed.cancelled, *recorded]
 
 
 def _nothing_left(schedule: Schedule) -> FieldError:
@@ -7132,8 +7730,43 @@ def _nothing_left(schedule: Schedule) -> FieldError:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
     if schedule.schedule_type == "once" and schedule.end_at is None and schedule.start_at is None:
         return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
+    if schedule.schedule_type == "after":
+        return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
     name = "end_at" if schedule.end_at is not None else "start_at" if schedule.start_at is not None else "schedule_config"
     return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
+
+
+def _of_its_type(schedule_type: str, sent: dict[str, Any], errors: list[FieldError] | None = None) -> dict[str, Any]:
+    """What was sent, without the fields that are always null in this type; and its own defaults. Raises InvalidInput, or adds to
+    `errors`."""
+    after, found = schedule_type == "after", [] if errors is None else errors
+    for name in NOT_OF_AFTER & sent.keys():
+        if after != (sent[name] is None):
+            why = "must be null: a schedule of type after has none" if after else "must not be null"
+            found.append(FieldError(name, why))
+    if found and errors is None:
+        raise InvalidInput(*found)
+    return {name: value for name, value in sent.items() if name not in NOT_OF_AFTER or value is not None}
+
+
+def check_watched(db: DB, schedule: Schedule) -> None:
+    """Makes ids of the keys that an `after` schedule names, looks at these tasks, and at what comes next. Raises InvalidInput."""
+    if schedule.schedule_type != "after":
+        return
+    tasks: dict[int, Task] = {}
+    for place, named in enumerate(schedule.schedule_config.get("task_ids", ())):
+        try:
+            task = get_task(db, task_of_key(db, named.removeprefix("key:")) if isinstance(named, str) else named)
+        except NotFound as error:
+            raise InvalidInput(FieldError(f"schedule_config.task_ids[{place}]", error.detail)) from None
+        tasks[task.id] = task
+    if tasks:
+        schedule.schedule_config = {**schedule.schedule_config, "task_ids": list(tasks)}
+        schedule.watched = [[task.id, task.name, task.last_success, task.last_success_id] for task in tasks.values()]
+        if schedule.task_id and (circle := find_circle(after_edges(db, schedule.id), schedule.task_id, tasks.keys())):
+            names = [get_task(db, task_id).name for task_id in [circle[-1], *circle]]
+            raise InvalidInput(FieldError("schedule_config.task_ids", f"must not be a circle: {' → '.join(names)}"))
+    schedule.look_ahead()
 
 
 def _with_times(kind: Any, sent: dict[str, Any], zone: str, others: Sequence[FieldError] = ()) -> dict[str, Any]:
@@ -7154,12 +7787,14 @@ def _check_bounds(schedule: Schedule) -> None:
         raise InvalidInput(FieldError("end_at", "must not be before start_at"))
 
 
-def remove_schedule(db: DB, schedule_id: int, now: int) -> tuple[int, list[int]]:
+def remove_schedule(db: DB, schedule_id: int, now: int, settings: Settings) -> tuple[int, list[int]]:
+    """Its task, and the executions that it has touched."""
     schedule = get_schedule(db, schedule_id)
     queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
-    cancelled = cancel_executions(db, queued, now, "cancelled: its schedule was deleted")
+    found, tick = cancel_executions(db, queued, now, "cancelled: its schedule was deleted"), Tick()
     delete_schedule(db, schedule_id)
-    return schedule.task_id, list(cancelled)
+    follow(db, cancelled_of(found, now), now, tick, settings)
+    return schedule.task_id, [*(execution_id for execution_id, _, _ in found), *tick.new_ids]
 
 
 # ======================================================================================================================

@@ -255,7 +255,7 @@ class Rig:
     async def schedule(self, task_id: int, schedule_type: str = "interval", **fields: Any) -> int:
         """A schedule; without a config it fires every 60 s, or in 60 s."""
         usual = {"interval": {"seconds": 60}, "cron": {"expression": "* * * * *"}, "once": {"datetime": "2026-01-01T00:01:00Z"}}
-        body = {"task_id": task_id, "schedule_type": schedule_type, "schedule_config": usual[schedule_type], **fields}
+        body = {"task_id": task_id, "schedule_type": schedule_type, "schedule_config": usual.get(schedule_type), **fields}
         return (await self.service.create_schedule(parse(chronotask.ScheduleCreate, body)))["id"]
 
     async def patch_task(self, task_id: int, **fields: Any) -> Any:
@@ -358,13 +358,13 @@ async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
     """Opens services: `await open_rig(clock=…, kind=…, SETTING=…)`. All are closed at the end of the test."""
     rigs: list[Rig] = []
 
-    async def open_one(clock: FakeClock | None = None, kind: str = "service", **changes: Any) -> Rig:
+    async def open_one(clock: FakeClock | None = None, kind: str = "service", environ: Any = None, **changes: Any) -> Rig:
         clock = clock or FakeClock()
         chosen = settings(quick_disk, **changes)
         if not chosen.database_url.exists():
             chosen.database_url.write_bytes(new_database())
         store = Store(chosen.database_url, clock.monotonic)
-        rig = Rig(Service(chosen, store, clock, Environ(CHILD_ENVIRON), kind), clock)
+        rig = Rig(Service(chosen, store, clock, Environ({**CHILD_ENVIRON, **(environ or {})}), kind), clock)
         rigs.append(rig)
         await rig.service.start()
         await clock.first_round()
@@ -400,12 +400,14 @@ class Target:
     def __init__(self) -> None:
         self.answers: deque[tuple[int, dict[str, str], bytes]] = deque()
         self.requests: list[web.Request] = []
+        self.bodies: list[bytes] = []
         self.held = 0
         self.let_go = asyncio.Event()
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.Response:
         self.requests.append(request)
+        self.bodies.append(await request.read())
         if request.path == "/hold":
             self.held += 1
             await self.let_go.wait()
@@ -6612,6 +6614,586 @@ async def test_counters_count_executions_that_started_once_each(rig: Rig, target
     assert task["last_run"] == "2026-01-01T00:02:00Z"
     schedule = await rig.service.get_schedule(schedule_id)
     assert (schedule["run_count"], schedule["last_run"]) == (2, "2026-01-01T00:02:00Z")
+
+
+async def test_forbidden_bash_tasks_are_neither_made_nor_executed_and_their_slots_fail(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(max_retries=3)
+    await rig.schedule(task_id)
+    later = await restarted(rig, open_rig, 30, allow_host_commands=False)
+    with pytest.raises(Forbidden, match="ALLOW_HOST_COMMANDS"):
+        await later.task()
+    with pytest.raises(Forbidden, match="ALLOW_HOST_COMMANDS"):
+        await later.execute(task_id)
+    await later.run_at(60)
+    (row,) = await later.rows()
+    assert (row["status"], row["retry_count"]) == ("failed", 0)
+    assert "ALLOW_HOST_COMMANDS" in str(row["error_message"])
+
+
+# --- One thing after another ------------------------------------------------------------------------------------------
+
+
+def after(*on: str, **which: Any) -> Json:
+    """The configuration of a schedule of type `after`."""
+    return {"schedule_type": "after", "schedule_config": {**which, "on": list(on)}}
+
+
+async def listener(rig: Rig, *on: str, name: str = "alert", fields: Json = None, **which: Any) -> tuple[int, int]:
+    """A task that a schedule of type `after` fires, and that schedule."""
+    task_id = await rig.task(name=name)
+    return task_id, await rig.schedule(task_id, **after(*on, **which), **(fields or {}))
+
+
+async def fired(rig: Rig, task_id: int) -> list[Any]:
+    """Event, id of the cause and status of the executions of a task, oldest first."""
+    rows = await rig.rows(task_id=task_id)
+    return [(row["cause"]["event"], row["cause"]["execution_id"], row["status"]) for row in rows]
+
+
+FAIL, HANG = {"command": "exit 3"}, {"command": "sleep 60", "timeout": 1}
+
+
+async def test_an_execution_that_fails_has_one_alert_with_its_cause(rig: Rig) -> None:
+    watched = await rig.task(name="backup", key="nightly", config={"command": "echo half; echo disk full >&2; exit 2"})
+    alert, schedule = await listener(rig, "failure", task_ids=[watched])
+    execution = await rig.executed(watched)
+    await rig.finish()
+    [row] = await rig.rows(task_id=alert)
+    assert (row["trigger"], row["schedule_id"], row["scheduled_for"], row["status"]) == ("after", schedule, None, "succeeded")
+    assert row["cause"] == {
+        "event": "failure",
+        "execution_id": execution,
+        "task_id": watched,
+        "task_key": "nightly",
+        "task_name": "backup",
+        "status": "failed",
+        "error_message": "exit status 2: disk full",
+        "scheduled_for": None,
+        "started_at": "2026-01-01T00:00:00Z",
+        "finished_at": "2026-01-01T00:00:00Z",
+        "duration": 0.0,
+        "attempt": 1,
+        "failures_in_a_row": 1,
+        "exit_code": 2,
+        "status_code": None,
+        "output": "half\n--- stderr ---\ndisk full\n",
+        "text": "backup failed (exit status 2: disk full), 2026-01-01 00:00 UTC",
+        "url": None,
+    }
+    assert (await rig.service.get_execution(execution))["caused"] == [row["id"]]
+    assert (await rig.service.get_schedule(schedule))["run_count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "event", "status"),
+    [
+        ({"command": "true"}, "success", "succeeded"),
+        (FAIL, "failure", "failed"),
+        (HANG, "failure", "timed_out"),
+        ({"command": "true"}, "started", "running"),
+    ],
+)
+async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, status: str) -> None:
+    watched = await rig.task(config=config)
+    alert, _ = await listener(rig, event, task_ids=[watched])
+    execution = await rig.executed(watched)
+    await rig.finish()
+    assert await fired(rig, alert) == [(event, execution, "succeeded")]
+    assert (await rig.rows(task_id=alert))[0]["cause"]["status"] == status
+
+
+async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_are_none(rig: Rig) -> None:
+    watched, other = await rig.task(config=FAIL, pause_after=1), await rig.task(config=FAIL)
+    alert, _ = await listener(rig, "failure", "broke", "paused", "success", "cancelled", task_ids=[watched])
+    await rig.executed(other)
+    execution = await rig.executed(watched)
+    await rig.finish()
+    assert await fired(rig, alert) == [(event, execution, "succeeded") for event in ("failure", "broke", "paused")]
+    assert (await rig.rows(task_id=alert))[2]["cause"]["text"].startswith("t failed (exit status 3), and is paused now, 2026")
+
+
+async def test_a_retried_attempt_is_no_cause(rig: Rig) -> None:
+    watched = await rig.task(config=FAIL, max_retries=1, retry_delay=10)
+    alert, _ = await listener(rig, "failure", "started", task_ids=[watched])
+    execution = await rig.executed(watched)
+    assert await fired(rig, alert) == [("started", execution, "succeeded")]
+    await rig.run_at(20)
+    await rig.finish()
+    assert [event for event, *_ in await fired(rig, alert)] == ["started", "failure"]
+
+
+async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
+    watched = await rig.task(name="backup", config=FAIL)
+    alert, _ = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=3)
+    for _ in range(5):
+        await rig.executed(watched)
+    task = await rig.service.get_task(watched)
+    assert (task["failures_in_a_row"], task["last_status"], task["failure_count"]) == (5, "failed", 5)
+    await rig.patch_task(watched, config={"command": "true"})
+    for _ in range(2):
+        await rig.executed(watched)
+    await rig.finish()
+    assert [(event, cause) for event, cause, _ in await fired(rig, alert)] == [("broke", 4), ("recovered", 7)] or await fired(
+        rig, alert
+    )
+    broke, recovered = [row["cause"] for row in await rig.rows(task_id=alert)]
+    assert (broke["event"], broke["failures_in_a_row"], broke["status"]) == ("broke", 3, "failed")
+    assert broke["text"] == "backup failed (exit status 3), 3 times in a row, 2026-01-01 00:00 UTC"
+    assert (recovered["event"], recovered["failures_in_a_row"]) == ("recovered", 5)
+    assert recovered["text"] == "backup has recovered, after 5 failures in a row, 2026-01-01 00:00 UTC"
+    task = await rig.service.get_task(watched)
+    assert (task["failures_in_a_row"], task["last_status"]) == (0, "succeeded")
+
+
+async def test_a_streak_below_the_threshold_neither_breaks_nor_recovers(rig: Rig) -> None:
+    watched = await rig.task(config={"command": "test -e ok"}, name="w")
+    alert, _ = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=2)
+    await rig.executed(watched)
+    await rig.patch_task(watched, config={"command": "true"})
+    await rig.executed(watched)
+    assert await fired(rig, alert) == []
+
+
+async def test_a_task_is_paused_after_failures_in_a_row_and_counts_anew_when_it_is_active_again(rig: Rig) -> None:
+    watched = await rig.task(config=FAIL, pause_after=2)
+    schedule = await rig.schedule(watched)
+    for seconds in (60, 120, 180, 240):
+        await rig.run_at(seconds)
+    task = await rig.service.get_task(watched)
+    assert (task["status"], task["run_count"], task["failures_in_a_row"], task["next_run"]) == ("paused", 2, 2, None)
+    assert task["status_reason"] == "paused after 2 failures in a row (pause_after), 2026-01-01T00:02:00Z"
+    task = await rig.patch_task(watched, status="active")
+    assert (task["failures_in_a_row"], task["status_reason"], task["next_run"]) == (0, None, "2026-01-01T00:05:00Z")
+    await rig.run_at(300)
+    assert (await rig.service.get_task(watched))["status"] == "active" and schedule
+
+
+async def test_a_cancelled_and_a_skipped_and_a_missed_one_are_causes(rig: Rig, target: Target) -> None:
+    watched = await rig.task(**target.config("/hold"))
+    await rig.schedule(watched)
+    alert, _ = await listener(rig, "cancelled", "skipped", "missed", task_ids=[watched])
+    held = await rig.execute(watched)
+    await rig.tick()
+    await rig.at(60)
+    skipped = (await rig.rows(task_id=watched))[-1]
+    await meanwhile(rig, rig.service.cancel_execution(held))
+    await rig.at(600)
+    await rig.let_go(target)
+    causes = {event: cause for event, cause, _ in reversed(await fired(rig, alert))}
+    assert (causes["skipped"], causes["cancelled"], {*causes}) == (skipped["id"], held, {"skipped", "cancelled", "missed"})
+    missed = next(row for row in await rig.rows(task_id=alert) if row["cause"]["event"] == "missed")
+    assert missed["cause"]["error_message"].startswith("missed: 7 slots") and missed["cause"]["text"].startswith(
+        "t missed a slot ("
+    )
+
+
+async def test_a_waiting_execution_that_is_cancelled_is_a_cause(rig: Rig) -> None:
+    watched = await rig.task()
+    alert, _ = await listener(rig, "cancelled", task_ids=[watched])
+    rig.service.engine.leading = False  # as in a process that does not lead
+    execution = await rig.execute(watched)
+    await rig.service.cancel_execution(execution)
+    assert await fired(rig, alert) == [("cancelled", execution, "queued")]
+    rig.service.engine.leading = True
+
+
+async def test_tags_and_any_choose_tasks_but_never_what_after_itself_started(rig: Rig) -> None:
+    tagged, plain = await rig.task(tags=["ops"]), await rig.task()
+    by_tag, _ = await listener(rig, "success", tag="ops")
+    of_any, _ = await listener(rig, "success", any=True)
+    first, second = await rig.executed(tagged), await rig.executed(plain)
+    await rig.finish()
+    await rig.executed(of_any)  # by hand: no echo of its own task, but the others see it
+    await rig.finish()
+    assert [cause for _, cause, _ in await fired(rig, by_tag)] == [first]
+    assert [cause for event, cause, _ in await fired(rig, of_any) if event == "success"] == [first, second]
+
+
+async def test_a_chain_runs_one_after_the_other_and_its_tenth_execution_is_the_last(rig: Rig) -> None:
+    tasks = [await rig.task(name=f"t{n}") for n in range(13)]
+    for before, task_id in itertools.pairwise(tasks):
+        await rig.schedule(task_id, **after("success", "skipped", task_ids=[before]))
+    await rig.executed(tasks[0])
+    for _ in range(15):
+        await rig.finish()
+    rows = await rig.rows()
+    assert [(row["task_id"], row["status"]) for row in rows] == [
+        *((task_id, "succeeded") for task_id in tasks[:11]),
+        (tasks[11], "skipped"),
+    ]
+    assert rows[-1]["error_message"] == chronotask.TOO_DEEP and rows[-1]["cause"]["event"] == "success"
+
+
+async def test_an_overdue_task_is_told_once_for_each_success(rig: Rig) -> None:
+    watched = await rig.task(name="backup")
+    alert, schedule = await listener(rig, "overdue", task_ids=[watched], seconds=3600)
+    view = await rig.service.get_schedule(schedule)
+    assert (view["description"], view["next_run"]) == ("When 'backup' has not succeeded for 1 hour", "2026-01-01T01:00:00Z")
+    assert [slot["utc"] for slot in view["upcoming"]] == ["2026-01-01T01:00:00Z"]
+    await rig.run_at(1800)
+    first = await rig.executed(watched)
+    assert (await rig.service.get_schedule(schedule))["next_run"] == "2026-01-01T01:30:00Z"
+    await rig.run_at(3600)
+    assert await fired(rig, alert) == []
+    await rig.run_at(5400)
+    assert await fired(rig, alert) == [("overdue", first, "succeeded")]
+    cause = (await rig.rows(task_id=alert))[0]["cause"]
+    assert (cause["finished_at"], cause["text"]) == (
+        "2026-01-01T00:30:00Z",
+        "backup is overdue (last success: 2026-01-01 00:30 UTC)",
+    )
+    await rig.run_at(50_000)
+    assert len(await fired(rig, alert)) == 1
+    await rig.executed(watched)
+    await rig.run_at(60_000)
+    assert len(await fired(rig, alert)) == 2
+
+
+async def test_a_task_that_never_succeeded_is_overdue_also_while_it_is_paused_and_after_a_time_down(open_rig: OpenRig) -> None:
+    rig = await open_rig()
+    watched = await rig.task(status="paused")
+    alert, _ = await listener(rig, "overdue", task_ids=[watched], seconds=60)
+    await rig.close()
+    rig = await open_rig(clock=FakeClock(START + 7200 * S))
+    await rig.finish()
+    [row] = await rig.rows(task_id=alert)
+    assert (row["cause"]["event"], row["cause"]["execution_id"], row["cause"]["finished_at"]) == ("overdue", None, None)
+    await rig.run_at(90_000)
+    assert len(await rig.rows(task_id=alert)) == 1
+
+
+@pytest.mark.parametrize("paused", ["schedule", "task", "scheduler"])
+async def test_while_it_is_paused_nothing_is_recorded_or_made_up_for(rig: Rig, paused: str) -> None:
+    watched = await rig.task(config=FAIL)
+    alert, schedule = await listener(rig, "failure", task_ids=[watched])
+    dead, _ = await listener(rig, "overdue", task_ids=[watched], seconds=600)
+
+    async def switch(on: bool) -> None:
+        if paused == "scheduler":
+            await (rig.service.resume_scheduler() if on else rig.service.pause_scheduler())
+        elif paused == "task":
+            for task_id in (alert, dead):
+                await rig.patch_task(task_id, status="active" if on else "paused")
+        else:
+            for schedule_id in (schedule, schedule + 1):
+                await rig.patch_schedule(schedule_id, is_active=on)
+
+    await switch(False)
+    await rig.executed(watched)
+    await rig.run_at(700)
+    await switch(True)
+    await rig.run_at(800)
+    assert [await fired(rig, alert), await fired(rig, dead)] == [[], []]
+    await rig.executed(watched)
+    await rig.finish()
+    assert len(await fired(rig, alert)) == 1
+
+
+async def test_bounds_and_max_runs_hold_for_after(rig: Rig) -> None:
+    watched = await rig.task()
+    limited, schedule = await listener(rig, "success", task_ids=[watched], fields={"max_runs": 2})
+    later, _ = await listener(rig, "success", task_ids=[watched], fields={"start_at": "2026-01-01T01:00:00Z"})
+    for seconds in (10, 20, 30, 3600):
+        await rig.at(seconds)
+        await rig.executed(watched)
+    await rig.finish()
+    assert (len(await fired(rig, limited)), len(await fired(rig, later))) == (2, 1)
+    view = await rig.service.get_schedule(schedule)
+    assert (view["is_active"], view["run_count"]) == (False, 2)
+    with pytest.raises(InvalidInput, match="max_runs"):
+        await rig.patch_schedule(schedule, is_active=True)
+
+
+async def test_overlap_is_allow_unless_it_is_said(rig: Rig, target: Target) -> None:
+    watched = await rig.task()
+    config = target.config("/hold")
+    alert, chain = await rig.task(**config), await rig.task(**config)
+    await rig.schedule(alert, **after("success", task_ids=[watched]))
+    view = await rig.service.get_schedule(await rig.schedule(chain, **after("success", task_ids=[watched]), overlap="skip"))
+    assert (view["overlap"], view["catchup"], view["catchup_window"], view["jitter"]) == ("skip", None, None, None)
+    first = await rig.execute(watched)
+    await rig.tick()
+    second = await rig.execute(watched)
+    for _ in range(20):
+        await rig.tick()
+        await asyncio.sleep(0.01)
+        if len(await rig.rows(task_id=chain)) == 2:
+            break
+    assert [(cause, status) for _, cause, status in await fired(rig, chain)] == [(first, "running"), (second, "skipped")]
+    assert [status for _, _, status in await fired(rig, alert)] == ["running", "running"]
+    await rig.let_go(target)
+
+
+async def test_a_deleted_task_takes_the_schedule_with_it_that_watches_only_it(rig: Rig) -> None:
+    first, second = await rig.task(name="a"), await rig.task(name="b")
+    _, schedule = await listener(rig, "failure", task_ids=[first, second])
+    assert (await rig.service.get_schedule(schedule))["description"] == "After 'a' or 'b' failed"
+    await meanwhile(rig, rig.service.delete_task(first))
+    view = await rig.service.get_schedule(schedule)
+    assert (view["description"], view["is_active"]) == (f"After task {first} (deleted) or 'b' failed", True)
+    await meanwhile(rig, rig.service.delete_task(second))
+    view = await rig.service.get_schedule(schedule)
+    assert (view["description"], view["is_active"]) == (f"After task {first} (deleted) or task {second} (deleted) failed", False)
+    with pytest.raises(InvalidInput, match=r"task_ids: none of these tasks exists any more"):
+        await rig.patch_schedule(schedule, is_active=True)
+
+
+async def test_history_that_is_gone_leaves_the_cause_as_it_was(rig: Rig) -> None:
+    watched = await rig.task(name="w", config=FAIL)
+    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    execution = await rig.executed(watched)
+    await rig.finish()
+    rig.sql("DELETE FROM executions WHERE id = ?", execution)
+    await rig.patch_task(watched, name="renamed")
+    [row] = await rig.rows(task_id=alert)
+    assert (row["cause"]["task_name"], row["cause"]["execution_id"]) == ("w", execution)
+
+
+AFTER_WORDS = {
+    "After 'a' or 'b' failed": after("failure", task_ids=[1, 2]),
+    "After 'a' succeeded or was cancelled": after("success", "cancelled", task_ids=[1]),
+    "After a task tagged 'db' failed 3 times in a row, and when it has recovered": after(
+        "broke", "recovered", tag="db", threshold=3
+    ),
+    "After any task failed after a success": after("broke", any=True),
+    "When 'a' has not succeeded for 26 hours": after("overdue", task_ids=[1], seconds=93600),
+}
+
+
+@pytest.mark.parametrize("words", AFTER_WORDS)
+async def test_an_after_schedule_is_described_in_words(rig: Rig, words: str) -> None:
+    await rig.task(name="a")
+    await rig.task(name="b")
+    body = parse(chronotask.SchedulePreview, {"task_id": 1, **AFTER_WORDS[words]} if "any" in words else AFTER_WORDS[words])
+    assert (await rig.service.preview_schedule(body))["description"] == words
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "message"),
+    [
+        ({"on": ["failed"], "any": True}, "on[0]", "write failure, which covers them all"),
+        ({"on": ["timed_out"], "any": True}, "on[0]", "write failure, which covers them all"),
+        ({"on": ["fail"], "any": True}, "on[0]", "must be one of 'success', 'failure'"),
+        ({"on": [], "any": True}, "on", "must not be empty"),
+        ({"any": True}, "on", "is required"),
+        ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag and any, not none"),
+        ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag and any, not tag and any"),
+        ({"on": ["failure"], "any": False}, "any", "must be one of True"),
+        ({"on": ["failure"], "task_ids": []}, "task_ids", "must not be empty"),
+        ({"on": ["failure"], "task_ids": [99]}, "task_ids[0]", "there is no task 99"),
+        ({"on": ["failure"], "task_ids": ["key:none"]}, "task_ids[0]", "there is no task key:none"),
+        ({"on": ["failure"], "any": True, "threshold": 2}, "threshold", "is only for broke and recovered"),
+        ({"on": ["broke"], "any": True, "threshold": 101}, "threshold", "must be at most 100, not 101"),
+        ({"on": ["overdue"], "task_ids": [1]}, "seconds", "is required for overdue"),
+        ({"on": ["overdue"], "any": True, "seconds": 60}, "task_ids", "must be exactly one task"),
+        ({"on": ["overdue", "failure"], "task_ids": [1], "seconds": 60}, "on", "overdue must stand alone"),
+        ({"on": ["failure"], "any": True, "seconds": 60}, "seconds", "is only for overdue"),
+        ({"on": ["failure"], "any": True, "timezone": "UTC"}, "timezone", "unknown field"),
+    ],
+)
+async def test_a_wrong_after_is_refused_by_field(rig: Rig, config: Json, field: str, message: str) -> None:
+    task_id = await rig.task()
+    alert = await rig.task()
+    with pytest.raises(InvalidInput) as refused:
+        await rig.schedule(alert, schedule_type="after", schedule_config=config)
+    [error] = refused.value.errors
+    assert error.field == f"schedule_config.{field}".rstrip(".") and message in error.message and task_id
+
+
+@pytest.mark.parametrize(("field", "value"), [("catchup", "all"), ("catchup_window", 5), ("jitter", 1)])
+async def test_what_only_slots_have_is_refused_for_after_and_null_for_it_alone(rig: Rig, field: str, value: Any) -> None:
+    watched, alert = await rig.task(), await rig.task()
+    with pytest.raises(InvalidInput, match=f"{field}: must be null: a schedule of type after has none"):
+        await rig.schedule(alert, **after("failure", task_ids=[watched]), **{field: value})
+    schedule = await rig.schedule(alert, **after("failure", task_ids=[watched]), **{field: None})
+    await rig.patch_schedule(schedule, **(await rig.service.get_schedule(schedule)))  # what GET gave
+    with pytest.raises(InvalidInput, match=f"{field}: must not be null"):
+        await rig.schedule(alert, **{field: None})
+
+
+async def test_a_circle_by_ids_is_refused_and_named(rig: Rig) -> None:
+    a, b, c = [await rig.task(name=name, key=name) for name in "abc"]
+    await rig.schedule(b, **after("success", task_ids=["key:a"]))
+    last = await rig.schedule(c, **after("success", task_ids=[b]))
+    with pytest.raises(InvalidInput, match=r"schedule_config.task_ids: must not be a circle: c → a → b → c"):
+        await rig.schedule(a, **after("failure", task_ids=[c]))
+    with pytest.raises(InvalidInput, match=r"must not be a circle: a → a"):
+        await rig.schedule(a, **after("failure", task_ids=[a]))
+    with pytest.raises(InvalidInput, match=r"must not be a circle: c → c"):
+        await rig.patch_schedule(last, schedule_config=after("success", task_ids=[b, c])["schedule_config"])
+    assert (await rig.service.get_schedule(1))["schedule_config"]["task_ids"] == [a]
+
+
+async def test_one_damaged_listener_does_not_stop_the_others(rig: Rig) -> None:
+    watched = await rig.task()
+    alerts = [await listener(rig, "success", task_ids=[watched]) for _ in range(3)]
+    rig.sql("UPDATE schedules SET schedule_config = '{\"on\": 7}' WHERE id = ?", alerts[0][1])
+    rig.sql("UPDATE schedules SET schedule_config = '{' WHERE id = ?", alerts[1][1])
+    await rig.executed(watched)
+    await rig.finish()
+    assert [len(await fired(rig, task_id)) for task_id, _ in alerts] == [0, 0, 1]
+
+
+async def test_the_cause_is_at_most_6_kib_and_holds_no_secret(open_rig: OpenRig) -> None:
+    rig = await open_rig(environ={"CHRONOTASK_SECRET_KEY": "s3cr3t-s3cr3t"})
+    command = "echo $KEY; head -c 9000 /dev/zero | tr '\\0' '\\001'; echo $KEY; exit 1"
+    watched = await rig.task(name="ö" * 255, config={"command": command, "env": {"KEY": "${env:CHRONOTASK_SECRET_KEY}"}})
+    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    await rig.executed(watched)
+    await rig.finish()
+    [row] = await rig.rows(task_id=alert)
+    text = chronotask.compact(row["cause"])
+    assert len(text.encode()) <= 6144 and "s3cr3t" not in text and "********" in row["cause"]["output"]
+
+
+async def test_a_run_by_hand_of_an_alert_gets_sample_facts(rig: Rig) -> None:
+    watched = await rig.task()
+    alert, _ = await listener(rig, "failure", task_ids=[watched], name="slack")
+    config = {"command": 'echo "$X"', "env": {"X": "${cause:text}"}}
+    for task_id in (await rig.task(name="slack", config=config), alert):
+        row = await rig.service.get_execution(await rig.executed(task_id))
+        assert (row["cause"]["event"], row["cause"]["task_name"], row["trigger"]) == ("test", "example", "manual")
+        assert row["cause"]["text"].startswith("This is a test of slack. example failed (exit status 1: an example of output), ")
+    assert (await rig.service.get_execution(await rig.executed(watched)))["cause"] is None
+
+
+NASTY = """it's "}, {"x": 1} & a=b %0d%0a $(touch x) `id` <b>\u202e ${file:key} ${cause:url}"""
+NASTY_OUTPUT = NASTY + "\n\r\nHost: evil\n"
+
+
+async def told_of_something_nasty(rig: Rig, target: Target, **config: Any) -> tuple[web.Request, str]:
+    """What an alert sends when a task of a nasty name has printed something nasty, and its body."""
+    (rig.path.parent / "out").write_text(NASTY_OUTPUT)
+    command = f"cat '{rig.path.parent}/out'; exit 1"
+    watched = await rig.task(name=NASTY.replace("\u202e", ""), config={"command": command})
+    alert = await rig.task(name="alert", **target.config("/p", **config))
+    await rig.schedule(alert, **after("failure", task_ids=[watched]))
+    await rig.executed(watched)
+    await rig.finish()
+    assert (await rig.rows(task_id=alert))[0]["status"] == "succeeded"
+    return target.requests[0], target.bodies[0].decode()
+
+
+async def test_facts_in_a_json_body_are_only_ever_text(rig: Rig, target: Target) -> None:
+    body = {
+        "text": "${cause:task_name}",
+        "deep": [{"out": "<${cause:output}>"}],
+        "n": "${cause:failures_in_a_row}",
+        "e": "${cause:url}",
+    }
+    _, sent = await told_of_something_nasty(rig, target, method="POST", body=body)
+    name = NASTY.replace("\u202e", "")
+    assert json.loads(sent) == {"text": name, "deep": [{"out": f"<{NASTY_OUTPUT}>"}], "n": "1", "e": ""}
+
+
+async def test_facts_in_a_form_stay_in_their_field(rig: Rig, target: Target) -> None:
+    form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
+    _, sent = await told_of_something_nasty(rig, target, **form, body="chat=7&text=${cause:output}&n=${cause:event}")
+    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"chat": ["7"], "text": [NASTY_OUTPUT], "n": ["failure"]}
+
+
+async def test_an_object_is_sent_as_a_form_when_the_task_says_so(rig: Rig, target: Target) -> None:
+    form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
+    request, sent = await told_of_something_nasty(rig, target, **form, body={"text": "${cause:output}", "n": 7, "l": ["a", "b"]})
+    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"text": [NASTY_OUTPUT], "n": ["7"], "l": ["a", "b"]}
+    assert request.content_type == "application/x-www-form-urlencoded"
+
+
+async def test_facts_in_url_params_and_headers_change_nothing_around_them(rig: Rig, target: Target) -> None:
+    config = {"url": target.url + "/p/${cause:task_name}/q?a=${cause:output}#f", "params": {"b": "${cause:task_name}"}}
+    headers = {"X-What": "<${cause:output}>", "Title": "ö ${cause:event}"}
+    request, _ = await told_of_something_nasty(rig, target, **config, headers=headers)
+    assert request.raw_path.startswith(
+        "/p/it%27s%20%22%7D%2C%20%7B%22x%22%3A%201%7D%20%26%20a%3Db%20%250d%250a%20%24%28touch%20x%29%20%60id%60"
+    )
+    assert request.path.startswith("/p/it's") and request.path.endswith("/q")
+    assert (request.query["a"], request.query["b"]) == (NASTY_OUTPUT, NASTY.replace("\u202e", ""))
+    assert request.headers["X-What"].startswith('<it\'s "}, {"x": 1} & a=b %0d%0a $(touch x)')
+    assert "\n" not in request.headers["X-What"] and "\u202e" not in request.headers["X-What"] and "evil" not in request.host
+    assert request.headers["Title"] == "ö failure"
+
+
+async def test_facts_in_a_plain_text_body_are_text(rig: Rig, target: Target) -> None:
+    headers = {"Content-Type": "text/plain; charset=utf-8"}
+    _, sent = await told_of_something_nasty(
+        rig, target, method="POST", headers=headers, body="${cause:task_name}: ${cause:output}"
+    )
+    assert sent == NASTY.replace("\u202e", "") + ": " + NASTY_OUTPUT
+
+
+async def test_facts_reach_bash_as_variables_that_are_never_source(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text(NASTY_OUTPUT)
+    watched = await rig.task(name="'; touch x; '", key="k", config={"command": f"cat {tmp_path}/out; exit 4"})
+    command = {
+        "command": 'printf "%s|" "$A" "$CHRONOTASK_CAUSE_TASK_KEY" "$CHRONOTASK_CAUSE_EXIT_CODE" "$CHRONOTASK_CAUSE_URL"; ls'
+    }
+    alert = await rig.task(config={**command, "env": {"A": "<${cause:task_name}${cause:output}>"}, "working_dir": str(tmp_path)})
+    await rig.schedule(alert, **after("failure", task_ids=[watched]))
+    await rig.executed(watched)
+    await rig.finish()
+    [row] = await rig.rows(task_id=alert)
+    assert row["output_data"]["stdout"] == f"<'; touch x; '{NASTY_OUTPUT}>|k|4||out\n"
+
+
+async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config("/x${cause:event}", method="POST", body={"t": "<${cause:text}>"}))
+    await rig.schedule(task_id)
+    await rig.run_at(60)
+    assert (target.requests[0].path, json.loads(target.bodies[0])) == ("/x", {"t": "<>"})
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"command": "echo ${cause:text}"}, "config.command"),
+        ({"command": "echo", "args": ["${cause:text}"]}, "config.args"),
+        ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env"),
+        ({"url": "http://${cause:output}/"}, "config.url"),
+        ({"url": "${cause:url}"}, "config.url"),
+        ({"url": "http://u:${cause:text}@h/"}, "config.url"),
+        ({"url": "http://h/${cause:nothing}"}, "config.url"),
+        ({"url": "http://h/", "auth": {"username": "u", "password": "${cause:text}"}}, "config.auth.password"),
+        ({"url": "http://h/", "headers": {"Authorization": "${cause:text}"}}, "config.headers"),
+        ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
+        ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
+        ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
+    ],
+)
+async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig, config: Json, field: str) -> None:
+    assert await refused_fields(rig.task(task_type="http" if "url" in config else "bash", config=config)) == [field]
+
+
+async def test_an_end_and_what_it_causes_are_one_transaction(rig: Rig) -> None:
+    watched = await rig.task()
+    alert, _ = await listener(rig, "success", task_ids=[watched])
+    rig.sql("CREATE TRIGGER broken BEFORE INSERT ON executions WHEN new.trigger = 'after' BEGIN SELECT raise(ABORT, 'no'); END")
+    execution = await rig.execute(watched)
+    await rig.tick()
+    await asyncio.wait([active.job for active in rig.service.engine.running.values() if active.job])
+    with pytest.raises(Unavailable):
+        await rig.service.engine.tick()
+    assert ((await rig.service.get_execution(execution))["status"], await fired(rig, alert)) == ("running", [])
+    rig.sql("DROP TRIGGER broken")
+    await rig.finish()
+    assert ((await rig.service.get_execution(execution))["status"], len(await fired(rig, alert))) == ("succeeded", 1)
+
+
+async def test_a_thousand_failures_at_once_have_a_thousand_alerts(open_rig: OpenRig) -> None:
+    rig = await open_rig(max_concurrent_runs=1000)
+    watched = await rig.task()
+    alert, _ = await listener(rig, "failure", any=True)
+    ids = await rig.service.store.write(
+        lambda db: chronotask.insert_executions(
+            db, [chronotask.NewExecution(watched, None, "manual", None, START) for _ in range(1000)]
+        )
+    )
+    runs = await rig.service.store.write(lambda db: chronotask.start_ready(db, 1000, START, "gone"))
+    failed = chronotask.Outcome("failed", "no")
+    await rig.service.engine.finish([chronotask.decide_end(run, failed, START, 0) for run in runs])
+    found = rig.sql("SELECT caused_by FROM executions WHERE task_id = ? ORDER BY id", alert)
+    assert [row[0] for row in found] == ids
+    assert rig.sql("SELECT failures_in_a_row FROM tasks WHERE id = ?", watched) == [(1000,)]
+    rig.sql("UPDATE executions SET status = 'cancelled', finished_at = 1 WHERE finished_at IS NULL")
 
 
 # --- Time ------------------------------------------------------------------------------------------------------------
