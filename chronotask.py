@@ -2328,6 +2328,36 @@ class Finished:
     output: str | None  # JSON text: made at once, where the parts are still at hand
 
 
+@dataclass(slots=True)
+class Standing:
+    """What a task has come to so far, as ends change it."""
+
+    id: int
+    status: str
+    status_reason: str | None
+    pause_after: int | None
+    failures_in_a_row: int
+    success_count: int
+    failure_count: int
+    last_status: str | None
+    last_success: int | None
+    last_success_id: int | None
+
+
+@dataclass(slots=True)
+class Ended:
+    """An execution that is over, or (`started`) begins, and the failures in a row of its task before and after that."""
+
+    execution_id: int
+    task_id: int
+    status: str
+    finished_at: int
+    before: int | None = None  # None: it does not count
+    after: int | None = None
+    paused: bool = False
+    started: bool = False
+
+
 # --- What a client sends ----------------------------------------------------------------------------------------------
 
 
@@ -2957,36 +2987,6 @@ MOST_DEPTH = 10  # executions that `after` fires one because of the other
 TOO_DEEP = f"skipped: {MOST_DEPTH} executions have followed each other already; is it a circle?"
 MOST_CAUSE_OUTPUT = 2000  # characters
 MOST_CAUSE_BYTES = 6144
-
-
-@dataclass(slots=True)
-class Standing:
-    """What a task has come to so far, as ends change it."""
-
-    id: int
-    status: str
-    status_reason: str | None
-    pause_after: int | None
-    failures_in_a_row: int
-    success_count: int
-    failure_count: int
-    last_status: str | None
-    last_success: int | None
-    last_success_id: int | None
-
-
-@dataclass(slots=True)
-class Ended:
-    """An execution that is over, or (`started`) begins, and the failures in a row of its task before and after that."""
-
-    execution_id: int
-    task_id: int
-    status: str
-    finished_at: int
-    before: int | None = None  # None: it does not count
-    after: int | None = None
-    paused: bool = False
-    started: bool = False
 
 
 def count_end(standing: Standing, end: Ended) -> None:

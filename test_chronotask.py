@@ -1260,6 +1260,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "ALLOWED_BASH_ENV": ((), {"A,B": ("A", "B")}, ["A,"]),
     "API_TOKEN": (None, {"0123456789abcdef": "0123456789abcdef"}, []),
     "API_TOKEN_FILE": (None, {}, []),
+    "PUBLIC_URL": (None, {"https://example.org/x//": "https://example.org/x/"}, ["example.org", "ftp://x/", "https://a b/"]),
     "ALLOWED_HOSTS": ((), {"Tasks.Example.com,other": ("tasks.example.com", "other")}, ["http://x", "a b", "x:80/"]),
     "SECRETS_DIR": (Path("/run/secrets"), {"/etc/secrets": Path("/etc/secrets")}, []),
     "BLOCK_PRIVATE_NETWORKS": (False, {"true": True}, ["perhaps"]),
@@ -6496,6 +6497,7 @@ async def test_a_success_has_all_its_fields(rig: Rig) -> None:
     await rig.finish()
     row = await rig.service.get_execution(execution_id)
     output, attempts = row.pop("output_data"), row.pop("attempts")
+    assert (row.pop("cause"), row.pop("caused")) == (None, [])
     assert row == EXECUTION_VIEW
     assert output is not None and (output["exit_code"], output["stdout"]) == (0, "hello\n")
     shared = ("status", "started_at", "finished_at", "duration", "attempt", "error_message")
@@ -7057,15 +7059,15 @@ async def test_a_run_by_hand_of_an_alert_gets_sample_facts(rig: Rig) -> None:
     assert (await rig.service.get_execution(await rig.executed(watched)))["cause"] is None
 
 
-NASTY = """it's "}, {"x": 1} & a=b %0d%0a $(touch x) `id` <b>\u202e ${file:key} ${cause:url}"""
-NASTY_OUTPUT = NASTY + "\n\r\nHost: evil\n"
+TOLD_NAME = """it's "}, {"x": 1} & a=b %0d%0a $(touch x) `id` <b>\u202e ${file:key} ${cause:url}"""
+TOLD_OUTPUT = TOLD_NAME + "\n\r\nHost: evil\n"
 
 
 async def told_of_something_nasty(rig: Rig, target: Target, **config: Any) -> tuple[web.Request, str]:
     """What an alert sends when a task of a nasty name has printed something nasty, and its body."""
-    (rig.path.parent / "out").write_text(NASTY_OUTPUT)
+    (rig.path.parent / "out").write_text(TOLD_OUTPUT)
     command = f"cat '{rig.path.parent}/out'; exit 1"
-    watched = await rig.task(name=NASTY.replace("\u202e", ""), config={"command": command})
+    watched = await rig.task(name=TOLD_NAME.replace("\u202e", ""), config={"command": command})
     alert = await rig.task(name="alert", **target.config("/p", **config))
     await rig.schedule(alert, **after("failure", task_ids=[watched]))
     await rig.executed(watched)
@@ -7082,20 +7084,20 @@ async def test_facts_in_a_json_body_are_only_ever_text(rig: Rig, target: Target)
         "e": "${cause:url}",
     }
     _, sent = await told_of_something_nasty(rig, target, method="POST", body=body)
-    name = NASTY.replace("\u202e", "")
-    assert json.loads(sent) == {"text": name, "deep": [{"out": f"<{NASTY_OUTPUT}>"}], "n": "1", "e": ""}
+    name = TOLD_NAME.replace("\u202e", "")
+    assert json.loads(sent) == {"text": name, "deep": [{"out": f"<{TOLD_OUTPUT}>"}], "n": "1", "e": ""}
 
 
 async def test_facts_in_a_form_stay_in_their_field(rig: Rig, target: Target) -> None:
     form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
     _, sent = await told_of_something_nasty(rig, target, **form, body="chat=7&text=${cause:output}&n=${cause:event}")
-    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"chat": ["7"], "text": [NASTY_OUTPUT], "n": ["failure"]}
+    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"chat": ["7"], "text": [TOLD_OUTPUT], "n": ["failure"]}
 
 
 async def test_an_object_is_sent_as_a_form_when_the_task_says_so(rig: Rig, target: Target) -> None:
     form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
     request, sent = await told_of_something_nasty(rig, target, **form, body={"text": "${cause:output}", "n": 7, "l": ["a", "b"]})
-    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"text": [NASTY_OUTPUT], "n": ["7"], "l": ["a", "b"]}
+    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]}
     assert request.content_type == "application/x-www-form-urlencoded"
 
 
@@ -7107,7 +7109,7 @@ async def test_facts_in_url_params_and_headers_change_nothing_around_them(rig: R
         "/p/it%27s%20%22%7D%2C%20%7B%22x%22%3A%201%7D%20%26%20a%3Db%20%250d%250a%20%24%28touch%20x%29%20%60id%60"
     )
     assert request.path.startswith("/p/it's") and request.path.endswith("/q")
-    assert (request.query["a"], request.query["b"]) == (NASTY_OUTPUT, NASTY.replace("\u202e", ""))
+    assert (request.query["a"], request.query["b"]) == (TOLD_OUTPUT, TOLD_NAME.replace("\u202e", ""))
     assert request.headers["X-What"].startswith('<it\'s "}, {"x": 1} & a=b %0d%0a $(touch x)')
     assert "\n" not in request.headers["X-What"] and "\u202e" not in request.headers["X-What"] and "evil" not in request.host
     assert request.headers["Title"] == "ö failure"
@@ -7118,11 +7120,11 @@ async def test_facts_in_a_plain_text_body_are_text(rig: Rig, target: Target) -> 
     _, sent = await told_of_something_nasty(
         rig, target, method="POST", headers=headers, body="${cause:task_name}: ${cause:output}"
     )
-    assert sent == NASTY.replace("\u202e", "") + ": " + NASTY_OUTPUT
+    assert sent == TOLD_NAME.replace("\u202e", "") + ": " + TOLD_OUTPUT
 
 
 async def test_facts_reach_bash_as_variables_that_are_never_source(rig: Rig, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text(NASTY_OUTPUT)
+    (tmp_path / "out").write_text(TOLD_OUTPUT)
     watched = await rig.task(name="'; touch x; '", key="k", config={"command": f"cat {tmp_path}/out; exit 4"})
     command = {
         "command": 'printf "%s|" "$A" "$CHRONOTASK_CAUSE_TASK_KEY" "$CHRONOTASK_CAUSE_EXIT_CODE" "$CHRONOTASK_CAUSE_URL"; ls'
@@ -7132,7 +7134,7 @@ async def test_facts_reach_bash_as_variables_that_are_never_source(rig: Rig, tmp
     await rig.executed(watched)
     await rig.finish()
     [row] = await rig.rows(task_id=alert)
-    assert row["output_data"]["stdout"] == f"<'; touch x; '{NASTY_OUTPUT}>|k|4||out\n"
+    assert row["output_data"]["stdout"] == f"<'; touch x; '{TOLD_OUTPUT}>|k|4||out\n"
 
 
 async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) -> None:
