@@ -8811,8 +8811,8 @@ def make_server(service: Service) -> Server[Any]:
     task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
     prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-    def always(make: Callable[[], T]) -> Callable[[Any, Any], Awaitable[T]]:
-        async def answer(_: Any, params: Any) -> T:
+    def always(make: Callable[[], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def answer(_: Any, params: Any) -> Any:
             return make()
 
         return answer
