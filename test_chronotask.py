@@ -2829,17 +2829,6 @@ def test_overlap_and_catchup_decide_what_becomes_of_due_slots(unfinished: str, c
         assert bool(claim.cancels) == ("180qo" in text), "it asks for the end of what is unfinished"
 
 
-def test_a_slot_is_on_time_up_to_5_seconds_after_its_time_and_missed_later() -> None:
-    assert claimed(a_schedule(), "nobody", 65)[0].rows[0].trigger == "schedule"
-    late = claimed(a_schedule(), "nobody", 65.000001)[0].rows[0]
-    assert (late.trigger, late.status) == ("catchup", "queued")
-
-
-def test_all_slots_of_the_last_5_seconds_fire_oldest_first() -> None:
-    schedule = a_schedule(schedule_config={"seconds": 1, "timezone": "UTC"}, overlap="allow", next_slot=START + S)
-    assert claimed(schedule, "nobody", 4)[1] == "1q 2q 3q 4q"
-
-
 def test_missed_slots_that_follow_each_other_are_one_row_with_first_last_and_count() -> None:
     claim, text = claimed(a_schedule(catchup="skip"), "nobody", 600.0)
     assert text == "60m 600q"
@@ -3156,17 +3145,6 @@ def schema_of(db: sqlite3.Connection) -> Any:
     return version, db.execute("SELECT sql FROM sqlite_master ORDER BY 1").fetchall(), db.execute("SELECT * FROM a").fetchall()
 
 
-def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
-    db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
-    migrate(db, [MIGRATION_1])
-    assert schema_of(db)[0] == 1
-    migrate(db, [MIGRATION_1, MIGRATION_2])
-    assert schema_of(db) == (2, [("CREATE TABLE a (x, y DEFAULT 7)",), ("CREATE TABLE b (z)",)], [(1, 7)])
-    migrate(db, [MIGRATION_1, MIGRATION_2])
-    assert schema_of(db)[0] == 2
-    db.close()
-
-
 def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_are_kept(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
     migrate(db, [MIGRATION_1])
@@ -3199,6 +3177,8 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     assert migrated.execute(schema).fetchall() == newest.execute(schema).fetchall()
     assert migrated.execute(f"SELECT {columns} FROM executions").fetchall() == rows
     assert migrated.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    migrate(migrated, MIGRATIONS)
+    assert migrated.execute(schema).fetchall() == newest.execute(schema).fetchall(), "a second time it changes nothing"
     assert chronotask.counts(migrated)[1] == {"queued": 1, "running": 0, "retrying": 0}
     assert [row.id for row in chronotask.list_executions(migrated, HistoryQuery(success=False), 1)[1]] == [1]
     newest.close()
@@ -3331,36 +3311,44 @@ def refusal_of(path: Path) -> str:
     return caught.value.detail
 
 
-def test_a_database_of_a_future_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.db"
-    open_database(path).close()
-    a_database(path, "PRAGMA user_version=99")
-    assert refusal_of(path) == (
-        f"{path} has schema version 99, made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: "
-        "upgrade ChronoTask, or restore an older backup"
-    )
+ANOTHER = "{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file"
+LEFT = "…it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+WAL = "the database {path} is %s, but {path}-wal holds data: bring the database file back, or move the -wal file away"
+FUTURE = f"made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
 
 
 @pytest.mark.parametrize(
-    "statements", [["CREATE TABLE theirs (x)"], ["PRAGMA user_version=3"], ["CREATE TABLE tasks (x)", "PRAGMA application_id=77"]]
+    # What is in the place of a database (None: nothing), and beside it; what is done to it; what opening it ends with.
+    ("content", "wal", "statements", "said"),
+    [
+        (new_database(), b"", ["PRAGMA user_version=99"], "{path} has schema version 99, " + FUTURE),
+        (b"", b"", ["CREATE TABLE theirs (x)"], ANOTHER),
+        (b"", b"", ["PRAGMA user_version=3"], ANOTHER),
+        (b"", b"", ["CREATE TABLE tasks (x)", "PRAGMA application_id=77"], ANOTHER),
+        *((content, b"", [], LEFT) for content in (b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192)),
+        (b"SQLite format 3\0" + b"\xff" * 8000, b"", [], LEFT),
+        (new_database()[: len(new_database()) // 2], b"", [], LEFT),
+        (None, b"precious", [], WAL % "missing"),
+        (b"", b"precious", [], WAL % "empty"),
+        (None, b"", [], ""),
+    ],
 )
-def test_a_database_of_another_program_is_refused(tmp_path: Path, statements: list[str]) -> None:
+def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
+    tmp_path: Path, content: bytes | None, wal: bytes, statements: list[str], said: str
+) -> None:
     path = tmp_path / "c.db"
-    a_database(path, *statements)
-    assert refusal_of(path) == f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file"
-
-
-@pytest.mark.parametrize("content", [b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192, b"SQLite format 3\0" + b"\xff" * 8000])
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "c.db"
-    path.write_bytes(content)
-    assert "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file" in refusal_of(path)
-
-
-def damaged(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
+    if content is not None:
+        path.write_bytes(content)
+    if statements:
+        a_database(path, *statements)
+    elif content in (None, b""):
+        (tmp_path / "c.db-wal").write_bytes(wal)
+    if not said:  # an empty -wal does no harm
+        open_database(path).close()
+    elif said.startswith("…"):
+        assert said[1:] in refusal_of(path)
+    else:
+        assert refusal_of(path) == said.format(path=path)
 
 
 def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
@@ -3370,33 +3358,12 @@ def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
         set_meta(db, f"key {number}", "x" * 200)
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
-    damaged(path, path.stat().st_size - 3 * 4096, b"\xa5" * 8192)
+    with path.open("r+b") as file:
+        file.seek(-3 * 4096, os.SEEK_END)
+        file.write(b"\xa5" * 8192)
     detail = refusal_of(path)
     assert "damaged" in detail or "malformed" in detail
     assert "it was left as it was; restore a backup" in detail
-
-
-def test_a_truncated_database_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.db"
-    open_database(path).close()
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "it was left as it was" in refusal_of(path)
-
-
-@pytest.mark.parametrize("what", ["missing", "empty"])
-def test_a_wal_beside_a_missing_or_empty_database_is_refused(tmp_path: Path, what: str) -> None:
-    path, wal = tmp_path / "c.db", tmp_path / "c.db-wal"
-    wal.write_bytes(b"precious")
-    if what == "empty":
-        path.touch()
-    assert refusal_of(path) == (
-        f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
-    )
-
-
-def test_an_empty_wal_beside_a_missing_database_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / "c.db-wal").touch()
-    open_database(tmp_path / "c.db").close()
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/c.db", "/dev/null/c.db"])
@@ -3404,12 +3371,9 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_setting(place: str) -> No
     with pytest.raises(StartupError) as caught:
         open_database(Path(place))
     assert "cannot be used" in caught.value.detail and "CHRONOTASK_DATABASE_URL" in caught.value.detail
-
-
-def test_a_folder_in_the_place_of_the_database_is_told(tmp_path: Path) -> None:
     with pytest.raises(StartupError) as caught:
-        open_database(tmp_path)
-    assert caught.value.detail == f"{tmp_path} is a folder: set CHRONOTASK_DATABASE_URL to a file"
+        open_database(TOP)
+    assert caught.value.detail == f"{TOP} is a folder: set CHRONOTASK_DATABASE_URL to a file"
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
@@ -3945,6 +3909,12 @@ def of_run(run_id: str) -> list[int]:
     return processes_with(f"CHRONOTASK_RUN_ID={run_id}")
 
 
+def masked(secret: str, data: bytes, step: int, *others: str) -> bytes:
+    """What is shown of output that comes in pieces of this size."""
+    masker = SecretMasker([secret, *others])
+    return b"".join(masker.feed(data[at : at + step]) for at in range(0, len(data), step)) + masker.feed(b"", last=True)
+
+
 # ---- Output
 
 
@@ -3992,9 +3962,8 @@ def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 5, 1000])
 def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
-    masker = SecretMasker(["hunter2!", "hunter2!more", "er2!xyz"])
     data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
-    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.feed(b"", last=True)
+    shown = masked("hunter2!", data, step, "hunter2!more", "er2!xyz")
     assert shown == b"a ******** b ******** c ******** hunter2 ********mor"
 
 
@@ -4022,9 +3991,7 @@ def test_a_secret_is_found_in_its_encoded_forms() -> None:
 )
 @pytest.mark.parametrize("step", [1, 4, 1000])
 def test_a_secret_is_found_however_programs_escape_it(echo: str, step: int) -> None:
-    masker, data = SecretMasker(["sk/live+é==\"1'"]), f"before {echo} after".encode()
-    shown = b"".join(masker.feed(data[start : start + step]) for start in range(0, len(data), step)) + masker.feed(b"", last=True)
-    assert shown == b"before ******** after"
+    assert masked("sk/live+é==\"1'", f"before {echo} after".encode(), step) == b"before ******** after"
 
 
 @pytest.mark.parametrize("user", ["", "a:", "an:", "ann:", "anna:"])
@@ -4042,9 +4009,7 @@ def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, se
 def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret: str) -> None:
     for echo in (secret, json.dumps(secret), urllib.parse.quote_plus(secret), html.escape(secret), repr(secret)):
         for step in (1, 1000):
-            masker, data = SecretMasker([secret]), echo.encode()
-            shown = b"".join(masker.feed(data[at : at + step]) for at in range(0, len(data), step)) + masker.feed(b"", last=True)
-            assert shown.strip(b"\"'") == b"********", echo
+            assert masked(secret, echo.encode(), step).strip(b"\"'") == b"********", echo
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037", "iso-8859-1", "shift_jis"])
@@ -4158,40 +4123,31 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
     assert set(secrets) == {"value-a/b?c", "from-file"}
 
 
-def test_a_whole_url_or_host_may_be_a_secret() -> None:
-    environ = {"CHRONOTASK_SECRET_URL": "https://a.example:1/x?y=1", "CHRONOTASK_SECRET_HOST": "a.example:1"}
-    for url, resolved in [
-        ("${env:CHRONOTASK_SECRET_URL}", "https://a.example:1/x?y=1"),
-        ("https://${env:CHRONOTASK_SECRET_HOST}/x", "https://a.example:1/x"),
-    ]:
-        assert resolve_secrets("http", {"url": url}, environ, Settings())[0] == {"url": resolved}
-
-
 @pytest.mark.parametrize(
-    ("url", "resolved"),
+    ("kind", "config", "resolved"),
     [
-        ("http://u:${file:a/b}@a.example/x", "http://u:p%40x%2Fy@a.example/x"),
-        ("http://${file:a/b}:w@a.example:8/x?${file:a/b}", "http://p%40x%2Fy:w@a.example:8/x?p%40x/y"),
-        ("http://a.example/${file:a/b}@c", "http://a.example/p%40x/y@c"),
-        ("http://a.example?u=${file:a/b}@c", "http://a.example?u=p%40x/y@c"),
+        # A whole URL or host may be a secret.
+        ("http", {"url": "${env:CHRONOTASK_SECRET_URL}"}, {"url": "https://a.example:1/x?y=1"}),
+        ("http", {"url": "https://${env:CHRONOTASK_SECRET_HOST}/x"}, {"url": "https://a.example:1/x"}),
+        # What is in the name of a reference ends no authority.
+        ("http", {"url": "http://u:${file:a/b}@a.example/x"}, {"url": "http://u:p%40x%2Fy@a.example/x"}),
+        ("http", {"url": "http://${file:a/b}:w@a:8/x?${file:a/b}"}, {"url": "http://p%40x%2Fy:w@a:8/x?p%40x/y"}),
+        ("http", {"url": "http://a.example/${file:a/b}@c"}, {"url": "http://a.example/p%40x/y@c"}),
+        ("http", {"url": "http://a.example?u=${file:a/b}@c"}, {"url": "http://a.example?u=p%40x/y@c"}),
+        # A byte order mark is no part of a secret, links inside the folder are followed, as Kubernetes has them.
+        ("bash", {"env": {"A": "${file:windows}", "B": "${file:link}"}}, {"env": {"A": "from-file", "B": "from-file"}}),
+        # Of a bash task only env is resolved.
+        ("bash", {"command": "${file:a/b}", "env": {"A": "${file:a/b}"}}, {"command": "${file:a/b}", "env": {"A": "p@x/y"}}),
     ],
 )
-def test_what_is_in_the_name_of_a_reference_ends_no_authority(tmp_path: Path, url: str, resolved: str) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_text("p@x/y")
-    assert resolve_secrets("http", {"url": url}, {}, Settings(secrets_dir=tmp_path))[0] == {"url": resolved}
-
-
-def test_a_byte_order_mark_is_no_part_of_a_secret(tmp_path: Path) -> None:
-    (tmp_path / "windows").write_bytes(b"\xef\xbb\xbffrom-file\r\n")
-    config = {"env": {"A": "${file:windows}"}}
-    assert resolve_secrets("bash", config, {}, Settings(secrets_dir=tmp_path)) == ({"env": {"A": "from-file"}}, ["from-file"])
-
-
-def test_only_env_of_a_bash_task_is_resolved() -> None:
-    config = {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "${env:CHRONOTASK_SECRET_A}"}}
-    resolved, _ = resolve_secrets("bash", config, {"CHRONOTASK_SECRET_A": "value"}, Settings())
-    assert resolved == {"command": "echo ${env:CHRONOTASK_SECRET_A}", "env": {"A": "value"}}
+def test_how_references_are_resolved(tmp_path: Path, kind: str, config: dict[str, Any], resolved: dict[str, Any]) -> None:
+    environ = {"CHRONOTASK_SECRET_URL": "https://a.example:1/x?y=1", "CHRONOTASK_SECRET_HOST": "a.example:1"}
+    for file, content in (("a/b", b"p@x/y"), ("windows", b"\xef\xbb\xbffrom-file\r\n"), ("..2026/token", b"from-file")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "link").symlink_to("..data/token")
+    assert resolve_secrets(kind, config, environ, Settings(secrets_dir=tmp_path))[0] == resolved
 
 
 def secret_files(folder: Path) -> Path:
@@ -4260,16 +4216,6 @@ async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: 
     assert str(outcome.error_message).endswith(": holds the service's own token, which is not for tasks")
 
 
-def test_kubernetes_style_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
-    (tmp_path / "..2026").mkdir()
-    (tmp_path / "..2026" / "token").write_text("inside")
-    (tmp_path / "..data").symlink_to("..2026")
-    (tmp_path / "token").symlink_to("..data/token")
-    assert resolve_secrets("bash", {"env": {"A": "${file:token}"}}, {}, Settings(secrets_dir=tmp_path))[0] == {
-        "env": {"A": "inside"}
-    }
-
-
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\0b"])
 def test_a_secret_cannot_inject_headers(value: str) -> None:
     config = {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_SECRET_A}"}}
@@ -4292,11 +4238,9 @@ def test_a_secret_is_read_once_and_a_hundred_different_ones_are_the_most(tmp_pat
     environ = {f"CHRONOTASK_SECRET_{number}": f"{number:06}" for number in range(101)}
     for count, outcome in [(100, 100), (101, "more than 100 different secrets in one configuration")]:
         body = "".join(f"${{env:CHRONOTASK_SECRET_{number}}}" for number in range(count)) * 20
+        config = {"url": "http://127.0.0.1/", "body": body}
         try:
-            assert (
-                len(resolve_secrets("http", {"url": "http://127.0.0.1/", "body": body}, environ, settings(tmp_path))[1])
-                == outcome
-            )
+            assert len(resolve_secrets("http", config, environ, settings(tmp_path))[1]) == outcome
         except ChronoTaskError as error:
             assert error.detail == outcome
 
@@ -4509,15 +4453,11 @@ async def test_a_task_cannot_replace_the_shell_by_its_path(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-async def test_what_is_missing_is_named_and_final() -> None:
+async def test_what_is_missing_is_named_and_final(tmp_path: Path) -> None:
     outcome = await bash("true", working_dir="/nonexistent")
     assert outcome == Outcome("failed", "working_dir '/nonexistent': no such file or directory")
     outcome = await bash("true", environ={"PATH": "/nonexistent"})
     assert outcome == Outcome("failed", "the command 'bash' was not found on the service's PATH")
-
-
-@pytest.mark.slow
-async def test_a_command_that_lies_in_the_working_dir_is_pointed_at(tmp_path: Path) -> None:
     (tmp_path / "backup.sh").write_text("true")
     outcome = await bash("backup.sh --full", working_dir=str(tmp_path))
     assert outcome.retryable is False
@@ -4550,14 +4490,20 @@ async def test_who_ignores_sigterm_is_killed_be_it_the_command_or_a_member_of_it
     assert of_run(RUN_ID) == []
 
 
+async def begun(command: str, live: Watched) -> asyncio.Task[Outcome]:
+    """An attempt whose command has printed something."""
+    running = asyncio.create_task(bash(command, live=live))
+    seen = asyncio.get_running_loop().create_future()
+    live.follower = lambda data: None if seen.done() else seen.set_result(data)
+    await seen
+    return running
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("reason", "retryable"), [("cancelled", False), ("interrupted", True)])
 async def test_an_attempt_is_stopped_from_outside(reason: str, retryable: bool) -> None:
     live = Watched(1000)
-    running = asyncio.ensure_future(bash("echo begun; setsid sleep 60 & sleep 60", live=live))
-    begun = asyncio.get_running_loop().create_future()
-    live.follower = lambda data: None if begun.done() else begun.set_result(data)
-    await begun
+    running = await begun("echo begun; setsid sleep 60 & sleep 60", live)
     live.stop(reason)
     live.stop("cancelled")
     outcome = await running
@@ -4575,11 +4521,7 @@ async def test_an_attempt_that_was_stopped_before_it_began_starts_nothing(tmp_pa
 
 @pytest.mark.slow
 async def test_a_cancelled_job_kills_everything_at_once() -> None:
-    live = Watched(1000)
-    running = asyncio.ensure_future(bash("trap '' TERM; echo begun; setsid sleep 60 & sleep 60", live=live))
-    begun = asyncio.get_running_loop().create_future()
-    live.follower = lambda data: None if begun.done() else begun.set_result(data)
-    await begun
+    running = await begun("trap '' TERM; echo begun; setsid sleep 60 & sleep 60", Watched(1000))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -4655,12 +4597,8 @@ async def test_the_first_output_is_kept_whoever_reads_it(monkeypatch: pytest.Mon
     chatty = await bash("(trap '' PIPE; while :; do echo more; done) & echo done")
     assert (chatty.status, "done\n" in out(chatty)) == ("succeeded", True), "its noise does not keep the run"
     assert kill_leftovers({RUN_ID}) == 1
-
-
-@pytest.mark.slow
-async def test_more_than_a_pipe_holds_is_taken_as_it_comes() -> None:
-    outcome = await bash("printf %3000000s x; printf %200000s y >&2")
-    assert (output(outcome)["stdout_bytes"], output(outcome)["stderr_bytes"]) == (3000000, 200000)
+    more = output(await bash("printf %3000000s x; printf %200000s y >&2"))
+    assert (more["stdout_bytes"], more["stderr_bytes"]) == (3_000_000, 200_000), "more than a pipe holds, as it comes"
 
 
 @pytest.mark.slow
@@ -4684,16 +4622,13 @@ async def test_leftovers_of_other_runs_are_not_touched() -> None:
     other = subprocess.Popen(["sleep", "60"], env={"PATH": PATH, "CHRONOTASK_RUN_ID": RUN_ID + "-other"})
     mine = subprocess.Popen(["sleep", "60"], env={"PATH": PATH, "CHRONOTASK_RUN_ID": RUN_ID})
     try:
+        assert kill_leftovers({"no-such-run"}) == 0
         assert kill_leftovers({RUN_ID, "another"}) == 1
         assert mine.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
-
-
-async def test_kill_leftovers_never_kills_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kill_leftovers({"no-such-run"}) == 0
 
 
 async def test_what_tasks_leave_behind_is_reaped_and_nothing_else() -> None:
@@ -5009,6 +4944,11 @@ async def conversing(talk: Talk, ssl_context: ssl.SSLContext | None = None) -> A
             writer.transport.abort()
 
 
+async def hang(writer: asyncio.StreamWriter) -> None:
+    """Goes on for ever, and sends nothing more."""
+    await asyncio.Event().wait()
+
+
 @contextlib.asynccontextmanager
 async def answering(answer: bytes, then: Callable[[asyncio.StreamWriter], Awaitable[None]] | None = None) -> AsyncIterator[str]:
     """A loopback server that sends these very bytes, and then closes or does something else."""
@@ -5049,13 +4989,14 @@ async def http_executors(
         return await run_http(StoredConfig(url=url, **config), run, settings, client, environ or {}, live, now)
 
 
-async def answered(answer: Callable[[], web.Response], **config: Any) -> Outcome:
-    """What an attempt makes of this answer."""
+async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None, **config: Any) -> Outcome:
+    """What an attempt makes of this answer, or of these very bytes."""
 
     async def handler(request: web.Request) -> web.Response:
+        assert callable(answer)
         return answer()
 
-    async with serving(handler) as url:
+    async with answering(answer, then) if isinstance(answer, bytes) else serving(handler) as url:
         return await http_executors(url, **config)
 
 
@@ -5084,7 +5025,8 @@ async def test_a_get_has_the_documented_headers_and_without_a_slot_none_of_it_an
     assert headers["idempotency-key"] == "11111111-2222-3333-4444-555555555555"
     assert "authorization" not in headers
     assert "cookie" not in headers
-    seen = await echoed(run=MANUAL_RUN)
+    seen = await echoed("/p?a=1", run=MANUAL_RUN, params={"b": "x y&z", "c": [1, 2.5, True], "d": False})
+    assert seen["path"] == "/p?a=1&b=x+y%26z&c=1&c=2.5&c=true&d=false"
     assert "x-chronotask-scheduled-for" not in seen["headers"]
     seen = await echoed(headers={"user-agent": "mine", "IDEMPOTENCY-KEY": "own", "X-A": "ü"}, method="PUT")
     assert (seen["headers"]["user-agent"], seen["headers"]["idempotency-key"], seen["method"]) == ("mine", "own", "PUT")
@@ -5170,11 +5112,6 @@ async def test_a_body_is_sent_as_json_or_as_it_is(body: Any, content_type: str, 
     assert (seen["headers"]["content-type"], seen["body"]) == ("application/x", sent)
 
 
-async def test_params_are_added_to_the_query() -> None:
-    seen = await echoed("/p?a=1", params={"b": "x y&z", "c": [1, 2.5, True], "d": False})
-    assert seen["path"] == "/p?a=1&b=x+y%26z&c=1&c=2.5&c=true&d=false"
-
-
 @pytest.mark.parametrize(
     ("config", "authorization"),
     [
@@ -5227,13 +5164,9 @@ async def test_json_that_cannot_be_written_again_stays_text(content_type: str, t
 
 
 async def test_a_charset_is_respected_and_binary_replaced() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(body=b"caf\xe9", headers={"Content-Type": request.query["type"]})
-
-    async with serving(handler) as url:
-        latin = await http_executors(url + "/?type=text/plain;charset=iso-8859-1")
-        binary = await http_executors(url + "/?type=image/png")
-    assert (output(latin)["body"], output(binary)["body"]) == ("café", "caf\ufffd")
+    for content_type, text in (("text/plain;charset=iso-8859-1", "café"), ("image/png", "caf\ufffd")):
+        outcome = await answered(lambda kind=content_type: web.Response(body=b"caf\xe9", headers={"Content-Type": kind}))
+        assert output(outcome)["body"] == text
 
 
 @pytest.mark.parametrize(
@@ -5252,18 +5185,13 @@ async def test_the_status_decides_about_success_and_retry(status: int, expected:
 
 
 async def test_an_unexpected_status_is_explained() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        if request.path == "/moved":
-            return web.Response(status=302, headers={"Location": "/"})
-        return web.Response(status=404)
-
-    async with serving(handler) as url:
-        assert (await http_executors(url)).error_message == "answered 404 Not Found; expected 200-299"
-        assert (
-            await http_executors(url, expected_status=[200, "204"])
-        ).error_message == "answered 404 Not Found; expected 200, 204"
-        moved = await http_executors(url + "/moved", follow_redirects=False)
-    assert moved.error_message == "answered 302 Found; expected 200-299 (follow_redirects is false)"
+    for status, config, message in [
+        (404, {}, "answered 404 Not Found; expected 200-299"),
+        (404, {"expected_status": [200, "204"]}, "answered 404 Not Found; expected 200, 204"),
+        (302, {"follow_redirects": False}, "answered 302 Found; expected 200-299 (follow_redirects is false)"),
+    ]:
+        outcome = await answered(lambda status=status: web.Response(status=status, headers={"Location": "/"}), **config)
+        assert outcome.error_message == message
 
 
 @pytest.mark.parametrize(
@@ -5436,10 +5364,8 @@ async def test_a_compressed_bomb_stays_in_bounded_memory() -> None:
     bomb = b"".join([packer.compress(bytes(1 << 20)) for _ in range(300)]) + packer.flush()
     tracemalloc.start()
     try:
-        async with answering(
-            b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
-        ) as url:
-            outcome = await http_executors(url, timeout=120)
+        head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
+        outcome = await answered(head + bomb, timeout=120)
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -5462,20 +5388,12 @@ async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
             writer.write(b"x" * 65536)
             await writer.drain()
 
-    async with answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", forever) as url:
-        outcome = await http_executors(url, timeout=0.3)
+    outcome = await answered(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", forever, timeout=0.3)
     assert (outcome.status, outcome.retryable) == ("timed_out", True)
     assert outcome.error_message == "answered 200, but not completely within 0.3 s"
     assert output(outcome)["truncated"]
     assert output(outcome)["headers"] == {"Content-Type": "text/plain"}
-
-
-async def test_a_server_that_never_answers_times_out() -> None:
-    async def wait(writer: asyncio.StreamWriter) -> None:
-        await asyncio.Event().wait()
-
-    async with answering(b"", wait) as url:
-        outcome = await http_executors(url, timeout=0.1)
+    outcome = await answered(b"", hang, timeout=0.1)
     assert outcome == Outcome("timed_out", "no answer within 0.1 s", None, retryable=True)
 
 
@@ -5486,10 +5404,9 @@ async def test_a_request_is_stopped_from_outside(reason: str, retryable: bool) -
     async def stop(writer: asyncio.StreamWriter) -> None:
         live.follower = lambda data: live.stop(reason) if data else None
         await writer.drain()
-        await asyncio.Event().wait()
+        await hang(writer)
 
-    async with answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", stop) as url:
-        outcome = await http_executors(url, live=live)
+    outcome = await answered(b"HTTP/1.1 200 OK\r\n\r\nbegin", stop, live=live)
     assert (outcome.status, outcome.retryable) == (reason, retryable)
     assert output(outcome)["body"] == "begin"
 
@@ -5499,14 +5416,13 @@ async def test_a_cancelled_job_ends_its_request() -> None:
 
     async def wait(writer: asyncio.StreamWriter) -> None:
         started.set_result(None)
-        await asyncio.Event().wait()
+        await hang(writer)
 
-    async with answering(b"", wait) as url:
-        running = asyncio.ensure_future(http_executors(url))
-        await started
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
+    running = asyncio.ensure_future(answered(b"", wait))
+    await started
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
 
 
 async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_password() -> None:
@@ -5517,6 +5433,9 @@ async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_passwo
     outcome = await http_executors("http://user:geheim@no-such-host.invalid/")
     assert (outcome.status, outcome.retryable) == ("failed", True)
     assert str(outcome.error_message).startswith("the name no-such-host.invalid could not be resolved: ")
+    async with serving(echo) as url:
+        assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-getaddrinfo")
 
 
 @pytest.mark.parametrize("url", ["http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/"])
@@ -5648,12 +5567,6 @@ async def test_an_address_that_does_not_answer_is_not_waited_for() -> None:
     assert outcome.error_message == f"could not connect to many:{port}: connection refused"
 
 
-async def test_names_are_looked_up_in_daemon_threads() -> None:
-    async with serving(echo) as url:
-        assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-getaddrinfo")
-
-
 # ---- http: what real servers do, and curl takes
 
 
@@ -5692,14 +5605,16 @@ async def attempts(url: str, count: int, **config: Any) -> list[Outcome]:
         return [await run_http(task, SECOND_RUN, Settings(), client, {}, LiveOutput(100_000)) for _ in range(count)]
 
 
+def redirect(location: bytes, status: int = 302) -> bytes:
+    return b"HTTP/1.1 %d Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % (status, location)
+
+
 @pytest.mark.parametrize(
     ("status", "location"), [(303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next")]
 )
 async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: int, location: bytes) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        if request.endswith("/next"):
-            return OK, False
-        return b"HTTP/1.1 %d Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % (status, place), True
+        return (OK, False) if request.endswith("/next") else (redirect(place, status), True)
 
     async with talking(answer) as (url, seen):
         place = location.replace(b"PORT", url.rpartition(":")[2].encode())
@@ -5746,10 +5661,10 @@ async def test_an_answer_before_the_end_of_a_request_counts_and_is_no_reason_to_
 
     async def for_ever(writer: asyncio.StreamWriter) -> None:
         asked.append("once")
-        await asyncio.Event().wait()
+        await hang(writer)
 
-    async with answering(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n", for_ever) as url:
-        outcome = await http_executors(url, method="POST", body="x" * 1_000_000)
+    too_large = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
+    outcome = await answered(too_large, for_ever, method="POST", body="x" * 1_000_000)
     assert (outcome.error_message, outcome.retryable) == ("answered 413 Too Large; expected 200-299", False)
     assert asked == ["once"]
 
@@ -5812,8 +5727,7 @@ async def test_an_endless_head_is_given_up() -> None:
             writer.write(b"X-A: " + b"a" * 60_000 + b"\r\n")
             await writer.drain()
 
-    async with answering(b"HTTP/1.1 200 OK\r\n", endless) as url:
-        outcome = await http_executors(url)
+    outcome = await answered(b"HTTP/1.1 200 OK\r\n", endless)
     assert outcome.error_message == "the connection failed: the head of the answer is larger than 307200 bytes"
 
 
@@ -5839,8 +5753,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ],
 )
 async def test_what_cannot_be_read_is_retried_but_no_reason_to_post_again(answer: bytes, message: str, post_again: bool) -> None:
-    async with answering(answer) as url:
-        outcomes = [await http_executors(url, method=method) for method in ("GET", "PUT", "POST", "PATCH")]
+    outcomes = [await answered(answer, method=method) for method in ("GET", "PUT", "POST", "PATCH")]
     assert [outcome.status for outcome in outcomes] == ["failed"] * 4
     assert all(str(outcome.error_message).startswith(message) for outcome in outcomes)
     assert [outcome.retryable for outcome in outcomes] == [True, True, post_again, post_again]
@@ -5848,19 +5761,12 @@ async def test_what_cannot_be_read_is_retried_but_no_reason_to_post_again(answer
 
 async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        code = 307 if request.endswith("/307") else 303
-        return (
-            (b"HTTP/1.1 %d Moved\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n" % code, False)
-            if request[-2:] != "/x"
-            else (b"", True)
-        )
+        return (b"", True) if request[-2:] == "/x" else (redirect(b"/x", int(request[-3:])), False)
 
-    async def wait(writer: asyncio.StreamWriter) -> None:
-        await asyncio.Event().wait()
-
-    async with talking(answer) as (url, _), answering(b"HTTP/1.1 200 OK\r\n\r\nbegin", wait) as slow:
+    async with talking(answer) as (url, _):
         moved = [await http_executors(url + path, method="POST") for path in ("/303", "/307")]
-        late = [await http_executors(slow, method=method, timeout=0.1) for method in ("POST", "GET")]
+    begin = b"HTTP/1.1 200 OK\r\n\r\nbegin"
+    late = [await answered(begin, hang, method=method, timeout=0.1) for method in ("POST", "GET")]
     assert [outcome.retryable for outcome in moved] == [False, True]
     assert [(outcome.status, outcome.retryable) for outcome in late] == [("timed_out", False), ("timed_out", True)]
 
@@ -5880,12 +5786,7 @@ async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> 
 )
 async def test_a_url_is_sent_as_it_is_written(url: str, path: str) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        place = url.encode() or b"/"
-        return (
-            (b"HTTP/1.1 302 Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % place, True)
-            if request == "GET /away/to"
-            else (OK, True)
-        )
+        return redirect(url.encode() or b"/") if request == "GET /away/to" else OK, True
 
     async with talking(answer) as (base, seen):
         outcomes = [await http_executors(base + url), await http_executors(base + "/away/to")]
@@ -5907,9 +5808,7 @@ async def test_a_url_is_sent_as_it_is_written(url: str, path: str) -> None:
 )
 async def test_a_redirect_is_followed_as_it_is_written(location: bytes, path: str) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        if request != "GET /":
-            return OK, True
-        return b"HTTP/1.1 302 Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % place, True
+        return OK if request != "GET /" else redirect(place), True
 
     async with talking(answer) as (url, seen):
         place = location.replace(b"PORT", url.rpartition(":")[2].encode())
@@ -5947,9 +5846,8 @@ def deflated(data: bytes, wbits: int) -> bytes:
 )
 async def test_a_coding_is_undone_or_kept_and_the_status_decides(coding: str, sent: bytes, body: str) -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(sent)}\r\n\r\n"
-    async with answering(head.encode() + sent) as url:
-        outcome = await http_executors(url)
-    assert (outcome.status, (outcome.output or {})["body"]) == ("succeeded", body)
+    outcome = await answered(head.encode() + sent)
+    assert (outcome.status, output(outcome)["body"]) == ("succeeded", body)
 
 
 @pytest.mark.parametrize(
@@ -5963,16 +5861,12 @@ async def test_a_coding_is_undone_or_kept_and_the_status_decides(coding: str, se
 )
 async def test_json_behind_a_byte_order_mark_is_json(content_type: str, sent: bytes) -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(sent)}\r\n\r\n"
-    async with answering(head.encode() + sent) as url:
-        outcome = await http_executors(url)
-    assert (outcome.output or {})["body"] == {"a": 1}
+    assert output(await answered(head.encode() + sent))["body"] == {"a": 1}
 
 
 async def test_headers_that_differ_in_case_are_one() -> None:
     answer = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: 2\r\nX-a: 3\r\nContent-Length: 0\r\n\r\n"
-    async with answering(answer) as url:
-        outcome = await http_executors(url)
-    assert (outcome.output or {})["headers"] == {"X-A": "1, 2, 3", "Content-Length": "0"}
+    assert output(await answered(answer))["headers"] == {"X-A": "1, 2, 3", "Content-Length": "0"}
 
 
 # ======================================================================================================================
@@ -6257,16 +6151,44 @@ async def test_a_clock_that_jumps_forward_is_caught_up_like_a_stop(rig: Rig) -> 
     assert await rig.brief() == [("schedule", "missed", 60), ("catchup", "succeeded", 3600)]
 
 
-async def test_overlap_skip_records_a_skipped_row_that_says_why(rig: Rig, target: Target) -> None:
-    schedule_id = await rig.schedule(await rig.task(**target.config("/hold")))
-    await rig.at(60)
-    await rig.at(120)
+@pytest.mark.parametrize(
+    ("overlap", "meanwhile", "then", "why"),
+    [
+        (
+            "skip",
+            ["running", "skipped", "skipped"],
+            ["succeeded", "skipped", "skipped"],
+            "the previous execution is still running",
+        ),
+        (
+            "queue",
+            ["running", "queued", "skipped"],
+            ["succeeded", "succeeded", "skipped"],
+            "another execution is already waiting",
+        ),
+        ("allow", ["running"] * 3, ["succeeded"] * 3, ""),
+    ],
+)
+async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
+    rig: Rig, target: Target, overlap: str, meanwhile: list[str], then: list[str], why: str
+) -> None:
+    schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), overlap=overlap)
+    for seconds in (60, 120, 180):
+        await rig.at(seconds)
+    assert await rig.statuses() == meanwhile
     await rig.let_go(target)
-    first, second = await rig.rows()
-    assert (first["status"], second["status"], second["success"], second["duration"]) == ("succeeded", "skipped", None, None)
-    assert (second["started_at"], second["attempt"], second["retry_count"]) == (None, 0, 0)
-    assert second["error_message"] == "skipped: the previous execution is still running (overlap=skip)"
-    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 1
+    assert await rig.statuses() == then
+    last = (await rig.rows())[-1]
+    if why:
+        assert (last["success"], last["duration"], last["started_at"], last["attempt"], last["retry_count"]) == (
+            None,
+            None,
+            None,
+            0,
+            0,
+        )
+        assert last["error_message"] == f"skipped: {why} (overlap={overlap})"
+    assert (await rig.service.get_schedule(schedule_id))["run_count"] == then.count("succeeded")
 
 
 async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig: Rig, target: Target) -> None:
@@ -6282,17 +6204,6 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
     await rig.let_go(target)
 
 
-async def test_overlap_queue_lets_one_wait_and_skips_further_slots(rig: Rig, target: Target) -> None:
-    await rig.schedule(await rig.task(**target.config("/hold")), overlap="queue")
-    for seconds in (60, 120, 180):
-        await rig.at(seconds)
-    rows = await rig.rows()
-    assert [row["status"] for row in rows] == ["running", "queued", "skipped"]
-    assert rows[2]["error_message"] == "skipped: another execution is already waiting (overlap=queue)"
-    await rig.let_go(target)
-    assert await rig.statuses() == ["succeeded", "succeeded", "skipped"]
-
-
 async def test_overlap_queue_waits_for_executions_that_are_retrying(rig: Rig, target: Target) -> None:
     target.answer(500)
     await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=70), overlap="queue")
@@ -6301,14 +6212,6 @@ async def test_overlap_queue_waits_for_executions_that_are_retrying(rig: Rig, ta
     assert await rig.statuses() == ["retrying", "queued"]
     await rig.run_at(138)
     assert await rig.statuses() == ["succeeded", "succeeded"]
-
-
-async def test_overlap_allow_runs_side_by_side(rig: Rig, target: Target) -> None:
-    await rig.schedule(await rig.task(**target.config("/hold")), overlap="allow")
-    for seconds in (60, 120, 180):
-        await rig.at(seconds)
-    assert await rig.statuses() == ["running"] * 3
-    await rig.let_go(target)
 
 
 async def test_overlap_cancel_ends_all_unfinished_ones_and_then_starts(rig: Rig, target: Target) -> None:
@@ -7361,19 +7264,6 @@ async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig:
     assert later.clock.until == START - 86_340 * S
 
 
-async def test_slots_are_computed_anew_when_the_rules_of_a_zone_have_changed(rig: Rig, open_rig: OpenRig) -> None:
-    schedule_id = await rig.schedule(
-        await rig.task(), "cron", schedule_config={"expression": "0 12 * * *", "timezone": "Europe/Berlin"}
-    )
-    await rig.close()
-    rig.sql("UPDATE schedules SET next_slot = next_slot + 3600000000, next_fire = next_fire + 3600000000")
-    rig.sql("UPDATE meta SET value = 'old rules' WHERE key = 'zone:Europe/Berlin'")
-    if not rig.sql("SELECT 1 FROM meta WHERE key = 'zone:Europe/Berlin'"):
-        rig.sql("INSERT INTO meta VALUES ('zone:Europe/Berlin', 'old rules')")
-    later = await open_rig()
-    assert (await later.service.get_schedule(schedule_id))["next_run"] == "2026-01-01T11:00:00Z"
-
-
 # --- Nothing broken stops the rest ------------------------------------------------------------------------------------
 
 BROKEN_CONFIGS = {
@@ -7559,7 +7449,7 @@ async def test_what_retention_leaves(open_rig: OpenRig, what: str) -> None:
     assert dict(rig.sql("SELECT status, count(*) FROM executions GROUP BY 1")) == left
 
 
-async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) -> None:
+async def test_history_is_cut_by_count_oldest_first_and_skipped_and_missed_rows_push_out_no_run(open_rig: OpenRig) -> None:
     rig = await open_rig(history_per_task=5)
     await rig.task()
     for _ in range(8):
@@ -7567,12 +7457,6 @@ async def test_history_is_cut_by_count_per_task_oldest_first(open_rig: OpenRig) 
     await rig.service.retention.delete(rig.clock.now())
     assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
     assert (await rig.service.get_task(1))["run_count"] == 8
-
-
-async def test_skipped_and_missed_rows_have_a_limit_of_their_own_and_push_out_no_run(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_per_task=5)
-    await rig.task()
-    plant_rows(rig, 4, "succeeded", 1)
     plant_rows(rig, 90, "skipped", 1)
     plant_rows(rig, 60, "missed", 1)
     await rig.executed(1)
@@ -7740,16 +7624,6 @@ async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_l
     assert (await later.service.get_task(1))["run_count"] == 1
 
 
-async def test_after_a_crash_processes_that_survived_it_are_killed(rig: Rig, open_rig: OpenRig, tmp_path: Path) -> None:
-    await rig.execute(await rig.task(config={"command": "exec sleep 60"}, max_retries=1))
-    await rig.tick()
-    (active,) = rig.service.engine.running.values()
-    while not of_run(active.run.run_id):
-        await asyncio.sleep(0.005)
-    await crashed(rig, open_rig, tmp_path)
-    assert of_run(active.run.run_id) == []
-
-
 async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: OpenRig) -> None:
     await rig.execute(await rig.task(name="once", config={"command": "exec sleep 60"}, max_retries=0))
     await rig.execute(await rig.task(name="again", config={"command": "exec sleep 60"}, max_retries=1))
@@ -7827,27 +7701,6 @@ async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_r
         await rig.finish()
     await rig.run_at(120)
     assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
-
-
-async def test_what_a_follower_writes_takes_effect_at_the_leader(rig: Rig, open_rig: OpenRig) -> None:
-    follower = await open_rig()
-    task_id = await follower.task()
-    schedule_id = await follower.schedule(task_id)
-    execution_id = await follower.execute(task_id)
-    while (await follower.service.get_execution(execution_id))["status"] != "succeeded":
-        await rig.tick()
-        await asyncio.sleep(0.01)
-    await rig.run_at(60)
-    assert [row["schedule_id"] for row in await follower.rows()] == [None, schedule_id]
-    assert follower.service.engine.running == {}
-
-
-async def test_a_mcp_process_yields_to_a_service(open_rig: OpenRig) -> None:
-    mcp = await open_rig(kind="mcp")
-    assert mcp.service.engine.leading is True
-    service = await open_rig()
-    await until_true(lambda: service.service.engine.leading)
-    assert mcp.service.engine.leading is False
 
 
 async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
@@ -9000,25 +8853,6 @@ async def test_health_is_200_and_503_with_the_reason(api: Api) -> None:
     assert "has not ticked for 11 s" in answer.json["reason"]
 
 
-async def test_a_database_that_cannot_be_written_answers_503_to_writes_and_in_health(api: Api) -> None:
-    service: Service = api.rig.service
-    await api.task()
-
-    def fill(db: sqlite3.Connection) -> None:
-        pages = db.execute("PRAGMA page_count").fetchone()[0]
-        db.execute(f"PRAGMA max_page_count={pages}").fetchone()
-
-    await service.store.write(fill)
-    big = {**BASH, "config": {"command": "x" * 60_000}}
-    assert "full" in problem_of(await api("POST", "/tasks", big), 503)
-    assert (await api("GET", "/tasks/1")).status == 200
-    health = await api("GET", "//health")
-    assert health.status == 503 and "full" in health.json["reason"]
-    await service.store.write(lambda db: db.execute("PRAGMA max_page_count=100000").fetchone())
-    assert (await api("POST", "/tasks", big)).status == 201
-    assert (await api("GET", "//health")).status == 200
-
-
 async def test_head_answers_like_get_without_a_body(api: Api) -> None:
     await api.task()
     for path in ("/tasks", "/tasks/1", "/scheduler/status", "//", "//health"):
@@ -9663,7 +9497,11 @@ async def use_every_tool(call: Caller) -> None:
     task = await use("create_task", name="hello", task_type="bash", config={"command": "echo hello"})
     assert (await use("list_tasks", q="hell"))["total"] == 1
     assert (await use("get_task", task_id=task["id"]))["config"] == {"command": "echo hello"}
-    assert (await use("update_task", task_id=task["id"], description="says hello"))["config"] == {"command": "echo hello"}
+    for change in ({"description": "says hello"}, {"description": None}, {"status": "paused"}, {"status": "active"}):
+        changed = await use("update_task", task_id=task["id"], **change)
+        same = [name for name in changed if name not in ("updated_at", *change)]
+        assert [changed[name] for name in same] == [task[name] for name in same], change
+        task = changed
     run = await use("execute_task", task_id=task["id"])
     assert (run["status"], run["output_data"]["stdout"]) == ("succeeded", "hello\n")
     assert (await use("get_execution", execution_id=run["id"]))["attempts"][0]["status"] == "succeeded"
@@ -9695,14 +9533,6 @@ async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to
     refused = await call.refused("delete_schedule", schedule_id=99)
     assert refused == "there is no schedule 99: list_schedules shows those that exist"
     assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: get_task_history shows")
-
-
-async def test_a_partial_update_changes_only_what_was_sent(call: Caller) -> None:
-    task = await call("create_task", name="t", task_type="bash", config={"command": "true"}, max_retries=7, description="d")
-    changed = await call("update_task", task_id=task["id"], status="paused")
-    assert {name for name in task if task[name] != changed[name]} == {"status", "status_reason", "updated_at"}
-    assert (await call("list_tasks"))["tasks"][0]["status"] == "paused"
-    assert (await call("update_task", task_id=task["id"], description=None))["description"] is None
 
 
 async def test_a_schedule_says_zone_words_and_next_five_slots_local_and_utc(call: Caller) -> None:
@@ -9971,12 +9801,6 @@ async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: 
 
 
 @pytest.mark.slow
-def test_the_first_answer_comes_soon_after_the_start(tmp_path: Path) -> None:
-    # Processor time, not wall time: it does not depend on what else the machine does.
-    assert session(tmp_path).cpu() < 3.0
-
-
-@pytest.mark.slow
 async def test_mode_mcp_runs_http_tasks_without_the_import_of_aiohttp(tmp_path: Path, target: Target) -> None:
     server = session(tmp_path, python=("-X", "importtime"))
     server.bash("true")
@@ -9992,27 +9816,23 @@ def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answere
     server = session(tmp_path)
     for number in range(1, 6):
         server.send_call(number, "create_task", name="t", task_type="bash", config={"command": "true"})
+    server.write(b'{"jsonrpc":"2.0","id":6,"method":"ping"}')  # the last line needs no newline
     server.end_input()
-    created = {answer["id"]: answer["result"]["isError"] for answer in server.rest()}
-    assert created == {1: False, 2: False, 3: False, 4: False, 5: False}
+    created = {answer["id"]: answer["result"].get("isError") for answer in server.rest()}
+    assert created == {1: False, 2: False, 3: False, 4: False, 5: False, 6: None}
     assert server.ended() == 0
 
 
 @pytest.mark.slow
-def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
-    server = Server(tmp_path, "mcp").start(ready=False)
-    server.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
-    server.end_input()
-    assert [answer["id"] for answer in server.rest()] == [1]
-    assert server.ended() == 0
-
-
-@pytest.mark.slow
-def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signalled", [False, True])
+def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path, signalled: bool) -> None:
     server = session(tmp_path)
     server.send_call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=50)
     until(server.has_child)
     server.end_input()
+    if signalled:
+        until(lambda: "stopping" in server.log())
+        assert server.stop() == 0  # SIGTERM, as MCP clients send it that find it too slow: no second signal
     assert server.ended() == 0
     assert (tmp_path / "done").read_text() == "done\n"
 
@@ -10025,17 +9845,6 @@ def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
     server.signal(signal.SIGTERM)
     assert server.answer()["id"] == 1
     assert server.ended(8) == 0
-
-
-@pytest.mark.slow
-def test_sigterm_after_the_end_of_input_is_no_second_signal(tmp_path: Path) -> None:
-    server = session(tmp_path)
-    server.call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=0)
-    until(server.has_child)
-    server.end_input()
-    until(lambda: "stopping" in server.log())
-    assert server.stop() == 0  # SIGTERM, as MCP clients send it that find it too slow
-    assert (tmp_path / "done").exists()
 
 
 @pytest.mark.slow
@@ -10058,34 +9867,27 @@ def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_line_of_10_mb_is_refused_and_the_session_goes_on(tmp_path: Path) -> None:
-    server = session(tmp_path)
+def test_a_session_goes_on_after_10_mb_garbage_loud_tasks_and_a_thousand_calls_at_once(tmp_path: Path) -> None:
+    server = session(tmp_path, LOG_LEVEL="DEBUG")
+    assert server.cpu() < 3.0, "the first answer comes soon: in processor time, which does not depend on what else runs"
     server.send_call(7, "create_task", name="t", task_type="bash", config={"command": "x" * 10_000_000})
     error = server.answer()
     assert error["id"] == 7 and error["error"]["code"] == -32600
     assert re.fullmatch(r"a message may have at most 1048576 bytes, not 100001\d\d", error["error"]["message"])
-    assert server.call(8, "list_tasks")["structuredContent"]["total"] == 0
     assert server.memory("VmHWM") < 200_000 * 1024
-
-
-@pytest.mark.slow
-def test_garbage_lines_are_answered_and_the_session_goes_on(tmp_path: Path) -> None:
-    server = session(tmp_path)
     server.write(b"garbage\n\n\r\n\x00\xff\xfe\n" + b"[" * 100_000 + b'\n{"id":3}\n[]\n')
     errors = [server.answer() for _ in range(5)]
     assert [error.get("id") for error in errors] == [None, None, None, 3, None]
     assert [error["error"]["code"] for error in errors] == [-32700, -32700, -32700, -32600, -32600]
-    assert server.call(4, "list_tasks")["isError"] is False
-
-
-@pytest.mark.slow
-def test_nothing_that_a_task_prints_or_reads_reaches_the_wire(tmp_path: Path) -> None:
-    server = session(tmp_path, LOG_LEVEL="DEBUG")
+    assert server.call(8, "list_tasks")["structuredContent"]["total"] == 0
     loud = "echo out; echo err >&2; cat; ls -l /proc/self/fd | wc -l; echo '{}' > /proc/$PPID/fd/1; exit 1"
     result = server.call(1, "execute_task", task_id=server.bash(loud))["structuredContent"]
     assert result["output_data"]["stdout"].startswith("out\n")
+    for number in range(1, 1001):
+        server.send_call(number, "get_scheduler_status")
+    assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
     server.end_input()
-    assert server.rest() == []
+    assert server.rest() == [], "nothing that a task prints or reads reaches the wire"
     assert server.ended() == 0
 
 
@@ -10099,14 +9901,6 @@ def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: P
     server.end_input()
     assert server.rest() == []
     assert server.ended() == 0
-
-
-@pytest.mark.slow
-def test_many_calls_at_once_are_all_answered(tmp_path: Path) -> None:
-    server = session(tmp_path)
-    for number in range(1, 1001):
-        server.send_call(number, "get_scheduler_status")
-    assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
 
 
 # --- Real processes: both, and HTTP -----------------------------------------------------------------------------------
@@ -10165,15 +9959,6 @@ def first_tool(server: Server) -> str:
             return str((await client.list_tools()).tools[0].name)
 
     return asyncio.run(ask_for_it())
-
-
-@pytest.mark.slow
-def test_both_without_a_client_on_stdin_serves_http_only(tmp_path: Path) -> None:
-    server = both_on_http(tmp_path)
-    until(lambda: "client on stdio has gone" in server.log())
-    assert first_tool(server) == "create_task"
-    assert server.stop(8) == 0
-    assert server.rest() == []
 
 
 @pytest.mark.slow
@@ -10236,12 +10021,10 @@ def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_the_sdks_client_uses_every_tool_over_http(tmp_path: Path, mode: str) -> None:
-    server = await asyncio.to_thread(both_on_http, tmp_path)
-    url = await asyncio.to_thread(server.mcp_url)
-    async with Client(url, mode=mode) as client:
+async def test_the_sdks_client_uses_every_tool_over_http(both: Server, mode: str) -> None:
+    async with Client(both.mcp_url(), mode=mode) as client:
         await use_every_tool(Caller(client))
-    assert "ERROR" not in server.log() and "Traceback" not in server.log()
+    assert "ERROR" not in both.log() and "Traceback" not in both.log()
 
 
 @pytest.mark.slow
@@ -10313,8 +10096,10 @@ def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_file_
 
 
 @pytest.mark.slow
-def test_open_streams_do_not_hold_up_the_stop(tmp_path: Path) -> None:
+def test_both_without_a_client_on_stdin_serves_http_only_and_open_streams_do_not_hold_up_its_stop(tmp_path: Path) -> None:
     server = both_on_http(tmp_path)
+    until(lambda: "client on stdio has gone" in server.log())
+    assert first_tool(server) == "create_task"
     streams = [http.client.HTTPConnection(server.mcp_url().split("/")[2], timeout=30) for _ in range(5)]
     for stream in streams:
         stream.request("GET", "/mcp", headers={"Accept": "text/event-stream"})
@@ -10325,7 +10110,7 @@ def test_open_streams_do_not_hold_up_the_stop(tmp_path: Path) -> None:
     assert time.monotonic() - start < 3
     for one in (*answers, *streams):
         one.close()
-    assert "Traceback" not in server.log()
+    assert server.rest() == [] and "Traceback" not in server.log()
 
 
 @pytest.mark.slow
@@ -11162,54 +10947,22 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_clean_stop_leaves_one_file_and_damaged_or_foreign_ones_stop_the_start_and_stay_as_they_are(
-    tmp_path: Path,
-) -> None:
-    original = Server(tmp_path / "original").start()
+def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stays_as_it_is(tmp_path: Path) -> None:
+    server = Server(tmp_path).start()
     for number in range(60):
-        original.bash("true", name=f"task {number}", description="x" * 500)
-    assert original.stop() == 0
-    assert not Path(f"{original.database}-wal").exists()
-    assert original.sql("SELECT count(*) FROM tasks") == [(60,)]
-
-    def check(name: str, spoil: Callable[[Path], Any], *wanted: str) -> None:
-        folder = tmp_path / name
-        shutil.copytree(original.folder, folder)
-        server, umask = Server(folder), os.umask(0o077)
-        spoil(server.database)
-        os.umask(umask)
-        before = contents(folder)
-        text = refusal_to_start(server)
-        assert all(word in text for word in wanted), (name, text)
-        after = contents(folder)
-        assert {file: after.get(file) for file in before} == before
-
-    def corrupt_page(database: Path) -> None:
-        with contextlib.closing(sqlite3.connect(database)) as db:
-            root = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'").fetchone()[0]
-        with database.open("r+b") as file:
-            file.seek((root - 1) * 4096)
-            file.write(b"\xa5" * 4096)
-
-    def changed_by(script: str) -> Callable[[Path], None]:
-        def change(database: Path) -> None:
-            with contextlib.closing(sqlite3.connect(database)) as db:
-                db.executescript(script)
-
-        return change
-
-    def foreign(database: Path) -> None:
-        database.unlink()
-        changed_by("CREATE TABLE notes (text)")(database)
-
-    def wal_alone(database: Path) -> None:
-        database.rename(database.with_name("gone"))
-        Path(f"{database}-wal").write_bytes(b"x" * 5000)
-
-    check("page", corrupt_page, "damaged", "left as it", "backup")
-    check("future", changed_by("PRAGMA user_version=99"), "schema version 99", "newer ChronoTask")
-    check("foreign", foreign, "another program")
-    check("wal", wal_alone, "missing", "-wal")
+        server.bash("true", name=f"task {number}", description="x" * 500)
+    assert server.stop() == 0
+    assert not Path(f"{server.database}-wal").exists()
+    assert server.sql("SELECT count(*) FROM tasks") == [(60,)]
+    [(root,)] = server.sql("SELECT rootpage FROM sqlite_master WHERE name = 'tasks'")
+    with server.database.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+    before = contents(tmp_path)
+    text = refusal_to_start(server)
+    assert all(word in text for word in ("damaged", "left as it", "backup")), text
+    after = contents(tmp_path)
+    assert {file: after.get(file) for file in before} == before
 
 
 @pytest.mark.slow
@@ -11738,6 +11491,7 @@ async def test_going_round_the_token_by_another_route_method_or_spelling(open_ap
 
 
 async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -> None:
+    assert "API_TOKEN" in problem_of(await (await open_api())("GET", "/backup"), 403), "nor to all, where there is none"
     api = await open_api(api_token=GOOD_TOKEN)
     assert (await api("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
     problem_of(await api("POST", "/tasks", raw=b"{"), 401)
@@ -12363,20 +12117,7 @@ UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 
 @pytest.mark.slow
-def test_uploads_that_break_off_leave_nothing_in_memory(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
-
-    def attack() -> None:
-        upload = UPLOAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000
-        for client in [connected(server, upload) for _ in range(40)]:
-            client.close()
-
-    assert growth(server, attack, 8) < 60_000_000
-    assert server.log().count("\n") < 10
-
-
-@pytest.mark.slow
-def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
+def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
     server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
     bomb = gzip.compress(b" " * (1 << 27))
     closing = UPLOAD + b"Connection: close\r\n"
@@ -12391,6 +12132,11 @@ def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_pa
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer\r\n %s\r\n\r\n" % GOOD_TOKEN.encode(), 400),
     ]
 
+    def break_off() -> None:
+        upload = UPLOAD + token + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000
+        for client in [connected(server, upload) for _ in range(40)]:
+            client.close()
+
     def attack() -> None:
         for data, status in attacks * 4:
             found = statuses_in(everything_from(connected(server, data)))
@@ -12399,7 +12145,8 @@ def test_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_pa
     start = time.process_time()
     assert growth(server, attack, 8) < 40_000_000
     assert time.process_time() - start < 60
-    assert GOOD_TOKEN not in server.log() and server.log().count("\n") < 10
+    assert growth(server, break_off, 8) < 60_000_000
+    assert GOOD_TOKEN not in server.log() and server.log().count("\n") < 20
 
 
 @pytest.mark.slow
@@ -12550,10 +12297,13 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
 
 @pytest.mark.slow
 def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(tmp_path: Path) -> None:
-    data, logs, copy = tmp_path / "data", tmp_path / "logs", tmp_path / "copy.db"
+    data, logs, copy, token = (tmp_path / name for name in ("data", "logs", "copy.db", "token"))
+    token.write_text(f"  {GOOD_TOKEN}\r\n")
     before = os.umask(0o000)
     try:
-        server = Server(tmp_path, database=data / "c.db", API_TOKEN=GOOD_TOKEN, LOG_FILE=logs / "log.txt").start()
+        server = Server(tmp_path, database=data / "c.db", API_TOKEN_FILE=token, LOG_FILE=logs / "log.txt")
+        server.token = BEARER
+        server.start()
         subprocess.run([sys.executable, str(PROGRAM), "--backup", str(copy)], env=server.environ, timeout=30, check=True)
     finally:
         os.umask(before)
@@ -12561,9 +12311,13 @@ def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_uma
     assert run["output_data"]["stdout"] == "0000\n"
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o666
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777
-    assert server.ask("GET", "/backup")[0] == 200
+    for credentials in ("", "wrong-horse"):
+        assert server.ask("GET", "/backup", Authorization=f"Bearer {credentials}")[0] == 401
+    status, made = server.ask("GET", "/backup")
+    assert status == 200 and made.startswith(b"SQLite format 3\0")
     own = [copy, data, logs, *data.iterdir(), *logs.iterdir()]
     assert {path.name for path in own} >= {"c.db", "c.db-wal", "c.db-shm", "c.db.leader", "c.db.service", "log.txt", "copy.db"}
+    assert [path.name for path in data.iterdir() if "backup" in path.name or "part" in path.name] == [], "no copy is left"
     assert {path.name: oct(path.stat().st_mode & 0o077) for path in own if path.stat().st_mode & 0o077} == {}
 
 
@@ -12633,22 +12387,6 @@ def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_servi
     assert "secret-of-the-service" not in str(run) and GOOD_TOKEN not in str(run)
     for stream in streams:
         stream.close()
-
-
-@pytest.mark.slow
-def test_the_backup_is_closed_without_a_token_and_leaves_no_copy_behind(tmp_path: Path) -> None:
-    server = Server(tmp_path / "open").start()
-    status, refusal = server.ask("GET", "/backup")
-    assert status == 403 and "API_TOKEN" in refusal["detail"]
-    server.stop()
-    (tmp_path / "token").write_text(f"  {GOOD_TOKEN}\r\n")
-    server = Server(tmp_path / "closed", API_TOKEN_FILE=tmp_path / "token").start()
-    for token, status in (("", 401), ("wrong-horse", 401), (GOOD_TOKEN, 200)):
-        assert server.ask("GET", "/backup", Authorization=f"Bearer {token}")[0] == status
-    status, copy = server.ask("GET", "/backup", **BEARER)
-    assert status == 200 and copy.startswith(b"SQLite format 3\0")
-    assert server.ask("GET", "/health")[1] == {"status": "healthy"}
-    assert [path.name for path in (tmp_path / "closed").iterdir() if "backup" in path.name or "part" in path.name] == []
 
 
 @pytest.mark.slow
