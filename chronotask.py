@@ -6158,7 +6158,7 @@ def _http_date(text: str) -> float | None:
 # reports its end to the next tick. Here, too: who looks on (the feed) and who waits for an end.
 
 BATCH = 256  # slots claimed in one tick at most: more would hold up other writes
-FIRST_BATCH = 16  # while nothing runs: the first starts of a burst do not wait for the claims of the others
+FIRST_BATCH = 4  # while nothing runs, and as many more for each that runs: the first of a burst do not wait for all claims
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then, at most
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
@@ -6423,7 +6423,7 @@ class Engine:
         """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        batch = BATCH if self.running else FIRST_BATCH
+        batch = min(BATCH, FIRST_BATCH * (1 + len(self.running)))
         slots = self.timers.pop_due(now, batch) if acting and not self.paused else []
         retries = self.retries.pop_due(now, BATCH) if acting else []
         ended, self._ended = self._ended, []

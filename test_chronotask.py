@@ -5984,30 +5984,30 @@ async def due_at_once(rig: Rig, target: Target, count: int) -> None:
     rig.clock.advance(60)
 
 
-async def test_every_tick_claims_a_batch_the_first_a_small_one_and_starts_what_there_is_capacity_for(
+async def test_every_tick_claims_a_batch_that_grows_with_what_runs_and_starts_what_there_is_capacity_for(
     open_rig: OpenRig, target: Target
 ) -> None:
     rig = await open_rig(max_concurrent_runs=270)
     await due_at_once(rig, target, 300)
     seen = []
-    for _ in range(3):
+    for _ in range(4):
         await rig.service.engine.tick()
         seen.append(Counter(await rig.statuses()))
-    assert seen == [{"running": 16}, {"running": 270, "queued": 2}, {"running": 270, "queued": 30}]
+    assert seen == [{"running": 4}, {"running": 24}, {"running": 124}, {"running": 270, "queued": 30}]
     await rig.let_go(target)
     assert Counter(await rig.statuses()) == {"succeeded": 300}
 
 
 async def test_a_claim_that_fails_is_tried_again_by_the_next_tick(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
-    await due_at_once(rig, target, 12)
+    await due_at_once(rig, target, 4)
     rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
     for _ in range(2):
         with pytest.raises(Unavailable, match="planted"):
             await rig.service.engine.tick()
     rig.sql("DROP TRIGGER t")
     await rig.service.engine.tick()
-    assert Counter(await rig.statuses()) == {"running": 1, "queued": 11}
+    assert Counter(await rig.statuses()) == {"running": 1, "queued": 3}
 
 
 async def tick_that_begins(rig: Rig, first: int) -> asyncio.Future[None]:
