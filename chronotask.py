@@ -4491,13 +4491,15 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
     return found
 
 
-def task_moments(db: DB, limit: int) -> list[tuple[int, str, int | None, int | None]]:
-    """Of the `limit` tasks that ran last: id, name, last success, next slot."""
-    return db.execute(
-        f"""SELECT id, name, (SELECT finished_at FROM executions e WHERE e.task_id = tasks.id AND e.status = 'succeeded'
-            ORDER BY e.id DESC LIMIT 1), {_NEXT_RUN} FROM tasks WHERE NOT deleted ORDER BY last_run DESC LIMIT ?""",
-        (limit,),
-    ).fetchall()
+def measured_tasks(db: DB, limit: int) -> list[Task]:
+    """The `limit` tasks that ran last, without their configurations."""
+    return load(db, Task, f"{_TASKS} WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?", (limit,), frozenset({"config"}))
+
+
+def running_since(db: DB) -> dict[int, int]:
+    """Since when tasks run, by their ids."""
+    running = f"SELECT task_id, min(started_at) FROM executions WHERE {UNFINISHED_SQL} AND status = 'running' GROUP BY 1"
+    return dict(db.execute(running).fetchall())
 
 
 def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> list[tuple[str, int, bytes]]:
@@ -6327,6 +6329,7 @@ class Tick:
 
     schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
+    noted: list[tuple[Task, NewExecution]] = dataclasses.field(default_factory=list)  # rows of what did not run
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
@@ -6487,6 +6490,9 @@ class Engine:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
             self.touched.add(schedule.task_id)
+        for task, row in tick.noted:
+            self.stats.ended[task.task_type, row.status] += 1
+            logger.warning("task %d (%s): %s", task.id, task.name, row.error_message)
         for s in ended:
             self.running.pop(s.run.execution_id, None)
             if self.leading:
@@ -6502,6 +6508,16 @@ class Engine:
     def _count_end(self, s: Finished) -> None:
         self.touched.add(s.run.task_id)
         if s.status == "retrying":
+            again, why = format_instant(s.next_attempt_at or 0), s.error_message or s.attempt_status
+            logger.info(
+                "task %d (%s), execution %d: attempt %d failed, the next is at %s: %s",
+                s.run.task_id,
+                s.run.task_name,
+                s.run.execution_id,
+                s.run.attempt,
+                again,
+                why,
+            )
             return
         self.stats.ended[s.run.task_type, s.status] += 1
         self.stats.durations.add((s.finished_at - s.run.started_at) / SECOND)
@@ -6695,6 +6711,9 @@ def write_claim(db: DB, claim: Claim, now: int, tick: Tick) -> list[Ended]:
         release_held(db, {row.task_id for row in claim.rows})
     tick.schedules += claim.schedules
     tick.new_ids += new_ids
+    if noted := [row for row in claim.rows if row.status != "queued"]:
+        tasks = get_tasks(db, {row.task_id for row in noted})
+        tick.noted += [(tasks[row.task_id], row) for row in noted if row.task_id in tasks]
     rows = zip(new_ids, claim.rows, strict=True)
     return over + [Ended(new_id, row.task_id, row.status, now) for new_id, row in rows if row.status != "queued"]
 
@@ -7544,12 +7563,14 @@ class Service:
         finally:
             target.unlink(missing_ok=True)
 
-    async def metrics(self) -> tuple[dict[str, int], dict[str, int], list[tuple[int, str, int | None, int | None]], int]:
-        """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last (id, name,
-        last success, next slot), bytes on disk."""
-        (objects, executions), moments = await self.store.scan(lambda db: (counts(db), task_moments(db, 1000)))
+    async def metrics(self) -> tuple[dict[str, int], dict[str, int], list[Task], dict[int, int], int]:
+        """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last, since when
+        tasks run, bytes on disk."""
+        (objects, executions), tasks, running = await self.store.scan(
+            lambda db: (counts(db), measured_tasks(db, 1000), running_since(db))
+        )
         size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return objects, executions, moments, size
+        return objects, executions, [as_it_is(task, self.engine.paused) for task in tasks], running, size
 
     # --- use cases: the scheduler ---
 
@@ -8345,14 +8366,18 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
 
     Labels never hold a command; tasks are those that ran last, at most 1000.
     """
-    objects, executions, tasks, size = await service.metrics()
+    objects, executions, tasks, running, size = await service.metrics()
     engine, stats, lines = service.engine, service.engine.stats, list[str]()
 
     def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | int]]) -> None:
         lines.append(f"# HELP chronotask_{name} {text}\n# TYPE chronotask_{name} {kind}")
         lines.extend(f"chronotask_{name}{labels} {value}" for labels, value in samples)
 
-    ended = [(f'{{task_type="{kind}",status="{status}"}}', n) for (kind, status), n in sorted(stats.ended.items())]
+    ended = [
+        (f'{{task_type="{kind}",status="{status}"}}', stats.ended[kind, status])
+        for kind in sorted(CONFIGS)
+        for status in FINISHED
+    ]
     family("executions_total", "counter", "Executions that ended since this process started.", ended)
     family("execution_duration_seconds", "histogram", "From the start of the last attempt to its end.", stats.durations.samples())
     family("start_lateness_seconds", "histogram", "From a slot to the start of its execution.", stats.lateness.samples())
@@ -8364,11 +8389,23 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     schedules = [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)]
     family("schedules", "gauge", "Schedules.", schedules)
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    labels = [(f'{{task_id="{key}",task="{name.translate(escapes)}"}}', last, following) for key, name, last, following in tasks]
-    successes = [(label, last / SECOND) for label, last, _ in labels if last is not None]
-    family("task_last_success_timestamp_seconds", "gauge", "End of the last success.", successes)
-    slots = [(label, following / SECOND) for label, _, following in labels if following is not None]
-    family("task_next_slot_timestamp_seconds", "gauge", "Next firing.", slots)
+    labels = [f'task_id="{task.id}",task="{task.name.translate(escapes)}",key="{task.key or ""}"' for task in tasks]
+
+    def of_tasks(name: str, kind: str, text: str, value: Callable[[Task], int | None], unit: int = 1) -> None:
+        values = [(label, value(task)) for label, task in zip(labels, tasks, strict=True)]
+        family(name, kind, text, ((f"{{{label}}}", n / unit if unit > 1 else n) for label, n in values if n is not None))
+
+    statuses = ((f'{{{label},status="{task.last_status or "none"}"}}', 1) for label, task in zip(labels, tasks, strict=True))
+    family("task_last_status", "gauge", "How the latest execution that ran has ended.", statuses)
+    of_tasks("task_failures_total", "counter", "Executions that failed.", lambda task: task.failure_count)
+    of_tasks("task_failures_in_a_row", "gauge", "Failures since the last success.", lambda task: task.failures_in_a_row)
+    success = "End of the last success; 0: never."
+    of_tasks("task_last_success_timestamp_seconds", "gauge", success, lambda task: task.last_success or 0, SECOND)
+    of_tasks(
+        "task_last_run_timestamp_seconds", "gauge", "Start of the last run; 0: never.", lambda task: task.last_run or 0, SECOND
+    )
+    of_tasks("task_running_since_timestamp_seconds", "gauge", "Start of what runs.", lambda task: running.get(task.id), SECOND)
+    of_tasks("task_next_slot_timestamp_seconds", "gauge", "Next firing.", lambda task: task.next_run, SECOND)
     family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", size)])
     family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", service.store.waiting_writes)])
     family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])

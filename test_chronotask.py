@@ -6629,6 +6629,27 @@ async def test_a_streak_below_the_threshold_neither_breaks_nor_recovers(rig: Rig
     assert await fired(rig, alert) == []
 
 
+async def test_what_did_not_run_is_a_warning_and_a_retry_is_told(
+    rig: Rig, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chronotask")
+    target.answer(500)
+    retried = await rig.task(name="web", **target.config("/"), max_retries=1, retry_delay=30)
+    await rig.executed(retried)
+    held = await rig.task(name="held", **target.config("/hold"))
+    await rig.schedule(held)
+    await rig.at(60)
+    await rig.at(120)
+    await rig.at(600)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("WARNING", f"task {held} (held): {chronotask.SKIPPED_RUNNING}") in told
+    assert any(level == "WARNING" and text.startswith(f"task {held} (held): missed: 7 slots") for level, text in told)
+    retry = f"task {retried} (web), execution 1: attempt 1 failed, the next is at 2026-01-01T00:00:"
+    assert any(level == "INFO" and text.startswith(retry) and "500 Internal Server Error" in text for level, text in told)
+    assert rig.service.engine.stats.ended["http", "skipped"] == 2 and rig.service.engine.stats.ended["http", "missed"] == 1
+    await rig.let_go(target)
+
+
 async def test_a_task_is_paused_after_failures_in_a_row_and_counts_anew_when_it_is_active_again(rig: Rig) -> None:
     watched = await rig.task(config=FAIL, pause_after=2)
     schedule = await rig.schedule(watched)
@@ -7051,6 +7072,26 @@ async def test_an_end_and_what_it_causes_are_one_transaction(rig: Rig) -> None:
     rig.sql("DROP TRIGGER broken")
     await rig.finish()
     assert ((await rig.service.get_execution(execution))["status"], len(await fired(rig, alert))) == ("succeeded", 1)
+
+
+async def test_a_cancel_in_another_process_causes_what_the_leader_runs(open_rig: OpenRig, target: Target) -> None:
+    leader = await open_rig(max_concurrent_runs=1)
+    other = await open_rig(kind="mcp", clock=leader.clock, max_concurrent_runs=1)
+    assert (leader.service.engine.leading, other.service.engine.leading) == (True, False)
+    watched = await leader.task(**target.config("/hold"))
+    alert, _ = await listener(leader, "cancelled", task_ids=[watched])
+    running, waiting = await leader.execute(watched), await leader.execute(watched)
+    await leader.tick()
+    await other.service.cancel_execution(waiting)
+    assert await fired(other, alert) == [("cancelled", waiting, "queued")]
+    stop = asyncio.create_task(other.service.cancel_execution(running))
+    while not stop.done():
+        await leader.service.changes.poll()
+        await other.service.changes.poll()
+        await leader.tick()
+        await asyncio.wait({stop}, timeout=0.01)
+    await leader.finish()
+    assert await fired(leader, alert) == [("cancelled", waiting, "succeeded"), ("cancelled", running, "succeeded")]
 
 
 async def test_a_thousand_failures_at_once_have_a_thousand_alerts(open_rig: OpenRig) -> None:
@@ -8829,6 +8870,28 @@ async def test_metrics_are_in_the_format_of_prometheus_whatever_a_task_is_called
     assert [text for text in answer.text.splitlines() if not re.fullmatch(line, text)] == []
     assert 'chronotask_executions_total{task_type="bash",status="succeeded"} 7' in answer.text
     assert "true" not in [text.split()[-1] for text in answer.text.splitlines()]
+
+
+async def test_every_task_has_its_series_before_anything_has_happened(api: Api) -> None:
+    await api.task(key="k")
+    await api.task(config={"command": "exit 1"}, name="bad")
+    before = (await api("GET", "//metrics")).text.splitlines()
+    of = 'task_id="1",task="t",key="k"'
+    for line in (
+        f'task_last_status{{{of},status="none"}} 1',
+        f"task_failures_total{{{of}}} 0",
+        f"task_failures_in_a_row{{{of}}} 0",
+        f"task_last_success_timestamp_seconds{{{of}}} 0.0",
+        f"task_last_run_timestamp_seconds{{{of}}} 0.0",
+        'executions_total{task_type="http",status="missed"} 0',
+        'executions_total{task_type="bash",status="skipped"} 0',
+    ):
+        assert f"chronotask_{line}" in before
+    assert not any("running_since_timestamp_seconds{" in line or "next_slot_timestamp_seconds{" in line for line in before)
+    await api.executed(2)
+    after = (await api("GET", "//metrics")).text.splitlines()
+    assert 'chronotask_task_last_status{task_id="2",task="bad",key="",status="failed"} 1' in after
+    assert 'chronotask_task_failures_in_a_row{task_id="2",task="bad",key=""} 1' in after
 
 
 async def test_openapi_names_every_route_of_the_contract(api: Api) -> None:
