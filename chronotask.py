@@ -1325,8 +1325,7 @@ def _message(detail: ErrorDetails, known: list[str]) -> str:
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
-        names = f" (known: {', '.join(known)})" if known else ""
-        return "unknown field" + (did_you_mean(str(detail["loc"][-1]), known) or names)
+        return "unknown field" + (did_you_mean(str(detail["loc"][-1]), known) or f" (known: {', '.join(known) or 'none'})")
     if kind == "value_error":
         return str(context["error"])
     if context.get("min_length") == 1:
@@ -1821,11 +1820,9 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     kept_url = (stored or {}).get("url", "")
     if stored:
         _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
-    parts, kept_parts = url_parts(new["url"]), url_parts(kept_url)
+    origins = {parts and parts.origin for parts in (url_parts(new["url"]), url_parts(kept_url))}
     # Where it is not sure, it has moved.
-    same = new["url"] in (kept_url, mask_url(kept_url)) or bool(
-        parts and kept_parts and parts.origin and parts.origin == kept_parts.origin
-    )
+    same = new["url"] in (kept_url, mask_url(kept_url)) or (len(origins) == 1 and None not in origins)
     refused: list[FieldError] = []
 
     def secret(name: str, sent: str) -> str:
@@ -8189,15 +8186,12 @@ async def read_body(request: web.Request, model: Any) -> Any:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    if not request.query_string:  # most have none
-        return None if model is None else parse(model, {})
+    if model is None and not request.query_string:  # as most are
+        return None
     given = dict(request.query)
-    wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
-    if not wrong and model is None:
-        wrong = [FieldError(name, "unknown parameter; known are none") for name in given]
-    if wrong:
+    if wrong := [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]:
         raise InvalidInput(*wrong)
-    return None if model is None else parse(model, given)
+    return parse(model or Query, given)
 
 
 def path_id(request: web.Request) -> int | str:
@@ -9048,9 +9042,7 @@ async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": request.method,
-        "scheme": request.scheme,
         "path": request.path,
-        "raw_path": request.raw_path.encode(),
         "query_string": request.query_string.encode(),
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
     }
