@@ -8340,19 +8340,8 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
     """
     if service.settings.api_token is None:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
-    with await service.backup() as copy:
-        size = os.fstat(copy.fileno()).st_size
-        headers = {
-            **HEADERS,
-            "Content-Type": "application/vnd.sqlite3",
-            "Content-Length": str(size),
-            "Content-Disposition": 'attachment; filename="chronotask.db"',
-        }
-        answer = web.StreamResponse(headers=headers)
-        await answer.prepare(request)
-        while piece := copy.read(262144):
-            await answer.write(piece)
-        return answer
+    about = {"Content-Type": "application/vnd.sqlite3", "Content-Disposition": 'attachment; filename="chronotask.db"'}
+    return web.Response(body=await service.backup(), headers={**HEADERS, **about})
 
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
