@@ -5254,7 +5254,12 @@ async def run_bash(
                 pipe.transport.close()
             raise
         environ.leave(pipes, run.task_id, forget=stopped)
-        live.facts = _exit_facts(process.returncode)
+        code = process.returncode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name if -code in list(signal.Signals) else f"SIG{-code}"  # a real-time signal
+            live.facts = {"exit_code": None, "signal": name}
+        else:
+            live.facts = {"exit_code": code, "signal": None}
         return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live)
     except ChronoTaskError as error:
         return Outcome("failed", error.detail)
@@ -5461,11 +5466,13 @@ def kill_leftovers(run_ids: set[str]) -> int:
     wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
     killed: set[int] = set()
     for _ in range(10 if wanted else 0):
-        found = [pid for pid in _own_processes() if not wanted.isdisjoint(_environment(pid))]
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+        found = False
+        for pid in _own_processes():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:  # a zombie's is empty
+                if not wanted.isdisjoint(file.read().split(b"\0")):
+                    found = True
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
         if not found:
             break
     return len(killed)
@@ -5484,14 +5491,6 @@ def _own_processes() -> Iterator[int]:
                     yield int(entry.name)
 
 
-def _environment(pid: int) -> list[bytes]:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return file.read().split(b"\0")  # a zombie's is empty
-    except OSError:
-        return []
-
-
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
     """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
     secrets = {
@@ -5500,19 +5499,11 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
         if value and (name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX))
     }
     for pid in _own_processes() if secrets else ():
-        for entry in _environment(pid):
-            if entry in secrets:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            if name := next(filter(None, map(secrets.get, file.read().split(b"\0"))), None):
                 advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
-                return [f"process {pid} shows {secrets[entry]} in its environment to every task of this user: {advice}"]
+                return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
     return []
-
-
-def _exit_facts(returncode: int | None) -> dict[str, Any]:
-    number = -(returncode or 0)
-    if number <= 0:
-        return {"exit_code": returncode, "signal": None}
-    name = signal.Signals(number).name if number in list(signal.Signals) else f"SIG{number}"  # a real-time signal
-    return {"exit_code": None, "signal": name}
 
 
 def _stopped(live: LiveOutput, timeout: float) -> Outcome:
@@ -5892,7 +5883,18 @@ async def run_http(
                 return dataclasses.replace(_stopped(live, timeout), output=output)
             what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
             return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
-        return _judged(config, request, response, live, now)
+        status, output = response.status, _http_output(live)
+        expected = config.get("expected_status") or ["200-299"]
+        if any(low <= status <= high for low, high in map(status_range, expected)):
+            return Outcome("succeeded", output=output)
+        message = f"answered {status} {_one_line(live.masked(response.reason), 80)}".rstrip()
+        message += f"; expected {', '.join(map(str, expected))}"
+        if status in (401, 403) and request.redirected_from:
+            message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
+        if 300 <= status < 400 and not request.follow:
+            message += " (follow_redirects is false)"
+        wait = retry_after(response.first, now) if status in (429, 503) else None
+        return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
     except ChronoTaskError as error:
         retryable = isinstance(error, _Failed) and error.retryable and not live.acted
         return Outcome("failed", live.masked(error.detail), _http_output(live), retryable=retryable)
@@ -6108,34 +6110,12 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     return output
 
 
-def _judged(
-    config: StoredConfig,
-    request: _Request,
-    response: _Response,
-    live: LiveOutput,
-    now: Callable[[], int] | None,
-) -> Outcome:
-    status, output = response.status, _http_output(live)
-    expected = config.get("expected_status") or ["200-299"]
-    if any(low <= status <= high for low, high in map(status_range, expected)):
-        return Outcome("succeeded", output=output)
-    message = f"answered {status} {_one_line(live.masked(response.reason), 80)}".rstrip()
-    message += f"; expected {', '.join(map(str, expected))}"
-    if status in (401, 403) and request.redirected_from:
-        message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
-    if 300 <= status < 400 and not request.follow:
-        message += " (follow_redirects is false)"
-    wait = retry_after(response.first, now) if status in (429, 503) else None
-    return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
-
-
-def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
+def retry_after(first: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
-    lower = {name.lower(): value.strip() for name, value in headers.items()}
-    text = lower.get("retry-after", "")
+    text = first.get("retry-after", "")
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
-    until, start = _http_date(text), _http_date(lower.get("date", ""))
+    until, start = _http_date(text), _http_date(first.get("date", ""))
     if start is None and now is not None:
         start = now() / SECOND
     return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_WAIT)
@@ -9140,7 +9120,6 @@ class LogStream(io.TextIOBase):
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._path = path
         self._waiting: list[str] = []
         self._size = self._lost = 0
@@ -9165,12 +9144,7 @@ class LogStream(io.TextIOBase):
             self._changed.wait_for(lambda: self._written and not self._waiting, LAST_LINES)
 
     def _write_on(self) -> None:
-        try:
-            fd = 2 if self._path is None else _open_log(self._path)
-        except OSError as error:
-            self.opened.set_exception(error)
-            return
-        self.opened.set_result(None)
+        fd = 2 if self._path is None else os.open(os.devnull, os.O_WRONLY)
         while True:
             with self._changed:
                 self._written = True
@@ -9184,7 +9158,7 @@ class LogStream(io.TextIOBase):
                 about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
             try:
-                if self._path is not None and not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(fd))):
+                if self._path is not None:  # opened anew, as it may have been moved away
                     fd, old = _open_log(self._path), fd
                     os.close(old)
                 write_all(fd, text.encode("utf-8", "backslashreplace"))
@@ -9206,19 +9180,18 @@ def set_up_logging(settings: Settings) -> None:
     sys.stdout = sys.stderr = LogStream()
     streams = [sys.stderr]
     if settings.log_file is not None:
-        streams.append(LogStream(settings.log_file))
         try:
-            streams[1].opened.result(timeout=1)
-        except TimeoutError:  # a FIFO without a reader, a hung disk: its thread waits, the service does not
-            pass
+            if not settings.log_file.is_fifo():  # for whose reader its thread waits, the service does not
+                os.close(_open_log(settings.log_file))
         except OSError as error:
             name = f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}"
             raise StartupError(f"{name}: cannot be written: {error.strerror}", 2) from None
+        streams.append(LogStream(settings.log_file))
     handlers = [logging.StreamHandler(stream) for stream in streams]
     for handler in handlers:
         handler.setFormatter(_LINES)
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
-    if settings.log_file is not None and streams[1].opened.done() and settings.log_file.is_file():
+    if settings.log_file is not None and settings.log_file.is_file():
         check_owner(settings.log_file, 0o022)
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
