@@ -6172,7 +6172,8 @@ class Event:
 
 
 class Feed:
-    """Recent events, and who reads them. A reader that falls too far behind is dropped, never buffered without bound."""
+    """Recent events, who reads them, and who waits for an end. A reader that falls too far behind is dropped, never buffered
+    without bound."""
 
     KEPT = 2000
     BEHIND = 1000
@@ -6186,6 +6187,9 @@ class Feed:
         self._readers: set[asyncio.Queue[Event | None]] = set()
         self._shown: dict[int, str] = {}  # unfinished executions as readers know them
         self._shown_up_to = 0
+        self._closed = False
+        # Execution id → the event that whoever waits for its end holds.
+        self._waiting: weakref.WeakValueDictionary[int, asyncio.Event] = weakref.WeakValueDictionary()
 
     @property
     def wanted(self) -> bool:
@@ -6227,6 +6231,8 @@ class Feed:
         for reader in self._readers:
             reader.put_nowait(None)
         self._readers.clear()
+        self._closed = True
+        self.notify()
 
     async def publish_executions(self, ids: Collection[int]) -> None:
         if not ids or not self.wanted:
@@ -6253,6 +6259,27 @@ class Feed:
             self.publish("task", task_id, {"id": task_id, "deleted": True})
         for schedule in schedules:
             self.publish("schedule", schedule.task_id, schedule_view(as_it_is(schedule, paused)))
+
+    async def wait_for(self, execution_id: int, seconds: float) -> None:
+        """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._closed:
+                    ended = self._waiting.setdefault(execution_id, asyncio.Event())
+                    if await self._store.read(partial(finished_among, ids=[execution_id])):
+                        return
+                    await ended.wait()  # for an attempt, too, that is retried
+
+    def notify(self, execution_ids: Iterable[int] | None = None) -> None:
+        """Wakes who waits for these executions (None: for any): they look whether it is over."""
+        for execution_id in list(self._waiting) if execution_ids is None else execution_ids:
+            if ended := self._waiting.pop(execution_id, None):
+                ended.set()
+
+    async def notify_of_others(self) -> None:
+        """Wakes who waits for what another process has finished or deleted."""
+        if self._waiting:
+            self.notify(await self._store.read(partial(finished_among, ids=list(self._waiting))))
 
 
 # --- Ticks ------------------------------------------------------------------------------------------------------------
@@ -6288,6 +6315,19 @@ class Stats:
     lateness: Histogram = dataclasses.field(default_factory=Histogram)
     recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
     loop_lag: float = 0.0
+
+    def count(self, s: Finished) -> None:
+        """An attempt has ended. That it failed is told in the log, too."""
+        run, why = s.run, s.error_message
+        what = f"task {run.task_id} ({run.task_name}), execution {run.execution_id}"
+        if s.status == "retrying":
+            again = format_instant(s.next_attempt_at or 0)
+            logger.info("%s: attempt %d failed, the next is at %s: %s", what, run.attempt, again, why or s.attempt_status)
+            return
+        self.ended[run.task_type, s.status] += 1
+        self.durations.add((s.finished_at - run.started_at) / SECOND)
+        if SUCCESS.get(s.status) is False:
+            logger.warning("%s: %s: %s", what, s.status, why or "no reason was given")
 
 
 @dataclass(slots=True)
@@ -6343,8 +6383,6 @@ class Engine:
         self._ending = False  # the grace of a stop is over
         self._wake = asyncio.Event()
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
-        # Execution id → the event that whoever waits for its end holds.
-        self._waiting: weakref.WeakValueDictionary[int, asyncio.Event] = weakref.WeakValueDictionary()
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -6447,13 +6485,8 @@ class Engine:
         if capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
             first = [run for run in tick.runs if run.attempt == 1]
-            follow(
-                db,
-                [Ended(run.execution_id, run.task_id, "running", now, started=True) for run in first],
-                now,
-                tick,
-                self.settings,
-            )
+            begun = [Ended(run.execution_id, run.task_id, "running", now, started=True) for run in first]
+            follow(db, begun, now, tick, self.settings)
         note_clock(db, now)
         return tick
 
@@ -6474,35 +6507,14 @@ class Engine:
             self.running.pop(s.run.execution_id, None)
             if self.leading:
                 self.retries.set(s.run.execution_id, s.next_attempt_at)
-            self._count_end(s)
+            self.touched.add(s.run.task_id)
+            self.stats.count(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
-        self.notify([*(s.run.execution_id for s in ended), *tick.cancelled])  # a retry may have become cancelled meanwhile
+        self.feed.notify([*(s.run.execution_id for s in ended), *tick.cancelled])  # a retry may have become cancelled meanwhile
         started = [run.execution_id for run in tick.runs]
         await self._begin(tick.runs)
         await self.feed.publish_executions([*tick.new_ids, *started, *(s.run.execution_id for s in ended), *tick.cancelled])
-
-    def _count_end(self, s: Finished) -> None:
-        self.touched.add(s.run.task_id)
-        if s.status == "retrying":
-            again, why = format_instant(s.next_attempt_at or 0), s.error_message or s.attempt_status
-            logger.info(
-                "task %d (%s), execution %d: attempt %d failed, the next is at %s: %s",
-                s.run.task_id,
-                s.run.task_name,
-                s.run.execution_id,
-                s.run.attempt,
-                again,
-                why,
-            )
-            return
-        self.stats.ended[s.run.task_type, s.status] += 1
-        self.stats.durations.add((s.finished_at - s.run.started_at) / SECOND)
-        if SUCCESS.get(s.status) is False:
-            why = s.error_message or "no reason was given"
-            logger.warning(
-                "task %d (%s), execution %d: %s: %s", s.run.task_id, s.run.task_name, s.run.execution_id, s.status, why
-            )
 
     # --- attempts ---
 
@@ -6571,36 +6583,12 @@ class Engine:
         self.distrust_until = self.clock.monotonic() + DISTRUST
         logger.warning("the clock went on by more than a day: for an hour no history is deleted by age")
 
-    # --- who waits for an end ---
-
-    async def wait_for(self, execution_id: int, seconds: float) -> None:
-        """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not self.stopping:
-                    ended = self._waiting.setdefault(execution_id, asyncio.Event())
-                    if await self.store.read(partial(finished_among, ids=[execution_id])):
-                        return
-                    await ended.wait()  # for an attempt, too, that is retried
-
-    def notify(self, execution_ids: Iterable[int] | None = None) -> None:
-        """Wakes who waits for these executions (None: for any): they look whether it is over."""
-        for execution_id in list(self._waiting) if execution_ids is None else execution_ids:
-            if ended := self._waiting.pop(execution_id, None):
-                ended.set()
-
-    async def notify_of_others(self) -> None:
-        """Wakes who waits for what another process has finished or deleted."""
-        if self._waiting:
-            self.notify(await self.store.read(partial(finished_among, ids=list(self._waiting))))
-
     # --- stopping ---
 
     async def drain(self, grace: float) -> None:
         """Nothing more begins; what runs may end within `grace` seconds, what is left then is stopped."""
         self.stopping = True
         self._wake.set()
-        self.notify()
         self.feed.close_all()
         await self._until_idle(self.clock.monotonic() + grace)
         self._ending = True
@@ -6844,7 +6832,7 @@ class Retention:
                 except Unavailable:  # nobody else tries again, and somebody may be waiting for it
                     await asyncio.sleep(0.25)
                 await asyncio.sleep(0)
-            engine.notify()
+            engine.feed.notify()
         finally:
             del self.purges[task_id]
 
@@ -6906,7 +6894,7 @@ class Changes:
             if engine.running:
                 for execution_id in await store.read(partial(cancel_requests, ids=list(engine.running))):
                     engine.stop_run(execution_id)
-            await engine.notify_of_others()
+            await engine.feed.notify_of_others()
             if self._rev == since:  # else somebody wants everything to be looked at once more
                 self._rev = rev
             engine.wake()  # what it waits for may have changed
@@ -7386,28 +7374,11 @@ class Service:
         """
         schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now = self.clock.now()
-        changes = await self.in_checks(partial(self._checked_changes, schedule, dict(body), now))
+        changes = await self.in_checks(partial(_checked_changes, schedule, dict(body), self.settings.scheduler_timezone, now))
         change = partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now, settings=self.settings)
         touched = await self.change(change)
         await self.engine.feed.publish_executions(touched)
         return await self.get_schedule(schedule_id)
-
-    def _checked_changes(self, schedule: Schedule, sent: dict[str, Any], now: int) -> dict[str, Any]:
-        """What was sent, as the store keeps it, and only where it differs."""
-        if sent.pop("task_id", schedule.task_id) != schedule.task_id:
-            raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
-        schedule_type = sent.get("schedule_type", schedule.schedule_type)
-        if schedule_type != schedule.schedule_type and "schedule_config" not in sent:
-            raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
-        config = sent.get("schedule_config", schedule.schedule_config)
-        if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
-            sent["schedule_config"] = config = check_schedule_config(schedule_type, config, self.settings.scheduler_timezone, now)
-        sent = _of_its_type(schedule_type, sent)
-        sent = _with_times(Schedule, sent, config.get("timezone", self.settings.scheduler_timezone))
-        changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
-        if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
-            changes["is_active"] = False
-        return changes
 
     @operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
@@ -7435,7 +7406,7 @@ class Service:
         await self.engine.feed.publish_executions([execution.id])
         if query.wait <= 0:
             return view_of(execution)
-        await self.engine.wait_for(execution.id, query.wait)
+        await self.engine.feed.wait_for(execution.id, query.wait)
         return await self.get_execution(execution.id)
 
     @operation("GET", "/executions/{id}", tool=("read_only",))
@@ -7479,7 +7450,7 @@ class Service:
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
         if before == "running":
-            await self.engine.wait_for(execution_id, CANCEL_WAIT)
+            await self.engine.feed.wait_for(execution_id, CANCEL_WAIT)
         else:
             await self.engine.feed.publish_executions(touched)
         return await self.get_execution(execution_id)
@@ -7685,6 +7656,24 @@ def add_schedule(db: DB, schedule: Schedule) -> None:
     if schedule.jitter:  # it is derived from the id, which is known only now
         schedule.look_ahead()
         update(db, schedule)
+
+
+def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: int) -> dict[str, Any]:
+    """What was sent, as the store keeps it, and only where it differs."""
+    if sent.pop("task_id", schedule.task_id) != schedule.task_id:
+        raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
+    schedule_type = sent.get("schedule_type", schedule.schedule_type)
+    if schedule_type != schedule.schedule_type and "schedule_config" not in sent:
+        raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
+    config = sent.get("schedule_config", schedule.schedule_config)
+    if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
+        sent["schedule_config"] = config = check_schedule_config(schedule_type, config, zone, now)
+    sent = _of_its_type(schedule_type, sent)
+    sent = _with_times(Schedule, sent, config.get("timezone", zone))
+    changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
+    if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
+        changes["is_active"] = False
+    return changes
 
 
 def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int, settings: Settings) -> list[int]:

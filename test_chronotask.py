@@ -9659,7 +9659,7 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
             await waiting
         await asyncio.to_thread(Path(f"{service.store.path}.gate").write_text, "on and on\n")
         [run] = (await call("get_task_history", task_id=task_id))["history"]
-        await service.engine.wait_for(run["id"], 10)
+        await service.engine.feed.wait_for(run["id"], 10)
         assert (await call("get_execution", execution_id=run["id"]))["output_data"]["stdout"] == "on and on\n"
 
 
