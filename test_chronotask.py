@@ -168,6 +168,12 @@ def settings(tmp_path: Path, **changes: Any) -> Settings:
     )
 
 
+def sql(path: Path, text: str, *values: Any) -> list[Any]:
+    """A statement on a connection of its own: to look at rows, or to damage them."""
+    with contextlib.closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as db:
+        return db.execute(text, values).fetchall()
+
+
 class FakeClock(Clock):
     """A clock that stands still until a test moves it.
 
@@ -239,12 +245,7 @@ class Rig:
         return self.service.store.path
 
     def sql(self, text: str, *values: Any) -> list[Any]:
-        """A statement on a connection of its own: to look at rows, or to damage them."""
-        db = sqlite3.connect(self.path, isolation_level=None)
-        try:
-            return db.execute(text, values).fetchall()
-        finally:
-            db.close()
+        return sql(self.path, text, *values)
 
     async def task(self, **fields: Any) -> int:
         body = {"name": "t", "task_type": "bash", "config": {"command": "true"}, "max_retries": 0, **fields}
@@ -665,8 +666,7 @@ class Server:
         return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())
 
     def sql(self, query: str, *values: Any) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.database)) as db:
-            return db.execute(query, values).fetchall()
+        return sql(self.database, query, *values)
 
 
 ONE_ATTEMPT = {"max_retries": 0, "retry_delay": 0.1}
@@ -3090,13 +3090,6 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def a_database(path: Path, *statements: str) -> None:
-    db = sqlite3.connect(path, isolation_level=None)
-    for statement in statements:
-        db.execute(statement)
-    db.close()
-
-
 def test_a_new_database_has_the_newest_schema_and_can_give_space_back(tmp_path: Path) -> None:
     db = open_database(tmp_path / "made" / "for you" / "c.db")
     values = [
@@ -3215,10 +3208,7 @@ def a_database_of_release_1_0(path: Path) -> None:
 
 def test_a_database_of_release_1_0_keeps_its_rows_and_what_was_dealt_with(tmp_path: Path) -> None:
     a_database_of_release_1_0(tmp_path / "c.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as old:
-        before = {
-            table: old.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in ("executions", "attempts", "tasks")
-        }
+    before = {table: sql(tmp_path / "c.db", f"SELECT * FROM {table} ORDER BY 1") for table in ("executions", "attempts", "tasks")}
     db = open_database(tmp_path / "c.db")
     for table, rows in before.items():
         assert [row[: len(rows[0])] for row in db.execute(f"SELECT * FROM {table} ORDER BY 1")] == rows
@@ -3323,7 +3313,8 @@ def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
     if content is not None:
         path.write_bytes(content)
     if statements:
-        a_database(path, *statements)
+        for statement in statements:
+            sql(path, statement)
     elif content in (None, b""):
         (tmp_path / "c.db-wal").write_bytes(wal)
     if not said:  # an empty -wal does no harm
@@ -3530,9 +3521,7 @@ async def keys_of(store: Store) -> list[str]:
 
 async def test_what_was_written_is_on_disk_when_the_write_returns(store: Store) -> None:
     assert await store.write(put("k1", 42)) == "k1"
-    other = sqlite3.connect(store.path)
-    assert other.execute("SELECT value FROM meta WHERE key = 'k1'").fetchone() == (42,)
-    other.close()
+    assert sql(store.path, "SELECT value FROM meta WHERE key = 'k1'") == [(42,)]
     assert await store.read(lambda db: get_meta(db, "k1")) == 42
 
 
@@ -3618,7 +3607,7 @@ async def test_commits_of_other_processes_are_noticed_and_own_ones_are_not(store
     await store.foreign_changes()
     await store.write(put("k1"))
     assert await store.foreign_changes() is False
-    a_database(store.path, "INSERT INTO meta VALUES ('k2', 2)")
+    sql(store.path, "INSERT INTO meta VALUES ('k2', 2)")
     assert await store.foreign_changes() is True
     assert await store.foreign_changes() is False
 
@@ -3695,7 +3684,7 @@ async def test_in_a_full_database_small_writes_of_the_same_batch_still_succeed(s
 
 async def test_a_table_that_was_damaged_while_open_fails_its_own_queries(store: Store) -> None:
     await store.write(lambda db: db.execute("CREATE TABLE extra (x)"))
-    a_database(store.path, "DROP TABLE extra")
+    sql(store.path, "DROP TABLE extra")
     with pytest.raises(Unavailable, match="no such table"):
         await store.write(lambda db: db.execute("INSERT INTO extra VALUES (1)"))
     await store.write(put("k1"))
@@ -3708,9 +3697,7 @@ async def test_closing_finishes_what_waits(tmp_path: Path) -> None:
     await asyncio.sleep(0)
     store.close()
     assert await asyncio.gather(*jobs) == [f"k{n}" for n in range(20)]
-    db = sqlite3.connect(tmp_path / "c.db")
-    assert db.execute("SELECT count(*) FROM meta WHERE key LIKE 'k%'").fetchone() == (20,)
-    db.close()
+    assert sql(tmp_path / "c.db", "SELECT count(*) FROM meta WHERE key LIKE 'k%'") == [(20,)]
 
 
 async def test_closing_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
@@ -3741,9 +3728,7 @@ async def test_a_backup_is_consistent_while_writes_go_on(store: Store, tmp_path:
         number += 1
         await store.write(both(number))
     await copying
-    copy = sqlite3.connect(tmp_path / "copy.db")
-    assert len(set(copy.execute("SELECT value FROM meta WHERE key LIKE 'k%'").fetchall())) == 1
-    copy.close()
+    assert len(set(sql(tmp_path / "copy.db", "SELECT value FROM meta WHERE key LIKE 'k%'"))) == 1
 
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
@@ -7323,7 +7308,9 @@ async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config:
 
 
 @pytest.mark.parametrize("column", ["max_retries", "retry_delay"])
-async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that_of_others(rig: Rig, column: str) -> None:
+async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that_of_others_also_at_a_start(
+    rig: Rig, open_rig: OpenRig, column: str
+) -> None:
     broken, good = await rig.task(config={"command": "exit 1"}, max_retries=3), await rig.task()
     await rig.schedule(broken)
     await rig.schedule(good)
@@ -7332,21 +7319,8 @@ async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that
     found = rig.sql("SELECT status, error_message FROM executions ORDER BY task_id")
     assert [row[0] for row in found] == ["failed", "succeeded"]
     assert found[0][1].endswith("; not retried: the retry settings of the task are damaged")
-
-
-@pytest.mark.parametrize("column", ["max_retries", "retry_delay"])
-async def test_a_task_row_with_broken_retries_does_not_keep_the_next_start_from_settling(open_rig: OpenRig, column: str) -> None:
-    rig = await open_rig()
-    tasks = [await rig.task(max_retries=1), await rig.task()]
     await rig.close()
-    for task_id in tasks:
-        rig.sql(
-            """INSERT INTO executions (task_id, trigger, status, queued_at, started_at, attempt, attempt_started_at, owner, uuid)
-            VALUES (?, 'manual', 'running', 1, 1, 1, 1, 'dead', ?)""",
-            task_id,
-            str(uuid.uuid4()),
-        )
-    rig.sql(f"UPDATE tasks SET {column} = 'soon' WHERE id = ?", tasks[0])
+    rig.sql("UPDATE executions SET status = 'running', finished_at = NULL, attempt_started_at = 1, owner = 'dead'")
     rig = await open_rig()
     assert rig.service.engine.leading
     assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
@@ -7427,10 +7401,8 @@ def plant_rows(
     end = None if status in ("queued", "running", "retrying") else at
     rows = [(schedule_id, status, None if slot is None else slot + n, at, end) for n in range(count)]
     columns = "schedule_id, status, scheduled_for, queued_at, finished_at, task_id, trigger, next_attempt_at, uuid"
-    db = sqlite3.connect(rig.path)
-    db.executemany(f"INSERT INTO executions ({columns}) VALUES (?, ?, ?, ?, ?, 1, 'schedule', {2**60}, 'u')", rows)
-    db.commit()
-    db.close()
+    with contextlib.closing(sqlite3.connect(rig.path)) as db, db:
+        db.executemany(f"INSERT INTO executions ({columns}) VALUES (?, ?, ?, ?, ?, 1, 'schedule', {2**60}, 'u')", rows)
 
 
 BY_AGE, TIGHT, ALL = ({"history_days": days, "history_per_task": count} for days, count in ((30, 0), (1, 1), (0, 0)))
@@ -8486,13 +8458,6 @@ async def test_deleting_answers_204_once_the_rows_are_gone(api: Api) -> None:
     problem_of(await api("DELETE", f"/tasks/{task_id}"), 404)
 
 
-async def test_without_its_only_schedule_a_task_has_no_next_run(api: Api) -> None:
-    await api.schedule(await api.task())
-    assert (await api.get("/tasks/1"))["next_run"] == "2026-01-01T00:01:00Z"
-    await api("DELETE", "/schedules/1")
-    assert (await api.get("/tasks/1"))["next_run"] is None
-
-
 async def test_what_the_limits_of_a_task_allow(api: Api) -> None:
     for name, values in {
         "name": ["x" * 255, "ü" * 255],
@@ -8627,7 +8592,7 @@ async def test_cancelling_answers_200_when_it_is_over_and_409_afterwards(api: Ap
     problem_of(await api("POST", "/executions/99/cancel"), 404)
 
 
-async def test_texts_in_lists_are_cut_to_4096_characters(api: Api) -> None:
+async def test_texts_in_lists_are_cut_to_4096_characters(api: Api, target: Target) -> None:
     await api.executed(await api.task(config={"command": "head -c 5000 /dev/zero | tr '\\0' x; echo short >&2"}))
     for path, key in (("/tasks/1/history", "history"), ("/executions", "executions")):
         output = (await api.get(path))[key][0]["output_data"]
@@ -8639,13 +8604,10 @@ async def test_texts_in_lists_are_cut_to_4096_characters(api: Api) -> None:
     assert (await api.get("/executions/1"))["output_data"]["stdout"] == "x" * 5000
     await api.executed(await api.task(config={"command": "head -c 4096 /dev/zero | tr '\\0' x"}))
     assert (await api.get("/executions"))["executions"][0]["output_data"]["stdout"] == "x" * 4096
-
-
-async def test_a_large_json_body_in_a_list_is_cut_too(api: Api, target: Target) -> None:
     target.answer(200, {"Content-Type": "application/json"}, json.dumps({"list": ["x" * 10] * 2000}).encode())
-    await api.executed(await api.task(**target.config()))
+    large = await api.executed(await api.task(**target.config()))
     assert len(json.dumps((await api.get("/executions"))["executions"][0]["output_data"]["body"])) < 5000
-    assert (await api.get("/executions/1"))["output_data"]["body"] == {"list": ["x" * 10] * 2000}
+    assert (await api.get(f"/executions/{large}"))["output_data"]["body"] == {"list": ["x" * 10] * 2000}
 
 
 async def test_the_output_is_given_as_plain_text(api: Api) -> None:
@@ -8833,6 +8795,8 @@ async def test_pause_and_resume_stop_and_resume_all_firing(api: Api) -> None:
     answer = await api("POST", "/scheduler/resume")
     assert (answer.status, answer.json["paused"]) == (200, False)
     assert (await api.get("/tasks/1"))["next_run"] == "2026-01-01T00:01:00Z"
+    await api("DELETE", "/schedules/1")
+    assert (await api.get("/tasks/1"))["next_run"] is None, "without its only schedule"
 
 
 # --- Outside of the API -----------------------------------------------------------------------------------------------
@@ -9115,11 +9079,8 @@ async def test_json_with_a_charset_is_taken_and_a_post_without_a_body_needs_no_c
     assert (await api("POST", "/scheduler/pause")).status == 200
     assert (await api("POST", "/scheduler/resume", {})).status == 200
     problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
-
-
-async def test_a_body_behind_a_byte_order_mark_is_taken(api: Api) -> None:
-    assert (await api("POST", "/tasks", raw=codecs.BOM_UTF8 + json.dumps(BASH).encode())).status == 201
-    assert (await api("PUT", "/tasks/1", raw=codecs.BOM_UTF8 + b'{"name": "b"}')).status == 200
+    for method, path, body in (("POST", "/tasks", json.dumps(BASH).encode()), ("PUT", "/tasks/1", b'{"name": "b"}')):
+        assert (await api(method, path, raw=codecs.BOM_UTF8 + body)).status in (200, 201), "behind a byte order mark"
     assert (await api("POST", "/scheduler/pause", raw=codecs.BOM_UTF8)).status == 200
 
 
@@ -9142,13 +9103,6 @@ async def test_a_bad_parameter_answers_422_with_its_name(api: Api) -> None:
     assert "status" in problem_of(await api("GET", "/tasks?stauts=active"), 422, "stauts")
     for limit in (1, 1000):
         assert (await api.get(f"/tasks?limit={limit}"))["limit"] == limit
-
-
-async def test_an_error_never_shows_a_secret_that_was_sent(api: Api) -> None:
-    auth = {"username": "u", "password": ["geheim1234"]}
-    config = {"url": "http://u:geheim1234@[/", "auth": auth, "headers": {"Authorization": 5}}
-    answer = await api("POST", "/tasks", {**BASH, "task_type": "http", "config": config})
-    assert answer.status == 422 and "geheim1234" not in answer.text
 
 
 # --- Who may ask ------------------------------------------------------------------------------------------------------
@@ -9530,13 +9484,22 @@ async def use_every_tool(call: Caller) -> None:
     assert (await use("get_execution", execution_id=run["id"]))["attempts"][0]["status"] == "succeeded"
     assert (await use("get_task_history", task_id=task["id"]))["history"][0]["id"] == run["id"]
     slow = await use("create_task", name="slow", task_type="bash", config={"command": "sleep 60"}, max_retries=0)
-    going = await use("execute_task", task_id=slow["id"], wait=0)
-    assert "get_execution" in going["note"]
+    going = await use("execute_task", task_id=slow["id"], wait=0.05)
+    shows = f"get_execution with execution_id {going['id']} shows its end, cancel_execution ends it"
+    assert going["status"] in ("queued", "running") and going["note"] == f"not over: {shows}"
     assert (await use("cancel_execution", execution_id=going["id"]))["status"] == "cancelled"
+    assert (
+        await call.refused("cancel_execution", execution_id=going["id"]) == f"execution {going['id']} is over already: cancelled"
+    )
     preview = await use("preview_schedule", schedule_type="cron", schedule_config=WEEKDAYS)
     made = await use("create_schedule", task_id=task["id"], schedule_type="cron", schedule_config=WEEKDAYS)
     assert preview["description"] == made["description"] and preview["upcoming"] == made["upcoming"]
-    assert len((await use("list_schedules", task_id=task["id"]))["schedules"][0]["upcoming"]) == 5
+    assert (made["schedule_config"], made["description"]) == (WEEKDAYS, "Every weekday at 09:00 (Europe/Berlin)")
+    for slot in made["upcoming"]:
+        assert re.fullmatch(r"....-..-..T09:00:00\+0[12]:00", slot["local"])
+        assert re.fullmatch(r"....-..-..T0[78]:00:00Z", slot["utc"])
+    [listed_schedule] = (await use("list_schedules", task_id=task["id"]))["schedules"]
+    assert len(made["upcoming"]) == 5 and listed_schedule["upcoming"] == made["upcoming"]
     assert (await use("update_schedule", schedule_id=made["id"], overlap="queue"))["overlap"] == "queue"
     assert await use("delete_schedule", schedule_id=made["id"]) == {"id": made["id"], "deleted": True}
     assert (await use("get_scheduler_status"))["timezone"] == "UTC"
@@ -9558,18 +9521,6 @@ async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to
     assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: get_task_history shows")
 
 
-async def test_a_schedule_says_zone_words_and_next_five_slots_local_and_utc(call: Caller) -> None:
-    task_id = await bash_mcp(call, "true")
-    made = await call("create_schedule", task_id=task_id, schedule_type="cron", schedule_config=WEEKDAYS)
-    assert made["schedule_config"]["timezone"] == "Europe/Berlin"
-    assert made["description"] == "Every weekday at 09:00 (Europe/Berlin)"
-    assert len(made["upcoming"]) == 5
-    for slot in made["upcoming"]:
-        assert re.fullmatch(r"....-..-..T09:00:00\+0[12]:00", slot["local"])
-        assert re.fullmatch(r"....-..-..T0[78]:00:00Z", slot["utc"])
-    assert (await call("list_schedules"))["schedules"][0]["upcoming"] == made["upcoming"]
-
-
 async def test_a_schedule_that_fires_nothing_now_says_why(call: Caller) -> None:
     task_id = await bash_mcp(call, "true", status="paused")
     made = await call("create_schedule", task_id=task_id, schedule_type="interval", schedule_config={"seconds": 60})
@@ -9583,15 +9534,6 @@ async def test_a_second_equal_task_is_noticed(call: Caller) -> None:
     again = await call("create_task", name="backup", task_type="bash", config={"command": "true"})
     assert again["note"] == f"task {first} has the same name and configuration: delete one of them unless both are meant"
     assert "note" not in await call("create_task", name="backup", task_type="bash", config={"command": "false"})
-
-
-async def test_a_run_that_goes_on_is_answered_with_its_id(call: Caller) -> None:
-    task_id = await bash_mcp(call, "sleep 60")
-    run = await call("execute_task", task_id=task_id, wait=0.05)
-    assert run["status"] in ("queued", "running")
-    assert run["note"] == f"not over: get_execution with execution_id {run['id']} shows its end, cancel_execution ends it"
-    assert (await call("cancel_execution", execution_id=run["id"]))["status"] == "cancelled"
-    assert await call.refused("cancel_execution", execution_id=run["id"]) == f"execution {run['id']} is over already: cancelled"
 
 
 async def test_history_is_short_and_says_how_to_get_more(call: Caller) -> None:
@@ -10655,14 +10597,11 @@ def test_what_an_mcp_process_was_finishing_when_it_died_is_settled_by_the_servic
 
 def run_by_the_leader(database: Path, task: int) -> int:
     """Queues an execution as a client of another process would, and waits until it is running; its id."""
-    with contextlib.closing(sqlite3.connect(database, timeout=10)) as db:
-        row = "(task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', ?, lower(hex(randomblob(16))))"
-        run = db.execute(f"INSERT INTO executions {row}", (task, time.time_ns() // 1000)).lastrowid
-        db.commit()
-        assert run is not None
-        status = "SELECT status FROM executions WHERE id = ?"
-        until(lambda: db.execute(status, (run,)).fetchone()[0] == "running", 8, "the leader runs it")
-    return run
+    row = "(task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', ?, lower(hex(randomblob(16))))"
+    [(run,)] = sql(database, f"INSERT INTO executions {row} RETURNING id", task, time.time_ns() // 1000)
+    status = "SELECT status FROM executions WHERE id = ?"
+    until(lambda: sql(database, status, run) == [("running",)], 8, "the leader runs it")
+    return int(run)
 
 
 @pytest.mark.slow
