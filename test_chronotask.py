@@ -6628,10 +6628,10 @@ async def test_what_did_not_run_is_a_warning_and_a_retry_is_told(
     await rig.at(600)
     told = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert ("WARNING", f"task {held} (held): {chronotask.SKIPPED_RUNNING}") in told
-    assert any(level == "WARNING" and text.startswith(f"task {held} (held): missed: 7 slots") for level, text in told)
+    assert any(level == "WARNING" and text.startswith(f"task {held} (held): missed: 6 slots") for level, text in told)
     retry = f"task {retried} (web), execution 1: attempt 1 failed, the next is at 2026-01-01T00:00:"
     assert any(level == "INFO" and text.startswith(retry) and "500 Internal Server Error" in text for level, text in told)
-    assert rig.service.engine.stats.ended["http", "skipped"] == 2 and rig.service.engine.stats.ended["http", "missed"] == 1
+    assert rig.service.engine.stats.ended["http", "skipped"] == 3 and rig.service.engine.stats.ended["http", "missed"] == 1
     await rig.let_go(target)
 
 
@@ -9201,16 +9201,18 @@ async def test_what_needs_the_token(open_api: OpenApi) -> None:
 
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 60, 2**31, 2**63, 10**30, 0.5, 1e308, -1e-308, "", " ", "t", "x" * 300, "\0", "a\r\nb",
-    "ünï😀", "bash", "http", "cron", "once", "interval", "active", "* * * * *", "@daily", "60/7 25 L W#9 ?",
+    "ünï😀", "bash", "http", "cron", "once", "interval", "after", "active", "* * * * *", "@daily", "60/7 25 L W#9 ?",
     "2027-01-01T00:00:00Z", "2026-03-29T02:30:00", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00+23:59", "Europe/Berlin",
     "../../etc/passwd", "http://127.0.0.1/", "http://[::1", "http://user:pw@host:99999/\\", "${env:HOME}",
     "${file:/etc/passwd}", [], {}, [[]], [1, "a", None], {"a": {"b": [{}]}}, {"command": "true"}, {"url": "http://127.0.0.1/"},
-    {"seconds": 60}, {"expression": "* * * * *"},
+    {"seconds": 60}, {"expression": "* * * * *"}, "key:t", "${cause:text}", ["failure", "overdue"],
+    {"any": True, "on": ["failure"]},
 ]  # fmt: skip
 ODD_NAMES = """name task_type config description status max_retries retry_delay retry_backoff id task_id schedule_type
     schedule_config is_active overlap catchup catchup_window jitter start_at end_at max_runs after count upcoming x
     command args env working_dir timeout url method headers params body auth expected_status follow_redirects verify_tls
-    expression timezone datetime seconds start_date username password""".split()
+    expression timezone datetime seconds start_date username password key tags pause_after task_ids tag any on
+    threshold""".split()
 
 
 def odd_object(draw: random.Random, depth: int = 0) -> dict[str, Any]:
@@ -9227,7 +9229,8 @@ async def test_no_json_at_all_makes_the_server_fail(api: Api) -> None:
     asked += [("POST", "/schedules/preview"), ("POST", "/tasks/1/execute"), ("POST", "/scheduler/pause")]
     cron = {"schedule_type": "cron", "schedule_config": {"expression": "*/5 * * * *", "timezone": "Asia/Tokyo"}}
     url = {"task_type": "http", "config": {"url": "http://127.0.0.1/"}}
-    valid = [BASH, {**BASH, **url}, EVERY_MINUTE, {**EVERY_MINUTE, **cron}]
+    told = {"schedule_type": "after", "schedule_config": {"tag": "ops", "on": ["broke", "recovered"], "threshold": 2}}
+    valid = [BASH, {**BASH, **url}, EVERY_MINUTE, {**EVERY_MINUTE, **cron}, {**EVERY_MINUTE, **told}]
     for _ in range(400):
         method, path = draw.choice(asked)
         body = {**draw.choice([{}, *valid]), **odd_object(draw)}
