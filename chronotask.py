@@ -6044,7 +6044,13 @@ def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
 
 async def _read_body(connection: _Connection, response: _Response, live: LiveOutput) -> None:
     live.expect(response.first.get("content-type", ""))
-    live.facts = {"status_code": response.status, "headers": _shown_headers(response, live)}
+    headers: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for plain, value in response.headers:
+        text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        name = names.setdefault(plain.lower(), live.masked(plain))
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    live.facts = {"status_code": response.status, "headers": headers}
     decoder = _Decoder() if response.first.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate") else None
     read = kept = 0
     while True:
@@ -6087,16 +6093,6 @@ class _Decoder:
             data = self._inflate.unconsumed_tail
             if self._inflate.eof:
                 data, self._inflate = self._inflate.unused_data, None
-
-
-def _shown_headers(response: _Response, live: LiveOutput) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    names: dict[str, str] = {}
-    for plain, value in response.headers:
-        text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        name = names.setdefault(plain.lower(), live.masked(plain))
-        headers[name] = f"{headers[name]}, {text}" if name in headers else text
-    return headers
 
 
 def _http_output(live: LiveOutput) -> dict[str, Any] | None:
@@ -9071,15 +9067,15 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """Options over variables over defaults. Raises StartupError that names the option or the variable."""
-    given: dict[str, str] = {}
-    for option, variable in (("host", ENV_PREFIX + "API_HOST"), ("port", ENV_PREFIX + "API_PORT")):
-        if (value := getattr(options, option)) is not None:
-            given[variable] = value
-            try:
-                Settings.from_env({variable: value or " "})
-            except StartupError as error:
-                raise StartupError(error.detail.replace(variable, f"--{option}").replace("=' '", "=''"), exit_status=2) from None
-    settings, warnings = Settings.from_env({**environ, **given})
+    names = {ENV_PREFIX + "API_HOST": "host", ENV_PREFIX + "API_PORT": "port"}
+    given = {variable: value or " " for variable, name in names.items() if (value := getattr(options, name)) is not None}
+    try:
+        settings, warnings = Settings.from_env({**environ, **given})
+    except StartupError as error:
+        variable = error.detail.partition("=")[0]
+        if variable not in given:
+            raise
+        raise StartupError(error.detail.replace(variable, f"--{names[variable]}").replace("=' '", "=''"), exit_status=2) from None
     if options.mode == "mcp" and not settings.mcp_enabled:
         raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
     return settings, warnings
@@ -9128,7 +9124,7 @@ class LogStream(io.TextIOBase):
         return len(text)
 
     def drain(self) -> None:
-        """Waits until all is written, but at the end of a program no longer than `LAST_LINES`."""
+        """Waits until all is written, but no longer than `LAST_LINES`."""
         with self._changed:
             self._changed.wait_for(lambda: self._written and not self._waiting, LAST_LINES)
 
