@@ -12519,6 +12519,167 @@ def test_every_cron_example_is_accepted(expression: str) -> None:
     assert checked == {"expression": expression, "timezone": "UTC"}
 
 
+# ---- Recipes
+
+RECIPES = (TOP / "docs" / "recipes.md").read_text(encoding="utf-8")
+AS_JSON = {"Content-Type": "application/json"}
+TEAMS = "x.powerplatform.com/workflows/1/triggers/manual/paths/invoke?sig=x%2F"
+TEAMS_CARD = {
+    "type": "AdaptiveCard",
+    "version": "1.4",
+    "body": [{"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": 20000}]}],
+}
+# What the real servers take at `https://host/path`: method, headers, the form of the body, and how they answer. In a form a type
+# stands for any value of it, a number for text of at most so many characters, and None for any body.
+TAKEN: dict[str, tuple[str, dict[str, str], Any, int]] = {
+    "hooks.slack.com/services/T0/B0/x": (
+        "POST", AS_JSON, {"text": 3000, "blocks": [{"type": "section", "text": {"type": "plain_text", "text": 3000}}]}, 200
+    ),
+    "discord.com/api/webhooks/1/x": ("POST", AS_JSON, {"content": 2000, "allowed_mentions": {"parse": []}}, 204),
+    "api.telegram.org/bot1:x-y/sendMessage": (
+        "POST", AS_JSON, {"chat_id": int, "text": 4096, "link_preview_options": {"is_disabled": True}}, 200
+    ),
+    TEAMS: (
+        "POST",
+        AS_JSON,
+        {"type": "message", "attachments": [{"contentType": "application/vnd.microsoft.card.adaptive", "content": TEAMS_CARD}]},
+        202,
+    ),
+    "ntfy.sh/": (
+        "POST", {"Authorization": "Bearer tk_1"}, {"topic": 64, "title": 4096, "message": 4096, "priority": int}, 200
+    ),
+    "gotify.example.org/message": (
+        "POST", {"X-Gotify-Key": "A1", **AS_JSON}, {"title": 4096, "message": 4096, "priority": int}, 200
+    ),
+    "api.postmarkapp.com/email": (
+        "POST", {"X-Postmark-Server-Token": "p1", **AS_JSON}, {"From": 99, "To": 99, "Subject": 2000, "TextBody": 9999}, 200
+    ),
+    "api.mailgun.net/v3/example.org/messages": (
+        "POST",
+        {"Authorization": "Basic YXBpOm0x", "Content-Type": "application/x-www-form-urlencoded"},
+        {"from": 99, "to": 99, "subject": 2000, "text": 9999},
+        200,
+    ),
+    "hc-ping.com/c0ffee/start": ("POST", {}, None, 200),
+    "hc-ping.com/c0ffee": ("POST", {}, None, 200),
+    "hc-ping.com/c0ffee/fail": ("POST", {"Content-Type": "text/plain; charset=utf-8"}, None, 200),
+    "hc-ping.com/beef": ("GET", {}, None, 200),
+}  # fmt: skip
+RECIPE_SECRETS = {
+    "slack_url": "https://hooks.slack.com/services/T0/B0/x", "discord_url": "https://discord.com/api/webhooks/1/x",
+    "telegram_token": "1:x-y", "teams_url": f"https://{TEAMS}", "ntfy_token": "tk_1", "gotify_token": "A1",
+    "postmark_token": "p1", "mailgun_key": "m1", "backup_check": "c0ffee", "chronotask_check": "beef",
+}  # fmt: skip
+# Heading of a recipe: what is sent when the backup fails, then succeeds, and then is not heard of for 26 hours.
+SENT = {
+    "Slack": 2 * ["hooks.slack.com/services/T0/B0/x"],
+    "Discord": 2 * ["discord.com/api/webhooks/1/x"],
+    "Telegram": 2 * ["api.telegram.org/bot1:x-y/sendMessage"],
+    "Teams": 2 * [TEAMS],
+    "ntfy": 2 * ["ntfy.sh/"],
+    "Gotify": 2 * ["gotify.example.org/message"],
+    "Mail by sendmail": 2 * ["sendmail -i -t"],
+    "Mail by a mail service": 2 * ["api.mailgun.net/v3/example.org/messages"] + 2 * ["api.postmarkapp.com/email"],
+    "healthchecks": ["hc-ping.com/c0ffee", "hc-ping.com/c0ffee/fail", "hc-ping.com/c0ffee/start", "hc-ping.com/c0ffee/start"],
+    "B only after A": ["rclone copy /var/backups remote:backups"],
+    "It did not run": ["ntfy.sh/"],
+    "I am alive": ["discord.com/api/webhooks/1/x"],
+    "Who watches ChronoTask": ["hc-ping.com/beef"],
+}
+HOSTILE = 'it said "so" & <!channel> \\ ${cause:url} $(x)'
+
+
+def recipes_of(title: str) -> list[str]:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", RECIPES, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return re.findall(r"^ *```json\n(.*?)^ *```", found[1], re.MULTILINE | re.DOTALL)
+
+
+def is_of_form(value: Any, form: Any) -> bool:
+    if isinstance(form, dict):
+        return isinstance(value, dict) and value.keys() == form.keys() and all(is_of_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and len(value) == len(form) and all(map(is_of_form, value, form))
+    if type(form) is int:
+        return isinstance(value, str) and 0 < len(value) <= form
+    return form is None or type(value) is form or bool(value == form)
+
+
+class Hosts:
+    """Stands for all hosts, their names being the first word of the path, and refuses what the real ones would refuse."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+
+    async def take(self, request: web.Request) -> web.Response:
+        place, text = request.raw_path[1:], await request.text()
+        method, headers, form, status = TAKEN.get(place, ("", {}, None, 0))
+        is_form = request.content_type == chronotask.FORM
+        value = None if form is None else dict(urllib.parse.parse_qsl(text)) if is_form else json.loads(text)
+        fits = all(request.headers.get(name) == wanted for name, wanted in headers.items()) and is_of_form(value, form)
+        if request.method != method or not fits:
+            return web.Response(status=400)
+        self.sent.append((place, text if form is None else "\n".join(chronotask.texts(value))))
+        return web.Response(status=status)
+
+
+def test_each_recipe_is_tried() -> None:
+    assert re.findall(r"^## (.+)", RECIPES, re.MULTILINE) == list(SENT)
+    assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") == 16
+
+
+@pytest.mark.parametrize("title", SENT)
+async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tmp_path: Path) -> None:
+    hosts, programs, secrets = Hosts(), tmp_path / "bin", tmp_path / "secrets"
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", hosts.take)
+    async with TestServer(app) as running:
+        here = str(running.make_url("")).rstrip("/")
+        for folder in (programs, secrets):
+            folder.mkdir(mode=0o700)
+        for name, secret in RECIPE_SECRETS.items():
+            (secrets / name).write_text(secret.replace("https:/", here) + "\n")
+            (secrets / name).chmod(0o600)
+        for name in ("sendmail", "rclone"):
+            (programs / name).write_text(
+                f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/ran\n[ $1 != -i ] || cat > {tmp_path}/$PPID.mail\n'
+            )
+            (programs / name).chmod(0o700)
+        path = {"PATH": f"{programs}:{CHILD_ENVIRON['PATH']}"}
+        rig = await open_rig(environ=path, secrets_dir=secrets, public_url="https://example.org/c/")
+        (tmp_path / "said").write_text(HOSTILE)
+        command = f"[ -e {tmp_path}/well ] || {{ cat {tmp_path}/said >&2; exit 3; }}"
+        backup = await rig.task(name='"Backup"', key="backup", config={"command": command})
+        recipes = [json.loads(text.replace("https:/", here)) for text in recipes_of(title)]
+        made = [await rig.service.create_task(parse(chronotask.TaskCreate, recipe)) for recipe in recipes]
+        await rig.executed(backup)
+        (tmp_path / "well").touch()
+        await rig.executed(backup)
+        by_time = [task["id"] for task in made if task["schedules"][0]["schedule_type"] != "after"]
+        for task_id in by_time:
+            await rig.executed(task_id)
+        if not by_time:
+            await rig.run_at(93_600)
+        ends = [row["error_message"] for row in await rig.rows() if row["task_id"] != backup]
+    assert ends == [None] * len(SENT[title])
+    ran = (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
+    assert sorted([place for place, _ in hosts.sent] + ran) == SENT[title]
+    mails = {
+        head: base64.b64decode(body).decode() for head, body in (f.read_text().split("\n\n") for f in tmp_path.glob("*.mail"))
+    }
+    usual = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: base64"
+    heads = [
+        f"To: ops@example.org\nFrom: chronotask@example.org\nSubject: backup: {event}\n{usual}"
+        for event in ("broke", "recovered")
+    ]
+    assert sorted(mails) == (heads if title == "Mail by sendmail" else [])
+    tells = title not in ("B only after A", "It did not run", "I am alive", "Who watches ChronoTask")
+    assert any(HOSTILE in text for text in [*mails.values(), *(text for _, text in hosts.sent)]) == tells
+
+
+# ---- The rest
+
+
 def test_the_changelog_begins_with_this_version_and_each_requirement_gives_its_reason() -> None:
     assert re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)[0] == chronotask.__version__
     lines = [line for line in (TOP / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
