@@ -12563,6 +12563,7 @@ TAKEN: dict[str, tuple[str, dict[str, str], Any, int]] = {
     "hc-ping.com/c0ffee/start": ("POST", {}, None, 200),
     "hc-ping.com/c0ffee": ("POST", {}, None, 200),
     "hc-ping.com/c0ffee/fail": ("POST", {"Content-Type": "text/plain; charset=utf-8"}, None, 200),
+    "ntfy.sh/my-tasks-4711": ("POST", {"Content-Type": "text/plain"}, None, 200),
     "hc-ping.com/beef": ("GET", {}, None, 200),
 }  # fmt: skip
 RECIPE_SECRETS = {
@@ -12572,6 +12573,7 @@ RECIPE_SECRETS = {
 }  # fmt: skip
 # Heading of a recipe: what is sent when the backup fails, then succeeds, and then is not heard of for 26 hours.
 SENT = {
+    "README": 2 * ["ntfy.sh/my-tasks-4711"],
     "Slack": 2 * ["hooks.slack.com/services/T0/B0/x"],
     "Discord": 2 * ["discord.com/api/webhooks/1/x"],
     "Telegram": 2 * ["api.telegram.org/bot1:x-y/sendMessage"],
@@ -12590,6 +12592,8 @@ HOSTILE = 'it said "so" & <!channel> \\ ${cause:url} $(x)'
 
 
 def recipes_of(title: str) -> list[str]:
+    if title == "README":
+        return re.findall(r"-d '(\{.*?\})'$", section("An alert in five lines"), re.MULTILINE | re.DOTALL)
     found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", RECIPES, re.MULTILINE | re.DOTALL)
     assert found, title
     return re.findall(r"^ *```json\n(.*?)^ *```", found[1], re.MULTILINE | re.DOTALL)
@@ -12624,8 +12628,8 @@ class Hosts:
 
 
 def test_each_recipe_is_tried() -> None:
-    assert re.findall(r"^## (.+)", RECIPES, re.MULTILINE) == list(SENT)
-    assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") == 16
+    assert re.findall(r"^## (.+)", RECIPES, re.MULTILINE) == list(SENT)[1:]
+    assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") + 1 == 17
 
 
 @pytest.mark.parametrize("title", SENT)
@@ -12703,7 +12707,7 @@ def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_
 def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
     allowed = {
         "chronotask.py", "test_chronotask.py", "bench_chronotask.py", "dashboard.html", "Dockerfile", "docker-compose.yml",
-        "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml",
+        "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "docs",
     }  # fmt: skip
     listed = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True)
     names = listed.stdout.splitlines() if listed.returncode == 0 else os.listdir(TOP)
