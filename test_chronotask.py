@@ -5983,18 +5983,6 @@ async def test_every_tick_claims_a_batch_that_grows_with_what_runs_and_starts_wh
     assert Counter(await rig.statuses()) == {"succeeded": 300}
 
 
-async def test_a_claim_that_fails_is_tried_again_by_the_next_tick(open_rig: OpenRig, target: Target) -> None:
-    rig = await open_rig(max_concurrent_runs=1)
-    await due_at_once(rig, target, 4)
-    rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
-    for _ in range(2):
-        with pytest.raises(Unavailable, match="planted"):
-            await rig.service.engine.tick()
-    rig.sql("DROP TRIGGER t")
-    await rig.service.engine.tick()
-    assert Counter(await rig.statuses()) == {"running": 1, "queued": 3}
-
-
 async def tick_that_begins(rig: Rig, first: int) -> asyncio.Future[None]:
     """A tick under way: the attempts are `running` on disk, and the `first` of them has a job."""
     tick = asyncio.ensure_future(rig.service.engine.tick())
@@ -6096,14 +6084,6 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
     assert [row["status"] for row in rows] == ["succeeded"] * 3
     slots = [request.headers["X-ChronoTask-Scheduled-For"] for request in target.requests]
     assert slots == ["2026-01-01T00:01:00Z", "2026-01-01T00:02:00Z", "2026-01-01T00:03:00Z"]
-
-
-async def test_a_clock_that_jumps_forward_is_caught_up_like_a_stop(rig: Rig) -> None:
-    await rig.schedule(await rig.task())
-    rig.clock.set_wall(START + 3600 * S + 30 * S)
-    await rig.tick()
-    await rig.finish()
-    assert await rig.brief() == [("schedule", "missed", 60), ("catchup", "succeeded", 3600)]
 
 
 @pytest.mark.parametrize(
@@ -7253,13 +7233,6 @@ async def test_a_retry_does_not_wait_for_a_future_that_did_not_come_after_a_rest
     assert await later.statuses() == ["succeeded"]
 
 
-async def test_a_database_from_the_future_of_the_clock_goes_on_at_a_restart(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.schedule(await rig.task(), "cron")
-    await rig.run_at(60)
-    later = await restarted(rig, open_rig, -86_400)
-    assert later.clock.until == START - 86_340 * S
-
-
 # --- Nothing broken stops the rest ------------------------------------------------------------------------------------
 
 BROKEN_CONFIGS = {
@@ -7543,15 +7516,6 @@ async def test_after_a_restart_everything_is_as_it_was(rig: Rig, open_rig: OpenR
     assert await everything(later) == before
 
 
-async def test_the_phase_of_an_interval_survives_restarts(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.schedule(await rig.task(), schedule_config={"seconds": 7})
-    later = await restarted(rig, open_rig, 8)
-    await later.finish()
-    assert later.clock.until == START + 14 * S
-    last = await restarted(later, open_rig, 1000)
-    assert last.clock.until == START + 1001 * S
-
-
 async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: OpenRig, target: Target) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
@@ -7613,14 +7577,6 @@ async def until_true(condition: Any) -> None:
     async with asyncio.timeout(2):  # what the contract allows for a takeover
         while not condition():
             await asyncio.sleep(0.01)
-
-
-async def test_only_one_leads_and_the_other_takes_over_when_it_ends(rig: Rig, open_rig: OpenRig) -> None:
-    second = await open_rig()
-    assert (rig.service.engine.leading, second.service.engine.leading) == (True, False)
-    await rig.close()
-    await until_true(lambda: second.service.engine.leading)
-    assert (await second.service.get_scheduler_status())["leader"] is True
 
 
 async def test_what_a_tick_starts_while_its_process_steps_down_is_not_taken_for_that_of_a_dead_process(
@@ -9336,6 +9292,10 @@ def test_null_is_stripped_from_arguments_and_kept_in_answers() -> None:
     assert tool("create_task")["inputSchema"]["properties"]["description"] == {"type": "string"}
     assert tool("get_task")["outputSchema"]["properties"]["description"] == {"anyOf": [{"type": "string"}, {"type": "null"}]}
     assert "last_run" not in tool("update_task")["outputSchema"]["properties"]
+    wait = tool("execute_task")["inputSchema"]["properties"]["wait"]
+    limit = tool("get_task_history")["inputSchema"]["properties"]["limit"]
+    assert limit == {"type": "integer", "default": 5, "maximum": 100}
+    assert (wait["default"], wait["maximum"]) == (10, 50)
 
 
 def test_every_tool_has_all_four_annotations() -> None:
@@ -9368,13 +9328,6 @@ def test_the_text_about_config_names_every_field_of_both_kinds_and_no_other() ->
         assert names == [*schema["properties"]]
         required = [name for name in names if f"{name}?" not in shape[1]]
         assert required == schema["required"]
-
-
-def test_defaults_suit_a_model() -> None:
-    history, execute = tool("get_task_history"), tool("execute_task")
-    assert history["inputSchema"]["properties"]["limit"] == {"type": "integer", "default": 5, "maximum": 100}
-    assert execute["inputSchema"]["properties"]["wait"]["default"] == 10
-    assert execute["inputSchema"]["properties"]["wait"]["maximum"] == 50
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -12440,10 +12393,6 @@ def section(title: str) -> str:
     return found[1]
 
 
-def shell_blocks(text: str) -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 @pytest.fixture
 def tour(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path).start()
@@ -12454,7 +12403,7 @@ def tour(tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.slow
 def test_every_command_of_the_tour_works_in_order(tour: Server) -> None:
     answers: list[Any] = []
-    for block in shell_blocks(section("Five minutes with curl")):
+    for block in re.findall(r"^```sh\n(.*?)^```", section("Five minutes with curl"), re.MULTILINE | re.DOTALL):
         script = block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{tour.port}")
         for command in re.split(r"\n(?=curl )", script):
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
@@ -12690,18 +12639,15 @@ def test_the_changelog_begins_with_this_version_and_each_requirement_gives_its_r
     assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for line in lines), lines
 
 
-def run_time_requirements() -> list[str]:
-    lines = (TOP / "requirements.txt").read_text().split("# --- tests ---")[0].splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-
-
 def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_time() -> None:
     block = re.search(r"^# /// script\n(.*?)^# ///$", MODULE, re.MULTILINE | re.DOTALL)
     assert block
     import tomllib
 
     script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
-    assert script == {"requires-python": ">=3.11", "dependencies": run_time_requirements()}
+    lines = (TOP / "requirements.txt").read_text().split("# --- tests ---")[0].splitlines()
+    needed = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert script == {"requires-python": ">=3.11", "dependencies": needed}
 
 
 def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
