@@ -3670,11 +3670,8 @@ def _remedy(error: sqlite3.Error, path: Path) -> str:
             f"uid {uid} must be able to write {folder}, which belongs to uid {folder.stat().st_uid} (or is it read-only?): "
             f"chown -R {uid} that folder, or run ChronoTask as its owner (in a container: --user)"
         )
-    if "locked" in text:
-        return "another program holds a lock on it"
-    if "full" in text:
-        return "make room on its disk"
-    return _LEFT_ALONE
+    others = {"locked": "another program holds a lock on it", "full": "make room on its disk"}
+    return next((remedy for word, remedy in others.items() if word in text), _LEFT_ALONE)
 
 
 def _check_files(path: Path) -> None:
@@ -6969,8 +6966,7 @@ class Leadership:
             await self._take_over()
         elif engine.leading and self._others_drain:
             await self._finish_orphans()
-            for execution_id, at in await engine.store.read(retry_timers):
-                engine.retries.set(execution_id, at)
+            await engine.load_timers()
         elif not engine.leading and not engine.running:
             self._drain_lock.release()
             self._drain_lock.path.unlink(missing_ok=True)
