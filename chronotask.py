@@ -1400,14 +1400,19 @@ def _url(text: str) -> str:
     _references(beginning)
     if "${" in text and SECRET_REFERENCE.match(_references(text, cause=True)):
         return text  # the whole beginning is a secret: checked when it is known
-    try:
-        read = urllib.parse.urlsplit("//" + SECRET_REFERENCE.sub("0", parts.host if parts else ""))
-        read.port  # noqa: B018 - reading it checks it
-    except ValueError:  # its text may hold the password
-        raise ValueError("must be a valid URL: its host or port cannot be read") from None
-    if not read.hostname:
+    if not parts or not _names_host(SECRET_REFERENCE.sub("0", parts.host)):
         raise ValueError("must be a URL that starts with http:// or https:// and names a host")
     return text
+
+
+@functools.lru_cache(256)  # most tasks share a few
+def _names_host(host: str) -> bool:
+    try:
+        read = urllib.parse.urlsplit("//" + host)
+        read.port  # noqa: B018 - reading it checks it
+    except ValueError:
+        raise ValueError("must be a valid URL: its host or port cannot be read") from None
+    return bool(read.hostname)
 
 
 class UrlParts(NamedTuple):
@@ -1431,7 +1436,8 @@ def url_parts(url: str) -> UrlParts | None:
 
     For the reading a reference is neutral text: what is in its name (`${file:a/b}`) ends no authority and begins no host.
     """
-    found = _AUTHORITY.match(SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url))
+    neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url) if "$" in url else url
+    found = _AUTHORITY.match(neutral)
     if not found:
         return None
     begin, host = found.start(2), found.start(2) + found[2].rfind("@") + 1
@@ -4000,6 +4006,8 @@ def task_of_key(db: DB, key: str) -> int:
 
 def check_key(db: DB, item: Task | Schedule) -> None:
     """Raises Conflict if another task, or another schedule of the same task, has its key."""
+    if item.key is None:
+        return
     if isinstance(item, Task):
         taken = _ids(db, "SELECT id FROM tasks WHERE key = ? AND deleted = 0 AND id <> ?", (item.key, item.id))
     else:
