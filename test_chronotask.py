@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import base64
 import codecs
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -10288,7 +10289,8 @@ def test_a_log_line_cannot_be_forged() -> None:
 class Web(http.server.ThreadingHTTPServer):
     """A loopback server that keeps who asked and for what, and answers 200 with all that it was sent.
 
-    /flaky fails first attempts, /hang takes a minute, /late a tenth of a second; /drip sends a byte a second, /endless for ever.
+    /flaky fails first attempts, /limit asks the first twenty of them to wait 2 s, /gone is not there, /hang takes a minute,
+    /late a tenth of a second; /drip sends a byte a second, /endless for ever.
     """
 
     daemon_threads = True
@@ -10296,6 +10298,7 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []  # execution and attempt
         self.told: list[bytes] = []
+        self.limited = threading.Semaphore(20)
         super().__init__(("127.0.0.1", 0), WebHandler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -10314,7 +10317,12 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         told = f"{self.path}\n{self.headers}\n".encode() + self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.told.append(told)
         time.sleep({"/hang": 60, "/late": 0.1}.get(self.path, 0))
-        self.send_response(503 if self.path == "/flaky" and attempt == 1 else 200)
+        limited = self.path == "/limit" and attempt == 1 and self.server.limited.acquire(blocking=False)
+        self.send_response(
+            503 if self.path == "/flaky" and attempt == 1 else 429 if limited else 404 if self.path == "/gone" else 200
+        )
+        if limited:
+            self.send_header("Retry-After", "2")
         if self.path in ("/drip", "/endless"):
             drip = self.path == "/drip"
             self.end_headers()
@@ -10359,6 +10367,34 @@ def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert all(int(accepted) > 10 for accepted in re.findall(r"(\d+) answered with 202", done.stdout.splitlines()[-1]))
+
+
+# --- A storm of alerts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_storm_of_failures_has_one_alert_each_keeps_to_retry_after_and_makes_nothing_else_miss(
+    tmp_path: Path, loopback: Web
+) -> None:
+    server = Server(tmp_path, MAX_CONCURRENT_RUNS=100, HISTORY_PER_TASK=0).start()
+    failing = server.http(loopback.url("/gone"))
+    alert = server.http(loopback.url("/limit"), "POST", max_retries=3)
+    told = {"task_id": alert, "schedule_type": "after", "schedule_config": {"task_ids": [failing], "on": ["failure"]}}
+    server.expect(201, "POST", "/schedules", told)
+    other = server.http(loopback.url("/"))
+    every = {"schedule_type": "interval", "schedule_config": {"seconds": 1}, "overlap": "allow"}
+    server.expect(201, "POST", "/schedules", {"task_id": other, **every})
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        causes = list(pool.map(lambda _: server.expect(202, "POST", f"/tasks/{failing}/execute")["id"], range(1000)))
+    until(lambda: server.get(f"/executions?task_id={alert}&status=succeeded&limit=1000&output=none")["executions"][999:], 120)
+    rows = server.get(f"/executions?task_id={alert}&limit=1000&output=none")["executions"]
+    slots = server.get(f"/executions?task_id={other}&limit=1000&output=none")["executions"]
+    server.kill()
+    assert sorted(row["cause"]["execution_id"] for row in rows) == sorted(causes)
+    assert sorted(Counter(row["attempt"] for row in rows).items()) == [(1, 980), (2, 20)]
+    assert all(row["duration"] >= 2 for row in rows if row["attempt"] == 2)
+    assert len(slots) > 2 and {row["trigger"] for row in slots} == {"schedule"}
+    assert {row["status"] for row in slots} <= {"succeeded", "running", "queued", "interrupted"}
 
 
 # --- Several processes on one database --------------------------------------------------------------------------------
