@@ -1285,6 +1285,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     found = {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)}
     assert found == {name: default for name, (default, _, _) in SETTINGS.items()}
     assert warnings == []
+    empty = Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_ALLOWED_HOSTS": ""})
+    assert empty[0] == settings, "an empty variable counts as not set"
 
 
 @pytest.mark.parametrize(
@@ -1304,10 +1306,6 @@ def test_a_bad_setting_ends_the_program_with_one_line_that_names_it_its_value_an
 def test_a_bad_token_is_refused_without_being_shown(token: str) -> None:
     detail = refused_start({"CHRONOTASK_API_TOKEN": token})
     assert token not in detail and detail.startswith("CHRONOTASK_API_TOKEN=")
-
-
-def test_an_empty_variable_counts_as_not_set() -> None:
-    assert Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_ALLOWED_HOSTS": ""})[0] == Settings()
 
 
 @pytest.mark.parametrize("name", ["API_TOKEN", "API_TOKEN_FILE"])
@@ -1403,9 +1401,6 @@ def test_an_unknown_variable_is_warned_about_with_the_nearest_name() -> None:
         "unknown variable 'CHRONOTASK_API_PROT': did you mean CHRONOTASK_API_PORT?",
         "unknown variable 'CHRONOTASK_TIMEZONE': did you mean CHRONOTASK_SCHEDULER_TIMEZONE?",
     ]
-
-
-def test_secrets_and_what_tasks_are_given_are_no_typos() -> None:
     given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID SECRET_X SECRET_API_PROT"
     assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given.split()})[1] == []
 
@@ -2337,16 +2332,13 @@ def with_changes(base: dict[str, Any], changes: Any) -> Any:
     return {name: value for name, value in {**base, **changes}.items() if value is not ABSENT}
 
 
-@pytest.mark.parametrize("message", HTTP_REFUSALS)
-def test_an_http_config_is_refused_with_what_would_be_accepted(message: str) -> None:
-    for changes in HTTP_REFUSALS[message]:
-        assert refusal("http", with_changes({"url": "http://a/"}, changes)) == message
-
-
-@pytest.mark.parametrize("message", BASH_REFUSALS)
-def test_a_bash_config_is_refused_with_what_would_be_accepted(message: str) -> None:
-    for changes in BASH_REFUSALS[message]:
-        assert refusal("bash", with_changes({"command": "a"}, changes)) == message
+@pytest.mark.parametrize(
+    ("kind", "message"), [*(("http", message) for message in HTTP_REFUSALS), *(("bash", message) for message in BASH_REFUSALS)]
+)
+def test_a_config_is_refused_with_what_would_be_accepted(kind: str, message: str) -> None:
+    good, refusals = ({"url": "http://a/"}, HTTP_REFUSALS) if kind == "http" else ({"command": "a"}, BASH_REFUSALS)
+    for changes in refusals[message]:
+        assert refusal(kind, with_changes(good, changes)) == message
 
 
 @pytest.mark.parametrize(
@@ -2547,12 +2539,9 @@ def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
     )
 
 
-def test_nothing_is_due_before_the_first_slot() -> None:
-    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == Due([], [], [], NOW, NOW + MINUTE)
-
-
 @pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
 def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
+    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == Due([], [], [], NOW, NOW + MINUTE)
     due = due_slots(minutely(), NOW, NOW + MINUTE + late)
     assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
     assert (due.missed, due.settled_until, due.next_slot) == ([], NOW + MINUTE, NOW + 2 * MINUTE)
@@ -2844,11 +2833,8 @@ def test_a_claim_ends_with_max_runs_or_end_at_and_then_the_schedule_does() -> No
     schedule = a_schedule(end_at=START + 60 * S)
     assert claimed(schedule, "nobody", 60)[1] == "60q"
     assert (schedule.is_active, schedule.next_slot) == (False, None)
-
-
-def test_skipped_slots_do_not_use_up_max_runs() -> None:
     schedule = a_schedule(max_runs=1)
-    assert claimed(schedule, "own", 60)[1] == "60s"
+    assert claimed(schedule, "own", 60)[1] == "60s", "skipped slots do not use up max_runs"
     assert (schedule.is_active, schedule.next_slot) == (True, START + 120 * S)
 
 
@@ -7979,18 +7965,14 @@ async def test_in_a_random_life_every_slot_has_its_row_and_every_count_is_right(
 # --- Operations -------------------------------------------------------------------------------------------------------
 
 
-def test_every_operation_has_a_name_and_a_route_of_its_own() -> None:
+def test_an_operation_has_a_name_and_a_route_of_its_own_says_what_its_id_is_called_and_only_changes_take_a_body() -> None:
     assert len({operation.name for operation in OPERATIONS}) == len(OPERATIONS)
     assert len({(operation.method, operation.path) for operation in OPERATIONS}) == len(OPERATIONS)
-
-
-def test_an_operation_says_what_its_id_is_called_and_only_changes_take_a_body() -> None:
     for operation in OPERATIONS:
         assert (operation.id_name is not None) == ("{id}" in operation.path), operation.name
         if operation.id_name is not None:
             thing = re.match(r"/(task|schedule|execution)s/", operation.path)
             assert thing is not None and operation.id_name == f"{thing[1]}_id"
-    for operation in OPERATIONS:
         assert operation.body is None or operation.method in ("POST", "PATCH"), operation.name
         assert (operation.location is not None) == (operation.status in (201, 202)), operation.name
         assert (operation.result is None) == (operation.status == 204), operation.name
