@@ -121,6 +121,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import tomllib
 import traceback
 import urllib.parse
 import uuid
@@ -2369,7 +2370,7 @@ class View:
 
     config = ConfigDict()
 
-    def __init__(self, resource: Any, name: str, **more: Any) -> None:
+    def __init__(self, resource: Any, name: str, /, **more: Any) -> None:
         self.resource, self.name, self.more = resource, name, more
 
     @functools.cached_property
@@ -2391,7 +2392,7 @@ class Body(View):
 
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, resource: Any, name: str, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
+    def __init__(self, resource: Any, name: str, /, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
         super().__init__(resource, name, **more)
         self.update, self.without = update, without
 
@@ -2526,7 +2527,7 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Mapping[str, Any]
         for part in loc:
             if isinstance(part, int):
                 path += f"[{part}]"
-            else:
+            elif part != "[key]":  # which stands behind a key that is wrong
                 name = part if len(part) <= 80 and part.isprintable() else shown(part)
                 path += f".{name}" if path else name
         inside: dict[Any, Any] = {"auth": HttpAuth, "schedules": NestedSchedule}
@@ -2616,6 +2617,7 @@ class StatusView(TypedDict):
     max_concurrent_runs: int
     next_runs: list[dict[str, Any]]
     lateness: dict[str, float | int | None]
+    config_file: dict[str, str | None] | None
 
 
 class PreviewView(TypedDict):
@@ -3994,9 +3996,14 @@ def get_tasks(db: DB, ids: Collection[int]) -> dict[int, Task]:
     return {task.id: task for task in load(db, Task, these, (compact(list(ids)),))}
 
 
+def tasks_that(db: DB, conditions: Mapping[str, Any]) -> list[Task]:
+    where, values = _where(conditions)
+    return load(db, Task, f"{_TASKS} {where}", values)
+
+
 def get_task(db: DB, task_id: int) -> Task:
     """Raises NotFound, also for a task that is being deleted."""
-    return existing(load(db, Task, f"{_TASKS} WHERE id = ? AND NOT deleted", (task_id,)), "task", task_id)
+    return existing(tasks_that(db, {"id = ?": task_id, "NOT deleted": True}), "task", task_id)
 
 
 def task_of_key(db: DB, key: str) -> int:
@@ -7090,6 +7097,7 @@ class Operation:
     ) -> None:
         kinds = get_type_hints(use_case, include_extras=True)
         summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
+        self.use_case = use_case
         self.name, self.summary, self.description = use_case.__name__, summary.rstrip("."), " ".join(description.split())
         self.method, self.path, self.status, self.errors = method, path, status, errors
         self.tool, self.hints = tool is not None, tool or ()
@@ -7107,7 +7115,7 @@ class Operation:
             if getattr(query, "task_id", None):
                 query.task_id = await service.task_id(query.task_id)
             given["query"] = query
-        return await getattr(service, self.name)(**given)
+        return await self.use_case(service, **given)
 
     @property
     def location(self) -> str | None:
@@ -7145,6 +7153,7 @@ class Service:
         self.changes = Changes(self.engine, self.retention, self.get_scheduler_status)
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
+        self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._closed = False
         self._loop: asyncio.Task[None] | None = None
         self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
@@ -7153,11 +7162,11 @@ class Service:
         """Becomes leader if nobody is, and starts the jobs."""
         await self.changes.load_state()
         await self.leadership.begin()
-        self._loop = self.engine.spawn(self._keep("scheduler loop", self.engine.step))
-        self.engine.spawn(self._keep("poll", self.leadership.step))
-        self.engine.spawn(self._keep("retention", self.retention.step))
+        self._loop = self.engine.spawn(self.keep("scheduler loop", self.engine.step))
+        self.engine.spawn(self.keep("poll", self.leadership.step))
+        self.engine.spawn(self.keep("retention", self.retention.step))
 
-    async def _keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+    async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
         while not self._closed:
             try:
@@ -7301,7 +7310,7 @@ class Service:
         await self.change(partial(add_schedule, schedule=schedule))
         return await self.get_schedule(schedule.id)
 
-    def new_schedule(self, kind: type[S], body: ScheduleCreate, now: int) -> S:
+    def new_schedule(self, kind: type[S], body: ScheduleCreate, now: int, may_be_over: bool = False) -> S:
         """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
         errors: list[FieldError] = []
         zone = self.settings.scheduler_timezone
@@ -7309,7 +7318,7 @@ class Service:
         if body["schedule_type"] == "after":
             body = {"overlap": "allow", **body}
         try:
-            config = check_schedule_config(body["schedule_type"], body["schedule_config"], zone, now)
+            config = check_schedule_config(body["schedule_type"], body["schedule_config"], zone, 0 if may_be_over else now)
             zone = config.get("timezone", zone)
         except InvalidInput as error:
             errors += error.errors
@@ -7327,7 +7336,7 @@ class Service:
         _check_bounds(schedule)
         if schedule.schedule_type != "after":  # which looks at other tasks first
             schedule.look_ahead()
-            if schedule.next_slot is None:
+            if schedule.next_slot is None and not may_be_over:
                 raise InvalidInput(_nothing_left(schedule))
         return schedule
 
@@ -7560,6 +7569,7 @@ class Service:
             max_concurrent_runs=self.settings.max_concurrent_runs,
             next_runs=[] if self.engine.paused else next_runs,
             lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
+            config_file=self.config_file,
         )
 
     def problem(self) -> str | None:
@@ -7676,8 +7686,10 @@ def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: i
     return changes
 
 
-def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int, settings: Settings) -> list[int]:
-    """Returns the executions that it has touched."""
+def change_schedule(
+    db: DB, schedule_id: int, changes: dict[str, Any], now: int, settings: Settings, may_be_over: bool = False
+) -> list[int]:
+    """Returns the executions that it has touched. Raises InvalidInput if nothing is left to fire, unless that may be."""
     schedule = get_schedule(db, schedule_id)
     wanted, claimed = changes.get("is_active"), Tick()
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
@@ -7703,7 +7715,7 @@ def change_schedule(db: DB, schedule_id: int, changes: dict[str, Any], now: int,
         schedule.look_ahead()
     recorded: list[int] = []
     nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
-    if nothing and (retimed or resumed) and not (recorded := _record(db, missed, now, settings)):
+    if nothing and (retimed or resumed) and not (recorded := _record(db, missed, now, settings)) and not may_be_over:
         raise InvalidInput(_nothing_left(schedule))
     check_key(db, schedule)
     update(db, schedule)
@@ -7790,17 +7802,45 @@ def remove_schedule(db: DB, schedule_id: int, now: int, settings: Settings) -> t
 #
 # Definitions in a file. Tasks and schedules are known by their keys, their fields are those of REST.
 
+MAX_FILE = 8 * 2**20
+CONFIG_POLL = 0.5  # seconds
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def slug(text: str, taken: Collection[str]) -> str:
-    """A key made of `text`, none of those `taken`."""
+def slug(text: str, taken: Collection[str], number: int = 2) -> str:
+    """A key made of `text`, if need be with a number from `number` on, none of those `taken`."""
     base = re.sub("[^a-z0-9_]+", "-", text.lower()[:50]).strip("-_") or "task"
-    return next(key for n in itertools.count(1) if (key := base if n == 1 else f"{base}-{n}") not in taken)
+    return base if base not in taken else next(k for n in itertools.count(number) if (k := f"{base}-{n}") not in taken)
 
 
 def _printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def load_json(raw: bytes) -> Any:
+    """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
+    try:
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise MalformedBody(f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise MalformedBody("the body is not acceptable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedBody(f"the body is not acceptable JSON: {str(error)[:100]}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -7838,6 +7878,416 @@ def _toml(value: Any, path: str) -> str:
 
 def _toml_key(key: str) -> str:
     return key if _BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False).replace("\x7f", r"\u007f")
+
+
+# --- The model of a file ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Definitions:
+    """A file of definitions."""
+
+    chronotask: Annotated[Literal[1], Field(description="version of the format")]
+    owner: Annotated[Key, Field(description="who manages what is in it")] = "file"
+    adopt: Annotated[bool, Field(description="take over what belongs to nobody or to another owner")] = False
+    tasks: Annotated[
+        dict[Key, dict[str, Any]],
+        Field(description="by key: the fields of POST /tasks (name: default the key), and schedules, by key too"),
+    ] = dataclasses.field(default_factory=dict)
+    warnings: Annotated[list[str], Field(description="what an export says of itself")] = dataclasses.field(default_factory=list)
+
+
+DefinitionFile = Annotated[dict[str, Any], Body(Definitions, "DefinitionFile")]
+_Schedules = NotRequired[dict[Key, dict[str, Any]]]
+_FileTask = Annotated[dict[str, Any], Body(Task, "FileTask", without=("key",), name=NotRequired[Name], schedules=_Schedules)]
+_FileSchedule = Annotated[dict[str, Any], Body(Schedule, "FileSchedule", without=("key", "task_id"))]
+
+
+class ApplyQuery(Query):
+    dry_run: bool = False
+    prune: Literal["pause", "delete"] | None = None
+
+
+class ExportQuery(Query):
+    owner: Key | None = None
+
+
+class AppliedChange(TypedDict):
+    """`action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY."""
+
+    action: str
+    kind: str
+    key: str
+    id: int | None
+    fields: dict[str, list[Any]]
+    upcoming: list[Upcoming]
+
+
+class Applied(TypedDict):
+    changes: list[AppliedChange]
+    warnings: list[str]
+
+
+def read_definitions(name: str) -> Any:
+    """The file of this name (- is standard input), TOML or JSON, not checked yet. Raises InvalidInput, MalformedBody."""
+    try:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+            raw = file.read(MAX_FILE + 1).removeprefix(codecs.BOM_UTF8)
+        if len(raw) > MAX_FILE:
+            raise ValueError(f"is larger than {MAX_FILE >> 20} MiB")
+        return load_json(raw) if raw.lstrip().startswith(b"{") else _plain(tomllib.loads(raw.decode()))
+    except OSError as error:
+        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(FieldError(name, f"is no TOML: {error}")) from None
+
+
+def _plain(value: Any) -> Any:
+    """A value of TOML as JSON has it: dates are text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A task or schedule of a file, as a new one would be, and the fields that the file names."""
+
+    item: Any
+    given: Collection[str]
+    schedules: dict[str, _Wanted] = dataclasses.field(default_factory=dict)
+
+
+def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
+    """A schedule as REST has it: in a file, one of type `after` names tasks by `tasks`, a list of keys."""
+    config = part.get("schedule_config")
+    if not isinstance(config, dict) or not isinstance(config.get("tasks"), list):
+        return part
+    rest = {name: value for name, value in config.items() if name != "tasks"}
+    return {**part, "schedule_config": {"task_ids": [f"key:{key}" for key in config["tasks"]], **rest}}
+
+
+def _refuse(errors: Iterable[FieldError]) -> None:
+    if errors := [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors]:
+        raise InvalidInput(*errors)
+
+
+def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, _Wanted]:
+    """The tasks of a file by key. Raises InvalidInput that lists every bad field, with its path."""
+    errors: list[FieldError] = []
+    found: dict[str, _Wanted] = {}
+    for key, body in file.get("tasks", {}).items():
+        found[key] = wanted = _Wanted(None, body)
+        with told_at(f"tasks.{key}.", errors):
+            fields = {"name": key, "key": key, **parse(_FileTask, body)}
+            fields.pop("schedules", None)
+            wanted.item = service.new_task(fields, now)
+        parts = body.get("schedules")
+        for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
+            with told_at(f"tasks.{key}.schedules.{name}.", errors):
+                fields = {"key": name, "task_id": 0, **parse(_FileSchedule, _with_ids(part))}
+                wanted.schedules[name] = _Wanted(service.new_schedule(Schedule, fields, now, may_be_over=True), part)
+    _refuse(errors)
+    return found
+
+
+# --- Apply ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Apply:
+    """One transaction, in which what stands becomes what a file wants."""
+
+    db: DB
+    owner: str
+    adopt: bool
+    prune: str | None
+    now: int
+    settings: Settings
+    changes: list[AppliedChange] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    touched: list[int] = dataclasses.field(default_factory=list)  # executions
+    retimed: list[tuple[AppliedChange, Schedule]] = dataclasses.field(default_factory=list)
+    refused: list[FieldError] = dataclasses.field(default_factory=list)
+
+    def run(self, tasks: Mapping[str, _Wanted]) -> None:
+        standing = _by_key(tasks_that(self.db, {"NOT deleted": True}), self.adopt)
+        under: dict[int, list[Schedule]] = {}
+        for schedule in schedules_that(self.db, {"NOT t.deleted": True}):
+            under.setdefault(schedule.task_id, []).append(schedule)
+        errors: list[FieldError] = []
+        for key, wanted in tasks.items():
+            stored: Task | None = standing.pop(key, None)
+            with told_at(f"tasks.{key}.", errors):
+                secrets = stored.config if stored is not None and stored.task_type == wanted.item.task_type else {}
+                wanted.item.config = unmask_config(wanted.item.task_type, wanted.item.config, secrets)
+                wanted.item.id = 0 if stored is None else stored.id
+                self._put(f"tasks.{key}", stored, wanted)
+        _refuse(errors)
+        for key, wanted in tasks.items():
+            parts = _by_key(under.get(wanted.item.id, ()), self.adopt)
+            for name, part in wanted.schedules.items():
+                part.item.task_id = wanted.item.id
+                with told_at(f"tasks.{key}.schedules.{name}.", errors):
+                    self._put(f"tasks.{key}.schedules.{name}", parts.pop(name, None), part)
+            for name, schedule in parts.items():
+                self._leave(f"{key}/{name}", schedule)
+        for key, task in standing.items():
+            self._leave(key, task)
+        _refuse(errors)
+        if self.refused:
+            detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
+            raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
+        if any(change["action"] != "orphaned" for change in self.changes):
+            set_meta(self.db, f"applied:{self.owner}", self.now)
+
+    def _put(self, path: str, stored: Any, wanted: _Wanted) -> None:
+        """Makes a task or schedule what is wanted. What the file does not change is not written."""
+        db, item = self.db, wanted.item
+        if stored is None:
+            if isinstance(item, Schedule) and item.over:
+                self.warnings.append(f"{path}: its time has passed: it is over, and not created")
+                return
+            if isinstance(item, Task):
+                add_task(db, item)
+            else:
+                add_schedule(db, item)
+            item.managed_by = self.owner
+            update(db, item)
+            named = [name for name, kind in shape_of(cast(Any, type(item))).written.items() if name != "task_id"]
+            self._note("created", path, item, {}, named)
+            return
+        if stored.managed_by != self.owner and not self.adopt:
+            whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
+            self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
+            return
+        if isinstance(item, Schedule):
+            item.id = stored.id  # it is not in its own way
+            check_watched(db, item)
+        left = {"status", "is_active", "task_id"} - set(wanted.given)  # these stay as they are
+        if isinstance(stored, Schedule) and item.is_active == (stored.is_active or stored.over):
+            left.add("is_active")
+        names = [name for name in shape_of(cast(Any, type(item))).written if name not in left]
+        changes = {name: value for name in names if (value := getattr(item, name)) != getattr(stored, name)}
+        if stored.managed_by != self.owner:
+            changes["managed_by"] = self.owner
+        elif changes and stored.updated_at > (get_meta(db, f"applied:{self.owner}") or 0):
+            when = format_instant(stored.updated_at)
+            self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
+        if not changes:
+            return
+        before = _view(stored)
+        if isinstance(stored, Task):
+            change_task(db, stored, changes, self.now, self.settings)
+        else:
+            self.touched += change_schedule(db, stored.id, changes, self.now, self.settings, may_be_over=True)
+            stored = get_schedule(db, stored.id)
+        self._note("updated", path, stored, before, changes)
+
+    def _leave(self, key: str, item: Any) -> None:
+        """What the file no longer names goes on, or is paused or deleted, if the owner manages it."""
+        if item.managed_by != self.owner:
+            return
+        db, task, before = self.db, isinstance(item, Task), _view(item)
+        if self.prune == "delete":
+            if task:
+                mark_deleted(db, item.id)
+            else:
+                self.touched += remove_schedule(db, item.id, self.now, self.settings)[1]
+            self._note("deleted", key, item, before, ())
+        elif self.prune == "pause" and (item.status == "active" if task else item.is_active):
+            if task:
+                change_task(db, item, {"status": "paused"}, self.now, self.settings)
+            else:
+                self.touched += change_schedule(db, item.id, {"is_active": False}, self.now, self.settings)
+                item.is_active = False
+            self._note("paused", key, item, before, ("status" if task else "is_active",))
+        else:
+            self._note("orphaned", key, item, before, ())
+
+    def _note(self, action: str, path: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
+        after, defaults = _view(item), shape_of(cast(Any, type(item))).defaults
+        fields = {name: [before.get(name), after[name]] for name in names if before or after[name] != defaults.get(name)}
+        key = path.removeprefix("tasks.").replace(".schedules.", "/")
+        change = AppliedChange(
+            action=action, kind=type(item).__name__.lower(), key=key, id=item.id, fields=fields, upcoming=list[Upcoming]()
+        )
+        self.changes.append(change)
+        if isinstance(item, Schedule) and action in ("created", "updated") and fields.keys() & {*TIMING_FIELDS, "is_active"}:
+            self.retimed.append((change, item))
+
+
+class _Undone(Exception):
+    """Takes a dry run back."""
+
+
+def _by_key(items: Iterable[Any], derived: bool) -> dict[str, Any]:
+    """Tasks, or schedules of one task, by key; with `derived` those without one by what an export calls them."""
+    items = sorted(items, key=operator.attrgetter("id"))
+    taken = {item.key for item in items}
+    found: dict[str, Any] = {}
+    for item in items:
+        key = item.key or f"#{item.id}"
+        if derived and not item.key:
+            key = slug(item.name if isinstance(item, Task) else item.schedule_type, taken, item.id)
+            taken.add(key)
+        found[key] = item
+    return found
+
+
+def _view(item: Any) -> dict[str, Any]:
+    return task_view(item) if isinstance(item, Task) else schedule_view(item)
+
+
+@operation("POST", "/apply", errors=(409,))
+async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
+    """Make tasks and schedules what a file says, in one transaction.
+
+    Only what its owner manages is touched, and what did not change is not written. What the file no longer names is
+    `orphaned` and goes on, unless `prune` pauses or deletes it. `dry_run` only answers what would change.
+    """
+    file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
+    wanted = await service.in_checks(partial(check_definitions, service, file, now))
+    held: list[_Apply] = []
+
+    def write(db: DB) -> None:
+        held[:] = [_Apply(db, file["owner"], file["adopt"], query.prune, now, service.settings)]
+        held[0].run(wanted)
+        if query.dry_run:
+            raise _Undone
+
+    with contextlib.suppress(_Undone):
+        await service.change(write)
+    (done,) = held
+    await service.in_checks(partial(_show_upcoming, done.retimed))
+    if query.dry_run:
+        for change in done.changes:
+            change["id"] = None if change["action"] == "created" else change["id"]
+    else:
+        await service.engine.feed.publish_executions(done.touched)
+    return Applied(changes=done.changes, warnings=done.warnings)
+
+
+def _show_upcoming(retimed: Iterable[tuple[AppliedChange, Schedule]]) -> None:
+    for change, schedule in retimed:
+        if schedule.is_active and schedule.live:
+            change["upcoming"] += upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
+
+
+def told(applied: Applied) -> str:
+    """An answer for people, a line each."""
+    lines = []
+    for change in applied["changes"]:
+        upcoming = f", next {change['upcoming'][0]['local']}" if change["upcoming"] else ""
+        lines.append(f"{change['action']} {change['kind']} {change['key']}{upcoming}")
+        if change["action"] != "created":
+            lines += [f"    {name}: {compact(old)} -> {compact(new)}" for name, (old, new) in change["fields"].items()]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in applied["warnings"])])
+
+
+# --- Export -----------------------------------------------------------------------------------------------------------
+
+
+@operation("GET", "/export")
+async def export_definitions(service: Service, query: ExportQuery) -> DefinitionFile:
+    """Show all tasks and schedules, or those of an owner, as a file that can be applied.
+
+    Fields with their default are left out, and schedules that are over. Those without a key get one from their name.
+    """
+    return await service.store.scan(partial(_export, owner=query.owner))
+
+
+def _export(db: DB, owner: str | None) -> DefinitionFile:
+    under: dict[int, list[Schedule]] = {}
+    for schedule in schedules_that(db, {"NOT t.deleted": True}):
+        under.setdefault(schedule.task_id, []).append(schedule)
+    tasks: dict[str, Any] = {}
+    warnings = []
+    found = _by_key(tasks_that(db, {"NOT deleted": True}), True)
+    keys = {task.id: key for key, task in found.items()}
+    for key, task in found.items():
+        if owner in (None, task.managed_by):
+            tasks[key] = _definition(task, keys)
+            schedules = {name: s for name, s in _by_key(under.get(task.id, ()), True).items() if owner in (None, s.managed_by)}
+            if shown := {name: _definition(schedule, keys) for name, schedule in schedules.items() if not schedule.over}:
+                tasks[key]["schedules"] = shown
+            if mask_config(task.task_type, task.config) != task.config:
+                warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
+    return {
+        "chronotask": 1,
+        **({"owner": owner} if owner else {}),
+        "tasks": tasks,
+        **({"warnings": warnings} if warnings else {}),
+    }
+
+
+def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
+    """What a file says of a task or schedule. `keys` are those of all tasks, by id."""
+    view, shape, left = _view(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
+    defaults = dict(shape.defaults)
+    if isinstance(item, Schedule) and item.schedule_type == "after":
+        left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
+        if ids := item.schedule_config.get("task_ids"):
+            view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **item.schedule_config}
+            del view["schedule_config"]["task_ids"]
+    return {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
+
+
+# --- --config: a file that is followed --------------------------------------------------------------------------------
+
+
+class ConfigFile:
+    """A file that is applied while this process leads: at the start, when it has changed, and when asked to."""
+
+    def __init__(self, service: Service, path: Path) -> None:
+        self.service, self.path = service, path
+        self.state: dict[str, str | None] = {"path": str(path), "applied_at": None, "error": None}
+        service.config_file = self.state
+        self._seen: Any = None
+        self._dealt_with: Any = self  # no file is this: the first look applies it
+
+    async def begin(self) -> None:
+        """Checks the file, applies it if this process leads, and follows it. Raises what is wrong with it."""
+        self._seen = self._identity()
+        await self._apply(ApplyQuery(dry_run=not self.service.engine.leading))
+        self._dealt_with = self._seen if self.service.engine.leading else self
+        self.service.engine.spawn(self.service.keep("configuration file", self._look))
+
+    def reload(self) -> None:
+        self._dealt_with = self
+
+    def _identity(self) -> Any:
+        """Of what the path leads to now: an editor writes another file, Kubernetes turns a link."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            return error.errno
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+    async def _look(self) -> None:
+        await asyncio.sleep(CONFIG_POLL)
+        seen, self._seen = self._seen, self._identity()
+        if not self.service.engine.leading:
+            self._dealt_with = self
+        elif seen == self._seen != self._dealt_with and not self.service.engine.stopping:  # nobody is writing it any more
+            self._dealt_with = seen
+            try:
+                await self._apply(ApplyQuery())
+            except ChronoTaskError as error:
+                if self.state["error"] != error.detail:
+                    logger.error("%s is not applied, everything stays as it was: %s", self.path, error.detail)
+                self.state["error"] = error.detail
+                self._dealt_with = self if isinstance(error, Unavailable) else seen
+
+    async def _apply(self, query: ApplyQuery) -> None:
+        sent = await self.service.in_checks(partial(read_definitions, str(self.path)))
+        applied = await apply_definitions(self.service, query, parse(DefinitionFile, sent))
+        if not query.dry_run:
+            self.state |= {"applied_at": format_instant(self.service.clock.now()), "error": None}
+            for line in told(applied).splitlines():
+                logger.info("%s: %s", self.path, line)
 
 
 # --- The way in from a crontab ----------------------------------------------------------------------------------------
@@ -8091,32 +8541,6 @@ def gated_app(service: Service) -> web.Application:
 # --- Bodies and queries -----------------------------------------------------------------------------------------------
 
 
-def load_json(raw: bytes) -> Any:
-    """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
-    try:
-        value = _DECODER.decode(raw.decode("utf-8"))
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
-    except UnicodeDecodeError as error:
-        raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise MalformedBody(f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise MalformedBody("the body is not acceptable JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise MalformedBody(f"the body is not acceptable JSON: {str(error)[:100]}") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
 async def json_bytes(request: web.Request) -> bytes:
     """The body without a BOM, b"" if there is none. Raises UnsupportedMedia, RequestTimeout, MalformedBody."""
     if "Content-Encoding" in request.headers:  # RFC 9110, 15.5.16; what is never unpacked cannot be a bomb
@@ -8362,6 +8786,8 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", service.store.waiting_writes)])
     family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])
     family("leader", "gauge", "Whether this process fires schedules.", [("", int(engine.leading))])
+    if (file := service.config_file) is not None:
+        family("config_file_ok", "gauge", "Whether --config was applied as it is.", [("", int(file["error"] is None))])
     family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)])
     text = "\n".join(lines) + "\n"
     return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -8414,6 +8840,17 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
         "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"},
     },
     ScheduleUpdate: {"is_active": False},
+    DefinitionFile: {
+        "chronotask": 1,
+        "owner": "ops",
+        "tasks": {
+            "nightly-backup": {
+                "task_type": "bash",
+                "config": {"command": "backup.sh"},
+                "schedules": {"night": {"schedule_type": "cron", "schedule_config": {"expression": "30 2 * * *"}}},
+            }
+        },
+    },
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
 }
 _TEXT = {"type": "string"}
@@ -9065,8 +9502,21 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (CHRONOTASK_API_HOST, default 127.0.0.1)")
     parser.add_argument("--port", help="port of REST and the dashboard (CHRONOTASK_API_PORT, default 8000)")
     parser.add_argument("--backup", metavar="FILE", help="write a consistent copy of the database to FILE (-: stdout), and end")
+    parser.add_argument(
+        "--config", metavar="FILE", help="definitions (TOML or JSON) to apply at the start and whenever they change"
+    )
+    parser.add_argument("--apply", metavar="FILE", help="make tasks and schedules what FILE (-: stdin) says, and end")
+    parser.add_argument("--dry-run", action="store_true", help="with --apply: only print what would change (status 3)")
+    parser.add_argument("--prune", choices=("pause", "delete"), help="with --apply: what becomes of what FILE no longer names")
+    parser.add_argument("--export", metavar="FILE", help="write definitions to FILE (.toml: as TOML; -: JSON to stdout), and end")
+    parser.add_argument("--import-crontab", metavar="FILE", help="print a crontab (-: stdin) as definitions in TOML, and end")
+    parser.add_argument("--system", action="store_true", help="with --import-crontab: it has a column of users")
     parser.add_argument("--version", action="version", version=f"ChronoTask {__version__}")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, wanted in (("dry_run", "apply"), ("prune", "apply"), ("system", "import_crontab")):
+        if getattr(options, name) and getattr(options, wanted) is None:
+            parser.error(f"--{name.replace('_', '-')} needs --{wanted.replace('_', '-')}")
+    return options
 
 
 def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -9204,7 +9654,7 @@ def hide_from_tasks() -> None:
             number += 1
 
 
-async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int, int] | None) -> None:
+async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int, int] | None, config: str | None = None) -> None:
     """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
@@ -9231,6 +9681,11 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
     reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
     try:
         await service.start()
+        if config is not None:
+            followed = ConfigFile(service, Path(config))
+            await followed.begin()
+            if loop.remove_signal_handler(signal.SIGHUP):  # it was not ignored
+                loop.add_signal_handler(signal.SIGHUP, followed.reload)
         if sockets:
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
         if mode != "http" and settings.mcp_enabled:
@@ -9387,6 +9842,48 @@ def run_backup(settings: Settings, target: str) -> None:
             raise StartupError(f"--backup=-: standard output cannot be written: {error.strerror}") from None
 
 
+def print_crontab(name: str, system: bool) -> None:
+    """Prints a crontab as definitions. Raises InvalidInput that names every line that cannot be read."""
+    try:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+            text = file.read(MAX_FILE).decode("utf-8", "surrogateescape")
+        # crontab(5): all times are in the zone of the machine, which Debian keeps here.
+        zone = Path("/etc/timezone").read_text().strip() if Path("/etc/timezone").exists() else ""
+        zone = zone or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
+    except OSError as error:
+        raise StartupError(f"--import-crontab={shown(name)}: cannot be read: {error.strerror}", 2) from None
+    tasks, comments = read_crontab(text, system, pwd.getpwuid(os.geteuid()), zone)
+    owner = slug("crontab" if name == "-" else Path(name).name, ())
+    comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
+    print(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments), end="")
+
+
+async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ) -> int:
+    """--apply and --export, as one more process on the database. Returns the exit status."""
+    clock = Clock()
+    store = Store(settings.database_url, clock.monotonic)
+    try:
+        service = Service(settings, store, clock, environ)
+        if options.export is not None:
+            file = await export_definitions(service, ExportQuery())
+            warnings = file.pop("warnings", ())
+            toml = options.export.endswith(".toml")
+            text = to_toml(file, {"": warnings}) if toml else json.dumps(file, indent=2, ensure_ascii=False) + "\n"
+            with open(1 if options.export == "-" else options.export, "w", encoding="utf-8") as target:
+                target.write(text)
+            print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
+            return 0
+        query = ApplyQuery(dry_run=options.dry_run, prune=options.prune)
+        applied = await apply_definitions(service, query, parse(DefinitionFile, read_definitions(options.apply)))
+        print(told(applied) or "nothing to do")
+        changed = any(change["action"] != "orphaned" for change in applied["changes"])
+        return 3 if options.dry_run and changed else 0
+    except OSError as error:
+        raise StartupError(f"--export={shown(options.export)}: cannot be written: {error.strerror}") from None
+    finally:
+        store.close()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0, 1 (it cannot run) or 2 (bad option or variable)."""
     try:
@@ -9405,19 +9902,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
+        if options.import_crontab is not None:
+            print_crontab(options.import_crontab, options.system)
+            return 0
+        if options.apply is not None or options.export is not None:
+            return asyncio.run(use_definitions(settings, options, environ))
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
         for warning in [*warnings, *exposed_secrets(os.environ)]:
             logger.warning("%s", warning)
         environ.open_files = allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
-        asyncio.run(serve(settings, options.mode, environ, wire))
+        asyncio.run(serve(settings, options.mode, environ, wire, options.config))
         return 0
     except KeyboardInterrupt:
         return 130
     except ChronoTaskError as error:
-        print(f"chronotask: {' '.join(error.detail.split())}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+        for line in [f"{field}: {message}" for field, message in error.errors] or [error.detail]:
+            print(f"chronotask: {' '.join(line.split())}", file=sys.stderr)
+        return 2 if isinstance(error, (InvalidInput, MalformedBody)) else getattr(error, "exit_status", 1)
 
 
 if __name__ == "__main__":

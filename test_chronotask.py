@@ -81,6 +81,7 @@ from chronotask import (
     Claim,
     Clipper,
     Clock,
+    ConfigFile,
     Conflict,
     Cron,
     Due,
@@ -111,6 +112,7 @@ from chronotask import (
     Unfinished,
     __version__,
     add_run,
+    apply_definitions,
     backup,
     bash_source,
     check_allowed,
@@ -119,6 +121,7 @@ from chronotask import (
     clip,
     decide_end,
     due_slots,
+    export_definitions,
     format_instant,
     get_meta,
     kill_leftovers,
@@ -805,9 +808,9 @@ MAY_KNOW: dict[int, set[int]] = {
     9: {0, 1, 2, 3, 6, 8},
     10: {0, 1, 2, 3, 4, 5, 6, 7, 8, 9},
     11: {*range(11)},
-    12: {0, 1, 2, 3, 6, 11},  # of 6 the queries, as section 11
+    12: {0, 1, 2, 3, 6, 11},  # of 6 the queries, inside its transaction
     13: {0, 1, 2, 3, 8, 11, 12},  # of 8 the events of the feed
-    14: {0, 1, 2, 3, 5, 11, 13},  # of 5 the helper for calls that may block for ever
+    14: {0, 1, 2, 3, 5, 11, 12, 13},  # of 5 the helper for calls that may block for ever
     15: {*range(15)},
 }
 _WIRE = {"web", "aiohttp", "mcp", "CIMultiDictProxy", "yarl"}
@@ -8045,6 +8048,503 @@ def test_toml_is_written_for_a_reader() -> None:
 def test_a_null_cannot_be_written_as_toml() -> None:
     with pytest.raises(InvalidInput, match=r"tasks.a.config.body\[1\].x: is null, which TOML does not have"):
         to_toml({"tasks": {"a": {"config": {"body": [1, {"x": None}]}}}}, {})
+
+
+# --- Apply and export -------------------------------------------------------------------------------------------------
+
+
+NIGHTLY = """
+chronotask = 1
+owner = "ops"
+
+[tasks.nightly]
+task_type = "bash"
+config = { command = "true" }
+max_retries = 0
+
+[tasks.nightly.schedules.night]
+schedule_type = "cron"
+schedule_config = { expression = "30 2 * * *", timezone = "Europe/Berlin" }
+"""
+
+
+async def applied(rig: Rig, file: str | dict[str, Any], **query: Any) -> Any:
+    sent = tomllib.loads(file) if isinstance(file, str) else file
+    return await apply_definitions(rig.service, chronotask.ApplyQuery(**query), parse(chronotask.DefinitionFile, sent))
+
+
+async def exported(rig: Rig, **query: Any) -> Any:
+    return await export_definitions(rig.service, chronotask.ExportQuery(**query))
+
+
+def actions(answer: Any) -> list[tuple[str, str]]:
+    return [(change["action"], change["key"]) for change in answer["changes"]]
+
+
+def everything(rig: Rig) -> list[Any]:
+    """All rows of tasks, schedules and what is remembered, with the number of the last change."""
+    return [rig.sql(f"SELECT * FROM {table}") for table in ("tasks", "schedules", "meta", "executions")]
+
+
+async def test_a_file_makes_tasks_and_schedules_and_says_what_and_when(rig: Rig) -> None:
+    before = everything(rig)
+    dry = await applied(rig, NIGHTLY, dry_run=True)
+    assert everything(rig) == before
+    answer = await applied(rig, NIGHTLY)
+    made_task, made_schedule = answer["changes"]
+    assert made_task == {
+        "action": "created", "kind": "task", "key": "nightly", "id": 1, "upcoming": [],
+        "fields": {
+            "key": [None, "nightly"], "name": [None, "nightly"], "task_type": [None, "bash"],
+            "config": [None, {"command": "true"}], "max_retries": [None, 0], "retry_delay": [None, 5],
+        },
+    }  # fmt: skip
+    assert made_schedule["upcoming"][0] == {"utc": "2026-01-01T01:30:00Z", "local": "2026-01-01T02:30:00+01:00"}
+    assert len(made_schedule["upcoming"]) == 5
+    del made_schedule["upcoming"]
+    assert made_schedule == {
+        "action": "created", "kind": "schedule", "key": "nightly/night", "id": 1,
+        "fields": {
+            "key": [None, "night"], "schedule_type": [None, "cron"],
+            "schedule_config": [None, {"expression": "30 2 * * *", "timezone": "Europe/Berlin"}],
+        },
+    }  # fmt: skip
+    assert [change["id"] for change in dry["changes"]] == [None, None]
+    assert {**dry["changes"][0], "id": 1} == made_task
+    assert answer["warnings"] == []
+    assert (await rig.service.get_task(1))["managed_by"] == (await rig.service.get_schedule(1))["managed_by"] == "ops"
+
+
+async def test_what_a_file_does_not_change_is_not_written(rig: Rig) -> None:
+    other = '\n[tasks.other]\ntask_type = "bash"\nconfig = { command = "true" }\n'
+    await applied(rig, NIGHTLY + other)
+    await rig.run_at(5400)  # the slot at 02:30 in Berlin
+    before = everything(rig)
+    assert await applied(rig, NIGHTLY + other) == {"changes": [], "warnings": []}
+    assert everything(rig) == before
+    answer = await applied(rig, NIGHTLY + other.replace("true", "false"))
+    assert actions(answer) == [("updated", "other")]
+    assert answer["changes"][0]["fields"] == {"config": [{"command": "true"}, {"command": "false"}]}
+    assert everything(rig)[1] == before[1] and everything(rig)[0][0] == before[0][0]
+    await rig.run_at(5400 + 86400)
+    assert await rig.brief() == [("schedule", "succeeded", 5400), ("schedule", "succeeded", 5400 + 86400)]
+
+
+async def test_a_changed_schedule_moves_and_keeps_its_id_and_counters(rig: Rig) -> None:
+    await applied(rig, NIGHTLY)
+    await rig.run_at(5400)
+    answer = await applied(rig, NIGHTLY.replace("30 2", "0 9"))
+    (change,) = answer["changes"]
+    assert (change["action"], change["id"], [*change["fields"]]) == ("updated", 1, ["schedule_config"])
+    assert change["upcoming"][0]["local"] == "2026-01-01T09:00:00+01:00"
+    view = await rig.service.get_schedule(1)
+    assert (view["run_count"], view["next_run"]) == (1, "2026-01-01T08:00:00Z")
+
+
+async def test_a_field_left_out_has_its_default_but_a_pause_stays(rig: Rig) -> None:
+    more = (
+        NIGHTLY.replace("max_retries = 0", 'description = "d"\ntags = ["a"]\npause_after = 3') + 'overlap = "queue"\njitter = 5\n'
+    )
+    await applied(rig, more)
+    await rig.patch_task(1, status="paused")
+    await rig.patch_schedule(1, is_active=False)
+    fields = [change["fields"] for change in (await applied(rig, NIGHTLY))["changes"]]
+    assert fields == [
+        {"description": ["d", None], "tags": [["a"], []], "max_retries": [3, 0], "pause_after": [3, None]},
+        {"overlap": ["queue", "skip"], "jitter": [5, 0]},
+    ]
+    assert (await rig.service.get_task(1))["status"] == "paused" and not (await rig.service.get_schedule(1))["is_active"]
+    said = NIGHTLY.replace("max_retries = 0", 'max_retries = 0\nstatus = "active"') + "is_active = true\n"
+    fields = [change["fields"] for change in (await applied(rig, said))["changes"]]
+    assert fields == [{"status": ["paused", "active"]}, {"is_active": [False, True]}]
+
+
+async def test_a_zone_left_out_is_the_services(open_rig: OpenRig) -> None:
+    rig = await open_rig(scheduler_timezone="Asia/Tokyo")
+    await applied(rig, NIGHTLY)
+    await applied(rig, NIGHTLY.replace(', timezone = "Europe/Berlin"', ""))
+    assert (await rig.service.get_schedule(1))["schedule_config"]["timezone"] == "Asia/Tokyo"
+
+
+async def test_what_was_changed_by_hand_is_put_back_and_said(rig: Rig) -> None:
+    await applied(rig, NIGHTLY)
+    rig.clock.advance(60)
+    await rig.patch_task(1, max_retries=7)
+    await rig.patch_schedule(1, schedule_config={"expression": "0 4 * * *"})
+    answer = await applied(rig, NIGHTLY)
+    assert answer["warnings"] == [
+        "tasks.nightly: was changed by other means on 2026-01-01T00:01:00Z: max_retries as in the file again",
+        "tasks.nightly.schedules.night: was changed by other means on 2026-01-01T00:01:00Z: schedule_config as in the file again",
+    ]
+    assert actions(answer) == [("updated", "nightly"), ("updated", "nightly/night")]
+    rig.clock.advance(60)
+    answer = await applied(rig, NIGHTLY.replace("max_retries = 0", "max_retries = 1"))
+    assert (actions(answer), answer["warnings"]) == ([("updated", "nightly")], [])
+
+
+OTHER_OWNER = "; ".join(
+    [
+        "tasks.nightly: task 1 belongs to ops",
+        "tasks.nightly.schedules.night: schedule 1 belongs to ops. With adopt = true the file takes it over.",
+    ]
+)
+
+
+async def test_a_key_of_nobody_or_of_another_owner_is_taken_over_only_when_the_file_says_so(rig: Rig) -> None:
+    await applied(rig, NIGHTLY)
+    before = everything(rig)
+    theirs = NIGHTLY.replace('"ops"', '"dev"') + '\n[tasks.new]\ntask_type = "bash"\nconfig = { command = "x" }\n'
+    with pytest.raises(Conflict) as caught:
+        await applied(rig, theirs)
+    assert caught.value.detail == OTHER_OWNER
+    assert [error.field for error in caught.value.errors] == ["tasks.nightly", "tasks.nightly.schedules.night"]
+    assert everything(rig) == before
+    answer = await applied(rig, "adopt = true\n" + theirs)
+    assert [(change["key"], change["fields"].get("managed_by")) for change in answer["changes"]] == [
+        ("nightly", ["ops", "dev"]), ("new", None), ("nightly/night", ["ops", "dev"]),
+    ]  # fmt: skip
+    assert (await applied(rig, "chronotask = 1\nowner = 'ops'"))["changes"] == []
+    await rig.task(key="by-hand")
+    by_hand = 'chronotask = 1\nowner = "ops"\n[tasks.by-hand]\ntask_type = "bash"\nconfig = { command = "true" }\n'
+    with pytest.raises(Conflict, match=r"tasks.by-hand: task 3 was not made by a file"):
+        await applied(rig, by_hand)
+
+
+async def test_what_has_no_key_is_taken_over_by_the_key_that_an_export_gave_it(rig: Rig) -> None:
+    for name in ("Nightly Backup!", "nightly backup", "Ünïcode"):
+        await rig.schedule(await rig.task(name=name))
+    await rig.schedule(1)
+    file = await exported(rig)
+    assert [*file["tasks"]] == ["nightly-backup", "nightly-backup-2", "n-code"]
+    assert [*file["tasks"]["nightly-backup"]["schedules"]] == ["interval", "interval-4"]
+    answer = await applied(rig, {**file, "adopt": True})
+    assert {change["action"] for change in answer["changes"]} == {"updated"} and len(answer["changes"]) == 7
+    assert all(set(change["fields"]) == {"key", "managed_by"} for change in answer["changes"])
+    assert await exported(rig) == file
+    assert (await applied(rig, file))["changes"] == []
+
+
+@pytest.mark.parametrize(
+    ("prune", "action", "task", "schedules"),
+    [
+        (None, "orphaned", "active", [True, True]),
+        ("pause", "paused", "paused", [True, False]),
+        ("delete", "deleted", None, [True]),
+    ],
+)
+async def test_what_a_file_no_longer_names_goes_on_or_is_pruned(
+    rig: Rig, prune: str | None, action: str, task: str | None, schedules: list[bool]
+) -> None:
+    gone = '\n[tasks.gone]\ntask_type = "bash"\nconfig = { command = "true" }\n'
+    second = "[tasks.nightly.schedules.noon]\nschedule_type = 'cron'\nschedule_config = { expression = '0 12 * * *' }\n"
+    await applied(rig, NIGHTLY + second + gone)
+    await applied(rig, 'chronotask = 1\nowner = "dev"\n' + gone.replace("gone", "others"))
+    await rig.schedule(1)  # by hand: nobody's business
+    answer = await applied(rig, NIGHTLY, prune=prune)
+    assert actions(answer) == [(action, "nightly/noon"), (action, "gone")]
+    tasks = {view["key"]: view["status"] for view in (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]}
+    assert tasks == {"nightly": "active", "others": "active"} | ({"gone": task} if task else {})
+    found = (await rig.service.list_schedules(ScheduleQuery()))["schedules"]
+    assert [view["is_active"] for view in found if view["managed_by"]] == schedules
+    again = await applied(rig, NIGHTLY, prune=prune)
+    assert {action for action, _ in actions(again)} <= {"orphaned"} and len(again["changes"]) == 2 * (prune != "delete")
+
+
+async def test_a_once_schedule_whose_time_has_passed_is_over_and_no_error(rig: Rig) -> None:
+    once = "\n[tasks.nightly.schedules.once]\nschedule_type = 'once'\nschedule_config = { datetime = '2026-01-01T00:01:00' }\n"
+    await applied(rig, NIGHTLY + once)
+    await rig.run_at(60)
+    assert (await applied(rig, NIGHTLY + once))["changes"] == []
+    assert (await applied(rig, NIGHTLY + once + "is_active = true\n"))["changes"] == []
+    past = once.replace("00:01:00", "00:00:30")
+    assert actions(await applied(rig, NIGHTLY + past)) == [("updated", "nightly/once")]
+    assert not (await rig.service.get_schedule(2))["is_active"]
+    answer = await applied(rig, NIGHTLY + past.replace("s.once", "s.new"))
+    assert answer["warnings"] == ["tasks.nightly.schedules.new: its time has passed: it is over, and not created"]
+    assert actions(answer) == [("orphaned", "nightly/once")]
+    assert [*(await exported(rig))["tasks"]["nightly"]["schedules"]] == ["night"]
+    assert len(await rig.rows()) == 1
+
+
+async def test_a_key_that_was_moved_by_hand_is_followed_with_care(rig: Rig) -> None:
+    await applied(rig, NIGHTLY)
+    await rig.patch_task(1, key="other")
+    await rig.patch_task(await rig.task(), key="nightly")
+    with pytest.raises(Conflict, match=r"tasks.nightly: task 2 was not made by a file"):
+        await applied(rig, NIGHTLY)
+    await rig.patch_task(2, key=None)
+    answer = await applied(rig, NIGHTLY)
+    assert actions(answer) == [("created", "nightly"), ("created", "nightly/night"), ("orphaned", "other")]
+
+
+AFTER = """
+[tasks.alarm]
+task_type = "bash"
+config = { command = "true" }
+[tasks.alarm.schedules.broke]
+schedule_type = "after"
+schedule_config = { tasks = ["nightly"], on = ["broke", "recovered"] }
+[tasks.alarm.schedules.any]
+schedule_type = "after"
+schedule_config = { any = true, on = ["failure"] }
+overlap = "skip"
+"""
+
+
+async def test_an_after_schedule_names_tasks_by_their_keys_wherever_they_stand_in_the_file(rig: Rig) -> None:
+    head, rest = NIGHTLY.split("\n[tasks.nightly]")
+    await applied(rig, head + AFTER + "\n[tasks.nightly]" + rest)
+    assert (await rig.service.get_schedule(1))["schedule_config"] == {"task_ids": [2], "on": ["broke", "recovered"]}
+    assert (await applied(rig, NIGHTLY + AFTER))["changes"] == []
+    file = await exported(rig, owner="ops")
+    assert file["tasks"]["alarm"]["schedules"] == {
+        "broke": {"schedule_type": "after", "schedule_config": {"tasks": ["nightly"], "on": ["broke", "recovered"]}},
+        "any": {"schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}, "overlap": "skip"},
+    }
+    rig.sql("UPDATE tasks SET deleted = 1")
+    await applied(rig, tomllib.loads(to_toml(file, {})))
+    assert await exported(rig, owner="ops") == file
+    answer = await applied(rig, NIGHTLY + AFTER.replace('"broke", "rec', '"success", "rec'))
+    assert actions(answer) == [("updated", "alarm/broke")]
+    path = "tasks.alarm.schedules.broke.schedule_config.tasks"
+    assert await refused_fields(applied(rig, NIGHTLY + AFTER.replace('["nightly"]', '["nightly", "no"]'))) == [f"{path}[1]"]
+    circle = (
+        "[tasks.nightly.schedules.back]\nschedule_type = 'after'\nschedule_config = { tasks = ['alarm'], on = ['success'] }\n"
+    )
+    with pytest.raises(
+        InvalidInput, match=r"must not be a circle: (nightly → alarm → nightly|alarm → nightly → alarm)"
+    ) as caught:
+        await applied(rig, NIGHTLY + circle + AFTER)
+    assert [error.field for error in caught.value.errors] == ["tasks.nightly.schedules.back.schedule_config.tasks"]
+
+
+SECRET = """
+chronotask = 1
+[tasks.a]
+task_type = "http"
+config = { url = "https://me:word@example.org/x", auth = { username = "u", password = "hunter2" } }
+"""
+
+
+async def test_secrets_are_masked_in_the_answer_and_a_mask_keeps_what_is_stored(rig: Rig) -> None:
+    answer = await applied(rig, SECRET)
+    more = await applied(rig, SECRET.replace("hunter2", "swordfish").replace("/x", "/y"))
+    assert [*more["changes"][0]["fields"]] == ["config"]
+    assert "hunter2" not in str((answer, more)) and "swordfish" not in str(more) and ":word" not in str(more)
+    file = await exported(rig)
+    assert file["warnings"] == ["tasks.a.config: holds ******** instead of a secret: write ${env:CHRONOTASK_SECRET_…} for it"]
+    assert (await applied(rig, file))["changes"] == []
+    assert rig.sql("SELECT config ->> '$.auth.password' FROM tasks") == [("swordfish",)]
+    rig.sql("UPDATE tasks SET deleted = 1")
+    assert await refused_fields(applied(rig, file)) == ["tasks.a.config.url", "tasks.a.config.auth.password"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "message"),
+    [
+        ("chronotask = 1", "chronotask = 2", "chronotask", "must be one of 1, not 2"),
+        ('owner = "ops"', 'ownr = "ops"', "ownr", "unknown field (did you mean owner?)"),
+        ('owner = "ops"', 'owner = "The Ops"', "owner", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("tasks.nightly", "tasks.Nightly", "tasks.Nightly", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("schedules.night", "schedules.Night", "tasks.nightly.schedules.Night", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("max_retries = 0", "max_retrys = 0", "tasks.nightly.max_retrys", "unknown field (did you mean max_retries?)"),
+        ("max_retries = 0", 'key = "x"', "tasks.nightly.key", "unknown field (known: name, "),
+        ("max_retries = 0", "max_retries = -1", "tasks.nightly.max_retries", "must be at least 0, not -1"),
+        ("max_retries = 0", "schedules = 3", "tasks.nightly.schedules", "must be an object, not 3"),
+        ('command = "true"', 'comand = "true"', "tasks.nightly.config.command", "is required"),
+        ("30 2", "30 25", "tasks.nightly.schedules.night.schedule_config.expression", "'30 25 * * *': hour '25' must be 0 to 23"),
+        ("Europe/Berlin", "Berlin", "tasks.nightly.schedules.night.schedule_config.timezone", "'Berlin': must be an IANA"),
+        ('"cron"', '"corn"', "tasks.nightly.schedules.night.schedule_type", "must be one of 'cron', 'once', "),
+        ('"cron"', '"cron"\ntask_id = 1', "tasks.nightly.schedules.night.task_id", "unknown field"),
+        ('"cron"', '"cron"\nstart_at = 2026-13', "", ""),
+        ('"cron"', '"cron"\nstart_at = "soon"', "tasks.nightly.schedules.night.start_at", "'soon': must be"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(
+    rig: Rig, tmp_path: Path, old: str, new: str, path: str, message: str
+) -> None:
+    text = NIGHTLY.replace(old, new)
+    if "schedules = 3" in text:
+        text = text[: text.index("[tasks.nightly.s")]
+    (tmp_path / "file.toml").write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        await applied(rig, chronotask.read_definitions(str(tmp_path / "file.toml")))
+    if not path:
+        path, message = str(tmp_path / "file.toml"), "is no TOML: "
+    found = {error.field: error.message for error in caught.value.errors}
+    assert found[path].startswith(message), found
+    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: Rig) -> None:
+    good = {"task_type": "bash", "config": {"command": "true"}}
+    minute = {"schedule_type": "interval", "schedule_config": {"seconds": 60}}
+    tasks = {
+        "a": good,
+        "b": {**good, "max_retries": "x", "schedules": {"s": {**minute, "jitter": -1}, "t": minute}},
+        "c": {**good, "config": {}, "schedules": {"s": {**minute, "schedule_config": {"seconds": 0}}}},
+    }
+    assert await refused_fields(applied(rig, {"chronotask": 1, "tasks": tasks})) == [
+        "tasks.b.max_retries", "tasks.b.schedules.s.jitter", "tasks.c.config.command",
+        "tasks.c.schedules.s.schedule_config.seconds",
+    ]  # fmt: skip
+    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"chronotask = 1\n[tasks.a", "is no TOML: "),
+        (b'{"chronotask": 1, "tasks": {', "the body is not valid JSON"),
+        (b'{"chronotask": NaN}', "NaN is no JSON number"),
+        (b"\xff\xfe", "is no TOML: 'utf-8' codec"),
+        (b"x = " + b"[" * 100_000, "is no TOML: "),
+        (b"#" * (8 * 2**20 + 1), "is larger than 8 MiB"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_is_cut_short_too_large_or_not_there_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ChronoTaskError, match=re.escape(message)):
+        chronotask.read_definitions(str(tmp_path / "file"))
+
+
+async def test_of_two_applies_at_once_each_is_whole(rig: Rig) -> None:
+    files = [NIGHTLY.replace('"true"', f'"echo {n}"').replace("30 2", f"{n} 3") for n in range(8)]
+    answers = await asyncio.gather(*(applied(rig, file) for file in files))
+    assert sorted(len(answer["changes"]) for answer in answers) == [2] * 8
+    config = (await rig.service.get_task(1))["config"]["command"].split()[1]
+    assert (await rig.service.get_schedule(1))["schedule_config"]["expression"] == f"{config} 3 * * *"
+    assert rig.sql("SELECT count(*) FROM tasks") == rig.sql("SELECT count(*) FROM schedules") == [(1,)]
+
+
+def random_file(rng: random.Random) -> dict[str, Any]:
+    """Definitions of any kind; secrets are references, times are to come."""
+
+    def some(**fields: Any) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if rng.random() < 0.5}
+
+    def text() -> str:
+        return "x" + random_text(rng).replace("\x01", "").replace("\r", "")
+
+    def task() -> dict[str, Any]:
+        bash = {
+            "command": rng.choice([text(), "echo"]),
+            **some(env={"A": text()}, working_dir="/tmp", timeout=rng.choice([5, 7.5])),
+        }
+        http = {"url": "https://example.org/", **some(headers={"X-A": "b"}, body={"a": [1, 2.5, text()]}, expected_status=[200])}
+        kind, config = rng.choice([("bash", bash), ("http", http)])
+        more = some(
+            description="d" + text(), tags=["a", "b:c"], status=rng.choice(["active", "paused", "disabled"]), max_retries=4,
+            retry_delay=rng.choice([1, 0.5]), retry_backoff=3, pause_after=2, name="Some name",
+            schedules={f"s{n}": schedule() for n in range(rng.randrange(4))},
+        )  # fmt: skip
+        return {"task_type": kind, "config": config, **more}
+
+    def schedule() -> dict[str, Any]:
+        kind, config = rng.choice(
+            [
+                ("cron", {"expression": "*/5 1-3 * * MON", **some(timezone="Europe/Berlin")}),
+                ("once", {"datetime": "2030-01-01T09:00:00", **some(timezone="Asia/Tokyo")}),
+                ("interval", {"seconds": rng.choice([60, 1.5]), **some(start_date="2026-03-01T00:00:00", timezone="UTC")}),
+            ]
+        )
+        more = some(
+            is_active=rng.random() < 0.5, overlap="queue", catchup="all", catchup_window=60, jitter=0.5, max_runs=3,
+            start_at="2026-02-01T00:00:00Z", end_at="2031-01-01T00:00:00Z",
+        )  # fmt: skip
+        return {"schedule_type": kind, "schedule_config": config, **more}
+
+    return {"chronotask": 1, "owner": "ops", "tasks": {f"t{n}": task() for n in range(rng.randrange(1, 6))}}
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_an_export_comes_back_equal_elsewhere_and_applied_again_changes_nothing(
+    rig: Rig, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    file = random_file(rng)
+    await applied(rig, file)
+    assert (await applied(rig, file))["changes"] == []
+    first = await exported(rig)
+    (tmp_path / "file.toml").write_text(to_toml(await exported(rig, owner="ops"), {}), newline="")
+    (tmp_path / "file.json").write_text(json.dumps(first))
+    for name in ("file.json", "file.toml"):
+        rig.sql("UPDATE tasks SET deleted = 1")
+        await applied(rig, chronotask.read_definitions(str(tmp_path / name)))
+        assert await exported(rig) == first
+    other = random_file(rng)
+    await applied(rig, other, prune="delete")
+    assert (await applied(rig, other))["changes"] == []
+
+
+# --- A file that is followed ------------------------------------------------------------------------------------------
+
+
+async def test_a_followed_file_is_applied_when_it_changes_however_it_changes(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chronotask, "CONFIG_POLL", 0.001)
+    path, state = tmp_path / "file.toml", lambda: rig.service.config_file or {}
+    path.write_text(NIGHTLY)
+    followed = ConfigFile(rig.service, path)
+    await followed.begin()
+    assert state() == {"path": str(path), "applied_at": "2026-01-01T00:00:00Z", "error": None}
+    assert (await rig.service.get_scheduler_status())["config_file"] == state()
+
+    async def becomes(retries: int) -> None:
+        async with asyncio.timeout(20):
+            while (await rig.service.get_task(1))["max_retries"] != retries:
+                await asyncio.sleep(0.001)
+
+    path.write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 11"))
+    await becomes(11)
+    (tmp_path / "new").write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 12"))
+    (tmp_path / "new").rename(path)
+    await becomes(12)
+    for version in (13, 14):  # as Kubernetes does it: a link to a link to a folder
+        (tmp_path / f"v{version}").mkdir()
+        (tmp_path / f"v{version}" / "f").write_text(NIGHTLY.replace("max_retries = 0", f"max_retries = {version}"))
+        (tmp_path / "link").symlink_to(f"v{version}")
+        (tmp_path / "link").rename(tmp_path / "data")
+        if version == 13:
+            path.unlink()
+            path.symlink_to("data/f")
+        await becomes(version)
+    for wrong in ("chronotask = 1\n[tasks.x", None):
+        (tmp_path / "v14" / "f").write_text(wrong) if wrong else (tmp_path / "v14" / "f").unlink()
+        async with asyncio.timeout(20):
+            while ("is no TOML" if wrong else "cannot be read") not in (state()["error"] or ""):
+                await asyncio.sleep(0.001)
+        await becomes(14)
+    assert len([r for r in caplog.records if r.levelname == "ERROR" and "everything stays as it was" in r.getMessage()]) >= 2
+    (tmp_path / "v14" / "f").write_text(NIGHTLY)
+    await becomes(0)
+    async with asyncio.timeout(20):
+        while state()["error"] is not None:
+            await asyncio.sleep(0.001)
+    await rig.patch_task(1, max_retries=5)
+    followed.reload()
+    await becomes(0)
+
+
+async def test_only_the_leader_applies_a_followed_file(
+    open_rig: OpenRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronotask, "CONFIG_POLL", 0.001)
+    (tmp_path / "file.toml").write_text(NIGHTLY)
+    leader, other = await open_rig(), await open_rig()
+    await ConfigFile(other.service, tmp_path / "file.toml").begin()
+    assert other.service.config_file == {"path": str(tmp_path / "file.toml"), "applied_at": None, "error": None}
+    await asyncio.sleep(0.02)
+    assert leader.sql("SELECT count(*) FROM tasks") == [(0,)]
+    await leader.close()
+    await other.service.leadership.look()
+    assert other.service.engine.leading
+    async with asyncio.timeout(20):
+        while leader.sql("SELECT count(*) FROM tasks") == [(0,)]:
+            await asyncio.sleep(0.001)
 
 
 # --- The way in from a crontab ----------------------------------------------------------------------------------------
