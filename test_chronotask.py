@@ -11335,6 +11335,7 @@ def test_a_database_that_another_program_has_locked_is_told_and_waited_for_but_n
     server.healthy_again(8)
     assert server.execute(task, wait=10)["status"] == "succeeded"
     assert_each_second_has_one_row(server, schedule)
+    server.expect(200, "POST", "/scheduler/pause")
     run = server.running(server.bash("sleep 60", name="locked"))
     with locked(server.database):
         assert_stops_in_time(server, 1)
