@@ -303,6 +303,22 @@ fact('forms say what is wrong beside the field, and keep what nobody touched', a
   equal(follow_redirects ?? true, true);
 });
 
+fact('a managed task says by whom, and all is exported as a file', async () => {
+  const definitions = { chronotask: 1, owner: 'ops', tasks: { 'from-git': { task_type: 'bash', config: { command: 'true' } } } };
+  await service.ask('POST', '/apply', definitions);
+  const [{ id }] = (await service.ask('GET', '/tasks?key=from-git')).tasks;
+  for (const hash of [`#/tasks/${id}`, `#/tasks/${id}/edit`]) {
+    await open(service, hash);
+    await sees('Managed by the file of ops: what you change here by hand is overwritten');
+  }
+  equal(await page.locator('[name=schedules]').count(), 0, 'fields for what the file makes');
+  await open(service);
+  const [download] = await Promise.all([page.waitForEvent('download'), page.locator('[data-do=export]').click()]);
+  equal(download.suggestedFilename(), 'chronotask.json');
+  equal(JSON.parse(readFileSync(await download.path())), await service.ask('GET', '/export'));
+  await service.ask('DELETE', `/tasks/${id}`);
+});
+
 fact('a task is deleted after a question', async () => {
   const id = await service.bash('Short life', 'true');
   await open(service, '#/tasks/' + id);
