@@ -43,6 +43,7 @@ import time
 import tomllib
 import tracemalloc
 import urllib.parse
+import urllib.request
 import uuid
 import zlib
 from collections import Counter, deque
@@ -7990,28 +7991,7 @@ def test_an_operation_has_a_name_and_a_route_of_its_own_says_what_its_id_is_call
 
 
 def random_text(rng: random.Random) -> str:
-    parts = [
-        "a",
-        "B9",
-        " ",
-        "'",
-        '"',
-        "\\",
-        "\n",
-        "\t",
-        "\r\n",
-        "\x7f",
-        "\x01",
-        "é",
-        "\u2028",
-        "🙂",
-        "'''",
-        '"""',
-        "\\n",
-        "#",
-        "=",
-        ".",
-    ]
+    parts = [*"aB9 '\"\\\n\t\x7f\x01é\u2028🙂#=.", "\r\n", "'''", '"""', "\\n"]
     return "".join(rng.choices(parts, k=rng.randrange(7)))
 
 
@@ -8707,6 +8687,142 @@ def test_a_system_crontab_has_a_user_who_must_be_the_services() -> None:
         ("line 1", "is run as 'www-data', ChronoTask as root: import it where ChronoTask runs as that user"),
         ("line 2", "must be five time fields or an @word, a user and a command, or NAME = VALUE"),
     )
+
+
+# --- From the command line --------------------------------------------------------------------------------------------
+
+
+def chronotask_says(folder: Path, *arguments: object) -> tuple[int, str, str]:
+    """Status, standard output and errors of a call that ends by itself, on the database in `folder`."""
+    environ = {"CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/chronotask.db"}
+    done = ran(folder, sys.executable, PROGRAM, *arguments, environ=environ)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(NIGHTLY)
+    status, told, _ = chronotask_says(tmp_path, "--apply", file, "--dry-run")
+    assert status == 3
+    assert re.fullmatch(r"created task nightly\ncreated schedule nightly/night, next 20\d\d-.*T02:30:00\+0[12]:00\n", told)
+    assert chronotask_says(tmp_path, "--apply", file)[0] == 0
+    assert chronotask_says(tmp_path, "--apply", file, "--dry-run") == (0, "nothing to do\n", "")
+    server = Server(tmp_path).start()  # one more process on a database that is in use
+    file.write_text(
+        NIGHTLY.replace("max_retries = 0", "max_retries = 1").replace("nightly.schedules.night", "nightly.schedules.new")
+    )
+    status, told, _ = chronotask_says(tmp_path, "--apply", file)
+    assert (status, [*map(str.strip, told.splitlines())][0:2]) == (0, ["updated task nightly", "max_retries: 0 -> 1"])
+    assert server.get("/tasks/key:nightly")["max_retries"] == 1
+    assert server.get("/schedules")["total"] == 2
+    assert chronotask_says(tmp_path, "--apply", file, "--dry-run")[:2] == (0, "orphaned schedule nightly/night\n")
+    assert chronotask_says(tmp_path, "--apply", file, "--dry-run", "--prune", "delete")[:2] == (
+        3,
+        "deleted schedule nightly/night\n",
+    )
+    file.write_text(NIGHTLY.replace("30 2", "99 2").replace("task_type", "tusk_type"))
+    assert chronotask_says(tmp_path, "--apply", file) == (
+        2,
+        "",
+        "chronotask: tasks.nightly.task_type: is required\n"
+        "chronotask: tasks.nightly.tusk_type: unknown field (did you mean task_type?)\n"
+        "chronotask: tasks.nightly.schedules.night.schedule_config.expression: "
+        "'99 2 * * *': minute '99' must be 0 to 59, with , - and /\n",
+    )
+    file.write_text(NIGHTLY.replace('"ops"', '"dev"'))
+    status, _, errors = chronotask_says(tmp_path, "--apply", file)
+    assert (status, errors.splitlines()[0]) == (1, "chronotask: tasks.nightly: task 1 belongs to ops")
+    assert chronotask_says(tmp_path, "--export", tmp_path / "out.toml") == (0, "", "")
+    exported = server.get("/export")
+    assert tomllib.loads((tmp_path / "out.toml").read_text()) == exported
+    assert json.loads(chronotask_says(tmp_path, "--export", "-")[1]) == exported
+    for wrong in (
+        ["--dry-run"],
+        ["--prune", "pause"],
+        ["--system"],
+        ["--apply", tmp_path / "none"],
+        ["--prune", "x", "--apply", file],
+    ):
+        assert chronotask_says(tmp_path, *wrong)[0] == 2
+
+
+@pytest.mark.slow
+def test_a_crontab_is_printed_as_a_file_that_can_be_applied(tmp_path: Path) -> None:
+    (tmp_path / "crontab").write_text("MAILTO=root\n0 5 * * * tar -zcf /var/backups/home.tgz /home/ # weekly\n@reboot /bin/a\n")
+    status, printed, errors = chronotask_says(tmp_path, "--import-crontab", tmp_path / "crontab")
+    assert (status, errors) == (0, "")
+    (tmp_path / "jobs.toml").write_text(printed)
+    assert chronotask_says(tmp_path, "--apply", tmp_path / "jobs.toml")[0] == 0
+    (tmp_path / "jobs.toml").write_text(re.sub("(?m)^# (?=\\[tasks.mail|task_type|config|schedule_)", "", printed))
+    status, told, _ = chronotask_says(tmp_path, "--apply", tmp_path / "jobs.toml")
+    assert (status, told) == (0, "created task mail\ncreated schedule mail/end\n")
+    (tmp_path / "crontab").write_text("0 5 * *\n61 * * * * x\n")
+    status, printed, errors = chronotask_says(tmp_path, "--import-crontab", tmp_path / "crontab")
+    assert (status, printed, len(errors.splitlines())) == (2, "", 2)
+    assert chronotask_says(tmp_path, "--import-crontab", tmp_path / "none")[0] == 2
+
+
+def metrics_of(server: Server) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.slow
+def test_a_service_follows_its_file_and_takes_it_up_anew_on_sighup(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    server = Server(tmp_path)
+    server.command += ["--config", str(file)]
+    for text in (None, NIGHTLY + "x"):
+        if text is not None:
+            file.write_text(text)
+        assert server.start(ready=False).process.wait(20) == 2
+        assert str(file) in server.log()
+    file.write_text(NIGHTLY)
+    server.start()
+    assert server.get("/scheduler/status")["config_file"]["error"] is None
+    server.expect(200, "PATCH", "/tasks/key:nightly", {"max_retries": 9})
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: server.get("/tasks/key:nightly")["max_retries"] == 0, 5, "the file is applied anew")
+    file.write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 0."))
+    until(lambda: server.get("/scheduler/status")["config_file"]["error"], 5, "the bad file is noticed")
+    assert "chronotask_config_file_ok 0" in metrics_of(server)
+    assert server.get("/tasks/key:nightly")["max_retries"] == 0
+    (tmp_path / "new").write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 5"))
+    (tmp_path / "new").rename(file)
+    until(lambda: server.get("/tasks/key:nightly")["max_retries"] == 5, 5, "the file that took its place is applied")
+    assert "chronotask_config_file_ok 1" in metrics_of(server)
+
+
+@pytest.mark.slow
+def test_an_apply_that_is_killed_has_done_all_or_nothing(tmp_path: Path) -> None:
+    minute = {"schedule_type": "cron", "schedule_config": {"expression": "* * * * *"}}
+    tasks = {f"t{n}": {"task_type": "bash", "config": {"command": "true"}, "schedules": {"s": minute}} for n in range(1000)}
+    rng, kept = random.Random(20), set()
+    db = chronotask.open_database(tmp_path / "chronotask.db")
+    db.execute("PRAGMA busy_timeout = 0")
+    environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/chronotask.db"}
+    for version in range(10):
+        for task in tasks.values():
+            task["max_retries"] = version
+        (tmp_path / "jobs.json").write_text(json.dumps({"chronotask": 1, "tasks": tasks}))
+        command = [sys.executable, str(PROGRAM), "--apply", str(tmp_path / "jobs.json")]
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        with contextlib.suppress(sqlite3.OperationalError):  # until it holds the lock of its transaction
+            while process.poll() is None:
+                db.execute("BEGIN IMMEDIATE")
+                db.execute("ROLLBACK")
+                time.sleep(0.005)
+        if version:
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        process.wait()
+        found = db.execute("SELECT max_retries, count(*) FROM tasks GROUP BY 1").fetchall()
+        assert [count for _, count in found] == [1000], found
+        assert db.execute("SELECT count(*) FROM schedules").fetchone() == (1000,)
+        kept.add(found[0][0])
+    db.close()
+    assert len(kept) < 10, "none was killed in time"
 
 
 # ======================================================================================================================
