@@ -83,6 +83,7 @@ import bisect
 import codecs
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import difflib
@@ -249,6 +250,9 @@ class BodyTooLarge(ChronoTaskError, status=413, title="Body too large"): ...
 class UnsupportedMedia(ChronoTaskError, status=415, title="Unsupported media type"): ...
 
 
+class TooManyRequests(ChronoTaskError, status=429, title="Too many requests"): ...
+
+
 class InvalidInput(ChronoTaskError, status=422, title="Invalid input"):
     """Input that was understood but cannot be accepted; `errors` names each bad field."""
 
@@ -391,6 +395,7 @@ class Settings:
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
     allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
+    api_tokens_file: Path | None = _setting(_path, None, "file of further tokens, each with a name and a scope")
     public_url: str | None = _setting(_public_url, None, "how people reach the dashboard, for links in messages")
     secrets_dir: Path = _setting(_path, Path("/run/secrets"), "where ${file:...} may read")
     block_private_networks: bool = _setting(_flag, False, "refuse loopback and private addresses to HTTP tasks")
@@ -423,16 +428,22 @@ class Settings:
                 except ValueError as error:
                     value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
                     raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
-            elif text == "" and name in (ENV_PREFIX + "API_TOKEN", ENV_PREFIX + "API_TOKEN_FILE"):
+            elif text == "" and field.name in ("api_token", "api_token_file", "api_tokens_file"):
                 # As it comes from a secret that was not filled in: the service would be open.
                 raise StartupError(f"{name}='': must not be empty; remove it if there is to be no token", exit_status=2)
         settings, warnings = cls(**values), _typo_warnings(environ, fields)
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
+        if settings.api_tokens_file is not None:
+            read_tokens(settings.api_tokens_file)
         with contextlib.suppress(OSError):  # it need not exist
             if why := untrusted(settings.secrets_dir, os.stat(settings.secrets_dir)):
                 raise StartupError(f"{ENV_PREFIX}SECRETS_DIR={shown(str(settings.secrets_dir))}: {why}", exit_status=2)
         return settings, warnings
+
+    @property
+    def needs_token(self) -> bool:
+        return self.api_token is not None or self.api_tokens_file is not None
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -480,6 +491,60 @@ def _read_token(path: Path, warnings: list[str]) -> str:
         return str(_token(text))
     except ValueError as error:
         raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
+
+
+SCOPES = ("read", "run", "admin")  # each may do what those before it may
+
+
+class Token(NamedTuple):
+    """Who may ask, as API_TOKENS_FILE says it. Only the SHA-256 of the token is kept."""
+
+    name: str
+    scope: str
+    digest: bytes
+
+
+def token_digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_tokens(path: Path) -> list[Token]:
+    """The tokens of a file: lines NAME SCOPE TOKEN. Raises StartupError (status 2) with the number of the line."""
+    name, tokens = f"{ENV_PREFIX}API_TOKENS_FILE={shown(str(path))}", dict[str, Token]()
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            found = os.fstat(file.fileno())
+            text = file.read(1048577)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{name}: must be a readable text file ({error})", exit_status=2) from None
+    why = untrusted(path, found)
+    if found.st_mode & 0o007 and not why:
+        why = f"other users can read it (mode {stat.S_IMODE(found.st_mode):04o}): chmod o-rwx {shown(str(path), 4096)}"
+    if why or len(text) > 1048576:
+        raise StartupError(f"{name}: {why or 'must be at most 1 MiB'}", exit_status=2)
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition(" #")[0].split()
+        if not words or words[0].startswith("#"):
+            continue
+        try:
+            if len(words) != 3:
+                raise ValueError("must be NAME SCOPE TOKEN")
+            if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", words[0]) or words[0] in tokens:
+                raise ValueError("NAME must be 1 to 64 of A-Za-z0-9._@- and stand once")
+            if words[1] not in SCOPES:
+                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}, not {shown(words[1])}")
+            try:
+                digest = token_digest(_token(words[2]))
+            except ValueError as error:
+                raise ValueError(f"TOKEN {error}") from None
+            if any(token.digest == digest for token in tokens.values()):
+                raise ValueError("TOKEN stands twice")
+        except ValueError as error:
+            raise StartupError(f"{name}, line {number}: {error}", exit_status=2) from None
+        tokens[words[0]] = Token(words[0], words[1], digest)
+    if not tokens:
+        raise StartupError(f"{name}: holds no token", exit_status=2)
+    return list(tokens.values())
 
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -2163,6 +2228,21 @@ class Attempt:
         return seconds_between(self.started_at, self.finished_at)
 
 
+@dataclass(slots=True, kw_only=True)
+class Change:
+    """What somebody has written: of `before` and `after` only what differs, masked. `via`: rest, mcp, file or cli; from where."""
+
+    id: ReadOnly[int]
+    at: ReadOnly[Time]
+    actor: ReadOnly[str]
+    via: ReadOnly[str]
+    kind: ReadOnly[str]
+    object_id: ReadOnly[int | None]
+    operation: ReadOnly[str]
+    before: ReadOnly[dict[str, Any] | None] = None
+    after: ReadOnly[dict[str, Any] | None] = None
+
+
 class Shape:
     """What follows from the declaration of a resource, or of any dataclass that is made from rows."""
 
@@ -2441,7 +2521,7 @@ class Query(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
-    @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", mode="before", check_fields=False)
+    @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", "id", mode="before", check_fields=False)
     @classmethod
     def _digits(cls, value: Any) -> Any:
         if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}|key:.*", value):
@@ -2495,6 +2575,13 @@ class ExecutionQuery(OutputQuery):
 
 class WaitQuery(Query):
     wait: Annotated[float, Field(ge=0, le=300)] = 0
+
+
+class ChangeQuery(Query):
+    kind: Literal["task", "schedule", "execution", "scheduler"] | None = None
+    id: Id | None = None
+    before_id: Id | None = None
+    limit: Limit = 100
 
 
 class FollowQuery(Query):
@@ -2593,6 +2680,11 @@ class SchedulePage(Counted):
 
 class HistoryPage(Counted):
     history: list[ExecutionView]
+
+
+class ChangePage(TypedDict):
+    changes: list[Annotated[dict[str, Any], View(Change, "ChangeView")]]
+    next_before_id: int | None
 
 
 class ExecutionPage(TypedDict):
@@ -3367,6 +3459,14 @@ MIGRATIONS: list[tuple[str, ...]] = [
             failures_in_a_row = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND id > coalesce(last_success_id, 0)
                 AND (status = 'failed' OR status = 'timed_out' OR status = 'interrupted'))""",
         """UPDATE tasks SET status_reason = status || ' before the upgrade to 1.1' WHERE status <> 'active'""",
+    ),
+    # Who has changed what.
+    (
+        """CREATE TABLE changes (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, via TEXT NOT NULL,
+            kind TEXT NOT NULL, object_id INTEGER, operation TEXT NOT NULL, before TEXT, after TEXT
+        )""",
+        "CREATE INDEX changes_object ON changes (kind, object_id)",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -4537,6 +4637,27 @@ def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], 
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
 
+# --- Queries: changes -------------------------------------------------------------------------------------------------
+
+
+def insert_change(db: DB, row: Sequence[Any]) -> None:
+    """`row`: when, who, how, kind, id, operation, before and after."""
+    values = [None if value is None else compact(value) if isinstance(value, dict) else value for value in row]
+    db.execute("INSERT INTO changes (at, actor, via, kind, object_id, operation, before, after) VALUES (?,?,?,?,?,?,?,?)", values)
+
+
+def list_changes(db: DB, query: ChangeQuery) -> list[Change]:
+    """A page of changes, newest first."""
+    where, values = _where({"kind = ?": query.kind, "object_id = ?": query.id, "id < ?": query.before_id})
+    return load(db, Change, f"SELECT * FROM changes {where} ORDER BY id DESC LIMIT ?", [*values, query.limit])
+
+
+def delete_changes(db: DB, cutoff: int, limit: int) -> int:
+    """Deletes changes older than `cutoff`, at most `limit`; returns how many."""
+    old = "SELECT id FROM changes WHERE id < (SELECT coalesce(min(id), 1 << 62) FROM changes WHERE at >= ?) LIMIT ?"
+    return db.execute(f"DELETE FROM changes WHERE id IN ({old})", (cutoff, limit)).rowcount
+
+
 # --- Queries: retention -----------------------------------------------------------------------------------------------
 
 _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_for, 0) <= :now"
@@ -5024,9 +5145,14 @@ def _secret_file(name: str, settings: Settings) -> str:
 
 def _holds_own_token(file: int, content: bytes, settings: Settings) -> bool:
     """Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise."""
-    if settings.api_token_file is not None:  # of whatever name or link; another token may be in it by now
+    for own in (settings.api_token_file, settings.api_tokens_file):  # of whatever name or link; others may be in it by now
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file), os.stat(settings.api_token_file)):
+            if own is not None and os.path.samestat(os.fstat(file), os.stat(own)):
+                return True
+    if settings.api_tokens_file is not None:
+        with contextlib.suppress(StartupError):
+            words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
+            if any(token.digest in words for token in read_tokens(settings.api_tokens_file)):
                 return True
     return settings.api_token is not None and settings.api_token.encode() in content
 
@@ -6807,6 +6933,9 @@ class Retention:
                 break
             after = reached
             await self._leave_room()
+        while by_age and engine.leading:
+            if await engine.store.write(partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)) < RETENTION_ROWS:
+                break
         keep = settings.history_per_task
         for task_id in list(engine.touched):
             engine.touched.discard(task_id)
@@ -7083,8 +7212,31 @@ TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitt
 # REST makes its routes and its OpenAPI document from them, MCP its tools.
 
 
+class Caller(NamedTuple):
+    """Who asks: the name of the token (`-` without tokens, or an MCP client's name), by which way, and what it may do."""
+
+    actor: str = "-"
+    via: str = "cli"
+    scope: str = "admin"
+
+
+_MYSELF = Caller()
+CALLER: contextvars.ContextVar[Caller] = contextvars.ContextVar("caller", default=_MYSELF)
+# What this transaction has noted, for the log once it is on disk.
+_NOTED: contextvars.ContextVar[list[str]] = contextvars.ContextVar("noted")
+
+
+def require(scope: str) -> None:
+    """Raises Forbidden unless the caller may do what needs this scope."""
+    caller = CALLER.get()
+    if SCOPES.index(caller.scope) < SCOPES.index(scope):
+        raise Forbidden(f"this needs the scope {scope}: the token {caller.actor} has {caller.scope}")
+
+
 class Operation:
     """A use case as an operation of REST, and with `tool` of MCP.
+
+    `scope` is what a token needs; by default a GET needs `read`, everything else `admin`.
 
     `tool` is the hints of its tool (read_only, destructive, idempotent, open_world). `errors` are statuses beside those that
     every operation of its kind may answer. The signature of the use case and its docstring say the rest: with {id} in the path,
@@ -7093,7 +7245,14 @@ class Operation:
     """
 
     def __init__(
-        self, use_case: Any, method: str, path: str, status: int, tool: tuple[str, ...] | None, errors: tuple[int, ...]
+        self,
+        use_case: Any,
+        method: str,
+        path: str,
+        status: int,
+        tool: tuple[str, ...] | None,
+        errors: tuple[int, ...],
+        scope: str | None,
     ) -> None:
         kinds = get_type_hints(use_case, include_extras=True)
         summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
@@ -7101,13 +7260,15 @@ class Operation:
         self.name, self.summary, self.description = use_case.__name__, summary.rstrip("."), " ".join(description.split())
         self.method, self.path, self.status, self.errors = method, path, status, errors
         self.tool, self.hints = tool is not None, tool or ()
+        self.scope = scope or ("read" if method == "GET" else "admin")
         self.id_name: str | None = next(iter(kinds)) if "{id}" in path else None
         self.query: type[Query] | None = kinds.get("query")
         self.body: Any = kinds.get("body")
         self.result: Any = None if kinds["return"] is type(None) else kinds["return"]
 
     async def call(self, service: Service, number: int | str, query: Any, body: Any) -> Any:
-        """The use case with checked arguments, as far as it has them. Here a task's key becomes its id."""
+        """The use case with checked arguments, as far as it has them. Here a task's key becomes its id. Raises Forbidden."""
+        require(self.scope)
         given: dict[str, Any] = {} if self.id_name is None else {self.id_name: await service.task_id(number)}
         if self.body is not None:
             given["body"] = {**body, "task_id": await service.task_id(body["task_id"])} if body.get("task_id") else body
@@ -7127,12 +7288,17 @@ OPERATIONS: list[Operation] = []
 
 
 def operation(
-    method: str, path: str, status: int = 200, tool: tuple[str, ...] | None = None, errors: tuple[int, ...] = ()
+    method: str,
+    path: str,
+    status: int = 200,
+    tool: tuple[str, ...] | None = None,
+    errors: tuple[int, ...] = (),
+    scope: str | None = None,
 ) -> Callable[[U], U]:
     """Makes a use case an operation."""
 
     def add(use_case: U) -> U:
-        OPERATIONS.append(Operation(use_case, method, path, status, tool, errors))
+        OPERATIONS.append(Operation(use_case, method, path, status, tool, errors, scope))
         return use_case
 
     return add
@@ -7190,7 +7356,17 @@ class Service:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
         if self.engine.stopping:
             raise Unavailable("the service is shutting down")
-        done = await self.store.write(write)
+        noted: list[str] = []
+        context = contextvars.copy_context()
+        context.run(_NOTED.set, noted)
+
+        def run(db: DB) -> T:
+            noted.clear()  # it may run twice
+            return context.run(write, db)
+
+        done = await self.store.write(run)
+        for line in noted:
+            logger.info("%s", line)
         if take_up:
             await self.changes.take_up()
         return done
@@ -7289,7 +7465,7 @@ class Service:
 
         Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
         """
-        await self.change(partial(mark_deleted, task_id=task_id))
+        await self.change(partial(remove_task, task_id=task_id, now=self.clock.now()))
         there = partial(task_ids, conditions={"id = ?": task_id})
         while await self.store.read(there) and not self.engine.stopping:
             await asyncio.sleep(0.02)
@@ -7344,7 +7520,7 @@ class Service:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
-    @operation("POST", "/schedules/preview", tool=("read_only",))
+    @operation("POST", "/schedules/preview", tool=("read_only",), scope="read")
     async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
         """Show a schedule's words and next slots without storing it.
 
@@ -7402,7 +7578,7 @@ class Service:
 
     # --- use cases: executions ---
 
-    @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,))
+    @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def execute_task(self, task_id: int, query: WaitQuery) -> ExecutionView:
         """Run a task now.
 
@@ -7449,7 +7625,7 @@ class Service:
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=[view_of(row) for row in rows], next_before_id=more)
 
-    @operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,))
+    @operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
         """End an execution.
 
@@ -7469,6 +7645,8 @@ class Service:
         [*found] = cancel_executions(db, {"id = ?": execution_id}, now, "cancelled on request")
         _, _, before = existing(found, "execution", execution_id)
         tick = Tick()
+        if before in UNFINISHED:
+            note(db, now, "cancel", "execution", execution_id, {"status": before}, {"status": "cancelled"})
         follow(db, cancelled_of(found, now), now, tick, self.settings)
         return before, [execution_id, *tick.new_ids]
 
@@ -7505,6 +7683,13 @@ class Service:
                 return
             live = None if execution.status == "retrying" else live
             await asyncio.sleep(POLL)
+
+    @operation("GET", "/changes")
+    async def list_changes(self, query: ChangeQuery) -> ChangePage:
+        """List what was changed, newest first: who, by which way, and what differs. Secrets are masked."""
+        rows = await self.store.scan(partial(list_changes, query=query))
+        more = rows[-1].id if len(rows) == query.limit else None
+        return ChangePage(changes=[view_of(row) for row in rows], next_before_id=more)
 
     @operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
@@ -7601,7 +7786,9 @@ def _queue_manual(db: DB, task_id: int, settings: Settings, now: int) -> Executi
     row = NewExecution(task_id, None, "manual", None, now)
     if "${cause:" in compact(task.config) or schedules_that(db, {"s.task_id = ?": task_id, "s.schedule_type = 'after'": True}):
         row.cause = compact(sample_cause(task, now, settings.scheduler_timezone, settings.public_url))
-    return get_execution(db, insert_executions(db, [row])[0])[0]
+    execution_id = insert_executions(db, [row])[0]
+    note(db, now, "execute", "execution", execution_id, None, {"task_id": task_id, "task_name": task.name})
+    return get_execution(db, execution_id)[0]
 
 
 def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
@@ -7631,18 +7818,48 @@ def _resume(db: DB, schedules: Sequence[Schedule], now: int, settings: Settings)
 def _pause_all(db: DB, paused: bool, now: int, settings: Settings) -> None:
     was = get_meta(db, "paused")
     set_meta(db, "paused", int(paused))
+    note(db, now, "pause" if paused else "resume", "scheduler", None, {"paused": bool(was)}, {"paused": paused})
     if was and not paused:
         _resume(db, schedules_that(db, {LIVE_SQL: True}), now, settings)
     set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
+def note(
+    db: DB,
+    now: int,
+    operation: str,
+    kind: str,
+    object_id: int | None,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+) -> None:
+    """Writes who has changed what, in the transaction that changes it. `before` and `after` are views, so masked already."""
+    caller, old, new = CALLER.get(), before or {}, after or {}
+    differ = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ("updated_at", "upcoming")]
+    kept = [None if view is None else {name: view[name] for name in differ if name in view} for view in (before, after)]
+    insert_change(db, (now, caller.actor, caller.via, kind, object_id, operation, *kept))
+    if (noted := _NOTED.get(None)) is not None:
+        what = f" ({', '.join(differ)})" if before and after else ""
+        noted.append(f"{operation} {kind} {object_id or ''}{what} by {caller.actor} via {caller.via}")
+
+
 def add_task(db: DB, task: Task) -> None:
     check_key(db, task)
     insert(db, task)
+    if task.status != "active":  # a new row starts without a reason
+        task.status_reason = f"{task.status} on request, {format_instant(task.created_at)}"
+        update(db, task)
+    note(db, task.created_at, "create", "task", task.id, None, task_view(task))
+
+
+def remove_task(db: DB, task_id: int, now: int) -> None:
+    task = get_task(db, task_id)
+    mark_deleted(db, task_id)
+    note(db, now, "delete", "task", task_id, task_view(task), None)
 
 
 def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settings: Settings) -> None:
-    before = task.status
+    before, seen = task.status, task_view(task)
     for name, value in changes.items():
         setattr(task, name, value)
     task.updated_at = now
@@ -7651,6 +7868,7 @@ def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settin
         task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
     check_key(db, task)
     update(db, task)
+    note(db, now, "update", "task", task.id, seen, task_view(task))
     if task.status != before and "disabled" in (before, task.status):
         hold_disabled(db, task.id, task.status == "disabled")
     if task.status != before and task.status == "active":
@@ -7666,6 +7884,7 @@ def add_schedule(db: DB, schedule: Schedule) -> None:
     if schedule.jitter:  # it is derived from the id, which is known only now
         schedule.look_ahead()
         update(db, schedule)
+    note(db, schedule.created_at, "create", "schedule", schedule.id, None, schedule_view(schedule))
 
 
 def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: int) -> dict[str, Any]:
@@ -7697,7 +7916,7 @@ def change_schedule(
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
         follow(db, claim_due(db, [schedule_id], now, claimed, settings, early=True), now, claimed, settings)
         schedule = get_schedule(db, schedule_id)
-    resumed = bool(wanted) and not schedule.is_active
+    resumed, seen = bool(wanted) and not schedule.is_active, schedule_view(schedule)
     for name, value in changes.items():
         setattr(schedule, name, value)
     schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
@@ -7720,6 +7939,7 @@ def change_schedule(
     check_key(db, schedule)
     update(db, schedule)
     remember_zone(db, schedule.zone)
+    note(db, now, "update", "schedule", schedule_id, seen, schedule_view(schedule))
     return [*claimed.new_ids, *claimed.cancelled, *recorded]
 
 
@@ -7792,6 +8012,7 @@ def remove_schedule(db: DB, schedule_id: int, now: int, settings: Settings) -> t
     queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
     found, tick = cancel_executions(db, queued, now, "cancelled: its schedule was deleted"), Tick()
     delete_schedule(db, schedule_id)
+    note(db, now, "delete", "schedule", schedule_id, schedule_view(schedule), None)
     follow(db, cancelled_of(found, now), now, tick, settings)
     return schedule.task_id, [*(execution_id for execution_id, _, _ in found), *tick.new_ids]
 
@@ -8437,10 +8658,69 @@ def split_host(text: str) -> tuple[str, int | None, bool]:
     return name, None if match[3] is None else int(match[3]), is_address
 
 
-def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> None:
-    """Raises Forbidden or Unauthorized unless the caller may ask for this. `/health` is open to any Host and needs no token."""
+WRONG_TOKENS = 10  # a second, from one address
+
+
+class Tokens:
+    """Who may ask for what: API_TOKEN, and API_TOKENS_FILE as it is now."""
+
+    def __init__(self, settings: Settings, monotonic: Callable[[], float]) -> None:
+        self._settings, self._monotonic = settings, monotonic
+        own = settings.api_token
+        self._own = [] if own is None else [Token("API_TOKEN", "admin", token_digest(own))]
+        self._tokens: list[Token] = []
+        self._file: tuple[int, ...] = ()
+        self._next_look = 0.0
+        self._wrong: dict[str, tuple[float, int]] = {}  # address → since when, how many
+
+    def look(self) -> None:
+        """Takes up a file that was changed; a bad one changes nothing, and is told once."""
+        if (path := self._settings.api_tokens_file) is None or self._monotonic() < self._next_look:
+            return
+        self._next_look = self._monotonic() + 1
+        try:
+            found = os.stat(path)
+            file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode)
+            if file != self._file:
+                self._file = file
+                self._tokens = read_tokens(path)
+        except (OSError, StartupError) as error:
+            if self._file != (0,) or isinstance(error, StartupError):
+                logger.error("the tokens that were known stay valid: %s", error)
+            self._file = self._file if isinstance(error, StartupError) else (0,)
+
+    def caller(self, authorization: str, way: str, address: str) -> Caller:
+        """Who has sent this header. Raises Unauthorized, TooManyRequests."""
+        via = f"{way} {address}"
+        if not self._settings.needs_token:
+            return Caller(via=via)
+        self.look()
+        scheme, _, given = authorization.partition(" ")
+        digest, known = token_digest(given.strip()), None
+        for token in [*self._own, *self._tokens]:  # all of them: the time it takes says nothing
+            if hmac.compare_digest(token.digest, digest):
+                known = token
+        if known is not None and scheme.lower() == "bearer":
+            return Caller(known.name, via, known.scope)
+        if given:
+            self._count_wrong(address)
+        raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with a token that is known here")
+
+    def _count_wrong(self, address: str) -> None:
+        now = self._monotonic()
+        since, count = self._wrong.pop(address, (now, 0))
+        self._wrong[address] = since, count = (since, count + 1) if now < since + 1 else (now, 1)
+        if len(self._wrong) > 1000:
+            del self._wrong[next(iter(self._wrong))]
+        if count > WRONG_TOKENS:
+            raise TooManyRequests(f"more than {WRONG_TOKENS} wrong tokens a second from {address}: wait a moment")
+
+
+def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> bool:
+    """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if there are
+    any. `/health` is open to any Host and needs no token."""
     if path == "/health":
-        return
+        return False
     hosts = headers.getall("Host", [])
     try:
         name, port, is_address = split_host(hosts[0] if len(hosts) == 1 else "")
@@ -8463,11 +8743,7 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
             raise Forbidden("requests from pages of another site are refused")
-    if settings.api_token is not None and not (navigates and (path != "/" or wants_html(headers))):
-        scheme, _, given = headers.get("Authorization", "").partition(" ")
-        sent, wanted = given.strip().encode("utf-8", "surrogateescape"), settings.api_token.encode()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, wanted):
-            raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with the value of CHRONOTASK_API_TOKEN")
+    return not (navigates and (path != "/" or wants_html(headers)))
 
 
 def wants_html(headers: CIMultiDictProxy[str]) -> bool:
@@ -8509,14 +8785,19 @@ def connection_type() -> type[web.RequestHandler]:
 BUSY: set[Any] = set()  # connections whose request is being answered
 
 
-def gated_app(service: Service) -> web.Application:
+def gated_app(service: Service, way: str) -> web.Application:
     """An application without routes. Who may ask is checked before every request, and every error becomes an answer after."""
+    tokens = Tokens(service.settings, service.clock.monotonic)
+    tokens.look()
 
     @web.middleware
     async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         BUSY.add(request.protocol)
         try:
-            check_caller(request.headers, request.method, request.path, service.settings)
+            caller = Caller(via=f"{way} {request.remote}", scope="read")
+            if check_caller(request.headers, request.method, request.path, service.settings):
+                caller = tokens.caller(request.headers.get("Authorization", ""), way, request.remote or "")
+            CALLER.set(caller)
             return await handler(request)
         except ChronoTaskError as error:
             return problem_answer(error)
@@ -8605,6 +8886,7 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
     location = operation.location
 
     async def handle(request: web.Request) -> web.Response:
+        require(operation.scope)  # before anything is read
         number, query = path_id(request), read_query(request, operation.query)
         result = await operation.call(service, number, query, await read_body(request, operation.body))
         if result is None:
@@ -8671,7 +8953,7 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
     """Whether the service works; needs no token."""
     reason = service.problem()
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
-    if service.settings.api_token is None:
+    if not service.settings.needs_token:
         answer |= {"version": __version__, "leader": service.engine.leading, "running": len(service.engine.running)}
         if reason is not None:
             answer["reason"] = reason
@@ -8731,7 +9013,8 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
     Without a token this would hand all secrets to whoever asks.
     """
-    if service.settings.api_token is None:
+    require("admin")
+    if not service.settings.needs_token:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
     about = {"Content-Type": "application/vnd.sqlite3", "Content-Disposition": 'attachment; filename="chronotask.db"'}
     return web.Response(body=await service.backup(), headers={**HEADERS, **about})
@@ -8944,7 +9227,7 @@ def _route(path: str) -> str:
 
 
 def make_app(service: Service) -> web.Application:
-    app = gated_app(service)
+    app = gated_app(service, "rest")
     for operation in OPERATIONS:
         handler, path = operation_handler(service, operation), _route(API + operation.path)
         for method in _methods(operation):
@@ -9243,7 +9526,11 @@ def make_server(service: Service) -> Server[Any]:
 
         return answer
 
-    async def call_tool(_: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+    async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+        caller, client = CALLER.get(), context.session.client_params
+        if caller.actor == "-" and client is not None:  # without tokens it is the client that says who it is
+            name = "".join(char for char in client.client_info.name if char.isprintable())[:64]
+            CALLER.set(Caller(name or "-", caller.via.replace("cli", "mcp"), caller.scope))
         return await run_tool(service, params.name, params.arguments or {})
 
     async def get_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
@@ -9472,7 +9759,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
         over.set()
         await job
 
-    app = gated_app(service)
+    app = gated_app(service, "mcp")
     for method in ("POST", "GET", "DELETE"):
         app.router.add_route(method, "/mcp", partial(handle_mcp, manager))
     app.cleanup_ctx.append(run_manager)
@@ -9795,12 +10082,12 @@ def warn_if_open(settings: Settings) -> None:
         local = ipaddress.ip_address(settings.api_host).is_loopback
     except ValueError:
         local = settings.api_host == "localhost"
-    if not local and settings.api_token is None:
+    if not local and not settings.needs_token:
         logger.warning(
             "ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", settings.api_host
         )
     for name in settings.allowed_hosts:
-        if settings.api_token is None and name != "localhost" and not set(name) & set(".:"):
+        if not settings.needs_token and name != "localhost" and not set(name) & set(".:"):
             # A search domain or a local resolver decides what a name of one label is: a page under it could call this API.
             logger.warning("CHRONOTASK_ALLOWED_HOSTS: DNS can be made to answer for %s: set CHRONOTASK_API_TOKEN", name)
 
