@@ -1846,8 +1846,9 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 
 
 def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """An http configuration with each text in it that may be a secret as `change` gives it, from its path and the text."""
-    url, result = config["url"], dict(config)
+    """An http configuration, or fields of one, with each text that may be a secret as `change` gives it, from its path and the
+    text."""
+    url, result = config.get("url") or "", dict(config)
     if "@" in url:
         if parts := url_parts(url):
             begin, end = len(parts.scheme) + 3, parts.host_begins - 1
@@ -1856,9 +1857,9 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
             begin, end = 0, re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
         if begin < end:
             result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
-    if "auth" in config:
+    if config.get("auth"):
         result["auth"] = {**config["auth"], "password": change("auth.password", config["auth"]["password"])}
-    if "headers" in config:
+    if config.get("headers"):
         result["headers"] = {
             name: change(f"headers.{name}", value) if name.lower() in MASKED_HEADERS else value
             for name, value in config["headers"].items()
@@ -1913,6 +1914,12 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     return result
 
 
+def override_config(task_type: str, config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task: its secrets
+    go to no other server than its own."""
+    return unmask_config(task_type, parse_config(task_type, {**mask_config(task_type, config), **override}), config)
+
+
 # --- The words of tasks, schedules and executions ---------------------------------------------------------------------
 
 UNFINISHED = ("queued", "running", "retrying")
@@ -1962,6 +1969,7 @@ Config = Annotated[
         "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
     ),
 ]
+Override = Annotated[dict[str, Any], Field(description="fields of the task's config, replaced for this run alone")]
 ScheduleConfig = Annotated[
     dict[str, Any],
     Field(
@@ -2009,7 +2017,7 @@ Catchup = Annotated[
 Status = Literal[
     "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
 ]
-Trigger = Literal["schedule", "catchup", "manual", "after"]
+Trigger = Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"]
 
 
 class Hold:
@@ -2191,7 +2199,9 @@ class Execution:
     next_attempt_at: ReadOnly[Time | None]
     error_message: ReadOnly[str | None]
     output_data: ReadOnly[dict[str, Any] | None] = None
+    config: Override | None = None
     cause: ReadOnly[dict[str, Any] | None] = None
+    rerun_of: ReadOnly[int | None] = None
     attempt_started_at: Internal[Time | None]
     output_size: Queried[Internal[int | None]] = None
     caused: Detail[list[int] | None] = None
@@ -2346,6 +2356,8 @@ class NewExecution:
     hold: int = 0
     error_message: str | None = None
     fire_at: int | None = None  # the slot with its jitter
+    config: str | None = None  # JSON text: what it overrides
+    rerun_of: int | None = None
     cause: str | None = None  # JSON text
     caused_by: int | None = None  # an execution; 0: none, but an event all the same
     event: str | None = None
@@ -2387,6 +2399,7 @@ class Run:
     retry_delay: float
     retry_backoff: float
     cause: str | None = None  # JSON text
+    override: str | None = None  # JSON text
     owner: str = ""  # the process that runs it
 
     @property
@@ -2476,6 +2489,11 @@ class Body(View):
         super().__init__(resource, name, **more)
         self.update, self.without = update, without
 
+    @property
+    def optional(self) -> bool:
+        """Whether a request may do without it."""
+        return not self.update and not any(get_origin(kind) is not NotRequired for kind in self.fields.values())
+
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
         defaults, fields = shape_of(self.resource).defaults, dict[str, Any]()
@@ -2502,6 +2520,7 @@ TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
 ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", **_OR_NULL)]
 ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, **_OR_NULL)]
 SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", **_OR_NULL)]
+ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
 
 
 def mark_of(kind: Any) -> Any:
@@ -2517,8 +2536,9 @@ def field_names(model: Any) -> Collection[str]:
 
 
 class Query(BaseModel):
-    """Base of all query strings: values arrive as text and are converted."""
+    """Base of all query strings: values arrive as text and are converted. `headers`: of fields that a request has as headers."""
 
+    headers: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", "id", mode="before", check_fields=False)
@@ -2582,6 +2602,18 @@ class ChangeQuery(Query):
     id: Id | None = None
     before_id: Id | None = None
     limit: Limit = 100
+
+
+class ExecuteQuery(WaitQuery):
+    headers = {"idempotency_key": "Idempotency-Key"}
+    idempotency_key: (
+        Annotated[
+            str,
+            Field(min_length=1, max_length=255, description="asked again within 24 h, it answers with the same execution"),
+            _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
+        ]
+        | None
+    ) = None
 
 
 class FollowQuery(Query):
@@ -2746,6 +2778,13 @@ def task_view(task: Task) -> TaskView:
     """What a client sees of a task: secrets are masked."""
     shown = view_of(task)
     shown["config"] = mask_config(task.task_type, task.config)
+    return shown
+
+
+def execution_view(execution: Execution) -> ExecutionView:
+    """What a client sees of an execution: secrets are masked."""
+    shown = view_of(execution)
+    shown["config"] = execution.config and mask_config("http", execution.config)  # bash has no field of these names
     return shown
 
 
@@ -3467,6 +3506,27 @@ MIGRATIONS: list[tuple[str, ...]] = [
             kind TEXT NOT NULL, object_id INTEGER, operation TEXT NOT NULL, before TEXT, after TEXT
         )""",
         "CREATE INDEX changes_object ON changes (kind, object_id)",
+    ),
+    # Again, not then, not together; and what is rare is found without reading all rows.
+    (
+        "ALTER TABLE tasks ADD COLUMN paused_until INTEGER",
+        "ALTER TABLE tasks ADD COLUMN concurrency_group TEXT",
+        "CREATE INDEX tasks_paused ON tasks (paused_until) WHERE paused_until IS NOT NULL",
+        "CREATE INDEX tasks_grouped ON tasks (concurrency_group) WHERE concurrency_group IS NOT NULL",
+        "ALTER TABLE schedules ADD COLUMN exclude TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE executions ADD COLUMN config TEXT",
+        "ALTER TABLE executions ADD COLUMN rerun_of INTEGER",
+        "DROP INDEX executions_slot",
+        """CREATE UNIQUE INDEX executions_slot ON executions (schedule_id, scheduled_for)
+            WHERE scheduled_for IS NOT NULL AND trigger IN ('schedule', 'catchup')""",
+        "CREATE INDEX executions_schedule ON executions (schedule_id) WHERE schedule_id IS NOT NULL",
+        "CREATE INDEX executions_trigger ON executions (trigger)",
+        "CREATE INDEX executions_rare ON executions (status) WHERE status <> 'succeeded' AND finished_at IS NOT NULL",
+        """CREATE TABLE idempotency (
+            task_id INTEGER NOT NULL REFERENCES tasks (id) ON DELETE CASCADE, key TEXT NOT NULL, at INTEGER NOT NULL,
+            body TEXT NOT NULL, execution_id INTEGER NOT NULL, PRIMARY KEY (task_id, key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX idempotency_at ON idempotency (at)",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -4259,12 +4319,14 @@ def purge_task(db: DB, task_id: int, limit: int) -> bool:
 # --- Queries: executions ----------------------------------------------------------------------------------------------
 
 
-_NEW = tuple(field.name for field in dataclasses.fields(NewExecution))  # the last four are those of a cause
+_NEW = {field.name: field.default for field in dataclasses.fields(NewExecution)}
+_SELDOM = ("config", "rerun_of", "cause", "caused_by", "event", "depth")
 
 
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    names = _NEW if any(row.cause for row in rows) else _NEW[:-4]
+    unused = {name for name in _SELDOM if all(getattr(row, name) == _NEW[name] for row in rows)}
+    names = tuple(name for name in _NEW if name not in unused)
     values = operator.attrgetter(*names)
     new = [(*values(row), row.finished_at, str(uuid.uuid4())) for row in rows]
     columns = (*names, "finished_at", "uuid")
@@ -4280,7 +4342,8 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     """
     found = db.execute(
         """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
-            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')""",
+            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')
+                AND trigger IN ('schedule', 'catchup')""",
         (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
     )
     taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
@@ -4307,7 +4370,7 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinishe
 
 
 _RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, uuid, name AS task_name, task_type,
-    config, max_retries, retry_delay, retry_backoff, cause"""
+    t.config, e.config AS override, max_retries, retry_delay, retry_backoff, cause"""
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
@@ -4488,6 +4551,24 @@ def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
     """How many executions `after` fired one because of the other until each of these, which is one of them."""
     these = "SELECT id, depth FROM executions WHERE depth > 0 AND id IN (SELECT value FROM json_each(?))"
     return dict(db.execute(these, (compact(list(ids)),)).fetchall())
+
+
+def execution_of_key(db: DB, task_id: int, key: str, body: str, now: int) -> int | None:
+    """The execution that was asked for with this idempotency key in the last day, or None. Raises InvalidInput, Conflict."""
+    db.execute("DELETE FROM idempotency WHERE at < ?", (now - DAY,))
+    asked = "SELECT i.body, execution_id, e.id FROM idempotency i LEFT JOIN executions e ON e.id = execution_id"
+    row = db.execute(f"{asked} WHERE i.task_id = ? AND key = ?", (task_id, key)).fetchone()
+    if row is not None and row[0] != body:
+        raise InvalidInput(FieldError("Idempotency-Key", "was sent with another body within the last 24 h: take another key"))
+    if row is not None and row[2] is None:
+        raise Conflict(
+            f"this Idempotency-Key has started execution {row[1]}, which the history no longer holds: it is not run again"
+        )
+    return row and int(row[1])
+
+
+def remember_key(db: DB, task_id: int, key: str, body: str, execution_id: int, now: int) -> None:
+    db.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", (task_id, key, now, body, execution_id))
 
 
 def caused_by(db: DB, execution_id: int) -> list[int]:
@@ -6372,7 +6453,7 @@ class Feed:
         if not ids or not self.wanted:
             return
         for execution in await self._store.read(partial(get_executions, ids=set(ids))):
-            self.publish("execution", execution.task_id, view_of(execution))
+            self.publish("execution", execution.task_id, execution_view(execution))
             self._shown_up_to = max(self._shown_up_to, execution.id)
             self._shown[execution.id] = execution.status
             if execution.status in FINISHED:
@@ -6672,10 +6753,14 @@ class Engine:
         run = active.run
         try:
             config = stored_config(run.config)
+            if run.override is not None:
+                config = StoredConfig(override_config(run.task_type, config, parsed(run.override)))
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:
                 outcome = await run_http(config, run, self.settings, self.http, self._environ, active.live, self.clock.now)
+        except InvalidInput as error:
+            outcome = Outcome("failed", f"the config of this execution no longer fits its task: {error.detail}")
         except Exception as error:
             logger.exception("execution %d", run.execution_id)
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
@@ -7281,7 +7366,8 @@ class Operation:
     @property
     def location(self) -> str | None:
         """Where the thing is that this makes."""
-        return f"/{mark_of(self.result).resource.__name__.lower()}s/{{id}}" if self.status in (201, 202) else None
+        made = mark_of(self.result) if self.status in (201, 202) else None
+        return f"/{made.resource.__name__.lower()}s/{{id}}" if made else None
 
 
 OPERATIONS: list[Operation] = []
@@ -7579,20 +7665,56 @@ class Service:
     # --- use cases: executions ---
 
     @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
-    async def execute_task(self, task_id: int, query: WaitQuery) -> ExecutionView:
+    async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
         """Run a task now.
 
         Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
-        get_execution shows its end.
+        get_execution shows its end. `config` replaces single fields of the task's config for this run alone.
         """
-        queue = partial(_queue_manual, task_id=task_id, settings=self.settings, now=self.clock.now())
-        execution = await self.change(queue, take_up=False)
-        self.engine.wake()
-        await self.engine.feed.publish_executions([execution.id])
-        if query.wait <= 0:
-            return view_of(execution)
-        await self.engine.feed.wait_for(execution.id, query.wait)
+        row, key, now = NewExecution(task_id, None, "manual", None, self.clock.now()), query.idempotency_key, self.clock.now()
+        if override := body.get("config"):
+            require("admin")  # it is a command of one's own
+        sent = hashlib.sha256(compact(body).encode()).hexdigest()
+
+        def write(db: DB) -> tuple[Execution, bool]:
+            if key is not None and (known := execution_of_key(db, task_id, key, sent, now)) is not None:
+                return get_execution(db, known)[0], False
+            execution = _queue(db, row, override, self.settings)
+            if key is not None:
+                remember_key(db, task_id, key, sent, execution.id, now)
+            return execution, True
+
+        return await self._begin(write, query.wait)
+
+    async def _begin(self, write: Callable[[DB], tuple[Execution, bool]], wait: float) -> ExecutionView:
+        """Queues an execution, unless it is there already, and waits for its end up to `wait` seconds."""
+        execution, is_new = await self.change(write, take_up=False)
+        if is_new:
+            self.engine.wake()
+            await self.engine.feed.publish_executions([execution.id])
+        if wait <= 0:
+            return execution_view(execution)
+        await self.engine.feed.wait_for(execution.id, wait)
         return await self.get_execution(execution.id)
+
+    @operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
+    async def rerun_execution(self, execution_id: int, query: WaitQuery) -> ExecutionView:
+        """Run an execution again.
+
+        With its slot and its config override, and the task as it is now. One that is not over yet is refused. Answers as
+        execute_task.
+        """
+        now = self.clock.now()
+
+        def write(db: DB) -> tuple[Execution, bool]:
+            old, _ = get_execution(db, execution_id)
+            if old.status in UNFINISHED:
+                raise Conflict(f"execution {execution_id} is not over yet: {old.status}")
+            cause = None if old.cause is None else compact(old.cause)
+            row = NewExecution(old.task_id, old.schedule_id, "rerun", old.scheduled_for, now, cause=cause, rerun_of=old.id)
+            return _queue(db, row, old.config, self.settings), True
+
+        return await self._begin(write, query.wait)
 
     @operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
@@ -7606,7 +7728,7 @@ class Service:
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
         execution.attempts, execution.caused = attempt_views(execution, past), caused
-        return view_of(execution)
+        return execution_view(execution)
 
     @operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
@@ -7616,14 +7738,14 @@ class Service:
         say why. For older ones raise `skip`.
         """
         total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id))
-        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=[view_of(row) for row in rows])
+        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
     @operation("GET", "/executions")
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
         _, rows = await self.store.scan(partial(list_executions, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
-        return ExecutionPage(executions=[view_of(row) for row in rows], next_before_id=more)
+        return ExecutionPage(executions=list(map(execution_view, rows)), next_before_id=more)
 
     @operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
@@ -7777,18 +7899,26 @@ def _read_schedule(db: DB, schedule_id: int, paused: bool) -> ScheduleView:
     return schedule_view(as_it_is(schedule, paused))
 
 
-def _queue_manual(db: DB, task_id: int, settings: Settings, now: int) -> Execution:
-    task = get_task(db, task_id)
+def _queue(db: DB, row: NewExecution, override: dict[str, Any] | None, settings: Settings) -> Execution:
+    """Writes an execution that somebody asks for. Raises NotFound, Conflict, Forbidden, InvalidInput."""
+    task = get_task(db, row.task_id)
     if task.status == "disabled":
-        raise Conflict(f"task {task_id} is disabled: set its status to active or paused first")
+        raise Conflict(f"task {task.id} is disabled: set its status to active or paused first")
     if task.task_type == "bash" and not settings.allow_host_commands:
         raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
-    row = NewExecution(task_id, None, "manual", None, now)
-    if "${cause:" in compact(task.config) or schedules_that(db, {"s.task_id = ?": task_id, "s.schedule_type = 'after'": True}):
-        row.cause = compact(sample_cause(task, now, settings.scheduler_timezone, settings.public_url))
+    if override:
+        config = override_config(task.task_type, task.config, override)
+        check_allowed(task.task_type, config, settings)
+        row.config = compact({name: config.get(name) for name in override})
+    of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
+    if row.trigger == "manual" and ("${cause:" in compact(task.config) or schedules_that(db, of_after)):
+        row.cause = compact(sample_cause(task, row.queued_at, settings.scheduler_timezone, settings.public_url))
     execution_id = insert_executions(db, [row])[0]
-    note(db, now, "execute", "execution", execution_id, None, {"task_id": task_id, "task_name": task.name})
-    return get_execution(db, execution_id)[0]
+    execution = get_execution(db, execution_id)[0]
+    about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": execution_view(execution)["config"]}
+    operation = "execute" if row.trigger == "manual" else row.trigger
+    note(db, row.queued_at, operation, "execution", execution_id, None, {k: v for k, v in about.items() if v is not None})
+    return execution
 
 
 def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
@@ -8844,9 +8974,12 @@ async def json_bytes(request: web.Request) -> bytes:
 
 async def read_body(request: web.Request, model: Any) -> Any:
     """The body as `model`; without one, only an empty body (or {}) is taken."""
-    if model is None and not request.body_exists:
-        return None
+    optional = model is None or mark_of(model).optional
+    if optional and not request.body_exists:
+        return None if model is None else {}
     raw = await json_bytes(request)
+    if optional and model is not None and not raw.strip():
+        return {}
     if model is None:
         if raw.strip() and load_json(raw) != {}:
             raise InvalidInput(FieldError("", "this takes no body"))
@@ -8865,6 +8998,11 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     given = dict(request.query)
     if wrong := [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]:
         raise InvalidInput(*wrong)
+    for name, header in model.headers.items() if model is not None else ():
+        if name in given:
+            raise InvalidInput(FieldError(name, f"must be sent as the header {header}"))
+        if header in request.headers:
+            given[name] = request.headers[header]
     return parse(model or Query, given)
 
 
@@ -9135,6 +9273,7 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
         },
     },
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
+    ExecuteBody: {"config": {"args": ["--since", "monday"]}},
 }
 _TEXT = {"type": "string"}
 _ERROR = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
@@ -9169,7 +9308,8 @@ def openapi() -> dict[str, Any]:
             document = _document(operation, name, good, wrong | ({408, 413, 415} if method != "GET" else set()))
             if operation.body is not None:
                 sent = {"schema": refs[operation.body, "validation"], "example": _EXAMPLES[operation.body]}
-                document["requestBody"] = {"required": True, "content": {"application/json": sent}}
+                required = not mark_of(operation.body).optional
+                document["requestBody"] = {"required": required, "content": {"application/json": sent}}
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
@@ -9201,7 +9341,9 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
     for field, schema in route.query.model_json_schema()["properties"].items() if route.query is not None else ():
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
-        parameters.append({"name": field, "in": "query", "schema": lean | (arms[0] if len(arms) == 1 else {})})
+        schema = lean | (arms[0] if len(arms) == 1 else {})
+        header = route.query.headers.get(field) if route.query is not None else None
+        parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema})
     if isinstance(route, Page) and route.header is not None:
         parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
     answers: dict[str, Any] = {
@@ -9262,6 +9404,8 @@ TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool
 ToolLimit = Annotated[int, Field(ge=1, le=100)]
 NULL = {"type": "null"}
 
+_TOOL_WAIT: Any = (Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")], 10)
+
 # A model pays for each word: other defaults serve it better than a program.
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
     "list_tasks": {"limit": (ToolLimit, 20)},
@@ -9271,7 +9415,8 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
         "output": (Literal["short", "full", "none"], Field("short", description="short cuts long texts")),
     },
     # Many clients give a call up after 60 s.
-    "execute_task": {"wait": (Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")], 10)},
+    "execute_task": {"wait": _TOOL_WAIT},
+    "rerun_execution": {"wait": _TOOL_WAIT},
 }
 # Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing, or another tool does it.
 WITHOUT_EFFECT = {
@@ -9294,10 +9439,11 @@ def tool_model(operation: Operation) -> Any:
     """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
     kind = TaskId if operation.id_name == "task_id" else Id
     number: dict[str, Any] = {} if operation.id_name is None else {operation.id_name: Annotated[kind, Field(strict=False)]}
-    if operation.body is not None:
-        body = mark_of(operation.body)
+    body = mark_of(operation.body)
+    if body is not None and operation.query is None:
         return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, body.without, **body.more, **number)]
     fields: dict[str, Any] = {**TOOL_QUERIES.get(operation.name, {}), **{name: (kind, ...) for name, kind in number.items()}}
+    fields |= {name: (get_args(kind)[0], None) for name, kind in body.fields.items()} if body is not None else {}
     return create_model(operation.name, __base__=operation.query or Query, **fields)
 
 
@@ -9311,6 +9457,12 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
     checked = parse(tool_model(operation), given)
     if operation.body is None:
         return getattr(checked, id_name, 0), checked, None
+    if operation.query is not None:
+        return (
+            getattr(checked, id_name, 0),
+            checked,
+            checked.model_dump(include=set(field_names(operation.body)), exclude_none=True),
+        )
     return checked.pop(id_name, 0), None, checked
 
 
@@ -9403,7 +9555,7 @@ async def _use(service: Service, operation: Operation, named: int | str, query: 
         case "list_tasks":
             for task in view["tasks"]:
                 _clip_field(task, "config", TOOL_LIST_TEXT, "get_task shows all")
-        case "execute_task" | "get_execution" | "cancel_execution":
+        case "execute_task" | "rerun_execution" | "get_execution" | "cancel_execution":
             if view["status"] in UNFINISHED:
                 view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
             where = f"resource {SCHEME}executions/{view['id']} has all"

@@ -268,8 +268,8 @@ class Rig:
     async def patch_schedule(self, schedule_id: int, **fields: Any) -> Any:
         return await self.service.update_schedule(schedule_id, parse(chronotask.ScheduleUpdate, fields))
 
-    async def execute(self, task_id: int) -> int:
-        return (await self.service.execute_task(task_id, chronotask.WaitQuery()))["id"]
+    async def execute(self, task_id: int, body: Any = None, **query: Any) -> int:
+        return (await self.service.execute_task(task_id, chronotask.ExecuteQuery(**query), body or {}))["id"]
 
     async def executed(self, task_id: int) -> int:
         """An execution by hand that is over, or waits for its retry; its id."""
@@ -5880,7 +5880,7 @@ async def test_one_slot_has_one_execution_by_a_unique_key_in_the_database(rig: R
     await rig.run_at(60)
     columns = "task_id, schedule_id, trigger, status, scheduled_for, queued_at, uuid"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
-        rig.sql(f"INSERT INTO executions ({columns}) VALUES (1, 1, 'x', 'queued', ?, 1, 'u')", START + 60 * S)
+        rig.sql(f"INSERT INTO executions ({columns}) VALUES (1, 1, 'catchup', 'queued', ?, 1, 'u')", START + 60 * S)
 
 
 async def test_an_accepted_execution_is_on_disk_before_the_caller_hears_of_it_and_runs_before_its_side_effect(
@@ -9090,6 +9090,113 @@ async def test_a_stopping_service_answers_503(api: Api) -> None:
     api.rig.service.engine.stopping = False
 
 
+async def test_an_execution_is_run_again_with_its_slot_and_its_override(rig: Rig) -> None:
+    schedule_id = await rig.schedule(await rig.task(config={"command": "echo $CHRONOTASK_SCHEDULED_FOR"}), max_runs=2)
+    await rig.run_at(60)
+    [first] = await rig.rows(output="full")
+    for _ in range(2):
+        again = (await rig.service.rerun_execution(first["id"], chronotask.WaitQuery()))["id"]
+    with pytest.raises(Conflict, match="execution 3 is not over yet: queued"):
+        await rig.service.rerun_execution(again, chronotask.WaitQuery())
+    await rig.finish()
+    rows = await rig.rows(output="full")
+    assert [(row["trigger"], row["status"], row["rerun_of"]) for row in rows[1:]] == [("rerun", "succeeded", first["id"])] * 2
+    for name in ("schedule_id", "scheduled_for", "config"):
+        assert [row[name] for row in rows] == [first[name]] * 3
+    assert {row["output_data"]["stdout"] for row in rows} == {"2026-01-01T00:01:00Z\n"}
+    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 1, "what somebody asks for is no run of max_runs"
+    with pytest.raises(chronotask.NotFound):
+        await rig.service.rerun_execution(99, chronotask.WaitQuery())
+    await rig.patch_task(1, status="disabled")
+    with pytest.raises(Conflict, match="task 1 is disabled"):
+        await rig.service.rerun_execution(first["id"], chronotask.WaitQuery())
+
+
+async def test_one_run_replaces_single_fields_of_its_tasks_config(api: Api, target: Target) -> None:
+    task_id = await api.task(config={"command": "echo", "args": ["usual"], "env": {"A": "1"}}, max_retries=1, retry_delay=0)
+    for sent, stdout in (({"args": ["--since", "monday"]}, "--since monday\n"), ({"args": None}, "\n"), ({}, "usual\n")):
+        answer = await api("POST", f"/tasks/{task_id}/execute?wait=30", {"config": sent})
+        assert (answer.json["output_data"]["stdout"], answer.json["config"]) == (stdout, sent or None)
+    assert (await api.get(f"/tasks/{task_id}"))["config"] == {"command": "echo", "args": ["usual"], "env": {"A": "1"}}
+    rerun = await api("POST", "/executions/1/rerun?wait=30")
+    assert (rerun.status, rerun.headers["Location"], rerun.json["output_data"]["stdout"]) == (
+        200, "/api/v1/executions/4", "--since monday\n",
+    )  # fmt: skip
+    for wrong, field in (({"arg": []}, "config.arg"), ({"command": None}, "config.command"), ({"timeout": 0}, "config.timeout")):
+        problem_of(await api("POST", f"/tasks/{task_id}/execute", {"config": wrong}), 422, field)
+    problem_of(await api("POST", f"/tasks/{task_id}/execute", {"conf": {}}), 422, "conf")
+    problem_of(await api("POST", f"/tasks/{task_id}/execute", raw=b"[]", headers={"Content-Type": "application/json"}), 422, "")
+    assert len((await api.get("/executions"))["executions"]) == 4
+
+
+async def test_an_override_is_masked_and_sends_no_secret_of_the_task_elsewhere(api: Api, target: Target) -> None:
+    await api.task(**target.config(headers={"Authorization": "Bearer s3cret"}))
+    sent = {"url": target.url + "/other", "headers": {"Authorization": "Bearer 0ther", "X-A": "1"}}
+    answer = await api("POST", "/tasks/1/execute?wait=30", {"config": sent})
+    shown = {"url": target.url + "/other", "headers": {"Authorization": MASK, "X-A": "1"}}
+    assert (answer.json["config"], target.requests[0].headers["Authorization"]) == (shown, "Bearer 0ther")
+    for page in ("/executions", "/tasks/1/history"):
+        assert "0ther" not in (await api("GET", page)).text
+    await api("POST", "/executions/1/rerun?wait=30")
+    assert target.requests[1].headers["Authorization"] == "Bearer 0ther"
+    answer = await api("POST", "/tasks/1/execute", {"config": {"url": target.url.replace("127.0.0.1", "localhost")}})
+    assert "scheme, host or port of the url changed" in problem_of(answer, 422, "config.headers.Authorization")
+
+
+async def test_an_override_meets_an_allow_list_when_it_is_asked_for_and_when_it_runs(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(config={"command": "echo"}, max_retries=3)
+    await rig.execute(task_id, {"config": {"command": "printf x"}})
+    rig = await restarted(rig, open_rig, allowed_bash_commands=("echo",))
+    await rig.finish()
+    [row] = await rig.rows()
+    assert (row["status"], row["attempt"]) == ("failed", 1)
+    assert "the command must be one of echo" in row["error_message"]
+    call = rig.service.execute_task(task_id, chronotask.ExecuteQuery(), {"config": {"command": "printf x"}})
+    assert await refused_fields(call) == ["config.command"]
+    call = rig.service.rerun_execution(row["id"], chronotask.WaitQuery())
+    assert await refused_fields(call) == ["config.command"]
+
+
+async def test_an_override_that_no_longer_fits_its_task_fails_at_once(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(max_retries=3)
+    await rig.execute(task_id, {"config": {"args": ["x"]}})
+    await rig.patch_task(task_id, **target.config())
+    await rig.finish()
+    [row] = await rig.rows()
+    assert (row["status"], row["attempt"]) == ("failed", 1)
+    assert row["error_message"].startswith("the config of this execution no longer fits its task: config.args")
+
+
+async def test_the_same_idempotency_key_runs_a_task_once_within_a_day(rig: Rig) -> None:
+    first, other = await rig.task(), await rig.task()
+    one = await rig.execute(first, idempotency_key="k")
+    assert await rig.execute(first, idempotency_key="k") == one
+    await rig.finish()
+    assert await rig.execute(first, idempotency_key="k") == one
+    assert len({one, await rig.execute(other, idempotency_key="k"), await rig.execute(first, idempotency_key="K")}) == 3
+    call = rig.service.execute_task(first, chronotask.ExecuteQuery(idempotency_key="k"), {"config": {"args": ["x"]}})
+    assert await refused_fields(call) == ["Idempotency-Key"]
+    await rig.finish()
+    await rig.run_at(86_399)
+    rig.sql("DELETE FROM executions WHERE id = ?", one)  # as retention does
+    with pytest.raises(Conflict, match=f"has started execution {one}, which the history no longer holds: it is not run again"):
+        await rig.execute(first, idempotency_key="k")
+    assert len(await rig.rows()) == 2
+    await rig.run_at(86_401)
+    assert await rig.execute(first, idempotency_key="k") not in (one, None)
+    await rig.service.delete_task(other)
+    assert rig.sql("SELECT task_id, key FROM idempotency") == [(first, "k")]
+
+
+async def test_an_idempotency_key_is_a_header_of_visible_characters(api: Api) -> None:
+    await api.task()
+    answers = [await api("POST", "/tasks/1/execute", headers={"Idempotency-Key": key}) for key in ("a!~", "a!~", "x" * 255)]
+    assert [(answer.status in (200, 202), answer.json["id"]) for answer in answers] == [(True, 1), (True, 1), (True, 2)]
+    for key in ("", "a b", "ä", "x" * 256):
+        problem_of(await api("POST", "/tasks/1/execute", headers={"Idempotency-Key": key}), 422, "idempotency_key")
+    problem_of(await api("POST", "/tasks/1/execute?idempotency_key=x"), 422, "idempotency_key")
+
+
 async def test_history_is_newest_first_and_can_be_filtered(api: Api) -> None:
     task_id = await api.task()
     ids = [await api.executed(task_id) for _ in range(2)]
@@ -9839,7 +9946,7 @@ async def test_no_bytes_at_all_make_the_server_fail(api: Api) -> None:
 TOOL_NAMES = {
     "create_task", "list_tasks", "get_task", "update_task", "delete_task", "execute_task", "create_schedule", "list_schedules",
     "update_schedule", "delete_schedule", "get_task_history", "get_scheduler_status", "preview_schedule", "get_execution",
-    "cancel_execution",
+    "cancel_execution", "rerun_execution",
 }  # fmt: skip
 OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
 NEW_VERSION = "2026-07-28"
@@ -10039,6 +10146,11 @@ async def use_every_tool(call: Caller) -> None:
     assert (run["status"], run["output_data"]["stdout"]) == ("succeeded", "hello\n")
     assert (await use("get_execution", execution_id=run["id"]))["attempts"][0]["status"] == "succeeded"
     assert (await use("get_task_history", task_id=task["id"]))["history"][0]["id"] == run["id"]
+    again = await use("execute_task", task_id=task["id"], config={"args": ["again"]}, idempotency_key="k")
+    assert (again["output_data"]["stdout"], again["config"]) == ("hello again\n", {"args": ["again"]})
+    assert (await use("execute_task", task_id=task["id"], config={"args": ["again"]}, idempotency_key="k"))["id"] == again["id"]
+    rerun = await use("rerun_execution", execution_id=again["id"])
+    assert (rerun["output_data"]["stdout"], rerun["rerun_of"]) == ("hello again\n", again["id"])
     slow = await use("create_task", name="slow", task_type="bash", config={"command": "sleep 60"}, max_retries=0)
     going = await use("execute_task", task_id=slow["id"], wait=0.05)
     shows = f"get_execution with execution_id {going['id']} shows its end, cancel_execution ends it"
