@@ -8444,7 +8444,7 @@ class _Apply:
         db, task, before = self.db, isinstance(item, Task), _view(item)
         if self.prune == "delete":
             if task:
-                mark_deleted(db, item.id)
+                remove_task(db, item.id, self.now)
             else:
                 self.touched += remove_schedule(db, item.id, self.now, self.settings)[1]
             self._note("deleted", key, item, before, ())
