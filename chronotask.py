@@ -667,6 +667,20 @@ def parse_instant(text: str, zone: str) -> int:
     return t
 
 
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+def parse_bound(text: str, zone: str, end: bool = False) -> int:
+    """Like `parse_instant`; a date alone is the start of that day in `zone`, or with `end` its last microsecond."""
+    if not _DATE.fullmatch(text):
+        return parse_instant(text, zone)
+    start = parse_instant(f"{text}T00:00", zone)
+    if not end:
+        return start
+    following = _EPOCH.fromisoformat(text) + timedelta(days=1) if text < "9999-12-31" else None
+    return parse_instant(following.isoformat(), zone) - 1 if following else LAST_INSTANT
+
+
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
 #
 # croniter finds the matching dates. It gets plain numbers only, because it reads an equal range (5-5) as "every", lets
@@ -1297,14 +1311,13 @@ class Plan:
         digest = hashlib.blake2b(f"{self.schedule_id}:{slot}".encode(), digest_size=8).digest()
         return slot + int.from_bytes(digest, "big") % choices * 1000
 
-    def upcoming(self, after: int, count: int) -> list[int]:
+    def upcoming(self, after: int, count: int) -> Iterator[int]:
         """When the next slots later than the slot `after` fire, at most `count` of them."""
-        count = count if self.remaining is None else min(count, self.remaining)
-        times: list[int] = []
-        while len(times) < count and (slot := self.next_slot(after)) is not None:
-            times.append(self.fire_time(slot))
+        for _ in range(count if self.remaining is None else min(count, self.remaining)):
+            if (slot := self.next_slot(after)) is None:
+                return
+            yield self.fire_time(slot)
             after = slot
-        return times
 
 
 # ======================================================================================================================
@@ -1323,6 +1336,7 @@ class Plan:
 # A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
 # names properties that answers show, and the field that each stands behind.
 
+DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 # The client library writes these itself: a task's own value would contradict the message that is really sent (RFC 9112, 6).
@@ -2017,6 +2031,15 @@ Catchup = Annotated[
 Status = Literal[
     "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
 ]
+Statuses = Annotated[
+    tuple[Status | Literal["unfinished"], ...],
+    BeforeValidator(lambda sent: tuple(sent.split(",")) if isinstance(sent, str) else sent),
+    AfterValidator(
+        lambda found: tuple(dict.fromkeys(s for one in found for s in (UNFINISHED if one == "unfinished" else (one,))))
+    ),
+    Field(description="several, comma-separated; unfinished: queued, running and retrying"),
+]
+Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
 Trigger = Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"]
 
 
@@ -2578,7 +2601,9 @@ class OutputQuery(Query):
 
 class HistoryQuery(OutputQuery):
     success: bool | None = None
-    status: Status | None = None
+    status: Statuses | None = None
+    since: Since | None = None
+    until: Since | None = None
     skip: Skip = 0
     limit: Limit = 100
 
@@ -2587,9 +2612,18 @@ class ExecutionQuery(OutputQuery):
     task_id: TaskId | None = None
     tag: Tag | None = None
     schedule_id: Id | None = None
-    status: Status | None = None
+    status: Statuses | None = None
     trigger: Trigger | None = None
+    since: Since | None = None
+    until: Since | None = None
     before_id: Id | None = None
+    limit: Limit = 100
+
+
+class UpcomingQuery(Query):
+    until: Since | None = None
+    task_id: TaskId | None = None
+    tag: Tag | None = None
     limit: Limit = 100
 
 
@@ -2731,6 +2765,7 @@ class StatusView(TypedDict):
     leader: bool
     paused: bool
     timezone: str
+    now: str
     version: str
     started_at: str
     tasks: int
@@ -2739,7 +2774,7 @@ class StatusView(TypedDict):
     executions: dict[str, int]
     queue_length: int
     max_concurrent_runs: int
-    next_runs: list[dict[str, Any]]
+    next_runs: list[Firing]
     lateness: dict[str, float | int | None]
     config_file: dict[str, str | None] | None
 
@@ -2825,6 +2860,31 @@ def newest(recent: bytes, fresh: int) -> bytes:
     """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
     lost = fresh - len(recent)
     return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
+
+
+class Firing(Upcoming):
+    schedule_id: int
+    task_id: int
+    task_name: str
+
+
+class UpcomingPage(TypedDict):
+    upcoming: list[Firing]
+
+
+def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
+    """The next firings of schedules in their true order, each as often as it fires."""
+
+    def of(schedule: Schedule) -> Iterator[tuple[int, int, Schedule]]:
+        with contextlib.suppress(*DAMAGE):
+            for t in schedule.plan().upcoming(schedule.settled_until, limit):
+                yield t, schedule.id, schedule
+
+    merged = itertools.takewhile(lambda firing: firing[0] <= until, heapq.merge(*map(of, schedules)))
+    return [
+        Firing(schedule_id=s.id, task_id=s.task_id, task_name=s.task_name, **upcoming_view([t], s.zone)[0])
+        for t, _, s in itertools.islice(merged, limit)
+    ]
 
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
@@ -4578,35 +4638,55 @@ def caused_by(db: DB, execution_id: int) -> list[int]:
 _FAILED_SQL = "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"  # to the letter, as the partial index
 
 
-def list_executions(db: DB, query: ExecutionQuery | HistoryQuery, task_id: int | None = None) -> tuple[int, list[Execution]]:
+def _served(status: str) -> str:
+    """The condition of the partial indexes that serve a status."""
+    if status in UNFINISHED:
+        return UNFINISHED_SQL
+    if status == "succeeded":
+        return "TRUE"
+    more = "status IN ('skipped', 'missed')" if status in NEVER_STARTED else _FAILED_SQL if status in SUCCESS else "TRUE"
+    return f"status <> 'succeeded' AND finished_at IS NOT NULL AND {more}"
+
+
+def list_executions(
+    db: DB, query: ExecutionQuery | HistoryQuery, task_id: int | None = None, span: tuple[int | None, int | None] = (None, None)
+) -> tuple[int, list[Execution]]:
     """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
+
+    Those that lie at least partly in `span`, its since and until, from `queued_at` to `finished_at`.
 
     With their whole output (`full`), without (`none`), or with its texts cut (None).
     """
-    asked = query.model_dump(exclude_none=True)
+    asked, statuses = query.model_dump(exclude_none=True), query.status or ()
     where, values = _where(
         {
             _NOT_DELETED: task_id is None,
             "task_id = ?": task_id if task_id is not None else asked.get("task_id"),
             f"task_id IN ({_TAGGED})": asked.get("tag"),
             "schedule_id = ?": asked.get("schedule_id"),
-            "scheduled_for IS NOT NULL": "schedule_id" in asked,  # what the index on slots is limited to
-            "status = ?": query.status,
             "trigger = ?": asked.get("trigger"),
             "id < ?": asked.get("before_id"),
             "status = 'succeeded'": asked.get("success"),
-            UNFINISHED_SQL: query.status in UNFINISHED,
-            _FAILED_SQL: asked.get("success") is False or SUCCESS.get(query.status or "") is False,
+            "queued_at <= ?": span[1],
+            "coalesce(finished_at >= ?, TRUE)": span[0],
+            _FAILED_SQL: asked.get("success") is False,
         }
     )
+    # One part for each status: each is in the order of an index, and they are merged as far as they are read.
+    # + for the index of the few, not the order of all rows.
+    parts = [
+        f"SELECT {'+' * (status in UNFINISHED)}id AS id FROM executions {where} AND status = '{status}' AND {_served(status)}"
+        for status in statuses
+    ]
+    found = " UNION ALL ".join(parts or [f"SELECT id FROM executions {where}"])
+    values *= max(1, len(statuses))
     total = 0
     if task_id is not None:
         counted = db.execute("SELECT history_count FROM tasks WHERE id = ? AND NOT deleted", (task_id,)).fetchall()
         total = existing(counted, "task", task_id)[0]
-        if asked.keys() & {"status", "success"}:
-            total = db.execute(f"SELECT count(*) FROM executions {where}", values).fetchone()[0]
-    order = "+id" if query.status in UNFINISHED else "id"  # + for the index of the few, not the order of all rows
-    page = f"{_EXECUTIONS} {where} ORDER BY {order} DESC LIMIT ? OFFSET ?"
+        if asked.keys() & {"status", "success", "since", "until"}:
+            total = db.execute(f"SELECT count(*) FROM ({found})", values).fetchone()[0]
+    page = f"{_EXECUTIONS} WHERE id IN ({found} ORDER BY id DESC LIMIT ? OFFSET ?) ORDER BY id DESC"
     without = _OUTPUT if query.output == "none" else frozenset[str]()
     executions = load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], without)
     for execution in executions:
@@ -4626,23 +4706,28 @@ def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
 def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
     """How many tasks, schedules and active schedules there are, and how many executions wait, run or will be retried."""
     found = db.execute(
-        f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted) AS tasks, (SELECT count(*) FROM schedules) AS schedules,
-            (SELECT count(*) {_S_JOIN} WHERE {LIVE_SQL}) AS active_schedules"""
+        """SELECT (SELECT count(*) FROM tasks WHERE NOT deleted) AS tasks, (SELECT count(*) FROM schedules) AS schedules,
+            (SELECT count(*) FROM schedules WHERE is_active) - (SELECT count(*) FROM tasks t CROSS JOIN schedules s
+                ON s.task_id = t.id WHERE (t.deleted OR t.status <> 'active') AND s.is_active) AS active_schedules"""
     )
     objects = dict(zip((column[0] for column in found.description), found.fetchone(), strict=True))
     rows = db.execute(f"SELECT status, count(*) FROM executions WHERE {UNFINISHED_SQL} GROUP BY status")
     return objects, {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
 
 
-def next_fires(db: DB, limit: int) -> list[tuple[int, int, str, int, str]]:
-    """The next `limit` firings: schedule id, task id, task name, instant, time zone."""
-    rows = db.execute(
-        f"""SELECT s.id, t.id, t.name, s.next_fire, coalesce(json_extract(s.schedule_config, '$.timezone'), 'UTC') {_S_JOIN}
-        WHERE {LIVE_SQL} AND s.next_fire IS NOT NULL AND json_valid(s.schedule_config)
-        ORDER BY s.next_fire LIMIT ?""",
-        (limit,),
+def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
+    """The schedules that fire until then, at most `limit`, by when they fire next."""
+    where, values = _where(
+        {
+            LIVE_SQL: True,
+            "s.next_fire <= ?": until,
+            "s.task_id = ?": query.task_id,
+            f"s.task_id IN ({_TAGGED})": query.tag,
+        }
     )
-    return rows.fetchall()
+    in_order = _SCHEDULES.replace(_S_JOIN, _S_JOIN.replace("JOIN", "CROSS JOIN"))
+    page = f"{in_order} {where} ORDER BY s.next_fire LIMIT ?"
+    return load(db, Schedule, page, [*values, query.limit])
 
 
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
@@ -4683,7 +4768,8 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
 
 def measured_tasks(db: DB, limit: int) -> list[Task]:
     """The `limit` tasks that ran last, without their configurations."""
-    return load(db, Task, f"{_TASKS} WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?", (limit,), frozenset({"config"}))
+    ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # so that what is queried is of these alone
+    return load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), frozenset({"config"}))
 
 
 def running_since(db: DB) -> dict[int, int]:
@@ -6357,7 +6443,6 @@ BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then, at most
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
-DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 
 
@@ -7730,6 +7815,10 @@ class Service:
         execution.attempts, execution.caused = attempt_views(execution, past), caused
         return execution_view(execution)
 
+    def _span(self, query: HistoryQuery | ExecutionQuery) -> tuple[int | None, int | None]:
+        zone = self.settings.scheduler_timezone
+        return read_bound("since", query.since, zone), read_bound("until", query.until, zone, end=True)
+
     @operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
         """List the executions of a task, newest first.
@@ -7737,13 +7826,14 @@ class Service:
         How each run ended, with error_message and output. Rows with status skipped or missed are slots that ran nothing, and
         say why. For older ones raise `skip`.
         """
-        total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id))
+        span = self._span(query)
+        total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id, span=span))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
     @operation("GET", "/executions")
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
-        _, rows = await self.store.scan(partial(list_executions, query=query))
+        _, rows = await self.store.scan(partial(list_executions, query=query, span=self._span(query)))
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=list(map(execution_view, rows)), next_before_id=more)
 
@@ -7856,9 +7946,8 @@ class Service:
 
         With its time zone, the number of tasks and of executions in each status, and the next five runs.
         """
-        (objects, executions), fires = await self.store.scan(lambda db: (counts(db), next_fires(db, 5)))
-        names = ("schedule_id", "task_id", "task_name")
-        next_runs = [{**dict(zip(names, task, strict=True)), **upcoming_view([at], zone)[0]} for *task, at, zone in fires]
+        objects, executions = await self.store.scan(counts)
+        next_runs = await self._upcoming(UpcomingQuery(limit=5), LAST_INSTANT)
         late = sorted(self.engine.stats.recent_late)
         p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
         return StatusView(
@@ -7866,6 +7955,7 @@ class Service:
             leader=self.engine.leading,
             paused=self.engine.paused,
             timezone=self.settings.scheduler_timezone,
+            now=format_instant(self.clock.now()),
             version=__version__,
             started_at=format_instant(self.started_at),
             tasks=objects["tasks"],
@@ -7874,10 +7964,27 @@ class Service:
             executions=executions,
             queue_length=executions["queued"],
             max_concurrent_runs=self.settings.max_concurrent_runs,
-            next_runs=[] if self.engine.paused else next_runs,
+            next_runs=next_runs,
             lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
             config_file=self.config_file,
         )
+
+    @operation("GET", "/upcoming", tool=("read_only",))
+    async def list_upcoming(self, query: UpcomingQuery) -> UpcomingPage:
+        """List what fires next, over all tasks.
+
+        In order, each schedule as often as it fires, until `until` (default: in 24 h).
+        """
+        now = self.clock.now()
+        until = read_bound("until", query.until, self.settings.scheduler_timezone, end=True)
+        if until is not None and until <= now:
+            raise InvalidInput(FieldError("until", f"must be in the future (it is now {format_instant(now)})"))
+        return UpcomingPage(upcoming=await self._upcoming(query, now + DAY if until is None else until))
+
+    async def _upcoming(self, query: UpcomingQuery, until: int) -> list[Firing]:
+        if self.engine.paused:
+            return []
+        return await self.store.scan(lambda db: firings(next_schedules(db, query, until), until, query.limit))
 
     def problem(self) -> str | None:
         """Why the service is not healthy, or None."""
@@ -8118,12 +8225,21 @@ def check_watched(db: DB, schedule: Schedule) -> None:
     schedule.look_ahead()
 
 
+def read_bound(name: str, text: str | None, zone: str, end: bool = False) -> int | None:
+    """An instant that a client sent, or a date alone. Raises InvalidInput."""
+    try:
+        return None if text is None else parse_bound(text, zone, end)
+    except ValueError as error:
+        raise InvalidInput(FieldError(name, f"{shown(text)}: {error}")) from None
+
+
 def _with_times(kind: Any, sent: dict[str, Any], zone: str, others: Sequence[FieldError] = ()) -> dict[str, Any]:
     """What a client sent, with its instants as numbers. Raises InvalidInput that lists every bad one, and `others`."""
     errors, result = list(others), dict(sent)
     for name in [name for name in shape_of(kind).times if sent.get(name) is not None]:
         try:
-            result[name] = parse_instant(sent[name], zone)
+            date_too = {"start_at": False, "end_at": True}
+            result[name] = parse_bound(sent[name], zone, date_too[name]) if name in date_too else parse_instant(sent[name], zone)
         except ValueError as error:
             errors.append(FieldError(name, f"{shown(sent[name])}: {error}"))
     if errors:
@@ -9342,8 +9458,9 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
         schema = lean | (arms[0] if len(arms) == 1 else {})
+        listed = {"explode": False} if schema.get("type") == "array" else {}  # comma-separated
         header = route.query.headers.get(field) if route.query is not None else None
-        parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema})
+        parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema, **listed})
     if isinstance(route, Page) and route.header is not None:
         parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
     answers: dict[str, Any] = {

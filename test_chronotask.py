@@ -9210,12 +9210,77 @@ async def test_history_is_newest_first_and_can_be_filtered(api: Api) -> None:
         ("status=failed", 1, [failed]),
         ("status=queued", 0, []),
         ("success=true&status=failed", 0, []),
+        ("status=failed,cancelled", 1, [failed]),
+        ("status=unfinished", 0, []),
+        ("status=succeeded,unfinished,failed&limit=2", 3, [failed, ids[1]]),
+        ("until=2025-12-31T23:59:59Z", 0, []),
+        ("since=2026-01-01T00:00:00Z", 3, [failed, ids[1], ids[0]]),
+        ("since=2026-01-02", 0, []),
+        ("since=2026-01-01&until=2026-01-01&status=succeeded", 2, [ids[1], ids[0]]),
         ("skip=1&limit=1", 3, [ids[1]]),
     ]:
         page = await api.get(f"/tasks/{task_id}/history?{query}")
         assert set(page) == {"total", "skip", "limit", "history"}
         assert (page["total"], [row["id"] for row in page["history"]]) == (total, found), query
     problem_of(await api("GET", "/tasks/99/history"), 404)
+
+
+async def test_since_and_until_choose_what_lies_at_least_partly_in_between(rig: Rig, target: Target) -> None:
+    quick, slow = await rig.task(), await rig.task(**target.config("/hold"))
+    await rig.at(10)
+    await rig.execute(slow)  # from 10 to 40
+    await rig.at(20)
+    active = await rig.execute(quick)
+    await rig.tick()
+    await asyncio.wait([rig.service.engine.running[active].job])
+    await rig.tick()
+    await rig.at(40)
+    await rig.let_go(target)
+    await rig.execute(quick)  # from 40 on
+    for since, until, found in [
+        (0, 9, []),
+        (0, 10, [1]),
+        (21, 39, [1]),
+        (20, 20, [1, 2]),
+        (40, None, [1, 3]),
+        (41, 50, [3]),
+        (None, 39, [1, 2]),
+    ]:
+        span = {name: format_instant(START + t * S) for name, t in (("since", since), ("until", until)) if t is not None}
+        assert [row["id"] for row in await rig.rows(**span)] == found, span
+    assert [row["id"] for row in await rig.rows(status="unfinished,failed")] == [3]
+    assert await refused_fields(rig.rows(since="yesterday")) == ["since"]
+
+
+def test_a_page_of_what_is_rare_reads_no_more_rows_than_it_shows(store: Store) -> None:
+    """Of 20,000 executions. SQLite counts the steps of a statement."""
+    db, task = store._db, chronotask.insert(store._db, some_task("t"))
+    new = [chronotask.NewExecution(task.id, n % 2 + 1, "schedule", n, n) for n in range(20_000)]
+    new[5].trigger, new[6].schedule_id = "manual", 7
+    chronotask.insert_executions(db, new)
+    db.execute("UPDATE executions SET status = 'succeeded', finished_at = queued_at")
+    db.execute("UPDATE executions SET status = 'failed' WHERE id < 4")
+    db.execute("UPDATE executions SET status = 'skipped' WHERE id = 4")
+    steps: list[int] = []
+    for query in (
+        {"status": "failed"}, {"status": "failed,skipped,cancelled"}, {"status": "unfinished"}, {"trigger": "manual"},
+        {"trigger": "rerun"}, {"schedule_id": 7}, {"status": "timed_out", "task_id": 1}, {"status": "missed", "task_id": 1},
+        {"task_id": 1}, {"status": "succeeded"}, {"schedule_id": 1}, {},
+    ):  # fmt: skip
+        steps.clear()
+        db.set_progress_handler(lambda: steps.append(1), 100)
+        chronotask.list_executions(db, chronotask.ExecutionQuery(limit=10, **query))
+        db.set_progress_handler(None, 0)
+        assert len(steps) < 40, query
+
+
+def test_what_comes_next_is_found_in_the_order_of_an_index(store: Store) -> None:
+    db, queries = store._db, list[str]()
+    db.set_trace_callback(queries.append)
+    chronotask.next_schedules(db, chronotask.UpcomingQuery(), START)
+    db.set_trace_callback(None)
+    plan = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + queries[0])]
+    assert "SEARCH s USING INDEX schedules_next (next_fire<?)" in plan and not any("ORDER BY" in step for step in plan)
 
 
 async def test_executions_are_listed_newest_first_with_filters_and_a_cursor(api: Api) -> None:
@@ -9445,7 +9510,7 @@ async def test_the_status_of_the_scheduler(api: Api) -> None:
     assert (status["running"], status["leader"], status["paused"], status["timezone"]) == (True, True, False, "UTC")
     assert (status["tasks"], status["schedules"], status["active_schedules"]) == (2, 2, 1)
     assert status["executions"] == {"queued": 0, "running": 0, "retrying": 0}
-    assert [(run["task_name"], run["utc"]) for run in status["next_runs"]] == [("next", "2026-01-01T00:01:00Z")]
+    assert (len(status["next_runs"]), status["next_runs"][0]["task_name"]) == (5, "next")
     assert status["lateness"]["count"] == 0
 
 
@@ -9460,6 +9525,47 @@ async def test_pause_and_resume_stop_and_resume_all_firing(api: Api) -> None:
     assert (await api.get("/tasks/1"))["next_run"] == "2026-01-01T00:01:00Z"
     await api("DELETE", "/schedules/1")
     assert (await api.get("/tasks/1"))["next_run"] is None, "without its only schedule"
+
+
+async def test_upcoming_is_the_true_order_of_what_fires_each_schedule_as_often_as_it_does(api: Api) -> None:
+    first, second, idle = await api.task(name="a", tags=["x"]), await api.task(name="b"), await api.task(status="paused")
+    await api.schedule(first, schedule_config={"seconds": 40})
+    await api.schedule(second, schedule_config={"seconds": 60}, max_runs=1)
+    await api.schedule(idle)
+    zone = {"expression": "1 1 * * *", "timezone": "Europe/Berlin"}
+    await api.schedule(second, schedule_type="cron", schedule_config=zone)
+    for query, found in [
+        ("limit=5", [(1, 40), (2, 60), (4, 60), (1, 80), (1, 120)]),
+        ("until=2026-01-01T00:01:00Z", [(1, 40), (2, 60), (4, 60)]),
+        ("until=2026-01-02&task_id=2", [(2, 60), (4, 60), (4, 86_460)]),
+        ("task_id=2", [(2, 60), (4, 60)]),
+        ("tag=x&limit=2", [(1, 40), (1, 80)]),
+        ("tag=y", []),
+    ]:
+        page = await api.get(f"/upcoming?{query}")
+        assert [(row["schedule_id"], offset(row["utc"])) for row in page["upcoming"]] == found, query
+    berlin = {
+        "schedule_id": 4,
+        "task_id": 2,
+        "task_name": "b",
+        "utc": "2026-01-01T00:01:00Z",
+        "local": "2026-01-01T01:01:00+01:00",
+    }
+    assert (await api.get("/upcoming?task_id=2"))["upcoming"][1] == berlin
+    status = await api.get("/scheduler/status")
+    assert [offset(run["utc"]) for run in status["next_runs"]] == [40, 60, 60, 80, 120]
+    assert status["now"] == "2026-01-01T00:00:00Z"
+    for wrong, field in (
+        ("limit=1001", "limit"),
+        ("until=soon", "until"),
+        ("until=2025-12-31", "until"),
+        ("task_id=x", "task_id"),
+    ):
+        problem_of(await api("GET", f"/upcoming?{wrong}"), 422, field)
+    api.rig.sql("UPDATE schedules SET schedule_config = '{' WHERE id = 1")
+    assert [offset(row["utc"]) for row in (await api.get("/upcoming?limit=3"))["upcoming"]] == [60, 60]
+    await api("POST", "/scheduler/pause")
+    assert (await api.get("/upcoming"))["upcoming"] == []
 
 
 # --- Outside of the API -----------------------------------------------------------------------------------------------
@@ -9946,7 +10052,7 @@ async def test_no_bytes_at_all_make_the_server_fail(api: Api) -> None:
 TOOL_NAMES = {
     "create_task", "list_tasks", "get_task", "update_task", "delete_task", "execute_task", "create_schedule", "list_schedules",
     "update_schedule", "delete_schedule", "get_task_history", "get_scheduler_status", "preview_schedule", "get_execution",
-    "cancel_execution", "rerun_execution",
+    "cancel_execution", "rerun_execution", "list_upcoming",
 }  # fmt: skip
 OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"]
 NEW_VERSION = "2026-07-28"
@@ -10010,7 +10116,7 @@ def test_every_tool_has_all_four_annotations() -> None:
     assert [*tools()[0]["annotations"]] == ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"]
     assert {name for name, (read_only, *_) in hints.items() if read_only} == {
         "list_tasks", "get_task", "list_schedules", "get_task_history", "get_scheduler_status", "preview_schedule",
-        "get_execution",
+        "get_execution", "list_upcoming",
     }  # fmt: skip
     assert hints["delete_task"] == (False, True, True, False)
     assert hints["execute_task"] == (False, True, False, True)
@@ -10168,6 +10274,8 @@ async def use_every_tool(call: Caller) -> None:
         assert re.fullmatch(r"....-..-..T0[78]:00:00Z", slot["utc"])
     [listed_schedule] = (await use("list_schedules", task_id=task["id"]))["schedules"]
     assert len(made["upcoming"]) == 5 and listed_schedule["upcoming"] == made["upcoming"]
+    coming = (await use("list_upcoming", task_id=task["id"], until="2100-01-01", limit=5))["upcoming"]
+    assert [{"utc": one["utc"], "local": one["local"]} for one in coming] == made["upcoming"]
     assert (await use("update_schedule", schedule_id=made["id"], overlap="queue"))["overlap"] == "queue"
     assert await use("delete_schedule", schedule_id=made["id"]) == {"id": made["id"], "deleted": True}
     assert (await use("get_scheduler_status"))["timezone"] == "UTC"
