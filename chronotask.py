@@ -8402,29 +8402,13 @@ def read_definitions(name: str) -> Any:
             raw = file.read(MAX_FILE + 1).removeprefix(codecs.BOM_UTF8)
         if len(raw) > MAX_FILE:
             raise ValueError(f"is larger than {MAX_FILE >> 20} MiB")
-        return load_json(raw) if raw.lstrip().startswith(b"{") else _plain(tomllib.loads(raw.decode()))
+        if not raw.lstrip().startswith(b"{"):
+            raw = json.dumps(tomllib.loads(raw.decode()), default=lambda time: time.isoformat()).encode()
+        return load_json(raw)
     except OSError as error:
         raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
     except (ValueError, RecursionError) as error:
         raise InvalidInput(FieldError(name, f"is no TOML: {error}")) from None
-
-
-def _plain(value: Any) -> Any:
-    """A value of TOML as JSON has it: dates are text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.isoformat() if hasattr(value, "isoformat") else value
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """A task or schedule of a file, as a new one would be, and the fields that the file names."""
-
-    item: Any
-    given: Collection[str]
-    schedules: dict[str, _Wanted] = dataclasses.field(default_factory=dict)
 
 
 def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
@@ -8441,26 +8425,56 @@ def _refuse(errors: Iterable[FieldError]) -> None:
         raise InvalidInput(*errors)
 
 
-def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, _Wanted]:
-    """The tasks of a file by key. Raises InvalidInput that lists every bad field, with its path."""
+def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
+    """The tasks of a file by KEY and its schedules by TASK/KEY, as new ones would be, with the fields that the file names.
+
+    Raises InvalidInput that lists every bad field, with its path.
+    """
     errors: list[FieldError] = []
-    found: dict[str, _Wanted] = {}
-    for key, body in file.get("tasks", {}).items():
-        found[key] = wanted = _Wanted(None, body)
-        with told_at(f"tasks.{key}.", errors):
+    found: dict[str, tuple[Any, Collection[str]]] = {}
+    for key, body in file["tasks"].items():
+        with told_at(_in_file(key), errors):
             fields = {"name": key, "key": key, **parse(_FileTask, body)}
             fields.pop("schedules", None)
-            wanted.item = service.new_task(fields, now)
+            found[key] = service.new_task(fields, now), body
         parts = body.get("schedules")
         for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
-            with told_at(f"tasks.{key}.schedules.{name}.", errors):
+            with told_at(_in_file(f"{key}/{name}"), errors):
                 fields = {"key": name, "task_id": 0, **parse(_FileSchedule, _with_ids(part))}
-                wanted.schedules[name] = _Wanted(service.new_schedule(Schedule, fields, now, may_be_over=True), part)
+                found[f"{key}/{name}"] = service.new_schedule(Schedule, fields, now, may_be_over=True), part
     _refuse(errors)
     return found
 
 
 # --- Apply ------------------------------------------------------------------------------------------------------------
+
+
+def _in_file(key: str) -> str:
+    return f"tasks.{key.replace('/', '.schedules.')}."
+
+
+def _standing(db: DB, derived: bool) -> dict[str, Any]:
+    """All tasks by KEY and then all schedules by TASK/KEY; with `derived` those without a key by what an export calls them."""
+    found: dict[str, Any] = {}
+    names: dict[int, str] = {0: ""}  # what stands before the keys of the schedules of a task
+    tasks, schedules = tasks_that(db, {"NOT deleted": True}), schedules_that(db, {"NOT t.deleted": True})
+    items = [(0, task.name, task) for task in tasks] + [(s.task_id, s.schedule_type, s) for s in schedules]
+    taken: dict[int, set[Any]] = {}
+    for under, _, item in items:
+        taken.setdefault(under, set()).add(item.key)
+    for under, name, item in sorted(items, key=lambda row: (row[0] > 0, row[2].id)):
+        key = item.key or f"#{item.id}"
+        if derived and not item.key:
+            key = slug(name, taken[under], item.id)
+            taken[under].add(key)
+        found[names[under] + key] = item
+        if not under:
+            names[item.id] = f"{key}/"
+    return found
+
+
+def _view(item: Any) -> dict[str, Any]:
+    return task_view(item) if isinstance(item, Task) else schedule_view(item)
 
 
 @dataclass(slots=True)
@@ -8476,136 +8490,98 @@ class _Apply:
     changes: list[AppliedChange] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     touched: list[int] = dataclasses.field(default_factory=list)  # executions
-    retimed: list[tuple[AppliedChange, Schedule]] = dataclasses.field(default_factory=list)
     refused: list[FieldError] = dataclasses.field(default_factory=list)
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
 
-    def run(self, tasks: Mapping[str, _Wanted]) -> None:
-        standing = _by_key(tasks_that(self.db, {"NOT deleted": True}), self.adopt)
-        under: dict[int, list[Schedule]] = {}
-        for schedule in schedules_that(self.db, {"NOT t.deleted": True}):
-            under.setdefault(schedule.task_id, []).append(schedule)
-        errors: list[FieldError] = []
-        for key, wanted in tasks.items():
-            stored: Task | None = standing.pop(key, None)
-            with told_at(f"tasks.{key}.", errors):
-                secrets = stored.config if stored is not None and stored.task_type == wanted.item.task_type else {}
-                wanted.item.config = unmask_config(wanted.item.task_type, wanted.item.config, secrets)
-                wanted.item.id = 0 if stored is None else stored.id
-                self._put(f"tasks.{key}", stored, wanted)
-        _refuse(errors)
-        for key, wanted in tasks.items():
-            parts = _by_key(under.get(wanted.item.id, ()), self.adopt)
-            for name, part in wanted.schedules.items():
-                part.item.task_id = wanted.item.id
-                with told_at(f"tasks.{key}.schedules.{name}.", errors):
-                    self._put(f"tasks.{key}.schedules.{name}", parts.pop(name, None), part)
-            for name, schedule in parts.items():
-                self._leave(f"{key}/{name}", schedule)
-        for key, task in standing.items():
-            self._leave(key, task)
-        _refuse(errors)
+    def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
+        standing, errors = _standing(self.db, self.adopt), list[FieldError]()
+        for kind in (Task, Schedule):  # of which one may name tasks that come later in the file
+            for key, (item, given) in wanted.items():
+                if isinstance(item, kind):
+                    with told_at(_in_file(key), errors):
+                        self._put(key, standing.pop(key, None), copy.copy(item), given)
+            _refuse(errors)
+        for key, item in standing.items():
+            if item.managed_by == self.owner and (isinstance(item, Task) or key.partition("/")[0] in wanted):
+                self._leave(key, item)
         if self.refused:
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
         if any(change["action"] != "orphaned" for change in self.changes):
             set_meta(self.db, f"applied:{self.owner}", self.now)
 
-    def _put(self, path: str, stored: Any, wanted: _Wanted) -> None:
-        """Makes a task or schedule what is wanted. What the file does not change is not written."""
-        db, item = self.db, wanted.item
+    def _put(self, key: str, stored: Any, item: Any, given: Collection[str]) -> None:
+        """Makes a task or schedule what the file wants. What it does not change is not written."""
+        path, named = _in_file(key)[:-1], [*shape_of(cast(Any, type(item))).written]
+        item.id = stored.id if stored is not None else 0
+        if isinstance(item, Task):
+            self.ids[key] = item.id
+            same = stored is not None and stored.task_type == item.task_type
+            item.config = unmask_config(item.task_type, item.config, stored.config if same else {})
+        else:
+            item.task_id = self.ids[key.partition("/")[0]]
+            named.remove("task_id")
         if stored is None:
             if isinstance(item, Schedule) and item.over:
                 self.warnings.append(f"{path}: its time has passed: it is over, and not created")
                 return
-            if isinstance(item, Task):
-                add_task(db, item)
-            else:
-                add_schedule(db, item)
+            add: Callable[[DB, Any], None] = add_task if isinstance(item, Task) else add_schedule
+            add(self.db, item)
             item.managed_by = self.owner
-            update(db, item)
-            named = [name for name, kind in shape_of(cast(Any, type(item))).written.items() if name != "task_id"]
-            self._note("created", path, item, {}, named)
+            update(self.db, item)
+            self.ids[key] = item.id
+            self._note("created", key, item, {}, named)
             return
         if stored.managed_by != self.owner and not self.adopt:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
             return
+        left = {"status", "is_active"} - {*given}  # these stay as they are
         if isinstance(item, Schedule):
-            item.id = stored.id  # it is not in its own way
-            check_watched(db, item)
-        left = {"status", "is_active", "task_id"} - set(wanted.given)  # these stay as they are
-        if isinstance(stored, Schedule) and item.is_active == (stored.is_active or stored.over):
-            left.add("is_active")
-        names = [name for name in shape_of(cast(Any, type(item))).written if name not in left]
-        changes = {name: value for name in names if (value := getattr(item, name)) != getattr(stored, name)}
+            check_watched(self.db, item)
+            left |= {"is_active"} if item.is_active == (stored.is_active or stored.over) else set()
+        wanted = {name: getattr(item, name) for name in named if name not in left}
+        changes = {name: value for name, value in wanted.items() if value != getattr(stored, name)}
         if stored.managed_by != self.owner:
             changes["managed_by"] = self.owner
-        elif changes and stored.updated_at > (get_meta(db, f"applied:{self.owner}") or 0):
+        elif changes and stored.updated_at > (get_meta(self.db, f"applied:{self.owner}") or 0):
             when = format_instant(stored.updated_at)
             self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
-        if not changes:
-            return
-        before = _view(stored)
-        if isinstance(stored, Task):
-            change_task(db, stored, changes, self.now, self.settings)
-        else:
-            self.touched += change_schedule(db, stored.id, changes, self.now, self.settings, may_be_over=True)
-            stored = get_schedule(db, stored.id)
-        self._note("updated", path, stored, before, changes)
+        if changes:
+            self._change("updated", key, stored, changes)
 
     def _leave(self, key: str, item: Any) -> None:
-        """What the file no longer names goes on, or is paused or deleted, if the owner manages it."""
-        if item.managed_by != self.owner:
+        """What the file no longer names goes on, or is paused or deleted."""
+        task = isinstance(item, Task)
+        if self.prune == "pause" and (item.status == "active" if task else item.is_active):
+            self._change("paused", key, item, {"status": "paused"} if task else {"is_active": False})
             return
-        db, task, before = self.db, isinstance(item, Task), _view(item)
-        if self.prune == "delete":
-            if task:
-                remove_task(db, item.id, self.now)
-            else:
-                self.touched += remove_schedule(db, item.id, self.now, self.settings)[1]
-            self._note("deleted", key, item, before, ())
-        elif self.prune == "pause" and (item.status == "active" if task else item.is_active):
-            if task:
-                change_task(db, item, {"status": "paused"}, self.now, self.settings)
-            else:
-                self.touched += change_schedule(db, item.id, {"is_active": False}, self.now, self.settings)
-                item.is_active = False
-            self._note("paused", key, item, before, ("status" if task else "is_active",))
-        else:
-            self._note("orphaned", key, item, before, ())
+        self._note("deleted" if self.prune == "delete" else "orphaned", key, item, {}, ())
+        if self.prune == "delete" and task:
+            remove_task(self.db, item.id, self.now)
+        elif self.prune == "delete":
+            self.touched += remove_schedule(self.db, item.id, self.now, self.settings)[1]
 
-    def _note(self, action: str, path: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
-        after, defaults = _view(item), shape_of(cast(Any, type(item))).defaults
+    def _change(self, action: str, key: str, item: Any, changes: dict[str, Any]) -> None:
+        before = _view(item)
+        if isinstance(item, Task):
+            change_task(self.db, item, changes, self.now, self.settings)
+        else:
+            self.touched += change_schedule(self.db, item.id, changes, self.now, self.settings, may_be_over=True)
+        self._note(action, key, item, before, changes)
+
+    def _note(self, action: str, key: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
+        item, kind = item if isinstance(item, Task) else get_schedule(self.db, item.id), cast(Any, type(item))
+        after, defaults = _view(item), {} if before else shape_of(kind).defaults
         fields = {name: [before.get(name), after[name]] for name in names if before or after[name] != defaults.get(name)}
-        key = path.removeprefix("tasks.").replace(".schedules.", "/")
-        change = AppliedChange(
-            action=action, kind=type(item).__name__.lower(), key=key, id=item.id, fields=fields, upcoming=list[Upcoming]()
-        )
+        change = AppliedChange(action=action, kind=kind.__name__.lower(), key=key, id=item.id, fields=fields, upcoming=[])
+        if kind is Schedule and fields.keys() & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
+            change["upcoming"] = upcoming_view(item.plan().upcoming(item.settled_until, 5), item.zone)
         self.changes.append(change)
-        if isinstance(item, Schedule) and action in ("created", "updated") and fields.keys() & {*TIMING_FIELDS, "is_active"}:
-            self.retimed.append((change, item))
 
 
 class _Undone(Exception):
     """Takes a dry run back."""
-
-
-def _by_key(items: Iterable[Any], derived: bool) -> dict[str, Any]:
-    """Tasks, or schedules of one task, by key; with `derived` those without one by what an export calls them."""
-    items = sorted(items, key=operator.attrgetter("id"))
-    taken = {item.key for item in items}
-    found: dict[str, Any] = {}
-    for item in items:
-        key = item.key or f"#{item.id}"
-        if derived and not item.key:
-            key = slug(item.name if isinstance(item, Task) else item.schedule_type, taken, item.id)
-            taken.add(key)
-        found[key] = item
-    return found
-
-
-def _view(item: Any) -> dict[str, Any]:
-    return task_view(item) if isinstance(item, Task) else schedule_view(item)
 
 
 @operation("POST", "/apply", errors=(409,))
@@ -8628,19 +8604,12 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     with contextlib.suppress(_Undone):
         await service.change(write)
     (done,) = held
-    await service.in_checks(partial(_show_upcoming, done.retimed))
     if query.dry_run:
         for change in done.changes:
             change["id"] = None if change["action"] == "created" else change["id"]
     else:
         await service.engine.feed.publish_executions(done.touched)
     return Applied(changes=done.changes, warnings=done.warnings)
-
-
-def _show_upcoming(retimed: Iterable[tuple[AppliedChange, Schedule]]) -> None:
-    for change, schedule in retimed:
-        if schedule.is_active and schedule.live:
-            change["upcoming"] += upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
 
 
 def told(applied: Applied) -> str:
@@ -8667,27 +8636,20 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
 
 
 def _export(db: DB, owner: str | None) -> DefinitionFile:
-    under: dict[int, list[Schedule]] = {}
-    for schedule in schedules_that(db, {"NOT t.deleted": True}):
-        under.setdefault(schedule.task_id, []).append(schedule)
-    tasks: dict[str, Any] = {}
-    warnings = []
-    found = _by_key(tasks_that(db, {"NOT deleted": True}), True)
-    keys = {task.id: key for key, task in found.items()}
-    for key, task in found.items():
-        if owner in (None, task.managed_by):
-            tasks[key] = _definition(task, keys)
-            schedules = {name: s for name, s in _by_key(under.get(task.id, ()), True).items() if owner in (None, s.managed_by)}
-            if shown := {name: _definition(schedule, keys) for name, schedule in schedules.items() if not schedule.over}:
-                tasks[key]["schedules"] = shown
-            if mask_config(task.task_type, task.config) != task.config:
+    found, tasks, warnings = _standing(db, True), dict[str, Any](), list[str]()
+    keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
+    for key, item in found.items():
+        task, _, name = key.partition("/")
+        if owner not in (None, item.managed_by):
+            continue
+        if isinstance(item, Task):
+            tasks[key] = _definition(item, keys)
+            if mask_config(item.task_type, item.config) != item.config:
                 warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
-    return {
-        "chronotask": 1,
-        **({"owner": owner} if owner else {}),
-        "tasks": tasks,
-        **({"warnings": warnings} if warnings else {}),
-    }
+        elif task in tasks and not item.over:
+            tasks[task].setdefault("schedules", {})[name] = _definition(item, keys)
+    file = {"chronotask": 1, "owner": owner, "tasks": tasks, "warnings": warnings}
+    return {name: value for name, value in file.items() if value or name == "tasks"}
 
 
 def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
@@ -8784,7 +8746,9 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             continue
         try:
             if setting := _CRON_SETTING.fullmatch(line):
-                changed = env | _cron_setting(setting) | {"LOGNAME": user.pw_name}
+                name, value = (part for part in setting.groups() if part is not None)
+                quoted = len(value := value.rstrip()) > 1 and value[0] == value[-1] and value[0] in "'\""
+                changed = env | {name: value[1:-1] if quoted else value} | {"LOGNAME": user.pw_name}
                 parse_config("bash", {"command": ":", "env": changed, "working_dir": changed["HOME"]})
                 zone = load_zone(changed["CRON_TZ"]).key if "CRON_TZ" in changed else zone
                 env = changed
@@ -8815,12 +8779,6 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
     for address, keys in mail.items():
         comments[""] += _mail_advice(address, keys, slug("mail", tasks))
     return tasks, comments
-
-
-def _cron_setting(found: re.Match[str]) -> dict[str, str]:
-    name, value = (part for part in found.groups() if part is not None)
-    value = value.rstrip()
-    return {name: value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value}
 
 
 def _cron_job(fields: Sequence[str], times: int, user: str | None, env: dict[str, str]) -> dict[str, Any]:

@@ -8222,7 +8222,7 @@ async def test_what_a_file_no_longer_names_goes_on_or_is_pruned(
     await applied(rig, 'chronotask = 1\nowner = "dev"\n' + gone.replace("gone", "others"))
     await rig.schedule(1)  # by hand: nobody's business
     answer = await applied(rig, NIGHTLY, prune=prune)
-    assert actions(answer) == [(action, "nightly/noon"), (action, "gone")]
+    assert actions(answer) == [(action, "gone"), (action, "nightly/noon")]
     tasks = {view["key"]: view["status"] for view in (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]}
     assert tasks == {"nightly": "active", "others": "active"} | ({"gone": task} if task else {})
     found = (await rig.service.list_schedules(ScheduleQuery()))["schedules"]
