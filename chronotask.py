@@ -8526,9 +8526,9 @@ class _Apply:
                 self.warnings.append(f"{path}: its time has passed: it is over, and not created")
                 return
             add: Callable[[DB, Any], None] = add_task if isinstance(item, Task) else add_schedule
-            add(self.db, item)
             item.managed_by = self.owner
-            update(self.db, item)
+            add(self.db, item)
+            update(self.db, item)  # a new row starts without an owner
             self.ids[key] = item.id
             self._note("created", key, item, {}, named)
             return
@@ -8711,12 +8711,16 @@ class ConfigFile:
                 self._dealt_with = self if isinstance(error, Unavailable) else seen
 
     async def _apply(self, query: ApplyQuery) -> None:
-        sent = await self.service.in_checks(partial(read_definitions, str(self.path)))
-        applied = await apply_definitions(self.service, query, parse(DefinitionFile, sent))
+        before = CALLER.set(Caller(via=f"file {self.path}"))
+        try:
+            sent = await self.service.in_checks(partial(read_definitions, str(self.path)))
+            applied = await apply_definitions(self.service, query, parse(DefinitionFile, sent))
+        finally:
+            CALLER.reset(before)
         if not query.dry_run:
             self.state |= {"applied_at": format_instant(self.service.clock.now()), "error": None}
-            for line in told(applied).splitlines():
-                logger.info("%s: %s", self.path, line)
+            for warning in applied["warnings"]:
+                logger.warning("%s: %s", self.path, warning)
 
 
 # --- The way in from a crontab ----------------------------------------------------------------------------------------

@@ -8472,6 +8472,8 @@ async def test_a_followed_file_is_applied_when_it_changes_however_it_changes(
     followed = ConfigFile(rig.service, path)
     await followed.begin()
     assert state() == {"path": str(path), "applied_at": "2026-01-01T00:00:00Z", "error": None}
+    found = rig.sql("SELECT via, operation, kind, object_id, after ->> '$.managed_by' FROM changes")
+    assert found == [(f"file {path}", "create", "task", 1, "ops"), (f"file {path}", "create", "schedule", 1, "ops")]
     assert (await rig.service.get_scheduler_status())["config_file"] == state()
 
     async def becomes(retries: int) -> None:
