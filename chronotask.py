@@ -293,6 +293,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {hint}?)" if hint else ""
 
 
+def printable(text: str) -> str:
+    """On one line, without control characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
 def shown(value: object, limit: int = 80) -> str:
     """`value` as it may stand in a message: quoted, on one line, of bounded length."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
@@ -1455,14 +1460,12 @@ def _references(text: str, cause: bool = False) -> str:
     """`text`, whose `${env:…}` and `${file:…}` all have a form that may be resolved when the task runs. `cause`: here facts
     about what happened may stand; nowhere else, or they would become source, or a part of something else."""
     for name in CAUSE_REFERENCE.findall(text):
+        if name not in CAUSE_NAMES:
+            raise ValueError(f"${{cause:…}} must name one of {', '.join(CAUSE_NAMES)}, not {shown(name)}")
         if not cause:
             raise ValueError(
-                f"${{cause:{shown(name)}}} cannot stand here: only in the path and query of url, params, headers, a JSON or form "
-                "body, a body of text/plain, and env"
-            )
-        if name not in CAUSE_NAMES:
-            raise ValueError(
-                f"${{cause:{shown(name)}}}: must be one of {', '.join(CAUSE_NAMES)}{did_you_mean(name, CAUSE_NAMES)}"
+                f"${{cause:{name}}} cannot stand here: only in the path and query of url, in params, headers and env, in a body "
+                "that is an object or a list, and in one that is text if the Content-Type is text/plain or a form"
             )
     for kind, name in SECRET_REFERENCE.findall(text):
         if kind == "env" and not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
@@ -2007,10 +2010,20 @@ Key = Annotated[
     _refused(lambda text: not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", text), "must match [a-z0-9][a-z0-9._-]{0,99}"),
 ]
 KEY_OF_TASK = re.compile(r"key:[a-z0-9][a-z0-9._-]{0,99}")
+
+
+def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
+    if not isinstance(sent, str) or re.fullmatch("[0-9]{1,19}", sent):
+        return check(sent)
+    if not KEY_OF_TASK.fullmatch(sent):
+        raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
+    return sent
+
+
 # The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
 TaskId = Annotated[
     Id,
-    WrapValidator(lambda sent, check: sent if isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent) else check(sent)),
+    WrapValidator(_task_id),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
 ]
 Tag = Annotated[str, _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._:-]{1,50}", text), "must match [A-Za-z0-9._:-]{1,50}")]
@@ -3295,10 +3308,10 @@ def _cause_text(event: str, execution: Execution | None, task: Task, streak: int
     did |= {"skipped": "skipped a slot", "missed": "missed a slot", "running": "started"}
     assert execution is not None
     words = "has recovered" if event == "recovered" else did.get(execution.status, execution.status)
-    output = execution.output_data or {}
-    why = " ".join((execution.error_message or "").split())[:300]
-    if why and (last := (output.get("stderr") or "").strip().rpartition("\n")[2][:200]):
-        why += "" if last in why else f": {last}"
+    why = printable(execution.error_message or "")[:300]
+    stderr = str((execution.output_data or {}).get("stderr") or "").strip().splitlines()
+    if why and stderr and (last := printable(stderr[-1])[:200]) not in why:
+        why += f": {last}"
     at = execution.finished_at or execution.started_at or execution.queued_at
     parts = [f"{task.name} {words}{f' ({why})' if why else ''}"]
     if event == "recovered":
@@ -8280,10 +8293,6 @@ def slug(text: str, taken: Collection[str], number: int = 2) -> str:
     return base if base not in taken else next(k for n in itertools.count(number) if (k := f"{base}-{n}") not in taken)
 
 
-def _printable(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def load_json(raw: bytes) -> Any:
     """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
     try:
@@ -8770,7 +8779,7 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             continue
         words = re.split("[<>%]", fields[-1], maxsplit=1)[0].split()
         key = slug(" ".join(word.rpartition("/")[2] for word in words), tasks)
-        tasks[key], comments[key] = task, [f"line {number}: {_printable(line)}"]
+        tasks[key], comments[key] = task, [f"line {number}: {printable(line)}"]
         if fields[0] == "@reboot":
             comments[key].append("No schedule here is about the start of the machine: its init system can ask for a run by")
             comments[key].append(f"curl -X POST http://127.0.0.1:8000/api/v1/tasks/key:{key}/execute")
@@ -8800,7 +8809,7 @@ def _cron_job(fields: Sequence[str], times: int, user: str | None, env: dict[str
         data = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
         config = {"command": f'exec "$SHELL"{f" <<< {shlex.quote(data)}" if found[2] else ""} -c', "args": [command]}
     config |= {"env": env, "working_dir": env["HOME"], "timeout": 86400}
-    name = _printable(command)[:100]
+    name = printable(command)[:100]
     return {"name": name, "task_type": "bash", "config": parse_config("bash", config), "max_retries": 0}
 
 
@@ -8812,7 +8821,7 @@ def _mail_advice(address: str, keys: list[str], key: str) -> list[str]:
     command = f'[ -z "$CHRONOTASK_CAUSE_OUTPUT" ] || {send}'
     lines = to_toml({"tasks": {key: {"task_type": "bash", "config": {"command": command}, "schedules": after}}}, {})
     advice = f"MAILTO={address}: output is kept in the history here. To get it by mail as well, take the # away from:"
-    return [_printable(advice), *lines.split("\n")[1:-1]]
+    return [printable(advice), *lines.split("\n")[1:-1]]
 
 
 # ======================================================================================================================

@@ -6534,6 +6534,24 @@ async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, s
     assert (await rig.rows(task_id=alert))[0]["cause"]["status"] == status
 
 
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ("disk full", "exit status 3: disk full"),
+        (r"10%%\rBcc: x", "exit status 3: Bcc: x"),
+        (r"\033[31mred\033[0m", "exit status 3: [31mred [0m"),
+        (r"two\nlines\xe2\x80\xa8and more\n\n", "exit status 3: and more"),
+        ("", "exit status 3"),
+    ],
+)
+async def test_the_sentence_of_a_cause_is_one_line_without_control_characters(rig: Rig, printed: str, why: str) -> None:
+    watched = await rig.task(config={"command": f"printf '{printed}' >&2; exit 3"})
+    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    await rig.executed(watched)
+    await rig.finish()
+    assert (await rig.rows(task_id=alert))[0]["cause"]["text"] == f"t failed ({why}), 2026-01-01 00:00 UTC"
+
+
 async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_are_none(rig: Rig) -> None:
     watched, other = await rig.task(config=FAIL, pause_after=1), await rig.task(config=FAIL)
     alert, _ = await listener(rig, "failure", "broke", "paused", "success", "cancelled", task_ids=[watched])
