@@ -3227,7 +3227,10 @@ async def test_a_database_of_release_1_0_goes_on_where_it_was(quick_disk: Path, 
     rig = await open_rig(clock=FakeClock(START + 340 * S), database_url=quick_disk / "old.db")
     views = [await rig.service.get_schedule(schedule_id) for schedule_id in range(1, 7)]
     assert [offset(view["next_run"]) for view in views] == [360, 14_426.302, None, None, None, None]
-    assert [(await rig.service.get_task(task_id))["run_count"] for task_id in (1, 2, 3)] == [4, 1, 0]
+    tasks = [await rig.service.get_task(task_id) for task_id in (1, 2, 3)]
+    counted = [(task["run_count"], task["last_status"], task["failures_in_a_row"]) for task in tasks]
+    assert counted == [(4, "succeeded", 0), (1, None, 0), (0, None, 0)]  # the second waits for its retry
+    assert [task["status_reason"] for task in tasks] == [None, None, "paused before the upgrade to 1.1"]
     assert (await rig.service.get_execution(4))["attempts"][0]["error_message"] == "exit status 3"
     assert (await rig.patch_schedule(3, schedule_config={"datetime": "2026-01-01T00:30:00Z"}))["is_active"] is True
     assert (await rig.patch_schedule(5, schedule_config={"seconds": 91}))["is_active"] is False
