@@ -327,6 +327,7 @@ def _zone_names() -> list[str]:
 
 ENV_PREFIX = "CHRONOTASK_"
 SECRET_PREFIX = "CHRONOTASK_SECRET_"
+LAUNCHER_PREFIX = "CHRONOTASK_LAUNCHER_"
 # Names that a running task finds in its environment (section 7 sets them): a task that starts ChronoTask itself must
 # not be warned about them.
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
@@ -374,6 +375,7 @@ _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: 
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
 _public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
 _words = _text(".+", "without empty entries or control characters", many=True)
+_launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
 _hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
 
@@ -397,6 +399,9 @@ class Settings:
     allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
     allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
     allowed_bash_env: tuple[str, ...] = _setting(_words, (), "with ALLOWED_BASH_COMMANDS, the only names a task's env may set")
+    launcher_default: str | None = _setting(_launcher, None, "launcher of bash tasks that name none")
+    # By their names: the words before a command that runs elsewhere.
+    launchers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
     allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
@@ -424,7 +429,7 @@ class Settings:
         An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value, and at a typo
         in the name of a setting that keeps somebody out.
         """
-        fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
+        fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls) if field.metadata}
         values: dict[str, Any] = {}
         for name, field in fields.items():
             if text := environ.get(name):
@@ -436,7 +441,9 @@ class Settings:
             elif text == "" and field.name in ("api_token", "api_token_file", "api_tokens_file"):
                 # As it comes from a secret that was not filled in: the service would be open.
                 raise StartupError(f"{name}='': must not be empty; remove it if there is to be no token", exit_status=2)
-        settings, warnings = cls(**values), _typo_warnings(environ, fields)
+        settings, warnings = cls(**values, launchers=_launchers(environ)), _typo_warnings(environ, fields)
+        if settings.launcher_default is not None and (unknown := settings.unknown_launcher(settings.launcher_default)):
+            raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
         if settings.api_tokens_file is not None:
@@ -449,6 +456,32 @@ class Settings:
     @property
     def needs_token(self) -> bool:
         return self.api_token is not None or self.api_tokens_file is not None
+
+    def unknown_launcher(self, name: str) -> str | None:
+        """Why no task can name this launcher, or None."""
+        if name in self.launchers:
+            return None
+        known = f"one of {', '.join(sorted(self.launchers))}" if self.launchers else "left out: there are no launchers here"
+        return f"must be {known} ({LAUNCHER_PREFIX}NAME), not {shown(name)}"
+
+
+def _launchers(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    launchers = {}
+    for name, text in environ.items():
+        word = name.removeprefix(LAUNCHER_PREFIX)
+        if word == name or word == "DEFAULT" or not text:
+            continue
+        try:
+            if not re.fullmatch("[A-Z0-9_]{1,40}", word):
+                raise ValueError("its name must be 1 to 40 of A-Z, 0-9 and _")
+            words = tuple(shlex.split(text))
+            if not words or not words[0] or any("{env}" in word and word != "{env}" for word in words):
+                raise ValueError("{env} stands for several words, not inside one" if any(words[:1]) else "a program is missing")
+        except ValueError as error:
+            text = f"{name}={shown(text)}: must be words as a shell splits them: {str(error).lower()}"
+            raise StartupError(text, exit_status=2) from None
+        launchers[word.lower()] = words
+    return launchers
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -557,7 +590,7 @@ def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str
     warnings = []
     for name in sorted(environ):
         word = name.removeprefix(ENV_PREFIX)
-        if word == name or word in names or word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
+        if word == name or word in names or word in TASK_VARIABLES or name.startswith((SECRET_PREFIX, LAUNCHER_PREFIX)):
             continue
         hint = nearest(word, names)
         text = f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else "")
@@ -1715,6 +1748,7 @@ class BashConfig(TypedDict, total=False):
     env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
     working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
     timeout: _Timeout | None
+    launcher: Annotated[str, Field(max_length=40, description="What runs it on another machine; default: here.")] | None
 
 
 def bash_source(command: str, args: Sequence[str]) -> str:
@@ -1982,7 +2016,7 @@ Config = Annotated[
     Field(
         description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
         'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
-        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?}. "
+        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?, launcher?}. "
         "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
     ),
 ]
@@ -5094,12 +5128,38 @@ def _secret_forms(secret: str) -> set[bytes]:
     return {form for form in forms if len(form) >= MIN_SECRET_LENGTH}
 
 
+class Report:
+    """The line in which the far side of a launcher tells the exit status of the command: taken out of the output.
+
+    Only this attempt knows how it begins. Where several report (`srun --ntasks=2`), one failure is a failure.
+    """
+
+    def __init__(self) -> None:
+        self.word = uuid.uuid4().hex
+        self.status: int | None = None
+        self._begins, self._held = f"\n{self.word} ".encode(), b""
+        self._line = re.compile(self._begins + rb"([0-9]{1,3})\r?\n")  # \r from a terminal, as `ssh -tt` has one
+
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """What is shown of the output; what may become that line is held back, a line break at the end at least."""
+        data = self._held + data
+        for found in self._line.finditer(data):
+            self.status = self.status or int(found[1])
+        data = self._line.sub(b"", data)
+        end = data.rfind(b"\n")
+        tail = data[end:] if end >= 0 else b""
+        begins = self._begins.startswith(tail) or (tail.startswith(self._begins) and len(tail) < len(self._begins) + 5)
+        self._held = tail if begins and not last else b""
+        return data[: len(data) - len(self._held)]
+
+
 @dataclass(slots=True)
 class _Stream:
     """One stream of an attempt: what is kept of it, and how many bytes came, before masking and clipping."""
 
     kept: Clipper
     masker: SecretMasker | None
+    report: Report | None = None  # while a launcher is to bring one
     decoder: codecs.IncrementalDecoder | None = None  # while it is not UTF-8
     received: int = 0
 
@@ -5126,11 +5186,11 @@ class LiveOutput:
 
     # --- for the executor ---
 
-    def begin(self, streams: Iterable[str], secrets: Iterable[str] = ()) -> None:
+    def begin(self, streams: Iterable[str], secrets: Iterable[str] = (), report: Report | None = None) -> None:
         if long_enough := [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]:
             self._masker = SecretMasker(long_enough)
         for name in streams:
-            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(self._masker))
+            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(self._masker), report if name == "stdout" else None)
 
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
@@ -5143,6 +5203,8 @@ class LiveOutput:
 
     def feed(self, stream: str, data: bytes, last: bool = False) -> None:
         into = self._streams[stream]
+        if into.report is not None:
+            data = into.report.feed(data, last)
         into.received += len(data)
         if into.decoder is not None:
             data = into.decoder.decode(data, last).encode("utf-8", "replace")
@@ -5381,6 +5443,8 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
         return
     if not settings.allow_host_commands:
         raise Forbidden("bash tasks are forbidden on this service (CHRONOTASK_ALLOW_HOST_COMMANDS=false)")
+    if (launcher := config.get("launcher")) and (unknown := settings.unknown_launcher(launcher)):
+        raise InvalidInput(FieldError("config.launcher", unknown))
     if not settings.allowed_bash_commands:
         if config.get("args") and (end := _end_of_source(config["command"].rstrip())):
             raise InvalidInput(FieldError("config.args", f"would be lost or changed: the command ends with {end}"))
@@ -5536,17 +5600,22 @@ async def run_bash(
         resolved, secrets = (
             resolve_secrets("bash", config, environ, settings, run.cause) if config.names_secrets else (config, [])
         )
-        path = environ.get("PATH", os.defpath)
         if settings.allowed_bash_commands:
             words = bash_words(resolved, settings)
-            words[0] = _program(words[0], path)
         else:
-            words = [_program("bash", path), "-c", bash_source(resolved["command"], resolved.get("args", ()))]
-        env = environ.inherited | _encoded(resolved.get("env", {})) | _run_variables(run)
+            words = ["bash", "-c", bash_source(resolved["command"], resolved.get("args", ()))]
+        env = _encoded(resolved.get("env", {})) | _run_variables(run)
         folder: str | None = resolved.get("working_dir")
-        if folder is not None and folder.partition("/")[0] == "~":
+        report = None
+        if launcher := settings.launchers.get(config.get("launcher") or settings.launcher_default or ""):
+            report = Report()
+            words = _launched(words, launcher, run, env, report.word, folder)
+            env, folder = _run_variables(run) if "{env}" in launcher else env, None
+        elif folder is not None and folder.partition("/")[0] == "~":
             folder = (environ.get("HOME") or os.path.expanduser("~")) + folder[1:]
-        live.begin(("stdout", "stderr"), secrets)
+        words[0] = _program(words[0], environ.get("PATH", os.defpath))
+        env = environ.inherited | env
+        live.begin(("stdout", "stderr"), secrets, report)
         if live.reason:
             return _stopped(live, timeout)
         pipes: list[_Pipe] = []
@@ -5578,13 +5647,31 @@ async def run_bash(
             live.facts = {"exit_code": None, "signal": name}
         else:
             live.facts = {"exit_code": code, "signal": None}
-        return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live)
+        return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live, report)
     except ChronoTaskError as error:
         return Outcome("failed", error.detail)
     except Exception as error:
         return _unexpected(error, live)
     finally:
         live.close()
+
+
+# What runs on the far side of a launcher: this, fixed, with words that it executes and never parses. `exec` in a subshell: a
+# word is a program, whatever bash has built in of that name.
+_FAR_SIDE = (
+    r'word=$1 dir=$2; shift 2; case $dir in "~"*) dir=$HOME${dir#"~"};; esac; '
+    r'if [ -z "$dir" ] || cd -- "$dir"; then (exec -- "$@"); else (exit 126); fi; '
+    r'code=$?; printf "\n%s %d\n" "$word" $code; exit $code'
+)
+
+
+def _launched(
+    words: list[str], launcher: Iterable[str], run: Run, env: Mapping[bytes, bytes], word: str, folder: str | None
+) -> list[str]:
+    variables = [os.fsdecode(name + b"=" + value) for name, value in env.items()]
+    name = f"chronotask-{run.run_id}"
+    filled = [variables if part == "{env}" else [part.replace("{name}", name)] for part in launcher]
+    return [*itertools.chain(*filled), "bash", "-c", _FAR_SIDE, "chronotask", word, folder or "", *words]
 
 
 def _unexpected(error: Exception, live: LiveOutput) -> Outcome:
@@ -5775,24 +5862,29 @@ async def _sweep(run_id: str) -> None:
     )
 
 
-def kill_leftovers(run_ids: set[str]) -> int:
+def kill_leftovers(run_ids: set[str], looks: int = 0) -> int:
     """Kill every process of this user whose environment holds one of these CHRONOTASK_RUN_IDs; the number that was killed.
+
+    With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back.
 
     Finds what left its group by `setsid`, also after a crash of the service. Looks again until nothing is left, as they may fork
     meanwhile. Reads /proc: does nothing where there is none.
     """
     wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
     killed: set[int] = set()
-    for _ in range(10 if wanted else 0):
+    for look in range(looks + 10 if wanted else 0):
         found = False
         for pid in _own_processes():
             with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:  # a zombie's is empty
                 if not wanted.isdisjoint(file.read().split(b"\0")):
                     found = True
-                    os.kill(pid, signal.SIGKILL)
+                    if look >= looks or pid not in killed:
+                        os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
                     killed.add(pid)
         if not found:
             break
+        if look < looks:
+            threading.Event().wait(0.05)
     return len(killed)
 
 
@@ -5847,21 +5939,28 @@ def _not_started(error: OSError, file: str, folder: str | None) -> Outcome:
     return Outcome("failed", f"{shown(file)} could not be started: {reason}", retryable=retryable)
 
 
-def _bash_outcome(source: str, folder: str | None, live: LiveOutput) -> Outcome:
+def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Report | None) -> Outcome:
     output = _output(live) or {}
+    if report is not None and report.status:  # the launcher's own may be another
+        output |= {"exit_code": report.status, "signal": None}
     code, stderr = output["exit_code"], output["stderr"][-4096:]
-    if code == 0:
+    lost = report is not None and report.status is None
+    if code == 0 and not lost:
         return Outcome("succeeded", output=output)
-    if output["signal"]:
-        return Outcome("failed", f"was killed by {output['signal']}", output, retryable=True)
+    message = f"was killed by {output['signal']}" if output["signal"] else f"exit status {code}"
+    if lost:
+        how = message if output["signal"] else f"ended with {code}"
+        message = f"the launcher {how}, but the command never reported its end"
+    elif output["signal"]:
+        return Outcome("failed", message, output, retryable=True)
     lines = (_one_line(line, 200) for line in reversed(stderr.splitlines()))
-    message = ": ".join([f"exit status {code}", *itertools.islice(filter(None, lines), 1)])
-    if code == 127:  # often the command lies in the working directory, which no PATH holds
+    message = ": ".join([message, *itertools.islice(filter(None, lines), 1)])
+    if code == 127 and report is None:  # often the command lies in the working directory, which no PATH holds
         said, found, _ = stderr.rpartition(": command not found")
         name = re.split(r"[\s:/]", said)[-1] if found else source.split(None, 1)[0]
         if name and "/" not in name and os.path.isfile(os.path.join(folder or "", name)):
             message += f"; the file is in the working directory: use ./{_one_line(name, 100)}"
-    return Outcome("failed", message, output, retryable=code not in (126, 127))
+    return Outcome("failed", message, output, retryable=lost or code not in (126, 127))
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -7352,7 +7451,11 @@ class Leadership:
         if not dead:
             return
         if await engine.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
-            killed = await asyncio.to_thread(kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"})
+            left: tuple[set[str], set[str]] = (set(), set())  # here, and by a launcher, which gets a second to take its job back
+            for run in dead:
+                if run.task_type == "bash":
+                    left[bool(engine.settings.launcher_default) or '"launcher":' in run.config].add(run.run_id)
+            killed = await asyncio.to_thread(lambda: kill_leftovers(left[1], looks=20) + kill_leftovers(left[0]))
             logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)

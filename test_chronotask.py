@@ -1261,6 +1261,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "ALLOW_HOST_COMMANDS": (True, {"false": False, "TRUE": True}, ["maybe", "2"]),
     "ALLOWED_BASH_COMMANDS": ((), {"ls, backup.sh": ("ls", "backup.sh")}, ["a,,b", ","]),
     "ALLOWED_BASH_ENV": ((), {"A,B": ("A", "B")}, ["A,"]),
+    "LAUNCHER_DEFAULT": (None, {}, ["Slurm", "a b", "x" * 41]),
     "API_TOKEN": (None, {"0123456789abcdef": "0123456789abcdef"}, []),
     "API_TOKEN_FILE": (None, {}, []),
     "API_TOKENS_FILE": (None, {}, []),
@@ -1287,7 +1288,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 
 def test_the_defaults_are_those_of_the_contract() -> None:
     settings, warnings = Settings.from_env({})
-    found = {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    found = {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings) if field.metadata}
     assert found == {name: default for name, (default, _, _) in SETTINGS.items()}
     assert warnings == []
     empty = Settings.from_env({"CHRONOTASK_API_PORT": "", "CHRONOTASK_ALLOWED_HOSTS": ""})
@@ -1406,8 +1407,38 @@ def test_an_unknown_variable_is_warned_about_with_the_nearest_name() -> None:
         "unknown variable 'CHRONOTASK_API_PROT': did you mean CHRONOTASK_API_PORT?",
         "unknown variable 'CHRONOTASK_TIMEZONE': did you mean CHRONOTASK_SCHEDULER_TIMEZONE?",
     ]
-    given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID SECRET_X SECRET_API_PROT"
+    given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID SECRET_X SECRET_API_PROT LAUNCHER_X"
     assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given.split()})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("srun --quiet --ntasks=1", ("srun", "--quiet", "--ntasks=1")),
+        ("bash -c 'exec ssh w \"${*@Q}\"' ssh env {env}", ("bash", "-c", 'exec ssh w "${*@Q}"', "ssh", "env", "{env}")),
+        ("run --name=a-{name}", ("run", "--name=a-{name}")),
+    ],
+)
+def test_a_launcher_is_split_into_words_as_a_shell_does_it(text: str, words: tuple[str, ...]) -> None:
+    environ = {"CHRONOTASK_LAUNCHER_BIG_1": text, "CHRONOTASK_LAUNCHER_OTHER": "", "CHRONOTASK_LAUNCHER_DEFAULT": "big_1"}
+    settings, warnings = Settings.from_env(environ)
+    assert (settings.launchers, settings.launcher_default, warnings) == ({"big_1": words}, "big_1", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("A", "srun 'x", "must be words as a shell splits them: no closing quotation"),
+        ("A", "  ", "must be words as a shell splits them: a program is missing"),
+        ("A", "'' x", "must be words as a shell splits them: a program is missing"),
+        ("A", "env x{env}", "must be words as a shell splits them: {env} stands for several words, not inside one"),
+        ("a", "env", "must be words as a shell splits them: its name must be 1 to 40 of a-z, 0-9 and _"),
+        ("DEFAULT", "other", "must be one of known (CHRONOTASK_LAUNCHER_NAME), not 'other'"),
+    ],
+)
+def test_a_bad_launcher_or_an_unknown_default_ends_the_program(name: str, text: str, why: str) -> None:
+    detail = refused_start({"CHRONOTASK_LAUNCHER_KNOWN": "env", f"CHRONOTASK_LAUNCHER_{name}": text})
+    assert detail == f"CHRONOTASK_LAUNCHER_{name}={text if name == 'DEFAULT' else shown(text)}: {why}"
 
 
 # ======================================================================================================================
@@ -4632,9 +4663,166 @@ def test_a_process_that_shows_a_secret_of_the_service_is_warned_about() -> None:
             process.wait()
 
 
+# ---- Launchers
+
+
+LAUNCHERS = Settings(
+    bash_timeout=20,
+    launchers={
+        "nice": ("nice", "-n", "1"),
+        "env": ("env", "-i", f"PATH={PATH}", "NAME={name}", "{env}"),
+        "liar": ("true",),
+        "down": ("bash", "-c", "echo no controller >&2; exit 1"),
+        "shot": ("bash", "-c", "kill -9 $$"),
+        "late": ("bash", "-c", '"$@"; echo epilog >&2; exit 4', "late"),
+        "twice": ("bash", "-c", '"$@"; N=1 "$@"; exit 0', "twice"),
+        "tty": ("bash", "-c", r'"$@" | sed "s/$/\r/"', "tty"),
+        "takes_back": ("bash", "-c", 'trap "kill %1; echo taken back; exit 0" TERM; setsid "$@" & wait', "takes_back"),
+    },
+)
+LOST = ", but the command never reported its end"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command", "result", "stdout"),
+    [
+        ("nice", "nice; exit 0", ("succeeded", None, False, 0), "1\n"),
+        ("nice", "echo a; exit 3", ("failed", "exit status 3", True, 3), "a\n"),
+        ("nice", "exit 127", ("failed", "exit status 127", False, 127), ""),
+        ("nice", "exec true 1>&-", ("succeeded", None, False, 0), ""),
+        ("nice", "exec 2>&-; kill -9 $PPID", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
+        ("liar", "true", ("failed", f"the launcher ended with 0{LOST}", True, 0), ""),
+        ("down", "true", ("failed", f"the launcher ended with 1{LOST}: no controller", True, 1), ""),
+        ("shot", "true", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
+        ("late", "echo a", ("failed", "exit status 4: epilog", True, 4), "a\n"),
+        ("late", "exit 5", ("failed", "exit status 5: epilog", True, 5), ""),
+        ("twice", "echo a; exit $((7 * !N))", ("failed", "exit status 7", True, 7), "a\na\n"),
+        ("tty", "echo a", ("succeeded", None, False, 0), "a\r\n"),
+    ],
+)
+async def test_success_by_a_launcher_needs_the_word_of_the_far_side_and_no_other_word_against_it(
+    launcher: str, command: str, result: tuple[Any, ...], stdout: str
+) -> None:
+    outcome = await bash(command, settings=LAUNCHERS, launcher=launcher)
+    code = output(outcome)["exit_code"]
+    assert (outcome.status, outcome.error_message, outcome.retryable, code) == result
+    assert out(outcome).startswith(stdout) and len(out(outcome)) <= len(stdout) + 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "true",
+        "echo",
+        r"printf 'a\n\n\n'; echo b >&2",
+        r"printf 'no line break'",
+        r"printf '\xff\x00\n\xfe\r\n'",
+        "printf %100000s x; printf '\n%s' {1..1000}",
+        r"for i in 0 1 20; do printf '\n%s %d\n' 0123456789abcdef0123456789abcdef $i; done; printf '\n0123456789abcdef '",
+        "tr '\\0' '\\n' </proc/$PPID/environ >/dev/null; echo $CHRONOTASK_RUN_ID 0",
+    ],
+)
+async def test_the_output_of_a_command_is_the_same_with_and_without_a_launcher(command: str) -> None:
+    here, there = await bash(command, settings=LAUNCHERS), await bash(command, settings=LAUNCHERS, launcher="nice")
+    assert here == there and here.status == "succeeded"
+
+
+def test_the_report_is_found_and_taken_out_wherever_output_is_cut_into_pieces() -> None:
+    for ending in (b"", b"\n", b"\n\n"):
+        report = chronotask.Report()
+        word = report.word.encode()
+        for status, noise in ((0, b""), (0, b"left behind\n"), (217, b"srun: error\n")):
+            data = b"a\nb " + word + b" 0\n" + word[:-1] + b"\n\n" + word + b" x\n\xff\0" + ending
+            for step in (1, 2, 3, 7, 40, 1000):
+                report.status = None
+                whole = data + b"\n%s %d\n" % (word, status) + noise
+                shown = [report.feed(whole[at : at + step]) for at in range(0, len(whole), step)]
+                assert b"".join(shown) + report.feed(b"", last=True) == data + noise
+                assert report.status == status
+    unseen = chronotask.Report()
+    assert (unseen.feed(b"line\n"), unseen.feed(b"next"), unseen.status) == (b"line", b"\nnext", None)
+
+
+NASTY_ENV = {"A": "a b\n'\"$(id)`id`;*\\", "B": "", "C": "-x=1", "D": "{name} {env}", "E": "ü😀", "F": "--"}
+
+
+async def test_env_stands_for_the_variables_of_the_task_as_words_and_name_for_the_attempt(tmp_path: Path) -> None:
+    names = set()
+    for attempt in (1, 2, 10**4 - 1):
+        run = dataclasses.replace(SECOND_RUN, attempt=attempt)
+        outcome = await bash("env -0", settings=LAUNCHERS, launcher="env", env=NASTY_ENV, run=run)
+        found = dict(line.split("=", 1) for line in out(outcome).rstrip("\0").split("\0"))
+        assert NASTY_ENV.items() <= found.items() and found["CHRONOTASK_TASK_NAME"] == "näme"
+        assert re.fullmatch("[a-z0-9-]{1,63}", found["NAME"])
+        names.add(found["NAME"])
+    assert len(names) == 3
+    own = {"env": ("env", "-u", "X", "{env}"), "own": ("bash", "-c", 'echo "<$A>"; exec "$@"', "own", "env", "{env}")}
+    outcome = await bash('echo "<$A>"', settings=Settings(launchers=own), launcher="own", env={"A": "1"})
+    assert out(outcome) == "<>\n<1>\n", "the launcher itself does not get what it is to pass on"
+    assert out(await bash("pwd", settings=LAUNCHERS, launcher="env", working_dir="~", env={"HOME": "/"})) == "/\n"
+    outcome = await bash("true", settings=LAUNCHERS, launcher="env", working_dir="/nonexistent")
+    assert (outcome.retryable, output(outcome)["exit_code"]) == (False, 126)
+
+
+@pytest.mark.parametrize("how", ["timed_out", "cancelled", "interrupted"])
+async def test_at_a_stop_the_launcher_gets_sigterm_first_and_takes_its_job_back(how: str) -> None:
+    live, run = LiveOutput(1000), dataclasses.replace(SECOND_RUN, uuid=str(uuid.uuid4()))
+    timeout = {"timeout": 0.5} if how == "timed_out" else {}
+    job = asyncio.ensure_future(
+        bash("echo on; sleep 60", settings=LAUNCHERS, launcher="takes_back", live=live, run=run, **timeout)
+    )
+    async with asyncio.timeout(20):
+        while not live.recent() or b"on" not in live.recent()[0][2]:
+            await asyncio.sleep(0.01)
+        if how != "timed_out":
+            live.stop(how)
+        outcome = await job
+    assert (outcome.status, out(outcome)) == (how, "on\ntaken back\n")
+    assert of_run(run.run_id) == []
+
+
+def test_what_a_dead_service_left_to_a_launcher_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
+    for run_id, source in ((str(uuid.uuid4()), "trap 'touch asked; exit' TERM"), (str(uuid.uuid4()), "trap 'touch deaf' TERM")):
+        environ = {"PATH": PATH, "CHRONOTASK_RUN_ID": run_id}
+        process = subprocess.Popen(
+            ["bash", "-c", f"{source}; echo; while :; do read -t 0.02 -u 9; done 9<>fifo"],
+            env=environ, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout and process.stdout.readline() == b"\n"
+        threading.Thread(target=process.wait).start()  # a zombie would not be looked for, but be there
+        assert kill_leftovers({run_id}, looks=10) == 1
+    assert {path.name for path in tmp_path.iterdir()} >= {"asked", "deaf"}
+
+
+async def test_words_of_the_list_are_programs_to_a_launcher_whatever_bash_has_built_in(tmp_path: Path) -> None:
+    for name in ("eval", "exec", "source", "command", "-a"):
+        settings = dataclasses.replace(LAUNCHERS, allowed_bash_commands=(name,))
+        outcome = await bash(name, args=["touch", str(tmp_path / "x")], settings=settings, launcher="nice")
+        assert (outcome.status, list(tmp_path.iterdir())) == ("failed", []), name
+
+
+async def test_the_default_launcher_takes_every_command_and_an_unknown_one_is_refused(api: Api) -> None:
+    api.rig.service.settings = dataclasses.replace(LAUNCHERS, launchers={"b": ("true",), "a": ("nice",)})
+    assert out(await bash("nice", settings=dataclasses.replace(LAUNCHERS, launcher_default="nice"))) == "1\n"
+    bad = await api("POST", "/tasks", {"name": "a", "task_type": "bash", "config": {"command": "true", "launcher": "c"}})
+    message = "must be one of a, b (CHRONOTASK_LAUNCHER_NAME), not 'c'"
+    assert (bad.status, bad.json["errors"]) == (422, [{"field": "config.launcher", "message": message}])
+    gone = await bash("true", launcher="slurm")
+    assert (
+        gone.error_message
+        == "config.launcher: must be left out: there are no launchers here (CHRONOTASK_LAUNCHER_NAME), not 'slurm'"
+    )
+    good = await api("POST", "/tasks", {"name": "a", "task_type": "bash", "config": {"command": "true", "launcher": "a"}})
+    assert good.json["config"] == {"command": "true", "launcher": "a"}
+
+
 # ---- The list of allowed commands
 
-LISTED = Settings(allowed_bash_commands=("echo", "ls", "cat"), allowed_bash_env=("LANG", "LD_PRELOAD", "PATH", "PYTHONPATH"))
+LISTED = Settings(
+    allowed_bash_commands=("echo", "ls", "cat"),
+    allowed_bash_env=("LANG", "LD_PRELOAD", "PATH", "PYTHONPATH"),
+    launchers={"nice": ("nice", "env", "{env}")},
+)
 
 # Each: a name, the configuration, and what may come of it: "refused", or the exact output of the harmless command.
 # {marker} is a file that must never appear, {planted} a folder of programs that would make it.
@@ -4739,14 +4927,17 @@ def test_at_least_60_attacks_on_the_list_are_tried() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [{}, {"launcher": "nice"}], ids=["here", "launched"])
 @pytest.mark.parametrize(("config", "result"), [(config, result) for _, config, result in ATTACKS], ids=[a[0] for a in ATTACKS])
-async def test_an_attack_on_the_list_of_commands_runs_nothing_else(tmp_path: Path, config: dict[str, Any], result: str) -> None:
+async def test_an_attack_on_the_list_of_commands_runs_nothing_else(
+    tmp_path: Path, config: dict[str, Any], result: str, launcher: dict[str, str]
+) -> None:
     marker, planted = tmp_path / "marker", tmp_path / "planted"
     planted.mkdir()
     for name in ("echo", "ls", "cat", "rc"):
         (planted / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
         (planted / name).chmod(0o755)
-    config = filled(config, marker, planted)
+    config = filled(config, marker, planted) | launcher
     outcome = await run_bash(StoredConfig(config), SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
     assert not marker.exists()
     if result == "refused":
@@ -10002,7 +10193,7 @@ ODD_VALUES: list[Any] = [
 ]  # fmt: skip
 ODD_NAMES = """name task_type config description status max_retries retry_delay retry_backoff id task_id schedule_type
     schedule_config is_active overlap catchup catchup_window jitter start_at end_at max_runs after count upcoming x
-    command args env working_dir timeout url method headers params body auth expected_status follow_redirects verify_tls
+    command args env working_dir timeout launcher url method headers params body auth expected_status follow_redirects verify_tls
     expression timezone datetime seconds start_date username password key tags pause_after task_ids tag any on
     threshold""".split()
 
@@ -13533,7 +13724,7 @@ def test_no_advice_puts_the_services_own_token_where_tasks_read_their_secrets() 
 
 def test_every_setting_is_in_the_readme_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", section("Settings"), re.MULTILINE))
-    fields = {field.name.upper(): field.default for field in chronotask.dataclasses.fields(chronotask.Settings)}
+    fields = {field.name.upper(): field.default for field in dataclasses.fields(Settings) if field.metadata}
     assert rows.keys() == fields.keys()
     for name, default in fields.items():
         if isinstance(default, bool):
