@@ -130,7 +130,18 @@ import weakref
 import zlib
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -4951,8 +4962,8 @@ MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
-READ_AHEAD = 65536  # bytes of a response
-DNS_SECONDS = 10.0  # that addresses are remembered
+REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
+STALE_ERRNO = 0x4355  # nor this: the server had closed a kept connection before anything was sent
 KEEP_SECONDS = 0.1  # that a connection waits for the next request: long enough for a burst, shorter than any server's limit
 MAX_SECRET_BYTES = 65536
 MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
@@ -5971,7 +5982,6 @@ _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
     " pragma user-agent".split()
 )
-_DEFAULT_HEADERS = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
 _JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
 
 
@@ -5988,29 +5998,16 @@ class _Request:
     closes: bool  # the task asks for `Connection: close`
     redirected_from: str | None = None  # the host whose headers were taken off
 
-    @property
-    def place(self) -> tuple[str, str, int, bool]:
-        """Requests that have it in common may share connections."""
-        url = self.url
-        return url.scheme, url.raw_host or "", url.port or 0, self.verify_tls
-
-    def message(self, run: Run, jar: aiohttp.CookieJar | None) -> bytes:
-        """What is sent, with the headers that tell this run from others. The task's own headers win."""
-        url, body, headers = self.url, self.body or b"", _DEFAULT_HEADERS.copy()
-        headers["X-ChronoTask-Execution-Id"], headers["X-ChronoTask-Attempt"] = str(run.execution_id), str(run.attempt)
-        headers["Idempotency-Key"] = run.uuid
+    def headers_of(self, run: Run) -> dict[str, str]:
+        """What is sent, with the headers that tell this run from others; the task's own win."""
+        headers = {
+            "X-ChronoTask-Execution-Id": str(run.execution_id),
+            "X-ChronoTask-Attempt": str(run.attempt),
+            "Idempotency-Key": run.uuid,
+        }
         if run.scheduled_for is not None:
             headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
-        if self.headers:
-            headers = _overridden(headers, self.headers)
-        if jar and (cookies := jar.filter_cookies(url).output(header="", sep=";").strip()):
-            own = next((name for name in headers if name.lower() == "cookie"), "Cookie")
-            headers[own] = f"{headers[own]}; {cookies}" if own in headers else cookies
-        if body or self.method in ("POST", "PUT", "PATCH"):
-            headers["Content-Length"] = str(len(body))
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        text = f"{self.method} {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n{head}\r\n"
-        return text.encode("utf-8", "surrogateescape") + body
+        return _overridden(headers, self.headers) if self.headers else headers
 
 
 @functools.cache
@@ -6019,6 +6016,7 @@ def _tls_context(verify: bool) -> ssl.SSLContext:
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["http/1.1"])
+    context.sslobject_class = _TlsObject
     return context
 
 
@@ -6030,244 +6028,234 @@ class _Failed(ChronoTaskError):
         self.retryable = retryable
 
 
-@dataclass(slots=True)
-class _Response:
-    status: int
-    reason: str
-    headers: list[tuple[str, str]]  # bytes that are not UTF-8 come as surrogates
-    first: dict[str, str]  # of each header, by its lower-case name
-
-
-class _Connection(asyncio.Protocol):
-    """A connection to a server. It gives the answer to what was sent, and no byte of what a server sends behind it.
-
-    Servers send bodies with 204, a line or a whole page behind an answer: the answer stands, as it does for curl. What has come
-    is kept until it is read, and no more of it is read than a little.
-    """
-
-    transport: asyncio.Transport
-    expiry: asyncio.TimerHandle  # while it waits for the next request
-
-    def __init__(self) -> None:
-        self.answered = False  # some of the answer has come
-        self._data = bytearray()
-        self._left: float = 0  # bytes of the body or chunk that are still to come
-        self._chunked = self._keeps = self._over = False
-        self._error: Exception | None = None
-        self._came = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.answered = True
-        self._data += data
-        if len(self._data) >= READ_AHEAD:
-            self.transport.pause_reading()
-        self._came.set()
-
-    def eof_received(self) -> None:
-        self._over = True
-        self._came.set()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._over, self._error = True, error
-        self._came.set()
-
-    async def _more(self) -> bool:
-        """Waits for further bytes; whether there are any."""
-        before = len(self._data)
-        if not self._over:
-            self.transport.resume_reading()
-            self._came.clear()
-            await self._came.wait()
-        return len(self._data) > before
-
-    async def _read(self, head: bool = False) -> bytes:
-        """A line, or all lines of a head with the empty one behind them."""
-        seen = 0
-        while not (found := (_HEAD_END if head else _LINE_END).search(self._data, max(0, seen - 2))):
-            seen = len(self._data)
-            if seen > MAX_HEAD_BYTES:
-                raise _Failed(f"the connection failed: the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
-            if not await self._more():
-                if self.answered:
-                    raise _Failed(_BROKE_OFF)
-                why = f"the connection failed: {_reason(self._error)}" if self._error else ""
-                raise _Failed(why or "the server closed the connection without an answer")
-        return self._taken(found.end())
-
-    def _taken(self, size: int) -> bytes:
-        taken = bytes(self._data[:size])
-        del self._data[:size]
-        return taken
-
-    async def answer(self, method: str, message: bytes) -> _Response:
-        """Sends a request. The head of its answer; what comes before (RFC 9110, 15.2) is not the real one."""
-        self.answered = False
-        self.transport.write(message)
-        while True:
-            line = await self._read()
-            found = _STATUS.fullmatch(line)
-            if not found:
-                raise _Failed(_NOT_HTTP + _one_line(line.decode("utf-8", "replace"), 200))
-            head = await self._read(head=True)
-            if found[2] == b"101" or found[2][:1] != b"1":
-                break
-        status, headers, first = int(found[2]), list[tuple[str, str]](), dict[str, str]()
-        for text in _FOLDED.sub(b" ", head).decode("utf-8", "surrogateescape").rstrip("\r\n").split("\n"):
-            name, colon, value = text.partition(":")
-            if (text and not colon) or len(text) > MAX_HEAD_LINE:
-                raise _Failed(_NOT_HTTP + _one_line(text, 200))
-            if colon:
-                headers.append((name, value.strip()))
-                first.setdefault(name.lower(), headers[-1][1])
-        # RFC 9112, 6.3: what of the bytes that follow is the body.
-        length, coding = first.get("content-length", ""), first.get("transfer-encoding", "").lower()
-        self._chunked, self._left = False, math.inf  # until the connection ends
-        if method == "HEAD" or status in (204, 304):
-            self._left = 0
-        elif coding not in ("", "identity"):
-            self._chunked = coding.endswith("chunked")
-            self._left = 0 if self._chunked else math.inf
-        elif length:
-            if not re.fullmatch("[0-9]{1,18}", length):
-                raise _Failed(f"{_NOT_HTTP}Content-Length: {_one_line(length, 200)}")
-            self._left = int(length)
-        self._keeps = found[1] == b"1" and "close" not in first.get("connection", "").lower()
-        return _Response(status, (found[3] or b"").decode("utf-8", "replace"), headers, first)
-
-    async def body(self) -> bytes:
-        """The next bytes of the body; none at its end."""
-        if self._chunked and not self._left:
-            while not (line := (await self._read()).strip()):
-                pass  # the end of the chunk before
-            size = line.partition(b";")[0].strip()
-            if not re.fullmatch(b"[0-9A-Fa-f]{1,15}", size):
-                raise _Failed(_BROKE_OFF)
-            self._left = int(size, 16)
-            while not self._left and self._chunked:  # trailers
-                self._chunked = bool((await self._read()).strip())
-        if self._left and not self._data and not await self._more():
-            if self._left < math.inf or self._chunked or self._error is not None:
-                raise _Failed(_BROKE_OFF)
-            self._left = 0
-        taken = self._taken(int(min(self._left, len(self._data))))
-        self._left -= len(taken)
-        return taken
-
-    @property
-    def is_through(self) -> bool:
-        """Whether the request is sent, its answer read, and another one may follow."""
-        return self._keeps and not self._chunked and not self._left and not self.transport.get_write_buffer_size()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the server has neither closed it nor begun to say something else, also if the loop has not heard of it yet."""
-        if self._over or self._data:
-            return False
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
-        return not poll.poll(0)
-
-
-_NOT_HTTP = "the server's answer is not valid HTTP: "
 _BROKE_OFF = "the answer broke off before its end, or could not be decoded"
-_LINE_END, _HEAD_END, _FOLDED = re.compile(rb"\n"), re.compile(rb"(?:\A|\n)\r?\n"), re.compile(rb"\r?\n[ \t]+")
-_STATUS = re.compile(rb"HTTP/1\.([0-9]) +([0-9]{3})(?: ([^\r\n]*))?\r?\n")
 
 
 class HttpClient:
-    """The connections of all http tasks."""
+    """The connections of all http tasks. aiohttp is imported with the first of them."""
 
     def __init__(self, settings: Settings) -> None:
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-        self._idle: dict[_Connection, tuple[Any, ...]] = {}  # and their places
-        self._lookups = asyncio.Semaphore(DNS_LOOKUPS)
-        self._names: dict[str, asyncio.Task[list[str]]] = {}
+        self._shared: aiohttp.ClientSession | None = None
 
-    async def connection(self, request: _Request, fresh: bool) -> _Connection:
-        """One of its own, or one that is free by now. Raises _Failed."""
-        while not fresh and (kept := next((one for one, at in reversed(self._idle.items()) if at == request.place), None)):
-            kept.expiry.cancel()
-            del self._idle[kept]
-            if kept.is_idle:
-                return kept
-            kept.transport.abort()
-        return await self._connect(request)
+    async def shared(self) -> aiohttp.ClientSession:
+        """The session whose connections are used again."""
+        if self._shared is None:
+            await asyncio.to_thread(importlib.import_module, "aiohttp")
+        if self._shared is None:  # another attempt may have been faster
+            self._fresh = self._connector(force_close=True)
+            self._shared = self._session(self._connector(keepalive_timeout=KEEP_SECONDS), aiohttp.DummyCookieJar())
+        return self._shared
 
-    def keep(self, request: _Request, connection: _Connection) -> None:
-        """It is free for the next one, for a moment."""
+    def fresh(self) -> aiohttp.ClientSession:
+        """One for an attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
+        return self._session(self._fresh, aiohttp.CookieJar(unsafe=True, quote_cookie=False))  # unsafe: also of IP addresses
 
-        def expire() -> None:
-            del self._idle[connection]
-            connection.transport.abort()
+    async def close(self) -> None:
+        if self._shared is not None:
+            await self._shared.close()
+            await self._fresh.close()
 
-        self._idle[connection] = request.place
-        connection.expiry = asyncio.get_running_loop().call_later(KEEP_SECONDS, expire)
+    def _connector(self, **more: Any) -> aiohttp.TCPConnector:
+        # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
+        return aiohttp.TCPConnector(limit=0, socket_factory=self._socket, resolver=cast(Any, _Resolver()), **more)
 
-    def close(self) -> None:
-        for connection in self._idle:
-            connection.expiry.cancel()
-            connection.transport.abort()
-        self._idle.clear()
+    def _socket(self, info: Any) -> socket.socket:
+        # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
+        family, kind, protocol, _, address = info
+        if refusal := self._refusal_of(address[0]):
+            raise OSError(REFUSED_ERRNO, refusal)
+        return _Socket(family, kind, protocol)
 
-    async def _connect(self, request: _Request) -> _Connection:
-        scheme, host, port, verify = request.place
-        refusals = {address: self._refusal_of(address) for address in await self._addresses(host)}
-        waiting = deque(address for address, refusal in refusals.items() if refusal is None)
-        if not waiting:
-            raise _Failed(f"{host}:{port} may not be called: {next(iter(refusals.values()))}", retryable=False)
-        context, name = (_tls_context(verify), host.rstrip(".")) if scheme == "https" else (None, None)
-        loop, error = asyncio.get_running_loop(), OSError()
-        tries: set[asyncio.Task[tuple[asyncio.Transport, _Connection]]] = set()
+    def _session(self, connector: aiohttp.TCPConnector, cookies: aiohttp.abc.AbstractCookieJar) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=cookies,
+            headers={"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"},
+            skip_auto_headers=["Content-Type"],  # which a body without bytes has none of
+            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
+            auto_decompress=False,
+            max_line_size=MAX_HEAD_LINE,
+            max_field_size=MAX_HEAD_LINE,
+            max_headers=MAX_HEAD_BYTES,
+            middlewares=(_sent_once,),
+        )
+
+
+async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error.
+
+    Raises _Failed, with what a person can do about it. Never with aiohttp's own text: it has URLs.
+    """
+    again = request.method not in _NOT_REPEATABLE  # also when some of an answer has come
+    while True:
         try:
-            while waiting or tries:  # RFC 8305: an address that does not answer is not waited for
-                if waiting:
-                    address = waiting.popleft()
-                    coming = loop.create_connection(_Connection, address, port, ssl=context, server_hostname=name)
-                    tries.add(loop.create_task(coming))
-                done, tries = await asyncio.wait(tries, timeout=0.25 if waiting else None, return_when=asyncio.FIRST_COMPLETED)
-                made = [one.result()[1] for one in done if one.exception() is None]
-                for other in made[1:]:
-                    other.transport.abort()
-                if made:
-                    return made[0]
-                for one in done:
-                    error = cast(OSError, one.exception())
-        finally:
-            for one in tries:
-                one.cancel()
-        if isinstance(error, ssl.SSLCertVerificationError):
-            reason = _one_line(error.verify_message or "not valid", 200)
-            raise _Failed(f"the TLS certificate of {host} is refused: {reason} (verify_tls: false accepts any)", retryable=False)
-        # asyncio's own text of a refused connection names the address and not the reason.
-        system = not isinstance(error, ssl.SSLError) and error.errno in errno.errorcode
-        reason = _one_line(os.strerror(error.errno or 0).lower() if system else error.strerror or str(error), 200)
-        what = "TLS with {} failed" if isinstance(error, ssl.SSLError) else "could not connect to {}"
-        raise _Failed(f"{what.format(f'{host}:{port}')}: {reason}")
+            return await handler(request)
+        except aiohttp.ClientConnectorCertificateError as error:
+            reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
+            message = f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)"
+            raise _Failed(message, retryable=False) from None
+        except aiohttp.ClientConnectorError as error:
+            place, cause = f"{error.host}:{error.port}", error.os_error
+            # asyncio's own text of a refused connection names the address and not the reason.
+            system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
+            reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
+            if isinstance(error, aiohttp.ClientConnectorDNSError):
+                raise _Failed(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}") from None
+            if cause.errno == REFUSED_ERRNO:
+                raise _Failed(f"{place} may not be called: {reason}", retryable=False) from None
+            tls = isinstance(error, aiohttp.ClientConnectorSSLError)
+            raise _Failed(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}") from None
+        except aiohttp.ServerDisconnectedError as error:
+            if isinstance(error.message, str):  # else a part of an answer
+                raise _Failed("the server closed the connection without an answer") from None
+            raise _Failed(_BROKE_OFF, again) from None
+        except aiohttp.ClientResponseError as error:
+            raise _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}", again) from None
+        except aiohttp.InvalidURL:
+            raise _Failed("config.url: is not a valid http or https URL", retryable=False) from None
+        except (aiohttp.ClientError, OSError) as error:
+            number = getattr(error, "errno", None)
+            if number != STALE_ERRNO:
+                raise _Failed(f"the connection failed: {_reason(error)}", again or number != errno.EMSGSIZE) from None
 
-    async def _addresses(self, host: str) -> list[str]:
-        """Those of a name, which are remembered for a moment. Raises _Failed."""
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(host)
-            return [host]
-        if host not in self._names:
-            self._names[host] = asyncio.create_task(self._look_up(host))
-            asyncio.get_running_loop().call_later(DNS_SECONDS, self._names.pop, host, None)
+
+def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
+    """Takes from `came` what belongs to the answer to a request, as its head declares it (RFC 9112, 6), until it is complete."""
+    status = b"100"
+    while status[:1] == b"1" and status != b"101":  # the real one is still to come
+        head = (yield from _taken(came, _HEAD_END)).lower()  # patterns that ignore case would take ten times as long
+        found = _STATUS.match(head)
+        status = found[1] if found else b""  # not HTTP, about which the parser has the last word
+    if to_head or status in (b"204", b"304"):
+        return
+    if _TRANSFER_CHUNKED.search(head):
+        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END))):
+            if int(size[0], 16) == 0:
+                while (yield from _taken(came, _LINE_END)).strip():  # trailers
+                    pass
+                return
+            yield from _skipped(came, int(size[0], 16) + 2)
+        length = None
+    else:
+        length = _CONTENT_LENGTH.search(head)
+    yield from _skipped(came, int(length[1]) if length else math.inf)  # that is, until the connection ends
+
+
+def _taken(came: bytearray, end: re.Pattern[bytes]) -> Generator[None, None, bytes]:
+    seen = 0
+    while not (found := end.search(came, max(0, seen - 2))):
+        seen = len(came)
+        if seen > MAX_HEAD_BYTES:
+            raise ConnectionError(errno.EMSGSIZE, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
+        yield
+    taken = bytes(came[: found.end()])
+    del came[: found.end()]
+    return taken
+
+
+def _skipped(came: bytearray, left: float) -> Generator[None, None, None]:
+    while left > len(came):
+        left -= len(came)
+        came.clear()
+        yield
+    del came[: int(left)]
+
+
+_HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
+_STATUS, _CHUNK_SIZE = re.compile(rb"http/1\.[0-9] ([0-9]{3})"), re.compile(rb"[0-9A-Fa-f]{1,15}")
+_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
+_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
+_REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
+
+
+class _OneAnswer:
+    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent.
+
+    Servers send bodies with 204, a line or a whole page behind an answer. aiohttp's parser would give up the answer for it, as
+    curl does not: so it never gets to see it.
+    """
+
+    _answer: Iterator[None] | None = None
+    _over = False  # something else came: as if the server had closed the connection
+
+    def _asks(self, data: bytes) -> None:
+        """Raises OSError when a request would begin on a connection that is not to be used again."""
+        if _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
+            if self._answer is not None and self._ended():
+                raise OSError(STALE_ERRNO, "was closed by the server")
+            self._came = bytearray()
+            self._answer = _answer(bytes(data[:5]) == b"HEAD ", self._came)
+
+    def _ended(self) -> bool:
+        return self._over
+
+    def _answered(self, data: bytes) -> bytes:
+        if self._answer is not None and data:
+            self._came += data
+            if next(self._answer, self) is self:  # it is complete, but for what is left
+                data = data[: len(data) - len(self._came)]
+                self._over = self._over or len(self._came) > 0
+                self._came.clear()
+        return data
+
+
+class _Socket(_OneAnswer, socket.socket):
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        self._asks(data)
+        return super().send(data, flags)
+
+    def sendmsg(self, buffers: Any, *more: Any) -> int:
+        buffers = list(buffers)
+        self._asks(buffers[0])
+        return super().sendmsg(buffers, *more)
+
+    def _ended(self) -> bool:
+        """Whether the server has closed it or begun to say something else, also if the loop has not heard of it yet."""
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return self._over or bool(poll.poll(0))
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
         try:
-            return await asyncio.shield(self._names[host])
-        except (OSError, UnicodeError) as error:
-            self._names.pop(host, None)
-            reason = _one_line(error.strerror or str(error), 200) if isinstance(error, OSError) else "invalid name"
-            raise _Failed(f"the name {_one_line(host, 255)} could not be resolved: {reason}") from None
+            return self._answered(super().recv(size, flags))
+        except ConnectionResetError:
+            if self._answer is None or not self._came:
+                raise
+            return b""  # aiohttp then says that a part of an answer had come
 
-    async def _look_up(self, host: str) -> list[str]:
-        """In a daemon thread, so that dead DNS servers hold up neither the loop's executor nor the exit."""
-        async with self._lookups:
-            name, flags = host.encode("idna"), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-            found = await in_daemon(socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
-        return [str(socket.getnameinfo(info[4], flags)[0]) for info in found]
+
+class _TlsObject(_OneAnswer, ssl.SSLObject):
+    def write(self, data: Any) -> int:
+        self._asks(data)
+        return super().write(data)
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        data = super().read(len, buffer)
+        return data if buffer is not None else self._answered(data)
+
+
+class _Resolver:
+    """Looks names up in daemon threads, so that dead DNS servers hold up neither the loop's executor nor the exit."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(DNS_LOOKUPS)
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
+        try:
+            name = host.encode("idna")
+        except UnicodeError:
+            raise OSError(None, "invalid name") from None
+        async with self._free:
+            found = await in_daemon(socket.getaddrinfo, name, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+        flags, same = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV, {"hostname": host, "port": port, "flags": 0}
+        return [
+            same | {"host": str(socket.getnameinfo(address, flags)[0]), "family": kind, "proto": protocol}
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Nothing to give back."""
 
 
 async def run_http(
@@ -6304,13 +6292,13 @@ async def run_http(
         expected = config.get("expected_status") or ["200-299"]
         if any(low <= status <= high for low, high in map(status_range, expected)):
             return Outcome("succeeded", output=output)
-        message = f"answered {status} {_one_line(live.masked(response.reason), 80)}".rstrip()
+        message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
         message += f"; expected {', '.join(map(str, expected))}"
         if status in (401, 403) and request.redirected_from:
             message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
         if 300 <= status < 400 and not request.follow:
             message += " (follow_redirects is false)"
-        wait = retry_after(response.first, now) if status in (429, 503) else None
+        wait = retry_after(response.headers, now) if status in (429, 503) else None
         return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
     except ChronoTaskError as error:
         retryable = isinstance(error, _Failed) and error.retryable and not live.acted
@@ -6397,41 +6385,49 @@ def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in given} | own
 
 
-async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveOutput) -> tuple[_Request, _Response]:
+async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveOutput) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
 
     A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
     """
-    jar: aiohttp.CookieJar | None = None  # of this attempt alone, as in a browser
-    for _ in range(MAX_REDIRECTS + 1):
-        connection, kept = await client.connection(request, fresh=jar is not None or request.closes), False
-        try:
-            response = await connection.answer(request.method, request.message(run, jar))
-            target = _redirect_target(request, response)
-            if target is None:
-                await _read_body(connection, response, live)
-            kept = jar is None and not request.closes and connection.is_through
-            if target is None:
-                return request, response
-        finally:
-            live.acted = live.acted or (connection.answered and request.method in _NOT_REPEATABLE)
-            client.keep(request, connection) if kept else connection.transport.abort()
-        if jar is None:
-            await asyncio.to_thread(importlib.import_module, "aiohttp")  # in mode `mcp` it may be the first use
-            jar = aiohttp.CookieJar(unsafe=True, quote_cookie=False)  # unsafe: also of IP addresses
-        jar.update_cookies_from_headers([value for name, value in response.headers if name.lower() == "set-cookie"], request.url)
-        request = _redirected(request, response.status, target)
-        live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
-    raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+    shared = await client.shared()
+    session = client.fresh() if request.closes else shared
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await session.request(
+                request.method,
+                request.url,
+                headers=request.headers_of(run),
+                data=request.body,
+                ssl=_tls_context(request.verify_tls) if request.url.scheme == "https" else True,
+                allow_redirects=False,
+            )
+            live.acted = live.acted or request.method in _NOT_REPEATABLE
+            try:
+                target = _redirect_target(request, response)
+                if target is None:
+                    await _read_body(response, live)
+                    return request, response
+            finally:
+                response.close()  # unless the connection was given back at its end, with the request all sent
+            if session is shared:
+                session = client.fresh()
+                session.cookie_jar.update_cookies(response.cookies, response.url)
+            request = _redirected(request, response.status, target)
+            live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
+        raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
+    finally:
+        if session is not shared:
+            session.detach()
 
 
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 
 
-def _redirect_target(request: _Request, response: _Response) -> yarl.URL | None:
-    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "location" not in response.first:
+def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
+    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "Location" not in response.headers:
         return None
-    location = response.first["location"]
+    location = response.headers["Location"].strip()
     try:
         if location.startswith("//"):
             return _read_url(f"{request.url.scheme}:{location}")[0]
@@ -6459,19 +6455,26 @@ def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
     return dataclasses.replace(request, method=method, url=target, headers=headers, body=body, redirected_from=came_from)
 
 
-async def _read_body(connection: _Connection, response: _Response, live: LiveOutput) -> None:
-    live.expect(response.first.get("content-type", ""))
+async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
+    live.expect(response.headers.get("Content-Type", ""))
     headers: dict[str, str] = {}
     names: dict[str, str] = {}
-    for plain, value in response.headers:
+    for plain, value in response.headers.items():
         text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        name = names.setdefault(plain.lower(), live.masked(plain))
+        name = names.setdefault(
+            plain.lower(), live.masked(str(plain))
+        )  # aiohttp's own kind of string takes long to write as JSON
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     live.facts = {"status_code": response.status, "headers": headers}
-    decoder = _Decoder() if response.first.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate") else None
+    decoder = (
+        _Decoder() if response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate") else None
+    )
     read = kept = 0
     while True:
-        chunk = await connection.body()
+        try:
+            chunk = await response.content.readany()
+        except (aiohttp.ClientError, OSError):
+            raise _Failed(_BROKE_OFF) from None
         for part in (chunk,) if decoder is None else decoder.decoded(chunk):
             live.feed("body", part)
             read += len(part)
@@ -6523,12 +6526,12 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
     return output
 
 
-def retry_after(first: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
+def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
-    text = first.get("retry-after", "")
+    text = headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
-    until, start = _http_date(text), _http_date(first.get("date", ""))
+    until, start = _http_date(text), _http_date(headers.get("date", ""))
     if start is None and now is not None:
         start = now() / SECOND
     return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_WAIT)
@@ -7039,7 +7042,7 @@ class Engine:
             written = False
         if self._ended and not written:
             logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
-        self.http.close()
+        await self.http.close()
         return known
 
 
