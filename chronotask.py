@@ -8535,9 +8535,10 @@ def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
     return {**part, "schedule_config": {"task_ids": [f"key:{key}" for key in config["tasks"]], **rest}}
 
 
-def _refuse(errors: Iterable[FieldError]) -> None:
-    if errors := [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors]:
-        raise InvalidInput(*errors)
+def _refuse(errors: Sequence[FieldError]) -> None:
+    if errors:
+        told = [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors[:100]]
+        raise InvalidInput(*told, *[FieldError("", f"and {len(errors) - 100} more") for _ in errors[100:101]])
 
 
 def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
@@ -8651,7 +8652,7 @@ class _Apply:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
             return
-        left = {"status", "is_active"} - {*given}  # these stay as they are
+        left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
         if isinstance(item, Schedule):
             check_watched(self.db, item)
             left |= {"is_active"} if item.is_active == (stored.is_active or stored.over) else set()
@@ -10502,6 +10503,8 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
             warnings = file.pop("warnings", ())
             toml = options.export.endswith(".toml")
             text = to_toml(file, {"": warnings}) if toml else json.dumps(file, indent=2, ensure_ascii=False) + "\n"
+            if options.export != "-" and (why := refused_target(settings.database_url, Path(options.export).absolute())):
+                raise StartupError(f"--export={shown(options.export)}: must be {why}", 2)
             with open(1 if options.export == "-" else options.export, "w", encoding="utf-8") as target:
                 target.write(text)
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)

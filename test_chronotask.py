@@ -8571,6 +8571,9 @@ async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: R
         "tasks.c.schedules.s.schedule_config.seconds",
     ]  # fmt: skip
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    many = {f"t{n}": {**good, "max_retries": -1} for n in range(300)}
+    with pytest.raises(InvalidInput, match=r"; and 200 more$"):
+        await applied(rig, {"chronotask": 1, "tasks": many})
 
 
 @pytest.mark.parametrize(
@@ -8941,6 +8944,7 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
     exported = server.get("/export")
     assert tomllib.loads((tmp_path / "out.toml").read_text()) == exported
     assert json.loads(chronotask_says(tmp_path, "--export", "-")[1]) == exported
+    assert "must be a file of its own" in chronotask_says(tmp_path, "--export", tmp_path / "chronotask.db")[2]
     for wrong in (
         ["--dry-run"],
         ["--prune", "pause"],
