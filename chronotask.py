@@ -343,7 +343,7 @@ LAUNCHER_PREFIX = "CHRONOTASK_LAUNCHER_"
 # not be warned about them.
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
 # Settings that keep somebody out: who misspells one of them must not get a service that is open.
-PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS")
+PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS", "BASH_USER")
 
 
 def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many: bool = False) -> Callable[[str], Any]:
@@ -385,10 +385,19 @@ _token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
 _public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
+_user = _text(".+", "a user of this machine, neither root nor the service's own", lambda name: _other_user(name))
 _words = _text(".+", "without empty entries or control characters", many=True)
 _launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
 _hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
+
+
+def _other_user(name: str) -> pwd.struct_passwd:
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwnam(name)
+        if user.pw_uid not in (0, os.geteuid()):
+            return user
+    raise ValueError
 
 
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
@@ -413,6 +422,7 @@ class Settings:
     launcher_default: str | None = _setting(_launcher, None, "launcher of bash tasks that name none")
     # By their names: the words before a command that runs elsewhere.
     launchers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    bash_user: pwd.struct_passwd | None = _setting(_user, None, "user of this machine under which commands run")
     api_token: str | None = _setting(_token, None, "bearer token that every request needs")
     api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
     allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
@@ -449,9 +459,9 @@ class Settings:
                 except ValueError as error:
                     value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
                     raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
-            elif text == "" and field.name in ("api_token", "api_token_file", "api_tokens_file"):
+            elif text == "" and field.name in ("api_token", "api_token_file", "api_tokens_file", "bash_user"):
                 # As it comes from a secret that was not filled in: the service would be open.
-                raise StartupError(f"{name}='': must not be empty; remove it if there is to be no token", exit_status=2)
+                raise StartupError(f"{name}='': must not be empty; remove it if there is to be none", exit_status=2)
         settings, warnings = cls(**values, launchers=_launchers(environ)), _typo_warnings(environ, fields)
         if settings.launcher_default is not None and (unknown := settings.unknown_launcher(settings.launcher_default)):
             raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
@@ -5615,17 +5625,23 @@ async def run_bash(
             words = bash_words(resolved, settings)
         else:
             words = ["bash", "-c", bash_source(resolved["command"], resolved.get("args", ()))]
-        env = _encoded(resolved.get("env", {})) | _run_variables(run)
-        folder: str | None = resolved.get("working_dir")
+        env, path = _encoded(resolved.get("env", {})) | _run_variables(run), environ.get("PATH", os.defpath)
+        folder, user, home = resolved.get("working_dir"), settings.bash_user, environ.get("HOME") or os.path.expanduser("~")
+        own: dict[str, str] = {}
+        if user is not None:
+            home = user.pw_dir
+            own = {"HOME": home, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell or "/bin/sh"}
         report = None
         if launcher := settings.launchers.get(config.get("launcher") or settings.launcher_default or ""):
             report = Report()
             words = _launched(words, launcher, run, env, report.word, folder)
             env, folder = _run_variables(run) if "{env}" in launcher else env, None
         elif folder is not None and folder.partition("/")[0] == "~":
-            folder = (environ.get("HOME") or os.path.expanduser("~")) + folder[1:]
-        words[0] = _program(words[0], environ.get("PATH", os.defpath))
-        env = environ.inherited | env
+            folder = home + folder[1:]
+        words[0] = _program(words[0], path)
+        if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
+            words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
+        env = environ.inherited | _encoded(own) | env
         live.begin(("stdout", "stderr"), secrets, report)
         if live.reason:
             return _stopped(live, timeout)
@@ -5635,19 +5651,22 @@ async def run_bash(
             for stream in ("stdout", "stderr"):
                 reader, writer = os.pipe()
                 writers.append(writer)
+                if user is not None:  # who opens it by its name, as in `echo >/dev/stderr`
+                    os.fchmod(writer, 0o622)
                 connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
                 pipes.append((await connect)[1])
-            process = _spawn(words, env, folder, environ, *writers)
+            options = {"cwd": folder} if user is None else as_user(user)
+            process = _spawn(words, env, options, environ, *writers)
         except OSError as error:
             return _not_started(error, words[0], folder)
         finally:
             for writer in writers:  # where nothing was started, that ends the pipes
                 os.close(writer)
         try:
-            stopped = await _watch(process, timeout, run, pipes, live)
+            stopped = await _watch(process, timeout, run, pipes, live, user)
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
-            kill_leftovers({run.run_id})
+            kill_leftovers({run.run_id}, user)
             for pipe in pipes:
                 pipe.transport.close()
             raise
@@ -5752,15 +5771,15 @@ class _Pipe(asyncio.Protocol):
 
 
 def _spawn(
-    words: list[str], env: dict[bytes, bytes], folder: str | None, environ: Environ, stdout: int, stderr: int
+    words: list[str], env: dict[bytes, bytes], options: Mapping[str, Any], environ: Environ, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
-    options: dict[str, Any] = {
+    options = {
+        **options,
         "stdin": subprocess.DEVNULL,
         "stdout": stdout,
         "stderr": stderr,
         "env": env,
-        "cwd": folder,
         "start_new_session": True,
         "umask": environ.umask,
     }
@@ -5801,7 +5820,14 @@ def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
     return exited
 
 
-async def _watch(process: subprocess.Popen[bytes], timeout: float, run: Run, pipes: list[_Pipe], live: LiveOutput) -> bool:
+async def _watch(
+    process: subprocess.Popen[bytes],
+    timeout: float,
+    run: Run,
+    pipes: list[_Pipe],
+    live: LiveOutput,
+    user: pwd.struct_passwd | None,
+) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
     live.facts = {"exit_code": None, "signal": None}
     exited, stopped = _exit_of(process), False
@@ -5810,20 +5836,20 @@ async def _watch(process: subprocess.Popen[bytes], timeout: float, run: Run, pip
             await asyncio.wait([exited])
     except TimeoutError:
         stopped = True
-        await _end_group(process.pid, exited, TERM_SECONDS[live.reason or "timed_out"])
-        await _sweep(run.run_id)
+        await _end_group(process.pid, exited, TERM_SECONDS[live.reason or "timed_out"], user)
+        await _sweep(run.run_id, user)
     if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
         await asyncio.wait(ends, timeout=KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
     return stopped
 
 
-async def _end_group(group: int, exited: asyncio.Future[Any], grace: float) -> None:
+async def _end_group(group: int, exited: asyncio.Future[Any], grace: float, user: pwd.struct_passwd | None) -> None:
     """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
     _signal_group(group, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace):
             await asyncio.wait([exited])
-            while _signal_group(group, 0) and _group_lives(group):
+            while _signal_group(group, 0) and _group_lives(group, user):
                 await asyncio.sleep(0.05)
     _signal_group(group, signal.SIGKILL)
     await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
@@ -5838,9 +5864,9 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def _group_lives(group: int) -> bool:
+def _group_lives(group: int, user: pwd.struct_passwd | None) -> bool:
     """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
-    for pid in _own_processes():
+    for pid in _processes_of(user):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             state, _, its_group = file.read().rpartition(")")[2].split()[:3]  # proc(5); the name before them may hold anything
             if its_group == str(group) and state not in "ZX":
@@ -5865,16 +5891,17 @@ _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
 _to_sweep: set[str] = set()  # run ids
 
 
-async def _sweep(run_id: str) -> None:
+async def _sweep(run_id: str, user: pwd.struct_passwd | None) -> None:
     """One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap."""
     _to_sweep.add(run_id)
     await asyncio.get_running_loop().run_in_executor(
-        _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))})
+        _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))}, user)
     )
 
 
-def kill_leftovers(run_ids: set[str], looks: int = 0) -> int:
-    """Kill every process of this user whose environment holds one of these CHRONOTASK_RUN_IDs; the number that was killed.
+def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, looks: int = 0) -> int:
+    """Kill every process of this user (with BASH_USER: of that one) whose environment holds one of these CHRONOTASK_RUN_IDs;
+    the number that was killed.
 
     With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back.
 
@@ -5885,8 +5912,9 @@ def kill_leftovers(run_ids: set[str], looks: int = 0) -> int:
     killed: set[int] = set()
     for look in range(looks + 10 if wanted else 0):
         found = False
-        for pid in _own_processes():
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:  # a zombie's is empty
+        for pid in _processes_of(user):
+            # A zombie's is empty.
+            with contextlib.suppress(OSError), _looking_as(user), open(f"/proc/{pid}/environ", "rb") as file:
                 if not wanted.isdisjoint(file.read().split(b"\0")):
                     found = True
                     if look >= looks or pid not in killed:
@@ -5899,8 +5927,24 @@ def kill_leftovers(run_ids: set[str], looks: int = 0) -> int:
     return len(killed)
 
 
-def _own_processes() -> Iterator[int]:
-    uid, own = os.geteuid(), os.getpid()
+@contextlib.contextmanager
+def _looking_as(user: pwd.struct_passwd | None) -> Iterator[None]:
+    """This thread reads files as that user does, whose processes root may look into only with CAP_SYS_PTRACE: setfsuid(2)."""
+    if user is None:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    try:
+        libc.setfsgid(user.pw_gid)
+        libc.setfsuid(user.pw_uid)
+        yield
+    finally:
+        libc.setfsuid(os.geteuid())
+        libc.setfsgid(os.getegid())
+
+
+def _processes_of(user: pwd.struct_passwd | None) -> Iterator[int]:
+    uid, own = os.geteuid() if user is None else user.pw_uid, os.getpid()
     try:
         entries = os.scandir("/proc")
     except OSError:
@@ -5912,6 +5956,39 @@ def _own_processes() -> Iterator[int]:
                     yield int(entry.name)
 
 
+@functools.cache
+def as_user(user: pwd.struct_passwd) -> dict[str, Any]:
+    """What Popen needs to run a command as that user."""
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+
+
+def check_bash_user(settings: Settings) -> list[str]:
+    """Tries to become BASH_USER and to signal what runs as it. Warns of what its commands can read or change all the same.
+
+    Raises StartupError (status 2).
+    """
+    if (user := settings.bash_user) is None:
+        return []
+    script = 'test -w "$0" && echo "$0"; for f; do test -r "$f" && echo "$f"; done; echo; read -r x'
+    files = [file for file in (settings.api_token_file, settings.api_tokens_file) if file is not None]
+    with contextlib.suppress(OSError):
+        files += list(itertools.islice(settings.secrets_dir.iterdir(), 1000))
+    words: list[Any] = ["sh", "-c", script, Path(__file__).resolve().parent, *files]
+    try:
+        ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL: commands would inherit the right to become anybody
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **as_user(user)) as probe:
+            assert probe.stdout is not None
+            found = [os.fsdecode(line[:-1]) for line in iter(probe.stdout.readline, b"\n")]
+            probe.kill()
+    except (OSError, AttributeError) as error:
+        needed = "start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
+        raise StartupError(
+            f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user ({error}): {needed}", 2
+        ) from None
+    return [f"{shown(path)} can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)" for path in found]
+
+
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
     """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
     secrets = {
@@ -5919,7 +5996,7 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
         for name, value in environ.items()
         if value and (name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX))
     }
-    for pid in _own_processes() if secrets else ():
+    for pid in _processes_of(None) if secrets else ():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
             if name := next(filter(None, map(secrets.get, file.read().split(b"\0"))), None):
                 advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
@@ -7458,7 +7535,8 @@ class Leadership:
             for run in dead:
                 if run.task_type == "bash":
                     left[bool(engine.settings.launcher_default) or '"launcher":' in run.config].add(run.run_id)
-            killed = await asyncio.to_thread(lambda: kill_leftovers(left[1], looks=20) + kill_leftovers(left[0]))
+            user = engine.settings.bash_user
+            killed = await asyncio.to_thread(lambda: kill_leftovers(left[1], user, looks=20) + kill_leftovers(left[0], user))
             logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
@@ -10265,7 +10343,7 @@ def set_up_logging(settings: Settings) -> None:
         handler.setFormatter(_LINES)
     logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
     if settings.log_file is not None and settings.log_file.is_file():
-        check_owner(settings.log_file, 0o022)
+        check_owner(settings.log_file, 0o026 if settings.bash_user else 0o022)
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -10476,7 +10554,7 @@ def run_backup(settings: Settings, target: str) -> None:
             raise StartupError(f"--backup=-: standard output cannot be written: {error.strerror}") from None
 
 
-def print_crontab(name: str, system: bool) -> None:
+def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
     """Prints a crontab as definitions. Raises InvalidInput that names every line that cannot be read."""
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
@@ -10486,7 +10564,7 @@ def print_crontab(name: str, system: bool) -> None:
         zone = zone or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
     except OSError as error:
         raise StartupError(f"--import-crontab={shown(name)}: cannot be read: {error.strerror}", 2) from None
-    tasks, comments = read_crontab(text, system, pwd.getpwuid(os.geteuid()), zone)
+    tasks, comments = read_crontab(text, system, user, zone)
     owner = slug("crontab" if name == "-" else Path(name).name, ())
     comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
     print(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments), end="")
@@ -10539,13 +10617,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_backup(settings, options.backup)
             return 0
         if options.import_crontab is not None:
-            print_crontab(options.import_crontab, options.system)
+            print_crontab(options.import_crontab, options.system, settings.bash_user or pwd.getpwuid(os.geteuid()))
             return 0
         if options.apply is not None or options.export is not None:
             return asyncio.run(use_definitions(settings, options, environ))
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
-        for warning in [*warnings, *exposed_secrets(os.environ)]:
+        for warning in [*warnings, *check_bash_user(settings), *(exposed_secrets(os.environ) if not settings.bash_user else ())]:
             logger.warning("%s", warning)
         environ.open_files = allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then

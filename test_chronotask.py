@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import grp
 import gzip
 import hashlib
 import html
@@ -1262,6 +1263,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "ALLOWED_BASH_COMMANDS": ((), {"ls, backup.sh": ("ls", "backup.sh")}, ["a,,b", ","]),
     "ALLOWED_BASH_ENV": ((), {"A,B": ("A", "B")}, ["A,"]),
     "LAUNCHER_DEFAULT": (None, {}, ["Slurm", "a b", "x" * 41]),
+    "BASH_USER": (None, {"nobody": pwd.getpwnam("nobody")}, ["no-such-user", "root", "nobody ", "65534"]),
     "API_TOKEN": (None, {"0123456789abcdef": "0123456789abcdef"}, []),
     "API_TOKEN_FILE": (None, {}, []),
     "API_TOKENS_FILE": (None, {}, []),
@@ -1314,8 +1316,8 @@ def test_a_bad_token_is_refused_without_being_shown(token: str) -> None:
     assert token not in detail and detail.startswith("CHRONOTASK_API_TOKEN=")
 
 
-@pytest.mark.parametrize("name", ["API_TOKEN", "API_TOKEN_FILE"])
-def test_an_empty_token_does_not_leave_the_service_open(name: str) -> None:
+@pytest.mark.parametrize("name", ["API_TOKEN", "API_TOKEN_FILE", "API_TOKENS_FILE", "BASH_USER"])
+def test_an_empty_token_or_user_does_not_leave_the_service_open(name: str) -> None:
     assert refused_start({f"CHRONOTASK_{name}": ""}).startswith(f"CHRONOTASK_{name}='': must not be empty")
 
 
@@ -1331,6 +1333,8 @@ def test_an_empty_token_does_not_leave_the_service_open(name: str) -> None:
         ("ALLOWED_HOST", "ALLOWED_HOSTS"),
         ("NETWORKS", "ALLOWED_NETWORKS"),
         ("BLOCK_PRIVATE_NETWORK", "BLOCK_PRIVATE_NETWORKS"),
+        ("API_TOKENS_FILES", "API_TOKENS_FILE"),
+        ("BASH_USR", "BASH_USER"),
     ],
 )
 def test_a_typo_in_what_keeps_others_out_ends_the_program_and_shows_no_value(typo: str, meant: str) -> None:
@@ -4661,6 +4665,130 @@ def test_a_process_that_shows_a_secret_of_the_service_is_warned_about() -> None:
         finally:
             process.kill()
             process.wait()
+
+
+# ---- Another user: BASH_USER
+
+NOBODY = Settings(bash_user=pwd.getpwnam("nobody"))
+only_as_root = pytest.mark.skipif(os.geteuid() != 0, reason="SKIPPED LOUDLY: only root can run commands as another user")
+
+
+@only_as_root
+async def test_commands_run_as_bash_user_with_its_groups_and_variables() -> None:
+    shown = 'id -un; id -gn; id -Gn; echo "$HOME $USER $LOGNAME $SHELL"; echo seen >/dev/stderr; grep CapEff /proc/self/status'
+    outcome = await bash(shown, settings=NOBODY, environ={"PATH": PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"})
+    user = pwd.getpwnam("nobody")
+    group = grp.getgrgid(user.pw_gid).gr_name
+    assert out(outcome).splitlines() == [
+        *("nobody", group, group, f"{user.pw_dir} nobody nobody {user.pw_shell}"),
+        "CapEff:\t0000000000000000",
+    ]
+    assert output(outcome)["stderr"] == "seen\n"
+    assert out(await bash("echo $HOME", settings=NOBODY, env={"HOME": "/mine"})) == "/mine\n", "the task's own env wins"
+    direct = dataclasses.replace(NOBODY, allowed_bash_commands=("id",))
+    assert (
+        out(await bash("id", args=["-un"], settings=direct))
+        == out(await bash("id -un", settings=direct, working_dir="/"))
+        == "nobody\n"
+    )
+
+
+@only_as_root
+async def test_the_working_dir_is_entered_as_bash_user(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    tmp_path.chmod(0o700)
+    assert out(await bash("pwd; exit 0", settings=NOBODY, working_dir="/usr")) == "/usr\n"
+    for folder in (str(tmp_path / "open"), str(tmp_path / "none"), "~"):
+        outcome = await bash("echo entered", settings=NOBODY, working_dir=folder)
+        shown = folder.replace("~", pwd.getpwnam("nobody").pw_dir)
+        assert (outcome.status, outcome.retryable, out(outcome)) == ("failed", False, "")
+        assert (outcome.error_message or "").startswith("exit status 126") and shown in (outcome.error_message or "")
+
+
+@only_as_root
+@pytest.mark.slow
+async def test_what_runs_as_bash_user_is_stopped_and_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
+    outcome = await bash("trap '' TERM; setsid sleep 60 & while :; do sleep 60; done", settings=NOBODY, timeout=0.5)
+    assert (outcome.status, of_run(RUN_ID)) == ("timed_out", [])
+    environ = {"PATH": PATH, "CHRONOTASK_RUN_ID": RUN_ID}
+    ours = subprocess.Popen(["sleep", "60"], env=environ)
+    theirs = subprocess.Popen(["sleep", "60"], env=environ, **chronotask.as_user(NOBODY.bash_user or pwd.getpwnam("nobody")))
+    try:
+        assert (kill_leftovers({RUN_ID}, NOBODY.bash_user), ours.poll()) == (1, None), "another user may choose its environment"
+        assert theirs.wait(5) == -signal.SIGKILL
+        assert Path("/proc/self/environ").stat().st_uid == 0 and os.access("/etc/shadow", os.R_OK)
+    finally:
+        for process in (ours, theirs):
+            process.kill()
+            process.wait()
+
+
+# Everything but what the README's compose file gives: CAP_KILL, CAP_SETGID, CAP_SETUID.
+FEW_RIGHTS = """
+import ctypes
+for right in range(64):
+    if right not in (5, 6, 7):
+        ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
+if os.environ.pop("AGAIN", "yes") == "yes":
+    os.environ["AGAIN"] = "no"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+"""
+NOT_FOR_TASKS = """
+for file in $FILES; do cat "$file" 2>/dev/null && echo "read $file"; done
+for file in environ mem maps; do cat /proc/$PPID/$file 2>/dev/null && echo "read $file"; done
+kill -0 $PPID 2>/dev/null && echo "may signal"
+for right in Inh Prm Eff Amb; do grep -q "Cap$right:.0*$" /proc/self/status || echo "has $right"; done
+setsid sleep 60 & echo ready; sleep 60
+"""
+
+
+@only_as_root
+@pytest.mark.slow
+def test_commands_of_bash_user_read_nothing_of_the_service_and_do_not_survive_its_crash(tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    for name, mode in (("closed", 0o400), ("open", 0o444)):
+        (secrets / name).write_text("secret-of-the-service")
+        (secrets / name).chmod(mode)
+    for folder in (tmp_path, *tmp_path.parents):  # what protects are the files' own modes
+        if folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    log = tmp_path / "c.log"
+    log.touch(0o644)
+    log.chmod(0o644)
+    files = dict(API_TOKENS_FILE=tokens_file(tmp_path), LOG_FILE=log, SECRETS_DIR=secrets)
+    server = Server(tmp_path, program=wrapped(tmp_path, FEW_RIGHTS), BASH_USER="nobody", **files).start()
+    (warned,) = [line for line in server.log().splitlines() if "can be read or changed" in line]
+    assert f"{secrets}/open" in warned
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    places = [Path(server.database), Path(f"{server.database}-wal"), log, tmp_path / "tokens", secrets / "closed"]
+    config = {"command": NOT_FOR_TASKS, "env": {"FILES": " ".join(map(str, places))}}
+    server.ask("POST", "/tasks", {"name": "t", "task_type": "bash", "config": config, "max_retries": 0}, **admin)
+    server.ask("POST", "/tasks/1/execute", **admin)
+
+    def printed() -> str:
+        return str((server.ask("GET", "/executions/1", **admin)[1]["output_data"] or {}).get("stdout"))
+
+    until(lambda: "ready" in printed())
+    assert printed() == "ready\n" and all(path.exists() for path in places)
+    run_id = chronotask.run_id(server.sql("SELECT uuid FROM executions")[0][0], 1)
+    assert len(of_run(run_id)) >= 2
+    server.kill()
+    server.start()
+    until(lambda: not of_run(run_id))
+    assert server.stop() == 0
+
+
+@only_as_root
+@pytest.mark.parametrize("right", [5, 7])
+def test_without_the_right_to_become_or_to_signal_bash_user_nothing_starts(tmp_path: Path, right: int) -> None:
+    program = wrapped(tmp_path, FEW_RIGHTS.replace("(5, 6, 7)", str(tuple({5, 6, 7} - {right}))))
+    ended = ran(tmp_path, sys.executable, program, environ={"CHRONOTASK_BASH_USER": "nobody"})
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("chronotask: CHRONOTASK_BASH_USER=nobody: commands cannot run as that user (")
+    assert "CAP_SETUID, CAP_SETGID and CAP_KILL" in ended.stderr
 
 
 # ---- Launchers
