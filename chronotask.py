@@ -1153,7 +1153,7 @@ class After:
         span = span if span[0].isdigit() else f"1 {span}"
         words = {event: EVENTS[event].format(n=times, span=span) for event in config["on"]}
         if times == 1 and "broke" in words:
-            words["broke"] = "failed after a success"
+            words["broke"] = "began to fail"
         if "overdue" in words:
             return f"When {who} {words['overdue']}"
         recovered = words.pop("recovered", None) if len(words) > 1 else None
@@ -2038,7 +2038,8 @@ Config = Annotated[
         description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
         'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
         "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?, launcher?}. "
-        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them."
+        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them. "
+        "In a task that an `after` schedule fires ${cause:text} says what happened."
     ),
 ]
 Override = Annotated[dict[str, Any], Field(description="fields of the task's config, replaced for this run alone")]
@@ -9848,7 +9849,7 @@ async def _use(service: Service, operation: Operation, named: int | str, query: 
                 with contextlib.suppress(NotFound):  # deleted a moment ago
                     schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"]
         case "create_schedule" | "update_schedule":
-            if not view["upcoming"]:
+            if not view["upcoming"] and not (view["schedule_type"] == "after" and view["is_active"]):
                 why = "its task or the scheduler is paused" if view["is_active"] else "is_active is false"
                 view["note"] = f"nothing fires now: {why}"
     return Deleted(id=number, deleted=True) if view is None else view

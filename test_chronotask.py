@@ -7137,7 +7137,7 @@ AFTER_WORDS = {
     "After a task tagged 'db' failed 3 times in a row, and when it has recovered": after(
         "broke", "recovered", tag="db", threshold=3
     ),
-    "After any task failed after a success": after("broke", any=True),
+    "After any task began to fail": after("broke", any=True),
     "When 'a' has not succeeded for 26 hours": after("overdue", task_ids=[1], seconds=93600),
 }
 
@@ -10638,6 +10638,9 @@ async def test_a_schedule_that_fires_nothing_now_says_why(call: Caller) -> None:
     assert made["note"] == "nothing fires now: its task or the scheduler is paused"
     off = await call("update_schedule", schedule_id=made["id"], is_active=False)
     assert off["note"] == "nothing fires now: is_active is false"
+    watched = await bash_mcp(call, "true")
+    waits = await call("create_schedule", task_id=watched, **after("failure", any=True))
+    assert waits["upcoming"] == [] and "note" not in waits
 
 
 async def test_a_second_equal_task_is_noticed(call: Caller) -> None:
