@@ -427,9 +427,13 @@ fact('what a task says stays text, wherever it shows', async () => {
   const id = await service.bash(evil, `printf '%s\\n\\033[31mred\\033[0m\\nevent: reset\\ndata: {}\\n\\n' '${evil}'; printf '%s' '${evil}' >&2; exit 1`, { description: evil });
   const web = await service.ask('POST', '/tasks', { name: evil + '2', task_type: 'http', config: { url: `http://127.0.0.1:${page_.address().port}/`, headers: { 'X-Note': evil } } });
   await service.ask('POST', '/schedules', { task_id: id, schedule_type: 'cron', schedule_config: { expression: '0 0 1 1 *' } });
+  const alert = await service.bash(evil + '3', 'printf %s "$CHRONOTASK_CAUSE_OUTPUT"');
+  const after = await service.ask('POST', '/schedules', { task_id: alert, schedule_type: 'after', schedule_config: { task_ids: [id], on: ['failure'] } });
   const runs = [await service.run(id), await service.run(web.id)];
   page_.close();
-  for (const hash of ['#/', `#/tasks/${id}`, `#/tasks/${id}/edit`, `#/executions/${runs[0].id}`, `#/tasks/${web.id}`, `#/tasks/${web.id}/edit`, `#/executions/${runs[1].id}`]) {
+  await until(async () => (await service.ask('GET', '/tasks/' + alert)).last_status === 'succeeded', 'the alert');
+  const [caused] = (await service.ask('GET', `/executions/${runs[0].id}`)).caused;
+  for (const hash of ['#/', `#/tasks/${id}`, `#/tasks/${id}/edit`, `#/executions/${runs[0].id}`, `#/tasks/${web.id}`, `#/tasks/${web.id}/edit`, `#/executions/${runs[1].id}`, `#/tasks/${alert}`, `#/executions/${caused}`, `#/schedules/${after.id}`]) {
     await open(service, hash);
     await sleep(0.3);
     holds(!await page.evaluate(() => window.hacked), `${hash}: its script ran`);
@@ -458,7 +462,10 @@ fact('every view is whole at 375 pixels, light and dark, without a violation', a
   const id = (await service.ask('GET', '/tasks?q=Say')).tasks[0].id;
   await service.ask('PATCH', '/tasks/' + id, { status: 'active' });
   const run = (await service.ask('GET', `/executions?task_id=${id}`)).executions.at(-1).id;
-  const views = { list: '#/', task: `#/tasks/${id}`, execution: `#/executions/${run}`, 'new-task': '#/tasks/new', 'new-schedule': `#/tasks/${id}/schedules/new`, missing: '#/tasks/99999' };
+  const alert = await service.bash('Alarm', 'echo "$CHRONOTASK_CAUSE_TEXT"');
+  const schedule = await service.ask('POST', '/schedules', { task_id: alert, schedule_type: 'after', schedule_config: { task_ids: [id], on: ['success', 'recovered'] }, max_runs: 1 });
+  const [told] = await until(async () => { const { executions } = await service.ask('GET', `/executions?task_id=${alert}`); return executions.length && executions; }, 'the alarm');
+  const views = { alert: `#/tasks/${alert}`, told: `#/executions/${told.id}`, after: '#/schedules/' + schedule.id, list: '#/', task: `#/tasks/${id}`, execution: `#/executions/${run}`, 'new-task': '#/tasks/new', 'new-schedule': `#/tasks/${id}/schedules/new`, missing: '#/tasks/99999' };
   for (const scheme of ['light', 'dark']) for (const width of [375, 1280]) {
     await page.setViewportSize({ width, height: 860 });
     await page.emulateMedia({ colorScheme: scheme });
