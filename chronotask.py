@@ -740,6 +740,31 @@ def parse_bound(text: str, zone: str, end: bool = False) -> int:
     return parse_instant(following.isoformat(), zone) - 1 if following else LAST_INSTANT
 
 
+_DATES = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
+
+
+def check_dates(text: str) -> str:
+    """`text`, if it is a date or a range of dates. Raises ValueError."""
+    found = _DATES.fullmatch(text)
+    if found is None or (found[2] or found[1]) < found[1]:
+        raise ValueError(f"{shown(text)} must be a date such as 2026-12-24, or a range such as 2026-12-24/2026-12-26")
+    parse_bound(found[1], "UTC")
+    parse_bound(found[2] or found[1], "UTC")
+    return text
+
+
+@functools.lru_cache(maxsize=1024)
+def _spans(exclude: tuple[str, ...], zone: str) -> list[tuple[int, int]]:
+    """The days of `exclude` as instants, first and last."""
+    days = [text.partition("/") for text in exclude]
+    return [(parse_bound(first, zone), parse_bound(last or first, zone, end=True)) for first, _, last in days]
+
+
+def without_days(ran: Sequence[Sequence[int]], exclude: Sequence[str], zone: str) -> Sequence[Sequence[int]]:
+    """What is out for slots: those that ran, and whole days."""
+    return [*ran, *_spans(tuple(exclude), zone)] if exclude else ran
+
+
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
 #
 # croniter finds the matching dates. It gets plain numbers only, because it reads an equal range (5-5) as "every", lets
@@ -1017,9 +1042,8 @@ def _last_cron_slot(cron: Cron, t: int) -> int | None:
     return found
 
 
-# A timing says when something fires. Instants are microseconds since the epoch; both ends of `count` are inclusive, and it
-# stops at `limit`. `fixed`: its slots are fixed local times. Those wait when the clock is set back a little, others go on from
-# now.
+# A timing says when something fires. Instants are microseconds since the epoch. `fixed`: its slots are fixed local times. Those
+# wait when the clock is set back a little, others go on from now.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1045,12 +1069,6 @@ class Cron:
 
     def last_at_or_before(self, t: int) -> int | None:
         return _last_cron_slot(self, min(t, _LAST_LOCAL))
-
-    def count(self, first: int, last: int, limit: int) -> int:
-        slot, found = self.next_after(first - 1), 0
-        while slot is not None and slot <= last and found < limit:
-            slot, found = self.next_after(slot), found + 1
-        return found
 
     def describe(self) -> str:
         cron = _parse_cron(self.expression)
@@ -1078,9 +1096,6 @@ class Once:
     def last_at_or_before(self, t: int) -> int | None:
         return self.at if self.at <= t else None
 
-    def count(self, first: int, last: int, limit: int) -> int:
-        return min(limit, int(first <= self.at <= last))
-
     def describe(self) -> str:
         return f"Once at {_local_words(self.at, self.zone)} ({self.zone})"
 
@@ -1101,10 +1116,6 @@ class Interval:
 
     def last_at_or_before(self, t: int) -> int | None:
         return None if t < self.first else t - (t - self.anchor) % self.step
-
-    def count(self, first: int, last: int, limit: int) -> int:
-        begin = self.next_after(first - 1)
-        return 0 if begin is None or begin > last else min(limit, (last - begin) // self.step + 1)
 
     def describe(self) -> str:
         every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
@@ -1140,9 +1151,6 @@ class After:
 
     def last_at_or_before(self, t: int) -> int | None:
         return None
-
-    def count(self, first: int, last: int, limit: int) -> int:
-        return 0
 
     def describe(self) -> str:
         config, names = self.config, {task_id: f"'{name}'" for task_id, name, *_ in self.watched}
@@ -1338,7 +1346,7 @@ class Plan:
     # What is remembered of slots. All of it only grows, whatever the clock does: see `due_slots`.
     dealt_with: int = 0  # every slot up to here was dealt with, by a clock that may have been wrong
     in_force_since: int = 0  # the creation, an edit, the end of a pause: nothing from before is made up for
-    ran: Sequence[Sequence[int]] = ()  # pairs first, last: slots that ran, which are none any more
+    ran: Sequence[Sequence[int]] = ()  # pairs first, last: slots that ran or lie on excluded days, which are none
 
     def next_slot(self, after: int) -> int | None:
         """The first slot later than `after`, or None when there is none left."""
@@ -1355,6 +1363,13 @@ class Plan:
         while slot is not None and (run := self._run_of(slot)):
             slot = self.timing.last_at_or_before(run[0] - 1)
         return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
+
+    def count(self, first: int, last: int, limit: int) -> int:
+        """How many slots there are from `first` to `last`, both inclusive; stops at `limit`."""
+        slot, found = self.next_slot(first - 1), 0
+        while slot is not None and slot <= last and found < limit:
+            slot, found = self.next_slot(slot), found + 1
+        return found
 
     def _run_of(self, slot: int) -> Sequence[int] | None:
         return next((run for run in self.ran if run[0] <= slot <= run[1]), None)
@@ -2090,6 +2105,15 @@ TaskStatus = Annotated[
     Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
 ]
 ScheduleType = Literal["cron", "once", "interval", "after"]
+Exclude = Annotated[
+    list[Annotated[str, AfterValidator(check_dates)]],
+    Field(max_length=400, description="days without slots: dates, or ranges 2026-12-24/2026-12-26, in timezone"),
+]
+Group = Annotated[
+    str,
+    Field(description="of all tasks with the same group one execution runs at a time"),
+    _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text), "must match [A-Za-z0-9._-]{1,100}"),
+]
 Overlap = Annotated[
     Literal["skip", "queue", "allow", "cancel"],
     Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
@@ -2144,11 +2168,13 @@ class Task:
     task_type: TaskType
     status: TaskStatus = "active"
     status_reason: ReadOnly[str | None] = None
+    paused_until: Time | None = None
     config: Config
     max_retries: MaxRetries = UNSET
     retry_delay: RetryDelay = UNSET
     retry_backoff: RetryBackoff = 2
     pause_after: PauseAfter | None = None
+    concurrency_group: Group | None = None
     managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
     updated_at: ReadOnly[Time]
@@ -2190,6 +2216,7 @@ class Schedule:
     start_at: Time | None = None
     end_at: Time | None = None
     max_runs: MaxRuns | None = None
+    exclude: Exclude = dataclasses.field(default_factory=list)
     managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
     updated_at: ReadOnly[Time]
@@ -2239,7 +2266,7 @@ class Schedule:
             left,
             self.dealt_with,
             self.in_force_since,
-            self.ran,
+            without_days(self.ran, self.exclude, self.zone),
         )
 
     def stand(self, at: int) -> None:
@@ -2310,6 +2337,11 @@ class Execution:
     @property
     def retry_count(self) -> int:
         return max(0, self.attempt - 1)
+
+
+@dataclass
+class Order:
+    """No resource: what a client asks for in fields of its own."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -2492,6 +2524,7 @@ class Run:
     retry_backoff: float
     cause: str | None = None  # JSON text
     override: str | None = None  # JSON text
+    concurrency_group: str | None = None
     owner: str = ""  # the process that runs it
 
     @property
@@ -2596,13 +2629,14 @@ class Body(View):
         return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
 
 
-NOT_OF_AFTER = {"catchup", "catchup_window", "jitter"}  # null in schedules of type `after`
+NOT_OF_AFTER = {"catchup", "catchup_window", "jitter", "exclude"}  # null in schedules of type `after`
 _OR_NULL: dict[str, Any] = {
     name: NotRequired[Annotated[kind, Field(json_schema_extra={"default": default})]]
     for name, kind, default in (
         ("catchup", Catchup | None, "latest"),
         ("catchup_window", CatchupWindow | None, 86400),
         ("jitter", Jitter | None, 0),
+        ("exclude", Exclude | None, []),
     )
 }
 NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",), **_OR_NULL)]
@@ -2612,6 +2646,7 @@ TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
 ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", **_OR_NULL)]
 ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, **_OR_NULL)]
 SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", **_OR_NULL)]
+PauseBody = Annotated[dict[str, Any], Body(Order, "PauseBody", until=NotRequired[Instant | None])]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
 
 
@@ -2793,7 +2828,10 @@ class Upcoming(TypedDict):
 
 TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
 ScheduleView = Annotated[
-    dict[str, Any], View(Schedule, "ScheduleView", catchup=str | None, catchup_window=float | None, jitter=float | None)
+    dict[str, Any],
+    View(
+        Schedule, "ScheduleView", catchup=str | None, catchup_window=float | None, jitter=float | None, exclude=list[str] | None
+    ),
 ]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
@@ -2833,6 +2871,8 @@ class StatusView(TypedDict):
     running: bool
     leader: bool
     paused: bool
+    paused_until: str | None
+    paused_by: str | None
     timezone: str
     now: str
     version: str
@@ -3069,7 +3109,7 @@ def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], l
         return picked[::-1], []
     if wanted and slot < oldest:
         reason = f"older than the catchup_window of {plan.catchup_window:g} s"
-    return picked[::-1], [Missed(first, slot, plan.timing.count(first, slot, MISSED_COUNTED), reason)]
+    return picked[::-1], [Missed(first, slot, plan.count(first, slot, MISSED_COUNTED), reason)]
 
 
 def missed_message(missed: Missed, zone: str) -> str:
@@ -4414,6 +4454,15 @@ def live_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int | N
     return db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {where}", values).fetchall()
 
 
+def pause_end(db: DB) -> int | None:
+    """When the next pause ends by itself, of a task or of all."""
+    paused = "paused_until IS NOT NULL AND status = 'paused' AND deleted = 0"
+    times = [*_ids(db, f"SELECT paused_until FROM tasks WHERE {paused} ORDER BY paused_until LIMIT 1")]
+    if get_meta(db, "paused") and (until := get_meta(db, "paused_until")) is not None:
+        times.append(until)
+    return min(times, default=None)
+
+
 _CLAIMED = ("id", "settled_until", "next_slot", "next_fire", "is_active", "run_count", "dealt_with", "ran", "over")
 
 
@@ -4499,23 +4548,36 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinishe
 
 
 _RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, uuid, name AS task_name, task_type,
-    t.config, e.config AS override, max_retries, retry_delay, retry_backoff, cause"""
+    t.config, e.config AS override, concurrency_group, max_retries, retry_delay, retry_backoff, cause"""
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
-    """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`."""
+    """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`; of each concurrency
+    group one, while none of it is `running`."""
     ready = f"""{_RUNS}, attempt + 1 AS attempt, ?1 AS started_at, ?3 AS owner
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
+            AND (t.concurrency_group IS NULL OR t.concurrency_group NOT IN (SELECT value FROM json_each(?4)))
         ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2"""
-    runs = load(db, Run, ready, (now, limit, owner))
+    holding = """SELECT t.concurrency_group FROM tasks t CROSS JOIN executions e ON e.task_id = t.id
+        WHERE t.concurrency_group IS NOT NULL AND e.finished_at IS NULL AND e.status = 'running'"""
+    runs, more = list[Run](), True
+    while more and len(runs) < limit:  # behind those of one group others may be ready
+        held = {group for (group,) in db.execute(holding)}
+        found, free = load(db, Run, ready, (now, limit - len(runs), owner, compact(list(held)))), list[Run]()
+        for run in found:
+            if run.concurrency_group not in held:
+                free.append(run)
+                held |= {run.concurrency_group} - {None}
+        db.execute(
+            """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
+                started_at = min(coalesce(started_at, ?1), ?1), owner = ?2, error_message = NULL, output_data = NULL
+            WHERE id IN (SELECT value FROM json_each(?3))""",
+            (now, owner, compact([run.execution_id for run in free])),
+        )
+        runs += free
+        more = len(free) < len(found)
     if not runs:
         return []
-    db.execute(
-        """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
-            started_at = min(coalesce(started_at, ?1), ?1), owner = ?2, error_message = NULL, output_data = NULL
-        WHERE id IN (SELECT value FROM json_each(?3))""",
-        (now, owner, compact([run.execution_id for run in runs])),
-    )
     first = [run for run in runs if run.attempt == 1]
     _count(db, "run_count = run_count + n, last_run = :now", (run.task_id for run in first), now)
     db.execute(
@@ -6861,6 +6923,7 @@ class Engine:
         self.running: dict[int, Active] = {}
         self.timers = TimerQueue()  # schedule id → its next firing
         self.retries = TimerQueue()  # execution id → its next attempt
+        self.pause_ends: int | None = None  # the next pause that ends by itself
         self.touched: set[int] = set()  # tasks that have run since the last retention
         self.leading = False
         self.paused = False
@@ -6927,7 +6990,7 @@ class Engine:
     def _next_due(self) -> int | None:
         if not self.leading or self.stopping:
             return None
-        times = [self.retries.next_due(), None if self.paused else self.timers.next_due()]
+        times = [self.retries.next_due(), self.pause_ends, None if self.paused else self.timers.next_due()]
         return min((t for t in times if t is not None), default=None)
 
     async def tick(self) -> None:
@@ -7067,7 +7130,9 @@ class Engine:
 
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
-        timers, retries = await self.store.read(lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev)))
+        timers, retries, self.pause_ends = await self.store.read(
+            lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev), pause_end(db))
+        )
         for index, found in ((self.timers, timers), (self.retries, retries)):
             if since_rev is None:
                 index.rebuild([(key, at) for key, at in found if at is not None])
@@ -7572,7 +7637,7 @@ TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 S = TypeVar("S", bound=Schedule)
 U = TypeVar("U", bound=Callable[..., Any])
-TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter"}
+TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter", "exclude"}
 
 
 # --- Operations -------------------------------------------------------------------------------------------------------
@@ -7697,9 +7762,14 @@ class Service:
         """Becomes leader if nobody is, and starts the jobs."""
         await self.changes.load_state()
         await self.leadership.begin()
-        self._loop = self.engine.spawn(self.keep("scheduler loop", self.engine.step))
+        self._loop = self.engine.spawn(self.keep("scheduler loop", self._step))
         self.engine.spawn(self.keep("poll", self.leadership.step))
         self.engine.spawn(self.keep("retention", self.retention.step))
+
+    async def _step(self) -> None:
+        await self.engine.step()
+        if self.engine.leading and not self.engine.stopping and (self.engine.pause_ends or LAST_INSTANT) <= self.clock.now():
+            await self.change(partial(end_pauses, now=self.clock.now(), settings=self.settings))
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
@@ -7772,13 +7842,18 @@ class Service:
             return task_view(task)
         return {**await self.get_task(task.id), "schedules": [await self.get_schedule(made.id) for made in schedules]}
 
-    def new_task(self, body: TaskCreate, now: int) -> Task:
-        """A task as `body` describes it, with the masks that stand in its configuration. Raises InvalidInput, Forbidden."""
+    def new_task(self, body: TaskCreate, now: int, may_be_over: bool = False) -> Task:
+        """A task as `body` describes it, with the masks that stand in its configuration. With `may_be_over` a pause may have
+        ended. Raises InvalidInput, Forbidden."""
         config = parse_config(body["task_type"], body["config"])
         check_allowed(body["task_type"], config, self.settings)
         defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
         sent = _with_times(Task, body, self.settings.scheduler_timezone)
-        return Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
+        task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
+        if may_be_over and task.status == "paused" and (task.paused_until or LAST_INSTANT) <= now:
+            task.status, task.paused_until = "active", None
+        check_pause(task, now)
+        return task
 
     @operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
@@ -8127,9 +8202,12 @@ class Service:
     # --- use cases: the scheduler ---
 
     @operation("POST", "/scheduler/pause")
-    async def pause_scheduler(self) -> StatusView:
-        """Stop all firing; survives a restart."""
-        await self.change(partial(_pause_all, paused=True, now=self.clock.now(), settings=self.settings))
+    async def pause_scheduler(self, body: PauseBody) -> StatusView:
+        """Stop all firing; survives a restart. With `until` it ends by itself."""
+        now, zone = self.clock.now(), self.settings.scheduler_timezone
+        with _told_as("until"):
+            until = None if body.get("until") is None else parse_instant(check_datetime(body["until"], zone, now), zone)
+        await self.change(partial(_pause_all, paused=True, now=now, settings=self.settings, until=until))
         return await self.get_scheduler_status()
 
     @operation("POST", "/scheduler/resume")
@@ -8144,7 +8222,9 @@ class Service:
 
         With its time zone, the number of tasks and of executions in each status, and the next five runs.
         """
-        objects, executions = await self.store.scan(counts)
+        (objects, executions), paused_until, paused_by = await self.store.scan(
+            lambda db: (counts(db), get_meta(db, "paused_until"), get_meta(db, "paused_by"))
+        )
         next_runs = await self._upcoming(UpcomingQuery(limit=5), LAST_INSTANT)
         late = sorted(self.engine.stats.recent_late)
         p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
@@ -8152,6 +8232,8 @@ class Service:
             running=not self.engine.stopping,
             leader=self.engine.leading,
             paused=self.engine.paused,
+            paused_until=instant_or_none(paused_until),
+            paused_by=paused_by,
             timezone=self.settings.scheduler_timezone,
             now=format_instant(self.clock.now()),
             version=__version__,
@@ -8242,21 +8324,47 @@ def _record(db: DB, row: NewExecution | None, now: int, settings: Settings) -> l
     return tick.new_ids
 
 
-def _resume(db: DB, schedules: Sequence[Schedule], now: int, settings: Settings) -> None:
+def _resume(db: DB, schedules: Sequence[Schedule], now: int, settings: Settings, at: int | None = None) -> None:
+    """After a pause that has ended at `at`, which may be a while ago: slots since then were missed as any others."""
     for schedule in schedules:
         with contextlib.suppress(*DAMAGE):
-            missed = resume_schedule(schedule, now)
+            missed = resume_schedule(schedule, now if at is None else max(at, min(schedule.in_force_since, now)))
             update(db, schedule)
             _record(db, missed, now, settings)
 
 
-def _pause_all(db: DB, paused: bool, now: int, settings: Settings) -> None:
-    was = get_meta(db, "paused")
-    set_meta(db, "paused", int(paused))
-    note(db, now, "pause" if paused else "resume", "scheduler", None, {"paused": bool(was)}, {"paused": paused})
-    if was and not paused:
-        _resume(db, schedules_that(db, {LIVE_SQL: True}), now, settings)
+def _pause_all(db: DB, paused: bool, now: int, settings: Settings, until: int | None = None, at: int | None = None) -> None:
+    names = ("paused", "paused_until", "paused_by")
+    before = dict(zip(names, [get_meta(db, name) for name in names], strict=True))
+    after = dict(zip(names, (int(paused), until, CALLER.get().actor if paused else None), strict=True))
+    for name, value in after.items():
+        set_meta(db, name, value)
+    views: list[dict[str, Any]] = [
+        {"paused": bool(meta["paused"]), "paused_until": instant_or_none(cast(Any, meta["paused_until"]))}
+        for meta in (before, after)
+    ]
+    note(db, now, "pause" if paused else "resume", "scheduler", None, *views)
+    if before["paused"] and not paused:
+        _resume(db, schedules_that(db, {LIVE_SQL: True}), now, settings, at)
     set_meta(db, "rev", get_meta(db, "rev") + 1)
+
+
+def end_pauses(db: DB, now: int, settings: Settings) -> None:
+    """Ends the pauses whose time has come, as a resume at that time."""
+    CALLER.set(Caller(via="timer"))  # of this transaction
+    for task_id in task_ids(db, {"paused_until <= ?": now, "status = 'paused'": True, "deleted = 0": True}):
+        task = get_task(db, task_id)
+        change_task(db, task, {"status": "active"}, now, settings, at=task.paused_until)
+    if get_meta(db, "paused") and (until := get_meta(db, "paused_until")) is not None and until <= now:
+        _pause_all(db, False, now, settings, at=until)
+
+
+def check_pause(task: Task, now: int) -> None:
+    """Raises InvalidInput unless a `paused_until` that was sent may be."""
+    if task.paused_until is not None and task.status != "paused":
+        raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
+    if task.paused_until is not None and task.paused_until <= now:
+        raise InvalidInput(FieldError("paused_until", f"must be in the future (it is now {format_instant(now)})"))
 
 
 def note(
@@ -8293,10 +8401,15 @@ def remove_task(db: DB, task_id: int, now: int) -> None:
     note(db, now, "delete", "task", task_id, task_view(task), None)
 
 
-def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settings: Settings) -> None:
-    before, seen = task.status, task_view(task)
+def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settings: Settings, at: int | None = None) -> None:
+    """`at`: when a pause has ended that this ends; now, if nothing is said."""
+    before, until, seen = task.status, task.paused_until, task_view(task)
     for name, value in changes.items():
         setattr(task, name, value)
+    if task.paused_until != until:
+        check_pause(task, now)
+    elif task.status != "paused":
+        task.paused_until = None
     task.updated_at = now
     if task.status != before:
         task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_instant(now)}"
@@ -8307,7 +8420,7 @@ def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settin
     if task.status != before and "disabled" in (before, task.status):
         hold_disabled(db, task.id, task.status == "disabled")
     if task.status != before and task.status == "active":
-        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now, settings)
+        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now, settings, at)
 
 
 def add_schedule(db: DB, schedule: Schedule) -> None:
@@ -8382,10 +8495,13 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     """Why a schedule has no slot to come, told at the field that would change it."""
     if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
-    if schedule.schedule_type == "once" and schedule.end_at is None and schedule.start_at is None:
+    bounded = schedule.end_at is not None or schedule.start_at is not None
+    if schedule.schedule_type == "once" and not bounded and not schedule.exclude:
         return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
     if schedule.schedule_type == "after":
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
+    if schedule.exclude and not bounded:
+        return FieldError("exclude", "no slot is left after now: exclude fewer days")
     name = "end_at" if schedule.end_at is not None else "start_at" if schedule.start_at is not None else "schedule_config"
     return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
 
@@ -8423,12 +8539,19 @@ def check_watched(db: DB, schedule: Schedule) -> None:
     schedule.look_ahead()
 
 
+@contextlib.contextmanager
+def _told_as(name: str) -> Iterator[None]:
+    """Raises what is wrong with a text as InvalidInput of this field."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidInput(FieldError(name, str(error))) from None
+
+
 def read_bound(name: str, text: str | None, zone: str, end: bool = False) -> int | None:
     """An instant that a client sent, or a date alone. Raises InvalidInput."""
-    try:
+    with _told_as(name):
         return None if text is None else parse_bound(text, zone, end)
-    except ValueError as error:
-        raise InvalidInput(FieldError(name, f"{shown(text)}: {error}")) from None
 
 
 def _with_times(kind: Any, sent: dict[str, Any], zone: str, others: Sequence[FieldError] = ()) -> dict[str, Any]:
@@ -8631,7 +8754,7 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
         with told_at(_in_file(key), errors):
             fields = {"name": key, "key": key, **parse(_FileTask, body)}
             fields.pop("schedules", None)
-            found[key] = service.new_task(fields, now), body
+            found[key] = service.new_task(fields, now, may_be_over=True), body
         parts = body.get("schedules")
         for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
             with told_at(_in_file(f"{key}/{name}"), errors):
@@ -9546,6 +9669,7 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
         },
     },
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
+    PauseBody: {"until": "2027-01-04T08:00:00"},
     ExecuteBody: {"config": {"args": ["--since", "monday"]}},
 }
 _TEXT = {"type": "string"}

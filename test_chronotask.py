@@ -2027,7 +2027,8 @@ def test_a_once_schedule_has_one_slot() -> None:
     assert [once.next_after(NOW - 1), once.next_after(NOW), once.last_at_or_before(NOW), once.last_at_or_before(NOW - 1)] == [
         NOW, None, NOW, None,
     ]  # fmt: skip
-    assert [once.count(0, NOW, 10), once.count(NOW + 1, NOW + 9, 10), once.count(0, NOW, 0)] == [1, 0, 0]
+    plan = Plan(once)
+    assert [plan.count(0, NOW, 10), plan.count(NOW + 1, NOW + 9, 10), plan.count(0, NOW, 0)] == [1, 0, 0]
 
 
 def test_an_interval_without_a_start_counts_from_its_creation_and_with_one_from_there() -> None:
@@ -2046,13 +2047,12 @@ def test_an_interval_never_drifts_across_restarts_and_changes_of_the_clock() -> 
         assert slot % DAY == at("1970-01-01T01:30Z")
 
 
-def test_an_interval_counts_and_looks_back_by_arithmetic() -> None:
+def test_an_interval_looks_back_by_arithmetic_and_is_counted() -> None:
     interval = Interval(7 * SECOND, NOW, NOW + 7 * SECOND, "UTC")
     assert interval.last_at_or_before(NOW + 6 * SECOND) is None
     assert interval.last_at_or_before(NOW + 700 * SECOND + 3) == NOW + 700 * SECOND
-    assert interval.count(NOW, NOW + 700 * SECOND, 1000) == 100
-    assert interval.count(NOW, NOW + 10**9 * SECOND, 1000) == 1000
-    assert interval.count(NOW, NOW + SECOND, 1000) == 0
+    for seconds, count in ((700, 100), (10**9, 1000), (1, 0)):
+        assert Plan(interval).count(NOW, NOW + seconds * SECOND, 1000) == count
 
 
 # -- Words -------------------------------------------------------------------------------------------------------------
@@ -2203,10 +2203,10 @@ def minutely(**settings: object) -> Plan:
 
 def test_bounds_are_inclusive_and_max_runs_ends_a_schedule() -> None:
     plan = minutely(start_at=NOW + MINUTE, end_at=NOW + 3 * MINUTE)
-    assert plan.upcoming(0, 9) == [NOW + MINUTE, NOW + 2 * MINUTE, NOW + 3 * MINUTE]
+    assert list(plan.upcoming(0, 9)) == [NOW + MINUTE, NOW + 2 * MINUTE, NOW + 3 * MINUTE]
     assert plan.last_slot(NOW + 9 * MINUTE) == NOW + 3 * MINUTE
     assert plan.last_slot(NOW) is None
-    assert minutely(remaining=2).upcoming(0, 9) == [NOW, NOW + MINUTE]
+    assert list(minutely(remaining=2).upcoming(0, 9)) == [NOW, NOW + MINUTE]
     assert minutely(remaining=0).next_slot(0) is None
 
 
@@ -2220,7 +2220,7 @@ def test_jitter_is_the_same_each_time_differs_by_schedule_and_stays_within_the_g
     assert Plan(plan.timing, 8, jitter=3600.0).fire_time(NOW) != fires[0]
     assert Plan(plan.timing, None, jitter=3600.0).fire_time(NOW) == NOW
     assert Plan(Once(NOW, "UTC"), 7, jitter=2.0).fire_time(NOW) - NOW in range(2 * SECOND + 1)
-    assert plan.upcoming(NOW, 2) == fires[1:3]
+    assert list(plan.upcoming(NOW, 2)) == fires[1:3]
 
 
 def test_the_jitter_of_a_slot_is_what_it_was_in_every_version() -> None:
@@ -2733,7 +2733,7 @@ def test_a_slot_that_ran_is_none_any_more() -> None:
     plan = minutely(ran=[(NOW + MINUTE, NOW + 3 * MINUTE), (NOW + 5 * MINUTE, NOW + 5 * MINUTE)])
     assert plan.next_slot(NOW) == NOW + 4 * MINUTE
     assert plan.last_slot(NOW + 5 * MINUTE) == NOW + 4 * MINUTE
-    assert plan.upcoming(NOW, 3) == [NOW + 4 * MINUTE, NOW + 6 * MINUTE, NOW + 7 * MINUTE]
+    assert list(plan.upcoming(NOW, 3)) == [NOW + 4 * MINUTE, NOW + 6 * MINUTE, NOW + 7 * MINUTE]
     assert due_slots(plan, NOW, NOW + 5 * MINUTE).catchup == [NOW + 4 * MINUTE]
 
 
@@ -6429,6 +6429,171 @@ async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
     assert (await rig.service.get_schedule(schedule_id))["run_count"] == then.count("succeeded")
 
 
+HOLIDAYS = ["2026-01-02", "2026-01-04/2026-01-05"]
+
+
+async def test_an_excluded_day_has_no_slot_no_row_and_is_not_upcoming(rig: Rig) -> None:
+    zone = {"expression": "0 9 * * *", "timezone": "Europe/Berlin"}
+    schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config=zone, exclude=HOLIDAYS, catchup="all")
+    view = await rig.service.get_schedule(schedule_id)
+    assert view["exclude"] == HOLIDAYS
+    assert [slot["local"][8:16] for slot in view["upcoming"]] == ["01T09:00", "03T09:00", "06T09:00", "07T09:00", "08T09:00"]
+    for day in range(5):
+        await rig.run_at(day * 86_400 + 8 * 3600)
+    assert [row[2] // 86_400 for row in await rig.brief()] == [0, 2]
+    await rig.patch_schedule(schedule_id, exclude=[])
+    assert (await rig.service.get_schedule(schedule_id))["next_run"] == "2026-01-06T08:00:00Z"
+    await rig.patch_schedule(schedule_id, exclude=["2026-01-06"])
+    assert (await rig.service.get_schedule(schedule_id))["next_run"] == "2026-01-07T08:00:00Z"
+
+
+async def test_the_slots_of_a_day_that_is_excluded_in_its_zone_are_not_missed_either(rig: Rig, open_rig: OpenRig) -> None:
+    """The day of New York is from 5 to 5 o'clock UTC."""
+    config = {"seconds": 3600, "start_date": "2026-01-01T00:00:00Z", "timezone": "America/New_York"}
+    await rig.schedule(await rig.task(), schedule_config=config, exclude=["2026-01-01"], catchup="skip")
+    rig = await restarted(rig, open_rig, 36 * 3600 + 60)
+    await rig.finish()
+    [row] = await rig.rows()
+    assert row["error_message"].startswith("missed: 12 slots from 2025-12-31T20:00:00-05:00 to 2026-01-02T07:00:00-05:00")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"exclude": ["2026-02-30"]}, "exclude[0]"),
+        ({"exclude": ["2026-01-05/2026-01-04"]}, "exclude[0]"),
+        ({"exclude": ["tomorrow"]}, "exclude[0]"),
+        ({"exclude": ["2026-01-02"] * 401}, "exclude"),
+        ({"exclude": ["2026-01-01/9999-12-31"]}, "exclude"),
+        ({"exclude": ["2026-01-02"], "schedule_type": "once", "schedule_config": {"datetime": "2026-01-02T09:00"}}, "exclude"),
+        ({"exclude": [], "schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}}, "exclude"),
+        ({"start_at": "2026-02-30"}, "start_at"),
+        ({"start_at": "2026-01-05", "end_at": "2026-01-04"}, "end_at"),
+    ],
+)
+async def test_what_excludes_or_bounds_no_days_is_refused(rig: Rig, fields: Any, field: str) -> None:
+    task_id = await rig.task()
+    with pytest.raises(InvalidInput) as caught:
+        await rig.schedule(task_id, **{"schedule_type": "interval", **fields})
+    assert [error.field for error in caught.value.errors] == [field]
+
+
+async def test_a_date_alone_bounds_whole_days_of_the_zone(rig: Rig) -> None:
+    config = {"expression": "0 */12 * * *", "timezone": "Europe/Berlin"}
+    schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config=config, start_at="2026-01-02", end_at="2026-01-02")
+    view = await rig.service.get_schedule(schedule_id)
+    assert (view["start_at"], view["end_at"]) == ("2026-01-01T23:00:00Z", "2026-01-02T22:59:59.999999Z")
+    assert [slot["local"][:16] for slot in view["upcoming"]] == ["2026-01-02T00:00", "2026-01-02T12:00"]
+
+
+async def test_a_pause_with_an_end_ends_by_itself_as_by_a_resume(rig: Rig, open_rig: OpenRig) -> None:
+    task_id = await rig.task(status="paused", paused_until="2026-01-01T00:02:30Z", pause_after=2)
+    await rig.schedule(task_id)
+    await rig.run_at(149)
+    assert rig.clock.until == START + 150 * S, "the scheduler loop wakes for it"
+    view = await rig.service.get_task(task_id)
+    assert (view["status"], view["paused_until"], view["next_run"]) == ("paused", "2026-01-01T00:02:30Z", None)
+    await rig.run_at(150)
+    view = await rig.service.get_task(task_id)
+    assert (view["status"], view["paused_until"], view["status_reason"], offset(view["next_run"])) == ("active", None, None, 180)
+    await rig.run_at(180)
+    assert await rig.brief() == [("schedule", "succeeded", 180)]
+    await rig.patch_task(task_id, status="paused", paused_until="2026-01-01T00:10:30Z")
+    await rig.at(200)
+    rig = await restarted(rig, open_rig, 720)  # it has ended while nobody ran: what it would have run since was missed
+    await rig.tick()
+    await rig.finish()
+    assert await rig.brief() == [("schedule", "succeeded", 180), ("catchup", "succeeded", 660), ("schedule", "skipped", 720)]
+    assert rig.sql("SELECT operation, via FROM changes WHERE via = 'timer'") == [("update", "timer")] * 2
+
+
+async def test_an_end_is_only_for_a_pause_and_goes_with_it(rig: Rig) -> None:
+    task_id, soon = await rig.task(), "2026-01-01T00:01:00Z"
+    for fields in (
+        {"paused_until": soon},
+        {"status": "disabled", "paused_until": soon},
+        {"status": "paused", "paused_until": "2026-01-01T00:00:00Z"},
+    ):
+        assert await refused_fields(rig.patch_task(task_id, **fields)) == ["paused_until"]
+        assert await refused_fields(rig.task(**fields)) == ["paused_until"]
+    view = await rig.patch_task(task_id, status="paused", paused_until=soon)
+    assert (await rig.patch_task(task_id, **view))["paused_until"] == soon, "what GET gave can be sent back"
+    assert (await rig.patch_task(task_id, status="disabled"))["paused_until"] is None
+    await rig.patch_task(task_id, status="paused", paused_until=soon)
+    assert (await rig.patch_task(task_id, paused_until=None))["status"] == "paused"
+    await rig.at(61)
+    assert (await rig.service.get_task(task_id))["status"] == "paused"
+
+
+async def test_a_pause_of_the_scheduler_says_until_when_and_by_whom_and_ends(api: Api) -> None:
+    await api.schedule(await api.task())
+    rig = api.rig
+    for wrong in ("2026-01-01T00:00:00Z", "soon", "2026-01-02"):
+        problem_of(await api("POST", "/scheduler/pause", {"until": wrong}), 422, "until")
+    for _ in range(2):
+        answer = await api("POST", "/scheduler/pause", {"until": "2026-01-01T00:02:30Z"})
+    said = ("paused", "paused_until", "paused_by")
+    assert [answer.json[name] for name in said] == [True, "2026-01-01T00:02:30Z", "-"]
+    rig.clock.go(150)
+    while (status := await api.get("/scheduler/status"))["paused"]:
+        await asyncio.sleep(0.002)
+    assert [status[name] for name in said] == [False, None, None]
+    assert offset(status["next_runs"][0]["utc"]) == 180
+    await api("POST", "/scheduler/pause", {"until": "2026-01-01T00:05:00Z"})
+    answer = await api("POST", "/scheduler/pause")
+    assert [answer.json[name] for name in said] == [True, None, "-"], "without an end it stays"
+    rig.clock.go(600)
+    assert (await api.get("/scheduler/status"))["paused"] is True
+
+
+async def test_of_a_concurrency_group_one_execution_runs_at_a_time(rig: Rig, target: Target) -> None:
+    first, second = [await rig.task(**target.config("/hold"), concurrency_group="disk") for _ in range(2)]
+    other = await rig.task()
+    held = [await rig.execute(task_id) for task_id in (first, second, first)]
+    free = await rig.execute(other)
+    await rig.tick()
+    await rig.tick()
+    assert await rig.statuses() == ["running", "queued", "queued", "running"]
+    assert rig.sql("SELECT max(hold) FROM executions") == [(0,)]
+    await asyncio.wait([rig.service.engine.running[free].job])
+    for place in range(3):
+        target.let_go.set()
+        await asyncio.wait([rig.service.engine.running[held[place]].job])
+        target.let_go.clear()
+        await rig.tick()
+        assert (await rig.statuses())[: place + 1] == ["succeeded"] * (place + 1)
+        assert (await rig.statuses()).count("running") == (place < 2)
+    assert await refused_fields(rig.task(concurrency_group="a b")) == ["concurrency_group"]
+
+
+async def test_a_retrying_execution_does_not_hold_its_group_and_one_that_leaves_it_goes_on(rig: Rig, target: Target) -> None:
+    failing = await rig.task(config={"command": "exit 1"}, max_retries=1, retry_delay=60, concurrency_group="g")
+    waiting = await rig.task(**target.config("/hold"), concurrency_group="g")
+    await rig.execute(failing)
+    await rig.execute(waiting)
+    await rig.execute(waiting)
+    await rig.tick()
+    assert await rig.statuses() == ["running", "queued", "queued"]
+    await asyncio.wait([rig.service.engine.running[1].job])
+    await rig.tick()
+    assert await rig.statuses() == ["retrying", "running", "queued"]
+    await rig.patch_task(waiting, concurrency_group=None)
+    await rig.tick()
+    assert await rig.statuses() == ["retrying", "running", "running"]
+    await rig.let_go(target)
+
+
+async def test_a_killed_holder_frees_its_group(rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path) -> None:
+    for _ in range(2):
+        await rig.execute(await rig.task(**target.config("/hold"), concurrency_group="g"))
+    await rig.tick()
+    assert await rig.statuses() == ["running", "queued"]
+    later = await crashed(rig, open_rig, tmp_path)
+    await later.tick()
+    assert await later.statuses() == ["interrupted", "running"]
+    await later.let_go(target)
+
+
 async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig: Rig, target: Target) -> None:
     task_id = await rig.task(**target.config("/hold"))
     await rig.schedule(task_id)
@@ -6495,7 +6660,7 @@ async def set_pause(rig: Rig, what: str, on: bool, task_id: int = 1, schedule_id
     elif what == "schedule":
         await rig.patch_schedule(schedule_id, is_active=not on)
     elif on:
-        await rig.service.pause_scheduler()
+        await rig.service.pause_scheduler({})
     else:
         await rig.service.resume_scheduler()
 
@@ -6626,7 +6791,7 @@ EXECUTION_VIEW = json.loads("""
     {"id": 1, "task_id": 1, "task_name": "t", "schedule_id": null, "trigger": "manual", "status": "succeeded", "success": true,
     "scheduled_for": null, "queued_at": "2026-01-01T00:00:00Z", "started_at": "2026-01-01T00:00:01Z",
     "finished_at": "2026-01-01T00:00:03Z", "duration": 2.0, "attempt": 1, "retry_count": 0, "next_attempt_at": null,
-    "error_message": null}
+    "error_message": null, "config": null, "rerun_of": null}
 """)
 
 
@@ -7052,7 +7217,7 @@ async def test_while_it_is_paused_nothing_is_recorded_or_made_up_for(rig: Rig, p
 
     async def switch(on: bool) -> None:
         if paused == "scheduler":
-            await (rig.service.resume_scheduler() if on else rig.service.pause_scheduler())
+            await (rig.service.resume_scheduler() if on else rig.service.pause_scheduler({}))
         elif paused == "task":
             for task_id in (alert, dead):
                 await rig.patch_task(task_id, status="active" if on else "paused")
@@ -8278,7 +8443,7 @@ class Life:
             (until,) = self.rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id)[0]
             timing = make_timing(schedule["schedule_type"], schedule["schedule_config"], START)
             if 1000 not in missed and len(rows) - runs < 100:  # there counting stops, and retention begins
-                assert sum(missed) + len(rows) - len(missed) == timing.count(START + 1, until, 10**6)
+                assert sum(missed) + len(rows) - len(missed) == Plan(timing).count(START + 1, until, 10**6)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -9265,7 +9430,8 @@ def problem_of(answer: Answer, status: int, *fields: str) -> str:
 
 TASK_VIEW = json.loads("""
     {"id": 1, "key": null, "name": "t", "description": "words", "tags": [], "task_type": "bash", "status": "active",
-    "status_reason": null, "config": {"command": "true"}, "max_retries": 3, "retry_delay": 5, "retry_backoff": 2,
+    "status_reason": null, "paused_until": null, "concurrency_group": null,
+    "config": {"command": "true"}, "max_retries": 3, "retry_delay": 5, "retry_backoff": 2,
     "pause_after": null, "managed_by": null, "last_status": null, "failures_in_a_row": 0,
     "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "last_run": null, "next_run": null,
     "run_count": 0, "success_count": 0, "failure_count": 0}
@@ -9700,7 +9866,7 @@ SCHEDULE_VIEW = json.loads("""
     "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
     "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "is_active": true,
     "overlap": "skip", "catchup": "latest", "catchup_window": 86400, "jitter": 0,
-    "start_at": null, "end_at": null, "max_runs": null,
+    "start_at": null, "end_at": null, "max_runs": null, "exclude": [],
     "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
     "last_run": null, "next_run": "2026-01-01T00:01:00Z", "run_count": 0,
     "upcoming": [{"utc": "2026-01-01T00:01:00Z", "local": "2026-01-01T00:01:00+00:00"},
