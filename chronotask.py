@@ -8812,16 +8812,24 @@ class _Apply:
     ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        standing, errors = _standing(self.db, self.adopt), list[FieldError]()
-        for kind in (Task, Schedule):  # of which one may name tasks that come later in the file
-            for key, (item, given) in wanted.items():
-                if isinstance(item, kind):
-                    with told_at(_in_file(key), errors):
-                        self._put(key, standing.pop(key, None), copy.copy(item), given)
-            _refuse(errors)
+        standing, left, errors = _standing(self.db, self.adopt), dict(wanted), list[FieldError]()
         for key, item in standing.items():
-            if item.managed_by == self.owner and (isinstance(item, Task) or key.partition("/")[0] in wanted):
+            if (
+                item.managed_by == self.owner
+                and key not in wanted
+                and (isinstance(item, Task) or key.partition("/")[0] in wanted)
+            ):
                 self._leave(key, item)
+        # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
+        for kind in (Task, Schedule, Schedule):
+            errors.clear()
+            for key in [key for key, (item, _) in left.items() if isinstance(item, kind)]:
+                with told_at(_in_file(key), errors):
+                    self._put(key, standing.get(key), copy.copy(wanted[key][0]), wanted[key][1])
+                    del left[key]
+            if kind is Task:
+                _refuse(errors)
+        _refuse(errors)
         if self.refused:
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)

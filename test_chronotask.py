@@ -8793,6 +8793,29 @@ async def test_an_after_schedule_names_tasks_by_their_keys_wherever_they_stand_i
     assert [error.field for error in caught.value.errors] == ["tasks.nightly.schedules.back.schedule_config.tasks"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("a after b", "b after a"),
+        ("b after a, a after c", "a after b, b after c"),
+        ("a after b, b after c", "c after b, b after a"),
+    ],
+)
+async def test_a_file_may_turn_a_chain_round(rig: Rig, first: str, second: str) -> None:
+    def file(chain: str) -> dict[str, Any]:
+        after = {
+            line[0]: {"schedule_type": "after", "schedule_config": {"tasks": [line[-1]], "on": ["success"]}}
+            for line in chain.split(", ")
+        }
+        task = {"task_type": "bash", "config": {"command": "true"}}
+        tasks = {key: {**task, "schedules": {"s": after[key]} if key in after else {}} for key in "abc"}
+        return {"chronotask": 1, "tasks": tasks}
+
+    await applied(rig, file(first))
+    await applied(rig, file(second), prune="delete")
+    assert (await applied(rig, file(second)))["changes"] == []
+
+
 SECRET = """
 chronotask = 1
 [tasks.a]
