@@ -8740,7 +8740,8 @@ def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
 def _refuse(errors: Sequence[FieldError]) -> None:
     if errors:
         told = [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors[:100]]
-        raise InvalidInput(*told, *[FieldError("", f"and {len(errors) - 100} more") for _ in errors[100:101]])
+        more = [FieldError("", f"and {len(errors) - 100} more")] if len(errors) > 100 else []
+        raise InvalidInput(*told, *more)
 
 
 def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
@@ -10522,6 +10523,7 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
+    reload: Callable[[], None] = lambda: None  # noqa: E731 - tokens are looked at anew by themselves
     session: asyncio.Task[None] | None = None
     reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
     try:
@@ -10529,8 +10531,9 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
         if config is not None:
             followed = ConfigFile(service, Path(config))
             await followed.begin()
-            if loop.remove_signal_handler(signal.SIGHUP):  # it was not ignored
-                loop.add_signal_handler(signal.SIGHUP, followed.reload)
+            reload = followed.reload
+        if (config is not None or settings.api_tokens_file is not None) and loop.remove_signal_handler(signal.SIGHUP):
+            loop.add_signal_handler(signal.SIGHUP, reload)  # unless it was ignored
         if sockets:
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
         if mode != "http" and settings.mcp_enabled:

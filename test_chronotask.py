@@ -9319,6 +9319,18 @@ def test_a_service_follows_its_file_and_takes_it_up_anew_on_sighup(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_sighup_does_not_stop_a_service_that_has_tokens_to_take_up(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("me admin 0123456789abcdef\n")
+    (tmp_path / "tokens").chmod(0o600)
+    server = Server(tmp_path, API_TOKENS_FILE=tmp_path / "tokens").start()
+    server.process.send_signal(signal.SIGHUP)
+    (tmp_path / "tokens").write_text("me admin fedcba9876543210\n")
+    server.token = {"Authorization": "Bearer fedcba9876543210"}
+    until(lambda: server.ask("GET", "/tasks")[0] == 200, 5, "the new token is known")
+    assert server.process.poll() is None
+
+
+@pytest.mark.slow
 def test_an_apply_that_is_killed_has_done_all_or_nothing(tmp_path: Path) -> None:
     minute = {"schedule_type": "cron", "schedule_config": {"expression": "* * * * *"}}
     tasks = {f"t{n}": {"task_type": "bash", "config": {"command": "true"}, "schedules": {"s": minute}} for n in range(1000)}
