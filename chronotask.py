@@ -5389,11 +5389,13 @@ def resolve_secrets(
     Raises ChronoTaskError with the reason, never with a content.
     """
     known = parsed(facts) if facts else {}
-    fields = ("url", "headers", "params", "body", "auth") if task_type == "http" else ("env",)
+    fields = ("headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
     @functools.cache
-    def secret(kind: str, name: str) -> str:
+    def named(kind: str, name: str) -> str:
+        if kind == "cause":
+            return _fact(known.get(name))
         if len(secrets) == MAX_SECRETS:
             raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
         if kind == "file":
@@ -5407,43 +5409,41 @@ def resolve_secrets(
         secrets.append(value)
         return value
 
-    def fact(name: str) -> str:
-        value = known.get(name)
-        return value if isinstance(value, str) else "" if value is None else compact(value)
-
     def filled(value: Any, escape: Callable[[str], str]) -> Any:
+        def put(found: re.Match[str]) -> str:
+            text = named(found[1], found[2])
+            return escape(text) if found[1] == "cause" else text
+
         if isinstance(value, str):
-            return _FILLED.sub(lambda found: escape(fact(found[2])) if found[1] == "cause" else secret(found[1], found[2]), value)
+            return _FILLED.sub(put, value)
         if isinstance(value, dict):
             return {key: filled(item, escape) for key, item in value.items()}
         return [filled(item, escape) for item in value] if isinstance(value, list) else value
+
+    def in_url(found: re.Match[str]) -> str:
+        """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
+        text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
+        if is_secret and (at == 0 or host <= at < end):
+            return text
+        return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
 
     escapes: dict[str, Callable[[str], str]] = {"headers": lambda text: _one_line(text, 512)}
     if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
         escapes["body"] = urllib.parse.quote_plus
     result = {
-        name: filled(value, escapes.get(name, lambda text: text.replace("\0", ""))) if name in fields and name != "url" else value
+        name: filled(value, escapes.get(name, lambda text: text.replace("\0", ""))) if name in fields else value
         for name, value in config.items()
     }
-    if "url" in config and task_type == "http":
-        url = _filled_url(config["url"], secret)
-        result["url"] = CAUSE_REFERENCE.sub(lambda found: urllib.parse.quote(fact(found[1]), safe=""), url)
+    if task_type == "http":
+        parts = url_parts(config["url"])
+        host, end = (parts.host_begins, parts.host_begins + len(parts.host)) if parts else (0, 0)
+        result["url"] = _FILLED.sub(in_url, config["url"])
     _check_filled(result, task_type)
     return result, secrets
 
 
-def _filled_url(url: str, secret: Callable[[str, str], str]) -> str:
-    """A secret at the beginning or in the host is taken as it is; elsewhere it cannot change the shape of the URL."""
-    parts = url_parts(url)
-    host, end = (parts.host_begins, parts.host_begins + len(parts.host)) if parts else (0, 0)
-
-    def part(found: re.Match[str]) -> str:
-        value = secret(found[1], found[2])
-        if found.start() == 0 or host <= found.start() < end:
-            return value
-        return urllib.parse.quote(value, safe="" if found.start() < host else "/:,")
-
-    return SECRET_REFERENCE.sub(part, url)
+def _fact(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else compact(value)
 
 
 def _secret_file(name: str, settings: Settings) -> str:
@@ -5800,8 +5800,7 @@ def _run_variables(run: Run) -> dict[bytes, bytes]:
         values[b"SCHEDULE_ID"] = b"%d" % run.schedule_id
         values[b"SCHEDULED_FOR"] = format_instant(run.scheduled_for).encode()
     for name, value in (parsed(run.cause) if run.cause else {}).items():
-        text = value if isinstance(value, str) else "" if value is None else compact(value)
-        values[b"CAUSE_" + name.upper().encode()] = text.replace("\0", "").encode()
+        values[b"CAUSE_" + name.upper().encode()] = _fact(value).replace("\0", "").encode()
     return {ENV_PREFIX.encode() + name: value for name, value in values.items()}
 
 

@@ -4127,6 +4127,7 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
         # A whole URL or host may be a secret.
         ("http", {"url": "${env:CHRONOTASK_SECRET_URL}"}, {"url": "https://a.example:1/x?y=1"}),
         ("http", {"url": "https://${env:CHRONOTASK_SECRET_HOST}/x"}, {"url": "https://a.example:1/x"}),
+        ("http", {"url": "${env:CHRONOTASK_SECRET_LIKE}/${cause:event}"}, {"url": "http://a/${cause:event}/a%2F"}),  # once
         # What is in the name of a reference ends no authority.
         ("http", {"url": "http://u:${file:a/b}@a.example/x"}, {"url": "http://u:p%40x%2Fy@a.example/x"}),
         ("http", {"url": "http://${file:a/b}:w@a:8/x?${file:a/b}"}, {"url": "http://p%40x%2Fy:w@a:8/x?p%40x/y"}),
@@ -4140,12 +4141,13 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
 )
 def test_how_references_are_resolved(tmp_path: Path, kind: str, config: dict[str, Any], resolved: dict[str, Any]) -> None:
     environ = {"CHRONOTASK_SECRET_URL": "https://a.example:1/x?y=1", "CHRONOTASK_SECRET_HOST": "a.example:1"}
+    environ["CHRONOTASK_SECRET_LIKE"] = "http://a/${cause:event}"
     for file, content in (("a/b", b"p@x/y"), ("windows", b"\xef\xbb\xbffrom-file\r\n"), ("..2026/token", b"from-file")):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(content)
     (tmp_path / "..data").symlink_to("..2026")
     (tmp_path / "link").symlink_to("..data/token")
-    assert resolve_secrets(kind, config, environ, Settings(secrets_dir=tmp_path))[0] == resolved
+    assert resolve_secrets(kind, config, environ, Settings(secrets_dir=tmp_path), '{"event": "a/"}')[0] == resolved
 
 
 def secret_files(folder: Path) -> Path:
@@ -5998,8 +6000,11 @@ async def test_an_endless_head_is_given_up() -> None:
             writer.write(b"X-A: " + b"a" * 60_000 + b"\r\n")
             await writer.drain()
 
-    outcome = await answered(b"HTTP/1.1 200 OK\r\n", endless)
-    assert outcome.error_message == "the connection failed: the head of the answer is larger than 307200 bytes"
+    outcomes = [await answered(b"HTTP/1.1 200 OK\r\n", endless, method=method) for method in ("GET", "POST")]
+    assert {one.error_message for one in outcomes} == {
+        "the connection failed: the head of the answer is larger than 307200 bytes"
+    }
+    assert [one.retryable for one in outcomes] == [True, False]
 
 
 NO_ANSWER = "the server closed the connection without an answer"
