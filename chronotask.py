@@ -606,6 +606,14 @@ def read_tokens(path: Path) -> list[Token]:
     return list(tokens.values())
 
 
+def known_tokens(settings: Settings) -> list[Token]:
+    """API_TOKEN, or what its file holds now, and those of API_TOKENS_FILE. Raises StartupError."""
+    file, files = settings.api_token_file, settings.api_tokens_file
+    own = settings.api_token if file is None else _read_token(file, [])
+    tokens = [] if own is None else [Token("API_TOKEN", "admin", token_digest(own))]
+    return tokens if files is None else tokens + read_tokens(files)
+
+
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     names = [name.removeprefix(ENV_PREFIX) for name in known]  # the prefix alone would make everything alike
     warnings = []
@@ -2886,6 +2894,7 @@ class StatusView(TypedDict):
     next_runs: list[Firing]
     lateness: dict[str, float | int | None]
     config_file: dict[str, str | None] | None
+    caller: NotRequired[dict[str, str]]
 
 
 class PreviewView(TypedDict):
@@ -5475,11 +5484,10 @@ def _holds_own_token(file: int, content: bytes, settings: Settings) -> bool:
         with contextlib.suppress(OSError):
             if own is not None and os.path.samestat(os.fstat(file), os.stat(own)):
                 return True
-    if settings.api_tokens_file is not None:
-        with contextlib.suppress(StartupError):
-            words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
-            if any(token.digest in words for token in read_tokens(settings.api_tokens_file)):
-                return True
+    with contextlib.suppress(StartupError):
+        words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
+        if any(token.digest in words for token in known_tokens(settings)):
+            return True
     return settings.api_token is not None and settings.api_token.encode() in content
 
 
@@ -7634,6 +7642,7 @@ def _boot_id() -> str:
 
 TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
+CHANGE_TEXT = 4096  # characters kept of one field before and after a change
 S = TypeVar("S", bound=Schedule)
 U = TypeVar("U", bound=Callable[..., Any])
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter", "exclude"}
@@ -7749,7 +7758,7 @@ class Service:
         self.clock = clock
         self.engine = Engine(settings, store, clock, environ)
         self.retention = Retention(self.engine)
-        self.changes = Changes(self.engine, self.retention, self.get_scheduler_status)
+        self.changes = Changes(self.engine, self.retention, self._status)
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
@@ -8221,6 +8230,10 @@ class Service:
 
         With its time zone, the number of tasks and of executions in each status, and the next five runs.
         """
+        status, caller = await self._status(), CALLER.get()
+        return {**status, "caller": {"name": caller.actor, "scope": caller.scope}} if self.settings.needs_token else status
+
+    async def _status(self) -> StatusView:
         (objects, executions), paused_until, paused_by = await self.store.scan(
             lambda db: (counts(db), get_meta(db, "paused_until"), get_meta(db, "paused_by"))
         )
@@ -8376,13 +8389,33 @@ def note(
     after: dict[str, Any] | None,
 ) -> None:
     """Writes who has changed what, in the transaction that changes it. `before` and `after` are views, so masked already."""
-    caller, old, new = CALLER.get(), before or {}, after or {}
-    differ = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ("updated_at", "upcoming")]
-    kept = [None if view is None else {name: view[name] for name in differ if name in view} for view in (before, after)]
+    caller, (old, new) = CALLER.get(), _differences(before or {}, after or {})
+    kept = [None if view is None else _cut(view) for view in (before and old, after and new)]
     insert_change(db, (now, caller.actor, caller.via, kind, object_id, operation, *kept))
     if (noted := _NOTED.get(None)) is not None:
-        what = f" ({', '.join(differ)})" if before and after else ""
+        what = f" ({', '.join({**old, **new})})" if before and after else ""
         noted.append(f"{operation} {kind} {object_id or ''}{what} by {caller.actor} via {caller.via}")
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What differs, as it is in both."""
+    old, new = dict[str, Any](), dict[str, Any]()
+    for name in {**before, **after}:
+        values: tuple[Any, Any] = before.get(name), after.get(name)
+        if values[0] == values[1] or name in ("updated_at", "upcoming", "notes"):
+            continue
+        if isinstance(values[0], dict) and isinstance(values[1], dict):
+            values = _differences(*values)
+        for side, whole, value in ((old, before, values[0]), (new, after, values[1])):
+            if name in whole:
+                side[name] = value
+    return old, new
+
+
+def _cut(view: dict[str, Any]) -> dict[str, Any]:
+    texts = {name: compact(value) for name, value in view.items()}
+    long = {name: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for name, text in texts.items() if len(text) > CHANGE_TEXT}
+    return {**view, **long}
 
 
 def add_task(db: DB, task: Task) -> None:
@@ -9193,50 +9226,59 @@ def split_host(text: str) -> tuple[str, int | None, bool]:
 
 
 WRONG_TOKENS = 10  # a second, from one address
+TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
 
 
 class Tokens:
-    """Who may ask for what: API_TOKEN, and API_TOKENS_FILE as it is now."""
+    """Who may ask: API_TOKEN, and the files of tokens as they are now."""
 
     def __init__(self, settings: Settings, monotonic: Callable[[], float]) -> None:
         self._settings, self._monotonic = settings, monotonic
-        own = settings.api_token
-        self._own = [] if own is None else [Token("API_TOKEN", "admin", token_digest(own))]
-        self._tokens: list[Token] = []
-        self._file: tuple[int, ...] = ()
-        self._next_look = 0.0
+        self._known, self._error = known_tokens(settings), ""
         self._wrong: dict[str, tuple[float, int]] = {}  # address → since when, how many
+        self.used: dict[Any, Token] = {}  # by connections whose request is being answered
 
-    def look(self) -> None:
-        """Takes up a file that was changed; a bad one changes nothing, and is told once."""
-        if (path := self._settings.api_tokens_file) is None or self._monotonic() < self._next_look:
-            return
-        self._next_look = self._monotonic() + 1
+    async def follow(self, _app: web.Application) -> AsyncIterator[None]:
+        """Takes up what is changed in the files, while the application runs."""
+
+        async def look_on() -> None:
+            while True:
+                await asyncio.sleep(TOKENS_POLL)
+                self.take_up(*await in_daemon(self.read))
+
+        job = asyncio.ensure_future(look_on())
+        yield
+        job.cancel()
+
+    def read(self) -> tuple[list[Token], str]:
+        """The tokens, and what is wrong with the files: then those that were known."""
         try:
-            found = os.stat(path)
-            file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode)
-            if file != self._file:
-                self._file = file
-                self._tokens = read_tokens(path)
-        except (OSError, StartupError) as error:
-            if self._file != (0,) or isinstance(error, StartupError):
-                logger.error("the tokens that were known stay valid: %s", error)
-            self._file = self._file if isinstance(error, StartupError) else (0,)
+            return known_tokens(self._settings), ""
+        except StartupError as error:
+            return self._known, error.detail
 
-    def caller(self, authorization: str, way: str, address: str) -> Caller:
-        """Who has sent this header. Raises Unauthorized, TooManyRequests."""
-        via = f"{way} {address}"
+    def take_up(self, known: list[Token], error: str) -> None:
+        """From now on only these tokens are known: streams and calls of others end here."""
+        if error and error != self._error:
+            logger.error("the tokens that were known stay valid: %s", error)
+        if known != self._known:
+            logger.info("%d tokens are known now", len(known))
+        self._known, self._error = known, error
+        for connection in [connection for connection, token in self.used.items() if token not in known]:
+            connection.force_close()
+
+    def find(self, headers: Sequence[str], address: str) -> Token | None:
+        """Whose token is in the Authorization header; None where no token is needed. Raises Unauthorized, TooManyRequests."""
         if not self._settings.needs_token:
-            return Caller(via=via)
-        self.look()
-        scheme, _, given = authorization.partition(" ")
-        digest, known = token_digest(given.strip()), None
-        for token in [*self._own, *self._tokens]:  # all of them: the time it takes says nothing
+            return None
+        scheme, _, given = (headers[0] if len(headers) == 1 else "").partition(" ")
+        digest, found = token_digest(given.strip()), None
+        for token in self._known:  # all of them: the time it takes says nothing
             if hmac.compare_digest(token.digest, digest):
-                known = token
-        if known is not None and scheme.lower() == "bearer":
-            return Caller(known.name, via, known.scope)
-        if given:
+                found = token
+        if found is not None and scheme.lower() == "bearer":
+            return found
+        if headers:
             self._count_wrong(address)
         raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with a token that is known here")
 
@@ -9322,16 +9364,17 @@ BUSY: set[Any] = set()  # connections whose request is being answered
 def gated_app(service: Service, way: str) -> web.Application:
     """An application without routes. Who may ask is checked before every request, and every error becomes an answer after."""
     tokens = Tokens(service.settings, service.clock.monotonic)
-    tokens.look()
 
     @web.middleware
     async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         BUSY.add(request.protocol)
         try:
-            caller = Caller(via=f"{way} {request.remote}", scope="read")
+            actor, scope = "-", "read"
             if check_caller(request.headers, request.method, request.path, service.settings):
-                caller = tokens.caller(request.headers.get("Authorization", ""), way, request.remote or "")
-            CALLER.set(caller)
+                scope = "admin"
+                if token := tokens.find(request.headers.getall("Authorization", []), request.remote or ""):
+                    actor, scope, _ = tokens.used[request.protocol] = token
+            CALLER.set(Caller(actor, f"{way} {request.remote}", scope))
             return await handler(request)
         except ChronoTaskError as error:
             return problem_answer(error)
@@ -9344,12 +9387,15 @@ def gated_app(service: Service, way: str) -> web.Application:
             return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
         finally:
             BUSY.discard(request.protocol)
+            tokens.used.pop(request.protocol, None)
 
     async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
         answer.headers["Server"] = SERVER
 
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app.on_response_prepare.append(hide_versions)
+    if service.settings.needs_token:
+        app.cleanup_ctx.append(tokens.follow)
     return app
 
 
@@ -10531,7 +10577,8 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
             followed = ConfigFile(service, Path(config))
             await followed.begin()
             reload = followed.reload
-        if (config is not None or settings.api_tokens_file is not None) and loop.remove_signal_handler(signal.SIGHUP):
+        renewed = config or settings.api_token_file or settings.api_tokens_file
+        if renewed and loop.remove_signal_handler(signal.SIGHUP):
             loop.add_signal_handler(signal.SIGHUP, reload)  # unless it was ignored
         if sockets:
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))

@@ -60,7 +60,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientError, web
 from aiohttp.test_utils import TestClient, TestServer
 from mcp import MCPError
 from mcp.client import Client
@@ -12841,7 +12841,7 @@ def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypa
     guesses = ["c", GOOD_TOKEN, GOOD_TOKEN[:-1] + "ä", "\udcff"]
     for guess in guesses:
         with contextlib.suppress(chronotask.Unauthorized):
-            tokens.caller(f"Bearer {guess}", "rest", "127.0.0.1")
+            tokens.find([f"Bearer {guess}"], "127.0.0.1")
     assert [b for _, b in compared] == [chronotask.token_digest(guess) for guess in guesses]
     assert {a for a, _ in compared} == {chronotask.token_digest(GOOD_TOKEN)}
 
@@ -12941,16 +12941,14 @@ def test_a_file_of_tokens_that_others_may_read_or_write_ends_the_start(tmp_path:
 def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = [0.0]
     path = tokens_file(tmp_path)
-    tokens = chronotask.Tokens(settings(tmp_path, api_tokens_file=path), lambda: now[0])
+    tokens = chronotask.Tokens(settings(tmp_path, api_tokens_file=path), time.monotonic)
 
     def scope(token: str) -> str | None:
-        now[0] += 1.5
-        try:
-            return tokens.caller(f"Bearer {token}", "rest", "127.0.0.1").scope
-        except chronotask.Unauthorized:
-            return None
+        tokens.take_up(*tokens.read())
+        with contextlib.suppress(chronotask.Unauthorized):
+            return (tokens.find([f"Bearer {token}"], "127.0.0.1") or pytest.fail("open")).scope
+        return None
 
     assert [scope(READER), scope(RUNNER), scope("nobody-knows")] == ["read", "run", None]
     path.write_text(f"prom admin {READER}\n")
@@ -12970,7 +12968,8 @@ def test_wrong_tokens_are_slowed_down_and_never_lock_out_a_right_one(tmp_path: P
 
     def ask(token: str, address: str = "192.0.2.1") -> str:
         try:
-            return tokens.caller(f"Bearer {token}", "rest", address).actor
+            found = tokens.find([f"Bearer {token}"], address)
+            return found.name if found else "anybody"
         except chronotask.ChronoTaskError as error:
             return str(error.status)
 
@@ -12981,6 +12980,99 @@ def test_wrong_tokens_are_slowed_down_and_never_lock_out_a_right_one(tmp_path: P
     for number in range(5000):
         ask("guess-guess", str(number))
     assert len(tokens._wrong) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([f"Bearer {READER}"], 200),
+        ([f"bearer  {READER} "], 200),
+        ([f"Bearer {READER}", f"Bearer {READER}"], 401),
+        ([f"Bearer {READER}", f"Bearer {ADMIN}"], 401),
+        ([f"Bearer {READER}, Bearer {ADMIN}"], 401),
+        ([f"Basic {READER}"], 401),
+        ([READER], 401),
+        ([f"Bearer {READER} {ADMIN}"], 401),
+        (["Bearer prom"], 401),
+        (["Bearer "], 401),
+    ],
+)
+async def test_a_token_counts_alone_in_one_header_of_its_scheme(
+    open_api: OpenApi, tmp_path: Path, headers: list[str], status: int
+) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    for method, path in (("GET", "/api/v1/tasks"), ("HEAD", "/api/v1/tasks"), ("HEAD", "/metrics"), ("GET", "/docs/")):
+        lines = "".join(f"Authorization: {header}\r\n" for header in headers)
+        answer = await raw_answer(
+            api.client.port, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{lines}\r\n".encode()
+        )
+        assert statuses_in(answer) == [404 if (path, status) == ("/docs/", 200) else status], (method, path)
+
+
+async def test_a_stream_ends_with_its_token_and_no_other_does(open_api: OpenApi, tmp_path: Path) -> None:
+    path = tokens_file(tmp_path)
+    api = await open_api(api_tokens_file=path)
+    task = await api(
+        "POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "echo on; sleep 20"}}, headers=bearer(ADMIN)
+    )
+    await api("POST", f"/tasks/{task.json['id']}/execute", headers=bearer(RUNNER))
+    places = ["/events", "/executions/1/output?follow=true"]
+    gone, kept = [[await api.client.get(API + place, headers=bearer(token)) for place in places] for token in (READER, RUNNER)]
+    tokens_file(tmp_path, SCOPED.replace(READER, "another-token"))
+    async with asyncio.timeout(20):
+        for stream in gone:
+            with contextlib.suppress(ClientError):
+                await stream.read()
+    assert (await api("GET", "/tasks", headers=bearer(READER))).status == 401
+    assert (await api("GET", "/tasks", headers=bearer("another-token"))).status == 200
+    assert [stream.content.at_eof() for stream in kept] == [False, False]
+    assert (await api("POST", "/executions/1/cancel", headers=bearer(RUNNER))).json["status"] == "cancelled"
+    for stream in kept:
+        stream.close()
+
+
+async def test_a_token_works_all_the_while_that_its_file_is_written_anew(
+    open_api: OpenApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronotask, "TOKENS_POLL", 0.005)
+    path = tokens_file(tmp_path)
+    api = await open_api(api_tokens_file=path)
+    with path.open("w") as file:  # as an editor does that writes into the file itself
+        for round in range(50):
+            file.seek(0)
+            file.truncate()
+            for line in (f"prom read {READER}\n", f"new{round} run token-{round}-xyz\n"):
+                file.write(line[:12])
+                file.flush()
+                assert (await api("GET", "/tasks", headers=bearer(READER))).status == 200
+                file.write(line[12:])
+                file.flush()
+    assert await reaches(api, "token-49-xyz", 200) and await reaches(api, ADMIN, 401)
+
+
+async def reaches(api: Any, token: str, status: int) -> bool:
+    async with asyncio.timeout(20):
+        while (await api("GET", "/tasks", headers=bearer(token))).status != status:
+            await asyncio.sleep(0.2)
+    return True
+
+
+async def test_a_new_token_in_the_file_of_api_token_replaces_the_old_one(open_api: OpenApi, tmp_path: Path) -> None:
+    path = tokens_file(tmp_path, ADMIN)
+    api = await open_api(api_token=ADMIN, api_token_file=path)
+    assert (await api("GET", "/scheduler/status", headers=bearer(ADMIN))).json["caller"] == {
+        "name": "API_TOKEN",
+        "scope": "admin",
+    }
+    path.write_text("a-new-token\n")
+    assert await reaches(api, "a-new-token", 200) and await reaches(api, ADMIN, 401)
+
+
+async def test_who_one_is_stands_in_the_status_where_there_are_tokens_and_in_no_event(open_api: OpenApi, tmp_path: Path) -> None:
+    assert "caller" not in (await (await open_api())("GET", "/scheduler/status")).json
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    assert (await api("GET", "/scheduler/status", headers=bearer(READER))).json["caller"] == {"name": "prom", "scope": "read"}
+    assert "caller" not in await api.rig.service._status()
 
 
 async def test_no_task_can_read_the_file_of_tokens_or_one_that_holds_one_of_them(open_rig: OpenRig, tmp_path: Path) -> None:
@@ -13037,6 +13129,59 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
         ["delete", "update"],
         some["changes"][-1]["id"],
     )
+
+
+WRITES: dict[tuple[str, str], tuple[str, Json, str]] = {
+    ("POST", "/tasks"): ("/tasks", {"name": "n", "task_type": "bash", "config": {"command": "true"}}, "create task"),
+    ("PATCH", "/tasks/{id}"): ("/tasks/1", {"name": "n"}, "update task"),
+    ("DELETE", "/tasks/{id}"): ("/tasks/1", None, "delete task"),
+    ("POST", "/schedules"): ("/schedules", EVERY_MINUTE, "create schedule"),
+    ("PATCH", "/schedules/{id}"): ("/schedules/1", {"jitter": 1}, "update schedule"),
+    ("DELETE", "/schedules/{id}"): ("/schedules/1", None, "delete schedule"),
+    ("POST", "/schedules/{id}/backfill"): (
+        "/schedules/1/backfill", {"from": "2025-12-31T23:57:00Z", "to": "2025-12-31T23:58:00Z"}, "backfill schedule",
+    ),
+    ("POST", "/tasks/{id}/execute"): ("/tasks/1/execute?wait=0.01", None, "execute execution"),
+    ("POST", "/executions/{id}/rerun"): ("/executions/2/rerun?wait=0.01", None, "rerun execution"),
+    ("POST", "/executions/{id}/cancel"): ("/executions/1/cancel", None, "cancel execution"),
+    ("POST", "/scheduler/pause"): ("/scheduler/pause", None, "pause scheduler"),
+    ("POST", "/scheduler/resume"): ("/scheduler/resume", None, "resume scheduler"),
+    ("POST", "/apply"): (
+        "/apply", {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}}, "create task",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "one", [o for o in chronotask.OPERATIONS if o.method != "GET" and o.scope != "read"], ids=lambda o: f"{o.method} {o.path}"
+)
+async def test_every_operation_that_writes_leaves_a_change(api: Api, one: Any) -> None:
+    path, body, change = WRITES[one.method, one.path]
+    sleeping = await api.rig.task(config={"command": "sleep 20"})
+    await api.rig.schedule(sleeping)
+    await api("POST", f"/tasks/{sleeping}/execute")
+    await api("POST", f"/tasks/{await api.rig.task()}/execute?wait=10")
+    before = api.rig.sql("SELECT count(*) FROM changes")[0][0]
+    answer = await api(one.method, path, body)
+    assert answer.status < 300, answer.text
+    changes = (await api("GET", "/changes")).json["changes"]
+    assert len(changes) > before and f"{changes[0]['operation']} {changes[0]['kind']}" == change
+    assert (changes[0]["actor"], changes[0]["via"]) == ("-", "rest 127.0.0.1")
+
+
+async def test_a_change_shows_only_what_differs_masked_and_never_at_length(api: Api) -> None:
+    env = {"A": "1", "B": "${env:CHRONOTASK_SECRET_B}", "PASSWORD": "hunter2-hunter2"}
+    await api("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true", "env": env}})
+    await api("PATCH", "/tasks/1", {"config": {"command": "true", "env": {**env, "A": "2"}}})
+    await api("PATCH", "/tasks/1", {"config": {"command": "x" * 60_000}})
+    auth = {"url": "http://u:s3cr3t-pass@h.test/", "auth": {"username": "u", "password": "s3cr3t-auth"}}
+    await api(
+        "PATCH", "/tasks/1", {"task_type": "http", "config": {**auth, "headers": {"Authorization": "Bearer s3cr3t-header"}}}
+    )
+    newest, long, small, _ = (await api("GET", "/changes")).json["changes"]
+    assert (small["before"], small["after"]) == ({"config": {"env": {"A": "1"}}}, {"config": {"env": {"A": "2"}}})
+    assert long["after"]["config"] == '{"command":"' + "x" * 4084 + "… (60014 characters)"
+    assert "s3cr3t" not in json.dumps(newest) and len(json.dumps(newest)) < 10_000
 
 
 async def test_a_write_that_fails_is_no_change_and_one_that_is_kept_is_one_line(
