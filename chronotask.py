@@ -809,7 +809,7 @@ _ALIASES = {
 _CRON_RULE = (
     f"must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first, or one of {', '.join(_ALIASES)}"
 )
-_ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,3}))?")
+_ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,5}))?")
 _NTH = re.compile(r"([0-7]|sun|mon|tue|wed|thu|fri|sat)#([1-5])")
 
 
@@ -982,6 +982,28 @@ def _next_time(cron: _CronFields, time: int) -> int | None:
     return None
 
 
+def cron_notes(expression: str) -> list[str]:
+    """What an expression probably does not mean."""
+    texts, notes = expression.strip().lower().split(), list[str]()
+    for field, text in zip(_FIELDS[6 - len(texts) :], texts, strict=True) if len(texts) > 1 else ():
+        for step in map(int, re.findall("/([0-9]+)", text)):
+            if step > field.high - field.low:
+                seconds = {"second": 1, "minute": 60, "hour": 3600}.get(field.name)
+                words = f": every {step} {field.name}s is an interval of {step * (seconds or 0)} s" if seconds else ""
+                words = f": every {step} days is an interval of {step} days" if field.name == "day-of-month" else words
+                notes.append(
+                    f"The step {step} is larger than the {field.name} field, of which only the first value is left{words}."
+                )
+    if not _parse_cron(expression).on.both:
+        notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
+    return notes
+
+
+def changes_clocks(zone: str, now: int) -> bool:
+    """Whether the clocks of a zone change within a year from `now`."""
+    return len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1
+
+
 def _next_local(cron: _CronFields, local: int) -> int | None:
     day, passed = divmod(local, DAY)
     time = _next_time(cron, passed) if _next_day(cron.on, day) == day else None
@@ -1130,6 +1152,48 @@ class Interval:
         return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
 
 
+@dataclass(frozen=True, slots=True)
+class Days:
+    """Slots every `step` days, later than `since`. `face` is the first as clocks of `zone` show it: microseconds since 1970."""
+
+    step: int
+    face: int
+    since: int
+    zone: str
+    fixed: ClassVar = True
+
+    def next_after(self, t: int) -> int | None:
+        t = max(t, self.since)
+        for number in itertools.count(self._number(t) - 1):
+            if self.face + number * self.step * DAY > _LAST_LOCAL:
+                return None
+            if (slot := self._slot(number)) is not None and slot > t:
+                return slot
+        raise AssertionError
+
+    def last_at_or_before(self, t: int) -> int | None:
+        for number in itertools.count(self._number(t) + 1, -1):
+            if (slot := self._slot(number)) is not None and slot <= t:
+                return slot if slot > self.since else None
+        raise AssertionError
+
+    def _number(self, t: int) -> int:
+        return (t + _offset(load_zone(self.zone), t) - self.face) // (self.step * DAY)
+
+    def _slot(self, number: int) -> int | None:
+        """By the rule of fixed times: right after a gap, but none in a correction of the clock; once in a repeated hour."""
+        zone, local = load_zone(self.zone), self.face + number * self.step * DAY
+        first, second = _readings(zone, local)
+        if first >= second:
+            return local - first
+        return None if second - first >= CORRECTION else _change(zone, local)
+
+    def describe(self) -> str:
+        day, _, time = _clock_face(self.face).isoformat().partition("T")
+        every = "Every day" if self.step == 1 else f"Every {self.step} days"
+        return f"{every} at {time.removesuffix(':00') if len(time) == 8 else time}, counted from {day} ({self.zone})"
+
+
 # An event of an `after` schedule, and how words tell that it came; `{n}` is the threshold.
 EVENTS = {
     "success": "succeeded",
@@ -1176,7 +1240,7 @@ class After:
         return f"After {who} {_and(list(words.values()), 'or')}" + (", and when it has recovered" if recovered else "")
 
 
-Timing = Cron | Once | Interval | After
+Timing = Cron | Once | Interval | Days | After
 
 
 def _local_words(t: int, zone: str) -> str:
@@ -1306,9 +1370,15 @@ def make_timing(
         return Cron(config["expression"], zone)
     if schedule_type == "once":
         return Once(parse_instant(config["datetime"], zone), zone)
-    step, start = round(config["seconds"] * SECOND), config.get("start_date")
+    start = config.get("start_date")
+    since = created_at if since is None else since
+    if "days" in config:
+        if start is not None:
+            return Days(config["days"], parse_instant(start, "UTC"), parse_instant(start, zone) - 1, zone)
+        face = (created_at + _offset(load_zone(zone), created_at)) // SECOND * SECOND
+        return Days(config["days"], face, since, zone)
+    step = round(config["seconds"] * SECOND)
     if start is None:
-        since = created_at if since is None else since
         return Interval(step, created_at, since + step - (since - created_at) % step, zone)
     anchor = parse_instant(start, zone)
     return Interval(step, anchor, anchor, zone)
@@ -1334,6 +1404,15 @@ def check_start_date(text: str, zone: str, now: int) -> str:
     """`text`, an instant, with an offset: later rules of its zone can't move the phase. Raises ValueError."""
     start, found = parse_instant(text, zone), _INSTANT.fullmatch(text)
     return text if found and found[5] else format_local(start, zone)
+
+
+def local_text(text: str, zone: str) -> str:
+    """An instant as clocks in `zone` show it, without an offset."""
+    found = _INSTANT.fullmatch(text)
+    if found and not found[5]:
+        return text
+    t = parse_instant(text, zone)
+    return _clock_face(t + _offset(load_zone(zone), t)).isoformat()
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
@@ -1860,18 +1939,20 @@ class CronConfig(TypedDict, total=False):
 
 @_schedule_config
 class OnceConfig(TypedDict, total=False):
-    """For once: ISO 8601."""
+    """For once: ISO 8601, or so many seconds from now."""
 
     timezone: _Zone | None
-    datetime: Required[Annotated[str, Field(examples=["2030-01-31T09:00:00"]), _read(check_datetime)]]
+    datetime: Annotated[str, Field(examples=["2030-01-31T09:00:00"]), _read(check_datetime)] | None
+    in_seconds: Annotated[float, Field(ge=0.001, le=LONGEST_INTERVAL, allow_inf_nan=False)] | None
 
 
 @_schedule_config
 class IntervalConfig(TypedDict, total=False):
-    """For interval: every so many seconds from `start_date` on, else from its creation."""
+    """For interval: every so many seconds, or days at a local time, from `start_date` on, else from its creation."""
 
     timezone: _Zone | None
-    seconds: Required[Annotated[float, Field(ge=1, le=LONGEST_INTERVAL, allow_inf_nan=False), AfterValidator(_milliseconds)]]
+    seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL, allow_inf_nan=False), AfterValidator(_milliseconds)] | None
+    days: Annotated[int, Field(ge=1, le=3650)] | None
     start_date: Annotated[str, _read(check_start_date)] | None
 
 
@@ -1931,10 +2012,19 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
     checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", {"zone": default_zone, "now": now})
     zone = checked.pop("timezone", None) or default_zone
     sent = {name: value for name, value in checked.items() if value is not None}
-    if schedule_type != "after":
-        return {**sent, "timezone": zone}
-    _check_after(sent)
-    return sent
+    if schedule_type == "after":
+        _check_after(sent)
+        return sent
+    usual, other = {"once": ("datetime", "in_seconds"), "interval": ("seconds", "days")}.get(schedule_type, ("", ""))
+    if usual and (usual in sent) == (other in sent):
+        both = usual in sent
+        name, why = (other, f"must not stand beside {usual}") if both else (usual, f"is required, or {other}")
+        raise InvalidInput(FieldError(f"schedule_config.{name}", why))
+    if "in_seconds" in sent:
+        sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
+    if "days" in sent and "start_date" in sent:  # a local time: no offset of one day may move it
+        sent["start_date"] = local_text(config["start_date"].strip(), zone)
+    return {**sent, "timezone": zone}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -2069,7 +2159,8 @@ Override = Annotated[dict[str, Any], Field(description="fields of the task's con
 ScheduleConfig = Annotated[
     dict[str, Any],
     Field(
-        description="cron: {expression, timezone?}; once: {datetime, timezone?}; interval: {seconds, start_date?, timezone?}; "
+        description="cron: {expression, timezone?}; once: {datetime or in_seconds, timezone?}; "
+        "interval: {seconds or days, start_date?, timezone?}; "
         "after: {task_ids or tag or any: true, on: [success, failure, broke, recovered, …], threshold?, seconds?}. "
         "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
         "without an offset in timezone (IANA name)."
@@ -2148,7 +2239,7 @@ class Hold:
     """Bits that say why a `queued` execution may not start yet, and what lifts it."""
 
     OVERLAP = 1  # behind every earlier unfinished execution of its task (overlap `queue` and `cancel`)
-    CATCHUP = 2  # behind the earlier catch-up executions of its schedule
+    CATCHUP = 2  # behind the earlier catch-up (or backfill) executions of its schedule
     DISABLED = 4  # until its task is no longer disabled
 
 
@@ -2240,6 +2331,7 @@ class Schedule:
     live: Queried[Internal[bool]] = True
     watched: Queried[Internal[list[list[Any]]]] = dataclasses.field(default_factory=list)
     upcoming: Detail[list[Upcoming] | None] = None
+    notes: Detail[list[str] | None] = None
 
     @property
     def next_run(self) -> Time | None:
@@ -2655,6 +2747,9 @@ ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", **_O
 ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, **_OR_NULL)]
 SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", **_OR_NULL)]
 PauseBody = Annotated[dict[str, Any], Body(Order, "PauseBody", until=NotRequired[Instant | None])]
+BackfillBody = Annotated[
+    dict[str, Any], Body(Order, "BackfillBody", **{"from": Since, "to": Since, "dry_run": NotRequired[bool]})
+]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
 
 
@@ -2899,8 +2994,14 @@ class StatusView(TypedDict):
 
 class PreviewView(TypedDict):
     description: str
+    notes: list[str]
     note: NotRequired[str]
     upcoming: list[Upcoming]
+
+
+class BackfillView(TypedDict):
+    slots: list[Upcoming]
+    executions: list[int]
 
 
 class RecentRun(TypedDict):
@@ -2944,6 +3045,26 @@ def execution_view(execution: Execution) -> ExecutionView:
 def schedule_view(schedule: Schedule) -> ScheduleView:
     shown = view_of(schedule)
     return {**shown, **dict.fromkeys(NOT_OF_AFTER)} if schedule.schedule_type == "after" else shown
+
+
+def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
+    """Sentences about what a schedule probably does not mean, and why nothing will fire."""
+    config, notes = schedule.schedule_config, list[str]()
+    if schedule.schedule_type == "cron":
+        notes += cron_notes(config["expression"])
+    if (days := config.get("seconds", 0) / 86400) and days == int(days) and schedule.schedule_type == "interval":
+        if changes_clocks(schedule.zone, now):
+            moves = f"{config['seconds']} s later the local time is another one when the clocks change in {schedule.zone}"
+            notes.append(f"{moves}: {{days: {days:g}}} keeps to it.")
+    if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
+        notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
+    elif schedule.over:
+        notes.append("Nothing will fire: no slot is left.")
+    elif not schedule.is_active:
+        notes.append("Nothing will fire: is_active is false.")
+    elif paused or not schedule.live:
+        notes.append(f"Nothing will fire: {'the scheduler is paused' if paused else 'its task is not active'}.")
+    return notes
 
 
 def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
@@ -4547,6 +4668,12 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     return free, insert_executions(db, free)
 
 
+def slots_that_ran(db: DB, schedule_id: int, first: int, last: int) -> set[int]:
+    """The slots from `first` to `last` that have an execution which ran, runs or will."""
+    ran = "scheduled_for BETWEEN ? AND ? AND (started_at IS NOT NULL OR finished_at IS NULL)"
+    return {*_ids(db, f"SELECT scheduled_for FROM executions WHERE schedule_id = ? AND {ran}", (schedule_id, first, last))}
+
+
 def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
     alike = f"""SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS count FROM executions
         WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4"""
@@ -4684,7 +4811,7 @@ def release_held(db: DB, task_ids: Collection[int]) -> None:
     if db.execute("SELECT 1 FROM executions WHERE status = 'queued' AND hold > 0 LIMIT 1").fetchone() is None:
         return
     ahead = f"SELECT 1 FROM executions a WHERE a.task_id = held.task_id AND a.id < held.id AND a.{UNFINISHED_SQL}"
-    for bit, extra in ((Hold.OVERLAP, ""), (Hold.CATCHUP, "AND a.trigger = 'catchup' AND a.schedule_id = held.schedule_id")):
+    for bit, extra in ((Hold.OVERLAP, ""), (Hold.CATCHUP, "AND a.trigger = held.trigger AND a.schedule_id = held.schedule_id")):
         db.execute(
             f"""UPDATE executions AS held SET hold = hold & ~{bit:d} WHERE status = 'queued' AND hold > 0 AND hold & {bit:d}
                 AND held.task_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS ({ahead} {extra})""",
@@ -7623,7 +7750,7 @@ def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
     for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
         before = schedule.next_fire
         with contextlib.suppress(*DAMAGE):
-            if schedule.schedule_type != "interval":
+            if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
                 schedule.look_ahead()
         if schedule.next_fire != before:
             update(db, schedule)
@@ -7982,7 +8109,8 @@ class Service:
         await self.store.read(partial(check_watched, schedule=schedule))
         plan = dataclasses.replace(schedule.plan(), schedule_id=None)
         slots = plan.upcoming(schedule.settled_until, schedule.count)
-        view = PreviewView(description=plan.timing.describe(), upcoming=upcoming_view(slots, schedule.zone))
+        notes = notes_of(schedule, self.clock.now())
+        view = PreviewView(description=plan.timing.describe(), notes=notes, upcoming=upcoming_view(slots, schedule.zone))
         if schedule.jitter:
             view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
         return view
@@ -7990,7 +8118,9 @@ class Service:
     @operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
         """Show a schedule."""
-        return await self.store.read(partial(_read_schedule, schedule_id=schedule_id, paused=self.engine.paused))
+        return await self.store.read(
+            partial(_read_schedule, schedule_id=schedule_id, now=self.clock.now(), paused=self.engine.paused)
+        )
 
     @operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -8015,7 +8145,17 @@ class Service:
         change = partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now, settings=self.settings)
         touched = await self.change(change)
         await self.engine.feed.publish_executions(touched)
-        return await self.get_schedule(schedule_id)
+        view = await self.get_schedule(schedule_id)
+        before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
+        if before and after and before != after:
+            view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
+        elif (
+            before
+            and before == after != self.settings.scheduler_timezone
+            and "timezone" not in (body.get("schedule_config") or before)
+        ):
+            view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
+        return view
 
     @operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
@@ -8027,6 +8167,28 @@ class Service:
         task_id, cancelled = await self.change(remove)
         await self.engine.feed.publish_executions(cancelled)
         self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
+
+    @operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
+    async def backfill_schedule(self, schedule_id: int, body: BackfillBody) -> BackfillView:
+        """Run the slots of a stretch of the past that have not run.
+
+        One after the other, oldest first, at most 1000. `dry_run` only lists them.
+        """
+        schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
+        first, last = (
+            read_bound("from", body["from"], schedule.zone) or 0,
+            read_bound("to", body["to"], schedule.zone, end=True) or 0,
+        )
+        if wrong := [name for name, t in (("from", first), ("to", last)) if t > now]:
+            raise InvalidInput(*(FieldError(name, f"must be past (it is now {format_instant(now)})") for name in wrong))
+        if first > last:
+            raise InvalidInput(FieldError("from", "must not be after to"))
+        dry = body.get("dry_run", False)
+        write = partial(_backfill, schedule_id=schedule_id, span=(first, last), dry=dry, now=now, settings=self.settings)
+        slots, ids = await (self.store.read(write) if dry else self.change(write, take_up=False))
+        self.engine.wake()
+        await self.engine.feed.publish_executions(ids)
+        return BackfillView(slots=upcoming_view(slots, schedule.zone), executions=ids)
 
     # --- use cases: executions ---
 
@@ -8289,22 +8451,63 @@ class Service:
 # --- Transactions of the use cases ------------------------------------------------------------------------------------
 
 
-def _read_schedule(db: DB, schedule_id: int, paused: bool) -> ScheduleView:
+def _read_schedule(db: DB, schedule_id: int, now: int, paused: bool) -> ScheduleView:
     schedule = get_schedule(db, schedule_id)
-    schedule.upcoming = []
+    schedule.upcoming, schedule.notes = [], []
+    with contextlib.suppress(*DAMAGE):
+        schedule.notes = notes_of(schedule, now, paused)
     if schedule.is_active and schedule.live and not paused:
         with contextlib.suppress(*DAMAGE):  # its description says so
             schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
     return schedule_view(as_it_is(schedule, paused))
 
 
-def _queue(db: DB, row: NewExecution, override: dict[str, Any] | None, settings: Settings) -> Execution:
-    """Writes an execution that somebody asks for. Raises NotFound, Conflict, Forbidden, InvalidInput."""
-    task = get_task(db, row.task_id)
+MOST_BACKFILL = 1000
+
+
+def _backfill(
+    db: DB, schedule_id: int, span: tuple[int, int], dry: bool, now: int, settings: Settings
+) -> tuple[list[int], list[int]]:
+    """The slots of `span` that have no execution which ran or will, and the ids of those that they get now."""
+    schedule = get_schedule(db, schedule_id)
+    task = _runnable(db, schedule.task_id, settings)
+    if schedule.schedule_type == "after":
+        raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
+    last = span[1]
+    if schedule.is_active and schedule.live and not get_meta(db, "paused"):
+        last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
+    ran = slots_that_ran(db, schedule_id, span[0], last)
+    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=without_days((), schedule.exclude, schedule.zone))
+    slots: list[int] = []
+    slot = plan.next_slot(span[0] - 1)
+    while slot is not None and slot <= last:
+        if slot not in ran:
+            slots.append(slot)
+        if len(slots) > MOST_BACKFILL:
+            raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
+        slot = plan.next_slot(slot)
+    if dry or not slots:
+        return slots, []
+    ids = insert_executions(db, [NewExecution(task.id, schedule_id, "backfill", slot, now, hold=Hold.CATCHUP) for slot in slots])
+    release_held(db, {task.id})
+    about = {"task_id": task.id, "from": instant_or_none(slots[0]), "to": instant_or_none(slots[-1]), "executions": len(ids)}
+    note(db, now, "backfill", "schedule", schedule_id, None, about)
+    return slots, ids
+
+
+def _runnable(db: DB, task_id: int, settings: Settings) -> Task:
+    """A task that somebody may run. Raises NotFound, Conflict, Forbidden."""
+    task = get_task(db, task_id)
     if task.status == "disabled":
         raise Conflict(f"task {task.id} is disabled: set its status to active or paused first")
     if task.task_type == "bash" and not settings.allow_host_commands:
         raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
+    return task
+
+
+def _queue(db: DB, row: NewExecution, override: dict[str, Any] | None, settings: Settings) -> Execution:
+    """Writes an execution that somebody asks for. Raises NotFound, Conflict, Forbidden, InvalidInput."""
+    task = _runnable(db, row.task_id, settings)
     if override:
         config = override_config(task.task_type, task.config, override)
         check_allowed(task.task_type, config, settings)
@@ -8476,7 +8679,8 @@ def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: i
         raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
     config = sent.get("schedule_config", schedule.schedule_config)
     if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
-        sent["schedule_config"] = config = check_schedule_config(schedule_type, config, zone, now)
+        kept = schedule.schedule_config.get("timezone", zone) if schedule_type == schedule.schedule_type else zone
+        sent["schedule_config"] = config = check_schedule_config(schedule_type, config, kept, now)
     sent = _of_its_type(schedule_type, sent)
     sent = _with_times(Schedule, sent, config.get("timezone", zone))
     changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
@@ -9479,7 +9683,9 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
         result = await operation.call(service, number, query, await read_body(request, operation.body))
         if result is None:
             return web.Response(status=204)
-        over = operation.status == 202 and result["status"] in FINISHED
+        over = operation.status == 202 and not (
+            result["executions"] if "executions" in result else result["status"] in UNFINISHED
+        )
         answer = json_answer(result, 200 if over else operation.status)
         if location:
             answer.headers["Location"] = API + location.format(id=result["id"])
@@ -9724,6 +9930,7 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
     },
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
     PauseBody: {"until": "2027-01-04T08:00:00"},
+    BackfillBody: {"from": "2026-11-20", "to": "2026-11-22", "dry_run": True},
     ExecuteBody: {"config": {"args": ["--since", "monday"]}},
 }
 _TEXT = {"type": "string"}

@@ -2055,6 +2055,117 @@ def test_an_interval_looks_back_by_arithmetic_and_is_counted() -> None:
         assert Plan(interval).count(NOW, NOW + seconds * SECOND, 1000) == count
 
 
+@pytest.mark.parametrize(
+    ("days", "start", "zone", "after", "slots"),
+    [
+        (2, "2026-03-28T02:30", "Europe/Berlin", "2026-03-27T00:00Z", ["28T02:30:00+01:00", "30T02:30:00+02:00"]),
+        (1, "2026-03-28T02:30", "Europe/Berlin", "2026-03-28T02:00Z", ["29T03:00:00+02:00", "30T02:30:00+02:00"]),
+        (1, "2026-10-24T02:30", "Europe/Berlin", "2026-10-24T01:00Z", ["25T02:30:00+02:00", "26T02:30:00+01:00"]),
+        (14, "2026-03-16T09:00", "Europe/Berlin", "2026-03-16T08:00Z", ["30T09:00:00+02:00", "13T09:00:00+02:00"]),
+        (1, "2011-12-29T12:00", "Pacific/Apia", "2011-12-29T22:00Z", ["31T12:00:00+14:00", "01T12:00:00+14:00"]),  # no 30th
+    ],
+)
+def test_an_interval_of_days_is_a_fixed_local_time(days: int, start: str, zone: str, after: str, slots: list[str]) -> None:
+    config = check_schedule_config("interval", {"days": days, "start_date": start, "timezone": zone}, "UTC", NOW)
+    timing = make_timing("interval", config, NOW)
+    first = timing.next_after(at(after))
+    second = timing.next_after(first or 0)
+    assert [chronotask.format_local(slot or 0, zone)[8:] for slot in (first, second)] == slots
+    assert timing.last_at_or_before((second or 0) - 1) == first
+    begin = timing.next_after(0)
+    assert begin is not None and chronotask.format_local(begin, zone)[:16] == start
+    assert timing.last_at_or_before(begin - 1) is None and timing.next_after(chronotask.LAST_INSTANT) is None
+
+
+def test_days_without_a_start_count_from_the_creation_and_a_start_with_an_offset_is_a_local_time() -> None:
+    timing = make_timing("interval", {"days": 3, "timezone": "Europe/Berlin"}, at("2026-03-28T08:15:30Z") + 5)
+    assert timing.next_after(0) == at("2026-03-31T07:15:30Z")
+    assert timing.describe() == "Every 3 days at 09:15:30, counted from 2026-03-28 (Europe/Berlin)"
+    sent = {"days": 1, "start_date": "2026-12-01T08:00:00Z", "timezone": "Europe/Berlin"}
+    assert check_schedule_config("interval", sent, "UTC", NOW)["start_date"] == "2026-12-01T09:00:00"
+
+
+@pytest.mark.parametrize(
+    ("schedule_type", "config", "field"),
+    [
+        ("interval", {}, "seconds"),
+        ("interval", {"seconds": 60, "days": 1}, "days"),
+        ("interval", {"days": 0}, "days"),
+        ("interval", {"days": 1.5}, "days"),
+        ("interval", {"days": 3651}, "days"),
+        ("once", {}, "datetime"),
+        ("once", {"datetime": "2100-01-01T00:00", "in_seconds": 5}, "in_seconds"),
+        ("once", {"in_seconds": 0}, "in_seconds"),
+        ("cron", {"expression": "*/100000 * * * *"}, "expression"),
+    ],
+)
+def test_times_that_are_given_twice_or_not_at_all_are_refused(schedule_type: str, config: Any, field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_schedule_config(schedule_type, config, "UTC", NOW)
+    assert [error.field for error in caught.value.errors] == [f"schedule_config.{field}"]
+
+
+def test_once_in_so_many_seconds_is_stored_as_its_time() -> None:
+    stored = check_schedule_config("once", {"in_seconds": 90.5, "timezone": "Europe/Berlin"}, "UTC", at("2026-01-01T00:00Z"))
+    assert stored == {"datetime": "2026-01-01T01:01:30.500000+01:00", "timezone": "Europe/Berlin"}
+
+
+LARGER = "The step {} is larger than the {} field, of which only the first value is left: every {} is an interval of {}."
+MOVES = "172800 s later the local time is another one when the clocks change in Europe/Berlin: {days: 2} keeps to it."
+OR = "A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both."
+
+
+@pytest.mark.parametrize(
+    ("schedule_type", "config", "notes"),
+    [
+        ("cron", {"expression": "*/90 * * * *"}, [LARGER.format(90, "minute", "90 minutes", "5400 s")]),
+        ("cron", {"expression": "0 0 */45 * *"}, [LARGER.format(45, "day-of-month", "45 days", "45 days")]),
+        ("cron", {"expression": "*/1440 */59 * * * *"}, [LARGER.format(1440, "second", "1440 seconds", "1440 s")]),
+        ("cron", {"expression": "0 9 1 * MON"}, [OR]),
+        ("cron", {"expression": "0 9 * * MON"}, []),
+        ("cron", {"expression": "@daily"}, []),
+        ("interval", {"seconds": 172800, "timezone": "Europe/Berlin"}, [MOVES]),
+        ("interval", {"seconds": 172800, "timezone": "UTC"}, []),
+        ("interval", {"seconds": 3600, "timezone": "Europe/Berlin"}, []),
+        ("interval", {"days": 1, "timezone": "Europe/Berlin"}, []),
+    ],
+)  # fmt: skip
+async def test_notes_say_what_a_schedule_probably_does_not_mean(rig: Rig, schedule_type: str, config: Any, notes: Any) -> None:
+    body = {"task_id": await rig.task(), "schedule_type": schedule_type, "schedule_config": config}
+    assert (await rig.service.preview_schedule(parse(chronotask.SchedulePreview, body)))["notes"] == notes
+    made = await rig.service.create_schedule(parse(chronotask.ScheduleCreate, body))
+    assert made["notes"] == notes
+    assert "notes" not in (await rig.service.list_schedules(ScheduleQuery()))["schedules"][0]
+
+
+async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: Rig) -> None:
+    task_id = await rig.task()
+    daily = {"expression": "0 9 * * *"}
+    schedule_id = await rig.schedule(task_id, "cron", schedule_config={**daily, "timezone": "Asia/Tokyo"})
+
+    async def notes_after(**fields: Any) -> Any:
+        return (await rig.patch_schedule(schedule_id, **fields))["notes"]
+
+    assert await notes_after(schedule_config={"expression": "0 10 * * *"}) == ["The time zone stays Asia/Tokyo: none was sent."]
+    assert (await rig.service.get_schedule(schedule_id))["schedule_config"]["timezone"] == "Asia/Tokyo"
+    zone = "The time zone is Europe/Berlin now; it was Asia/Tokyo."
+    assert await notes_after(schedule_config={**daily, "timezone": "Europe/Berlin"}) == [zone]
+    assert await notes_after(schedule_type="interval", schedule_config={"seconds": 60}) == [
+        "The time zone is UTC now; it was Europe/Berlin."
+    ]
+    assert await notes_after(is_active=False) == ["Nothing will fire: is_active is false."]
+    await rig.patch_schedule(schedule_id, is_active=True)
+    await rig.patch_task(task_id, status="paused")
+    assert (await rig.service.get_schedule(schedule_id))["notes"] == ["Nothing will fire: its task is not active."]
+    await rig.service.pause_scheduler({})
+    assert (await rig.service.get_schedule(schedule_id))["notes"] == ["Nothing will fire: the scheduler is paused."]
+    await rig.service.resume_scheduler()
+    await rig.patch_task(task_id, status="active")
+    for seconds in (60, 120, 180):
+        await rig.run_at(seconds)
+    assert await notes_after(max_runs=1) == ["max_runs of 1 is reached, and exceeded by 2."]
+
+
 # -- Words -------------------------------------------------------------------------------------------------------------
 
 
@@ -6434,6 +6545,79 @@ async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
     assert (await rig.service.get_schedule(schedule_id))["run_count"] == then.count("succeeded")
 
 
+async def backfilled(rig: Rig, schedule_id: int, first: str, last: str, **more: Any) -> tuple[list[int], list[int]]:
+    """Seconds from START to the slots, and the ids."""
+    body = parse(chronotask.BackfillBody, {"from": first, "to": last, **more})
+    answer = await rig.service.backfill_schedule(schedule_id, body)
+    return [offset(slot["utc"]) for slot in answer["slots"]], answer["executions"]
+
+
+async def test_a_backfill_runs_the_slots_that_have_not_run_one_after_the_other_and_once(rig: Rig, target: Target) -> None:
+    task_id = await rig.task(**target.config("/hold"))
+    schedule_id = await rig.schedule(task_id, "cron", schedule_config={"expression": "0 * * * *"}, catchup="skip", max_runs=5)
+    await rig.at(3600)  # runs, and holds up the next
+    await rig.at(7200)
+    await rig.let_go(target)
+    await rig.at(14_500)  # 3 and 4 o'clock are missed
+    span = ("2025-12-31T23:00:00Z", "2026-01-01T04:00:00Z")
+    missing = [-3600, 0, 7200, 10_800, 14_400]
+    assert await backfilled(rig, schedule_id, *span, dry_run=True) == (missing, [])
+    assert (await rig.brief(trigger="backfill")) == []
+    target.let_go.clear()
+    slots, ids = await backfilled(rig, schedule_id, *span)
+    assert (slots, len(ids)) == (missing, 5)
+    assert await backfilled(rig, schedule_id, *span) == ([], []), "asked twice it adds nothing"
+    await rig.tick()
+    await rig.tick()
+    assert await rig.statuses(trigger="backfill") == ["running", "queued", "queued", "queued", "queued"]
+    await rig.let_go(target)
+    assert await rig.brief(trigger="backfill") == [("backfill", "succeeded", slot) for slot in missing]
+    assert [row["started_at"] for row in await rig.rows(trigger="backfill")] == sorted(
+        row["started_at"] for row in await rig.rows(trigger="backfill")
+    )
+    assert await rig.statuses(trigger="schedule") == ["succeeded", "skipped", "missed"], "these rows stay"
+    assert await backfilled(rig, schedule_id, *span) == ([], [])
+    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 1
+
+
+async def test_a_backfill_keeps_to_bounds_and_excluded_days_and_leaves_due_slots_to_the_tick(rig: Rig) -> None:
+    config = {"expression": "0 12 * * *"}
+    schedule_id = await rig.schedule(
+        await rig.task(), "cron", schedule_config=config, exclude=["2025-12-30"], start_at="2025-12-29"
+    )
+    assert (await backfilled(rig, schedule_id, "2025-12-01", "2025-12-31"))[0] == [-216_000, -43_200]
+    rig.clock.advance(12 * 3600 + 1)
+    assert await backfilled(rig, schedule_id, "2026-01-01", "2026-01-01T12:00:01Z", dry_run=True) == ([], [])
+    await rig.tick()
+    assert ("schedule", 43_200) in [(row[0], row[2]) for row in await rig.brief()]
+
+
+async def test_a_backfill_that_cannot_be_is_refused_and_leaves_nothing(api: Api) -> None:
+    task_id = await api.task()
+    schedule_id = await api.schedule(task_id, schedule_type="cron", schedule_config={"expression": "* * * * *"})
+    past = {"from": "2025-12-31T00:00", "to": "2025-12-31T10:00"}
+    for change, status, fields in (
+        ({"to": "2026-01-02"}, 422, ["to"]), ({"from": "2026-01-03", "to": "2026-01-03"}, 422, ["from", "to"]),
+        ({"from": "x"}, 422, ["from"]), ({"from": "2025-12-31T11:00"}, 422, ["from"]), ({"to": "2025-12-31T16:40"}, 422, ["to"]),
+        ({"when": 1}, 422, ["when"]),
+    ):  # fmt: skip
+        problem_of(await api("POST", f"/schedules/{schedule_id}/backfill", {**past, **change}), status, *fields)
+    after = {"schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}}
+    problem_of(await api("POST", f"/schedules/{await api.schedule(task_id, **after)}/backfill", past), 422, "")
+    problem_of(await api("POST", "/schedules/99/backfill", past), 404)
+    answer = await api("POST", f"/schedules/{schedule_id}/backfill", {**past, "dry_run": True})
+    assert (answer.status, len(answer.json["slots"]), answer.json["executions"]) == (200, 601, [])
+    api.rig.sql("CREATE TRIGGER fault AFTER INSERT ON executions WHEN new.id > 300 BEGIN SELECT RAISE(ABORT, 'full'); END")
+    problem_of(await api("POST", f"/schedules/{schedule_id}/backfill", past), 503)
+    assert (await api.get("/executions"))["executions"] == [], "all or nothing"
+    await api("PATCH", f"/tasks/{task_id}", {"status": "disabled"})
+    problem_of(await api("POST", f"/schedules/{schedule_id}/backfill", past), 409)
+    api.rig.sql("DROP TRIGGER fault")
+    await api("PATCH", f"/tasks/{task_id}", {"status": "paused"})
+    answer = await api("POST", f"/schedules/{schedule_id}/backfill", {**past, "to": "2025-12-31T00:01"})
+    assert (answer.status, "Location" in answer.headers, answer.json["executions"]) == (202, False, [1, 2])
+
+
 HOLIDAYS = ["2026-01-02", "2026-01-04/2026-01-05"]
 
 
@@ -9913,7 +10097,7 @@ SCHEDULE_VIEW = json.loads("""
     {"utc": "2026-01-01T00:02:00Z", "local": "2026-01-01T00:02:00+00:00"},
     {"utc": "2026-01-01T00:03:00Z", "local": "2026-01-01T00:03:00+00:00"},
     {"utc": "2026-01-01T00:04:00Z", "local": "2026-01-01T00:04:00+00:00"},
-    {"utc": "2026-01-01T00:05:00Z", "local": "2026-01-01T00:05:00+00:00"}]}
+    {"utc": "2026-01-01T00:05:00Z", "local": "2026-01-01T00:05:00+00:00"}], "notes": []}
 """)
 
 
