@@ -354,6 +354,7 @@ fact('an alert is made in words, tried, and linked with what it watches and what
   // It is edited, and what nobody touched stays.
   await open(service, '#/schedules/' + made.id);
   equal(await page.locator('[name=watched]:checked').count(), 2, 'the chosen tasks');
+  await until(async () => (await text('#preview')).includes('failed 2 times in a row'), 'what it means, before anything is touched');
   await page.getByLabel('no success for too long').check();
   await until(async () => (await text('#preview')).includes('must be exactly one task for overdue'), 'why it cannot be');
   await page.getByLabel('Sync', { exact: true }).uncheck();
