@@ -1745,7 +1745,16 @@ def _body(body: Any, info: ValidationInfo) -> Any:
     facts = not isinstance(body, str) or body_kind(info.data.get("headers")) in ("text/plain", FORM)
     for text in texts(body):
         _references(text, cause=facts)
-    return body
+    return _named_without_facts(body)
+
+
+def _named_without_facts(value: Any) -> Any:
+    """`value`, in which facts about what happened stand for no name of a field."""
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if CAUSE_REFERENCE.search(str(name)):
+            raise ValueError(f"{shown(name)}: ${{cause:…}} cannot stand in a name")
+        _named_without_facts(item)
+    return value
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -1850,7 +1859,7 @@ class HttpConfig(TypedDict, total=False):
         Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], _UPPER, Field(json_schema_extra={"default": "GET"})
     ]
     headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
-    params: Annotated[dict[str, _Param], Field(max_length=1000)] | None
+    params: Annotated[dict[str, _Param], Field(max_length=1000), AfterValidator(_named_without_facts)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
     auth: HttpAuth | None
     timeout: _Timeout | None

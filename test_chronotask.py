@@ -7693,6 +7693,8 @@ async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) ->
         ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
         ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
         ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
+        ({"url": "http://h/", "params": {"${cause:text}": 1}}, "config.params"),
+        ({"url": "http://h/", "body": [{"a": {"x${cause:text}": 1}}]}, "config.body"),
     ],
 )
 async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig, config: Json, field: str) -> None:
