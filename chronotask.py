@@ -140,6 +140,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass
@@ -7664,6 +7665,11 @@ class Leadership:
             await self.look()
             await self.changes.poll()
 
+    @property
+    def known(self) -> bool:
+        """Whether somebody leads, this process or another."""
+        return self.engine.leading or is_locked(self._leader_lock.path)
+
     def release(self) -> None:
         """At the end of the process: the next leader need not wait."""
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
@@ -10761,7 +10767,40 @@ def hide_from_tasks() -> None:
             number += 1
 
 
-async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int, int] | None, config: str | None = None) -> None:
+class Systemd:
+    """What systemd hears of this process, by the protocol of sd_notify(3), if that has started it."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        self._path = environ.pop("NOTIFY_SOCKET", "")
+        span, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        self._watchdog = int(span) / SECOND if span.isdigit() and pid in ("", str(os.getpid())) else 0.0
+
+    def tell(self, state: str) -> None:
+        if self._path:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.connect("\0" + self._path[1:] if self._path[0] == "@" else self._path)
+                sock.sendall(state.encode())
+
+    async def follow(self, service: Service) -> None:
+        """Ready once somebody is known to lead; then signs of life while /health would say that all is well."""
+        while self._path and not service.leadership.known:
+            await asyncio.sleep(POLL)
+        self.tell("READY=1")
+        while self._path and self._watchdog:
+            if service.problem() is None:
+                self.tell("WATCHDOG=1")
+            await asyncio.sleep(self._watchdog / 3)
+
+
+async def serve(
+    settings: Settings,
+    mode: str,
+    environ: Environ,
+    systemd: Systemd,
+    wire: tuple[int, int] | None,
+    config: str | None = None,
+) -> None:
     """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
@@ -10787,6 +10826,7 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
     reload: Callable[[], None] = lambda: None  # noqa: E731 - tokens are looked at anew by themselves
     session: asyncio.Task[None] | None = None
     reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
+    follower: asyncio.Task[None] | None = None
     try:
         await service.start()
         if config is not None:
@@ -10808,6 +10848,10 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
                 session = loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None))
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
+        at = ", ".join("{} port {}".format(*sock.getsockname()) for sock in sockets) or "stdio"
+        leads = "this process leads" if service.engine.leading else "another process leads"
+        logger.info("ChronoTask %s is up on %s, database %s; %s", __version__, at, store.path, leads)
+        follower = loop.create_task(systemd.follow(service))
         gc.freeze()  # what is there stays, so the garbage collector need not look at it
         gc.set_threshold(10_000)  # requests and attempts free what they used without its help
         gc.enable()
@@ -10820,9 +10864,11 @@ async def serve(settings: Settings, mode: str, environ: Environ, wire: tuple[int
                     await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
+        systemd.tell("STOPPING=1")
         await service.stop()
-        if reaper is not None:
-            reaper.cancel()
+        for job in (reaper, follower):
+            if job is not None:
+                job.cancel()
         if session is not None:  # after the service: the calls that waited for it are answered
             session.cancel()
             await asyncio.wait({session})
@@ -11009,6 +11055,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = load_settings(options, os.environ)
         hide_from_tasks()
+        systemd = Systemd(os.environ)  # before tasks inherit it
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
         if options.backup is not None:
@@ -11025,7 +11072,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("%s", warning)
         environ.open_files = allow_files(settings.max_concurrent_runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
-        asyncio.run(serve(settings, options.mode, environ, wire, options.config))
+        asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0
     except KeyboardInterrupt:
         return 130

@@ -8363,7 +8363,8 @@ async def test_a_change_of_one_schedule_field_leaves_the_others_and_the_next_run
     before = await rig.service.get_schedule(schedule_id)
     rig.clock.advance(5)
     after = await rig.patch_schedule(schedule_id, **{field: SCHEDULE_CHANGES[field]})
-    changed = {"next_run": None, "upcoming": []} if field == "is_active" else {}
+    notes = ["Nothing will fire: is_active is false."]
+    changed = {"next_run": None, "upcoming": [], "notes": notes} if field == "is_active" else {}
     assert after == {**before, field: SCHEDULE_CHANGES[field], **changed, "updated_at": "2026-01-01T00:00:05Z"}
 
 
@@ -11900,6 +11901,75 @@ def loopback() -> Iterator[Web]:
     server.server_close()
 
 
+# --- systemd ----------------------------------------------------------------------------------------------------------
+
+
+class NotifySocket:
+    """A socket that speaks the protocol of sd_notify(3), as systemd does."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(path)
+        self.socket.settimeout(patient(20))
+
+    def heard(self) -> str:
+        return self.socket.recv(4096).decode()
+
+    def rest(self) -> list[str]:
+        """What was sent and not heard yet."""
+        self.socket.setblocking(False)
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(self.heard())
+        self.socket.settimeout(patient(20))
+        return found
+
+
+@pytest.mark.slow
+def test_systemd_hears_that_it_is_ready_lives_and_stops_and_tasks_do_not_see_it(tmp_path: Path) -> None:
+    systemd = NotifySocket(str(tmp_path / "notify"))
+    environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
+    server = Server(tmp_path, environ=environ).start()
+    assert systemd.heard() == "READY=1"
+    assert (systemd.heard(), systemd.heard()) == ("WATCHDOG=1", "WATCHDOG=1")
+    assert re.search(rf"is up on 127.0.0.1 port {server.port}, database {server.database}; this process leads", server.log())
+    shown_env = server.execute(server.bash("env"), wait=10)["output_data"]["stdout"]
+    assert "NOTIFY_SOCKET" not in shown_env and "WATCHDOG" not in shown_env
+    server.database.rename(tmp_path / "moved.db")  # now /health is 503: systemd shall start it anew
+    until(lambda: server.ask("GET", "/health")[0] == 503, 20, "it is not healthy")
+    systemd.rest()
+    time.sleep(0.7)
+    assert systemd.rest() == []
+    (tmp_path / "moved.db").rename(server.database)
+    server.healthy_again()
+    assert systemd.heard() == "WATCHDOG=1"
+    assert server.stop() == 0
+    assert systemd.rest()[-1] == "STOPPING=1"
+
+
+def test_systemd_is_told_through_an_abstract_socket_too_and_a_socket_that_is_gone_harms_nobody(tmp_path: Path) -> None:
+    name = f"chronotask-test-{uuid.uuid4()}"
+    there = NotifySocket(f"\0{name}")
+    environ = {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "A": "b"}
+    chronotask.Systemd(environ).tell("READY=1")
+    assert (there.heard(), environ) == ("READY=1", {"A": "b"})
+    chronotask.Systemd({"NOTIFY_SOCKET": str(tmp_path / "gone")}).tell("READY=1")
+    chronotask.Systemd({}).tell("READY=1")
+
+
+async def test_the_pages_for_operators_name_only_settings_and_metrics_that_there_are(api: Api) -> None:
+    text = (TOP / "docs" / "operating.md").read_text(encoding="utf-8")
+    await api.task()
+    metrics = (await api("GET", "//metrics")).text
+    assert {name for name in re.findall(r"\bchronotask_[a-z_]+", text) if name not in metrics} == set()
+    assert len(re.findall(r"- alert: ", text)) == 3
+    known = {f"CHRONOTASK_{field.name.upper()}" for field in dataclasses.fields(Settings)}
+    assert {name for name in re.findall(r"CHRONOTASK_[A-Z_]+[A-Z]", text) if name not in known} == set()
+    for option in ("Type=notify", "WatchdogSec=", "LoadCredential=", "User=", "ProtectSystem="):
+        assert option in text
+
+
 # --- Crashes ----------------------------------------------------------------------------------------------------------
 
 
@@ -13344,7 +13414,7 @@ WRITES: dict[tuple[str, str], tuple[str, Json, str]] = {
 async def test_every_operation_that_writes_leaves_a_change(api: Api, one: Any) -> None:
     path, body, change = WRITES[one.method, one.path]
     sleeping = await api.rig.task(config={"command": "sleep 20"})
-    await api.rig.schedule(sleeping)
+    await api.rig.schedule(sleeping, "cron")
     await api("POST", f"/tasks/{sleeping}/execute")
     await api("POST", f"/tasks/{await api.rig.task()}/execute?wait=10")
     before = api.rig.sql("SELECT count(*) FROM changes")[0][0]
