@@ -6313,6 +6313,8 @@ class _Failed(ChronoTaskError):
 
 
 _BROKE_OFF = "the answer broke off before its end, or could not be decoded"
+_NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
+_ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its task's
 
 
 class HttpClient:
@@ -6371,7 +6373,6 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
 
     Raises _Failed, with what a person can do about it. Never with aiohttp's own text: it has URLs.
     """
-    again = request.method not in _NOT_REPEATABLE  # also when some of an answer has come
     while True:
         try:
             return await handler(request)
@@ -6393,15 +6394,14 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
         except aiohttp.ServerDisconnectedError as error:
             if isinstance(error.message, str):  # else a part of an answer
                 raise _Failed("the server closed the connection without an answer") from None
-            raise _Failed(_BROKE_OFF, again) from None
+            raise _Failed(_BROKE_OFF) from None
         except aiohttp.ClientResponseError as error:
-            raise _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}", again) from None
+            raise _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}") from None
         except aiohttp.InvalidURL:
             raise _Failed("config.url: is not a valid http or https URL", retryable=False) from None
         except (aiohttp.ClientError, OSError) as error:
-            number = getattr(error, "errno", None)
-            if number != STALE_ERRNO:
-                raise _Failed(f"the connection failed: {_reason(error)}", again or number != errno.EMSGSIZE) from None
+            if getattr(error, "errno", None) != STALE_ERRNO:
+                raise _Failed(f"the connection failed: {_reason(error)}") from None
 
 
 def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
@@ -6431,7 +6431,7 @@ def _taken(came: bytearray, end: re.Pattern[bytes]) -> Generator[None, None, byt
     while not (found := end.search(came, max(0, seen - 2))):
         seen = len(came)
         if seen > MAX_HEAD_BYTES:
-            raise ConnectionError(errno.EMSGSIZE, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
+            raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
         yield
     taken = bytes(came[: found.end()])
     del came[: found.end()]
@@ -6450,7 +6450,7 @@ _HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
 _STATUS, _CHUNK_SIZE = re.compile(rb"http/1\.[0-9] ([0-9]{3})"), re.compile(rb"[0-9A-Fa-f]{1,15}")
 _CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
 _TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
-_REQUEST_BEGINS = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
+_REQUEST_BEGINS = re.compile(rb"([A-Z]+) [^ ]+ HTTP/1\.1\r\n")
 
 
 class _OneAnswer:
@@ -6465,17 +6465,18 @@ class _OneAnswer:
 
     def _asks(self, data: bytes) -> None:
         """Raises OSError when a request would begin on a connection that is not to be used again."""
-        if _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
+        if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
             if self._answer is not None and self._ended():
                 raise OSError(STALE_ERRNO, "was closed by the server")
-            self._came = bytearray()
-            self._answer = _answer(bytes(data[:5]) == b"HEAD ", self._came)
+            self._method, self._live, self._came = begins[1].decode(), _ATTEMPT.get(), bytearray()
+            self._answer = _answer(self._method == "HEAD", self._came)
 
     def _ended(self) -> bool:
         return self._over
 
     def _answered(self, data: bytes) -> bytes:
         if self._answer is not None and data:
+            self._live.acted = self._live.acted or self._method in _NOT_REPEATABLE
             self._came += data
             if next(self._answer, self) is self:  # it is complete, but for what is left
                 data = data[: len(data) - len(self._came)]
@@ -6501,12 +6502,7 @@ class _Socket(_OneAnswer, socket.socket):
         return self._over or bool(poll.poll(0))
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        try:
-            return self._answered(super().recv(size, flags))
-        except ConnectionResetError:
-            if self._answer is None or not self._came:
-                raise
-            return b""  # aiohttp then says that a part of an answer had come
+        return self._answered(super().recv(size, flags))
 
 
 class _TlsObject(_OneAnswer, ssl.SSLObject):
@@ -6674,6 +6670,7 @@ async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveO
 
     A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
     """
+    _ATTEMPT.set(live)
     shared = await client.shared()
     session = client.fresh() if request.closes else shared
     try:
@@ -6686,7 +6683,6 @@ async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveO
                 ssl=_tls_context(request.verify_tls) if request.url.scheme == "https" else True,
                 allow_redirects=False,
             )
-            live.acted = live.acted or request.method in _NOT_REPEATABLE
             try:
                 target = _redirect_target(request, response)
                 if target is None:
@@ -6703,9 +6699,6 @@ async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveO
     finally:
         if session is not shared:
             session.detach()
-
-
-_NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 
 
 def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:

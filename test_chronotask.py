@@ -36,6 +36,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -6097,6 +6098,7 @@ async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext,
 @pytest.mark.parametrize(("method", "answer", "body"), BEHIND)
 async def test_it_does_not_matter_in_which_pieces_an_answer_comes(method: str, answer: bytes, body: str) -> None:
     whole = b""
+    chronotask._ATTEMPT.set(LiveOutput(0))
     for size in (len(answer), *((1, 2, 3, 7) if len(answer) < 1000 else (1000,))):
         connection = chronotask._OneAnswer()
         connection._asks(f"{method} / HTTP/1.1\r\n".encode())
@@ -6152,10 +6154,26 @@ async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> 
 
     async with talking(answer) as (url, _):
         moved = [await http_executors(url + path, method="POST") for path in ("/303", "/307")]
-    begin = b"HTTP/1.1 200 OK\r\n\r\nbegin"
-    late = [await answered(begin, hang, method=method, timeout=0.1) for method in ("POST", "GET")]
     assert [outcome.retryable for outcome in moved] == [False, True]
-    assert [(outcome.status, outcome.retryable) for outcome in late] == [("timed_out", False), ("timed_out", True)]
+    for begin in (b"HTTP/1.1 200 OK\r\n\r\nbegin", b"HTTP/1.1 200 O"):
+        late = [await answered(begin, hang, method=method, timeout=0.1) for method in ("POST", "GET")]
+        assert [(outcome.status, outcome.retryable) for outcome in late] == [("timed_out", False), ("timed_out", True)]
+
+
+@pytest.mark.parametrize(("begin", "again"), [(b"", True), (b"HTTP/1.1 200 O", False)])
+async def test_a_connection_that_is_reset_within_an_answer(tls: ssl.SSLContext, begin: bytes, again: bool) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(begin)
+        await asyncio.sleep(0.05)  # until it has been read: a reset takes away what has not
+        reset = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        writer.transport.abort()
+
+    for context in (None, tls):
+        async with conversing(talk, context) as url:
+            outcomes = [await http_executors(url, method=method, verify_tls=False) for method in ("GET", "POST")]
+        assert [(outcome.status, outcome.retryable) for outcome in outcomes] == [("failed", True), ("failed", again)]
 
 
 @pytest.mark.parametrize(
