@@ -8959,7 +8959,7 @@ async def test_a_key_that_was_moved_by_hand_is_followed_with_care(rig: Rig) -> N
         await applied(rig, NIGHTLY)
     await rig.patch_task(2, key=None)
     answer = await applied(rig, NIGHTLY)
-    assert actions(answer) == [("created", "nightly"), ("created", "nightly/night"), ("orphaned", "other")]
+    assert actions(answer) == [("orphaned", "other"), ("created", "nightly"), ("created", "nightly/night")]
 
 
 AFTER = """
