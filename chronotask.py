@@ -1942,7 +1942,14 @@ class CronConfig(TypedDict, total=False):
     timezone: _Zone | None  # the first, so that the others are read in it
     expression: Required[
         Annotated[
-            str, Field(examples=["0 9 * * MON-FRI"], json_schema_extra={"maxLength": LONGEST_EXPRESSION}), _read(check_expression)
+            str,
+            Field(
+                examples=["0 9 * * MON-FRI"],
+                description="minute hour day month weekday, or seconds first; also @daily, L (last day of the month), "
+                "MON#2 (second Monday), L5 (last Friday)",
+                json_schema_extra={"maxLength": LONGEST_EXPRESSION},
+            ),
+            _read(check_expression),
         ]
     ]
 
@@ -5187,7 +5194,7 @@ KEEP_SECONDS = 0.1  # that a connection waits for the next request: long enough 
 MAX_SECRET_BYTES = 65536
 MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
-RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 
 
 # --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
@@ -6579,7 +6586,7 @@ async def run_http(
         if 300 <= status < 400 and not request.follow:
             message += " (follow_redirects is false)"
         wait = retry_after(response.headers, now) if status in (429, 503) else None
-        return Outcome("failed", message, output, retryable=status in RETRIED_STATUSES, retry_after=wait)
+        return Outcome("failed", message, output, retryable=status in RETRIED_STATUS, retry_after=wait)
     except ChronoTaskError as error:
         retryable = isinstance(error, _Failed) and error.retryable and not live.acted
         return Outcome("failed", live.masked(error.detail), _http_output(live), retryable=retryable)
@@ -8157,11 +8164,7 @@ class Service:
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
-        elif (
-            before
-            and before == after != self.settings.scheduler_timezone
-            and "timezone" not in (body.get("schedule_config") or before)
-        ):
+        elif before == after != self.settings.scheduler_timezone and "timezone" not in body.get("schedule_config", ["timezone"]):
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
         return view
 
@@ -8281,7 +8284,7 @@ class Service:
         total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id, span=span))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
-    @operation("GET", "/executions")
+    @operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
         _, rows = await self.store.scan(partial(list_executions, query=query, span=self._span(query)))
@@ -8960,14 +8963,19 @@ def read_definitions(name: str) -> Any:
     """The file of this name (- is standard input), TOML or JSON, not checked yet. Raises InvalidInput, MalformedBody."""
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            raw = file.read(MAX_FILE + 1).removeprefix(codecs.BOM_UTF8)
-        if len(raw) > MAX_FILE:
+            return parse_definitions(name, file.read(MAX_FILE + 1))
+    except OSError as error:
+        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
+
+
+def parse_definitions(name: str, raw: bytes) -> Any:
+    """A file, TOML or JSON, not checked yet; `name` is for errors. Raises InvalidInput, MalformedBody."""
+    try:
+        if len(raw := raw.removeprefix(codecs.BOM_UTF8)) > MAX_FILE:
             raise ValueError(f"is larger than {MAX_FILE >> 20} MiB")
         if not raw.lstrip().startswith(b"{"):
             raw = json.dumps(tomllib.loads(raw.decode()), default=lambda time: time.isoformat()).encode()
         return load_json(raw)
-    except OSError as error:
-        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
     except (ValueError, RecursionError) as error:
         raise InvalidInput(FieldError(name, f"is no TOML: {error}")) from None
 
@@ -9155,7 +9163,7 @@ class _Undone(Exception):
     """Takes a dry run back."""
 
 
-@operation("POST", "/apply", errors=(409,))
+@operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
 async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
     """Make tasks and schedules what a file says, in one transaction.
 
@@ -10064,109 +10072,288 @@ if TYPE_CHECKING:
 
 TOOL_TEXT = 8000  # characters of each output text in an answer about one execution
 TOOL_LIST_TEXT = 500  # the same in lists
+MAX_ANSWER = 40_000  # characters of an answer
+LIFETIME = 3_600_000  # milliseconds for which a client may keep lists: only another version changes them
 MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
 LAST_CALLS = 1.5  # seconds that calls in flight get after the end of stdin
-TOOLS = {operation.name: operation for operation in OPERATIONS if operation.tool}
-ToolLimit = Annotated[int, Field(ge=1, le=100)]
-NULL = {"type": "null"}
 
-_TOOL_WAIT: Any = (Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")], 10)
+
+class PauseQuery(Query):
+    paused: bool
+    until: Annotated[Instant, Field(description="ends the pause by itself")] | None = None
+
+
+async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusView:
+    """Stop or resume all schedules.
+
+    Runs under way and execute_task go on. What falls into the pause is not made up for.
+    """
+    return await (service.pause_scheduler({"until": query.until}) if query.paused else service.resume_scheduler())
+
+
+TOOLS = {tool.name: tool for tool in OPERATIONS if tool.tool}
+TOOLS["set_scheduler_paused"] = Operation(set_scheduler_paused, "POST", "", 200, ("idempotent",), (), None)
 
 # A model pays for each word: other defaults serve it better than a program.
+_LIMIT: Any = (Annotated[int, Field(ge=1, le=100)], 20)
+_WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
+_HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
+_STATUSES: Any = Annotated[
+    Statuses, WithJsonSchema({"type": "string", "description": f"one or more of {', '.join(get_args(Status))}, unfinished"})
+]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
-    "list_tasks": {"limit": (ToolLimit, 20)},
-    "list_schedules": {"limit": (ToolLimit, 20)},
-    "get_task_history": {
-        "limit": (ToolLimit, 5),
-        "output": (Literal["short", "full", "none"], Field("short", description="short cuts long texts")),
-    },
-    # Many clients give a call up after 60 s.
-    "execute_task": {"wait": _TOOL_WAIT},
-    "rerun_execution": {"wait": _TOOL_WAIT},
+    "list_tasks": {"limit": _LIMIT},
+    "list_schedules": {"limit": _LIMIT},
+    "list_upcoming": {"limit": _LIMIT},
+    "list_executions": {"limit": _LIMIT, "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
+    "get_task_history": {"limit": (_LIMIT[0], 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
+    "get_execution": {"wait": (_WAIT, 0), "output": (_HOW_MUCH, "short")},
+    "execute_task": {"wait": (_WAIT, 4)},  # some clients give a call up after 5 s
+    "rerun_execution": {"wait": (_WAIT, 4)},
+    # Some models take no tool without arguments.
+    "get_scheduler_status": {"limit": (Annotated[int, Field(ge=0, le=5, description="of what comes next")], 5)},
 }
-# Accepted, since what an answer gave may be sent back, but not worth a word: they change nothing, or another tool does it.
-WITHOUT_EFFECT = {
-    "create_task": {"schedules"},
-    "preview_schedule": {"is_active", "overlap", "catchup", "catchup_window"},
-    "update_schedule": {"task_id"},
+# Instead of what the operation says of itself for REST, where configurations are nested.
+WORDS = {
+    "create_task": """What to run: a bash command on ChronoTask's machine, or a request to a url; by arguments of
+        create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
+        *", "timezone": "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one
+        that an `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened.""",
+    "update_task": "What is not given stays. Fields as in create_task. status paused pauses it.",
+    "create_schedule": """When a task fires: by expression (cron), once at datetime, every so many seconds, or after other tasks.
+        Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when task 1
+        breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in the
+        answer with what was asked for.""",
+    "update_schedule": "What is not given stays, the timezone too. Fields as in create_schedule. is_active false pauses it.",
+    "get_task": "With its configuration, counts of runs, and next_run unless nothing will fire.",
+    "execute_task": """Answers when the run is over, or after `wait` seconds with its id: get_execution with wait shows its end;
+        do not execute again. Other arguments replace fields of the task for this run alone. Works for paused tasks, too.""",
+    "list_executions": """Over all tasks: what failed, ran or is unfinished. since and until choose what ran in between. Older:
+        before_id. Rows with status skipped or missed are slots that ran nothing.""",
+    "list_upcoming": "In order, each schedule as often as it fires; by default of 24 h.",
+    "apply_definitions": """In one transaction, as it stands in a file: chronotask = 1, [tasks.KEY] task_type = "bash", config =
+        {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config = {expression = "30 2 * * *"}. Tasks
+        that it no longer names go on unless prune says otherwise. Try dry_run first.""",
+}
+# Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
+UNTOLD = {
+    *("config", "schedule_config", "task_type", "schedule_type", "schedules"),
+    *("preview_schedule.is_active", "preview_schedule.overlap", "preview_schedule.catchup", "preview_schedule.catchup_window"),
+    *("preview_schedule.key", "preview_schedule.max_runs", "preview_schedule.task_id", "update_schedule.task_id"),
+}
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+#
+# The fields of a configuration are arguments of their own, and say of which type it is: some frameworks cannot pass an argument
+# of the name `config`, and models forget what is nested.
+
+KINDS = {**CONFIGS, **SCHEDULE_CONFIGS}
+AFTER = {"task_ids": "after_task_ids", "tag": "after_tag", "any": "after_any"}  # as arguments they would be taken for others
+_ARGUMENTS = {k: {AFTER.get(n, n) if k == "after" else n: n for n in field_names(model)} for k, model in KINDS.items()}
+# By the field of a configuration: the field of its type; and of each type the arguments, and the fields that they are.
+FLAT: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
+    "config": ("task_type", {kind: _ARGUMENTS[kind] for kind in CONFIGS}),
+    "schedule_config": ("schedule_type", {kind: _ARGUMENTS[kind] for kind in SCHEDULE_CONFIGS}),
+}
+MAIN = {"http": "url", "bash": "command", "cron": "expression", "once": "datetime", "interval": "seconds", "after": "on"}
+EITHER = ({"seconds", "days"}, {"datetime", "in_seconds"}, {*AFTER})  # one takes the place of the others
+NULL = {"type": "null"}
+PAIRS = {"env": "=", "headers": ":", "params": "="}  # objects as lists of text: strict schemas know no free names
+CALLED = {  # what models call things
+    **dict.fromkeys(("cron", "cron_expression", "schedule", "rrule"), "expression"),
+    **dict.fromkeys(("run_at", "at", "date", "time", "when"), "datetime"),
+    **{"minutes": "seconds, 60 for each minute", "hours": "seconds, 3600 for each hour", "weeks": "days, 7 for each week"},
+    **{"interval": "seconds", "tz": "timezone", "zone": "timezone", "script": "command", "cwd": "working_dir"},
+    **{"enabled": "is_active", "paused": "status", "id": "task_id"},
 }
 
 
-class Deleted(TypedDict):
-    id: int
-    deleted: bool
+class Argument(NamedTuple):
+    """Of a tool: `part` is query, body, schedule (one made with its task), or the configuration of which it is a field."""
 
-
-# --- Arguments and schemas --------------------------------------------------------------------------------------------
+    part: str
+    schema: dict[str, Any]
 
 
 @functools.cache
-def tool_model(operation: Operation) -> Any:
-    """The arguments of a tool: the id that REST has in the path, and the fields of the query or the body."""
-    kind = TaskId if operation.id_name == "task_id" else Id
-    number: dict[str, Any] = {} if operation.id_name is None else {operation.id_name: Annotated[kind, Field(strict=False)]}
-    body = mark_of(operation.body)
-    if body is not None and operation.query is None:
-        return Annotated[dict[str, Any], Body(body.resource, body.name, body.update, body.without, **body.more, **number)]
-    fields: dict[str, Any] = {**TOOL_QUERIES.get(operation.name, {}), **{name: (kind, ...) for name, kind in number.items()}}
-    fields |= {name: (get_args(kind)[0], None) for name, kind in body.fields.items()} if body is not None else {}
-    return create_model(operation.name, __base__=operation.query or Query, **fields)
+def tool_query(operation: Operation) -> type[Query]:
+    """What is no part of a body: the id that REST has in the path, and the fields of the query."""
+    number: Any = TaskId if operation.id_name == "task_id" else Id
+    fields: dict[str, Any] = {operation.id_name: (number, ...)} if operation.id_name else {}
+    return create_model(operation.name, __base__=operation.query or Query, **fields, **TOOL_QUERIES.get(operation.name, {}))
 
 
-def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int | str, Any, Any]:
-    """The id, the query and the body of a call, by the rules of REST. Raises InvalidInput that lists every bad argument."""
-    id_name, given = operation.id_name or "", dict(arguments)
-    for name in shape_of(mark_of(operation.body).resource).json if operation.body is not None else ():
-        if isinstance(value := given.get(name), str):  # some clients send objects as JSON text
-            with contextlib.suppress(ChronoTaskError):
-                given[name] = load_json(value.encode("utf-8", "surrogatepass"))
-    checked = parse(tool_model(operation), given)
-    if operation.body is None:
-        return getattr(checked, id_name, 0), checked, None
-    if operation.query is not None:
-        return (
-            getattr(checked, id_name, 0),
-            checked,
-            checked.model_dump(include=set(field_names(operation.body)), exclude_none=True),
-        )
-    return checked.pop(id_name, 0), None, checked
+@functools.cache
+def tool_arguments(operation: Operation) -> dict[str, Argument]:
+    found: dict[str, Argument] = {}
+
+    def add(part: str, model: Any, names: Mapping[str, str] | None = None) -> None:
+        whole = adapter(model).json_schema()
+        of_model = whole.get("properties", {})
+        for argument, name in (names or dict(zip(of_model, of_model, strict=True))).items():
+            field = {**of_model[name], **whole.get("$defs", {}).get("HttpAuth", {})} if name == "auth" else of_model[name]
+            found.setdefault(argument, Argument(part, field))
+
+    add("query", tool_query(operation))
+    if operation.name == "apply_definitions":
+        found["definitions"] = Argument("body", {"type": "string", "description": "TOML or JSON text"})
+    elif operation.body is not None:
+        add("body", operation.body)
+        if operation.name == "create_task":
+            add("schedule", NestedSchedule)
+        for holder, (_, kinds) in FLAT.items():
+            for kind, names in kinds.items() if holder in found else ():
+                add(holder, KINDS[kind], names)
+        if operation.method == "PATCH":
+            found["clear"] = Argument("body", {"type": "array", "items": {"type": "string"}, "description": "fields to empty"})
+    return found
 
 
+def tool_args(
+    operation: Operation, arguments: Mapping[str, Any], before: Mapping[str, Any] | None = None
+) -> tuple[int | str, Any, Any]:
+    """The id, the query and the body of a call, by the rules of REST; null is not given.
+
+    For an update of single fields of a configuration, `before` is the object. Raises InvalidInput that lists every bad argument.
+    """
+    known, errors = tool_arguments(operation), list[FieldError]()
+    parts: dict[str, dict[str, Any]] = {part: {} for part in ("query", "body", "schedule", *FLAT)}
+    ignored = shape_of(mark_of(operation.body).resource).shown if operation.method == "PATCH" else ()
+    for name, value in arguments.items():
+        if name in known and value is not None:
+            with told_at("", errors):
+                parts[known[name].part][name] = _as_sent(name, value, known[name].schema)
+        elif value is not None and name not in ignored:
+            names = [name for name in known if name not in UNTOLD]
+            hint = f": use {CALLED[name]}" if name in CALLED else did_you_mean(name, names) or f" (known: {', '.join(names)})"
+            errors.append(FieldError(name, f"unknown field{hint}"))
+    checked = body = None
+    with told_at("", errors):
+        checked = parse(tool_query(operation), parts["query"])
+    if operation.body is not None:
+        with told_at("", errors):
+            body = _body_of(operation, parts, before)
+    if errors:
+        raise InvalidInput(*errors)
+    return getattr(checked, operation.id_name or "", 0), checked, body
+
+
+def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
+    """An argument as REST takes it: clients send digits and JSON as text, models pairs as lists of text."""
+    if isinstance(value, str) and name.endswith("_id") and re.fullmatch("[0-9]{1,19}", value):
+        return int(value)
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (name == "body" or _lean(schema).get("type") != "string"):
+        with contextlib.suppress(ChronoTaskError):
+            value = load_json(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, list) and name == "after_task_ids":
+        return [_as_sent("task_id", one, schema) for one in value]
+    if isinstance(value, list) and name in PAIRS:
+        pairs = [str(one).partition(PAIRS[name]) for one in value]
+        if wrong := [key for key, separator, _ in pairs if not separator]:
+            raise InvalidInput(FieldError(name, f"must be NAME{PAIRS[name]}VALUE, not {shown(wrong[0])}"))
+        return {key: text.strip() if name == "headers" else text for key, _, text in pairs}
+    return value
+
+
+def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any] | None) -> Any:
+    """The body that REST would have."""
+    body, known, clear = parts["body"], tool_arguments(operation), parts["body"].pop("clear", [])
+    if operation.name == "apply_definitions":
+        if (text := body.get("definitions")) is None:
+            raise InvalidInput(FieldError("definitions", "is required"))
+        return parse(operation.body, parse_definitions("definitions", text.encode()) if isinstance(text, str) else text)
+    mark = mark_of(operation.body)
+    if not isinstance(clear, list) or any(n not in known or n in parts[known[n].part] for n in clear):
+        may = [name for name, one in known.items() if one.part != "query" and name not in {*UNTOLD, "clear", "task_id"}]
+        raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
+    for name in [name for name in clear if known[name].part == "body"]:
+        nullable = NULL in known[name].schema.get("anyOf", ())
+        body[name] = None if nullable else copy.copy(shape_of(mark.resource).defaults.get(name))
+    errors: list[FieldError] = []
+    if operation.name == "create_task" and (made := parts["schedule"]) | parts["schedule_config"]:
+        if "schedules" in body:
+            errors.append(FieldError("schedules", "is given too: say it either there or by arguments of their own"))
+        with told_at("", errors):
+            _set_config("schedule_config", mark_of(NestedSchedule), parts["schedule_config"], made, clear, before)
+        body["schedules"] = [made]
+    for holder in FLAT.keys() & mark.fields.keys():
+        with told_at("", errors):
+            _set_config(holder, mark, parts[holder], body, clear, before)
+    if errors:
+        raise InvalidInput(*errors)
+    return parse(operation.body, body)
+
+
+def _set_config(
+    holder: str, mark: Body, given: dict[str, Any], body: dict[str, Any], clear: Sequence[str], before: Mapping[str, Any] | None
+) -> None:
+    """Puts the arguments that are fields of a configuration into `body`, with their type. Raises InvalidInput."""
+    type_name, kinds = FLAT[holder]
+    typed, cleared = type_name in mark.fields, [name for name in clear if any(name in names for names in kinds.values())]
+    if not given and not cleared and (mark.update or not typed or {holder, type_name} & body.keys()):
+        return
+    if holder in body:
+        raise InvalidInput(FieldError(holder, f"is given too: say it either there or by {', '.join(given or cleared)}, not both"))
+    fitting = [kind for kind, names in kinds.items() if given.keys() <= names.keys()]
+    if not fitting:
+        which = (f"{name} ({' or '.join(kind for kind, names in kinds.items() if name in names)})" for name in given)
+        raise InvalidInput(FieldError(" and ".join(which), "do not go together: give those of one kind"))
+    stood = before[type_name] if before else None
+    told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
+    kind = body.get(type_name) or (stood if stood in fitting else next(iter(told), None))
+    if kind is None and typed:
+        raise InvalidInput(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
+    names = kinds.get(kind or fitting[0], {})
+    config = {names.get(argument, argument): value for argument, value in given.items()}
+    if before:
+        gone = {names.get(name, name) for name in cleared}.union(*(either for either in EITHER if either & config.keys()))
+        kept = before[holder] if kind == stood else {}  # of a schedule's zone the service takes care
+        config = {name: value for name, value in kept.items() if name not in {*gone, "timezone"}} | config
+    body |= {holder: config, type_name: kind} if typed else {holder: config}
+
+
+# --- Schemas ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
 def input_schema(operation: Operation) -> dict[str, Any]:
-    """What a model needs to know of a tool's arguments. An update says of its fields only what differs from creation."""
-    schema = adapter(tool_model(operation)).json_schema()
-    hidden = WITHOUT_EFFECT.get(operation.name, ())
-    fields = {name: _lean(field) for name, field in schema.get("properties", {}).items() if name not in hidden}
-    required = schema.get("required", [])
-    if operation.method == "PATCH":
-        fields = {name: {key: field[key] for key in ("type", "enum") if key in field} for name, field in fields.items()}
+    """What a model needs to know of a tool's arguments. What create_task or create_schedule says is not said again."""
+    fields: dict[str, Any] = {}
+    resource = getattr(mark_of(operation.body), "resource", None)
+    for name, (part, schema) in tool_arguments(operation).items():
+        if name in UNTOLD or f"{operation.name}.{name}" in UNTOLD:
+            continue
+        fields[name] = _lean(schema)
+        if name in PAIRS:
+            fields[name] = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
+        home = "create_task" if part == "config" or (part == "body" and resource is Task) else "create_schedule"
+        if part != "query" and operation.name != home and name in tool_arguments(TOOLS[home]):
+            told = {key: fields[name][key] for key in ("type", "items", "anyOf", "properties") if key in fields[name]}
+            fields[name] = told | ({"items": {"type": "string"}} if told["type"] == "array" else {})
+    models = [tool_query(operation), *([operation.body] if operation.body else ())]
+    required = ["definitions", *(name for model in models for name in adapter(model).json_schema().get("required", ()))]
+    required = [name for name in required if name in fields]
     return {"type": "object", "properties": fields} | ({"required": required} if required else {})
 
 
-def output_schema(operation: Operation) -> dict[str, Any]:
-    """The fields of a tool's answer, one level deep, without those that echo the arguments.
-
-    Null must be allowed where it may come, else clients refuse the answer; only the tools that show a thing say where it may.
-    """
-    echoed, shows = field_names(tool_model(operation)), "read_only" in operation.hints
-    fields = {}
-    for name, field in adapter(operation.result or Deleted).json_schema()["properties"].items():
-        nullable = NULL in field.get("anyOf", ())
-        if name not in echoed and (shows or not nullable):
-            fields[name] = {"anyOf": [_lean(field), NULL]} if nullable else _lean(field)
-    return {"type": "object", "properties": fields}
-
-
 def _lean(schema: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema in few words, and without null."""
-    if "$ref" in schema:
-        return {"type": "object"}
-    whole = schema | next((_lean(arm) for arm in schema.get("anyOf", ()) if arm != NULL), {})
-    lean = {key: whole[key] for key in ("type", "enum", "default", "maximum", "description") if whole.get(key) is not None}
+    """A field's schema in few words, and without null: an object is one of its fields, what may be of many types is text."""
+    arms = [_lean(arm) for arm in schema.get("anyOf", ()) if arm != NULL]
+    whole = (arms[0] if len(arms) == 1 else {"anyOf": arms} if arms else {}) | {k: v for k, v in schema.items() if k != "anyOf"}
+    if isinstance(whole.get("type"), list):
+        whole["type"] = "string"
+    told = ("type", "anyOf", "enum", "default", "maximum", "description")
+    lean = {key: whole[key] for key in told if whole.get(key) is not None}
     if lean.get("maximum", 0) >= 1000:
         del lean["maximum"]  # hardly ever met; the error names it
-    return lean | ({"items": _lean(whole["items"])} if "items" in whole else {})
+    if lean.get("default") in ([], False):
+        del lean["default"]
+    if "items" in whole:
+        lean["items"] = _lean(whole["items"])
+    if "properties" in whole:
+        lean = {"type": "object", "properties": {name: _lean(field) for name, field in whole["properties"].items()}}
+    return lean
 
 
 @functools.cache
@@ -10179,16 +10366,21 @@ def make_tools() -> types.ListToolsResult:
         }
         return types.Tool(
             name=operation.name,
-            description=f"{operation.summary}. {operation.description}",
-            input_schema=input_schema(operation),
-            output_schema=output_schema(operation),
+            title=operation.name.replace("_", " ").capitalize(),
+            description=f"{operation.summary}. {' '.join(WORDS.get(operation.name, operation.description).split())}",
+            input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
             annotations=types.ToolAnnotations(**hints),
         )
 
-    return types.ListToolsResult(tools=list(map(tool, TOOLS.values())))
+    return types.ListToolsResult(tools=list(map(tool, TOOLS.values())), ttl_ms=LIFETIME)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
+#
+# Without nulls, defaults, what follows from other fields, and the same instant twice.
+
+LISTS = {"tasks": Task, "schedules": Schedule, "history": Execution, "executions": Execution}
+FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "managed_by", "skip", "limit"}
 
 
 def clip(value: Any, limit: int, where: str) -> Any:
@@ -10206,53 +10398,155 @@ def clip(value: Any, limit: int, where: str) -> Any:
     return f"{head}\n[… {left_out} bytes left out: {where} …]\n{tail}"
 
 
-def _clip_field(holder: Any, field: str, limit: int, where: str) -> None:
-    if holder.get(field):
-        holder[field] = {name: clip(value, limit, where) for name, value in holder[field].items()}
+def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
+    """What a client sees of a resource, as a model needs it; each text is cut to `limit` characters."""
+    shape, short = shape_of(resource), dict[str, Any]()
+    kind, kept = ("tasks", "") if resource is Task else ("executions", " that was kept")
+    where = f"resource {SCHEME}{kind}/{view.get('id')} has all{kept}"
+    for name, value in view.items():
+        default = shape.defaults.get(name) if name != "status" else None
+        if value in (None, [], {}, default) or name in FOLLOWS or name in without:
+            continue
+        short[name] = f"{value[:19]}Z" if name in shape.times else value
+        if name == "output_data":
+            short[name] = {k: v for k, v in value.items() if v is not None and v is not False and v != "" and k != "headers"}
+            if not value.get("truncated"):
+                short[name] = {k: v for k, v in short[name].items() if not k.endswith("_bytes")}
+        elif name == "cause":
+            short[name] = {k: value[k] for k in ("event", "execution_id", "text") if value.get(k)}
+        if isinstance(value, dict) and name != "schedule_config":
+            short[name] = {key: clip(inner, limit, where) for key, inner in short[name].items()}
+        elif isinstance(value, str):
+            short[name] = clip(short[name], limit, where)
+    if short.get("upcoming"):  # its first one is the next run
+        short["upcoming"] = [slot["local"] for slot in short["upcoming"]]
+        short.pop("next_run", None)
+    if "started_at" in short:
+        short.pop("queued_at", None)
+    if short.get("attempt") == 1 and resource is Execution:
+        del short["attempt"]
+    attempts = short.pop("attempts", ())
+    if len(attempts) > 1:  # the last one is the execution's
+        short["attempts"] = [brief(Attempt, one, min(limit, TOOL_LIST_TEXT)) for one in attempts[:-1]]
+    return short
 
 
-async def _use(service: Service, operation: Operation, named: int | str, query: Any, body: Any) -> Any:
-    """An operation's answer, with what a model cannot look up by itself, and without what is long."""
+def fit(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer of at most MAX_ANSWER characters, which says what was cut."""
+    if len(compact(answer)) <= MAX_ANSWER:
+        return answer
+    limit, notes, most = TOOL_TEXT, answer.pop("notes", []), MAX_ANSWER - 1000  # for the notes
+    for page in (*LISTS, "upcoming", "changes"):
+        rows, total = answer.get(page), len(answer.get(page, ()))
+        while rows and total > 1 and len(rows) > 1 and len(compact(answer)) > most:
+            rows.pop()
+        if rows and len(rows) < total:
+            notes.append(
+                f"only the first {len(rows)} of {total} fit into an answer: ask again for the others, or for less of each"
+            )
+            if page == "executions":
+                answer["next_before_id"] = rows[-1]["id"]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(inner) for name, inner in [*value.items()][: max(limit // 4, 20)]}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value[: max(limit // 40, 1)]]
+        return clip(value, limit, "too long for an answer")
+
+    if len(compact(answer)) > most:
+        notes.append(f"long texts and lists are cut to {MAX_ANSWER} characters in all: resources and REST have all that is kept")
+    while len(compact(answer)) > most:
+        answer, limit = cut(answer), limit // 2
+    return {**answer, "notes": notes}
+
+
+async def _use(service: Service, operation: Operation, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool's answer, with what a model cannot look up by itself, and without what is long."""
+    name, before = operation.name, None
+    if operation.method == "PATCH":
+        id_name = str(operation.id_name)
+        named = parse(tool_query(operation), {n: v for n, v in arguments.items() if n == id_name and v is not None})
+        shows = service.get_task if id_name == "task_id" else service.get_schedule
+        before = await shows(await service.task_id(getattr(named, id_name)))
+    named, query, body = tool_args(operation, arguments, before)
     number = await service.task_id(named)
+    if name == "get_execution" and query.wait:
+        await service.engine.feed.wait_for(number, query.wait)
     view = await operation.call(service, number, query, body)
-    match operation.name:
-        case "create_task":
-            if (other := await service.find_equal_task(view["id"])) is not None:
-                view["note"] = f"task {other} has the same name and configuration: delete one of them unless both are meant"
-        case "list_tasks":
-            for task in view["tasks"]:
-                _clip_field(task, "config", TOOL_LIST_TEXT, "get_task shows all")
-        case "execute_task" | "rerun_execution" | "get_execution" | "cancel_execution":
-            if view["status"] in UNFINISHED:
-                view["note"] = f"not over: get_execution with execution_id {view['id']} shows its end, cancel_execution ends it"
-            where = f"resource {SCHEME}executions/{view['id']} has all"
-            for attempt in view.get("attempts", ()):
-                if attempt["output_data"] == view["output_data"]:
-                    attempt["output_data"] = None  # the last attempt's output is the execution's
-                _clip_field(attempt, "output_data", TOOL_LIST_TEXT, where)
-            _clip_field(view, "output_data", TOOL_TEXT, where)
-        case "get_task_history":
-            if query.output == "short":
-                for execution in view["history"]:
-                    _clip_field(execution, "output_data", TOOL_LIST_TEXT, "output=full or get_execution shows more")
-            if (seen := view["skip"] + len(view["history"])) < view["total"]:
-                view["note"] = f"{view['total'] - seen} older ones: ask with skip={seen}, or with a higher limit"
-        case "list_schedules":
-            for schedule in view["schedules"]:
+    if view is None:
+        return {"id": number, "deleted": True}
+    notes = list(view.pop("notes", ()))
+    if before is not None and all(before[field] == view[field] for field in shape_of(mark_of(operation.body).resource).written):
+        notes.append("nothing was changed: " + ("all is so already" if body else "no field was given"))
+    resource = getattr(mark_of(operation.result), "resource", None)
+    output = getattr(query, "output", "short")
+    limit = MAX_ANSWER if output == "full" else TOOL_TEXT
+    if name in ("create_task", "get_task"):
+        if not (await service.list_schedules(ScheduleQuery(task_id=view["id"], limit=1)))["total"]:
+            notes.append("it has no schedule: only execute_task runs it, until create_schedule says when")
+        if name == "create_task" and (other := await service.find_equal_task(view["id"])) is not None:
+            notes.append(f"task {other} has the same name and configuration: delete one of them unless both are meant")
+    if resource is Execution and view["status"] in UNFINISHED:
+        notes.append(f"not over: get_execution with execution_id {view['id']} and wait shows its end, cancel_execution ends it")
+    if resource is not None:
+        answer = brief(resource, view, limit, {"trigger", "task_id"} if name == "execute_task" else ())
+        if output == "full":
+            answer |= {"output_data": view["output_data"]}
+        elif output == "none":
+            answer.pop("output_data", None)
+        for key in {"schedules"} & answer.keys():
+            answer[key] = [brief(Schedule, one, limit, ("task_id", "task_name", "created_at")) for one in answer[key]]
+    else:
+        answer = await _brief_page(service, operation, query, view, notes)
+    return fit(answer | ({"notes": notes} if notes else {}))
+
+
+async def _brief_page(
+    service: Service, operation: Operation, query: Any, view: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """A page, or the status, as a model needs it."""
+    answer = {name: value for name, value in view.items() if value is not None and name not in FOLLOWS}
+    limit = TOOL_TEXT if getattr(query, "output", "") == "full" else TOOL_LIST_TEXT
+    known = ("task_id", "task_name") if operation.name == "get_task_history" else ()
+    for page, kind in LISTS.items():
+        if not isinstance(rows := answer.get(page), list):
+            continue
+        if page == "schedules":
+            for schedule in rows:
                 with contextlib.suppress(NotFound):  # deleted a moment ago
-                    schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"]
-        case "create_schedule" | "update_schedule":
-            if not view["upcoming"] and not (view["schedule_type"] == "after" and view["is_active"]):
-                why = "its task or the scheduler is paused" if view["is_active"] else "is_active is false"
-                view["note"] = f"nothing fires now: {why}"
-    return Deleted(id=number, deleted=True) if view is None else view
+                    schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"][:2]
+        answer[page] = [brief(kind, row, limit, (*known, "created_at")) for row in rows]
+        if (seen := view.get("skip", 0) + len(rows)) < view.get("total", 0):
+            notes.append(f"{view['total'] - seen} more: ask with skip={seen}, or with a higher limit")
+    for firings in ("upcoming", "next_runs"):
+        if firings in answer:
+            rows = [{key: value for key, value in one.items() if key != "utc"} for one in answer[firings]]
+            answer[firings] = [row if len(row) > 1 else row["local"] for row in rows]
+    for change in answer.get("changes", ()):
+        change["upcoming"] = [slot["local"] for slot in change["upcoming"][:1]]
+    if operation.name == "list_upcoming" and not answer["upcoming"]:
+        notes.append("nothing fires by then" + ("" if query.until else ": until looks further than 24 h"))
+    if "next_runs" in answer:
+        answer["now"] = format_local(service.clock.now() // SECOND * SECOND, view["timezone"])
+        answer["next_runs"] = answer["next_runs"][: getattr(query, "limit", 5)]
+        answer["lateness"] = {name: seconds for name, seconds in view["lateness"].items() if view["lateness"]["count"]}
+        answer["executions"] = {status: count for status, count in view["executions"].items() if count}
+        going = await service.list_executions(ExecutionQuery(status=("unfinished",), output="none", limit=20))
+        answer["unfinished"] = [brief(Execution, row, limit) for row in going["executions"]]
+    return answer
 
 
 _CALLS: set[asyncio.Task[Any]] = set()
 
 
-async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) -> types.CallToolResult:
-    """Calls a tool. What is wrong with the call is in the result, for the model to put right; only an unknown name raises."""
+async def run_tool(
+    service: Service, name: str, arguments: Mapping[str, Any], progress: Callable[[float], Awaitable[None]] | None = None
+) -> types.CallToolResult:
+    """Calls a tool. What is wrong with the call is in the result, for the model to put right; only an unknown name raises.
+
+    `progress` is called each second, with the number of seconds.
+    """
     from mcp import MCPError, types
 
     if (operation := TOOLS.get(name)) is None:
@@ -10260,23 +10554,41 @@ async def run_tool(service: Service, name: str, arguments: Mapping[str, Any]) ->
         raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
     view = None
     try:
-        job = asyncio.create_task(_use(service, operation, *tool_args(operation, arguments)))
+        job = asyncio.create_task(_use(service, operation, arguments))
         _CALLS.add(job)
         job.add_done_callback(_CALLS.discard)
+        for second in itertools.count(1):
+            if progress is None or (await asyncio.wait({job}, timeout=1))[0]:
+                break
+            await progress(second)
         view = await asyncio.shield(job)  # which goes on when the client goes away: a use case is never left half done
         text = compact(view)
     except ChronoTaskError as error:
-        text = error.detail + _where_to_look(error)
+        text = _as_argument(error, arguments).detail + _where_to_look(error)
     except Exception:
         logger.exception("tool %s", name)
         text = "something went wrong here; the log has the details"
     return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
 
 
+def _as_argument(error: ChronoTaskError, arguments: Mapping[str, Any]) -> ChronoTaskError:
+    """An error about fields of a configuration, told with the arguments that they were given by."""
+    if not isinstance(error, InvalidInput):
+        return error
+    told: list[FieldError] = []
+    for field, message in error.errors:
+        name = field if arguments.get("schedules") else field.removeprefix("schedules[0].")
+        for holder in FLAT:
+            if arguments.get(holder) is None and (inside := re.match(rf"{holder}\.(\w+)", name)):
+                name = AFTER.get(inside[1], inside[1]) + name[inside.end() :]
+        told.append(FieldError(name, message.replace("task_ids, tag and any", ", ".join(AFTER.values()))))
+    return InvalidInput(*told)
+
+
 def _where_to_look(error: ChronoTaskError) -> str:
     """Which tool shows the ids that exist."""
-    match = re.match(r"there is no (task|schedule|execution) ", error.detail) if isinstance(error, NotFound) else None
-    tools = {"task": "list_tasks", "schedule": "list_schedules", "execution": "get_task_history"}
+    match = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", error.detail)
+    tools = {"task": "list_tasks", "schedule": "list_schedules", "execution": "list_executions"}
     return f": {tools[match[1]]} shows those that exist" if match else ""
 
 
@@ -10320,9 +10632,12 @@ async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     task = await service.get_task(task_id)
     history = (await service.get_task_history(task_id, query))["history"]
     schedules = (await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20)))["schedules"]
-    for execution in history:
-        _clip_field(execution, "output_data", 4 * TOOL_LIST_TEXT, "get_execution shows more")
-    return DIAGNOSE + json.dumps({"task": task, "schedules": schedules, "history": history}, ensure_ascii=False, indent=1)
+    facts = {
+        "task": brief(Task, task, TOOL_LIST_TEXT),
+        "schedules": [brief(Schedule, schedule, TOOL_LIST_TEXT) for schedule in schedules],
+        "history": [brief(Execution, execution, 4 * TOOL_LIST_TEXT, ("task_id", "task_name")) for execution in history],
+    }
+    return DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1)
 
 
 def make_server(service: Service) -> Server[Any]:
@@ -10350,7 +10665,12 @@ def make_server(service: Service) -> Server[Any]:
         if caller.actor == "-" and client is not None:  # without tokens it is the client that says who it is
             name = "".join(char for char in client.client_info.name if char.isprintable())[:64]
             CALLER.set(Caller(name or "-", caller.via.replace("cli", "mcp"), caller.scope))
-        return await run_tool(service, params.name, params.arguments or {})
+
+        async def progress(seconds: float) -> None:
+            await context.session.report_progress(seconds, message="waiting for the end")
+
+        asked = (context.meta or {}).get("progress_token") is not None
+        return await run_tool(service, params.name, params.arguments or {}, progress if asked else None)
 
     async def get_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
         try:
@@ -10374,10 +10694,12 @@ def make_server(service: Service) -> Server[Any]:
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
         on_list_tools=always(make_tools),
         on_call_tool=call_tool,
-        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status])),
-        on_list_resource_templates=always(lambda: types.ListResourceTemplatesResult(resource_templates=templates)),
+        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
+        on_list_resource_templates=always(
+            lambda: types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)
+        ),
         on_read_resource=get_resource,
-        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[prompt])),
+        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
         on_get_prompt=get_prompt,
     )
 
