@@ -5,7 +5,7 @@
 
 import { spawn, execFileSync } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
 import http from 'node:http';
 import { createRequire } from 'node:module';
 import net from 'node:net';
@@ -548,7 +548,7 @@ fact('a page that cannot load says so and recovers', async () => {
   forgive('503');
 });
 
-fact('a token is asked for once, and kept only in this tab', async () => {
+fact('a token is asked for once, told when it is wrong, kept by the open tabs alone, and forgotten by all of them', async () => {
   const guarded = await new Service(await freePort(), 'guarded', { CHRONOTASK_API_TOKEN: 'open-sesame' }).start();
   try {
     await guarded.bash('Behind the door', 'echo hi');
@@ -558,7 +558,9 @@ fact('a token is asked for once, and kept only in this tab', async () => {
     await shot('token');
     await page.getByLabel('API token').fill('wrong');
     await page.keyboard.press('Enter');
-    await until(async () => await page.getByLabel('API token').inputValue() === '' && await page.locator('dialog[open]').count() === 1, 'it asks again');
+    await sees('This token is not known here.');
+    await axeFinds('the question after a wrong token');
+    await shot('token-wrong');
     await page.getByLabel('API token').fill('open-sesame');
     await page.keyboard.press('Enter');
     await sees('Behind the door');
@@ -569,6 +571,63 @@ fact('a token is asked for once, and kept only in this tab', async () => {
     await page.goto(guarded.base + '/docs');
     await sees('/api/v1/tasks/{id}/execute');
     equal(await page.evaluate(() => [document.cookie, localStorage.length]), ['', 0], 'kept elsewhere');
+    await page.goto(guarded.base + '/');
+    const second = watch(await context.newPage());
+    await second.goto(guarded.base + '/#/tasks/1');
+    await until(async () => (await second.locator('body').innerText()).includes('API_TOKEN (admin)'), 'another tab is let in by the first');
+    await second.getByRole('button', { name: 'Sign out' }).click();
+    for (const tab of [page, second]) await tab.locator('dialog[open]').waitFor();
+    equal(await page.evaluate(() => sessionStorage.length), 0, 'what the first tab keeps');
+    await second.getByLabel('API token').fill('open-sesame');
+    await second.keyboard.press('Enter');
+    await sees('Behind the door');
+    equal(await page.locator('dialog[open]').count(), 0, 'the first tab is let in by the second');
+    await second.close();
+  } finally { await guarded.stop(); }
+  forgive('401');
+});
+
+fact('what the scope of a token cannot do is not shown, and a task shows who changed it', async () => {
+  await page.goto('about:blank'); // what was open looks for a service that has ended
+  complaints = [];
+  const tokens = join(folder, 'tokens');
+  writeFileSync(tokens, 'viewer read view-view-view\noncall run run-run-run\nboss admin open-sesame\n', { mode: 0o600 });
+  const guarded = await new Service(await freePort(), 'scoped', { CHRONOTASK_API_TOKENS_FILE: tokens, CHRONOTASK_API_TOKEN: 'the-first-one' }).start();
+  const shown = { viewer: [], oncall: ['Run now'], boss: ['Run now', 'Pause', 'Edit', 'Delete', 'Add schedule', 'Pause all schedules', 'New task'] };
+  try {
+    const id = await guarded.bash('Shared', 'echo hi');
+    await guarded.ask('POST', '/schedules', { task_id: id, schedule_type: 'interval', schedule_config: { seconds: 3600 } });
+    await guarded.ask('PATCH', '/tasks/' + id, { description: 'What it is for', config: { command: 'echo hello' } });
+    for (const [name, token] of [['viewer', 'view-view-view'], ['oncall', 'run-run-run'], ['boss', 'open-sesame']]) {
+      await page.goto('about:blank');
+      await page.goto(guarded.base + '/#/tasks/' + id);
+      await page.locator('dialog[open]').waitFor();
+      await page.getByLabel('API token').fill(token);
+      await page.keyboard.press('Enter');
+      await sees(`${name} (`);
+      const visible = new Set();
+      for (const hash of ['#/tasks/' + id, '#/']) {
+        await page.goto(guarded.base + '/' + hash);
+        await sees('Shared');
+        await until(async () => await page.locator(hash === '#/' ? '#tasks li' : '#plans li').count() === 1, 'the page is there');
+        for (const label of await page.locator('main :is(button, a.button):visible').allInnerTexts()) visible.add(label);
+        await shot(`scope-${name}-${hash === '#/' ? 'list' : 'task'}`);
+      }
+      equal(['Run now', 'Pause', 'Edit', 'Delete', 'Add schedule', 'Pause all schedules', 'New task'].filter(label => visible.has(label)), shown[name], name);
+      await page.goto(guarded.base + '/#/tasks/' + id);
+      await page.locator('summary', { hasText: 'update' }).click();
+      await sees('echo hello');
+      holds((await text('section.Changes')).includes('by API_TOKEN via rest 127.0.0.1: description, config'), await text('section.Changes'));
+      equal(await page.locator('section.Changes details').count(), 3, 'changes of the task and its schedule');
+      await axeFinds('a task as ' + name);
+      await shot('changes-' + name);
+      if (name === 'boss') {
+        await page.getByRole('button', { name: 'Pause', exact: true }).first().click();
+        await sees('by boss via rest 127.0.0.1');
+      }
+      await page.getByRole('button', { name: 'Sign out' }).click();
+      await page.locator('dialog[open]').waitFor();
+    }
   } finally { await guarded.stop(); }
   forgive('401');
 });
