@@ -137,7 +137,7 @@ fact('a task and its schedule are made with the keyboard alone', async () => {
   await page.keyboard.press('ArrowRight');
   await page.keyboard.press('ArrowRight');
   equal(await page.evaluate(() => document.activeElement.value), 'interval', 'the chosen type');
-  equal(await page.locator('[name^=schedule_config]:visible').evaluateAll(nodes => nodes.map(node => node.name)), ['schedule_config.seconds', 'schedule_config.start_date', 'schedule_config.timezone'], 'the fields of an interval');
+  equal(await page.locator('[name^=schedule_config]:visible').evaluateAll(nodes => nodes.map(node => node.name)), ['schedule_config.seconds', 'schedule_config.days', 'schedule_config.start_date', 'schedule_config.timezone'], 'the fields of an interval');
   await tabTo('[name="schedule_config.seconds"]');
   await page.keyboard.type('1');
   await until(async () => await page.locator('#preview li').count() === 5, 'the next five slots while typing');
