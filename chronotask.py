@@ -8983,6 +8983,8 @@ def parse_definitions(name: str, raw: bytes) -> Any:
 def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
     """A schedule as REST has it: in a file, one of type `after` names tasks by `tasks`, a list of keys."""
     config = part.get("schedule_config")
+    if isinstance(config, dict) and "in_seconds" in config:
+        raise InvalidInput(FieldError("schedule_config.in_seconds", "is no fixed time in a file: write a datetime"))
     if not isinstance(config, dict) or not isinstance(config.get("tasks"), list):
         return part
     rest = {name: value for name, value in config.items() if name != "tasks"}

@@ -8752,6 +8752,9 @@ schedule_config = { expression = "30 2 * * *", timezone = "Europe/Berlin" }
 """
 
 
+NIGHT = "tasks.nightly.schedules.night.schedule_config"
+
+
 async def applied(rig: Rig, file: str | dict[str, Any], **query: Any) -> Any:
     sent = tomllib.loads(file) if isinstance(file, str) else file
     return await apply_definitions(rig.service, chronotask.ApplyQuery(**query), parse(chronotask.DefinitionFile, sent))
@@ -9062,6 +9065,7 @@ async def test_secrets_are_masked_in_the_answer_and_a_mask_keeps_what_is_stored(
         ("30 2", "30 25", "tasks.nightly.schedules.night.schedule_config.expression", "'30 25 * * *': hour '25' must be 0 to 23"),
         ("Europe/Berlin", "Berlin", "tasks.nightly.schedules.night.schedule_config.timezone", "'Berlin': must be an IANA"),
         ('"cron"', '"corn"', "tasks.nightly.schedules.night.schedule_type", "must be one of 'cron', 'once', "),
+        (', timezone = "Europe/Berlin"', ", in_seconds = 5", NIGHT + ".in_seconds", "is no fixed time"),
         ('"cron"', '"cron"\ntask_id = 1', "tasks.nightly.schedules.night.task_id", "unknown field"),
         ('"cron"', '"cron"\nstart_at = 2026-13', "", ""),
         ('"cron"', '"cron"\nstart_at = "soon"', "tasks.nightly.schedules.night.start_at", "'soon': must be"),
