@@ -6026,7 +6026,9 @@ async def test_a_server_that_closes_behind_every_answer_without_saying_so() -> N
     assert seen == ["POST /"] * 20
 
 
-async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it() -> None:
+async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chronotask.KEEP_SECONDS == 0.5
+    monkeypatch.setattr("chronotask.KEEP_SECONDS", 0.1)
     numbers = list[int]()
 
     def answer(request: str, number: int) -> tuple[bytes, bool]:
