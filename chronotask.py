@@ -10465,6 +10465,7 @@ def fit(answer: dict[str, Any]) -> dict[str, Any]:
 
 async def _use(service: Service, operation: Operation, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A tool's answer, with what a model cannot look up by itself, and without what is long."""
+    require(operation.scope)  # before anything is read
     name, before = operation.name, None
     if operation.method == "PATCH":
         id_name = str(operation.id_name)

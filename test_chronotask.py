@@ -5057,6 +5057,24 @@ async def test_the_default_launcher_takes_every_command_and_an_unknown_one_is_re
     assert good.json["config"] == {"command": "true", "launcher": "a"}
 
 
+@only_as_root
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="SKIPPED LOUDLY: there is no setpriv (util-linux)")
+def test_rights_that_systemd_gives_to_a_service_that_is_not_root_do_not_reach_its_commands() -> None:
+    rights = "+setuid,+setgid,+kill,+dac_override"  # the last one to read this program wherever it is
+    given = ["setpriv", "--reuid=daemon", "--regid=daemon", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+    program = (
+        f"import sys, subprocess, pwd; sys.path.insert(0, {str(TOP)!r}); import chronotask as c\n"
+        "settings = c.Settings(bash_user=pwd.getpwnam('nobody'))\n"
+        "if sys.argv[1:]: c.check_bash_user(settings)\n"
+        "subprocess.run(['grep', 'CapEff', '/proc/self/status'], **c.as_user(settings.bash_user))\n"
+    )
+    shown = [
+        subprocess.run([*given, sys.executable, "-c", program, *more], capture_output=True, text=True, timeout=60).stdout.split()
+        for more in ([], ["checked"])
+    ]
+    assert shown == [["CapEff:", "00000000000000e2"], ["CapEff:", "0000000000000000"]]
+
+
 # ---- The list of allowed commands
 
 LISTED = Settings(
@@ -13203,6 +13221,18 @@ async def test_a_tool_over_http_keeps_to_the_scope_of_its_token(open_api: OpenAp
     assert (await called(READER, "execute_task", task_id=1))["isError"] and not (await called(READER, "list_tasks")).get(
         "isError"
     )
+
+
+@pytest.mark.parametrize("tool", list(chronotask.TOOLS))
+async def test_every_tool_keeps_to_the_scopes_before_it_looks_at_anything(rig: Rig, tool: str) -> None:
+    needed = chronotask.TOOLS[tool].scope
+    assert needed == "read" if "read_only" in chronotask.TOOLS[tool].hints else needed in ("run", "admin"), tool
+    for scope in chronotask.SCOPES:
+        before = chronotask.CALLER.set(chronotask.Caller("me", "mcp 127.0.0.1", scope))
+        answer = str(await chronotask.run_tool(rig.service, tool, {"task_id": 99, "schedule_id": 99, "execution_id": 99}))
+        chronotask.CALLER.reset(before)
+        refused = f"this needs the scope {needed}: the token me has {scope}" in answer
+        assert refused == (chronotask.SCOPES.index(scope) < chronotask.SCOPES.index(needed)), (tool, scope, answer)
 
 
 BAD_TOKENS_FILES = {
