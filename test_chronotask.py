@@ -811,7 +811,7 @@ MAY_KNOW: dict[int, set[int]] = {
     10: {0, 1, 2, 3, 4, 5, 6, 7, 8, 9},
     11: {*range(11)},
     12: {0, 1, 2, 3, 6, 11},  # of 6 the queries, inside its transaction
-    13: {0, 1, 2, 3, 8, 11, 12},  # of 8 the events of the feed
+    13: {0, 1, 2, 3, 5, 8, 11, 12},  # of 8 the events of the feed, of 5 the helper for calls that may block for ever
     14: {0, 1, 2, 3, 5, 11, 12, 13},  # of 5 the helper for calls that may block for ever
     15: {*range(15)},
 }
@@ -1070,7 +1070,7 @@ _CALLS = {f"re.{method}" for method in _PATTERN_METHODS}
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
-    names = {**vars(chronotask), "tag": "script"}  # which is a part of one of them
+    names = {**vars(chronotask), "tag": "script", "holder": "config"}  # which are parts of some of them
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
