@@ -5365,6 +5365,9 @@ def _secret_forms(secret: str) -> set[bytes]:
     return {form for form in forms if len(form) >= MIN_SECRET_LENGTH}
 
 
+_EXIT_STATUS = re.compile(rb"([0-9]{1,3})\r?\n")  # \r from a terminal, as `ssh -tt` has one
+
+
 class Report:
     """The line in which the far side of a launcher tells the exit status of the command: taken out of the output.
 
@@ -5375,14 +5378,18 @@ class Report:
         self.word = uuid.uuid4().hex
         self.status: int | None = None
         self._begins, self._held = f"\n{self.word} ".encode(), b""
-        self._line = re.compile(self._begins + rb"([0-9]{1,3})\r?\n")  # \r from a terminal, as `ssh -tt` has one
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What is shown of the output; what may become that line is held back, a line break at the end at least."""
-        data = self._held + data
-        for found in self._line.finditer(data):
-            self.status = self.status or int(found[1])
-        data = self._line.sub(b"", data)
+        before, *parts = (self._held + data).split(self._begins)
+        shown = [before]
+        for part in parts:
+            if found := _EXIT_STATUS.match(part):
+                self.status = self.status or int(found[1])
+                shown.append(part[found.end() :])
+            else:
+                shown += self._begins, part
+        data = b"".join(shown)
         end = data.rfind(b"\n")
         tail = data[end:] if end >= 0 else b""
         begins = self._begins.startswith(tail) or (tail.startswith(self._begins) and len(tail) < len(self._begins) + 5)
