@@ -810,7 +810,7 @@ _ALIASES = {
 _CRON_RULE = (
     f"must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first, or one of {', '.join(_ALIASES)}"
 )
-_ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,5}))?")
+_ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,4}))?")
 _NTH = re.compile(r"([0-7]|sun|mon|tue|wed|thu|fri|sat)#([1-5])")
 
 
@@ -2172,7 +2172,7 @@ Config = Annotated[
         "In a task that an `after` schedule fires ${cause:text} says what happened."
     ),
 ]
-Override = Annotated[dict[str, Any], Field(description="fields of the task's config, replaced for this run alone")]
+Override = Annotated[dict[str, Any], Field(description="fields of its config, for this run alone")]
 ScheduleConfig = Annotated[
     dict[str, Any],
     Field(
@@ -2223,11 +2223,11 @@ TaskStatus = Annotated[
 ScheduleType = Literal["cron", "once", "interval", "after"]
 Exclude = Annotated[
     list[Annotated[str, AfterValidator(check_dates)]],
-    Field(max_length=400, description="days without slots: dates, or ranges 2026-12-24/2026-12-26, in timezone"),
+    Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
 ]
 Group = Annotated[
     str,
-    Field(description="of all tasks with the same group one execution runs at a time"),
+    Field(description="one run at a time of all tasks with this group"),
     _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text), "must match [A-Za-z0-9._-]{1,100}"),
 ]
 Overlap = Annotated[
@@ -2240,13 +2240,20 @@ Catchup = Annotated[
 Status = Literal[
     "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
 ]
+_ANY_STATUS = (*UNFINISHED, *FINISHED, "unfinished")
+
+
+def _statuses(sent: Any) -> Any:
+    names = sent.split(",") if isinstance(sent, str) else sent
+    if not isinstance(names, (list, tuple)) or not set(map(str, names)) <= set(_ANY_STATUS):
+        raise ValueError(f"must be one or more, comma-separated, of {', '.join(_ANY_STATUS)}")
+    return tuple(dict.fromkeys(status for name in names for status in (UNFINISHED if name == "unfinished" else (name,))))
+
+
 Statuses = Annotated[
-    tuple[Status | Literal["unfinished"], ...],
-    BeforeValidator(lambda sent: tuple(sent.split(",")) if isinstance(sent, str) else sent),
-    AfterValidator(
-        lambda found: tuple(dict.fromkeys(s for one in found for s in (UNFINISHED if one == "unfinished" else (one,))))
-    ),
-    Field(description="several, comma-separated; unfinished: queued, running and retrying"),
+    tuple[str, ...],
+    BeforeValidator(_statuses),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(_ANY_STATUS)}}),
 ]
 Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
 Trigger = Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"]
@@ -2867,7 +2874,7 @@ class ExecuteQuery(WaitQuery):
     idempotency_key: (
         Annotated[
             str,
-            Field(min_length=1, max_length=255, description="asked again within 24 h, it answers with the same execution"),
+            Field(min_length=1, max_length=255, description="asked again with it, no second run"),
             _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
         ]
         | None
@@ -9954,9 +9961,9 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {
         },
     },
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
-    PauseBody: {"until": "2027-01-04T08:00:00"},
+    PauseBody: {},
     BackfillBody: {"from": "2026-11-20", "to": "2026-11-22", "dry_run": True},
-    ExecuteBody: {"config": {"args": ["--since", "monday"]}},
+    ExecuteBody: {},  # what /docs offers to send
 }
 _TEXT = {"type": "string"}
 _ERROR = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
