@@ -9263,24 +9263,24 @@ def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
 
 
 class ConfigFile:
-    """A file that is applied while this process leads: at the start, when it has changed, and when asked to."""
+    """A file that is applied while this process leads: at the start, when it has changed, and after `reload`."""
 
     def __init__(self, service: Service, path: Path) -> None:
         self.service, self.path = service, path
         self.state: dict[str, str | None] = {"path": str(path), "applied_at": None, "error": None}
         service.config_file = self.state
         self._seen: Any = None
-        self._dealt_with: Any = self  # no file is this: the first look applies it
+        self.reload()
+
+    def reload(self) -> None:
+        self._dealt_with: Any = None
 
     async def begin(self) -> None:
         """Checks the file, applies it if this process leads, and follows it. Raises what is wrong with it."""
-        self._seen = self._identity()
-        await self._apply(ApplyQuery(dry_run=not self.service.engine.leading))
-        self._dealt_with = self._seen if self.service.engine.leading else self
+        self._seen, leading = self._identity(), self.service.engine.leading
+        await self._apply(ApplyQuery(dry_run=not leading))
+        self._dealt_with = self._seen if leading else None
         self.service.engine.spawn(self.service.keep("configuration file", self._look))
-
-    def reload(self) -> None:
-        self._dealt_with = self
 
     def _identity(self) -> Any:
         """Of what the path leads to now: an editor writes another file, Kubernetes turns a link."""
@@ -9292,18 +9292,19 @@ class ConfigFile:
 
     async def _look(self) -> None:
         await asyncio.sleep(CONFIG_POLL)
-        seen, self._seen = self._seen, self._identity()
-        if not self.service.engine.leading:
-            self._dealt_with = self
-        elif seen == self._seen != self._dealt_with and not self.service.engine.stopping:  # nobody is writing it any more
-            self._dealt_with = seen
+        engine, before, self._seen = self.service.engine, self._seen, self._identity()
+        if not engine.leading:
+            self.reload()
+        elif before == self._seen != self._dealt_with and not engine.stopping:  # nobody is writing it any more
+            self._dealt_with = self._seen
             try:
                 await self._apply(ApplyQuery())
             except ChronoTaskError as error:
                 if self.state["error"] != error.detail:
                     logger.error("%s is not applied, everything stays as it was: %s", self.path, error.detail)
                 self.state["error"] = error.detail
-                self._dealt_with = self if isinstance(error, Unavailable) else seen
+                if isinstance(error, Unavailable):
+                    self.reload()
 
     async def _apply(self, query: ApplyQuery) -> None:
         before = CALLER.set(Caller(via=f"file {self.path}"))
