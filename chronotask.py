@@ -1881,7 +1881,9 @@ class BashConfig(TypedDict, total=False):
     env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
     working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
     timeout: _Timeout | None
-    launcher: Annotated[str, Field(max_length=40, description="What runs it on another machine; default: here.")] | None
+    launcher: (
+        Annotated[str, Field(min_length=1, max_length=40, description="What runs it on another machine; default: here.")] | None
+    )
 
 
 def bash_source(command: str, args: Sequence[str]) -> str:

@@ -2468,6 +2468,7 @@ BASH_REFUSALS: dict[str, list[Any]] = {
     "config.env: the value of A must be at most 65536 bytes, without a NUL character": [{"env": {"A": "x\0"}}],
     "config.env.A: must be text": [{"env": {"A": 5}}],
     "config.working_dir: must not be empty": [{"working_dir": ""}],
+    "config.launcher: must not be empty": [{"launcher": ""}],
     "config.working_dir: must be an absolute path, or one that starts with ~/ (the home of the service's user), without $": [
         {"working_dir": path} for path in ("a", "./a", "../a", "~bob/a", "$HOME", "/srv/$USER", " /a")
     ],
