@@ -10344,6 +10344,8 @@ def input_schema(operation: Operation) -> dict[str, Any]:
         if name in UNTOLD or f"{operation.name}.{name}" in UNTOLD:
             continue
         fields[name] = _lean(schema)
+        if part != "query" and (default := fields[name].pop("default", None)) is not None:  # which some clients would send
+            fields[name]["description"] = f"{fields[name].get('description', '')} (default {default})".strip()
         if name in PAIRS:
             fields[name] = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
         home = "create_task" if part == "config" or (part == "body" and resource is Task) else "create_schedule"
@@ -10438,7 +10440,7 @@ def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collectio
         elif isinstance(value, str):
             short[name] = clip(short[name], limit, where)
     if short.get("upcoming"):  # its first one is the next run
-        short["upcoming"] = [slot["local"] for slot in short["upcoming"]]
+        short["upcoming"] = [re.sub(r"\.\d+", "", slot["local"]) for slot in short["upcoming"]]
         short.pop("next_run", None)
     if "started_at" in short:
         short.pop("queued_at", None)

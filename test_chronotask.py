@@ -11533,6 +11533,241 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert server.stop() == 0
 
 
+# --- What people ask for: the calls that a model makes who knows only tools/list -----------------------------------------
+
+# T is a task of the key `night-N` that fails (`false`), S its schedule (0 3 * * * in New York), E its failed execution.
+SENTENCES: list[tuple[str, list[tuple[str, Json]], str, Json]] = [
+    ("Back up /tmp/x every weekday at 9 in Berlin",
+     [("create_task", {"name": "b", "command": "tar -czf x.tgz x", "expression": "0 9 * * MON-FRI",
+         "timezone": "Europe/Berlin"})],
+     "/schedules?task_id={id}", {"schedules": [{"description": "Every weekday at 09:00 (Europe/Berlin)"}]}),
+    ("Call http://h/ping every 5 minutes, with the key k in a header",
+     [("create_task", {"name": "p", "url": "http://h/ping", "headers": ["X-Key: k"], "seconds": 300})],
+     "/tasks/{id}", {"task_type": "http", "config": {"url": "http://h/ping", "headers": {"X-Key": "k"}}}),
+    ("POST {\"a\": 1} there, user u, password p",
+     [("create_task", {"name": "p", "url": "http://h/", "method": "POST", "body": '{"a": 1}', "auth": {"username": "u",
+         "password": "p"}})],
+     "/tasks/{id}", {"config": {"method": "POST", "body": {"a": 1}, "auth": {"username": "u"}}}),
+    ("Search with q=1 and page=2; 404 is fine, too",
+     [("create_task", {"name": "p", "url": "http://h/", "params": ["q=1", "page=2"], "expected_status": ["200-299", "404"]})],
+     "/tasks/{id}", {"config": {"params": {"q": "1", "page": "2"}, "expected_status": ["200-299", "404"]}}),
+    ("Run make in /tmp with CI=1, give it an hour, never retry",
+     [("create_task", {"name": "m", "command": "make", "working_dir": "/tmp", "env": ["CI=1"], "timeout": 3600,
+         "max_retries": 0})],
+     "/tasks/{id}", {"config": {"working_dir": "/tmp", "env": {"CI": "1"}, "timeout": 3600}, "max_retries": 0}),
+    ("On the last day of each month at 18:00", [("create_schedule", {"task_id": "T", "expression": "0 18 L * *"})],
+     "/schedules/{id}", {"description": "On the last day of every month at 18:00 (Europe/Berlin)"}),
+    ("On each second Monday at 7", [("create_schedule", {"task_id": "T", "expression": "0 7 * * MON#2"})],
+     "/schedules/{id}", {"schedule_config": {"expression": "0 7 * * MON#2"}}),
+    ("Every two weeks, from Monday 4 January 2027 at 9 in Berlin",
+     [("create_schedule", {"task_id": "T", "days": 14, "start_date": "2027-01-04T09:00:00", "timezone": "Europe/Berlin"})],
+     "/schedules/{id}", {"upcoming": [{"local": "2027-01-04T09:00:00+01:00"}, {"local": "2027-01-18T09:00:00+01:00"}]}),
+    ("Once, on 1 June 2030 at noon in New York",
+     [("create_schedule", {"task_id": "T", "datetime": "2030-06-01T12:00:00", "timezone": "America/New_York"})],
+     "/schedules/{id}", {"schedule_type": "once", "upcoming": [{"utc": "2030-06-01T16:00:00Z"}]}),
+    ("In two hours", [("create_schedule", {"task_id": "T", "in_seconds": 7200})], "/schedules/{id}", {"schedule_type": "once"}),
+    ("Hourly, five times, not over Christmas",
+     [("create_schedule", {"task_id": "T", "expression": "@hourly", "max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]})],
+     "/schedules/{id}", {"max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]}),
+    ("Every 10 s; if it is slow let them queue", [("create_schedule", {"task_id": "T", "seconds": 10, "overlap": "queue",
+        "is_active": False})],
+     "/schedules/{id}", {"overlap": "queue", "schedule_config": {"seconds": 10}}),
+    ("Tell me on a webhook when it breaks and recovers",
+     [("create_task", {"name": "a", "url": "http://h/", "method": "POST",
+         "body": '{"text": "${{cause:text}}"}', "after_task_ids": ["T"],
+                       "on": ["broke", "recovered"]})],
+     "/schedules?task_id={id}", {"schedules": [{"schedule_type": "after", "schedule_config": {"on": ["broke", "recovered"]}}]}),
+    ("Run `true` when any task fails", [("create_task", {"name": "a", "command": "true", "after_any": True, "on": ["failure"],
+        "is_active": False})],
+     "/schedules?task_id={id}", {"schedules": [{"schedule_config": {"any": True}}]}),
+    ("Tell me if it had no success for a day",
+     [("create_task", {"name": "a", "command": "true", "after_task_ids": ["T"], "on": ["overdue"], "seconds": 86400,
+         "is_active": False})],
+     "/schedules?task_id={id}", {"schedules": [{"schedule_config": {"on": ["overdue"], "seconds": 86400}}]}),
+    ("What would 0 */2 * * * do?", [("preview_schedule", {"expression": "0 */2 * * *", "count": 3})], "",
+        {"upcoming": [str, str, str]}),
+    ("Move it to 4 o'clock", [("update_schedule", {"schedule_id": "S", "expression": "0 4 * * *"})],
+     "/schedules/{S}", {"schedule_config": {"expression": "0 4 * * *", "timezone": "America/New_York"}}),
+    ("Rather each hour", [("update_schedule", {"schedule_id": "S", "seconds": 3600})],
+     "/schedules/{S}", {"schedule_type": "interval", "schedule_config": {"seconds": 3600}}),
+    ("In Tokyo's time", [("update_schedule", {"schedule_id": "S", "timezone": "Asia/Tokyo"})],
+     "/schedules/{S}", {"schedule_config": {"expression": "0 3 * * *", "timezone": "Asia/Tokyo"}}),
+    ("Until the end of 2030; no, for ever",
+     [("update_schedule", {"schedule_id": "S", "end_at": "2030-12-31"}), ("update_schedule", {"schedule_id": "S",
+         "clear": ["end_at"]})],
+     "/schedules/{S}", {"end_at": None}),
+    ("Stop that schedule for now", [("update_schedule", {"schedule_id": "S", "is_active": False})], "/schedules/{S}",
+        {"is_active": False}),
+    ("Remove the schedule", [("delete_schedule", {"schedule_id": "S"})], "/schedules?task_id={T}", {"total": 0}),
+    ("It should run echo 7", [("update_task", {"task_id": "T", "command": "echo 7"})], "/tasks/{T}",
+        {"config": {"command": "echo 7"}}),
+    ("Give it the argument x", [("update_task", {"task_id": "T", "args": ["x"]})],
+     "/tasks/{T}", {"config": {"command": "false", "args": ["x"]}}),
+    ("Give it ten minutes; no, the default",
+     [("update_task", {"task_id": "T", "timeout": 600}), ("update_task", {"task_id": "T", "clear": ["timeout"]})],
+     "/tasks/{T}", {"config": {"command": "false"}}),
+    ("Make it a request to http://h/", [("update_task", {"task_id": "T", "url": "http://h/"})],
+     "/tasks/{T}", {"task_type": "http", "config": {"url": "http://h/"}}),
+    ("Tag it prod and db", [("update_task", {"task_id": "T", "tags": ["prod", "db"]})], "/tasks/{T}", {"tags": ["prod", "db"]}),
+    ("Pause it until 2030", [("update_task", {"task_id": "T", "status": "paused", "paused_until": "2030-01-01T00:00:00"})],
+     "/tasks/{T}", {"status": "paused", "paused_until": "2029-12-31T23:00:00Z"}),
+    ("Pause it after 3 failures in a row", [("update_task", {"task_id": "T", "pause_after": 3})], "/tasks/{T}",
+        {"pause_after": 3}),
+    ("Delete the task of the key night", [("delete_task", {"task_id": "key:night-{n}"})], "/tasks?key=night-{n}", {"total": 0}),
+    ("Which tasks are about night?", [("list_tasks", {"q": "night"})], "", {"tasks": [{"name": "night"}]}),
+    ("Run it", [("execute_task", {"task_id": "T"})], "/executions/{id}", {"status": "failed", "trigger": "manual"}),
+    ("Run it once with a longer command, and wait", [("execute_task", {"task_id": "T", "command": "sleep 0.2; echo done",
+        "wait": 20})],
+     "", {"status": "succeeded", "output_data": {"stdout": "done\n"}}),
+    ("Start it and tell me how it ended", [("execute_task", {"task_id": "T", "wait": 0}), ("get_execution",
+        {"execution_id": "id", "wait": 30})],
+     "", {"status": "failed", "output_data": {"exit_code": 1}}),
+    ("Run the failed one again", [("rerun_execution", {"execution_id": "E"})], "/executions/{id}", {"rerun_of": "E"}),
+    ("What failed since yesterday?", [("list_executions", {"status": "failed,timed_out,interrupted", "since": "2026-01-01"})],
+     "", {"executions": [{"status": "failed", "error_message": "exit status 1"}]}),
+    ("Is anything stuck?", [("get_scheduler_status", {})], "", {"running": True, "now": str}),
+    ("Stop what runs",
+     [("execute_task", {"task_id": "T", "command": "sleep 60", "wait": 0}), ("cancel_execution", {"execution_id": "id"})],
+     "/executions/{id}", {"status": "cancelled"}),
+    ("What comes in the next week?", [("list_upcoming", {"until": "2099-01-01", "task_id": "T"})], "",
+        {"upcoming": [{"schedule_id": "S"}]}),
+    ("Stop everything; go on", [("set_scheduler_paused", {"paused": True}), ("set_scheduler_paused", {"paused": False})],
+     "/scheduler/status", {"paused": False}),
+    ("Here is our file, apply it",
+     [("apply_definitions",
+         {"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'})],
+     "/tasks?key=of-{n}", {"total": 1}),
+]  # fmt: skip
+# What models get wrong, and the one text that puts it right.
+SLIPS: list[tuple[str, Json, str]] = [
+    ("create_schedule", {"task_id": 1, "expression": "0 9 * * *", "timezone": "Berlin"},
+     "timezone: 'Berlin': must be an IANA time zone (did you mean Europe/Berlin?)"),
+    ("create_schedule", {"task_id": 1, "expression": "0 9 * * *", "schedule_config": {"expression": "0 9 * * *"}},
+     "schedule_config: is given too: say it either there or by expression, not both"),
+    ("create_schedule", {"task_id": 1, "minutes": 30},
+     "minutes: unknown field: use seconds, 60 for each minute; expression or datetime or seconds or on: is required"),
+    ("create_schedule", {"task_id": 1, "datetime": "2020-01-01T09:00:00"},
+     r"datetime: '2020-01-01T09:00:00': must be in the future \(it is now .*\)"),
+    ("create_schedule", {"task_id": 1,
+        "expression": "0 9 * * FRI#L"}, r"expression: '0 9 \* \* FRI#L': .* L5 for the last Friday"),
+    ("create_schedule", {"task_id": "night", "expression": "0 9 * * *"},
+     "task_id: must be the id of a task, or key:NAME, not 'night': list_tasks shows those that exist"),
+    ("create_schedule", {"task_id": 1, "expression": "0 9 * * *", "seconds": 60},
+     r"expression \(cron\) and seconds \(interval or after\): do not go together: give those of one kind"),
+    ("create_task", {"name": "n", "url": "http://h/", "command": "true"},
+     r"url \(http\) and command \(bash\): do not go together: give those of one kind"),
+    ("create_task", {"name": "n", "command": None, "url": None, "key": None}, "url or command: is required"),
+    ("update_task", {"task_id": 1, "clear": ["name_"]},
+        "clear: must be a list of fields, not given themselves, of key, name, .*"),
+    ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be NAME=VALUE, not 'CI'"),
+]  # fmt: skip
+
+
+def within(expected: Json, found: Json) -> bool:
+    """Whether what is expected is there: fields of objects, first entries of lists, values, or types of them."""
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and all(within(value, found.get(name)) for name, value in expected.items())
+    if isinstance(expected, list):
+        return len(expected) <= len(found) and all(map(within, expected, found))
+    return isinstance(found, expected) if isinstance(expected, type) else bool(expected == found)
+
+
+@pytest.mark.slow
+def test_what_people_ask_for_is_done_by_the_calls_that_a_model_makes_at_once(tmp_path: Path) -> None:
+    server = Server(tmp_path, "both", SCHEDULER_TIMEZONE="Europe/Berlin").start()
+    server.hello()
+    unset = {one["name"]: dict.fromkeys(one["inputSchema"]["properties"]) for one in tools()}
+    for number, (sentence, calls, path, expected) in enumerate(SENTENCES):
+        task = server.bash("false", name="night", key=f"night-{number}")
+        made = {"n": number, "T": task, "E": server.execute(task, 10)["id"]}
+        zone = {"expression": "0 3 * * *", "timezone": "America/New_York"}
+        made["S"] = server.create("schedule", task_id=task, schedule_type="cron", schedule_config=zone)
+        server.expect(200, "PATCH", f"/tasks/{task}", {"config": {"command": "false"}})
+
+        def filled(value: Json, made: Json = made) -> Json:
+            if isinstance(value, dict):
+                return {name: filled(inner) for name, inner in value.items()}
+            if isinstance(value, list):
+                return [filled(inner) for inner in value]
+            if not isinstance(value, str):
+                return value
+            text = re.sub(r"(?<!\{)\{(n|T|S|E|id)\}", lambda match: str(made[match[1]]), value)
+            return made.get(value, text.replace("{{", "{").replace("}}", "}"))
+
+        for tool, arguments in calls:  # with null for all else, as some clients send it
+            result = server.call(7, tool, **{**unset[tool], **filled(arguments)})
+            assert not result["isError"], (sentence, result["content"])
+            made |= {"id": result["structuredContent"].get("id")}
+            assert len(result["content"][0]["text"]) <= chronotask.MAX_ANSWER
+        found = server.get(filled(path)) if path else result["structuredContent"]
+        assert within(filled(expected), found), (sentence, found)
+        server.ask("DELETE", f"/tasks/{task}")
+    assert len(SENTENCES) >= 40 and "Traceback" not in server.log()
+
+
+async def test_the_slips_that_models_make_are_answered_with_what_to_change(call: Caller) -> None:
+    await bash_mcp(call, "true", name="night")
+    for name, arguments, wanted in SLIPS:
+        text = await call.refused(name, **arguments)
+        assert text == wanted or re.fullmatch(wanted, text), (name, arguments, text)
+        assert (await call("list_schedules"))["total"] == 0 and (await call("list_tasks"))["total"] == 1
+
+
+async def test_an_update_that_changes_nothing_says_so(call: Caller) -> None:
+    task_id = await bash_mcp(call, "true")
+    for arguments, why in (({}, "no field was given"), ({"command": "true", "name": "t"}, "all is so already")):
+        assert f"nothing was changed: {why}" in (await call("update_task", task_id=task_id, **arguments))["notes"]
+    assert "notes" not in await call("update_task", task_id=f"{task_id}", command="false")
+
+
+async def test_answers_are_short(call: Caller) -> None:
+    for number in range(20):
+        zone = {"expression": f"{number} 9 * * MON-FRI", "timezone": "Europe/Berlin"}
+        made = await call("create_task", name=f"task {number}", command="echo done", **zone)
+    listed = await call("list_schedules")
+    assert (len(listed["schedules"]), tokens(listed) < 2000) == (20, True), tokens(listed)
+    run = await call("execute_task", task_id=made["id"])
+    assert {*run} == {"id", "task_name", "status", "started_at", "duration", "output_data"} and tokens(run) < 72
+    for _ in range(4):
+        await call("rerun_execution", execution_id=run["id"])
+    assert tokens(await call("get_task_history", task_id=made["id"])) < 369
+    upcoming = await call("list_upcoming", until="2099-01-01", limit=100)
+    assert len(upcoming["upcoming"]) == 100 and "utc" not in upcoming["upcoming"][0]
+
+
+async def test_no_answer_has_more_than_40_000_characters_and_what_is_cut_is_said(call: Caller) -> None:
+    long = {"command": "head -c 60000 /dev/zero | tr '\\0' x", "env": {f"V{n}": "x" * 400 for n in range(200)}}
+    task_id = (await call("create_task", name="t", **long))["id"]
+    last = 0
+    for _ in range(6):
+        last = (await call("execute_task", task_id=task_id, wait=20))["id"]
+    for name, arguments in (
+        ("get_task", {"task_id": task_id}),
+        ("get_execution", {"execution_id": last, "output": "full"}),
+        ("get_task_history", {"task_id": task_id, "output": "full"}),
+        ("list_executions", {"output": "full"}),
+    ):
+        answer = await call(name, **arguments)
+        assert len(json.dumps(answer, ensure_ascii=False, separators=(",", ":"))) <= 40_000, name
+        assert any(told in str(answer) for told in ("cut to 40000", "fit into an answer", "left out")), name
+    assert answer["next_before_id"] == answer["executions"][-1]["id"]
+    assert answer["executions"][0]["id"] == last
+
+
+@pytest.mark.slow
+async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server) -> None:
+    heard: list[float] = []
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(progress)
+
+    async with Client(both.mcp_url()) as client:
+        task_id = both.bash("sleep 2.5")
+        await client.call_tool("execute_task", {"task_id": task_id, "wait": 20}, progress_callback=hear)
+        assert (await client.list_tools()).ttl_ms in (0, 3_600_000)
+    assert heard == [1, 2]
+
+
 def post(url: str, message: Json, headers: dict[str, str] | None = None, path: str = "/mcp") -> tuple[int, Json, dict[str, str]]:
     """Status, the message in the answer (JSON or event stream), headers in lower case."""
     connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
