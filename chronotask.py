@@ -8180,7 +8180,9 @@ class Service:
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
-        elif before == after != self.settings.scheduler_timezone and "timezone" not in body.get("schedule_config", ["timezone"]):
+        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in body.get(
+            "schedule_config", ["timezone"]
+        ):
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
         return view
 
