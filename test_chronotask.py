@@ -11074,7 +11074,7 @@ async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to
     assert await call.refused("get_task", task_id=99) == "there is no task 99: list_tasks shows those that exist"
     refused = await call.refused("delete_schedule", schedule_id=99)
     assert refused == "there is no schedule 99: list_schedules shows those that exist"
-    assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: get_task_history shows")
+    assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: list_executions shows")
 
 
 async def test_a_schedule_that_fires_nothing_now_says_why(call: Caller) -> None:
