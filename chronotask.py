@@ -8130,7 +8130,7 @@ class Service:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
-    @operation("POST", "/schedules/preview", tool=("read_only",), scope="read")
+    @operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
     async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
         """Show a schedule's words and next slots without storing it.
 

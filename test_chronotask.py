@@ -9471,7 +9471,8 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
         NIGHTLY.replace("max_retries = 0", "max_retries = 1").replace("nightly.schedules.night", "nightly.schedules.new")
     )
     status, told, _ = chronotask_says(tmp_path, "--apply", file)
-    assert (status, [*map(str.strip, told.splitlines())][0:2]) == (0, ["updated task nightly", "max_retries: 0 -> 1"])
+    first = ["orphaned schedule nightly/night", "updated task nightly", "max_retries: 0 -> 1"]
+    assert (status, [*map(str.strip, told.splitlines())][0:3]) == (0, first)
     assert server.get("/tasks/key:nightly")["max_retries"] == 1
     assert server.get("/schedules")["total"] == 2
     assert chronotask_says(tmp_path, "--apply", file, "--dry-run")[:2] == (0, "orphaned schedule nightly/night\n")
