@@ -11028,7 +11028,9 @@ async def use_every_tool(call: Caller) -> None:
     run = await use("execute_task", task_id=task["id"])
     assert (run["status"], run["output_data"]["stdout"]) == ("succeeded", "hello\n")
     assert (await use("get_execution", execution_id=run["id"]))["output_data"] == {"exit_code": 0, "stdout": "hello\n"}
-    assert [one["id"] for one in (await use("list_executions", status="succeeded"))["executions"]] == [run["id"]]
+    assert [one["id"] for one in (await use("list_executions", status="succeeded", task_id=task["id"]))["executions"]] == [
+        run["id"]
+    ]
     assert (await use("get_task_history", task_id=task["id"]))["history"][0]["id"] == run["id"]
     again = await use("execute_task", task_id=task["id"], config={"args": ["again"]}, idempotency_key="k")
     assert (again["output_data"]["stdout"], again["config"]) == ("hello again\n", {"args": ["again"]})

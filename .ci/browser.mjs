@@ -414,6 +414,7 @@ fact('an alert is made in words, tried, and linked with what it watches and what
   await narrow('after-list');
   await service.ask('DELETE', '/tasks/' + alert);
   await service.ask('DELETE', '/tasks/' + backup);
+  forgive('422'); // a preview of a form that is half filled in
 });
 
 fact('a task is deleted after a question', async () => {
