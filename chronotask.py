@@ -11215,6 +11215,9 @@ async def serve(
             if isinstance(result, Exception):
                 logger.error("a server could not be closed: %s", result, exc_info=result)
         store.close()
+        for number in STOP_SIGNALS:  # nothing is left to stop: the exit status is that of a clean end
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _open(

@@ -3970,6 +3970,8 @@ async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_t
 
 
 PATH = os.environ.get("PATH", os.defpath)
+# Its own in each process: tests beside each other must not end what the others have started.
+RUN_UUID = f"11111111-2222-3333-4444-{os.getpid():08x}5555"
 SECOND_RUN = Run(
     execution_id=8,
     task_id=7,
@@ -3978,7 +3980,7 @@ SECOND_RUN = Run(
     scheduled_for=1_700_000_000_250_000,
     fire_at=1_700_000_000_250_000,
     attempt=2,
-    uuid="11111111-2222-3333-4444-555555555555",
+    uuid=RUN_UUID,
     started_at=1_700_000_000_250_000,
     task_name="näme",
     task_type="bash",
@@ -3988,7 +3990,7 @@ SECOND_RUN = Run(
     retry_backoff=2,
 )
 MANUAL_RUN = dataclasses.replace(SECOND_RUN, schedule_id=None, trigger="manual", scheduled_for=None, fire_at=None, attempt=1)
-RUN_ID = "11111111-2222-3333-4444-555555550002"
+RUN_ID = f"{RUN_UUID[:-4]}0002"
 
 
 async def bash(
@@ -5436,7 +5438,7 @@ async def test_a_get_has_the_documented_headers_and_without_a_slot_none_of_it_an
     assert headers["x-chronotask-execution-id"] == "8"
     assert headers["x-chronotask-scheduled-for"] == "2023-11-14T22:13:20.250000Z"
     assert headers["x-chronotask-attempt"] == "2"
-    assert headers["idempotency-key"] == "11111111-2222-3333-4444-555555555555"
+    assert headers["idempotency-key"] == RUN_UUID
     assert "authorization" not in headers
     assert "cookie" not in headers
     seen = await echoed("/p?a=1", run=MANUAL_RUN, params={"b": "x y&z", "c": [1, 2.5, True], "d": False})
