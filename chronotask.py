@@ -10990,15 +10990,15 @@ def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tu
 class _Lines(logging.Formatter):
     """One line a record: whatever a task or a client put into a message cannot forge lines or move the cursor."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        head = self.formatMessage(record)  # the message may hold line breaks of a stranger; what follows it is a trace
-        trace = "".join("\n    " + escape_controls(line) for line in text[len(head) :].splitlines() if line)
-        return escape_controls(head) + trace
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join("    " + escape_controls(line) for line in super().formatException(ei).splitlines() if line)
 
 
 def escape_controls(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 _LINES = _Lines("%(asctime)s %(levelname)s %(message)s")
@@ -11014,7 +11014,6 @@ class LogStream(io.TextIOBase):
         self._path = path
         self._waiting: list[str] = []
         self._size = self._lost = 0
-        self._written = True
         self._changed = threading.Condition()
         threading.Thread(target=self._write_on, name="chronotask-log", daemon=True).start()
         atexit.register(self.drain)
@@ -11026,25 +11025,26 @@ class LogStream(io.TextIOBase):
             else:
                 self._waiting.append(text)
                 self._size += len(text)
-                self._changed.notify_all()
+                if len(self._waiting) == 1:
+                    self._changed.notify_all()
         return len(text)
 
     def drain(self) -> None:
         """Waits until all is written, but no longer than `LAST_LINES`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._written and not self._waiting, LAST_LINES)
+            self._changed.wait_for(lambda: not self._size, LAST_LINES)
 
     def _write_on(self) -> None:
         fd = 2 if self._path is None else os.open(os.devnull, os.O_WRONLY)
+        written = 0
         while True:
             with self._changed:
-                self._written = True
+                self._size -= written
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting)
                 text, lost = "".join(self._waiting), self._lost
                 self._waiting.clear()
-                self._size = self._lost = 0
-                self._written = False
+                self._lost, written = 0, len(text)
             if lost:
                 about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
