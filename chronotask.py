@@ -32,7 +32,7 @@ How an execution lives
 Where to add something
     a field of a task, schedule or execution    its declaration (3) and a migration (6)
     a setting                                   a line of Settings (1)
-    an operation of REST and MCP                a method of Service (11): signature, docstring, @operation
+    an operation of REST and MCP                a method of Service (11): signature, docstring, @Operation
     a kind of schedule                          a Timing (2) and its configuration
 
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
@@ -98,7 +98,6 @@ import heapq
 import hmac
 import html
 import importlib
-import inspect
 import io
 import ipaddress
 import itertools
@@ -7832,38 +7831,41 @@ def require(scope: str) -> None:
         raise Forbidden(f"this needs the scope {scope}: the token {caller.actor} has {caller.scope}")
 
 
+OPERATIONS: list[Operation] = []
+
+
+@dataclass(eq=False)
 class Operation:
-    """A use case as an operation of REST, and with `tool` of MCP.
+    """Makes the use case that it decorates an operation of REST, and with `tool` (the hints of its tool: read_only, destructive,
+    idempotent, open_world) of MCP.
 
-    `scope` is what a token needs; by default a GET needs `read`, everything else `admin`.
-
-    `tool` is the hints of its tool (read_only, destructive, idempotent, open_world). `errors` are statuses beside those that
-    every operation of its kind may answer. The signature of the use case and its docstring say the rest: with {id} in the path,
-    the first parameter is that id; `query` is the query string, `body` the body (like the result a marked dict, or None). The
-    docstring is for a client who has never seen ChronoTask: its first line is the summary.
+    The signature and the docstring of the use case say the rest: with {id} in the path, the first parameter is that id; `query`
+    is the query string, `body` the body (like the result a marked dict, or None). The docstring is for a client who has never
+    seen ChronoTask: its first sentence is the summary.
     """
 
-    def __init__(
-        self,
-        use_case: Any,
-        method: str,
-        path: str,
-        status: int,
-        tool: tuple[str, ...] | None,
-        errors: tuple[int, ...],
-        scope: str | None,
-    ) -> None:
+    method: str
+    path: str
+    status: int = 200
+    tool: tuple[str, ...] | None = None
+    errors: tuple[int, ...] = ()  # statuses beside those that every operation of its kind may answer
+    scope: str = ""  # what a token needs: by default `read` for a GET, `admin` for everything else
+
+    def __call__(self, use_case: U) -> U:
         kinds = get_type_hints(use_case, include_extras=True)
-        summary, _, description = inspect.cleandoc(use_case.__doc__ or "").partition("\n\n")
-        self.use_case = use_case
-        self.name, self.summary, self.description = use_case.__name__, summary.rstrip("."), " ".join(description.split())
-        self.method, self.path, self.status, self.errors = method, path, status, errors
-        self.tool, self.hints = tool is not None, tool or ()
-        self.scope = scope or ("read" if method == "GET" else "admin")
-        self.id_name: str | None = next(iter(kinds)) if "{id}" in path else None
+        kinds.pop("service", None)
+        self.use_case: Any = use_case
+        self.name = use_case.__name__
+        summary, _, self.description = " ".join((use_case.__doc__ or "").split()).partition(". ")
+        self.summary = summary.rstrip(".")
+        self.scope = self.scope or ("read" if self.method == "GET" else "admin")
+        self.id_name: str | None = next(iter(kinds)) if "{id}" in self.path else None
         self.query: type[Query] | None = kinds.get("query")
         self.body: Any = kinds.get("body")
         self.result: Any = None if kinds["return"] is type(None) else kinds["return"]
+        if self.path:  # else it is a tool alone
+            OPERATIONS.append(self)
+        return use_case
 
     async def call(self, service: Service, number: int | str, query: Any, body: Any) -> Any:
         """The use case with checked arguments, as far as it has them. Here a task's key becomes its id. Raises Forbidden."""
@@ -7876,32 +7878,6 @@ class Operation:
                 query.task_id = await service.task_id(query.task_id)
             given["query"] = query
         return await self.use_case(service, **given)
-
-    @property
-    def location(self) -> str | None:
-        """Where the thing is that this makes."""
-        made = mark_of(self.result) if self.status in (201, 202) else None
-        return f"/{made.resource.__name__.lower()}s/{{id}}" if made else None
-
-
-OPERATIONS: list[Operation] = []
-
-
-def operation(
-    method: str,
-    path: str,
-    status: int = 200,
-    tool: tuple[str, ...] | None = None,
-    errors: tuple[int, ...] = (),
-    scope: str | None = None,
-) -> Callable[[U], U]:
-    """Makes a use case an operation."""
-
-    def add(use_case: U) -> U:
-        OPERATIONS.append(Operation(use_case, method, path, status, tool, errors, scope))
-        return use_case
-
-    return add
 
 
 # --- The use cases ----------------------------------------------------------------------------------------------------
@@ -7978,14 +7954,11 @@ class Service:
 
     # --- use cases: tasks ---
 
-    @operation("POST", "/tasks", 201, tool=())
+    @Operation("POST", "/tasks", 201, tool=())
     async def create_task(self, body: TaskCreate) -> TaskView:
-        """Create a task: what to run.
-
-        It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine. Example: {"name":
-        "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is retried
-        max_retries times.
-        """
+        """Create a task: what to run. It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's
+        machine. Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed
+        run is retried max_retries times."""
         now, errors = self.clock.now(), list[FieldError]()
         schedules: list[Schedule] = []
         with told_at("", errors):
@@ -8021,20 +7994,15 @@ class Service:
         check_pause(task, now)
         return task
 
-    @operation("GET", "/tasks/{id}", tool=("read_only",))
+    @Operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
-        """Show a task.
-
-        With its configuration, counts of runs, and `next_run` (null while nothing will fire).
-        """
+        """Show a task. With its configuration, counts of runs, and `next_run` (null while nothing will fire)."""
         return task_view(as_it_is(await self.store.read(partial(get_task, task_id=task_id)), self.engine.paused))
 
-    @operation("GET", "/tasks", tool=("read_only",))
+    @Operation("GET", "/tasks", tool=("read_only",))
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
-        """List tasks, paused and disabled ones too.
-
-        Look here before you create one. `q` searches in names; `total` counts all that match.
-        """
+        """List tasks, paused and disabled ones too. Look here before you create one. `q` searches in names; `total` counts all
+        that match."""
         total, rows = await self.store.scan(partial(list_tasks, query=query))
         tasks = [task_view(as_it_is(task, self.engine.paused)) for task in rows]
         return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
@@ -8049,12 +8017,10 @@ class Service:
         same = {"name = ?": task.name, "task_type = ?": task.task_type, "config = ?": compact(task.config), "id <> ?": task_id}
         return next(iter(await self.store.scan(partial(task_ids, conditions={"deleted = 0": True, **same}))), None)
 
-    @operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
+    @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
-        """Change the fields of a task that are sent.
-
-        What is not sent stays; `config` is replaced as a whole. Fields as in create_task. Pause a task with status paused.
-        """
+        """Change the fields of a task that are sent. What is not sent stays; `config` is replaced as a whole. Fields as in
+        create_task. Pause a task with status paused."""
         await self.change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
         return await self.get_task(task_id)
 
@@ -8069,12 +8035,10 @@ class Service:
             check_allowed(task_type, sent["config"], self.settings)
         change_task(db, task, sent, now, self.settings)
 
-    @operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
+    @Operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
-        """Delete a task with its schedules and history.
-
-        Kills what it is running. Cannot be undone; update_task with status paused stops it for a while.
-        """
+        """Delete a task with its schedules and history. Kills what it is running. Cannot be undone; update_task with status
+        paused stops it for a while."""
         await self.change(partial(remove_task, task_id=task_id, now=self.clock.now()))
         there = partial(task_ids, conditions={"id = ?": task_id})
         while await self.store.read(there) and not self.engine.stopping:
@@ -8082,14 +8046,12 @@ class Service:
 
     # --- use cases: schedules ---
 
-    @operation("POST", "/schedules", 201, tool=(), errors=(404,))
+    @Operation("POST", "/schedules", 201, tool=(), errors=(404,))
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
-        """Create a schedule: when a task fires.
-
-        Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON-FRI",
-        "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's own zone applies. The answer says in words when it
-        fires, and the next five slots, local and UTC: compare them with what was asked for.
-        """
+        """Create a schedule: when a task fires. Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron",
+        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's
+        own zone applies. The answer says in words when it fires, and the next five slots, local and UTC: compare them with what
+        was asked for."""
         await self.store.read(partial(get_task, task_id=body["task_id"]))
         schedule = await self.in_checks(partial(self.new_schedule, Schedule, body, self.clock.now()))
 
@@ -8130,12 +8092,10 @@ class Service:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
-    @operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
+    @Operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
     async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
-        """Show a schedule's words and next slots without storing it.
-
-        Takes what create_schedule takes, and shows `count` slots from `after` (default: now) on.
-        """
+        """Show a schedule's words and next slots without storing it. Takes what create_schedule takes, and shows `count` slots
+        from `after` (default: now) on."""
         schedule = await self.in_checks(partial(self.new_schedule, Preview, body, self.clock.now()))
         await self.store.read(partial(check_watched, schedule=schedule))
         plan = dataclasses.replace(schedule.plan(), schedule_id=None)
@@ -8146,30 +8106,24 @@ class Service:
             view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
         return view
 
-    @operation("GET", "/schedules/{id}")
+    @Operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
         """Show a schedule."""
         return await self.store.read(
             partial(_read_schedule, schedule_id=schedule_id, now=self.clock.now(), paused=self.engine.paused)
         )
 
-    @operation("GET", "/schedules", tool=("read_only",))
+    @Operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
-        """List schedules.
-
-        Of all tasks or of one, with words, time zone and next slots.
-        """
+        """List schedules. Of all tasks or of one, with words, time zone and next slots."""
         total, rows = await self.store.scan(partial(list_schedules, query=query))
         schedules = [schedule_view(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
-    @operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
+    @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
-        """Change the fields of a schedule that are sent.
-
-        What is not sent stays; `schedule_config` is replaced as a whole; null clears start_at, end_at, max_runs. Fields as in
-        create_schedule. Pause it with is_active false.
-        """
+        """Change the fields of a schedule that are sent. What is not sent stays; `schedule_config` is replaced as a whole; null
+        clears start_at, end_at, max_runs. Fields as in create_schedule. Pause it with is_active false."""
         schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
         now = self.clock.now()
         changes = await self.in_checks(partial(_checked_changes, schedule, dict(body), self.settings.scheduler_timezone, now))
@@ -8186,23 +8140,18 @@ class Service:
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
         return view
 
-    @operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
+    @Operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
-        """Delete a schedule; its history stays.
-
-        Queued runs of it are cancelled, running ones end.
-        """
+        """Delete a schedule; its history stays. Queued runs of it are cancelled, running ones end."""
         remove = partial(remove_schedule, schedule_id=schedule_id, now=self.clock.now(), settings=self.settings)
         task_id, cancelled = await self.change(remove)
         await self.engine.feed.publish_executions(cancelled)
         self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
 
-    @operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
+    @Operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
     async def backfill_schedule(self, schedule_id: int, body: BackfillBody) -> BackfillView:
-        """Run the slots of a stretch of the past that have not run.
-
-        One after the other, oldest first, at most 1000. `dry_run` only lists them.
-        """
+        """Run the slots of a stretch of the past that have not run. One after the other, oldest first, at most 1000. `dry_run`
+        only lists them."""
         schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
         first, last = (
             read_bound("from", body["from"], schedule.zone) or 0,
@@ -8221,13 +8170,10 @@ class Service:
 
     # --- use cases: executions ---
 
-    @operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
+    @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
-        """Run a task now.
-
-        Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes on, and
-        get_execution shows its end. `config` replaces single fields of the task's config for this run alone.
-        """
+        """Run a task now. Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it
+        goes on, and get_execution shows its end. `config` replaces single fields of the task's config for this run alone."""
         row, key, now = NewExecution(task_id, None, "manual", None, self.clock.now()), query.idempotency_key, self.clock.now()
         if override := body.get("config"):
             require("admin")  # it is a command of one's own
@@ -8254,13 +8200,10 @@ class Service:
         await self.engine.feed.wait_for(execution.id, wait)
         return await self.get_execution(execution.id)
 
-    @operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
+    @Operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def rerun_execution(self, execution_id: int, query: WaitQuery) -> ExecutionView:
-        """Run an execution again.
-
-        With its slot and its config override, and the task as it is now. One that is not over yet is refused. Answers as
-        execute_task.
-        """
+        """Run an execution again. With its slot and its config override, and the task as it is now. One that is not over yet is
+        refused. Answers as execute_task."""
         now = self.clock.now()
 
         def write(db: DB) -> tuple[Execution, bool]:
@@ -8273,12 +8216,10 @@ class Service:
 
         return await self._begin(write, query.wait)
 
-    @operation("GET", "/executions/{id}", tool=("read_only",))
+    @Operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
-        """Show an execution with its attempts and output.
-
-        Of a running one, the output so far. It is over unless its status is queued, running or retrying.
-        """
+        """Show an execution with its attempts and output. Of a running one, the output so far. It is over unless its status is
+        queued, running or retrying."""
         (execution, past), caused = await self.store.read(
             lambda db: (get_execution(db, execution_id), caused_by(db, execution_id))
         )
@@ -8291,30 +8232,24 @@ class Service:
         zone = self.settings.scheduler_timezone
         return read_bound("since", query.since, zone), read_bound("until", query.until, zone, end=True)
 
-    @operation("GET", "/tasks/{id}/history", tool=("read_only",))
+    @Operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
-        """List the executions of a task, newest first.
-
-        How each run ended, with error_message and output. Rows with status skipped or missed are slots that ran nothing, and
-        say why. For older ones raise `skip`.
-        """
+        """List the executions of a task, newest first. How each run ended, with error_message and output. Rows with status
+        skipped or missed are slots that ran nothing, and say why. For older ones raise `skip`."""
         span = self._span(query)
         total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id, span=span))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
-    @operation("GET", "/executions", tool=("read_only",))
+    @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
         _, rows = await self.store.scan(partial(list_executions, query=query, span=self._span(query)))
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=list(map(execution_view, rows)), next_before_id=more)
 
-    @operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
+    @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
-        """End an execution.
-
-        Kills its processes and drops its retries. One that is over already is refused.
-        """
+        """End an execution. Kills its processes and drops its retries. One that is over already is refused."""
         before, touched = await self.change(partial(self._cancel, execution_id=execution_id, now=self.clock.now()))
         if before not in UNFINISHED:
             raise Conflict(f"execution {execution_id} is over already: {before}")
@@ -8368,14 +8303,14 @@ class Service:
             live = None if execution.status == "retrying" else live
             await asyncio.sleep(POLL)
 
-    @operation("GET", "/changes")
+    @Operation("GET", "/changes")
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
-        """List what was changed, newest first: who, by which way, and what differs. Secrets are masked."""
+        """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
         rows = await self.store.scan(partial(list_changes, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
         return ChangePage(changes=[view_of(row) for row in rows], next_before_id=more)
 
-    @operation("GET", "/overview")
+    @Operation("GET", "/overview")
     async def overview(self, query: TaskQuery) -> OverviewPage:
         """List tasks with their recent executions."""
         return await self.store.scan(partial(_overview, query=query, paused=self.engine.paused))
@@ -8400,27 +8335,25 @@ class Service:
 
     # --- use cases: the scheduler ---
 
-    @operation("POST", "/scheduler/pause")
+    @Operation("POST", "/scheduler/pause")
     async def pause_scheduler(self, body: PauseBody) -> StatusView:
-        """Stop all firing; survives a restart. With `until` it ends by itself."""
+        """Stop all firing, also after a restart; with `until` it ends by itself."""
         now, zone = self.clock.now(), self.settings.scheduler_timezone
         with _told_as("until"):
             until = None if body.get("until") is None else parse_instant(check_datetime(body["until"], zone, now), zone)
         await self.change(partial(_pause_all, paused=True, now=now, settings=self.settings, until=until))
         return await self.get_scheduler_status()
 
-    @operation("POST", "/scheduler/resume")
+    @Operation("POST", "/scheduler/resume")
     async def resume_scheduler(self) -> StatusView:
         """Fire again, from the next slots on."""
         await self.change(partial(_pause_all, paused=False, now=self.clock.now(), settings=self.settings))
         return await self.get_scheduler_status()
 
-    @operation("GET", "/scheduler/status", tool=("read_only",))
+    @Operation("GET", "/scheduler/status", tool=("read_only",))
     async def get_scheduler_status(self) -> StatusView:
-        """Show the scheduler's state and what comes next.
-
-        With its time zone, the number of tasks and of executions in each status, and the next five runs.
-        """
+        """Show the scheduler's state and what comes next. With its time zone, the number of tasks and of executions in each
+        status, and the next five runs."""
         status, caller = await self._status(), CALLER.get()
         return {**status, "caller": {"name": caller.actor, "scope": caller.scope}} if self.settings.needs_token else status
 
@@ -8452,12 +8385,10 @@ class Service:
             config_file=self.config_file,
         )
 
-    @operation("GET", "/upcoming", tool=("read_only",))
+    @Operation("GET", "/upcoming", tool=("read_only",))
     async def list_upcoming(self, query: UpcomingQuery) -> UpcomingPage:
-        """List what fires next, over all tasks.
-
-        In order, each schedule as often as it fires, until `until` (default: in 24 h).
-        """
+        """List what fires next, over all tasks. In order, each schedule as often as it fires, until `until` (default: in 24
+        h)."""
         now = self.clock.now()
         until = read_bound("until", query.until, self.settings.scheduler_timezone, end=True)
         if until is not None and until <= now:
@@ -9183,13 +9114,11 @@ class _Undone(Exception):
     """Takes a dry run back."""
 
 
-@operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
+@Operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
 async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
-    """Make tasks and schedules what a file says, in one transaction.
-
-    Only what its owner manages is touched, and what did not change is not written. What the file no longer names is
-    `orphaned` and goes on, unless `prune` pauses or deletes it. `dry_run` only answers what would change.
-    """
+    """Make tasks and schedules what a file says, in one transaction. Only what its owner manages is touched, and what did not
+    change is not written. What the file no longer names is `orphaned` and goes on, unless `prune` pauses or deletes it.
+    `dry_run` only answers what would change."""
     file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
     wanted = await service.in_checks(partial(check_definitions, service, file, now))
     held: list[_Apply] = []
@@ -9225,12 +9154,10 @@ def told(applied: Applied) -> str:
 # --- Export -----------------------------------------------------------------------------------------------------------
 
 
-@operation("GET", "/export")
+@Operation("GET", "/export")
 async def export_definitions(service: Service, query: ExportQuery) -> DefinitionFile:
-    """Show all tasks and schedules, or those of an owner, as a file that can be applied.
-
-    Fields with their default are left out, and schedules that are over. Those without a key get one from their name.
-    """
+    """Show all tasks and schedules, or those of an owner, as a file that can be applied. Fields with their default are left
+    out, and schedules that are over. Those without a key get one from their name."""
     return await service.store.scan(partial(_export, owner=query.owner))
 
 
@@ -9712,7 +9639,7 @@ def path_id(request: web.Request) -> int | str:
 
 
 def operation_handler(service: Service, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
-    location = operation.location
+    made = mark_of(operation.result) if operation.status in (201, 202) else None
 
     async def handle(request: web.Request) -> web.Response:
         require(operation.scope)  # before anything is read
@@ -9724,8 +9651,8 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
             result["executions"] if "executions" in result else result["status"] in UNFINISHED
         )
         answer = json_answer(result, 200 if over else operation.status)
-        if location:
-            answer.headers["Location"] = API + location.format(id=result["id"])
+        if made:
+            answer.headers["Location"] = f"{API}/{made.resource.__name__.lower()}s/{result['id']}"
         return answer
 
     return handle
@@ -9753,10 +9680,8 @@ async def show_root(service: Service, request: web.Request) -> web.StreamRespons
 
 
 async def show_docs(_service: Service, request: web.Request) -> web.Response:
-    """This document to read and to try.
-
-    It is dashboard.html, at `/` too. Its only scripts and styles are its own: their hashes are the policy.
-    """
+    """This document to read and to try. It is dashboard.html, at `/` too. Its only scripts and styles are its own: their hashes
+    are the policy."""
     try:
         page = DASHBOARD.read_text(encoding="utf-8")
     except OSError:
@@ -9807,10 +9732,8 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
-    """Changes as server-sent events: execution, task, schedule, scheduler, reset.
-
-    Each `data` is one line of JSON, so that nothing in it can forge an event.
-    """
+    """Changes as server-sent events: execution, task, schedule, scheduler, reset. Each `data` is one line of JSON, so that
+    nothing in it can forge an event."""
     query = read_query(request, EventQuery)
     only = query.task_id and await service.task_id(query.task_id)
     reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
@@ -9840,10 +9763,7 @@ async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | N
 
 
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
-    """A consistent copy of the database.
-
-    Without a token this would hand all secrets to whoever asks.
-    """
+    """A consistent copy of the database. Without a token this would hand all secrets to whoever asks."""
     require("admin")
     if not service.settings.needs_token:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
@@ -9852,10 +9772,7 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
-    """Metrics in Prometheus text format.
-
-    Labels never hold a command; tasks are those that ran last, at most 1000.
-    """
+    """Metrics in Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
     objects, executions, tasks, running, size = await service.metrics()
     engine, stats, lines = service.engine, service.engine.stats, list[str]()
 
@@ -9923,7 +9840,7 @@ class Page(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return (self.handler.__doc__ or "").partition("\n")[0].rstrip(".")
+        return " ".join((self.handler.__doc__ or "").split()).partition(". ")[0].rstrip(".")
 
 
 PAGES = (
@@ -10105,16 +10022,16 @@ class PauseQuery(Query):
     until: Annotated[Instant, Field(description="ends the pause by itself")] | None = None
 
 
-async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusView:
-    """Stop or resume all schedules.
+_PAUSED = Operation("POST", "", tool=("idempotent",))
 
-    Runs under way and execute_task go on. What falls into the pause is not made up for.
-    """
+
+@_PAUSED
+async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusView:
+    """Stop or resume all schedules. Runs under way and execute_task go on. What falls into the pause is not made up for."""
     return await (service.pause_scheduler({"until": query.until}) if query.paused else service.resume_scheduler())
 
 
-TOOLS = {tool.name: tool for tool in OPERATIONS if tool.tool}
-TOOLS["set_scheduler_paused"] = Operation(set_scheduler_paused, "POST", "", 200, ("idempotent",), (), None)
+TOOLS = {tool.name: tool for tool in [*OPERATIONS, _PAUSED] if tool.tool is not None}
 
 # A model pays for each word: other defaults serve it better than a program.
 _LIMIT: Any = (Annotated[int, Field(ge=1, le=100)], 20)
@@ -10385,7 +10302,7 @@ def make_tools() -> types.ListToolsResult:
 
     def tool(operation: Operation) -> types.Tool:
         hints: Any = {
-            f"{word}_hint": word in operation.hints for word in ("read_only", "destructive", "idempotent", "open_world")
+            f"{word}_hint": word in (operation.tool or ()) for word in ("read_only", "destructive", "idempotent", "open_world")
         }
         return types.Tool(
             name=operation.name,
