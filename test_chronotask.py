@@ -30,6 +30,7 @@ import re
 import resource
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -11761,41 +11762,40 @@ def loaded(argv: list[str], environ: dict[str, str]) -> Settings:
 
 def test_options_win_over_variables_and_variables_over_defaults() -> None:
     environ = {"CHRONOTASK_API_PORT": "9000", "CHRONOTASK_API_HOST": "0.0.0.0"}
-    assert (loaded([], {}).api_port, loaded([], {}).api_host) == (8000, "127.0.0.1")
-    assert (loaded([], environ).api_port, loaded([], environ).api_host) == (9000, "0.0.0.0")
-    assert (loaded(["--port", "9001", "--host", "::1"], environ).api_port) == 9001
-    assert (loaded(["--port", "9001", "--host", "::1"], environ).api_host) == "::1"
+    for argv, given, port, host in (
+        ("", {}, 8000, "127.0.0.1"),
+        ("", environ, 9000, "0.0.0.0"),
+        ("--port 9001 --host ::1", environ, 9001, "::1"),
+    ):
+        found = loaded(argv.split(), given)
+        assert (found.api_port, found.api_host) == (port, host)
     assert chronotask.parse_command_line([]).mode == "http"
 
 
+# What ends the program, and what the line that says so holds.
 COMMAND_LINES = {
-    "unknown mode": (["--mode", "x"], "--mode", "x", "http"),
-    "unknown option": (["--prot", "1"], "--prot", "", ""),
-    "abbreviated option": (["--por", "1"], "--por", "", ""),
-    "stray word": (["serve"], "serve", "", ""),
-    "bad port": (["--port", "eighty"], "--port", "eighty", "0 to 65535"),
-    "port out of range": (["--port", "70000"], "--port", "70000", "0 to 65535"),
-    "empty port": (["--port", ""], "--port", "", "0 to 65535"),
-    "bad host": (["--host", "a b"], "--host", "a b", "host name or IP address"),
-    "missing value": (["--port"], "--port", "", ""),
+    "--mode x": ["--mode", "x", "http"],
+    "--prot 1": ["--prot"],
+    "--por 1": ["--por"],
+    "serve": ["serve"],
+    "--port eighty": ["--port", "eighty", "0 to 65535"],
+    "--port 70000": ["--port", "70000", "0 to 65535"],
+    "--port ''": ["--port", "0 to 65535"],
+    "--host 'a b'": ["--host", "a b", "host name or IP address"],
+    "--port": ["--port"],
+    "": [r"chronotask: CHRONOTASK_API_PORT='x\ny': must be ", " 0 to 65535\n"],  # by the variable
 }
 
 
-@pytest.mark.parametrize("what", COMMAND_LINES)
-def test_a_bad_option_ends_with_status_2_and_one_line(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv, *wanted = COMMAND_LINES[what]
-    assert main(argv) == 2
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_bad_option_or_variable_ends_with_status_2_and_one_line(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHRONOTASK_API_PORT", "8000" if line else "x\ny")
+    assert main(shlex.split(line)) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err.startswith("chronotask: ")) == ("", 1, True)
-    assert all(text in err for text in wanted)
-
-
-def test_a_bad_variable_ends_with_status_2_and_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CHRONOTASK_API_PORT", "x\ny")
-    assert main([]) == 2
-    assert re.fullmatch(r"chronotask: CHRONOTASK_API_PORT='x\\ny': must be .+ 0 to 65535\n", capsys.readouterr().err)
+    assert all(text in err for text in COMMAND_LINES[line])
 
 
 def test_mcp_cannot_be_the_mode_when_it_is_turned_off() -> None:
@@ -11813,6 +11813,33 @@ def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, pyt
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(66)\n")
     done = ran(tmp_path, sys.executable, *python, PROGRAM, "--version")
     assert (done.returncode, done.stdout) == (0, f"ChronoTask {__version__}\n"), done.stderr
+
+
+NO_DATABASE = "there is no database {here}/real/data/chronotask.db to back up\n"
+LINKED = (
+    "mkdir real; cp {top}/chronotask.py {top}/dashboard.html real; ln -s real/chronotask.py link.py; $PYTHON link.py --backup x"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("cd {top}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
+        ("$PYTHON {top}/chronotask.py --bad <&- >&- 2>&-", 2, ""),
+        (f"unset CHRONOTASK_DATABASE_URL; {LINKED}", 1, NO_DATABASE),
+        ("$PYTHON {top}/chronotask.py --backup - >&-", 2, "redirect the output to a file"),
+        ("$PYTHON {top}/chronotask.py --backup - >/dev/full", 1, "No space left"),
+    ],
+)
+def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(
+    tmp_path: Path, command: str, status: int, said: str
+) -> None:
+    sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
+    script = command.format(top=TOP, here=tmp_path).replace("$PYTHON", sys.executable)
+    done = ran(tmp_path, "sh", "-c", script)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1 if said else 0), done.stderr
+    assert said.format(here=tmp_path) in done.stderr
 
 
 def imports_something(pid: int) -> bool:
@@ -11849,45 +11876,25 @@ def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path, taken
 
 
 @pytest.mark.slow
-def test_a_link_to_the_program_uses_the_same_database(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    for name in ("chronotask.py", "dashboard.html"):
-        shutil.copy(TOP / name, tmp_path / "real" / name)
-    (tmp_path / "link.py").symlink_to(tmp_path / "real" / "chronotask.py")
-    command = [sys.executable, str(tmp_path / "link.py"), "--backup", "x"]
-    done = subprocess.run(command, env=CHILD_ENVIRON, capture_output=True, text=True, timeout=60)
-    assert f"there is no database {tmp_path}/real/data/chronotask.db to back up" in done.stderr
-
-
-@pytest.mark.slow
 def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))")
     assert "128 open files are few for 100 runs at a time" in Server(tmp_path, program=program).start().log()
 
 
-@pytest.mark.slow
-def test_closed_standard_streams_do_not_change_the_exit_status(tmp_path: Path) -> None:
-    assert ran(tmp_path, "sh", "-c", '"$0" "$1" --bad <&- >&- 2>&-', sys.executable, PROGRAM).returncode == 2
-
-
-@pytest.mark.slow
-def test_the_program_runs_as_a_module_too(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "chronotask", "--port", "what"]
-    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "--port='what'" in done.stderr
-
-
 @pytest.mark.parametrize("argv", ["--version", "--version --mode mcp", "--help"])
 def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(argv.split())
     text = capsys.readouterr().out
-    assert caught.value.code == 0
-    if argv == "--help":
-        assert all(option in text for option in ("--mode", "--host", "--port", "--backup", "--version", "--help"))
-    else:
-        assert text == f"ChronoTask {__version__}\n"
+    assert argv == "--help" or text == f"ChronoTask {__version__}\n"
+    assert argv != "--help" or set(re.findall("--[a-z]+", text)) >= {
+        "--mode",
+        "--host",
+        "--port",
+        "--backup",
+        "--version",
+        "--help",
+    }
 
 
 async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_restores_as_a_database(
@@ -11909,21 +11916,39 @@ async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_resto
     assert (await other.service.get_task(1))["next_run"] == "2026-01-01T00:01:00Z"
 
 
-async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(open_rig: OpenRig, tmp_path: Path) -> None:
-    rig = await open_rig()
-    with pytest.raises(Unavailable, match=r"the backup of .* failed"):
-        run_backup(rig.service.settings, str(tmp_path / "no" / "such" / "folder.db"))
+async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "other.db").write_text("no database")
     (tmp_path / "target").write_text("before")
-    with pytest.raises(Unavailable, match=r"the backup of .* failed"):
-        run_backup(settings(tmp_path, database_url=tmp_path / "other.db"), str(tmp_path / "target"))
-    assert (tmp_path / "target").read_text() == "before"
-    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+    other = settings(tmp_path, database_url=tmp_path / "other.db")
+    for chosen, target in ((rig.service.settings, tmp_path / "no" / "such" / "folder.db"), (other, tmp_path / "target")):
+        with pytest.raises(Unavailable, match=r"the backup of .* failed"):
+            run_backup(chosen, str(target))
+    with pytest.raises(StartupError, match="there is no database"):
+        run_backup(settings(tmp_path), str(tmp_path / "copy.db"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"other.db": "no database", "target": "before"}
+
+
+async def test_a_backup_replaces_a_file_and_nothing_else(rig: Rig, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
+    for name, said in (
+        *(
+            (name, "must be a regular file, or a name that is free")
+            for name in (str(tmp_path / "pipe"), str(tmp_path), "/dev/null")
+        ),
+        ("", "--backup='': must be a file, or - for standard output"),
+        (str(tmp_path / "other.db"), "not a database that is in use"),
+    ):
+        with pytest.raises(StartupError, match=said):
+            run_backup(rig.service.settings, name)
+    other.close()
+    run_backup(rig.service.settings, str(tmp_path / "other.db"))
+    run_backup(rig.service.settings, f"{rig.path}.bak")
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x"])
-async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(open_rig: OpenRig, tmp_path: Path, suffix: str) -> None:
-    rig = await open_rig()
+async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(rig: Rig, tmp_path: Path, suffix: str) -> None:
     await rig.task(name="kept")
     target = Path(f"{rig.path}{suffix}")
     before = target.stat().st_ino if target.exists() else None
@@ -11933,38 +11958,6 @@ async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(open_r
             run_backup(rig.service.settings, str(name))
         assert caught.value.exit_status == 2
     assert (target.stat().st_ino if target.exists() else None) == before
-
-
-async def test_a_backup_replaces_a_file_and_nothing_else(open_rig: OpenRig, tmp_path: Path) -> None:
-    rig = await open_rig()
-    os.mkfifo(tmp_path / "pipe")
-    for name in (str(tmp_path / "pipe"), str(tmp_path), "/dev/null"):
-        with pytest.raises(StartupError, match=r"must be a regular file, or a name that is free"):
-            run_backup(rig.service.settings, name)
-    with pytest.raises(StartupError, match=r"--backup='': must be a file, or - for standard output"):
-        run_backup(rig.service.settings, "")
-    other = sqlite3.connect(tmp_path / "other.db")
-    other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
-    with pytest.raises(StartupError, match=r"not a database that is in use"):
-        run_backup(rig.service.settings, str(tmp_path / "other.db"))
-    other.close()
-    run_backup(rig.service.settings, str(tmp_path / "other.db"))
-    run_backup(rig.service.settings, f"{rig.path}.bak")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("redirect", "said"), [(">&-", "redirect the output to a file"), (">/dev/full", "No space left")])
-def test_a_standard_output_that_takes_no_backup_is_said_in_one_line(tmp_path: Path, redirect: str, said: str) -> None:
-    sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
-    done = ran(tmp_path, "sh", "-c", f'"$0" "$1" --backup - {redirect}', sys.executable, PROGRAM)
-    assert done.returncode in (1, 2)
-    assert said in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_there_is_nothing_to_back_up_without_a_database(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="there is no database"):
-        run_backup(settings(tmp_path), str(tmp_path / "copy.db"))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_log_line_cannot_be_forged() -> None:
