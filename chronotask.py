@@ -7872,7 +7872,8 @@ class Operation:
         require(self.scope)
         given: dict[str, Any] = {} if self.id_name is None else {self.id_name: await service.task_id(number)}
         if self.body is not None:
-            given["body"] = {**body, "task_id": await service.task_id(body["task_id"])} if body.get("task_id") else body
+            named = isinstance(body, dict) and body.get("task_id")
+            given["body"] = {**body, "task_id": await service.task_id(named)} if named else body
         if self.query is not None:
             if getattr(query, "task_id", None):
                 query.task_id = await service.task_id(query.task_id)
@@ -8024,8 +8025,9 @@ class Service:
         await self.change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
         return await self.get_task(task_id)
 
-    def _change_task(self, db: DB, task_id: int, sent: dict[str, Any], now: int) -> None:
-        task, sent = get_task(db, task_id), _with_times(Task, sent, self.settings.scheduler_timezone)
+    def _change_task(self, db: DB, task_id: int, sent: Any, now: int) -> None:
+        task = get_task(db, task_id)
+        sent = _with_times(Task, sent(task_view(task)) if callable(sent) else sent, self.settings.scheduler_timezone)
         if sent.get("task_type", task.task_type) != task.task_type and "config" not in sent:
             raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {sent['task_type']}"))
         if "config" in sent:
@@ -8124,17 +8126,20 @@ class Service:
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
         """Change the fields of a schedule that are sent. What is not sent stays; `schedule_config` is replaced as a whole; null
         clears start_at, end_at, max_runs. Fields as in create_schedule. Pause it with is_active false."""
-        schedule = await self.store.read(partial(get_schedule, schedule_id=schedule_id))
-        now = self.clock.now()
-        changes = await self.in_checks(partial(_checked_changes, schedule, dict(body), self.settings.scheduler_timezone, now))
-        change = partial(change_schedule, schedule_id=schedule_id, changes=changes, now=now, settings=self.settings)
-        touched = await self.change(change)
+        settings, given, touched = self.settings, cast(Any, body), None
+        while touched is None:
+            schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
+            sent = given(schedule_view(schedule)) if callable(given) else given
+            named = await self.task_id(sent.get("task_id", schedule.task_id))
+            check = partial(_checked_changes, schedule, {**sent, "task_id": named}, settings.scheduler_timezone, now)
+            changes = await self.in_checks(check)
+            touched = await self.change(partial(_change_read, read=schedule, changes=changes, now=now, settings=settings))
         await self.engine.feed.publish_executions(touched)
         view = await self.get_schedule(schedule_id)
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
-        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in body.get(
+        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent.get(
             "schedule_config", ["timezone"]
         ):
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
@@ -8647,6 +8652,14 @@ def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: i
     if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
         changes["is_active"] = False
     return changes
+
+
+def _change_read(db: DB, read: Schedule, changes: dict[str, Any], now: int, settings: Settings) -> list[int] | None:
+    """As change_schedule. None if somebody else was quicker: the changes follow from the schedule as it was read."""
+    stands = get_schedule(db, read.id)
+    if any(getattr(stands, name) != getattr(read, name) for name in shape_of(Schedule).written):
+        return None
+    return change_schedule(db, read.id, changes, now, settings)
 
 
 def change_schedule(
@@ -10034,18 +10047,17 @@ async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusVie
 TOOLS = {tool.name: tool for tool in [*OPERATIONS, _PAUSED] if tool.tool is not None}
 
 # A model pays for each word: other defaults serve it better than a program.
-_LIMIT: Any = (Annotated[int, Field(ge=1, le=100)], 20)
+_AT_MOST_100: Any = Annotated[int, Field(ge=1, le=100)]
+_LIMIT: Any = {"limit": (_AT_MOST_100, 20)}
 _WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
 _HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
 _STATUSES: Any = Annotated[
     Statuses, WithJsonSchema({"type": "string", "description": f"one or more of {', '.join(get_args(Status))}, unfinished"})
 ]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
-    "list_tasks": {"limit": _LIMIT},
-    "list_schedules": {"limit": _LIMIT},
-    "list_upcoming": {"limit": _LIMIT},
-    "list_executions": {"limit": _LIMIT, "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
-    "get_task_history": {"limit": (_LIMIT[0], 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
+    **dict.fromkeys(("list_tasks", "list_schedules", "list_upcoming"), _LIMIT),
+    "list_executions": {**_LIMIT, "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
+    "get_task_history": {"limit": (_AT_MOST_100, 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
     "get_execution": {"wait": (_WAIT, 0), "output": (_HOW_MUCH, "short")},
     "execute_task": {"wait": (_WAIT, 4)},  # some clients give a call up after 5 s
     "rerun_execution": {"wait": (_WAIT, 4)},
@@ -10054,31 +10066,29 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
 }
 # Instead of what the operation says of itself for REST, where configurations are nested.
 WORDS = {
-    "create_task": """What to run: a bash command on ChronoTask's machine, or a request to a url; by arguments of
-        create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
-        *", "timezone": "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one
-        that an `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened.""",
+    "create_task": """A bash command on ChronoTask's machine, or a request to a url; by arguments of create_schedule also when.
+        Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * * *", "timezone":
+        "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one that an `after`
+        schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened.""",
     "update_task": "What is not given stays. Fields as in create_task. status paused pauses it.",
-    "create_schedule": """When a task fires: by expression (cron), once at datetime, every so many seconds, or after other tasks.
+    "create_schedule": """By expression (cron), once at datetime, every so many seconds, or after other tasks.
         Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when task 1
         breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in the
         answer with what was asked for.""",
     "update_schedule": "What is not given stays, the timezone too. Fields as in create_schedule. is_active false pauses it.",
-    "get_task": "With its configuration, counts of runs, and next_run unless nothing will fire.",
     "execute_task": """Answers when the run is over, or after `wait` seconds with its id: get_execution with wait shows its end;
         do not execute again. Other arguments replace fields of the task for this run alone. Works for paused tasks, too.""",
     "list_executions": """Over all tasks: what failed, ran or is unfinished. since and until choose what ran in between. Older:
         before_id. Rows with status skipped or missed are slots that ran nothing.""",
-    "list_upcoming": "In order, each schedule as often as it fires; by default of 24 h.",
     "apply_definitions": """In one transaction, as it stands in a file: chronotask = 1, [tasks.KEY] task_type = "bash", config =
         {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config = {expression = "30 2 * * *"}. Tasks
         that it no longer names go on unless prune says otherwise. Try dry_run first.""",
 }
+HINTS = ("read_only", "destructive", "idempotent", "open_world")
 # Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
 UNTOLD = {
-    *("config", "schedule_config", "task_type", "schedule_type", "schedules"),
-    *("preview_schedule.is_active", "preview_schedule.overlap", "preview_schedule.catchup", "preview_schedule.catchup_window"),
-    *("preview_schedule.key", "preview_schedule.max_runs", "preview_schedule.task_id", "update_schedule.task_id"),
+    *("config", "schedule_config", "task_type", "schedule_type", "schedules", "update_schedule.task_id"),
+    *(f"preview_schedule.{name}" for name in ("is_active", "overlap", "catchup", "catchup_window", "key", "max_runs", "task_id")),
 }
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -10086,17 +10096,15 @@ UNTOLD = {
 # The fields of a configuration are arguments of their own, and say of which type it is: some frameworks cannot pass an argument
 # of the name `config`, and models forget what is nested.
 
-KINDS = {**CONFIGS, **SCHEDULE_CONFIGS}
+FLAT = {"config": ("task_type", CONFIGS), "schedule_config": ("schedule_type", SCHEDULE_CONFIGS)}
 AFTER = {"task_ids": "after_task_ids", "tag": "after_tag", "any": "after_any"}  # as arguments they would be taken for others
-_ARGUMENTS = {k: {AFTER.get(n, n) if k == "after" else n: n for n in field_names(model)} for k, model in KINDS.items()}
-# By the field of a configuration: the field of its type; and of each type the arguments, and the fields that they are.
-FLAT: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
-    "config": ("task_type", {kind: _ARGUMENTS[kind] for kind in CONFIGS}),
-    "schedule_config": ("schedule_type", {kind: _ARGUMENTS[kind] for kind in SCHEDULE_CONFIGS}),
+# Of each type the arguments, and the fields that they are.
+KINDS: dict[str, dict[str, str]] = {
+    kind: {AFTER.get(name, name) if kind == "after" else name: name for name in field_names(model)}
+    for kind, model in (CONFIGS | SCHEDULE_CONFIGS).items()
 }
 MAIN = {"http": "url", "bash": "command", "cron": "expression", "once": "datetime", "interval": "seconds", "after": "on"}
 EITHER = ({"seconds", "days"}, {"datetime", "in_seconds"}, {*AFTER})  # one takes the place of the others
-NULL = {"type": "null"}
 PAIRS = {"env": "=", "headers": ":", "params": "="}  # objects as lists of text: strict schemas know no free names
 CALLED = {  # what models call things
     **dict.fromkeys(("cron", "cron_expression", "schedule", "rrule"), "expression"),
@@ -10105,13 +10113,6 @@ CALLED = {  # what models call things
     **{"interval": "seconds", "tz": "timezone", "zone": "timezone", "script": "command", "cwd": "working_dir"},
     **{"enabled": "is_active", "paused": "status", "id": "task_id"},
 }
-
-
-class Argument(NamedTuple):
-    """Of a tool: `part` is query, body, schedule (one made with its task), or the configuration of which it is a field."""
-
-    part: str
-    schema: dict[str, Any]
 
 
 @functools.cache
@@ -10123,58 +10124,56 @@ def tool_query(operation: Operation) -> type[Query]:
 
 
 @functools.cache
-def tool_arguments(operation: Operation) -> dict[str, Argument]:
-    found: dict[str, Argument] = {}
+def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any], bool]]:
+    """Of each argument its part, its schema, and whether it is required.
 
-    def add(part: str, model: Any, names: Mapping[str, str] | None = None) -> None:
-        whole = adapter(model).json_schema()
-        of_model = whole.get("properties", {})
-        for argument, name in (names or dict(zip(of_model, of_model, strict=True))).items():
-            field = {**of_model[name], **whole.get("$defs", {}).get("HttpAuth", {})} if name == "auth" else of_model[name]
-            found.setdefault(argument, Argument(part, field))
-
-    add("query", tool_query(operation))
+    The part is query, body, schedule (one made with its task), or the configuration of which it is a field.
+    """
+    models: list[tuple[str, Any, str | None]] = [("query", tool_query(operation), None)]
+    found: dict[str, tuple[str, dict[str, Any], bool]] = {}
     if operation.name == "apply_definitions":
-        found["definitions"] = Argument("body", {"type": "string", "description": "TOML or JSON text"})
+        found["definitions"] = ("body", {"type": "string", "description": "TOML or JSON text"}, True)
     elif operation.body is not None:
-        add("body", operation.body)
-        if operation.name == "create_task":
-            add("schedule", NestedSchedule)
-        for holder, (_, kinds) in FLAT.items():
-            for kind, names in kinds.items() if holder in found else ():
-                add(holder, KINDS[kind], names)
-        if operation.method == "PATCH":
-            found["clear"] = Argument("body", {"type": "array", "items": {"type": "string"}, "description": "fields to empty"})
+        models += [("body", operation.body, None), *([("schedule", NestedSchedule, None)] * (operation.name == "create_task"))]
+        held = {name for _, model, _ in models for name in field_names(model)}
+        models += [(holder, kinds[kind], kind) for holder, (_, kinds) in FLAT.items() if holder in held for kind in kinds]
+    for part, model, kind in models:
+        whole = adapter(model).json_schema()
+        fields, required = whole.get("properties", {}), whole.get("required", ()) if kind is None else ()
+        for argument, name in KINDS[kind].items() if kind else zip(fields, fields, strict=True):
+            schema = {**fields[name], **whole.get("$defs", {}).get("HttpAuth", {})} if name == "auth" else fields[name]
+            found.setdefault(argument, (part, schema, name in required))
+    if operation.method == "PATCH":
+        found["clear"] = ("body", {"type": "array", "items": {"type": "string"}, "description": "fields to empty"}, False)
     return found
 
 
-def tool_args(
-    operation: Operation, arguments: Mapping[str, Any], before: Mapping[str, Any] | None = None
-) -> tuple[int | str, Any, Any]:
+def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int | str, Any, Any]:
     """The id, the query and the body of a call, by the rules of REST; null is not given.
 
-    For an update of single fields of a configuration, `before` is the object. Raises InvalidInput that lists every bad argument.
+    The body of an update is a function of the object as it stands. Raises InvalidInput that lists every bad argument.
     """
     known, errors = tool_arguments(operation), list[FieldError]()
     parts: dict[str, dict[str, Any]] = {part: {} for part in ("query", "body", "schedule", *FLAT)}
-    ignored = shape_of(mark_of(operation.body).resource).shown if operation.method == "PATCH" else ()
+    update = operation.method == "PATCH"
+    ignored = shape_of(mark_of(operation.body).resource).shown if update else ()
     for name, value in arguments.items():
         if name in known and value is not None:
             with told_at("", errors):
-                parts[known[name].part][name] = _as_sent(name, value, known[name].schema)
+                parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
         elif value is not None and name not in ignored:
             names = [name for name in known if name not in UNTOLD]
             hint = f": use {CALLED[name]}" if name in CALLED else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
-    checked = body = None
+    query, body = None, partial(_body_of, operation, parts) if operation.body else None
     with told_at("", errors):
-        checked = parse(tool_query(operation), parts["query"])
-    if operation.body is not None:
+        query = parse(tool_query(operation), parts["query"])
+    if body is not None and not update:
         with told_at("", errors):
-            body = _body_of(operation, parts, before)
+            body = body({})
     if errors:
         raise InvalidInput(*errors)
-    return getattr(checked, operation.id_name or "", 0), checked, body
+    return getattr(query, operation.id_name or "", 0), query, body
 
 
 def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
@@ -10194,60 +10193,56 @@ def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
     return value
 
 
-def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any] | None) -> Any:
-    """The body that REST would have."""
-    body, known, clear = parts["body"], tool_arguments(operation), parts["body"].pop("clear", [])
+def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any]) -> Any:
+    """The body that REST would have; `before` is the view of what an update changes."""
+    body, known, errors = {**parts["body"]}, tool_arguments(operation), list[FieldError]()
     if operation.name == "apply_definitions":
         if (text := body.get("definitions")) is None:
             raise InvalidInput(FieldError("definitions", "is required"))
         return parse(operation.body, parse_definitions("definitions", text.encode()) if isinstance(text, str) else text)
-    mark = mark_of(operation.body)
-    if not isinstance(clear, list) or any(n not in known or n in parts[known[n].part] for n in clear):
-        may = [name for name, one in known.items() if one.part != "query" and name not in {*UNTOLD, "clear", "task_id"}]
+    mark, clear = mark_of(operation.body), body.pop("clear", [])
+    if not isinstance(clear, list) or any(name not in [*known] or name in parts[known[name][0]] for name in clear):
+        may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*UNTOLD, "clear", "task_id"}]
         raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
-    for name in [name for name in clear if known[name].part == "body"]:
-        nullable = NULL in known[name].schema.get("anyOf", ())
-        body[name] = None if nullable else copy.copy(shape_of(mark.resource).defaults.get(name))
-    errors: list[FieldError] = []
-    if operation.name == "create_task" and (made := parts["schedule"]) | parts["schedule_config"]:
+    body |= {name: copy.copy(shape_of(mark.resource).defaults.get(name)) for name in clear if known[name][0] == "body"}
+    targets = [(holder, mark, body) for holder in FLAT if holder in mark.fields]
+    if operation.name == "create_task" and (made := {**parts["schedule"]}) | parts["schedule_config"]:
         if "schedules" in body:
             errors.append(FieldError("schedules", "is given too: say it either there or by arguments of their own"))
-        with told_at("", errors):
-            _set_config("schedule_config", mark_of(NestedSchedule), parts["schedule_config"], made, clear, before)
         body["schedules"] = [made]
-    for holder in FLAT.keys() & mark.fields.keys():
+        targets.insert(0, ("schedule_config", mark_of(NestedSchedule), made))
+    for holder, of, target in targets:
         with told_at("", errors):
-            _set_config(holder, mark, parts[holder], body, clear, before)
+            cleared = [name for name in clear if known[name][0] == holder]
+            _set_config(holder, of, parts[holder], target, cleared, before)
     if errors:
         raise InvalidInput(*errors)
     return parse(operation.body, body)
 
 
 def _set_config(
-    holder: str, mark: Body, given: dict[str, Any], body: dict[str, Any], clear: Sequence[str], before: Mapping[str, Any] | None
+    holder: str, mark: Body, given: dict[str, Any], body: dict[str, Any], cleared: list[str], before: Mapping[str, Any]
 ) -> None:
     """Puts the arguments that are fields of a configuration into `body`, with their type. Raises InvalidInput."""
     type_name, kinds = FLAT[holder]
-    typed, cleared = type_name in mark.fields, [name for name in clear if any(name in names for names in kinds.values())]
+    typed, stood = type_name in mark.fields, before.get(type_name)
     if not given and not cleared and (mark.update or not typed or {holder, type_name} & body.keys()):
         return
     if holder in body:
         raise InvalidInput(FieldError(holder, f"is given too: say it either there or by {', '.join(given or cleared)}, not both"))
-    fitting = [kind for kind, names in kinds.items() if given.keys() <= names.keys()]
+    fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
     if not fitting:
-        which = (f"{name} ({' or '.join(kind for kind, names in kinds.items() if name in names)})" for name in given)
+        which = (f"{name} ({' or '.join(kind for kind in kinds if name in KINDS[kind])})" for name in given)
         raise InvalidInput(FieldError(" and ".join(which), "do not go together: give those of one kind"))
-    stood = before[type_name] if before else None
     told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
     kind = body.get(type_name) or (stood if stood in fitting else next(iter(told), None))
     if kind is None and typed:
         raise InvalidInput(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
-    names = kinds.get(kind or fitting[0], {})
+    names = KINDS.get(kind or fitting[0], {})
     config = {names.get(argument, argument): value for argument, value in given.items()}
-    if before:
-        gone = {names.get(name, name) for name in cleared}.union(*(either for either in EITHER if either & config.keys()))
-        kept = before[holder] if kind == stood else {}  # of a schedule's zone the service takes care
-        config = {name: value for name, value in kept.items() if name not in {*gone, "timezone"}} | config
+    if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
+        gone = {"timezone", *(names.get(name, name) for name in cleared)}.union(*(one for one in EITHER if one & config.keys()))
+        config = {name: value for name, value in before[holder].items() if name not in gone} | config
     body |= {holder: config, type_name: kind} if typed else {holder: config}
 
 
@@ -10257,69 +10252,66 @@ def _set_config(
 @functools.cache
 def input_schema(operation: Operation) -> dict[str, Any]:
     """What a model needs to know of a tool's arguments. What create_task or create_schedule says is not said again."""
-    fields: dict[str, Any] = {}
+    known, fields = tool_arguments(operation), dict[str, Any]()
     resource = getattr(mark_of(operation.body), "resource", None)
-    for name, (part, schema) in tool_arguments(operation).items():
-        if name in UNTOLD or f"{operation.name}.{name}" in UNTOLD:
+    for name, (part, schema, _) in known.items():
+        if UNTOLD & {name, f"{operation.name}.{name}"}:
             continue
-        fields[name] = _lean(schema)
-        if part != "query" and (default := fields[name].pop("default", None)) is not None:  # which some clients would send
-            fields[name]["description"] = f"{fields[name].get('description', '')} (default {default})".strip()
+        field = _lean(schema)
+        if part != "query" and (default := field.pop("default", None)) is not None:  # which some clients would send
+            field["description"] = f"{field.get('description', '')} (default {default})".strip()
         if name in PAIRS:
-            fields[name] = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
+            field = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
         home = "create_task" if part == "config" or (part == "body" and resource is Task) else "create_schedule"
         if part != "query" and operation.name != home and name in tool_arguments(TOOLS[home]):
-            told = {key: fields[name][key] for key in ("type", "items", "anyOf", "properties") if key in fields[name]}
-            fields[name] = told | ({"items": {"type": "string"}} if told["type"] == "array" else {})
-    models = [tool_query(operation), *([operation.body] if operation.body else ())]
-    required = ["definitions", *(name for model in models for name in adapter(model).json_schema().get("required", ()))]
-    required = [name for name in required if name in fields]
+            field = {key: field[key] for key in ("type", "anyOf", "properties") if key in field}
+            field |= {"items": {"type": "string"}} if field.get("type") == "array" else {}
+        fields[name] = field
+    required = [name for name in fields if known[name][2]]
     return {"type": "object", "properties": fields} | ({"required": required} if required else {})
 
 
 def _lean(schema: dict[str, Any]) -> dict[str, Any]:
     """A field's schema in few words, and without null: an object is one of its fields, what may be of many types is text."""
-    arms = [_lean(arm) for arm in schema.get("anyOf", ()) if arm != NULL]
+    arms = [_lean(arm) for arm in schema.get("anyOf", ()) if arm != {"type": "null"}]
     whole = (arms[0] if len(arms) == 1 else {"anyOf": arms} if arms else {}) | {k: v for k, v in schema.items() if k != "anyOf"}
+    if "properties" in whole:
+        return {"type": "object", "properties": {name: _lean(field) for name, field in whole["properties"].items()}}
     if isinstance(whole.get("type"), list):
         whole["type"] = "string"
-    told = ("type", "anyOf", "enum", "default", "maximum", "description")
-    lean = {key: whole[key] for key in told if whole.get(key) is not None}
+    lean = {key: whole[key] for key in ("type", "anyOf", "enum", "default", "maximum", "description") if key in whole}
     if lean.get("maximum", 0) >= 1000:
         del lean["maximum"]  # hardly ever met; the error names it
-    if lean.get("default") in ([], False):
+    if lean.get("default", True) in (None, [], False):
         del lean["default"]
-    if "items" in whole:
-        lean["items"] = _lean(whole["items"])
-    if "properties" in whole:
-        lean = {"type": "object", "properties": {name: _lean(field) for name, field in whole["properties"].items()}}
-    return lean
+    return lean | ({"items": _lean(whole["items"])} if "items" in whole else {})
 
 
 @functools.cache
 def make_tools() -> types.ListToolsResult:
     from mcp import types
 
-    def tool(operation: Operation) -> types.Tool:
-        hints: Any = {
-            f"{word}_hint": word in (operation.tool or ()) for word in ("read_only", "destructive", "idempotent", "open_world")
-        }
-        return types.Tool(
-            name=operation.name,
-            title=operation.name.replace("_", " ").capitalize(),
-            description=f"{operation.summary}. {' '.join(WORDS.get(operation.name, operation.description).split())}",
-            input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
-            annotations=types.ToolAnnotations(**hints),
+    tools = []
+    for name, operation in TOOLS.items():
+        hints: Any = {f"{word}_hint": word in (operation.tool or ()) for word in HINTS}
+        words = " ".join(WORDS.get(name, operation.description).split())
+        tools.append(
+            types.Tool(
+                name=name,
+                title=name.replace("_", " ").capitalize(),
+                description=f"{operation.summary}. {words}",
+                input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
+                annotations=types.ToolAnnotations(**hints),
+            )
         )
-
-    return types.ListToolsResult(tools=list(map(tool, TOOLS.values())), ttl_ms=LIFETIME)
+    return types.ListToolsResult(tools=tools, ttl_ms=LIFETIME)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
 #
 # Without nulls, defaults, what follows from other fields, and the same instant twice.
 
-LISTS = {"tasks": Task, "schedules": Schedule, "history": Execution, "executions": Execution}
+ROWS = {"tasks": Task, "schedules": Schedule, "history": Execution, "executions": Execution, "unfinished": Execution}
 FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "managed_by", "skip", "limit"}
 
 
@@ -10328,154 +10320,111 @@ def clip(value: Any, limit: int, where: str) -> Any:
 
     The cut says how many bytes are left out, and `where` they are.
     """
-    if isinstance(value, (dict, list)):
-        text = compact(value)
-        return value if len(text) <= limit else clip(text, limit, where)
-    if not isinstance(value, str) or len(value) <= limit:
+    text = compact(value) if isinstance(value, (dict, list)) else value
+    if not isinstance(text, str) or len(text) <= limit:
         return value
-    head, tail = value[: limit // 4], value[limit // 4 - limit :]
-    left_out = len(value[limit // 4 : limit // 4 - limit].encode("utf-8", "replace"))
+    head, tail = text[: limit // 4], text[limit // 4 - limit :]
+    left_out = len(text[limit // 4 : limit // 4 - limit].encode("utf-8", "replace"))
     return f"{head}\n[… {left_out} bytes left out: {where} …]\n{tail}"
 
 
 def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
-    """What a client sees of a resource, as a model needs it; each text is cut to `limit` characters."""
-    shape, short = shape_of(resource), dict[str, Any]()
+    """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
+    defaults, times = (shape_of(resource).defaults, shape_of(resource).times) if resource else ({}, ())
     kind, kept = ("tasks", "") if resource is Task else ("executions", " that was kept")
     where = f"resource {SCHEME}{kind}/{view.get('id')} has all{kept}"
+    known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
+    short = dict[str, Any]()
     for name, value in view.items():
-        default = shape.defaults.get(name) if name != "status" else None
-        if value in (None, [], {}, default) or name in FOLLOWS or name in without:
+        empty = value in ([], {}) or (value == defaults.get(name) and name != "status")
+        if value is None or name in FOLLOWS or name in without or (resource and empty):
             continue
-        short[name] = f"{value[:19]}Z" if name in shape.times else value
-        if name == "output_data":
-            short[name] = {k: v for k, v in value.items() if v is not None and v is not False and v != "" and k != "headers"}
-            if not value.get("truncated"):
-                short[name] = {k: v for k, v in short[name].items() if not k.endswith("_bytes")}
+        if name in times:
+            value = f"{value[:19]}Z"
+        elif name in ROWS and isinstance(value, list):
+            value = [brief(ROWS[name], row, limit, known) for row in value]
+        elif name == "changes":
+            value = [brief(None, {**row, "upcoming": row["upcoming"][:1]}, limit) for row in value]
+        elif name == "attempts":  # the last one is the execution's
+            value = [brief(Attempt, row, min(limit, TOOL_LIST_TEXT)) for row in value[:-1]]
+        elif name in ("upcoming", "next_runs"):
+            rows = [{k: v for k, v in row.items() if k != "utc"} | {"local": re.sub(r"\.\d+", "", row["local"])} for row in value]
+            value = [row if len(row) > 1 else row["local"] for row in rows]
+        elif name == "output_data" and limit < MAX_ANSWER:
+            gone = {"headers"} if value.get("truncated") else {"headers", "stdout_bytes", "stderr_bytes", "body_bytes"}
+            value = {k: v for k, v in value.items() if k not in gone and v is not None and v is not False and v != ""}
         elif name == "cause":
-            short[name] = {k: value[k] for k in ("event", "execution_id", "text") if value.get(k)}
-        if isinstance(value, dict) and name != "schedule_config":
-            short[name] = {key: clip(inner, limit, where) for key, inner in short[name].items()}
-        elif isinstance(value, str):
-            short[name] = clip(short[name], limit, where)
-    if short.get("upcoming"):  # its first one is the next run
-        short["upcoming"] = [re.sub(r"\.\d+", "", slot["local"]) for slot in short["upcoming"]]
-        short.pop("next_run", None)
-    if "started_at" in short:
-        short.pop("queued_at", None)
-    if short.get("attempt") == 1 and resource is Execution:
-        del short["attempt"]
-    attempts = short.pop("attempts", ())
-    if len(attempts) > 1:  # the last one is the execution's
-        short["attempts"] = [brief(Attempt, one, min(limit, TOOL_LIST_TEXT)) for one in attempts[:-1]]
-    return short
-
-
-def fit(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer of at most MAX_ANSWER characters, which says what was cut."""
-    if len(compact(answer)) <= MAX_ANSWER:
-        return answer
-    limit, notes, most = TOOL_TEXT, answer.pop("notes", []), MAX_ANSWER - 1000  # for the notes
-    for page in (*LISTS, "upcoming", "changes"):
-        rows, total = answer.get(page), len(answer.get(page, ()))
-        while rows and total > 1 and len(rows) > 1 and len(compact(answer)) > most:
-            rows.pop()
-        if rows and len(rows) < total:
-            notes.append(
-                f"only the first {len(rows)} of {total} fit into an answer: ask again for the others, or for less of each"
-            )
-            if page == "executions":
-                answer["next_before_id"] = rows[-1]["id"]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: cut(inner) for name, inner in [*value.items()][: max(limit // 4, 20)]}
-        if isinstance(value, list):
-            return [cut(inner) for inner in value[: max(limit // 40, 1)]]
-        return clip(value, limit, "too long for an answer")
-
-    if len(compact(answer)) > most:
-        notes.append(f"long texts and lists are cut to {MAX_ANSWER} characters in all: resources and REST have all that is kept")
-    while len(compact(answer)) > most:
-        answer, limit = cut(answer), limit // 2
-    return {**answer, "notes": notes}
+            value = {k: value[k] for k in ("event", "execution_id", "text") if value.get(k)}
+        if isinstance(value, dict) and limit < MAX_ANSWER:
+            value = {k: clip(v, limit, where) for k, v in value.items()}
+        short[name] = clip(value, limit, where) if isinstance(value, str) else value
+    gone = {"next_run"} if "upcoming" in short else {"queued_at"} if "started_at" in short else set()
+    gone |= {name for name in ("attempts", "attempt") if resource is Execution and short.get(name) in ([], 1)}
+    return {name: value for name, value in short.items() if name not in gone}
 
 
 async def _use(service: Service, operation: Operation, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A tool's answer, with what a model cannot look up by itself, and without what is long."""
     require(operation.scope)  # before anything is read
     name, before = operation.name, None
-    if operation.method == "PATCH":
-        id_name = str(operation.id_name)
-        named = parse(tool_query(operation), {n: v for n, v in arguments.items() if n == id_name and v is not None})
-        shows = service.get_task if id_name == "task_id" else service.get_schedule
-        before = await shows(await service.task_id(getattr(named, id_name)))
-    named, query, body = tool_args(operation, arguments, before)
+    named, query, body = tool_args(operation, arguments)
     number = await service.task_id(named)
+    if operation.method == "PATCH":  # to compare; what the change starts from is read with it
+        before = await (service.get_task if name == "update_task" else service.get_schedule)(number)
     if name == "get_execution" and query.wait:
         await service.engine.feed.wait_for(number, query.wait)
     view = await operation.call(service, number, query, body)
     if view is None:
         return {"id": number, "deleted": True}
-    notes = list(view.pop("notes", ()))
-    if before is not None and all(before[field] == view[field] for field in shape_of(mark_of(operation.body).resource).written):
-        notes.append("nothing was changed: " + ("all is so already" if body else "no field was given"))
-    resource = getattr(mark_of(operation.result), "resource", None)
-    output = getattr(query, "output", "short")
-    limit = MAX_ANSWER if output == "full" else TOOL_TEXT
+    resource, output = getattr(mark_of(operation.result), "resource", None), getattr(query, "output", "short")
+    notes = [*view.pop("notes", ())]
+    if before and all(before[field] == view[field] for field in shape_of(mark_of(operation.body).resource).written):
+        notes.append("nothing was changed: " + ("no field was given" if len(arguments) < 2 else "all is so already"))
     if name in ("create_task", "get_task"):
         if not (await service.list_schedules(ScheduleQuery(task_id=view["id"], limit=1)))["total"]:
             notes.append("it has no schedule: only execute_task runs it, until create_schedule says when")
         if name == "create_task" and (other := await service.find_equal_task(view["id"])) is not None:
             notes.append(f"task {other} has the same name and configuration: delete one of them unless both are meant")
-    if resource is Execution and view["status"] in UNFINISHED:
+    elif resource is Execution and view["status"] in UNFINISHED:
         notes.append(f"not over: get_execution with execution_id {view['id']} and wait shows its end, cancel_execution ends it")
-    if resource is not None:
-        answer = brief(resource, view, limit, {"trigger", "task_id"} if name == "execute_task" else ())
-        if output == "full":
-            answer |= {"output_data": view["output_data"]}
-        elif output == "none":
-            answer.pop("output_data", None)
-        for key in {"schedules"} & answer.keys():
-            answer[key] = [brief(Schedule, one, limit, ("task_id", "task_name", "created_at")) for one in answer[key]]
-    else:
-        answer = await _brief_page(service, operation, query, view, notes)
-    return fit(answer | ({"notes": notes} if notes else {}))
-
-
-async def _brief_page(
-    service: Service, operation: Operation, query: Any, view: dict[str, Any], notes: list[str]
-) -> dict[str, Any]:
-    """A page, or the status, as a model needs it."""
-    answer = {name: value for name, value in view.items() if value is not None and name not in FOLLOWS}
-    limit = TOOL_TEXT if getattr(query, "output", "") == "full" else TOOL_LIST_TEXT
-    known = ("task_id", "task_name") if operation.name == "get_task_history" else ()
-    for page, kind in LISTS.items():
-        if not isinstance(rows := answer.get(page), list):
-            continue
-        if page == "schedules":
-            for schedule in rows:
-                with contextlib.suppress(NotFound):  # deleted a moment ago
-                    schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"][:2]
-        answer[page] = [brief(kind, row, limit, (*known, "created_at")) for row in rows]
-        if (seen := view.get("skip", 0) + len(rows)) < view.get("total", 0):
-            notes.append(f"{view['total'] - seen} more: ask with skip={seen}, or with a higher limit")
-    for firings in ("upcoming", "next_runs"):
-        if firings in answer:
-            rows = [{key: value for key, value in one.items() if key != "utc"} for one in answer[firings]]
-            answer[firings] = [row if len(row) > 1 else row["local"] for row in rows]
-    for change in answer.get("changes", ()):
-        change["upcoming"] = [slot["local"] for slot in change["upcoming"][:1]]
-    if operation.name == "list_upcoming" and not answer["upcoming"]:
+    elif name == "list_upcoming" and not view["upcoming"]:
         notes.append("nothing fires by then" + ("" if query.until else ": until looks further than 24 h"))
-    if "next_runs" in answer:
-        answer["now"] = format_local(service.clock.now() // SECOND * SECOND, view["timezone"])
-        answer["next_runs"] = answer["next_runs"][: getattr(query, "limit", 5)]
-        answer["lateness"] = {name: seconds for name, seconds in view["lateness"].items() if view["lateness"]["count"]}
-        answer["executions"] = {status: count for status, count in view["executions"].items() if count}
-        going = await service.list_executions(ExecutionQuery(status=("unfinished",), output="none", limit=20))
-        answer["unfinished"] = [brief(Execution, row, limit) for row in going["executions"]]
-    return answer
+    elif name == "list_schedules":
+        for schedule in view["schedules"]:
+            with contextlib.suppress(NotFound):  # deleted a moment ago
+                schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"][:2]
+    elif "next_runs" in view:
+        view["now"] = format_local(service.clock.now() // SECOND * SECOND, view["timezone"])
+        view["next_runs"] = view["next_runs"][: getattr(query, "limit", 5)]
+        view["lateness"] = view["lateness"] if view["lateness"]["count"] else None
+        view["executions"] = {status: count for status, count in view["executions"].items() if count}
+        view["unfinished"] = (await service.list_executions(ExecutionQuery(status=("unfinished",), output="none", limit=20)))[
+            "executions"
+        ]
+    without = {"output_data"} if output == "none" else {"trigger", "task_id"} if name == "execute_task" else set()
+    short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
+    answer, cut = _fitting(resource, view, full if output == "full" else short, without)
+    for page, total in cut.items():
+        notes.append(f"only the first {len(view[page])} of {total} fit into an answer: ask for the others, or for less of each")
+    for page in ROWS.keys() & view.keys() if "total" in view else ():
+        if (seen := view["skip"] + len(view[page])) < view["total"]:
+            notes.append(f"{view['total'] - seen} more: ask with skip={seen}, or with a higher limit")
+    return answer | ({"notes": notes} if notes else {})
+
+
+def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The view in brief, with room for notes, and how many rows those lists had that were made shorter for it."""
+    lists = {name: rows for name, rows in view.items() if isinstance(rows, list)}
+    sizes = {name: len(rows) for name, rows in lists.items()}
+    while len(compact(answer := brief(resource, view, limit, without))) > MAX_ANSWER - 1000:
+        longest = max(lists, key=lambda name: len(lists[name]), default="")
+        if len(lists.get(longest, ())) > 1 and (resource is None or limit < 200):
+            del lists[longest][len(lists[longest]) * 3 // 4 :]
+            if "next_before_id" in view:
+                view["next_before_id"] = lists[longest][-1]["id"]
+        else:
+            limit //= 2
+    return answer, {name: size for name, size in sizes.items() if len(lists[name]) < size}
 
 
 _CALLS: set[asyncio.Task[Any]] = set()
@@ -10491,8 +10440,7 @@ async def run_tool(
     from mcp import MCPError, types
 
     if (operation := TOOLS.get(name)) is None:
-        hint = nearest(name, TOOLS)
-        raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + (f": did you mean {hint}?" if hint else ""))
+        raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + did_you_mean(name, TOOLS))
     view = None
     try:
         job = asyncio.create_task(_use(service, operation, arguments))
@@ -10505,32 +10453,25 @@ async def run_tool(
         view = await asyncio.shield(job)  # which goes on when the client goes away: a use case is never left half done
         text = compact(view)
     except ChronoTaskError as error:
-        text = _as_argument(error, arguments).detail + _where_to_look(error)
+        text = _said(error, arguments)
     except Exception:
         logger.exception("tool %s", name)
         text = "something went wrong here; the log has the details"
     return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
 
 
-def _as_argument(error: ChronoTaskError, arguments: Mapping[str, Any]) -> ChronoTaskError:
-    """An error about fields of a configuration, told with the arguments that they were given by."""
-    if not isinstance(error, InvalidInput):
-        return error
-    told: list[FieldError] = []
-    for field, message in error.errors:
-        name = field if arguments.get("schedules") else field.removeprefix("schedules[0].")
-        for holder in FLAT:
-            if arguments.get(holder) is None and (inside := re.match(rf"{holder}\.(\w+)", name)):
-                name = AFTER.get(inside[1], inside[1]) + name[inside.end() :]
-        told.append(FieldError(name, message.replace("task_ids, tag and any", ", ".join(AFTER.values()))))
-    return InvalidInput(*told)
-
-
-def _where_to_look(error: ChronoTaskError) -> str:
-    """Which tool shows the ids that exist."""
-    match = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", error.detail)
-    tools = {"task": "list_tasks", "schedule": "list_schedules", "execution": "list_executions"}
-    return f": {tools[match[1]]} shows those that exist" if match else ""
+def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
+    """An error's text: fields of a configuration as the arguments that gave them, and which tool shows the ids that exist."""
+    fields: list[FieldError] = []
+    for name, message in error.errors:
+        name = name if arguments.get("schedules") else name.removeprefix("schedules[0].")
+        inside = re.match(r"(config|schedule_config)\.(\w+)", name)
+        if inside and arguments.get(inside[1]) is None:
+            name = AFTER.get(inside[2], inside[2]) + name[inside.end() :]
+        fields.append(FieldError(name, message.replace("task_ids, tag and any", ", ".join(AFTER.values()))))
+    text = InvalidInput(*fields).detail if isinstance(error, InvalidInput) else error.detail
+    looked_for = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", text)
+    return f"{text}: list_{looked_for[1]}s shows those that exist" if looked_for else text
 
 
 # --- Resources, the prompt, the server --------------------------------------------------------------------------------
@@ -10570,13 +10511,12 @@ async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
     """The text of the prompt: how to go about it, and the facts. Raises NotFound, InvalidInput."""
     named, query, _ = tool_args(TOOLS["get_task_history"], arguments)
     task_id = await service.task_id(named)
-    task = await service.get_task(task_id)
-    history = (await service.get_task_history(task_id, query))["history"]
-    schedules = (await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20)))["schedules"]
+    schedules = await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20))
+    history = brief(None, await service.get_task_history(task_id, query), 4 * TOOL_LIST_TEXT)
     facts = {
-        "task": brief(Task, task, TOOL_LIST_TEXT),
-        "schedules": [brief(Schedule, schedule, TOOL_LIST_TEXT) for schedule in schedules],
-        "history": [brief(Execution, execution, 4 * TOOL_LIST_TEXT, ("task_id", "task_name")) for execution in history],
+        "task": brief(Task, await service.get_task(task_id), TOOL_LIST_TEXT),
+        "schedules": brief(None, schedules, TOOL_LIST_TEXT)["schedules"],
+        "history": history["history"],
     }
     return DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1)
 
@@ -10595,23 +10535,22 @@ def make_server(service: Service) -> Server[Any]:
     task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
     prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-    def always(make: Callable[[], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+    def always(kind: Any, **what: Any) -> Callable[[Any, Any], Awaitable[Any]]:
         async def answer(_: Any, params: Any) -> Any:
-            return make()
+            return kind(**what, ttl_ms=LIFETIME)
 
         return answer
+
+    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
+        return make_tools()
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         caller, client = CALLER.get(), context.session.client_params
         if caller.actor == "-" and client is not None:  # without tokens it is the client that says who it is
             name = "".join(char for char in client.client_info.name if char.isprintable())[:64]
             CALLER.set(Caller(name or "-", caller.via.replace("cli", "mcp"), caller.scope))
-
-        async def progress(seconds: float) -> None:
-            await context.session.report_progress(seconds, message="waiting for the end")
-
-        asked = (context.meta or {}).get("progress_token") is not None
-        return await run_tool(service, params.name, params.arguments or {}, progress if asked else None)
+        progress = partial(context.session.report_progress, message="waiting for the end")  # nothing, unless the client asks
+        return await run_tool(service, params.name, params.arguments or {}, progress)
 
     async def get_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
         try:
@@ -10626,21 +10565,19 @@ def make_server(service: Service) -> Server[Any]:
         try:
             text = await diagnose_task(service, params.arguments or {})
         except ChronoTaskError as error:
-            raise MCPError(types.INVALID_PARAMS, error.detail + _where_to_look(error)) from None
+            raise MCPError(types.INVALID_PARAMS, _said(error, {})) from None
         return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=types.TextContent(text=text))])
 
     return Server(
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=always(make_tools),
+        on_list_tools=list_tools,
         on_call_tool=call_tool,
-        on_list_resources=always(lambda: types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
-        on_list_resource_templates=always(
-            lambda: types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)
-        ),
+        on_list_resources=always(types.ListResourcesResult, resources=[status]),
+        on_list_resource_templates=always(types.ListResourceTemplatesResult, resource_templates=templates),
         on_read_resource=get_resource,
-        on_list_prompts=always(lambda: types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
+        on_list_prompts=always(types.ListPromptsResult, prompts=[prompt]),
         on_get_prompt=get_prompt,
     )
 
@@ -10695,11 +10632,9 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
     from mcp import MCPError, types
 
     if size > MAX_BODY:
-        # Before the first nested object, or after the last one: there, an "id" is the message's own.
-        pieces = re.split(rb"([{}])", line.strip())
-        ends = pieces[2:3] if pieces[:2] == [b"", b"{"] else []
-        ends += pieces[-3:-2] if pieces[-4:-3] + pieces[-2:] == [b"}", b"}", b""] else []
-        match = next(filter(None, map(_ID.search, ends)), None)
+        line = line.strip()  # before the first nested object, or after the last one, an "id" is the message's own
+        head, (_, nested, tail) = line.partition(b"{")[2].partition(b"{")[0], line.removesuffix(b"}").rpartition(b"}")
+        match = _ID.search(head) or (_ID.search(tail) if nested and line.endswith(b"}") else None)
         number = json.loads(match[1]) if match else None
         raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
     number = None
