@@ -10291,20 +10291,17 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
 def make_tools() -> types.ListToolsResult:
     from mcp import types
 
-    tools = []
-    for name, operation in TOOLS.items():
+    def tool(name: str, operation: Operation) -> types.Tool:
         hints: Any = {f"{word}_hint": word in (operation.tool or ()) for word in HINTS}
-        words = " ".join(WORDS.get(name, operation.description).split())
-        tools.append(
-            types.Tool(
-                name=name,
-                title=name.replace("_", " ").capitalize(),
-                description=f"{operation.summary}. {words}",
-                input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
-                annotations=types.ToolAnnotations(**hints),
-            )
+        return types.Tool(
+            name=name,
+            title=name.replace("_", " ").capitalize(),
+            description=f"{operation.summary}. {' '.join(WORDS.get(name, operation.description).split())}",
+            input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
+            annotations=types.ToolAnnotations(**hints),
         )
-    return types.ListToolsResult(tools=tools, ttl_ms=LIFETIME)
+
+    return types.ListToolsResult(tools=[tool(*item) for item in TOOLS.items()], ttl_ms=LIFETIME)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -10331,8 +10328,10 @@ def clip(value: Any, limit: int, where: str) -> Any:
 def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
     """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
     defaults, times = (shape_of(resource).defaults, shape_of(resource).times) if resource else ({}, ())
-    kind, kept = ("tasks", "") if resource is Task else ("executions", " that was kept")
-    where = f"resource {SCHEME}{kind}/{view.get('id')} has all{kept}"
+    where = "REST has all"
+    if resource in (Task, Execution, Attempt):
+        of, kept = ("tasks", "") if resource is Task else ("executions", " that was kept")
+        where = f"resource {SCHEME}{of}/{view['id']} has all{kept}"
     known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
     short = dict[str, Any]()
     for name, value in view.items():
@@ -10346,7 +10345,7 @@ def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collectio
         elif name == "changes":
             value = [brief(None, {**row, "upcoming": row["upcoming"][:1]}, limit) for row in value]
         elif name == "attempts":  # the last one is the execution's
-            value = [brief(Attempt, row, min(limit, TOOL_LIST_TEXT)) for row in value[:-1]]
+            value = [brief(Attempt, {**row, "id": view["id"]}, min(limit, TOOL_LIST_TEXT), {"id"}) for row in value[:-1]]
         elif name in ("upcoming", "next_runs"):
             rows = [{k: v for k, v in row.items() if k != "utc"} | {"local": re.sub(r"\.\d+", "", row["local"])} for row in value]
             value = [row if len(row) > 1 else row["local"] for row in rows]
@@ -10394,13 +10393,12 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
             with contextlib.suppress(NotFound):  # deleted a moment ago
                 schedule["upcoming"] = (await service.get_schedule(schedule["id"]))["upcoming"][:2]
     elif "next_runs" in view:
+        going = ExecutionQuery(status=("unfinished",), output="none", limit=20)
         view["now"] = format_local(service.clock.now() // SECOND * SECOND, view["timezone"])
         view["next_runs"] = view["next_runs"][: getattr(query, "limit", 5)]
         view["lateness"] = view["lateness"] if view["lateness"]["count"] else None
         view["executions"] = {status: count for status, count in view["executions"].items() if count}
-        view["unfinished"] = (await service.list_executions(ExecutionQuery(status=("unfinished",), output="none", limit=20)))[
-            "executions"
-        ]
+        view |= {"unfinished": (await service.list_executions(going))["executions"]}
     without = {"output_data"} if output == "none" else {"trigger", "task_id"} if name == "execute_task" else set()
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
     answer, cut = _fitting(resource, view, full if output == "full" else short, without)
@@ -10433,10 +10431,8 @@ _CALLS: set[asyncio.Task[Any]] = set()
 async def run_tool(
     service: Service, name: str, arguments: Mapping[str, Any], progress: Callable[[float], Awaitable[None]] | None = None
 ) -> types.CallToolResult:
-    """Calls a tool. What is wrong with the call is in the result, for the model to put right; only an unknown name raises.
-
-    `progress` is called each second, with the number of seconds.
-    """
+    """Calls a tool, and `progress` each second with the number of seconds. What is wrong with the call is in the result, for
+    the model to put right; only an unknown name raises."""
     from mcp import MCPError, types
 
     if (operation := TOOLS.get(name)) is None:
@@ -10497,30 +10493,6 @@ Times are UTC. The facts:
 """
 
 
-async def read_resource(service: Service, uri: str) -> Any:
-    """What is behind `chronotask://tasks/7`, `chronotask://executions/7` (with all kept output) or `chronotask://status`."""
-    match = re.fullmatch(SCHEME + r"(?:status|(tasks|executions)/([0-9]{1,18}))", uri)
-    if match is None:
-        raise NotFound(f"there is no resource {shown(uri)}; known are status, tasks/ID and executions/ID below {SCHEME}")
-    if match[1] is None:
-        return await service.get_scheduler_status()
-    return await (service.get_task if match[1] == "tasks" else service.get_execution)(int(match[2]))
-
-
-async def diagnose_task(service: Service, arguments: Mapping[str, str]) -> str:
-    """The text of the prompt: how to go about it, and the facts. Raises NotFound, InvalidInput."""
-    named, query, _ = tool_args(TOOLS["get_task_history"], arguments)
-    task_id = await service.task_id(named)
-    schedules = await service.list_schedules(ScheduleQuery(task_id=task_id, limit=20))
-    history = brief(None, await service.get_task_history(task_id, query), 4 * TOOL_LIST_TEXT)
-    facts = {
-        "task": brief(Task, await service.get_task(task_id), TOOL_LIST_TEXT),
-        "schedules": brief(None, schedules, TOOL_LIST_TEXT)["schedules"],
-        "history": history["history"],
-    }
-    return DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1)
-
-
 def make_server(service: Service) -> Server[Any]:
     """The MCP server of a service, for any transport and every protocol version that the SDK knows."""
     from mcp import MCPError, types
@@ -10535,14 +10507,11 @@ def make_server(service: Service) -> Server[Any]:
     task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
     prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-    def always(kind: Any, **what: Any) -> Callable[[Any, Any], Awaitable[Any]]:
+    def always(result: Any) -> Callable[[Any, Any], Awaitable[Any]]:
         async def answer(_: Any, params: Any) -> Any:
-            return kind(**what, ttl_ms=LIFETIME)
+            return result
 
         return answer
-
-    async def list_tools(_: Any, params: Any) -> types.ListToolsResult:
-        return make_tools()
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         caller, client = CALLER.get(), context.session.client_params
@@ -10552,9 +10521,14 @@ def make_server(service: Service) -> Server[Any]:
         progress = partial(context.session.report_progress, message="waiting for the end")  # nothing, unless the client asks
         return await run_tool(service, params.name, params.arguments or {}, progress)
 
-    async def get_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+    async def read_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+        match = re.fullmatch(SCHEME + r"(?:status|(tasks|executions)/([0-9]{1,18}))", params.uri)
         try:
-            text = compact(await read_resource(service, params.uri))
+            if match is None:
+                known = "known are status, tasks/ID and executions/ID"
+                raise NotFound(f"there is no resource {shown(params.uri)}; {known} below {SCHEME}")
+            shows: Any = {"tasks": service.get_task, "executions": service.get_execution}.get(match[1])
+            text = compact(await (shows(int(match[2])) if shows else service.get_scheduler_status()))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
         return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])
@@ -10563,21 +10537,26 @@ def make_server(service: Service) -> Server[Any]:
         if params.name != PROMPT:
             raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {PROMPT}")
         try:
-            text = await diagnose_task(service, params.arguments or {})
+            named, query, _ = tool_args(TOOLS["get_task_history"], params.arguments or {})
+            number = await service.task_id(named)
+            facts = {"task": brief(Task, await service.get_task(number), TOOL_LIST_TEXT)}
+            facts |= brief(None, dict(await service.list_schedules(ScheduleQuery(task_id=number, limit=20))), TOOL_LIST_TEXT)
+            facts |= brief(None, dict(await service.get_task_history(number, query)), 4 * TOOL_LIST_TEXT)
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, _said(error, {})) from None
-        return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=types.TextContent(text=text))])
+        text = types.TextContent(text=DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1))
+        return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=text)])
 
     return Server(
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=list_tools,
+        on_list_tools=always(make_tools()),
         on_call_tool=call_tool,
-        on_list_resources=always(types.ListResourcesResult, resources=[status]),
-        on_list_resource_templates=always(types.ListResourceTemplatesResult, resource_templates=templates),
-        on_read_resource=get_resource,
-        on_list_prompts=always(types.ListPromptsResult, prompts=[prompt]),
+        on_list_resources=always(types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
+        on_list_resource_templates=always(types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)),
+        on_read_resource=read_resource,
+        on_list_prompts=always(types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
         on_get_prompt=get_prompt,
     )
 
@@ -10610,7 +10589,7 @@ def write_all(sink: int, data: bytes) -> None:
 
 
 async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
-    """Each line with its real size in bytes. Of one over MAX_BODY only both ends are kept: one of them holds its id."""
+    """Each line with its size in bytes. Of one over MAX_BODY only both ends are kept: one of them holds its id."""
     line, size = bytearray(), 0
     while piece := await in_daemon(os.read, source, 65536):
         for index, part in enumerate(piece.split(b"\n")):
@@ -10659,16 +10638,11 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 
     into, inbox = anyio.create_memory_object_stream[Any](0)
     outbox, out_of = anyio.create_memory_object_stream[Any](0)
-    refusals, calls, answered = outbox.clone(), set[str](), asyncio.Event()  # the ids of calls that have no answer yet
+    refusals, calls = outbox.clone(), set[str]()  # the ids of calls that have no answer yet
 
     async def at_most(count: int) -> None:
         while len(calls) > count:
-            answered.clear()
-            await answered.wait()
-
-    def forget(number: Any) -> None:
-        calls.discard(str(number))
-        answered.set()
+            await asyncio.sleep(0.005)
 
     async def take_in() -> None:
         """Passes messages on to the server, no faster than it answers; what is no message is refused at once."""
@@ -10685,14 +10659,14 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
             if isinstance(message, types.JSONRPCRequest):
                 calls.add(str(message.id))
             elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-                forget((message.params or {}).get("requestId"))
+                calls.discard(str((message.params or {}).get("requestId")))
             await into.send(SessionMessage(message))
 
     async def give_out() -> None:
         async for outgoing in out_of:
             line = outgoing.message.model_dump_json(by_alias=True, exclude_unset=True) + "\n"
             await in_daemon(write_all, sink, line.encode())
-            forget(getattr(outgoing.message, "id", None))
+            calls.discard(str(getattr(outgoing.message, "id", None)))
 
     serving = asyncio.ensure_future(server.run(inbox, outbox, server.create_initialization_options()))
     writing = asyncio.ensure_future(give_out())

@@ -11218,6 +11218,21 @@ async def test_an_update_that_changes_nothing_says_so(call: Caller) -> None:
     assert "notes" not in await call("update_task", task_id=f"{task_id}", command="false")
 
 
+async def test_of_flat_updates_at_once_none_is_lost(call: Caller) -> None:
+    task_id = await bash_mcp(call, "true")
+    made = await call("create_schedule", task_id=task_id, expression="0 3 * * *", timezone="Asia/Tokyo")
+    for number in range(1, 6):
+        changes = ({"args": [f"{number}"]}, {"timeout": number}, {"working_dir": f"/{number}"})
+        await asyncio.gather(*(call("update_task", task_id=task_id, **change) for change in changes))
+        config = (await call("get_task", task_id=task_id))["config"]
+        assert config == {"command": "true", "args": [f"{number}"], "timeout": number, "working_dir": f"/{number}"}
+        zone = "Europe/Berlin" if number % 2 else "Asia/Tokyo"
+        changes = ({"expression": f"{number} 3 * * *"}, {"timezone": zone}, {"jitter": number})
+        await asyncio.gather(*(call("update_schedule", schedule_id=made["id"], **change) for change in changes))
+        [stands] = (await call("list_schedules"))["schedules"]
+        assert stands["schedule_config"] == {"expression": f"{number} 3 * * *", "timezone": zone} and stands["jitter"] == number
+
+
 async def test_answers_are_short(call: Caller) -> None:
     for number in range(20):
         zone = {"expression": f"{number} 9 * * MON-FRI", "timezone": "Europe/Berlin"}
