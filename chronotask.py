@@ -5,16 +5,18 @@
 # ///
 """ChronoTask: a lightweight, reliable task scheduler in one module.
 
-HTTP requests and bash commands, fired by cron, once and interval schedules; a REST API, an MCP server for AI
-assistants, and a history in SQLite that survives restarts and `kill -9`.
+HTTP requests and bash commands, fired by cron, once and interval schedules, or after each other; a REST API, an MCP
+server for AI assistants, and a history in SQLite that survives restarts and `kill -9`.
 
 The words, one meaning each
     task        what to do: an HTTP request or a bash command
-    schedule    when a task fires
+    schedule    when a task fires: at its slots, or after executions of other tasks
+    key         a name of a task or schedule for programs and files: `key:NAME` stands wherever an id may
     slot        one planned instant of a schedule
     claim       to turn a slot that is due into an execution, and move its schedule on
     execution   one run of a task, past, present or queued; it has one or more attempts
     attempt     one try at it
+    cause       the execution, and what it came to, after which a schedule of type `after` fired another one
     tick        one transaction of the engine: finish what has ended, claim what is due, start what is ready
     take up     to follow what was written, by this process or another
     leader      the one process on a database that fires schedules and runs executions
@@ -33,13 +35,14 @@ Where to add something
     a field of a task, schedule or execution    its declaration (3) and a migration (6)
     a setting                                   a line of Settings (1)
     an operation of REST and MCP                a method of Service (11): signature, docstring, @Operation
-    a kind of schedule                          a Timing (2) and its configuration
+    a kind of schedule                          a Timing and a line of make_timing (2), its line of SCHEDULE_CONFIGS (3)
+    an event of `after`                         EVENTS (2), AfterEvent (3) and events_of (4)
 
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
      1 Errors and settings   the error tree, the settings; never reads os.environ itself
-     2 Schedules (pure)      slots of cron, once and interval; no clock, no I/O
+     2 Schedules (pure)      the timings Cron, Once, Interval, Days and After, their slots and words; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
-     4 Decisions (pure)      what to do about due slots, overlap, ends of attempts, a clock that was set; no clock, no I/O
+     4 Decisions (pure)      due slots, overlap, ends of attempts, what follows them, a clock that was set; no clock, no I/O
      5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
@@ -155,7 +158,6 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
-    NoReturn,
     NotRequired,  # pydantic reads those of `typing` only from 3.12 on
     Required,
     TypeVar,
@@ -222,50 +224,34 @@ class FieldError(NamedTuple):
 class ChronoTaskError(Exception):
     """An error whose text is meant for the caller. `status` is the HTTP status that REST answers with."""
 
-    status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
-
-    def __init_subclass__(cls, status: int = 500, title: str = "Internal error") -> None:
-        cls.status, cls.title = status, title
+    status, title = 500, "Internal error"
 
     def __init__(self, detail: str, errors: Sequence[FieldError] = ()) -> None:
         super().__init__(detail)
-        self.detail = detail
-        self.errors = tuple(errors)
+        self.detail, self.errors = detail, tuple(errors)
 
 
-class MalformedBody(ChronoTaskError, status=400, title="Malformed request"): ...
+def _answered(status: int, title: str) -> type[ChronoTaskError]:
+    return type(title, (ChronoTaskError,), {"status": status, "title": title})
 
 
-class Unauthorized(ChronoTaskError, status=401, title="Unauthorized"): ...
+MalformedBody = _answered(400, "Malformed request")
+Unauthorized = _answered(401, "Unauthorized")
+Forbidden = _answered(403, "Forbidden")
+NotFound = _answered(404, "Not found")
+MethodNotAllowed = _answered(405, "Method not allowed")
+RequestTimeout = _answered(408, "Request timeout")
+Conflict = _answered(409, "Conflict")
+BodyTooLarge = _answered(413, "Body too large")
+UnsupportedMedia = _answered(415, "Unsupported media type")
+TooManyRequests = _answered(429, "Too many requests")
+Unavailable = _answered(503, "Unavailable")  # the database cannot be written, or the service is stopping
 
 
-class Forbidden(ChronoTaskError, status=403, title="Forbidden"): ...
-
-
-class NotFound(ChronoTaskError, status=404, title="Not found"): ...
-
-
-class MethodNotAllowed(ChronoTaskError, status=405, title="Method not allowed"): ...
-
-
-class RequestTimeout(ChronoTaskError, status=408, title="Request timeout"): ...
-
-
-class Conflict(ChronoTaskError, status=409, title="Conflict"): ...
-
-
-class BodyTooLarge(ChronoTaskError, status=413, title="Body too large"): ...
-
-
-class UnsupportedMedia(ChronoTaskError, status=415, title="Unsupported media type"): ...
-
-
-class TooManyRequests(ChronoTaskError, status=429, title="Too many requests"): ...
-
-
-class InvalidInput(ChronoTaskError, status=422, title="Invalid input"):
+class InvalidInput(ChronoTaskError):
     """Input that was understood but cannot be accepted; `errors` names each bad field."""
+
+    status, title = 422, "Invalid input"
 
     def __init__(self, *errors: FieldError) -> None:
         super().__init__("; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors), errors)
@@ -278,10 +264,6 @@ def told_at(path: str, errors: list[FieldError]) -> Iterator[None]:
         yield
     except InvalidInput as error:
         errors += [FieldError(path + name, message) for name, message in error.errors]
-
-
-class Unavailable(ChronoTaskError, status=503, title="Unavailable"):
-    """The database cannot be written, or the service is stopping."""
 
 
 class StartupError(ChronoTaskError):
@@ -324,16 +306,11 @@ def load_zone(name: str) -> ZoneInfo:
             raise ValueError
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        city, known = name.lower().replace(" ", "_").rpartition("/")[2], _zone_names()
+        city, known = name.lower().replace(" ", "_").rpartition("/")[2], sorted(zoneinfo.available_timezones())
         same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
         hint = same_city[0] if same_city else nearest(name, known)
         example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
         raise ValueError(f"must be an IANA time zone {example}") from None
-
-
-@functools.cache
-def _zone_names() -> list[str]:
-    return sorted(zoneinfo.available_timezones())  # opens some 600 files
 
 
 ENV_PREFIX = "CHRONOTASK_"
@@ -347,15 +324,12 @@ PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NET
 
 
 def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many: bool = False) -> Callable[[str], Any]:
-    """What reads a setting, or with `many` a tuple of them.
-
-    It raises ValueError that says what is `allowed`, also where `convert` raises one.
-    """
+    """What reads a setting, or with `many` a tuple of them. It raises ValueError that says what is `allowed`."""
     matches = re.compile(pattern).fullmatch
 
     def read(text: str) -> Any:
         words = [word.strip() for word in text.split(",")] if many else [text]
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError):
             if text.isprintable() and all(map(matches, words)):
                 values = tuple(map(convert, words))
                 return values if many else values[0]
@@ -374,30 +348,26 @@ def _number(low: int, high: int, kind: Callable[[str], float] = float) -> Callab
     return _text(pattern, f"{what} from {low} to {high}", within)
 
 
+def _other_user(name: str) -> pwd.struct_passwd:
+    user = pwd.getpwnam(name)
+    if user.pw_uid in (0, os.geteuid()):
+        raise ValueError
+    return user
+
+
 _path = _text(".+", "a path without control characters", lambda text: Path(text).absolute())
-_sqlite_path = _text(
-    r"sqlite:///[^?]+",
-    "sqlite:///relative/path.db or sqlite:////absolute/path.db",
-    lambda text: Path(text.removeprefix("sqlite:///")).absolute(),
-)
+_sqlite_rule = "sqlite:///relative/path.db or sqlite:////absolute/path.db"
+_sqlite_path = _text(r"sqlite:///[^?]+", _sqlite_rule, lambda text: _path(text.removeprefix("sqlite:///")))
 _host = _text(r"[A-Za-z0-9._:-]+", "a host name or IP address to listen on")
 _token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
 _public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
-_user = _text(".+", "a user of this machine, neither root nor the service's own", lambda name: _other_user(name))
+_user = _text(".+", "a user of this machine, neither root nor the service's own", _other_user)
 _words = _text(".+", "without empty entries or control characters", many=True)
 _launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
 _hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
-
-
-def _other_user(name: str) -> pwd.struct_passwd:
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwnam(name)
-        if user.pw_uid not in (0, os.geteuid()):
-            return user
-    raise ValueError
 
 
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
@@ -468,7 +438,7 @@ class Settings:
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
         if settings.api_tokens_file is not None:
-            read_tokens(settings.api_tokens_file)
+            _read_tokens(settings.api_tokens_file)
         with contextlib.suppress(OSError):  # it need not exist
             if why := untrusted(settings.secrets_dir, os.stat(settings.secrets_dir)):
                 raise StartupError(f"{ENV_PREFIX}SECRETS_DIR={shown(str(settings.secrets_dir))}: {why}", exit_status=2)
@@ -529,25 +499,30 @@ def _has_others(gid: int) -> bool:
     return bool(members - {"root"})
 
 
-def _read_token(path: Path, warnings: list[str]) -> str:
-    """The token in a file that only its owner and group may read; an own one that is too open is tightened."""
-    name = f"{ENV_PREFIX}API_TOKEN_FILE={shown(str(path))}"
+def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
+    """A file of tokens that nobody else can write: how messages name it, its text and its mode. Raises StartupError."""
+    name = f"{ENV_PREFIX}{variable}={shown(str(path))}"
     try:
         with path.open(encoding="utf-8-sig") as file:
-            found = os.fstat(file.fileno())
-            if why := untrusted(path, found):
-                raise StartupError(f"{name}: {why}", exit_status=2)
-            text = file.read(8192).strip()
-            if found.st_mode & 0o007:
-                try:
-                    os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode) & ~0o007)
-                    warnings.append(f"{name}: other users could read it, which is ended: chmod o-rwx")
-                except OSError:  # root's, or on a read-only file system
-                    warnings.append(f"{name}: other users can read it: chmod o-rwx")
+            found, text = os.fstat(file.fileno()), file.read(1048577)
     except (OSError, ValueError) as error:
-        raise StartupError(f"{name}: must be a readable ASCII file ({error})", exit_status=2) from None
+        raise StartupError(f"{name}: must be a readable text file ({error})", exit_status=2) from None
+    if why := untrusted(path, found) or ("must be at most 1 MiB" if len(text) > 1048576 else None):
+        raise StartupError(f"{name}: {why}", exit_status=2)
+    return name, text, stat.S_IMODE(found.st_mode)
+
+
+def _read_token(path: Path, warnings: list[str]) -> str:
+    """The token in a file that only its owner and group may read; an own one that is too open is tightened."""
+    name, text, mode = _read_trusted("API_TOKEN_FILE", path)
+    if mode & 0o007:
+        try:
+            path.chmod(mode & ~0o007)
+            warnings.append(f"{name}: other users could read it, which is ended: chmod o-rwx")
+        except OSError:  # root's, or on a read-only file system
+            warnings.append(f"{name}: other users can read it: chmod o-rwx")
     try:
-        return str(_token(text))
+        return str(_token(text.strip()))
     except ValueError as error:
         raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
 
@@ -567,20 +542,13 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-def read_tokens(path: Path) -> list[Token]:
+def _read_tokens(path: Path) -> list[Token]:
     """The tokens of a file: lines NAME SCOPE TOKEN. Raises StartupError (status 2) with the number of the line."""
-    name, tokens = f"{ENV_PREFIX}API_TOKENS_FILE={shown(str(path))}", dict[str, Token]()
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            found = os.fstat(file.fileno())
-            text = file.read(1048577)
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{name}: must be a readable text file ({error})", exit_status=2) from None
-    why = untrusted(path, found)
-    if found.st_mode & 0o007 and not why:
-        why = f"other users can read it (mode {stat.S_IMODE(found.st_mode):04o}): chmod o-rwx {shown(str(path), 4096)}"
-    if why or len(text) > 1048576:
-        raise StartupError(f"{name}: {why or 'must be at most 1 MiB'}", exit_status=2)
+    file, text, mode = _read_trusted("API_TOKENS_FILE", path)
+    tokens: list[Token] = []
+    if mode & 0o007:
+        text = f"{file}: other users can read it (mode {mode:04o}): chmod o-rwx {shown(str(path), 4096)}"
+        raise StartupError(text, exit_status=2)
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition(" #")[0].split()
         if not words or words[0].startswith("#"):
@@ -588,22 +556,23 @@ def read_tokens(path: Path) -> list[Token]:
         try:
             if len(words) != 3:
                 raise ValueError("must be NAME SCOPE TOKEN")
-            if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", words[0]) or words[0] in tokens:
+            name, scope, token = words
+            if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or any(other.name == name for other in tokens):
                 raise ValueError("NAME must be 1 to 64 of A-Za-z0-9._@- and stand once")
-            if words[1] not in SCOPES:
-                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}, not {shown(words[1])}")
+            if scope not in SCOPES:
+                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}, not {shown(scope)}")
             try:
-                digest = token_digest(_token(words[2]))
+                digest = token_digest(_token(token))
             except ValueError as error:
                 raise ValueError(f"TOKEN {error}") from None
-            if any(token.digest == digest for token in tokens.values()):
+            if any(other.digest == digest for other in tokens):
                 raise ValueError("TOKEN stands twice")
+            tokens.append(Token(name, scope, digest))
         except ValueError as error:
-            raise StartupError(f"{name}, line {number}: {error}", exit_status=2) from None
-        tokens[words[0]] = Token(words[0], words[1], digest)
+            raise StartupError(f"{file}, line {number}: {error}", exit_status=2) from None
     if not tokens:
-        raise StartupError(f"{name}: holds no token", exit_status=2)
-    return list(tokens.values())
+        raise StartupError(f"{file}: holds no token", exit_status=2)
+    return tokens
 
 
 def known_tokens(settings: Settings) -> list[Token]:
@@ -611,7 +580,7 @@ def known_tokens(settings: Settings) -> list[Token]:
     file, files = settings.api_token_file, settings.api_tokens_file
     own = settings.api_token if file is None else _read_token(file, [])
     tokens = [] if own is None else [Token("API_TOKEN", "admin", token_digest(own))]
-    return tokens if files is None else tokens + read_tokens(files)
+    return tokens if files is None else tokens + _read_tokens(files)
 
 
 def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -651,7 +620,7 @@ LONGEST_INTERVAL = 10 * 365 * 86400
 
 _LAST_LOCAL = LAST_INSTANT - 2 * DAY  # up to here, all readings of a local time have four digits in their year
 _EPOCH = datetime(1970, 1, 1)
-_TICK = timedelta(microseconds=1)
+_TICK, _ZERO = timedelta(microseconds=1), timedelta()
 
 # --- Instants and zones -----------------------------------------------------------------------------------------------
 
@@ -666,6 +635,10 @@ def format_instant(t: int) -> str:
     return _clock_face(t).isoformat() + "Z"
 
 
+def format_second(t: int) -> str:
+    return format_instant(t - t % SECOND)
+
+
 def format_local(t: int, zone: str) -> str:
     """`t` as ISO 8601 in `zone`, with its offset: `2026-11-24T06:00:00+01:00`."""
     if t > _LAST_LOCAL:
@@ -674,8 +647,7 @@ def format_local(t: int, zone: str) -> str:
 
 
 def _offset(zone: ZoneInfo, t: int) -> int:
-    offset = datetime.fromtimestamp(min(t, _LAST_LOCAL) // SECOND, zone).utcoffset()
-    return offset // _TICK if offset else 0
+    return (datetime.fromtimestamp(min(t, _LAST_LOCAL) // SECOND, zone).utcoffset() or _ZERO) // _TICK
 
 
 def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
@@ -684,8 +656,8 @@ def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
     Equal: the local time is clear. First smaller: it lies in a gap. First larger: it comes twice.
     """
     face = _clock_face(local)
-    first, second = zone.utcoffset(face), zone.utcoffset(face.replace(fold=1))
-    return (first // _TICK if first else 0), (second // _TICK if second else 0)
+    first, second = zone.utcoffset(face) or _ZERO, zone.utcoffset(face.replace(fold=1)) or _ZERO
+    return first // _TICK, second // _TICK
 
 
 def _change(zone: ZoneInfo, local: int) -> int:
@@ -697,8 +669,16 @@ def _change(zone: ZoneInfo, local: int) -> int:
     return (before + 1 + unchanged) * SECOND
 
 
+def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT) -> int | None:
+    """The instant of a local time: right after a gap, or None in one of `longest_gap` or more; the first if it comes twice."""
+    first, second = _readings(zone, local)
+    if first >= second:
+        return local - first
+    return None if second - first >= longest_gap else _change(zone, local)
+
+
 _INSTANT = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)"
     r"(?: ?([Zz]|[+-](?:0[0-9]|1[0-9]|2[0-3])(?::?[0-5][0-9])?))?"
 )
 _INSTANT_RULE = (
@@ -717,21 +697,26 @@ def parse_instant(text: str, zone: str) -> int:
     found = _INSTANT.fullmatch(text)
     if found is None:
         raise ValueError(_INSTANT_RULE)
-    day, minute, seconds, fraction, offset = found.groups()
-    text = f"{day}T{minute}:{seconds or '00'}.{(fraction or '0').ljust(6, '0')}{(offset or '').upper()}"
     try:
-        moment = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(f"{found[1]}T{found[2]}{(found[3] or '').upper()}")
     except ValueError as error:  # 31 February, 25:00
         raise ValueError(f"{_INSTANT_RULE} ({error})") from None
-    t = local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
-    if (shift := moment.utcoffset()) is not None:
-        t -= shift // _TICK
-    elif 0 <= local <= LAST_INSTANT:
-        first, second = _readings(load_zone(zone), local)
-        t = local - first if first >= second else _change(load_zone(zone), local)
-    if not (0 <= local <= LAST_INSTANT and 0 <= t <= LAST_INSTANT):
+    local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
+    t: int | None = None
+    if 0 <= local <= LAST_INSTANT:
+        shift = moment.utcoffset()
+        t = _instant_of(load_zone(zone), local) if shift is None else local - shift // _TICK
+    if t is None or not 0 <= t <= LAST_INSTANT:
         raise ValueError(_INSTANT_RULE)
     return t
+
+
+def local_text(text: str, zone: str) -> str:
+    """An instant as clocks in `zone` show it, without an offset."""
+    if (found := _INSTANT.fullmatch(text)) and not found[3]:
+        return text
+    t = parse_instant(text, zone)
+    return _clock_face(t + _offset(load_zone(zone), t)).isoformat()
 
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -742,10 +727,9 @@ def parse_bound(text: str, zone: str, end: bool = False) -> int:
     if not _DATE.fullmatch(text):
         return parse_instant(text, zone)
     start = parse_instant(f"{text}T00:00", zone)
-    if not end:
-        return start
-    following = _EPOCH.fromisoformat(text) + timedelta(days=1) if text < "9999-12-31" else None
-    return parse_instant(following.isoformat(), zone) - 1 if following else LAST_INSTANT
+    if not end or text == "9999-12-31":
+        return LAST_INSTANT if end else start
+    return parse_instant((datetime.fromisoformat(text) + timedelta(days=1)).isoformat(), zone) - 1
 
 
 _DATES = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
@@ -756,8 +740,8 @@ def check_dates(text: str) -> str:
     found = _DATES.fullmatch(text)
     if found is None or (found[2] or found[1]) < found[1]:
         raise ValueError(f"{shown(text)} must be a date such as 2026-12-24, or a range such as 2026-12-24/2026-12-26")
-    parse_bound(found[1], "UTC")
-    parse_bound(found[2] or found[1], "UTC")
+    for date in filter(None, found.groups()):
+        parse_bound(date, "UTC")
     return text
 
 
@@ -783,19 +767,22 @@ class _Field(NamedTuple):
     name: str
     low: int
     high: int
+    highest: int  # of a day of the week 7, which is Sunday as well
     words: tuple[str, ...] = ()
+    more: str = ""
 
 
 _MONTHS = "January February March April May June July August September October November December".split()
 _WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-_ORDINALS = ("first", "second", "third", "fourth", "fifth")
+_ORDINALS = ("last", "first", "second", "third", "fourth", "fifth")
+_SHORT_DAYS = tuple(day[:3].lower() for day in _WEEKDAYS)
 _FIELDS = (
-    _Field("second", 0, 59),
-    _Field("minute", 0, 59),
-    _Field("hour", 0, 23),
-    _Field("day-of-month", 1, 31),
-    _Field("month", 1, 12, tuple(month[:3].lower() for month in _MONTHS)),
-    _Field("day-of-week", 0, 6, tuple(day[:3].lower() for day in _WEEKDAYS)),
+    _Field("second", 0, 59, 59),
+    _Field("minute", 0, 59, 59),
+    _Field("hour", 0, 23, 23),
+    _Field("day-of-month", 1, 31, 31, more=", L for the last day"),
+    _Field("month", 1, 12, 12, tuple(month[:3].lower() for month in _MONTHS)),
+    _Field("day-of-week", 0, 6, 7, _SHORT_DAYS, ", MON#2 for the second Monday, L5 for the last Friday"),
 )
 _ALIASES = {
     "@yearly": "0 0 1 1 *",
@@ -810,12 +797,15 @@ _CRON_RULE = (
     f"must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first, or one of {', '.join(_ALIASES)}"
 )
 _ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,4}))?")
-_NTH = re.compile(r"([0-7]|sun|mon|tue|wed|thu|fri|sat)#([1-5])")
+_NTH = re.compile(rf"([0-7]|{'|'.join(_SHORT_DAYS)})#([1-5])|l([0-7])")
 
 
-class _DayFields(NamedTuple):
-    """The day fields of a cron expression. Sunday is 0; `nth` holds (weekday, 1-5, or 0 for the last one of the month)."""
+class _CronFields(NamedTuple):
+    """A cron expression taken apart. Sunday is 0; `nth` holds (weekday, 1-5, or 0 for the last one of the month)."""
 
+    seconds: tuple[int, ...]
+    minutes: tuple[int, ...]
+    hours: tuple[int, ...]
     days: tuple[int, ...]
     last_day: bool
     months: tuple[int, ...]
@@ -824,17 +814,9 @@ class _DayFields(NamedTuple):
     any_day: bool  # the day-of-month field restricts nothing
     any_weekday: bool  # nor does the day-of-week field
     both: bool  # Debian: a day must match both of them if either starts with *, else one is enough
-
-
-class _CronFields(NamedTuple):
-    """A cron expression taken apart."""
-
-    seconds: tuple[int, ...]
-    minutes: tuple[int, ...]
-    hours: tuple[int, ...]
-    on: _DayFields
     wild: bool  # Debian: the minute or hour field starts with *, so the job keeps to elapsed time
     unit: int  # slots are whole minutes, or seconds
+    dates: str  # the day fields for croniter
 
 
 @functools.lru_cache(maxsize=2048)
@@ -852,74 +834,59 @@ def _parse_cron(expression: str) -> _CronFields:
     seconds, minutes, hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
     plain = [part for part in day.split(",") if part != "l"]
     last_day = "l" in day.split(",")
-    nth = _nth_weekdays(weekday)
-    if (last_day and weekday != "*") or (nth and day != "*"):
+    special = [_NTH.fullmatch(part) for part in weekday.split(",")]
+    if any(special) and not all(special):
+        raise ValueError(f"day-of-week {shown(weekday)} must not mix plain weekdays with # or L")
+    if (last_day and weekday != "*") or (any(special) and day != "*"):
         raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
     days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
-    weekdays = () if nth else _field_values(_FIELDS[5], weekday)
-    on = _DayFields(
-        days,
-        last_day,
-        months=_field_values(_FIELDS[4], month),
-        weekdays=weekdays,
-        nth=nth,
-        any_day=day.startswith("*") and len(days) == 31,
-        any_weekday=weekday.startswith("*") and len(weekdays) == 7,
-        both=day.startswith("*") or weekday.startswith("*"),
+    weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
+    months = _field_values(_FIELDS[4], month)
+    named = {name: str(number) for number, name in enumerate(_SHORT_DAYS)}
+    nth = {(int(named.get(found[1], found[1]) or found[3]) % 7, int(found[2] or 0)) for found in special if found}
+    any_day, any_weekday = day.startswith("*") and len(days) == 31, weekday.startswith("*") and len(weekdays) == 7
+    both = day.startswith("*") or weekday.startswith("*")
+    longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in months)
+    dates = ",".join([str(day) for day in days if day <= longest] + ["L"] * last_day)
+    # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
+    dates = "*" if any_day or not (dates or both) else dates or "31"
+    dates += " *" if len(months) == 12 else " " + ",".join(map(str, months))
+    matches = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in sorted(nth)]
+    dates += " *" if any_weekday else " " + ",".join(matches or map(str, weekdays))
+    wild, unit = minute.startswith("*") or hour.startswith("*"), MINUTE if seconds == (0,) else SECOND
+    return _CronFields(
+        *(seconds, minutes, hours, days, last_day, months, weekdays, tuple(sorted(nth))),
+        *(any_day, any_weekday, both, wild, unit, dates),
     )
-    wild = minute.startswith("*") or hour.startswith("*")
-    return _CronFields(seconds, minutes, hours, on, wild, unit=MINUTE if seconds == (0,) else SECOND)
-
-
-def _nth_weekdays(text: str) -> tuple[tuple[int, int], ...]:
-    """MON#2 as (1, 2) and L5, the last Friday, as (5, 0); empty when the field holds only plain weekdays."""
-    parts = text.split(",")
-    special = []
-    for part in parts:
-        if found := _NTH.fullmatch(part):
-            special.append((_value(_FIELDS[5], found[1]) % 7, int(found[2])))
-        elif re.fullmatch("l[0-7]", part):
-            special.append((int(part[1]) % 7, 0))
-    if special and len(special) < len(parts):
-        raise ValueError(f"day-of-week {shown(text)} must not mix plain weekdays with # or L")
-    return tuple(sorted(set(special)))
 
 
 def _field_values(field: _Field, text: str) -> tuple[int, ...]:
+    def value(word: str) -> int:
+        number = field.words.index(word) + field.low if word in field.words else int(word) if word.isdigit() else -1
+        if not field.low <= number <= field.highest:
+            raise ValueError(_field_rule(field, word))
+        return number
+
     values: set[int] = set()
     for part in text.split(","):
         found = _ITEM.fullmatch(part)
         if found is None:
             raise ValueError(_field_rule(field, part))
-        star, low_text, high_text, step_text = found.groups()
-        low = field.low if star else _value(field, low_text)
-        if star or (step_text and not high_text):
-            high = field.high  # 10/15 is 10-59/15, as most engines have it
-        else:
-            high = _value(field, high_text or low_text)
-            if field.name == "day-of-week" and high == 0 and low > 0:
-                high = 7  # Sunday may end a range
-        if high_text and high < low:
-            names = field.name == "day-of-week" and not high_text.isdigit()
-            wrapped = f"{part.partition('-')[0]}-{'sat' if names else field.high},{'sun' if names else field.low}-{high_text}"
+        star, first, last, step = found.groups()
+        low = field.low if star else value(first)
+        high = field.high if star or (step and not last) else value(last or first)  # 10/15 is 10-59/15, as most engines have it
+        if field.highest == 7 and high == 0 < low:
+            high = 7  # Sunday may end a range
+        if last and high < low:
+            end, begin = ("sat", "sun") if field.highest == 7 and not last.isdigit() else (field.high, field.low)
+            wrapped = f"{first}-{end},{begin}-{last}"
             raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
-        step = int(step_text or 1)
-        if step == 0:
+        if int(step or 1) == 0:
             raise ValueError(f"{field.name} {shown(part)} needs a step of at least 1")
-        values.update(range(low, high + 1, step))
-    return tuple(sorted({value % 7 for value in values} if field.name == "day-of-week" else values))
+        values.update(range(low, high + 1, int(step or 1)))
+    return tuple(sorted({value % 7 for value in values} if field.highest == 7 else values))
 
 
-def _value(field: _Field, text: str) -> int:
-    if text in field.words:
-        return field.words.index(text) + field.low
-    highest = 7 if field.name == "day-of-week" else field.high
-    if not text.isdigit() or not field.low <= int(text) <= highest:
-        raise ValueError(_field_rule(field, text))
-    return int(text)
-
-
-_SPECIAL_DAYS = {"day-of-month": ", L for the last day", "day-of-week": ", MON#2 for the second Monday, L5 for the last Friday"}
 _HINTS = {
     "?": "write * for ?",
     "w": "W is not supported",
@@ -929,13 +896,29 @@ _HINTS = {
 
 
 def _field_rule(field: _Field, part: str) -> str:
-    highest = 7 if field.name == "day-of-week" else field.high
     names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
     hint = _HINTS.get(re.sub(r"[0-9()/-]", "", part), "")
-    if field.name == "day-of-week" and re.fullmatch("[0-7]l", part):
+    if field.highest == 7 and re.fullmatch("[0-7]l", part):
         hint = f"write L{part[0]} for {part.upper()}"
-    rule = f"must be {field.low} to {highest}{names}, with , - and /{_SPECIAL_DAYS.get(field.name, '')}"
+    rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
     return f"{field.name} {shown(part)} {rule}" + (f" ({hint})" if hint else "")
+
+
+def cron_notes(expression: str) -> list[str]:
+    """What an expression probably does not mean."""
+    texts, notes = expression.strip().lower().split(), list[str]()
+    for field, text in zip(_FIELDS[6 - len(texts) :], texts, strict=True) if len(texts) > 1 else ():
+        for step in map(int, re.findall("/([0-9]+)", text)):
+            if step > field.high - field.low:
+                seconds = {"second": 1, "minute": 60, "hour": 3600}.get(field.name)
+                words = f": every {step} {field.name}s is an interval of {step * seconds} s" if seconds else ""
+                words = f": every {step} days is an interval of {step} days" if field.name == "day-of-month" else words
+                notes.append(
+                    f"The step {step} is larger than the {field.name} field, of which only the first value is left{words}."
+                )
+    if not _parse_cron(expression).both:
+        notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
+    return notes
 
 
 # --- Cron: slots ------------------------------------------------------------------------------------------------------
@@ -947,69 +930,29 @@ def _field_rule(field: _Field, part: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _next_day(on: _DayFields, day: int) -> int | None:
+def _next_day(dates: str, both: bool, day: int) -> int | None:
     """The first matching day from `day` on, counted from 1970-01-01; None when the next 50 years have none."""
     from croniter import croniter  # type: ignore[import-untyped]  # takes 15 ms that a start without cron need not pay
 
-    longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in on.months)
-    days = [str(day) for day in on.days if day <= longest] + ["L"] * on.last_day
-    nth = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in on.nth]
-    # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
-    only_weekday = on.any_day or not (days or on.both)
-    fields = [
-        "0 0",
-        "*" if only_weekday else ",".join(days) or "31",
-        "*" if len(on.months) == 12 else ",".join(map(str, on.months)),
-        "*" if on.any_weekday else ",".join(nth or map(str, on.weekdays)),
-    ]
     try:
-        matches = croniter(" ".join(fields), _clock_face(day * DAY - MINUTE), datetime, day_or=not on.both)
+        matches = croniter(f"0 0 {dates}", _clock_face(day * DAY - MINUTE), datetime, day_or=not both)
         found: datetime = matches.get_next()
     except (ValueError, OverflowError):  # also: none before the year 10000
         return None
     return (found - _EPOCH).days
 
 
-def _next_time(cron: _CronFields, time: int) -> int | None:
-    """The first matching time of a day later than `time`; both are microseconds since midnight."""
-    hour, minute, second = time // HOUR, time // MINUTE % 60, time // SECOND % 60
-    for next_hour in cron.hours[bisect.bisect_left(cron.hours, hour) :]:
-        same_hour = next_hour == hour
-        for next_minute in cron.minutes[bisect.bisect_left(cron.minutes, minute if same_hour else 0) :]:
-            same_minute = same_hour and next_minute == minute
-            for next_second in cron.seconds[bisect.bisect_left(cron.seconds, second + 1 if same_minute else 0) :]:
-                return next_hour * HOUR + next_minute * MINUTE + next_second * SECOND
-    return None
-
-
-def cron_notes(expression: str) -> list[str]:
-    """What an expression probably does not mean."""
-    texts, notes = expression.strip().lower().split(), list[str]()
-    for field, text in zip(_FIELDS[6 - len(texts) :], texts, strict=True) if len(texts) > 1 else ():
-        for step in map(int, re.findall("/([0-9]+)", text)):
-            if step > field.high - field.low:
-                seconds = {"second": 1, "minute": 60, "hour": 3600}.get(field.name)
-                words = f": every {step} {field.name}s is an interval of {step * (seconds or 0)} s" if seconds else ""
-                words = f": every {step} days is an interval of {step} days" if field.name == "day-of-month" else words
-                notes.append(
-                    f"The step {step} is larger than the {field.name} field, of which only the first value is left{words}."
-                )
-    if not _parse_cron(expression).on.both:
-        notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
-    return notes
-
-
-def changes_clocks(zone: str, now: int) -> bool:
-    """Whether the clocks of a zone change within a year from `now`."""
-    return len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1
-
-
 def _next_local(cron: _CronFields, local: int) -> int | None:
-    day, passed = divmod(local, DAY)
-    time = _next_time(cron, passed) if _next_day(cron.on, day) == day else None
-    if time is not None:
-        return day * DAY + time
-    following = _next_day(cron.on, day + 1)
+    """The first matching local time later than `local`, both as clocks show them."""
+    day, time = divmod(local, DAY)
+    if _next_day(cron.dates, cron.both, day) == day:
+        hour, minute, second = time // HOUR, time // MINUTE % 60, time // SECOND % 60
+        for next_hour in cron.hours[bisect.bisect_left(cron.hours, hour) :]:
+            for next_minute in cron.minutes[bisect.bisect_left(cron.minutes, minute if next_hour == hour else 0) :]:
+                same = (next_hour, next_minute) == (hour, minute)
+                for next_second in cron.seconds[bisect.bisect_right(cron.seconds, second) if same else 0 :]:
+                    return day * DAY + next_hour * HOUR + next_minute * MINUTE + next_second * SECOND
+    following = _next_day(cron.dates, cron.both, day + 1)
     if following is None or following * DAY > _LAST_LOCAL:
         return None
     return following * DAY + cron.hours[0] * HOUR + cron.minutes[0] * MINUTE + cron.seconds[0] * SECOND
@@ -1018,66 +961,69 @@ def _next_local(cron: _CronFields, local: int) -> int | None:
 @functools.lru_cache(maxsize=8192)
 def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
     cron, zone = _parse_cron(expression), load_zone(zone_name)
-    cursor = after + _offset(zone, after)
-    second_pass = _second_pass_slot(cron, zone, after, cursor) if cron.wild else None
-    slot = None
-    while slot is None and (match := _next_local(cron, cursor)) is not None:
-        slot, cursor = _slot_of_match(cron, zone, after, match)
-    return min((found for found in (slot, second_pass) if found is not None), default=None)
-
-
-def _slot_of_match(cron: _CronFields, zone: ZoneInfo, after: int, match: int) -> tuple[int | None, int]:
-    """The slot of a local match, or None and the local time after which to look on."""
-    first, second = _readings(zone, match)
-    if first >= second and match - first > after:  # clear, or the first pass of a repeated hour
-        return match - first, match
-    if first > second and cron.wild and match - second > after:
-        return match - second, match
-    if first == second or (first > second and cron.wild):
-        return None, match
-    change = _change(zone, match)
-    if first > second:
-        return None, change + first - cron.unit
-    if cron.wild or second - first >= CORRECTION:
-        return None, change + second - cron.unit
-    return change, match
-
-
-def _second_pass_slot(cron: _CronFields, zone: ZoneInfo, after: int, local: int) -> int | None:
-    """While `after` lies in the first pass of a repeated hour: the first slot of the second pass."""
+    local = after + _offset(zone, after)
+    again: list[int] = []
     first, second = _readings(zone, local)
-    if first <= second or local - first != after:
-        return None
-    change = _change(zone, local)
-    match = _next_local(cron, change + second - cron.unit)
-    return match - second if match is not None and match < change + first else None
+    if cron.wild and first > second and local - first == after:  # the second pass of this hour is still to come
+        change = _change(zone, local)
+        repeated = _next_local(cron, change + second - cron.unit)
+        if repeated is not None and repeated < change + first:
+            again = [repeated - second]
+    while (match := _next_local(cron, local)) is not None:
+        local = match
+        first, second = _readings(zone, match)
+        slots = [match - first, match - second] if first >= second else []
+        if not cron.wild:
+            slots = [slot for slot in [_instant_of(zone, match, CORRECTION)] if slot is not None]
+        if slots := [slot for slot in slots if slot > after]:
+            return min(slots + again)
+    return min(again, default=None)
 
 
-@functools.lru_cache(maxsize=4096)
-def _last_cron_slot(cron: Cron, t: int) -> int | None:
-    """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
-    upcoming = cron.next_after(t)
-    following = None if upcoming is None else cron.next_after(upcoming)
-    back = HOUR if upcoming is None or following is None else following - upcoming
-    while (found := cron.next_after(t - back)) is None or found > t:
-        if back > t:
-            return None
-        back *= 8
-    beyond = t
-    while (later := cron.next_after(found)) is not None and later <= t:
-        found = later
-        middle = (found + beyond) // 2
-        later = cron.next_after(middle)
-        found, beyond = (later, beyond) if later is not None and later <= t else (found, middle)
-    return found
+def changes_clocks(zone: str, now: int) -> bool:
+    """Whether the clocks of a zone change within a year from `now`."""
+    return len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1
 
 
-# A timing says when something fires. Instants are microseconds since the epoch. `fixed`: its slots are fixed local times. Those
-# wait when the clock is set back a little, others go on from now.
+# --- Timings ----------------------------------------------------------------------------------------------------------
+
+
+class Timing:
+    """When something fires. Fixed local times wait when the clock is set back a little, others go on from now."""
+
+    __slots__ = ()
+
+    @property
+    def fixed(self) -> bool:
+        return True
+
+    def next_after(self, t: int) -> int | None:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+    def last_at_or_before(self, t: int) -> int | None:
+        """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
+        t = min(t, _LAST_LOCAL)
+        upcoming = self.next_after(t)
+        following = None if upcoming is None else self.next_after(upcoming)
+        back = HOUR if upcoming is None or following is None else following - upcoming
+        while (found := self.next_after(t - back)) is None or found > t:
+            if back > t:
+                return None
+            back *= 8
+        beyond = t
+        while (later := self.next_after(found)) is not None and later <= t:
+            found = later
+            middle = (found + beyond) // 2
+            later = self.next_after(middle)
+            found, beyond = (later, beyond) if later is not None and later <= t else (found, middle)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
-class Cron:
+class Cron(Timing):
     """Slots of a checked cron expression, read in the local time of `zone`."""
 
     expression: str
@@ -1097,48 +1043,40 @@ class Cron:
             slot = _next_cron_slot(self.expression, self.zone, slot)
         return slot
 
-    def last_at_or_before(self, t: int) -> int | None:
-        return _last_cron_slot(self, min(t, _LAST_LOCAL))
-
     def describe(self) -> str:
         cron = _parse_cron(self.expression)
-        clock, days = _clock_words(cron), _day_words(cron.on)
-        if not clock.startswith("at "):
-            words = f"{clock}, {days}" if days else clock
-        elif days:
-            words = f"{days} {clock}"
-        else:
-            words = clock if len(cron.hours) == 24 else f"every day {clock}"
+        words, days = _clock_words(cron), _day_words(cron)
+        if not words.startswith("at "):
+            words += f", {days}" if days else ""
+        elif days or len(cron.hours) < 24:
+            words = f"{days or 'every day'} {words}"
         return f"{words[0].upper()}{words[1:]} ({self.zone})"
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
+class Once(Timing):
     """A single slot."""
 
     at: int
     zone: str
-    fixed: ClassVar = True
 
     def next_after(self, t: int) -> int | None:
         return self.at if self.at > t else None
-
-    def last_at_or_before(self, t: int) -> int | None:
-        return self.at if self.at <= t else None
 
     def describe(self) -> str:
         return f"Once at {_local_words(self.at, self.zone)} ({self.zone})"
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(Timing):
     """Slots at anchor + k·step, from `first` on. All are microseconds."""
 
     step: int
     anchor: int
     first: int
     zone: str
-    fixed: ClassVar = False
+
+    fixed = False
 
     def next_after(self, t: int) -> int | None:
         slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
@@ -1153,40 +1091,23 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Days:
+class Days(Timing):
     """Slots every `step` days, later than `since`. `face` is the first as clocks of `zone` show it: microseconds since 1970."""
 
     step: int
     face: int
     since: int
     zone: str
-    fixed: ClassVar = True
 
     def next_after(self, t: int) -> int | None:
-        t = max(t, self.since)
-        for number in itertools.count(self._number(t) - 1):
-            if self.face + number * self.step * DAY > _LAST_LOCAL:
-                return None
-            if (slot := self._slot(number)) is not None and slot > t:
+        t, zone, step = max(t, self.since), load_zone(self.zone), self.step * DAY
+        local = t + _offset(zone, t)
+        local -= (local - self.face) % step + step
+        while local <= _LAST_LOCAL:
+            if (slot := _instant_of(zone, local, CORRECTION)) is not None and slot > t:
                 return slot
-        raise AssertionError
-
-    def last_at_or_before(self, t: int) -> int | None:
-        for number in itertools.count(self._number(t) + 1, -1):
-            if (slot := self._slot(number)) is not None and slot <= t:
-                return slot if slot > self.since else None
-        raise AssertionError
-
-    def _number(self, t: int) -> int:
-        return (t + _offset(load_zone(self.zone), t) - self.face) // (self.step * DAY)
-
-    def _slot(self, number: int) -> int | None:
-        """By the rule of fixed times: right after a gap, but none in a correction of the clock; once in a repeated hour."""
-        zone, local = load_zone(self.zone), self.face + number * self.step * DAY
-        first, second = _readings(zone, local)
-        if first >= second:
-            return local - first
-        return None if second - first >= CORRECTION else _change(zone, local)
+            local += step
+        return None
 
     def describe(self) -> str:
         day, _, time = _clock_face(self.face).isoformat().partition("T")
@@ -1210,19 +1131,17 @@ EVENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class After:
+class After(Timing):
     """Fires when another task comes to something: no slots, but for the one of `overdue`, at `at`."""
 
     config: Mapping[str, Any]
     watched: Sequence[Sequence[Any]]  # id and name of the tasks of `task_ids` that exist
     at: int | None
-    fixed: ClassVar = False
+
+    fixed = False
 
     def next_after(self, t: int) -> int | None:
         return self.at if self.at is not None and self.at > t else None
-
-    def last_at_or_before(self, t: int) -> int | None:
-        return None
 
     def describe(self) -> str:
         config, names = self.config, {task_id: f"'{name}'" for task_id, name, *_ in self.watched}
@@ -1240,7 +1159,56 @@ class After:
         return f"After {who} {_and(list(words.values()), 'or')}" + (", and when it has recovered" if recovered else "")
 
 
-Timing = Cron | Once | Interval | Days | After
+def make_timing(
+    schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None, watched: Sequence[Any] = ()
+) -> Timing:
+    """The timing of a stored schedule: its config has been through `check_schedule_config`.
+
+    An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
+    `watched` are the tasks that one of type `after` names: id, name, last success.
+    """
+    if schedule_type == "after":
+        overdue = "overdue" in config["on"] and watched
+        last = max(created_at, watched[0][2] or 0) if overdue else 0
+        return After(config, watched, last + round(config["seconds"] * SECOND) if overdue else None)
+    zone, since = config["timezone"], created_at if since is None else since
+    if schedule_type == "cron":
+        return Cron(config["expression"], zone)
+    if schedule_type == "once":
+        return Once(parse_instant(config["datetime"], zone), zone)
+    start = config.get("start_date")
+    anchor = created_at if start is None else parse_instant(start, zone)
+    if "days" not in config:
+        step = round(config["seconds"] * SECOND)
+        return Interval(step, anchor, since + step - (since - anchor) % step if start is None else anchor, zone)
+    if start is None:
+        return Days(config["days"], (anchor + _offset(load_zone(zone), anchor)) // SECOND * SECOND, since, zone)
+    return Days(config["days"], parse_instant(start, "UTC"), anchor - 1, zone)
+
+
+def check_expression(text: str, zone: str, now: int) -> str:
+    """`text`, if it is a cron expression that will fire. Raises ValueError, saying what is allowed."""
+    _parse_cron(text)
+    slot = Cron(text, zone).next_after(now)
+    if slot is None or slot > now + NEVER:
+        raise ValueError("must fire at least once in the next 50 years")
+    return text
+
+
+def check_datetime(text: str, zone: str, now: int) -> str:
+    """`text`, if it is an instant to come. Raises ValueError."""
+    if parse_instant(text, zone) <= now:
+        raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
+    return text
+
+
+def check_start_date(text: str, zone: str, now: int) -> str:
+    """`text`, an instant, with an offset: later rules of its zone can't move the phase. Raises ValueError."""
+    start, found = parse_instant(text, zone), _INSTANT.fullmatch(text)
+    return text if found and found[3] else format_local(start, zone)
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
 
 
 def _local_words(t: int, zone: str) -> str:
@@ -1256,20 +1224,17 @@ def _span_words(span: int) -> str:
     return "second" if span == SECOND else f"{span / SECOND:.3f}".rstrip("0").rstrip(".") + " seconds"
 
 
-# --- Cron: words ------------------------------------------------------------------------------------------------------
-
-
 def _and(words: Sequence[str], link: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {link} {words[-1]}"
 
 
-def _is_run(values: tuple[int, ...]) -> bool:
-    return len(values) > 2 and values == tuple(range(values[0], values[-1] + 1))
+def _listed(values: tuple[int, ...], words: Sequence[str] = (), link: str = "and") -> str:
+    names = [words[value] if words else str(value) for value in values]
+    return f"{names[0]} to {names[-1]}" if len(values) > 2 and _in_a_row(values) else _and(names, link)
 
 
-def _listed(values: tuple[int, ...], words: Sequence[str] | None = None, link: str = "and") -> str:
-    names = [str(value) if words is None else words[value] for value in values]
-    return f"{names[0]} to {names[-1]}" if _is_run(values) else _and(names, link)
+def _in_a_row(values: tuple[int, ...]) -> bool:
+    return values[-1] - values[0] == len(values) - 1
 
 
 def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
@@ -1312,107 +1277,31 @@ def _frequency_words(cron: _CronFields) -> str | None:
     elif word := _every(cron.hours, "hour", 24):
         return word + (f" at minute {minute}" if minute else "")
     else:
-        word, last = "every hour" if _is_run(cron.hours) else None, f":{minute:02}"
+        word, last = "every hour" if len(cron.hours) > 2 else None, f":{minute:02}"
     if word is None or len(cron.hours) == 24:
         return word
-    if cron.hours[-1] - cron.hours[0] != len(cron.hours) - 1:
-        return None
-    return f"{word} from {cron.hours[0]:02}:{minute:02} to {cron.hours[-1]:02}{last}"
+    return f"{word} from {cron.hours[0]:02}:{minute:02} to {cron.hours[-1]:02}{last}" if _in_a_row(cron.hours) else None
 
 
-def _day_words(on: _DayFields) -> str:
+def _day_words(cron: _CronFields) -> str:
     """`every weekday`, `on day 1 of every month`; empty for every day."""
-    months = "" if len(on.months) == 12 else _listed(on.months, ("", *_MONTHS))
+    months = "" if len(cron.months) == 12 else _listed(cron.months, ("", *_MONTHS))
     of_month, in_month = f"of {months or 'every month'}", f" in {months}" if months else ""
-    if on.nth:
-        return "on the " + _and([f"{_ORDINALS[n - 1] if n else 'last'} {_WEEKDAYS[day]}" for day, n in on.nth]) + f" {of_month}"
-    if on.any_day and on.any_weekday:
+    if cron.nth:
+        return "on the " + _and([f"{_ORDINALS[number]} {_WEEKDAYS[day]}" for day, number in cron.nth]) + f" {of_month}"
+    if cron.any_day and cron.any_weekday:
         return f"every day{in_month}" if months else ""
-    if on.any_day:
-        return _weekday_words(on.weekdays) + in_month
-    days = f"day {_listed(on.days)}" if on.days else ""
-    month_days = " and ".join(filter(None, [days, "the last day" if on.last_day else ""]))
-    if on.any_weekday and len(on.months) == 1 and len(on.days) == 1 and not on.last_day:
-        return f"every {on.days[0]} {months}"
-    if on.any_weekday:
-        return f"on {month_days} {of_month}"
-    if on.both:
-        return f"{_weekday_words(on.weekdays)} that is day {_listed(on.days, link='or')} of {months or 'the month'}"
-    return f"on {month_days} {of_month} and also {_weekday_words(on.weekdays)}{in_month}"
-
-
-def _weekday_words(weekdays: tuple[int, ...]) -> str:
-    if len(weekdays) == 7:
-        return "every day"
-    if weekdays == (1, 2, 3, 4, 5):
-        return "every weekday"
-    week = sorted(weekdays, key=lambda day: (day - 1) % 7)  # Monday first
-    return "every " + _and([_WEEKDAYS[day] for day in week])
-
-
-# --- Configurations ---------------------------------------------------------------------------------------------------
-
-
-def make_timing(
-    schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None, watched: Sequence[Any] = ()
-) -> Timing:
-    """The timing of a stored schedule: its config has been through `check_schedule_config`.
-
-    An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
-    `watched` are the tasks that one of type `after` names: id, name, last success.
-    """
-    if schedule_type == "after":
-        overdue = "overdue" in config["on"] and watched
-        last = max(created_at, watched[0][2] or 0) if overdue else 0
-        return After(config, watched, last + round(config["seconds"] * SECOND) if overdue else None)
-    zone = config["timezone"]
-    if schedule_type == "cron":
-        return Cron(config["expression"], zone)
-    if schedule_type == "once":
-        return Once(parse_instant(config["datetime"], zone), zone)
-    start = config.get("start_date")
-    since = created_at if since is None else since
-    if "days" in config:
-        if start is not None:
-            return Days(config["days"], parse_instant(start, "UTC"), parse_instant(start, zone) - 1, zone)
-        face = (created_at + _offset(load_zone(zone), created_at)) // SECOND * SECOND
-        return Days(config["days"], face, since, zone)
-    step = round(config["seconds"] * SECOND)
-    if start is None:
-        return Interval(step, created_at, since + step - (since - created_at) % step, zone)
-    anchor = parse_instant(start, zone)
-    return Interval(step, anchor, anchor, zone)
-
-
-def check_expression(text: str, zone: str, now: int) -> str:
-    """`text`, if it is a cron expression that will fire. Raises ValueError, saying what is allowed."""
-    _parse_cron(text)
-    slot = Cron(text, zone).next_after(now)
-    if slot is None or slot > now + NEVER:
-        raise ValueError("must fire at least once in the next 50 years")
-    return text
-
-
-def check_datetime(text: str, zone: str, now: int) -> str:
-    """`text`, if it is an instant to come. Raises ValueError."""
-    if parse_instant(text, zone) <= now:
-        raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
-    return text
-
-
-def check_start_date(text: str, zone: str, now: int) -> str:
-    """`text`, an instant, with an offset: later rules of its zone can't move the phase. Raises ValueError."""
-    start, found = parse_instant(text, zone), _INSTANT.fullmatch(text)
-    return text if found and found[5] else format_local(start, zone)
-
-
-def local_text(text: str, zone: str) -> str:
-    """An instant as clocks in `zone` show it, without an offset."""
-    found = _INSTANT.fullmatch(text)
-    if found and not found[5]:
-        return text
-    t = parse_instant(text, zone)
-    return _clock_face(t + _offset(load_zone(zone), t)).isoformat()
+    week = sorted(cron.weekdays, key=lambda day: (day - 1) % 7)  # Monday first
+    weekdays = {(1, 2, 3, 4, 5): "weekday", (1, 2, 3, 4, 5, 6, 0): "day"}.get(tuple(week)) or _and([_WEEKDAYS[d] for d in week])
+    if cron.any_day:
+        return f"every {weekdays}{in_month}"
+    month_days = [f"day {_listed(cron.days)}"] if cron.days else []
+    month_days += ["the last day"] if cron.last_day else []
+    if cron.any_weekday and len(cron.months) == 1 and len(cron.days) == 1 and not cron.last_day:
+        return f"every {cron.days[0]} {months}"
+    if cron.any_weekday or not cron.both:
+        return f"on {_and(month_days)} {of_month}" + ("" if cron.any_weekday else f" and also every {weekdays}{in_month}")
+    return f"every {weekdays} that is day {_listed(cron.days, link='or')} of {months or 'the month'}"
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
@@ -1451,12 +1340,20 @@ class Plan:
             slot = self.timing.last_at_or_before(run[0] - 1)
         return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
 
+    def slots(self, after: int) -> Iterator[int]:
+        """The slots later than `after`."""
+        while (slot := self.next_slot(after)) is not None:
+            yield slot
+            after = slot
+
     def count(self, first: int, last: int, limit: int) -> int:
         """How many slots there are from `first` to `last`, both inclusive; stops at `limit`."""
-        slot, found = self.next_slot(first - 1), 0
-        while slot is not None and slot <= last and found < limit:
-            slot, found = self.next_slot(slot), found + 1
-        return found
+        return len(list(itertools.islice(itertools.takewhile(lambda slot: slot <= last, self.slots(first - 1)), limit)))
+
+    def upcoming(self, after: int, count: int) -> Iterator[int]:
+        """When the next slots later than the slot `after` fire, at most `count` of them."""
+        most = count if self.remaining is None else max(0, min(count, self.remaining))
+        return map(self.fire_time, itertools.islice(self.slots(after), most))
 
     def _run_of(self, slot: int) -> Sequence[int] | None:
         return next((run for run in self.ran if run[0] <= slot <= run[1]), None)
@@ -1471,14 +1368,6 @@ class Plan:
             choices = min(choices, (following - slot - 1) // 1000 + 1)
         digest = hashlib.blake2b(f"{self.schedule_id}:{slot}".encode(), digest_size=8).digest()
         return slot + int.from_bytes(digest, "big") % choices * 1000
-
-    def upcoming(self, after: int, count: int) -> Iterator[int]:
-        """When the next slots later than the slot `after` fire, at most `count` of them."""
-        for _ in range(count if self.remaining is None else min(count, self.remaining)):
-            if (slot := self.next_slot(after)) is None:
-                return
-            yield self.fire_time(slot)
-            after = slot
 
 
 # ======================================================================================================================
@@ -2625,7 +2514,6 @@ class Unfinished:
     schedule_id: int | None
     trigger: str
     waiting: bool  # held back by overlap
-    count: int
 
 
 @dataclass(slots=True)
@@ -3206,12 +3094,16 @@ class Missed:
     count: int
     reason: str
 
+    def message(self, zone: str) -> str:
+        first, last = format_local(self.first, zone), format_local(self.last, zone)
+        slots = f"{self.count}{' or more' * (self.count >= MISSED_COUNTED)} slots from {first} to {last}"
+        return f"missed: {slots if self.count > 1 else f'1 slot, {first}'} ({zone}); {self.reason}"
 
-@dataclass(slots=True)
-class Due:
+
+class Due(NamedTuple):
     """What to do about the slots that are due, in this order: record `missed`, run `catchup`, claim `on_time`."""
 
-    missed: list[Missed]
+    missed: Missed | None
     catchup: list[int]
     on_time: list[int]
     settled_until: int  # every slot up to this one is dealt with
@@ -3227,8 +3119,7 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
     behind and be right again: then nothing up to `dealt_with` is made up for. While it has not reached that again, that was
     a future which did not come, and a slot that is late now was missed, as any other.
     """
-    missed: list[Missed] = []
-    catchup: list[int] = []
+    missed, catchup = None, list[int]()
     slot = plan.next_slot(settled_until)
     if slot is not None and plan.fire_time(slot) < now - ON_TIME:
         newest = plan.last_slot(now - ON_TIME - 1) or slot
@@ -3247,7 +3138,7 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
     return Due(missed, catchup, on_time, settled_until, slot)
 
 
-def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], list[Missed]]:
+def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], Missed | None]:
     """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
     wanted, reason = {
         "skip": (0, "catchup=skip"),
@@ -3258,22 +3149,13 @@ def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], l
     picked: list[int] = []
     slot: int | None = last
     while slot is not None and slot >= oldest and len(picked) < wanted:
-        picked.append(slot)
+        picked.insert(0, slot)
         slot = plan.last_slot(slot - 1)
     if slot is None or slot < first:
-        return picked[::-1], []
+        return picked, None
     if wanted and slot < oldest:
         reason = f"older than the catchup_window of {plan.catchup_window:g} s"
-    return picked[::-1], [Missed(first, slot, plan.count(first, slot, MISSED_COUNTED), reason)]
-
-
-def missed_message(missed: Missed, zone: str) -> str:
-    """The `error_message` of a `missed` row."""
-    first, last = format_local(missed.first, zone), format_local(missed.last, zone)
-    if missed.count == 1:
-        return f"missed: 1 slot, {first} ({zone}); {missed.reason}"
-    count = f"{missed.count} or more" if missed.count >= MISSED_COUNTED else str(missed.count)
-    return f"missed: {count} slots from {first} to {last} ({zone}); {missed.reason}"
+    return picked, Missed(first, slot, plan.count(first, slot, MISSED_COUNTED), reason)
 
 
 # --- A clock that is set, edits, pauses -------------------------------------------------------------------------------
@@ -3307,8 +3189,7 @@ def go_on(schedule: Schedule, now: int) -> None:
     """After an edit or a pause: with the next slot after `now`. Nothing earlier is made up for."""
     schedule.stand(max(now, stands_at(schedule.plan().timing, schedule.settled_until, now)))
     schedule.in_force_since = max(schedule.in_force_since, now)
-    plan = schedule.plan()
-    schedule.set_next(plan.next_slot(schedule.settled_until), plan)
+    schedule.look_ahead()
 
 
 def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
@@ -3324,87 +3205,85 @@ def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
 # --- Overlap and claims -----------------------------------------------------------------------------------------------
 
 
-def judge_overlap(policy: str, others: int, waiting: int) -> str:
-    """What becomes of a slot: `run`, `skip`, `wait` for the others, or `cancel` them and then run.
-
-    `others` counts the task's unfinished executions, `waiting` those that wait because of overlap=queue.
-    """
-    if policy == "allow" or not (others or waiting):
-        return "run"
-    if policy == "queue":
-        return "skip" if waiting else "wait"
-    return policy
-
-
-def _same_catchup(other: Unfinished | NewExecution, schedule_id: int, trigger: str) -> bool:
-    """Catch-up executions of one schedule do not see each other: they run one after the other."""
-    return trigger == "catchup" and other.trigger == "catchup" and other.schedule_id == schedule_id
-
-
 @dataclass(slots=True)
 class Claim:
-    """What the due slots of some schedules turn into."""
+    """What due slots, or causes, turn into at `now`: rows, and schedules that have moved on."""
 
+    now: int
+    unfinished: dict[int, list[Unfinished]] = dataclasses.field(default_factory=dict)  # by task, with what is claimed here
     rows: list[NewExecution] = dataclasses.field(default_factory=list)
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
-    # Overlap `cancel`: by which schedule and trigger.
-    cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)
+    cancels: list[tuple[Schedule, str]] = dataclasses.field(
+        default_factory=list
+    )  # overlap `cancel`: by which schedule and trigger
 
-
-def claim_slots(claim: Claim, schedule: Schedule, unfinished: dict[int, list[Unfinished]], now: int, early: bool = False) -> None:
-    """Decides what becomes of a schedule's due slots, adds it to `claim`, and moves the schedule on.
-
-    `unfinished` holds the executions of each task that slots may meet; what this claims is added.
-    """
-    plan = schedule.plan()
-    due = due_slots(plan, schedule.settled_until, now, early)
-    for missed in due.missed:
-        text = missed_message(missed, schedule.zone)
-        claim.rows.append(NewExecution(schedule.task_id, schedule.id, "schedule", missed.first, now, "missed", 0, text))
-    left = plan.remaining
-    before = None if due.missed else schedule.settled_until
-    for trigger, slots in (("catchup", due.catchup), ("schedule", due.on_time)):
-        for slot in slots:
-            if left is not None and left <= 0:
-                break
-            if claim_row(claim, schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, now), unfinished):
-                claim.rows[-1].fire_at = plan.fire_time(slot)
-                left = None if left is None else left - 1
+    def slots(self, schedule: Schedule, early: bool = False) -> None:
+        """Decides what becomes of a schedule's due slots, and moves the schedule on."""
+        plan = schedule.plan()
+        due = due_slots(plan, schedule.settled_until, self.now, early)
+        if due.missed is not None:
+            self.record(schedule, due.missed.first, "missed", due.missed.message(schedule.zone))
+        left = math.inf if plan.remaining is None else plan.remaining
+        before = None if due.missed else schedule.settled_until
+        for slot in [*due.catchup, *due.on_time] if left > 0 else ():
+            trigger = "schedule" if slot in due.on_time else "catchup"
+            if self._add(schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, self.now)):
+                self.rows[-1].fire_at = plan.fire_time(slot)
                 schedule.ran = add_run(schedule.ran, slot, before)
+                left -= 1
+                if left <= 0:
+                    break
             before = slot
-    schedule.stand(due.settled_until)
-    schedule.set_next(None if left is not None and left <= 0 else due.next_slot, plan)
-    claim.schedules.append(schedule)
+        schedule.stand(due.settled_until)
+        schedule.set_next(due.next_slot if left > 0 else None, plan)
+        self.schedules.append(schedule)
 
+    def after(self, schedule: Schedule, cause: dict[str, Any], caused_by: int, depth: int) -> None:
+        """The execution that an `after` schedule fires because of the execution `caused_by` (0: none)."""
+        row = NewExecution(schedule.task_id, schedule.id, "after", None, self.now)
+        row.cause, row.caused_by, row.event, row.depth = compact(cause), caused_by, cause["event"], depth + 1
+        if depth < MOST_DEPTH:
+            self._add(schedule, row)
+        else:
+            row.status, row.error_message = "skipped", TOO_DEEP
+            self.rows.append(row)
 
-def claim_row(claim: Claim, schedule: Schedule, row: NewExecution, unfinished: dict[int, list[Unfinished]]) -> bool:
-    """Adds an execution to `claim`, as the schedule's overlap allows it. Returns whether it will run."""
-    others = unfinished.setdefault(schedule.task_id, [])
-    met = [other for other in others if not _same_catchup(other, schedule.id, row.trigger)]
-    waiting = sum(other.count for other in met if other.waiting and other.schedule_id == schedule.id)
-    verdict = judge_overlap(schedule.overlap, sum(other.count for other in met), waiting)
-    if verdict == "skip":
-        row.status, row.error_message = "skipped", SKIPPED_WAITING if schedule.overlap == "queue" else SKIPPED_RUNNING
-    else:
-        row.hold = (Hold.CATCHUP if len(met) < len(others) else 0) | (Hold.OVERLAP if verdict != "run" else 0)
-        if verdict == "cancel":
-            claim.cancels.append((schedule, row.trigger))
-            for new in (new for new in claim.rows if new.task_id == schedule.task_id and new.status == "queued"):
-                if not _same_catchup(new, schedule.id, row.trigger):
-                    new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
-            others[:] = [other for other in others if _same_catchup(other, schedule.id, row.trigger)]
-        others.append(Unfinished(row.task_id, row.schedule_id, row.trigger, bool(row.hold & Hold.OVERLAP), 1))
-    claim.rows.append(row)
-    return verdict != "skip"
+    def broken(self, schedule: Schedule, error: Exception) -> None:
+        """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
+        slot = schedule.next_slot if schedule.next_slot is not None else self.now
+        self.record(schedule, slot, "failed", f"this schedule cannot be evaluated and was switched off: {error}")
+        schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
+        self.schedules.append(schedule)
 
+    def record(self, schedule: Schedule, slot: int, status: str, why: str) -> None:
+        """The row of a slot that ran nothing."""
+        self.rows.append(NewExecution(schedule.task_id, schedule.id, "schedule", slot, self.now, status, 0, why))
 
-def claim_broken(claim: Claim, schedule: Schedule, now: int, error: Exception) -> None:
-    """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
-    text = f"this schedule cannot be evaluated and was switched off: {error}"
-    slot = schedule.next_slot if schedule.next_slot is not None else now
-    claim.rows.append(NewExecution(schedule.task_id, schedule.id, "schedule", slot, now, "failed", 0, text))
-    schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None
-    claim.schedules.append(schedule)
+    def _add(self, schedule: Schedule, row: NewExecution) -> bool:
+        """Adds an execution as the schedule's overlap allows it. Returns whether it will run."""
+
+        def meets(other: Unfinished | NewExecution) -> bool:
+            """Catch-up executions of one schedule run one after the other, and do not see each other."""
+            return not (row.trigger == other.trigger == "catchup" and other.schedule_id == schedule.id)
+
+        self.rows.append(row)
+        others = self.unfinished.setdefault(schedule.task_id, [])
+        met = [other for other in others if meets(other)]
+        if met and schedule.overlap == "skip":
+            row.status, row.error_message = "skipped", SKIPPED_RUNNING
+        elif schedule.overlap == "queue" and any(other.waiting and other.schedule_id == schedule.id for other in met):
+            row.status, row.error_message = "skipped", SKIPPED_WAITING
+        else:
+            waits = bool(met) and schedule.overlap != "allow"
+            row.hold = (Hold.CATCHUP if len(met) < len(others) else 0) | (Hold.OVERLAP if waits else 0)
+            if met and schedule.overlap == "cancel":
+                self.cancels.append((schedule, row.trigger))
+                for new in self.rows[:-1]:
+                    if new.task_id == schedule.task_id and new.status == "queued" and meets(new):
+                        new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
+                others[:] = [other for other in others if not meets(other)]
+            others.append(Unfinished(row.task_id, row.schedule_id, row.trigger, waits))
+        return row.status == "queued"
 
 
 # --- Ends of attempts -------------------------------------------------------------------------------------------------
@@ -3460,27 +3339,23 @@ def count_end(standing: Standing, end: Ended) -> None:
     elif SUCCESS.get(end.status) is False:
         standing.failure_count += 1
         standing.failures_in_a_row += 1
-        if (
-            standing.pause_after is not None
-            and standing.failures_in_a_row >= standing.pause_after
-            and standing.status == "active"
-        ):
+        if standing.status == "active" and standing.failures_in_a_row >= (standing.pause_after or math.inf):
             standing.status, end.paused = "paused", True
             failures = f"{standing.failures_in_a_row} failures in a row"
-            standing.status_reason = f"paused after {failures} (pause_after), {format_instant(end.finished_at)}"
+            standing.status_reason = f"paused after {failures} (pause_after), {format_second(end.finished_at)}"
     end.after = standing.failures_in_a_row
 
 
 def events_of(end: Ended, threshold: int) -> list[str]:
     """The events of `after` that this is."""
+    before = -1 if end.before is None else end.before
     if end.started:
         return ["started"]
-    if (success := SUCCESS.get(end.status)) is None:
-        return [end.status]
-    if success:
-        return ["success", *(["recovered"] if (end.before or 0) >= threshold else [])]
-    broke = end.before is not None and end.before + 1 == threshold
-    return ["failure", *(["broke"] if broke else []), *(["paused"] if end.paused else [])]
+    if SUCCESS.get(end.status) is True:
+        return ["success", "recovered"] if before >= threshold else ["success"]
+    if SUCCESS.get(end.status) is False:
+        return ["failure", *["broke"] * (before + 1 == threshold), *["paused"] * end.paused]
+    return [end.status]
 
 
 def watches(schedule: Schedule, task_id: int, tags: Collection[str], by_after: bool) -> bool:
@@ -3489,25 +3364,6 @@ def watches(schedule: Schedule, task_id: int, tags: Collection[str], by_after: b
     if "task_ids" in config:
         return task_id in config["task_ids"]
     return not by_after and task_id != schedule.task_id and ("any" in config or config.get("tag") in tags)
-
-
-def claim_after(
-    claim: Claim,
-    schedule: Schedule,
-    cause: dict[str, Any],
-    caused_by: int,
-    depth: int,
-    unfinished: dict[int, list[Unfinished]],
-    now: int,
-) -> None:
-    """Adds the execution that an `after` schedule fires because of the execution `caused_by` (0: none)."""
-    row = NewExecution(schedule.task_id, schedule.id, "after", None, now)
-    row.cause, row.caused_by, row.event, row.depth = compact(cause), caused_by, cause["event"], depth + 1
-    if depth < MOST_DEPTH:
-        claim_row(claim, schedule, row, unfinished)
-    else:
-        row.status, row.error_message = "skipped", TOO_DEEP
-        claim.rows.append(row)
 
 
 def find_circle(fired: Mapping[int, Collection[int]], begin: int, ends: Collection[int]) -> list[int]:
@@ -3553,29 +3409,27 @@ def cause_of(event: str, execution: Execution | None, task: Task, streak: int, z
 
 def _cause_text(event: str, execution: Execution | None, task: Task, streak: int, zone: str) -> str:
     """One sentence for a message."""
+
+    def minute(t: int) -> str:
+        return f"{format_local(t, zone)[:16].replace('T', ' ')} {zone}"
+
     if event == "overdue":
-        return f"{task.name} is overdue (last success: {_minute(task.last_success, zone) if task.last_success else 'never'})"
-    did = {"timed_out": "timed out", "interrupted": "was interrupted", "cancelled": "was cancelled"}
-    did |= {"skipped": "skipped a slot", "missed": "missed a slot", "running": "started"}
+        return f"{task.name} is overdue (last success: {minute(task.last_success) if task.last_success else 'never'})"
     assert execution is not None
-    words = "has recovered" if event == "recovered" else did.get(execution.status, execution.status)
+    did = {**EVENTS, "timed_out": "timed out", "interrupted": "was interrupted", "running": "started"}
+    words = did["recovered"] if event == "recovered" else did.get(execution.status, execution.status)
     why = printable(execution.error_message or "")[:300]
     stderr = str((execution.output_data or {}).get("stderr") or "").strip().splitlines()
     if why and stderr and (last := printable(stderr[-1])[:200]) not in why:
         why += f": {last}"
-    at = execution.finished_at or execution.started_at or execution.queued_at
     parts = [f"{task.name} {words}{f' ({why})' if why else ''}"]
     if event == "recovered":
         parts.append(f"after {streak} failure{'s' * (streak > 1)} in a row")
-    elif streak > 1 and SUCCESS.get(execution.status) is False:
+    elif streak > 1 and execution.success is False:
         parts.append(f"{streak} times in a row")
     if event == "paused":
         parts.append("and is paused now")
-    return f"{', '.join(parts)}, {_minute(at, zone)}"
-
-
-def _minute(t: int, zone: str) -> str:
-    return f"{format_local(t, zone)[:16].replace('T', ' ')} {zone}"
+    return f"{', '.join(parts)}, {minute(execution.finished_at or execution.started_at or execution.queued_at)}"
 
 
 def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, Any]:
@@ -3669,8 +3523,7 @@ class TimerQueue:
     def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
         """Replaces everything by `items`, pairs of key and time."""
         self._due = dict(items)
-        self._heap = [(at, key) for key, at in self._due.items()]
-        heapq.heapify(self._heap)
+        self._heap = sorted((at, key) for key, at in self._due.items())
 
     def next_due(self) -> int | None:
         """When the next key is due, or None."""
@@ -3681,11 +3534,9 @@ class TimerQueue:
     def pop_due(self, now: int, limit: int) -> list[int]:
         """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
         keys: list[int] = []
-        while len(keys) < limit and self._heap and self._heap[0][0] <= now:
-            at, key = heapq.heappop(self._heap)
-            if self._due.get(key) == at:
-                del self._due[key]
-                keys.append(key)
+        while len(keys) < limit and (at := self.next_due()) is not None and at <= now:
+            keys.append(heapq.heappop(self._heap)[1])
+            del self._due[keys[-1]]
         return keys
 
 
@@ -4700,8 +4551,8 @@ def slots_that_ran(db: DB, schedule_id: int, first: int, last: int) -> set[int]:
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
-    alike = f"""SELECT task_id, schedule_id, trigger, hold & 1 AS waiting, count(*) AS count FROM executions
-        WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4"""
+    alike = f"""SELECT DISTINCT task_id, schedule_id, trigger, hold & 1 AS waiting FROM executions
+        WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?))"""
     groups: dict[int, list[Unfinished]] = {}
     for group in load(db, Unfinished, alike, (compact(list(task_ids)),)):
         groups.setdefault(group.task_id, []).append(group)
@@ -7361,31 +7212,30 @@ def settle(db: DB, ended: Sequence[Finished]) -> list[Ended]:
 
 def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, settings: Settings, early: bool = False) -> list[Ended]:
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
-    claim = Claim()
     schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
-    unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules})
+    claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules}))
     for schedule in schedules:
         try:
             if schedule.schedule_type == "after":
-                claim_overdue(db, claim, schedule, unfinished, now, settings)
+                claim_overdue(db, claim, schedule, settings)
             else:
-                claim_slots(claim, schedule, unfinished, now, early)
+                claim.slots(schedule, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
-            claim_broken(claim, schedule, now, error)
-    return write_claim(db, claim, now, tick)
+            claim.broken(schedule, error)
+    return write_claim(db, claim, tick)
 
 
-def write_claim(db: DB, claim: Claim, now: int, tick: Tick) -> list[Ended]:
+def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
     """Writes what was claimed, and adds it to `tick`. Returns what is over by that."""
     over: list[Ended] = []
     for schedule, trigger in claim.cancels:
         # A catch-up spares those of its own schedule.
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
         overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
-        found = cancel_executions(db, overlapped, now, CANCELLED_BY_OVERLAP)
+        found = cancel_executions(db, overlapped, claim.now, CANCELLED_BY_OVERLAP)
         tick.cancelled += [execution_id for execution_id, _, _ in found]
-        over += cancelled_of(found, now)
+        over += cancelled_of(found, claim.now)
     claim.rows, new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
@@ -7401,7 +7251,7 @@ def write_claim(db: DB, claim: Claim, now: int, tick: Tick) -> list[Ended]:
         tasks = get_tasks(db, {row.task_id for row in noted})
         tick.noted += [(tasks[row.task_id], row) for row in noted if row.task_id in tasks]
     rows = zip(new_ids, claim.rows, strict=True)
-    return over + [Ended(new_id, row.task_id, row.status, now) for new_id, row in rows if row.status != "queued"]
+    return over + [Ended(new_id, row.task_id, row.status, claim.now) for new_id, row in rows if row.status != "queued"]
 
 
 def cancelled_of(found: Iterable[tuple[int, int, str]], now: int) -> list[Ended]:
@@ -7415,9 +7265,8 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
     zone, url = settings.scheduler_timezone, settings.public_url
     while over and (schedules := after_schedules(db)):
         tasks, depths = get_tasks(db, {end.task_id for end in over}), depths_of(db, [end.execution_id for end in over])
-        unfinished = unfinished_of(db, {schedule.task_id for schedule in schedules if schedule.overlap != "allow"})
+        claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules if schedule.overlap != "allow"}))
         executions: dict[int, Execution] = {}
-        claim = Claim()
         for schedule in schedules:
             try:
                 told = _told(schedule, over, tasks, depths, now)
@@ -7427,7 +7276,7 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     task = tasks[end.task_id]
                     streak = end.before if event == "recovered" else task.failures_in_a_row if end.after is None else end.after
                     cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
-                    claim_after(claim, schedule, cause, end.execution_id, depths.get(end.execution_id, 0), unfinished, now)
+                    claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                 before = schedule.next_slot
                 if "overdue" in schedule.schedule_config["on"]:
                     schedule.look_ahead()
@@ -7435,7 +7284,7 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     claim.schedules.append(schedule)
             except Exception:
                 logger.exception("schedule %d", schedule.id)
-        over = write_claim(db, claim, now, tick)
+        over = write_claim(db, claim, tick)
 
 
 def _told(
@@ -7457,19 +7306,17 @@ def _told(
     return told[:left]
 
 
-def claim_overdue(
-    db: DB, claim: Claim, schedule: Schedule, unfinished: dict[int, list[Unfinished]], now: int, settings: Settings
-) -> None:
+def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) -> None:
     """The slot of an `overdue`, unless a success has moved it."""
     plan = schedule.plan()
     slot = plan.next_slot(schedule.settled_until)
-    if slot is not None and slot <= now:
+    if slot is not None and slot <= claim.now:
         [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
         last = get_executions(db, [task.last_success_id or 0], output=True)
         zone, url = settings.scheduler_timezone, settings.public_url
         cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
-        claim_after(claim, schedule, cause, task.last_success_id or 0, 0, unfinished, now)
-        schedule.stand(now)
+        claim.after(schedule, cause, task.last_success_id or 0, 0)
+        schedule.stand(claim.now)
         slot = None
     schedule.set_next(slot, plan)
     claim.schedules.append(schedule)
@@ -8500,7 +8347,7 @@ def _record(db: DB, row: NewExecution | None, now: int, settings: Settings) -> l
     """Writes the row of a slot that ran nothing, and what follows from it; returns the new ids."""
     tick = Tick()
     if row is not None:
-        follow(db, write_claim(db, Claim([row]), now, tick), now, tick, settings)
+        follow(db, write_claim(db, Claim(now, rows=[row]), tick), now, tick, settings)
     return tick.new_ids
 
 
@@ -8590,7 +8437,7 @@ def add_task(db: DB, task: Task) -> None:
     check_key(db, task)
     insert(db, task)
     if task.status != "active":  # a new row starts without a reason
-        task.status_reason = f"{task.status} on request, {format_instant(task.created_at)}"
+        task.status_reason = f"{task.status} on request, {format_second(task.created_at)}"
         update(db, task)
     note(db, task.created_at, "create", "task", task.id, None, task_view(task))
 
@@ -8612,7 +8459,7 @@ def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settin
         task.paused_until = None
     task.updated_at = now
     if task.status != before:
-        task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_instant(now)}"
+        task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_second(now)}"
         task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
     check_key(db, task)
     update(db, task)
@@ -10769,7 +10616,7 @@ LAST_LINES = 0.5  # seconds that the end of the program waits for each output of
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> Any:
         raise StartupError(message, exit_status=2)
 
 
@@ -10780,9 +10627,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (CHRONOTASK_API_HOST, default 127.0.0.1)")
     parser.add_argument("--port", help="port of REST and the dashboard (CHRONOTASK_API_PORT, default 8000)")
     parser.add_argument("--backup", metavar="FILE", help="write a consistent copy of the database to FILE (-: stdout), and end")
-    parser.add_argument(
-        "--config", metavar="FILE", help="definitions (TOML or JSON) to apply at the start and whenever they change"
-    )
+    parser.add_argument("--config", metavar="FILE", help="definitions (TOML or JSON) to apply at the start and when they change")
     parser.add_argument("--apply", metavar="FILE", help="make tasks and schedules what FILE (-: stdin) says, and end")
     parser.add_argument("--dry-run", action="store_true", help="with --apply: only print what would change (status 3)")
     parser.add_argument("--prune", choices=("pause", "delete"), help="with --apply: what becomes of what FILE no longer names")
@@ -10959,12 +10804,7 @@ class Systemd:
 
 
 async def serve(
-    settings: Settings,
-    mode: str,
-    environ: Environ,
-    systemd: Systemd,
-    wire: tuple[int, int] | None,
-    config: str | None = None,
+    settings: Settings, mode: str, environ: Environ, systemd: Systemd, wire: tuple[int, int] | None, config: str | None = None
 ) -> None:
     """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
@@ -10988,10 +10828,8 @@ async def serve(
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
+    jobs = [loop.create_task(reap_for_ever())] if os.getpid() == 1 else []
     reload: Callable[[], None] = lambda: None  # noqa: E731 - tokens are looked at anew by themselves
-    session: asyncio.Task[None] | None = None
-    reaper = loop.create_task(reap_for_ever()) if os.getpid() == 1 else None
-    follower: asyncio.Task[None] | None = None
     try:
         await service.start()
         if config is not None:
@@ -11010,33 +10848,21 @@ async def serve(
                 await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)
             # A terminal starts no session in `both`: reading it from the background would stop the whole process.
             if wire is not None and (mode == "mcp" or not os.isatty(wire[0])):
-                session = loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None))
+                jobs.append(loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None)))
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
         at = ", ".join("{} port {}".format(*sock.getsockname()) for sock in sockets) or "stdio"
         leads = "this process leads" if service.engine.leading else "another process leads"
         logger.info("ChronoTask %s is up on %s, database %s; %s", __version__, at, store.path, leads)
-        follower = loop.create_task(systemd.follow(service))
-        gc.freeze()  # what is there stays, so the garbage collector need not look at it
-        gc.set_threshold(10_000)  # requests and attempts free what they used without its help
-        gc.enable()
-        while not stop.is_set():
-            # What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes.
-            with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
-                ctypes.CDLL(None).malloc_trim(0)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(60):
-                    await stop.wait()
+        jobs += [loop.create_task(systemd.follow(service)), loop.create_task(_tidy_memory())]
+        await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
         systemd.tell("STOPPING=1")
         await service.stop()
-        for job in (reaper, follower):
-            if job is not None:
-                job.cancel()
-        if session is not None:  # after the service: the calls that waited for it are answered
-            session.cancel()
-            await asyncio.wait({session})
+        for job in jobs:  # after the service: the calls that waited for it are answered
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
         for result in await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True):
             if isinstance(result, Exception):
                 logger.error("a server could not be closed: %s", result, exc_info=result)
@@ -11044,6 +10870,17 @@ async def serve(
         for number in STOP_SIGNALS:  # nothing is left to stop: the exit status is that of a clean end
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
+
+
+async def _tidy_memory() -> None:
+    gc.freeze()  # what is there stays, so the garbage collector need not look at it
+    gc.set_threshold(10_000)  # requests and attempts free what they used without its help
+    gc.enable()
+    while True:
+        # What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes.
+        with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
+            ctypes.CDLL(None).malloc_trim(0)
+        await asyncio.sleep(60)
 
 
 async def _open(

@@ -2362,7 +2362,7 @@ def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
         return (t - NOW) / MINUTE
 
     return (
-        [(minutes(m.first), minutes(m.last), m.count) for m in due.missed],
+        [(minutes(m.first), minutes(m.last), m.count) for m in [due.missed] if m],
         [minutes(t) for t in due.catchup],
         [minutes(t) for t in due.on_time],
         minutes(due.settled_until),
@@ -2372,10 +2372,10 @@ def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
 
 @pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
 def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
-    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == chronotask.Due([], [], [], NOW, NOW + MINUTE)
+    assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == chronotask.Due(None, [], [], NOW, NOW + MINUTE)
     due = due_slots(minutely(), NOW, NOW + MINUTE + late)
     assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
-    assert (due.missed, due.settled_until, due.next_slot) == ([], NOW + MINUTE, NOW + 2 * MINUTE)
+    assert (due.missed, due.settled_until, due.next_slot) == (None, NOW + MINUTE, NOW + 2 * MINUTE)
 
 
 def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
@@ -2424,7 +2424,7 @@ def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_o
                 now = NOW + seconds * SECOND
                 due = due_slots(plan, NOW - 1, now)
                 taken = [*due.catchup, *due.on_time]
-                for group in due.missed:
+                if group := due.missed:
                     taken += range(group.first, group.last + 1, MINUTE)
                 due_all = [slot for slot in range(NOW, now + 1, MINUTE) if plan.fire_time(slot) <= now]
                 assert sorted(taken) == due_all
@@ -2433,19 +2433,19 @@ def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_o
                 assert due.settled_until == (due_all[-1] if due_all else NOW - 1)
                 assert due.next_slot == due.settled_until // MINUTE * MINUTE + MINUTE
                 again = due_slots(plan, due.settled_until, now)
-                assert again == chronotask.Due([], [], [], due.settled_until, due.next_slot)
+                assert again == chronotask.Due(None, [], [], due.settled_until, due.next_slot)
 
 
 def test_a_once_slot_that_was_missed_is_caught_up_within_the_window_and_else_recorded() -> None:
     once = Once(NOW, "UTC")
-    assert due_slots(Plan(once, 7), NOW - DAY, NOW + HOUR) == chronotask.Due([], [NOW], [], NOW, None)
+    assert due_slots(Plan(once, 7), NOW - DAY, NOW + HOUR) == chronotask.Due(None, [NOW], [], NOW, None)
     late = due_slots(Plan(once, 7), NOW - DAY, NOW + 2 * DAY)
-    assert late == chronotask.Due([Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s")], [], [], NOW, None)
+    assert late == chronotask.Due(Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s"), [], [], NOW, None)
 
 
 def test_missed_slots_say_why_they_did_not_run() -> None:
     reasons = [
-        due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed[0].reason
+        getattr(due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed, "reason", None)
         for catchup, window in (("skip", 86400.0), ("latest", 86400.0), ("all", 86400.0), ("all", 120.0))
     ]
     assert reasons == [
@@ -2454,20 +2454,18 @@ def test_missed_slots_say_why_they_did_not_run() -> None:
         "catchup=all runs only the newest 100",
         "older than the catchup_window of 120 s",
     ]
-    assert chronotask.missed_message(Missed(NOW, NOW + MINUTE, 2, "catchup=skip"), "Europe/Berlin") == (
+    assert Missed(NOW, NOW + MINUTE, 2, "catchup=skip").message("Europe/Berlin") == (
         "missed: 2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin); catchup=skip"
     )
-    assert chronotask.missed_message(Missed(NOW, NOW, 1, "catchup=skip"), "UTC") == (
-        "missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip"
-    )
-    assert "1000 or more slots" in chronotask.missed_message(Missed(NOW, NOW + DAY, 1000, "catchup=skip"), "UTC")
+    assert Missed(NOW, NOW, 1, "catchup=skip").message("UTC") == ("missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip")
+    assert "1000 or more slots" in Missed(NOW, NOW + DAY, 1000, "catchup=skip").message("UTC")
 
 
 def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
     # A second-wise cron over ten years: 315 million slots. This ends at once, or the test does not end.
     due = due_slots(Plan(Cron("* * * * * *", "Europe/Berlin"), 7), NOW - 3650 * DAY, NOW)
     assert (due.catchup, due.on_time) == ([NOW - 6 * SECOND], [NOW - i * SECOND for i in (5, 4, 3, 2, 1, 0)])
-    assert due.missed == [Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")]
+    assert due.missed == Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")
 
 
 @pytest.mark.parametrize(
@@ -2515,7 +2513,7 @@ def test_what_was_dealt_with_is_not_made_up_for_when_the_clock_jumps_forward(
     past = {"dealt_with": NOW + dealt_with * MINUTE, "in_force_since": NOW + in_force_since * MINUTE, "ran": stretches}
     plan = Plan(Cron("* * * * *", "UTC"), 7, **past)  # type: ignore[arg-type]
     due = due_slots(plan, NOW - 180 * MINUTE, NOW + 90 * SECOND)
-    assert [((m.first - NOW) // MINUTE, (m.last - NOW) // MINUTE) for m in due.missed] == missed
+    assert [((m.first - NOW) // MINUTE, (m.last - NOW) // MINUTE) for m in [due.missed] if m] == missed
     assert [(slot - NOW) // MINUTE for slot in due.catchup] == catchup
     assert (due.on_time, due.next_slot) == ([], NOW + 2 * MINUTE)
 
@@ -2537,24 +2535,6 @@ def test_what_ran_is_remembered_as_a_few_stretches() -> None:
     assert chronotask.add_run([[1, 4], [9, 9]], 5, 4) == [[1, 5], [9, 9]]  # after the clock was set back
     ran = [[n * n * 10, n * n * 10] for n in range(3, 11)]
     assert chronotask.add_run(ran, 5000, None) == [[90, 160], *ran[2:], [5000, 5000]]  # the two that lie closest are one now
-
-
-@pytest.mark.parametrize(
-    ("policy", "others", "waiting", "verdict"),
-    [
-        ("skip", 0, 0, "run"), ("skip", 1, 0, "skip"), ("skip", 9, 0, "skip"),
-        ("skip", 0, 1, "skip"), ("skip", 1, 1, "skip"), ("skip", 9, 1, "skip"),
-        ("queue", 0, 0, "run"), ("queue", 1, 0, "wait"), ("queue", 9, 0, "wait"),
-        ("queue", 0, 1, "skip"), ("queue", 1, 1, "skip"), ("queue", 9, 1, "skip"),
-        ("allow", 0, 0, "run"), ("allow", 1, 0, "run"), ("allow", 9, 0, "run"),
-        ("allow", 0, 1, "run"), ("allow", 1, 1, "run"), ("allow", 9, 1, "run"),
-        ("cancel", 0, 0, "run"), ("cancel", 1, 0, "cancel"), ("cancel", 9, 0, "cancel"),
-        ("cancel", 0, 1, "cancel"), ("cancel", 1, 1, "cancel"), ("cancel", 9, 1, "cancel"),
-    ],
-)  # fmt: skip
-def test_overlap_judges_a_slot_against_what_is_unfinished(policy: str, others: int, waiting: int, verdict: str) -> None:
-    assert policy in ("skip", "queue", "allow", "cancel")
-    assert chronotask.judge_overlap(policy, others, waiting) == verdict
 
 
 # --- Overlap and claims -----------------------------------------------------------------------------------------------
@@ -2579,12 +2559,12 @@ def a_schedule(**changes: Any) -> chronotask.Schedule:
 
 UNFINISHED = {
     "nobody": [],
-    "manual": [Unfinished(1, None, "manual", False, 1)],
-    "own": [Unfinished(1, 7, "schedule", False, 1)],
-    "own+waiting": [Unfinished(1, 7, "schedule", False, 1), Unfinished(1, 7, "schedule", True, 1)],
-    "own catch-up": [Unfinished(1, 7, "catchup", False, 1)],
-    "other catch-up": [Unfinished(1, 8, "catchup", False, 1)],
-    "other task": [Unfinished(2, 9, "schedule", False, 5)],
+    "manual": [Unfinished(1, None, "manual", False)],
+    "own": [Unfinished(1, 7, "schedule", False)],
+    "own+waiting": [Unfinished(1, 7, "schedule", False), Unfinished(1, 7, "schedule", True)],
+    "own catch-up": [Unfinished(1, 7, "catchup", False)],
+    "other catch-up": [Unfinished(1, 8, "catchup", False)],
+    "other task": [Unfinished(2, 9, "schedule", False)],
 }
 LETTERS = {"missed": "m", "skipped": "s", "cancelled": "x"}
 
@@ -2594,9 +2574,9 @@ def claimed(schedule: chronotask.Schedule, unfinished: str, now: float) -> tuple
 
     A queued one may wait behind o(verlap) and behind c(atch-up).
     """
-    claim = chronotask.Claim()
     others = {task: list(groups) for task, groups in itertools.groupby(UNFINISHED[unfinished], lambda group: group.task_id)}
-    chronotask.claim_slots(claim, schedule, others, START + round(now * S))
+    claim = chronotask.Claim(START + round(now * S), others)
+    claim.slots(schedule)
     words = []
     for row in claim.rows:
         held = "o" * bool(row.hold & chronotask.Hold.OVERLAP) + "c" * bool(row.hold & chronotask.Hold.CATCHUP)
@@ -2689,16 +2669,17 @@ def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
 
 
 def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
-    schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True, 1)
-    claim = chronotask.Claim()
-    chronotask.claim_slots(claim, schedule, {1: [other]}, START + 60 * S)
-    chronotask.claim_slots(claim, schedule, {1: [other, Unfinished(1, 7, "schedule", True, 1)]}, START + 120 * S)
+    schedule, other = a_schedule(overlap="queue"), Unfinished(1, 8, "schedule", True)
+    claim = chronotask.Claim(START + 60 * S, {1: [other]})
+    claim.slots(schedule)
+    claim.now += 60 * S
+    claim.slots(schedule)
     assert [(row.status, row.hold) for row in claim.rows] == [("queued", chronotask.Hold.OVERLAP), ("skipped", 0)]
 
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
-    claim, schedule = chronotask.Claim(), a_schedule()
-    chronotask.claim_broken(claim, schedule, START + 60 * S, ValueError("no such zone"))
+    claim, schedule = chronotask.Claim(START + 60 * S), a_schedule()
+    claim.broken(schedule, ValueError("no such zone"))
     row = claim.rows[0]
     assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
     assert "no such zone" in str(row.error_message)
