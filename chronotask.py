@@ -1378,7 +1378,7 @@ class Plan:
 # A new field is one line here and a migration (section 6): the columns, the bodies of create and update, what answers show,
 # OpenAPI and the tools' arguments follow from it. A client may write a field, on creation and later, unless its type says:
 #
-#   ReadOnly[…]   shown, never written by a client. With a default, a new row starts as the schema of the table says.
+#   ReadOnly[…]   shown, never written by a client
 #   Internal[…]   neither shown nor written by a client
 #   Queried[…]    no column: the query computes it
 #   Detail[…]     no column: shown only where the service has filled it in, in answers about one
@@ -2413,8 +2413,6 @@ class Shape:
             for name, field in fields.items()
             if not (field.default is field.default_factory is dataclasses.MISSING)
         }
-        # Columns that start as the schema says.
-        self.by_schema = {name for name in self.columns if Mark.READ_ONLY in marks[name] and name in self.defaults}
         arms = {name: _arms(_seen(hints[name])) for name in self.loaded}
         # Columns that hold JSON: dict or list.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
@@ -4303,9 +4301,9 @@ def _stored(item: Any, columns: Iterable[str]) -> list[Any]:
 
 
 def insert(db: DB, item: Row) -> Row:
-    """Writes a new task or schedule, and gives it its id. What it has not done yet starts as the schema says."""
+    """Writes a new task or schedule, and gives it its id."""
     kind: Any = type(item)
-    columns = [name for name in shape_of(kind).columns if name not in shape_of(kind).by_schema]
+    columns = [name for name in shape_of(kind).columns if name != "id"]
     marks = ", ".join("?" * len(columns))
     statement = f"INSERT INTO {_TABLES[kind]} ({', '.join(columns)}, rev) VALUES ({marks}, {_NEXT_REV})"
     cast(Any, item).id = db.execute(statement, _stored(item, columns)).lastrowid
@@ -4792,11 +4790,15 @@ def _served(status: str) -> str:
 
 
 def list_executions(
-    db: DB, query: ExecutionQuery | HistoryQuery, task_id: int | None = None, span: tuple[int | None, int | None] = (None, None)
+    db: DB,
+    query: ExecutionQuery | HistoryQuery,
+    task_id: int | None = None,
+    since: int | None = None,
+    until: int | None = None,
 ) -> tuple[int, list[Execution]]:
     """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
 
-    Those that lie at least partly in `span`, its since and until, from `queued_at` to `finished_at`.
+    Those that lie at least partly between `since` and `until`, from `queued_at` to `finished_at`.
 
     With their whole output (`full`), without (`none`), or with its texts cut (None).
     """
@@ -4810,8 +4812,8 @@ def list_executions(
             "trigger = ?": asked.get("trigger"),
             "id < ?": asked.get("before_id"),
             "status = 'succeeded'": asked.get("success"),
-            "queued_at <= ?": span[1],
-            "coalesce(finished_at >= ?, TRUE)": span[0],
+            "queued_at <= ?": until,
+            "coalesce(finished_at >= ?, TRUE)": since,
             _FAILED_SQL: asked.get("success") is False,
         }
     )
@@ -7646,6 +7648,7 @@ def _boot_id() -> str:
 
 TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
+MOST_BACKFILL = 1000  # slots
 CHANGE_TEXT = 4096  # characters kept of one field before and after a change
 S = TypeVar("S", bound=Schedule)
 U = TypeVar("U", bound=Callable[..., Any])
@@ -7667,8 +7670,6 @@ class Caller(NamedTuple):
 
 _MYSELF = Caller()
 CALLER: contextvars.ContextVar[Caller] = contextvars.ContextVar("caller", default=_MYSELF)
-# What this transaction has noted, for the log once it is on disk.
-_NOTED: contextvars.ContextVar[list[str]] = contextvars.ContextVar("noted")
 
 
 def require(scope: str) -> None:
@@ -7732,7 +7733,8 @@ class Operation:
 
 
 class Service:
-    """The use cases. One per process; `kind` is "mcp" for a process that yields to services."""
+    """The use cases that change something, lists and single things. One per process; `kind` is "mcp" for a process that yields to
+    services."""
 
     def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ, kind: str = "service") -> None:
         self.settings = settings
@@ -7740,7 +7742,7 @@ class Service:
         self.clock = clock
         self.engine = Engine(settings, store, clock, environ)
         self.retention = Retention(self.engine)
-        self.changes = Changes(self.engine, self.retention, self._status)
+        self.changes = Changes(self.engine, self.retention, partial(status_of, self))
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
@@ -7759,7 +7761,7 @@ class Service:
     async def _step(self) -> None:
         await self.engine.step()
         if self.engine.leading and not self.engine.stopping and (self.engine.pause_ends or LAST_INSTANT) <= self.clock.now():
-            await self.change(partial(end_pauses, now=self.clock.now(), settings=self.settings))
+            await self.change(end_pauses)
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
@@ -7781,66 +7783,62 @@ class Service:
         if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
             self.leadership.release()
 
-    async def change(self, write: Callable[[DB], T], take_up: bool = True) -> T:
+    def problem(self) -> str | None:
+        """Why the service is not healthy, or None."""
+        silent = self.clock.monotonic() - self.engine.last_tick
+        if silent > TICK_LIMIT:
+            return f"the scheduling job has not ticked for {silent:.0f} s"
+        return self.store.problem()
+
+    async def change(self, write: Callable[[Transaction], T], take_up: bool = True) -> T:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
         if self.engine.stopping:
             raise Unavailable("the service is shutting down")
-        noted: list[str] = []
-        context = contextvars.copy_context()
-        context.run(_NOTED.set, noted)
+        now, caller, held = self.clock.now(), CALLER.get(), list[Transaction]()
 
         def run(db: DB) -> T:
-            noted.clear()  # it may run twice
-            return context.run(write, db)
+            held[:] = [Transaction(db, now, self.settings, caller)]  # it may run twice
+            return write(held[0])
 
         done = await self.store.write(run)
-        for line in noted:
+        for line in held[0].lines:
             logger.info("%s", line)
         if take_up:
             await self.changes.take_up()
+        await self.engine.feed.publish_executions([*held[0].tick.new_ids, *held[0].tick.cancelled])
         return done
 
-    # --- use cases: tasks ---
+    async def in_checks(self, run: Callable[[], T]) -> T:
+        """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
+        return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
     @Operation("POST", "/tasks", 201, tool=())
     async def create_task(self, body: TaskCreate) -> TaskView:
-        """Create a task: what to run. It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's
-        machine. Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed
-        run is retried max_retries times."""
-        now, errors = self.clock.now(), list[FieldError]()
-        schedules: list[Schedule] = []
+        """Create a task: what to run. It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine.
+        Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is
+        retried max_retries times."""
+        now, errors, schedules = self.clock.now(), list[FieldError](), list[Schedule]()
         with told_at("", errors):
-            task = self.new_task({name: value for name, value in body.items() if name != "schedules"}, now)
+            task = new_task(body, now, self.settings)
             task.config = unmask_config(task.task_type, task.config, {})
         for number, part in enumerate(body.get("schedules", ())):
             with told_at(f"schedules[{number}].", errors):
-                schedules.append(await self.in_checks(partial(self.new_schedule, Schedule, {**part, "task_id": 0}, now)))
+                new = partial(new_schedule, Schedule, {**part, "task_id": 0}, now, self.settings)
+                schedules.append(await self.in_checks(new))
         if errors:
             raise InvalidInput(*errors)
 
-        def write(db: DB) -> None:
-            add_task(db, task)
+        def write(tx: Transaction) -> TaskView:
+            view = tx.put(task)
             for schedule in schedules:
                 schedule.task_id = task.id
-                add_schedule(db, schedule)
+                add_schedule(tx, schedule)
+            return view
 
-        await self.change(write, take_up=self.engine.feed.wanted or bool(schedules))
+        view = await self.change(write, take_up=self.engine.feed.wanted or bool(schedules))
         if not schedules:
-            return task_view(task)
+            return view
         return {**await self.get_task(task.id), "schedules": [await self.get_schedule(made.id) for made in schedules]}
-
-    def new_task(self, body: TaskCreate, now: int, may_be_over: bool = False) -> Task:
-        """A task as `body` describes it, with the masks that stand in its configuration. With `may_be_over` a pause may have
-        ended. Raises InvalidInput, Forbidden."""
-        config = parse_config(body["task_type"], body["config"])
-        check_allowed(body["task_type"], config, self.settings)
-        defaults = {"max_retries": self.settings.max_retries, "retry_delay": plain_number(self.settings.retry_delay)}
-        sent = _with_times(Task, body, self.settings.scheduler_timezone)
-        task = Task(**{**defaults, **sent, "config": config}, created_at=now, updated_at=now)
-        if may_be_over and task.status == "paused" and (task.paused_until or LAST_INSTANT) <= now:
-            task.status, task.paused_until = "active", None
-        check_pause(task, now)
-        return task
 
     @Operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
@@ -7869,98 +7867,58 @@ class Service:
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
         """Change the fields of a task that are sent. What is not sent stays; `config` is replaced as a whole. Fields as in
         create_task. Pause a task with status paused."""
-        await self.change(partial(self._change_task, task_id=task_id, sent=body, now=self.clock.now()))
-        return await self.get_task(task_id)
 
-    def _change_task(self, db: DB, task_id: int, sent: Any, now: int) -> None:
-        task = get_task(db, task_id)
-        sent = _with_times(Task, sent(task_view(task)) if callable(sent) else sent, self.settings.scheduler_timezone)
-        if sent.get("task_type", task.task_type) != task.task_type and "config" not in sent:
-            raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {sent['task_type']}"))
-        if "config" in sent:
+        def write(tx: Transaction) -> None:
+            task, given = get_task(tx.db, task_id), cast(Any, body)
+            given = given(task_view(task)) if callable(given) else given
+            sent = {**given, **read_times(given, shape_of(Task).times, tx.settings.scheduler_timezone)}
             task_type = sent.get("task_type", task.task_type)
-            stored = task.config if task_type == task.task_type else {}
-            sent["config"] = unmask_config(task_type, parse_config(task_type, sent["config"]), stored)
-            check_allowed(task_type, sent["config"], self.settings)
-        change_task(db, task, sent, now, self.settings)
+            if "config" in sent:
+                stored = task.config if task_type == task.task_type else {}
+                sent["config"] = unmask_config(task_type, parse_config(task_type, sent["config"]), stored)
+                check_allowed(task_type, sent["config"], tx.settings)
+            elif task_type != task.task_type:
+                raise InvalidInput(FieldError("config", f"must be sent too: task_type changes to {task_type}"))
+            change_task(tx, task, sent)
+
+        await self.change(write)
+        return await self.get_task(task_id)
 
     @Operation("DELETE", "/tasks/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_task(self, task_id: int) -> None:
         """Delete a task with its schedules and history. Kills what it is running. Cannot be undone; update_task with status
         paused stops it for a while."""
-        await self.change(partial(remove_task, task_id=task_id, now=self.clock.now()))
+        await self.change(partial(remove_task, task_id=task_id))
         there = partial(task_ids, conditions={"id = ?": task_id})
         while await self.store.read(there) and not self.engine.stopping:
             await asyncio.sleep(0.02)
 
-    # --- use cases: schedules ---
-
     @Operation("POST", "/schedules", 201, tool=(), errors=(404,))
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
         """Create a schedule: when a task fires. Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron",
-        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's
-        own zone applies. The answer says in words when it fires, and the next five slots, local and UTC: compare them with what
-        was asked for."""
+        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's own
+        zone applies. The answer says in words when it fires, and the next five slots, local and UTC: compare them with what was
+        asked for."""
         await self.store.read(partial(get_task, task_id=body["task_id"]))
-        schedule = await self.in_checks(partial(self.new_schedule, Schedule, body, self.clock.now()))
-
+        schedule = await self.in_checks(partial(new_schedule, Schedule, body, self.clock.now(), self.settings))
         await self.change(partial(add_schedule, schedule=schedule))
         return await self.get_schedule(schedule.id)
-
-    def new_schedule(self, kind: type[S], body: ScheduleCreate, now: int, may_be_over: bool = False) -> S:
-        """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
-        errors: list[FieldError] = []
-        zone = self.settings.scheduler_timezone
-        config: dict[str, Any] = {}
-        if body["schedule_type"] == "after":
-            body = {"overlap": "allow", **body}
-        try:
-            config = check_schedule_config(body["schedule_type"], body["schedule_config"], zone, 0 if may_be_over else now)
-            zone = config.get("timezone", zone)
-        except InvalidInput as error:
-            errors += error.errors
-        body = _of_its_type(body["schedule_type"], body, errors)
-        sent = _with_times(kind, body, zone, errors)
-        settled = now if (after := sent.get("after")) is None else after
-        schedule = kind(
-            **{**sent, "schedule_config": config},
-            created_at=now,
-            updated_at=now,
-            settled_until=settled,
-            dealt_with=settled,
-            in_force_since=now,
-        )
-        _check_bounds(schedule)
-        if schedule.schedule_type != "after":  # which looks at other tasks first
-            schedule.look_ahead()
-            if schedule.next_slot is None and not may_be_over:
-                raise InvalidInput(_nothing_left(schedule))
-        return schedule
-
-    async def in_checks(self, run: Callable[[], T]) -> T:
-        """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
-        return await asyncio.get_running_loop().run_in_executor(self._checks, run)
-
-    @Operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
-    async def preview_schedule(self, body: SchedulePreview) -> PreviewView:
-        """Show a schedule's words and next slots without storing it. Takes what create_schedule takes, and shows `count` slots
-        from `after` (default: now) on."""
-        schedule = await self.in_checks(partial(self.new_schedule, Preview, body, self.clock.now()))
-        await self.store.read(partial(check_watched, schedule=schedule))
-        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
-        slots = plan.upcoming(schedule.settled_until, schedule.count)
-        notes = notes_of(schedule, self.clock.now())
-        view = PreviewView(description=plan.timing.describe(), notes=notes, upcoming=upcoming_view(slots, schedule.zone))
-        if schedule.jitter:
-            view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
-        return view
 
     @Operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
         """Show a schedule."""
-        return await self.store.read(
-            partial(_read_schedule, schedule_id=schedule_id, now=self.clock.now(), paused=self.engine.paused)
-        )
+        paused, now = self.engine.paused, self.clock.now()
+
+        def read(db: DB) -> ScheduleView:
+            schedule = get_schedule(db, schedule_id)
+            schedule.upcoming, schedule.notes = [], []
+            with contextlib.suppress(*DAMAGE):  # its description says so
+                schedule.notes = notes_of(schedule, now, paused)
+                if schedule.is_active and schedule.live and not paused:
+                    schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
+            return schedule_view(as_it_is(schedule, paused))
+
+        return await self.store.read(read)
 
     @Operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
@@ -7973,15 +7931,13 @@ class Service:
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
         """Change the fields of a schedule that are sent. What is not sent stays; `schedule_config` is replaced as a whole; null
         clears start_at, end_at, max_runs. Fields as in create_schedule. Pause it with is_active false."""
-        settings, given, touched = self.settings, cast(Any, body), None
-        while touched is None:
+        given, done = cast(Any, body), False
+        while not done:
             schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
             sent = given(schedule_view(schedule)) if callable(given) else given
-            named = await self.task_id(sent.get("task_id", schedule.task_id))
-            check = partial(_checked_changes, schedule, {**sent, "task_id": named}, settings.scheduler_timezone, now)
-            changes = await self.in_checks(check)
-            touched = await self.change(partial(_change_read, read=schedule, changes=changes, now=now, settings=settings))
-        await self.engine.feed.publish_executions(touched)
+            sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
+            changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
+            done = await self.change(partial(change_read, read=schedule, changes=changes))
         view = await self.get_schedule(schedule_id)
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
@@ -7995,78 +7951,50 @@ class Service:
     @Operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
         """Delete a schedule; its history stays. Queued runs of it are cancelled, running ones end."""
-        remove = partial(remove_schedule, schedule_id=schedule_id, now=self.clock.now(), settings=self.settings)
-        task_id, cancelled = await self.change(remove)
-        await self.engine.feed.publish_executions(cancelled)
+        task_id = await self.change(partial(remove_schedule, schedule_id=schedule_id))
         self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
-
-    @Operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
-    async def backfill_schedule(self, schedule_id: int, body: BackfillBody) -> BackfillView:
-        """Run the slots of a stretch of the past that have not run. One after the other, oldest first, at most 1000. `dry_run`
-        only lists them."""
-        schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
-        first, last = (
-            read_bound("from", body["from"], schedule.zone) or 0,
-            read_bound("to", body["to"], schedule.zone, end=True) or 0,
-        )
-        if wrong := [name for name, t in (("from", first), ("to", last)) if t > now]:
-            raise InvalidInput(*(FieldError(name, f"must be past (it is now {format_instant(now)})") for name in wrong))
-        if first > last:
-            raise InvalidInput(FieldError("from", "must not be after to"))
-        dry = body.get("dry_run", False)
-        write = partial(_backfill, schedule_id=schedule_id, span=(first, last), dry=dry, now=now, settings=self.settings)
-        slots, ids = await (self.store.read(write) if dry else self.change(write, take_up=False))
-        self.engine.wake()
-        await self.engine.feed.publish_executions(ids)
-        return BackfillView(slots=upcoming_view(slots, schedule.zone), executions=ids)
-
-    # --- use cases: executions ---
 
     @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
-        """Run a task now. Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it
-        goes on, and get_execution shows its end. `config` replaces single fields of the task's config for this run alone."""
-        row, key, now = NewExecution(task_id, None, "manual", None, self.clock.now()), query.idempotency_key, self.clock.now()
+        """Run a task now. Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes
+        on, and get_execution shows its end. `config` replaces single fields of the task's config for this run alone."""
+        key, sent = query.idempotency_key, hashlib.sha256(compact(body).encode()).hexdigest()
         if override := body.get("config"):
             require("admin")  # it is a command of one's own
-        sent = hashlib.sha256(compact(body).encode()).hexdigest()
 
-        def write(db: DB) -> tuple[Execution, bool]:
-            if key is not None and (known := execution_of_key(db, task_id, key, sent, now)) is not None:
-                return get_execution(db, known)[0], False
-            execution = _queue(db, row, override, self.settings)
+        def write(tx: Transaction) -> Execution:
+            if key is not None and (known := execution_of_key(tx.db, task_id, key, sent, tx.now)) is not None:
+                return get_execution(tx.db, known)[0]
+            execution = queue_execution(tx, NewExecution(task_id, None, "manual", None, tx.now), override)
             if key is not None:
-                remember_key(db, task_id, key, sent, execution.id, now)
-            return execution, True
+                remember_key(tx.db, task_id, key, sent, execution.id, tx.now)
+            return execution
 
         return await self._begin(write, query.wait)
-
-    async def _begin(self, write: Callable[[DB], tuple[Execution, bool]], wait: float) -> ExecutionView:
-        """Queues an execution, unless it is there already, and waits for its end up to `wait` seconds."""
-        execution, is_new = await self.change(write, take_up=False)
-        if is_new:
-            self.engine.wake()
-            await self.engine.feed.publish_executions([execution.id])
-        if wait <= 0:
-            return execution_view(execution)
-        await self.engine.feed.wait_for(execution.id, wait)
-        return await self.get_execution(execution.id)
 
     @Operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def rerun_execution(self, execution_id: int, query: WaitQuery) -> ExecutionView:
         """Run an execution again. With its slot and its config override, and the task as it is now. One that is not over yet is
         refused. Answers as execute_task."""
-        now = self.clock.now()
 
-        def write(db: DB) -> tuple[Execution, bool]:
-            old, _ = get_execution(db, execution_id)
+        def write(tx: Transaction) -> Execution:
+            old, _ = get_execution(tx.db, execution_id)
             if old.status in UNFINISHED:
                 raise Conflict(f"execution {execution_id} is not over yet: {old.status}")
             cause = None if old.cause is None else compact(old.cause)
-            row = NewExecution(old.task_id, old.schedule_id, "rerun", old.scheduled_for, now, cause=cause, rerun_of=old.id)
-            return _queue(db, row, old.config, self.settings), True
+            row = NewExecution(old.task_id, old.schedule_id, "rerun", old.scheduled_for, tx.now, cause=cause, rerun_of=old.id)
+            return queue_execution(tx, row, old.config)
 
         return await self._begin(write, query.wait)
+
+    async def _begin(self, write: Callable[[Transaction], Execution], wait: float) -> ExecutionView:
+        """Queues an execution, unless it is there already, and waits for its end up to `wait` seconds."""
+        execution = await self.change(write, take_up=False)
+        self.engine.wake()
+        if wait <= 0:
+            return execution_view(execution)
+        await self.engine.feed.wait_for(execution.id, wait)
+        return await self.get_execution(execution.id)
 
     @Operation("GET", "/executions/{id}", tool=("read_only",))
     async def get_execution(self, execution_id: int) -> ExecutionView:
@@ -8080,80 +8008,38 @@ class Service:
         execution.attempts, execution.caused = attempt_views(execution, past), caused
         return execution_view(execution)
 
-    def _span(self, query: HistoryQuery | ExecutionQuery) -> tuple[int | None, int | None]:
-        zone = self.settings.scheduler_timezone
-        return read_bound("since", query.since, zone), read_bound("until", query.until, zone, end=True)
-
     @Operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
         """List the executions of a task, newest first. How each run ended, with error_message and output. Rows with status
         skipped or missed are slots that ran nothing, and say why. For older ones raise `skip`."""
-        span = self._span(query)
-        total, rows = await self.store.scan(partial(list_executions, query=query, task_id=task_id, span=span))
+        times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
+        total, rows = await self.store.scan(lambda db: list_executions(db, query, task_id, **times))
         return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
     @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first."""
-        _, rows = await self.store.scan(partial(list_executions, query=query, span=self._span(query)))
+        times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
+        _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
         more = rows[-1].id if len(rows) == query.limit else None
         return ExecutionPage(executions=list(map(execution_view, rows)), next_before_id=more)
 
     @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
         """End an execution. Kills its processes and drops its retries. One that is over already is refused."""
-        before, touched = await self.change(partial(self._cancel, execution_id=execution_id, now=self.clock.now()))
-        if before not in UNFINISHED:
-            raise Conflict(f"execution {execution_id} is over already: {before}")
-        if before == "running":
+
+        def write(tx: Transaction) -> str:
+            [*found] = cancel_executions(tx.db, {"id = ?": execution_id}, tx.now, "cancelled on request")
+            _, _, before = existing(found, "execution", execution_id)
+            if before not in UNFINISHED:
+                raise Conflict(f"execution {execution_id} is over already: {before}")
+            tx.note("cancel", "execution", execution_id, {"status": before}, {"status": "cancelled"})
+            tx.cancelled(found)
+            return before
+
+        if await self.change(write) == "running":
             await self.engine.feed.wait_for(execution_id, CANCEL_WAIT)
-        else:
-            await self.engine.feed.publish_executions(touched)
         return await self.get_execution(execution_id)
-
-    def _cancel(self, db: DB, execution_id: int, now: int) -> tuple[str, list[int]]:
-        """The status that it had, and the executions that it has touched."""
-        [*found] = cancel_executions(db, {"id = ?": execution_id}, now, "cancelled on request")
-        _, _, before = existing(found, "execution", execution_id)
-        tick = Tick()
-        if before in UNFINISHED:
-            note(db, now, "cancel", "execution", execution_id, {"status": before}, {"status": "cancelled"})
-        follow(db, cancelled_of(found, now), now, tick, self.settings)
-        return before, [execution_id, *tick.new_ids]
-
-    # --- use cases: looking on ---
-
-    async def follow_output(self, execution_id: int) -> AsyncIterator[bytes]:
-        """What an execution prints, as it comes, until it is over; what was kept, if it is over already.
-
-        Looks four times a second at the bounded output: a slow reader misses some of it, and is told so, but is never
-        buffered for. Raises NotFound.
-        """
-        live: LiveOutput | None = None
-        sent: dict[tuple[int, str], int] = {}
-        while True:
-            execution, _ = await self.store.read(partial(get_execution, execution_id=execution_id))
-            if active := self.engine.running.get(execution_id):
-                live = active.live
-            over = execution.status in FINISHED or self.engine.stopping
-            if live is not None:
-                recent = live.recent()
-            elif execution.status == "running":  # in another process
-                until = self.clock.now() + 5 * SECOND
-                recent = await self.store.write(partial(shown_output, execution_id=execution_id, ask_until=until))
-            else:
-                recent = await self.store.read(partial(shown_output, execution_id=execution_id))
-            for stream, total, data in recent:
-                before = sent.get((execution.attempt, stream), 0)
-                sent[execution.attempt, stream] = total
-                if total > before:
-                    yield newest(data, total - before)
-            if over:
-                if not sent:
-                    yield output_text(execution.output_data).encode()
-                return
-            live = None if execution.status == "retrying" else live
-            await asyncio.sleep(POLL)
 
     @Operation("GET", "/changes")
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
@@ -8162,228 +8048,205 @@ class Service:
         more = rows[-1].id if len(rows) == query.limit else None
         return ChangePage(changes=[view_of(row) for row in rows], next_before_id=more)
 
-    @Operation("GET", "/overview")
-    async def overview(self, query: TaskQuery) -> OverviewPage:
-        """List tasks with their recent executions."""
-        return await self.store.scan(partial(_overview, query=query, paused=self.engine.paused))
+    @Operation("POST", "/scheduler/pause")
+    async def pause_scheduler(self, body: PauseBody) -> StatusView:
+        """Stop all firing, also after a restart; with `until` it ends by itself."""
+        until = read_times(body, ("until",), self.settings.scheduler_timezone, self.clock.now(), days=False).get("until")
+        await self.change(partial(pause_all, paused=True, until=until))
+        return await get_scheduler_status(self)
+
+    @Operation("POST", "/scheduler/resume")
+    async def resume_scheduler(self) -> StatusView:
+        """Fire again, from the next slots on."""
+        await self.change(partial(pause_all, paused=False))
+        return await get_scheduler_status(self)
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
         target = self.store.path.with_name(f".download-{uuid.uuid4().hex}.db")
         try:
-            await asyncio.get_running_loop().run_in_executor(self._checks, backup, self.store.path, target)
+            await self.in_checks(partial(backup, self.store.path, target))
             return target.open("rb")
         finally:
             target.unlink(missing_ok=True)
 
-    async def metrics(self) -> tuple[dict[str, int], dict[str, int], list[Task], dict[int, int], int]:
-        """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last, since when
-        tasks run, bytes on disk."""
-        (objects, executions), tasks, running = await self.store.scan(
-            lambda db: (counts(db), measured_tasks(db, 1000), running_since(db))
-        )
-        size = sum(f.stat().st_size for f in (self.store.path, Path(f"{self.store.path}-wal")) if f.exists())
-        return objects, executions, [as_it_is(task, self.engine.paused) for task in tasks], running, size
 
-    # --- use cases: the scheduler ---
-
-    @Operation("POST", "/scheduler/pause")
-    async def pause_scheduler(self, body: PauseBody) -> StatusView:
-        """Stop all firing, also after a restart; with `until` it ends by itself."""
-        now, zone = self.clock.now(), self.settings.scheduler_timezone
-        with _told_as("until"):
-            until = None if body.get("until") is None else parse_instant(check_datetime(body["until"], zone, now), zone)
-        await self.change(partial(_pause_all, paused=True, now=now, settings=self.settings, until=until))
-        return await self.get_scheduler_status()
-
-    @Operation("POST", "/scheduler/resume")
-    async def resume_scheduler(self) -> StatusView:
-        """Fire again, from the next slots on."""
-        await self.change(partial(_pause_all, paused=False, now=self.clock.now(), settings=self.settings))
-        return await self.get_scheduler_status()
-
-    @Operation("GET", "/scheduler/status", tool=("read_only",))
-    async def get_scheduler_status(self) -> StatusView:
-        """Show the scheduler's state and what comes next. With its time zone, the number of tasks and of executions in each
-        status, and the next five runs."""
-        status, caller = await self._status(), CALLER.get()
-        return {**status, "caller": {"name": caller.actor, "scope": caller.scope}} if self.settings.needs_token else status
-
-    async def _status(self) -> StatusView:
-        (objects, executions), paused_until, paused_by = await self.store.scan(
-            lambda db: (counts(db), get_meta(db, "paused_until"), get_meta(db, "paused_by"))
-        )
-        next_runs = await self._upcoming(UpcomingQuery(limit=5), LAST_INSTANT)
-        late = sorted(self.engine.stats.recent_late)
-        p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
-        return StatusView(
-            running=not self.engine.stopping,
-            leader=self.engine.leading,
-            paused=self.engine.paused,
-            paused_until=instant_or_none(paused_until),
-            paused_by=paused_by,
-            timezone=self.settings.scheduler_timezone,
-            now=format_instant(self.clock.now()),
-            version=__version__,
-            started_at=format_instant(self.started_at),
-            tasks=objects["tasks"],
-            schedules=objects["schedules"],
-            active_schedules=objects["active_schedules"],
-            executions=executions,
-            queue_length=executions["queued"],
-            max_concurrent_runs=self.settings.max_concurrent_runs,
-            next_runs=next_runs,
-            lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
-            config_file=self.config_file,
-        )
-
-    @Operation("GET", "/upcoming", tool=("read_only",))
-    async def list_upcoming(self, query: UpcomingQuery) -> UpcomingPage:
-        """List what fires next, over all tasks. In order, each schedule as often as it fires, until `until` (default: in 24
-        h)."""
-        now = self.clock.now()
-        until = read_bound("until", query.until, self.settings.scheduler_timezone, end=True)
-        if until is not None and until <= now:
-            raise InvalidInput(FieldError("until", f"must be in the future (it is now {format_instant(now)})"))
-        return UpcomingPage(upcoming=await self._upcoming(query, now + DAY if until is None else until))
-
-    async def _upcoming(self, query: UpcomingQuery, until: int) -> list[Firing]:
-        if self.engine.paused:
-            return []
-        return await self.store.scan(lambda db: firings(next_schedules(db, query, until), until, query.limit))
-
-    def problem(self) -> str | None:
-        """Why the service is not healthy, or None."""
-        silent = self.clock.monotonic() - self.engine.last_tick
-        if silent > TICK_LIMIT:
-            return f"the scheduling job has not ticked for {silent:.0f} s"
-        return self.store.problem()
+# --- Use cases that only look, and those of a schedule's slots -------------------------------------------------------
 
 
-# --- Transactions of the use cases ------------------------------------------------------------------------------------
+@Operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
+async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewView:
+    """Show a schedule's words and next slots without storing it. Takes what create_schedule takes, and shows `count` slots from
+    `after` (default: now) on."""
+    now = service.clock.now()
+    schedule = await service.in_checks(partial(new_schedule, Preview, body, now, service.settings))
+    await service.store.read(partial(check_watched, schedule=schedule))
+    plan = dataclasses.replace(schedule.plan(), schedule_id=None)
+    upcoming = upcoming_view(plan.upcoming(schedule.settled_until, schedule.count), schedule.zone)
+    view = PreviewView(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
+    if schedule.jitter:
+        view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
+    return view
 
 
-def _read_schedule(db: DB, schedule_id: int, now: int, paused: bool) -> ScheduleView:
-    schedule = get_schedule(db, schedule_id)
-    schedule.upcoming, schedule.notes = [], []
-    with contextlib.suppress(*DAMAGE):
-        schedule.notes = notes_of(schedule, now, paused)
-    if schedule.is_active and schedule.live and not paused:
-        with contextlib.suppress(*DAMAGE):  # its description says so
-            schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-    return schedule_view(as_it_is(schedule, paused))
+@Operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
+async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBody) -> BackfillView:
+    """Run the slots of a stretch of the past that have not run. One after the other, oldest first, at most 1000. `dry_run` only
+    lists them."""
+    now, store = service.clock.now(), service.store
+    zone = (await store.read(partial(get_schedule, schedule_id=schedule_id))).zone
+    span = read_times(body, ("from", "to"), zone)
+    if wrong := [name for name, t in span.items() if t > now]:
+        raise InvalidInput(*(FieldError(name, f"must be past (it is now {format_instant(now)})") for name in wrong))
+    if span["from"] > span["to"]:
+        raise InvalidInput(FieldError("from", "must not be after to"))
+    find = partial(slots_to_fill, schedule_id=schedule_id, first=span["from"], last=span["to"], settings=service.settings)
+
+    if body.get("dry_run"):
+        return BackfillView(slots=upcoming_view((await store.read(find))[1], zone), executions=[])
+
+    def write(tx: Transaction) -> tuple[list[int], list[int]]:
+        task_id, slots = find(tx.db)
+        rows = [NewExecution(task_id, schedule_id, "backfill", slot, tx.now, hold=Hold.CATCHUP) for slot in slots]
+        ids = insert_executions(tx.db, rows) if rows else []
+        tx.tick.new_ids += ids
+        release_held(tx.db, {task_id})
+        about = {"task_id": task_id, "from": body["from"], "to": body["to"], "executions": len(ids)}
+        if ids:
+            tx.note("backfill", "schedule", schedule_id, None, about)
+        return slots, ids
+
+    slots, ids = await service.change(write, take_up=False)
+    service.engine.wake()
+    return BackfillView(slots=upcoming_view(slots, zone), executions=ids)
 
 
-MOST_BACKFILL = 1000
+async def follow_output(service: Service, execution_id: int) -> AsyncIterator[bytes]:
+    """What an execution prints, as it comes, until it is over; what was kept, if it is over already.
+
+    Looks four times a second at the bounded output: a slow reader misses some of it, and is told so, but is never
+    buffered for. Raises NotFound.
+    """
+    engine, store = service.engine, service.store
+    live: LiveOutput | None = None
+    sent: dict[tuple[int, str], int] = {}
+    while True:
+        execution, _ = await store.read(partial(get_execution, execution_id=execution_id))
+        if active := engine.running.get(execution_id):
+            live = active.live
+        over = execution.status in FINISHED or engine.stopping
+        if live is not None:
+            recent = live.recent()
+        elif execution.status == "running":  # in another process
+            until = service.clock.now() + 5 * SECOND
+            recent = await store.write(partial(shown_output, execution_id=execution_id, ask_until=until))
+        else:
+            recent = await store.read(partial(shown_output, execution_id=execution_id))
+        for stream, total, data in recent:
+            fresh = total - sent.get((execution.attempt, stream), 0)
+            sent[execution.attempt, stream] = total
+            if fresh > 0:
+                yield newest(data, fresh)
+        if over:
+            if not sent:
+                yield output_text(execution.output_data).encode()
+            return
+        live = None if execution.status == "retrying" else live
+        await asyncio.sleep(POLL)
 
 
-def _backfill(
-    db: DB, schedule_id: int, span: tuple[int, int], dry: bool, now: int, settings: Settings
-) -> tuple[list[int], list[int]]:
-    """The slots of `span` that have no execution which ran or will, and the ids of those that they get now."""
-    schedule = get_schedule(db, schedule_id)
-    task = _runnable(db, schedule.task_id, settings)
-    if schedule.schedule_type == "after":
-        raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
-    last = span[1]
-    if schedule.is_active and schedule.live and not get_meta(db, "paused"):
-        last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
-    ran = slots_that_ran(db, schedule_id, span[0], last)
-    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=without_days((), schedule.exclude, schedule.zone))
-    slots: list[int] = []
-    slot = plan.next_slot(span[0] - 1)
-    while slot is not None and slot <= last:
-        if slot not in ran:
-            slots.append(slot)
-        if len(slots) > MOST_BACKFILL:
-            raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
-        slot = plan.next_slot(slot)
-    if dry or not slots:
-        return slots, []
-    ids = insert_executions(db, [NewExecution(task.id, schedule_id, "backfill", slot, now, hold=Hold.CATCHUP) for slot in slots])
-    release_held(db, {task.id})
-    about = {"task_id": task.id, "from": instant_or_none(slots[0]), "to": instant_or_none(slots[-1]), "executions": len(ids)}
-    note(db, now, "backfill", "schedule", schedule_id, None, about)
-    return slots, ids
+@Operation("GET", "/overview")
+async def overview(service: Service, query: TaskQuery) -> OverviewPage:
+    """List tasks with their recent executions."""
+
+    def read(db: DB) -> OverviewPage:  # in its thread: views of 30,000 executions are no work for the loop
+        total, rows = list_tasks(db, query)
+        recent = recent_executions(db, [task.id for task in rows], 30)
+        tasks = [overview_view(as_it_is(task, service.engine.paused), recent.get(task.id, [])) for task in rows]
+        return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+
+    return await service.store.scan(read)
 
 
-def _runnable(db: DB, task_id: int, settings: Settings) -> Task:
-    """A task that somebody may run. Raises NotFound, Conflict, Forbidden."""
-    task = get_task(db, task_id)
-    if task.status == "disabled":
-        raise Conflict(f"task {task.id} is disabled: set its status to active or paused first")
-    if task.task_type == "bash" and not settings.allow_host_commands:
-        raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
-    return task
+@Operation("GET", "/upcoming", tool=("read_only",))
+async def list_upcoming(service: Service, query: UpcomingQuery) -> UpcomingPage:
+    """List what fires next, over all tasks. In order, each schedule as often as it fires, until `until` (default: in 24 h)."""
+    now, sent = service.clock.now(), {"until": query.until}
+    until = read_times(sent, sent, service.settings.scheduler_timezone, now).get("until", now + DAY)
+    found = await service.store.scan(lambda db: firings(next_schedules(db, query, until), until, query.limit))
+    return UpcomingPage(upcoming=[] if service.engine.paused else found)
 
 
-def _queue(db: DB, row: NewExecution, override: dict[str, Any] | None, settings: Settings) -> Execution:
-    """Writes an execution that somebody asks for. Raises NotFound, Conflict, Forbidden, InvalidInput."""
-    task = _runnable(db, row.task_id, settings)
-    if override:
-        config = override_config(task.task_type, task.config, override)
-        check_allowed(task.task_type, config, settings)
-        row.config = compact({name: config.get(name) for name in override})
-    of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
-    if row.trigger == "manual" and ("${cause:" in compact(task.config) or schedules_that(db, of_after)):
-        row.cause = compact(sample_cause(task, row.queued_at, settings.scheduler_timezone, settings.public_url))
-    execution_id = insert_executions(db, [row])[0]
-    execution = get_execution(db, execution_id)[0]
-    about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": execution_view(execution)["config"]}
-    operation = "execute" if row.trigger == "manual" else row.trigger
-    note(db, row.queued_at, operation, "execution", execution_id, None, {k: v for k, v in about.items() if v is not None})
-    return execution
+@Operation("GET", "/scheduler/status", tool=("read_only",))
+async def get_scheduler_status(service: Service) -> StatusView:
+    """Show the scheduler's state and what comes next. With its time zone, the number of tasks and of executions in each status,
+    and the next five runs."""
+    status, caller = await status_of(service), CALLER.get()
+    return {**status, "caller": {"name": caller.actor, "scope": caller.scope}} if service.settings.needs_token else status
 
 
-def _overview(db: DB, query: TaskQuery, paused: bool) -> OverviewPage:
-    """In a thread: views of 30,000 executions are no work for the loop."""
-    total, rows = list_tasks(db, query)
-    recent = recent_executions(db, [task.id for task in rows], 30)
-    tasks = [overview_view(as_it_is(task, paused), recent.get(task.id, [])) for task in rows]
-    return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+async def status_of(service: Service) -> StatusView:
+    """The state of the scheduler, for whoever looks on."""
+    engine, settings = service.engine, service.settings
+    (objects, executions), paused_until, paused_by = await service.store.scan(
+        lambda db: (counts(db), get_meta(db, "paused_until"), get_meta(db, "paused_by"))
+    )
+    late = sorted(engine.stats.recent_late)
+    p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
+    return StatusView(
+        running=not engine.stopping,
+        leader=engine.leading,
+        paused=engine.paused,
+        paused_until=instant_or_none(paused_until),
+        paused_by=paused_by,
+        timezone=settings.scheduler_timezone,
+        now=format_instant(service.clock.now()),
+        version=__version__,
+        started_at=format_instant(service.started_at),
+        tasks=objects["tasks"],
+        schedules=objects["schedules"],
+        active_schedules=objects["active_schedules"],
+        executions=executions,
+        queue_length=executions["queued"],
+        max_concurrent_runs=settings.max_concurrent_runs,
+        next_runs=(await list_upcoming(service, UpcomingQuery(limit=5, until="9999-12-31")))["upcoming"],
+        lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
+        config_file=service.config_file,
+    )
 
 
-def _record(db: DB, row: NewExecution | None, now: int, settings: Settings) -> list[int]:
-    """Writes the row of a slot that ran nothing, and what follows from it; returns the new ids."""
-    tick = Tick()
-    if row is not None:
-        follow(db, write_claim(db, Claim(now, rows=[row]), tick), now, tick, settings)
-    return tick.new_ids
+async def measure(service: Service) -> tuple[dict[str, int], dict[str, int], list[Task], dict[int, int], int]:
+    """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last, since when tasks
+    run, bytes on disk."""
+    path = service.store.path
+    (objects, executions), tasks, running = await service.store.scan(
+        lambda db: (counts(db), measured_tasks(db, 1000), running_since(db))
+    )
+    size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
+    return objects, executions, [as_it_is(task, service.engine.paused) for task in tasks], running, size
 
 
-def _resume(db: DB, schedules: Sequence[Schedule], now: int, settings: Settings, at: int | None = None) -> None:
-    """After a pause that has ended at `at`, which may be a while ago: slots since then were missed as any others."""
-    for schedule in schedules:
-        with contextlib.suppress(*DAMAGE):
-            missed = resume_schedule(schedule, now if at is None else max(at, min(schedule.in_force_since, now)))
-            update(db, schedule)
-            _record(db, missed, now, settings)
+# --- What a client sent, as the store keeps it ------------------------------------------------------------------------
+
+# For these a date alone will do: the start of that day, or its end.
+_DAYS = {"start_at": False, "since": False, "from": False, "end_at": True, "until": True, "to": True}
 
 
-def _pause_all(db: DB, paused: bool, now: int, settings: Settings, until: int | None = None, at: int | None = None) -> None:
-    names = ("paused", "paused_until", "paused_by")
-    before = dict(zip(names, [get_meta(db, name) for name in names], strict=True))
-    after = dict(zip(names, (int(paused), until, CALLER.get().actor if paused else None), strict=True))
-    for name, value in after.items():
-        set_meta(db, name, value)
-    views: list[dict[str, Any]] = [
-        {"paused": bool(meta["paused"]), "paused_until": instant_or_none(cast(Any, meta["paused_until"]))}
-        for meta in (before, after)
-    ]
-    note(db, now, "pause" if paused else "resume", "scheduler", None, *views)
-    if before["paused"] and not paused:
-        _resume(db, schedules_that(db, {LIVE_SQL: True}), now, settings, at)
-    set_meta(db, "rev", get_meta(db, "rev") + 1)
-
-
-def end_pauses(db: DB, now: int, settings: Settings) -> None:
-    """Ends the pauses whose time has come, as a resume at that time."""
-    CALLER.set(Caller(via="timer"))  # of this transaction
-    for task_id in task_ids(db, {"paused_until <= ?": now, "status = 'paused'": True, "deleted = 0": True}):
-        task = get_task(db, task_id)
-        change_task(db, task, {"status": "active"}, now, settings, at=task.paused_until)
-    if get_meta(db, "paused") and (until := get_meta(db, "paused_until")) is not None and until <= now:
-        _pause_all(db, False, now, settings, at=until)
+def read_times(sent: Mapping[str, Any], names: Iterable[str], zone: str, after: int = -1, days: bool = True) -> dict[str, int]:
+    """Those of the fields `names` that were sent, and not as null, as instants. Raises InvalidInput that lists every bad one, and
+    every one that is not later than `after`. Without `days` a date alone will not do."""
+    times, errors = dict[str, int](), list[FieldError]()
+    for name in names:
+        if (text := sent.get(name)) is not None:
+            try:
+                times[name] = parse_bound(text, zone, _DAYS[name]) if days and name in _DAYS else parse_instant(text, zone)
+                if times[name] <= after:
+                    raise ValueError(f"must be in the future (it is now {format_instant(after)})")
+            except ValueError as error:
+                errors.append(FieldError(name, f"{shown(text)}: {error}"))
+    if errors:
+        raise InvalidInput(*errors)
+    return times
 
 
 def check_pause(task: Task, now: int) -> None:
@@ -8394,185 +8257,236 @@ def check_pause(task: Task, now: int) -> None:
         raise InvalidInput(FieldError("paused_until", f"must be in the future (it is now {format_instant(now)})"))
 
 
-def note(
-    db: DB,
-    now: int,
-    operation: str,
-    kind: str,
-    object_id: int | None,
-    before: dict[str, Any] | None,
-    after: dict[str, Any] | None,
-) -> None:
-    """Writes who has changed what, in the transaction that changes it. `before` and `after` are views, so masked already."""
-    caller, (old, new) = CALLER.get(), _differences(before or {}, after or {})
-    kept = [None if view is None else _cut(view) for view in (before and old, after and new)]
-    insert_change(db, (now, caller.actor, caller.via, kind, object_id, operation, *kept))
-    if (noted := _NOTED.get(None)) is not None:
-        what = f" ({', '.join({**old, **new})})" if before and after else ""
-        noted.append(f"{operation} {kind} {object_id or ''}{what} by {caller.actor} via {caller.via}")
+def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool = False) -> Task:
+    """A task as `body` describes it, with the masks that stand in its configuration. With `may_be_over` a pause may have ended.
+    Raises InvalidInput, Forbidden."""
+    config = parse_config(body["task_type"], body["config"])
+    check_allowed(body["task_type"], config, settings)
+    fields = {"max_retries": settings.max_retries, "retry_delay": plain_number(settings.retry_delay), **body, "config": config}
+    fields |= read_times(body, shape_of(Task).times, settings.scheduler_timezone)
+    fields.pop("schedules", None)
+    task = Task(**fields, created_at=now, updated_at=now)
+    if may_be_over and task.status == "paused" and (task.paused_until or LAST_INSTANT) <= now:
+        task.status, task.paused_until = "active", None
+    check_pause(task, now)
+    if task.status != "active":
+        task.status_reason = f"{task.status} on request, {format_second(now)}"
+    return task
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What differs, as it is in both."""
-    old, new = dict[str, Any](), dict[str, Any]()
-    for name in {**before, **after}:
-        values: tuple[Any, Any] = before.get(name), after.get(name)
-        if values[0] == values[1] or name in ("updated_at", "upcoming", "notes"):
-            continue
-        if isinstance(values[0], dict) and isinstance(values[1], dict):
-            values = _differences(*values)
-        for side, whole, value in ((old, before, values[0]), (new, after, values[1])):
-            if name in whole:
-                side[name] = value
-    return old, new
-
-
-def _cut(view: dict[str, Any]) -> dict[str, Any]:
-    texts = {name: compact(value) for name, value in view.items()}
-    long = {name: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for name, text in texts.items() if len(text) > CHANGE_TEXT}
-    return {**view, **long}
-
-
-def add_task(db: DB, task: Task) -> None:
-    check_key(db, task)
-    insert(db, task)
-    if task.status != "active":  # a new row starts without a reason
-        task.status_reason = f"{task.status} on request, {format_second(task.created_at)}"
-        update(db, task)
-    note(db, task.created_at, "create", "task", task.id, None, task_view(task))
-
-
-def remove_task(db: DB, task_id: int, now: int) -> None:
-    task = get_task(db, task_id)
-    mark_deleted(db, task_id)
-    note(db, now, "delete", "task", task_id, task_view(task), None)
-
-
-def change_task(db: DB, task: Task, changes: Mapping[str, Any], now: int, settings: Settings, at: int | None = None) -> None:
-    """`at`: when a pause has ended that this ends; now, if nothing is said."""
-    before, until, seen = task.status, task.paused_until, task_view(task)
-    for name, value in changes.items():
-        setattr(task, name, value)
-    if task.paused_until != until:
-        check_pause(task, now)
-    elif task.status != "paused":
-        task.paused_until = None
-    task.updated_at = now
-    if task.status != before:
-        task.status_reason = None if task.status == "active" else f"{task.status} on request, {format_second(now)}"
-        task.failures_in_a_row = 0 if task.status == "active" else task.failures_in_a_row
-    check_key(db, task)
-    update(db, task)
-    note(db, now, "update", "task", task.id, seen, task_view(task))
-    if task.status != before and "disabled" in (before, task.status):
-        hold_disabled(db, task.id, task.status == "disabled")
-    if task.status != before and task.status == "active":
-        _resume(db, schedules_that(db, {"s.is_active": True, "s.task_id = ?": task.id}), now, settings, at)
-
-
-def add_schedule(db: DB, schedule: Schedule) -> None:
-    get_task(db, schedule.task_id)
-    check_key(db, schedule)
-    check_watched(db, schedule)
-    insert(db, schedule)
-    remember_zone(db, schedule.zone)
-    if schedule.jitter:  # it is derived from the id, which is known only now
+def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settings, may_be_over: bool = False) -> S:
+    """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
+    own = {"overlap": "allow"} if body["schedule_type"] == "after" else {}
+    fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings)
+    at = now if fields.get("after") is None else fields["after"]
+    schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
+    if schedule.schedule_type != "after":  # which looks at other tasks first
         schedule.look_ahead()
-        update(db, schedule)
-    note(db, schedule.created_at, "create", "schedule", schedule.id, None, schedule_view(schedule))
+        if schedule.next_slot is None and not may_be_over:
+            raise InvalidInput(_nothing_left(schedule))
+    return schedule
 
 
-def _checked_changes(schedule: Schedule, sent: dict[str, Any], zone: str, now: int) -> dict[str, Any]:
-    """What was sent, as the store keeps it, and only where it differs."""
-    if sent.pop("task_id", schedule.task_id) != schedule.task_id:
+def checked_changes(schedule: Schedule, sent: ScheduleUpdate, now: int, settings: Settings) -> dict[str, Any]:
+    """What was sent for a schedule, as the store keeps it, and only where it differs."""
+    if sent.get("task_id", schedule.task_id) != schedule.task_id:
         raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
-    schedule_type = sent.get("schedule_type", schedule.schedule_type)
-    if schedule_type != schedule.schedule_type and "schedule_config" not in sent:
-        raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
-    config = sent.get("schedule_config", schedule.schedule_config)
-    if (schedule_type, config) != (schedule.schedule_type, schedule.schedule_config):
-        kept = schedule.schedule_config.get("timezone", zone) if schedule_type == schedule.schedule_type else zone
-        sent["schedule_config"] = config = check_schedule_config(schedule_type, config, kept, now)
-    sent = _of_its_type(schedule_type, sent)
-    sent = _with_times(Schedule, sent, config.get("timezone", zone))
-    changes = {name: value for name, value in sent.items() if value != getattr(schedule, name)}
+    if sent.get("schedule_type", schedule.schedule_type) != schedule.schedule_type and "schedule_config" not in sent:
+        raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {sent['schedule_type']}"))
+    fields = _fields_of(Schedule, sent, schedule, now, settings)
+    changes = {name: value for name, value in fields.items() if value != getattr(schedule, name)}
     if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
         changes["is_active"] = False
     return changes
 
 
-def _change_read(db: DB, read: Schedule, changes: dict[str, Any], now: int, settings: Settings) -> list[int] | None:
-    """As change_schedule. None if somebody else was quicker: the changes follow from the schedule as it was read."""
-    stands = get_schedule(db, read.id)
-    if any(getattr(stands, name) != getattr(read, name) for name in shape_of(Schedule).written):
-        return None
-    return change_schedule(db, read.id, changes, now, settings)
-
-
-def change_schedule(
-    db: DB, schedule_id: int, changes: dict[str, Any], now: int, settings: Settings, may_be_over: bool = False
-) -> list[int]:
-    """Returns the executions that it has touched. Raises InvalidInput if nothing is left to fire, unless that may be."""
-    schedule = get_schedule(db, schedule_id)
-    wanted, claimed = changes.get("is_active"), Tick()
-    due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
-    if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
-        # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
-        follow(db, claim_due(db, [schedule_id], now, claimed, settings, early=True), now, claimed, settings)
-        schedule = get_schedule(db, schedule_id)
-    resumed, seen = bool(wanted) and not schedule.is_active, schedule_view(schedule)
-    for name, value in changes.items():
-        setattr(schedule, name, value)
-    schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
-    schedule.updated_at = now
-    _check_bounds(schedule)
-    if "schedule_config" in changes:
-        check_watched(db, schedule)
-    retimed = bool(changes.keys() & TIMING_FIELDS)
-    missed = None
-    if retimed or schedule.over:
-        go_on(schedule, now)
-    elif resumed:
-        missed = resume_schedule(schedule, now)
-    elif schedule.plan().remaining == 0:
-        schedule.look_ahead()
-    recorded: list[int] = []
-    nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
-    if nothing and (retimed or resumed) and not (recorded := _record(db, missed, now, settings)) and not may_be_over:
-        raise InvalidInput(_nothing_left(schedule))
-    check_key(db, schedule)
-    update(db, schedule)
-    remember_zone(db, schedule.zone)
-    note(db, now, "update", "schedule", schedule_id, seen, schedule_view(schedule))
-    return [*claimed.new_ids, *claimed.cancelled, *recorded]
+def _fields_of(
+    kind: type[Schedule], sent: dict[str, Any], stored: Schedule | None, now: int, settings: Settings
+) -> dict[str, Any]:
+    """What was sent of a schedule, new or `stored`, as the store keeps it. Raises InvalidInput that lists every bad field."""
+    errors, zone = list[FieldError](), settings.scheduler_timezone
+    was: tuple[Any, dict[str, Any]] = (None, {}) if stored is None else (stored.schedule_type, stored.schedule_config)
+    schedule_type, config = asked = sent.get("schedule_type", was[0]), sent.get("schedule_config", was[1])
+    fields, after = dict(sent), schedule_type == "after"
+    if asked != was:
+        kept, config = was[1].get("timezone", zone) if schedule_type == was[0] else zone, {}
+        with told_at("", errors):
+            fields["schedule_config"] = config = check_schedule_config(schedule_type, asked[1], kept, now)
+    for name in [name for name in sent if name in NOT_OF_AFTER and after != (sent[name] is None)]:
+        errors.append(FieldError(name, "must be null: a schedule of type after has none" if after else "must not be null"))
+    with told_at("", errors):
+        fields |= read_times(sent, shape_of(cast(Any, kind)).times, config.get("timezone", zone))
+        start, end = (fields.get(name, getattr(stored, name, None)) for name in ("start_at", "end_at"))
+        if start is not None and end is not None and end < start:
+            raise InvalidInput(FieldError("end_at", "must not be before start_at"))
+    if errors:
+        raise InvalidInput(*errors)
+    return {name: value for name, value in fields.items() if name not in NOT_OF_AFTER or value is not None}
 
 
 def _nothing_left(schedule: Schedule) -> FieldError:
     """Why a schedule has no slot to come, told at the field that would change it."""
     if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
-    bounded = schedule.end_at is not None or schedule.start_at is not None
-    if schedule.schedule_type == "once" and not bounded and not schedule.exclude:
-        return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
     if schedule.schedule_type == "after":
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
-    if schedule.exclude and not bounded:
+    if bounds := [name for name in ("end_at", "start_at") if getattr(schedule, name) is not None]:
+        return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")
+    if schedule.exclude:
         return FieldError("exclude", "no slot is left after now: exclude fewer days")
-    name = "end_at" if schedule.end_at is not None else "start_at" if schedule.start_at is not None else "schedule_config"
-    return FieldError(name, "no slot is left within start_at and end_at after now: change one of them")
+    return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
 
 
-def _of_its_type(schedule_type: str, sent: dict[str, Any], errors: list[FieldError] | None = None) -> dict[str, Any]:
-    """What was sent, without the fields that are always null in this type; and its own defaults. Raises InvalidInput, or adds to
-    `errors`."""
-    after, found = schedule_type == "after", [] if errors is None else errors
-    for name in NOT_OF_AFTER & sent.keys():
-        if after != (sent[name] is None):
-            why = "must be null: a schedule of type after has none" if after else "must not be null"
-            found.append(FieldError(name, why))
-    if found and errors is None:
-        raise InvalidInput(*found)
-    return {name: value for name, value in sent.items() if name not in NOT_OF_AFTER or value is not None}
+# --- Transactions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Transaction:
+    """A change on its way to the disk: who makes it and when, and what is to be told once it is there."""
+
+    db: DB
+    now: int
+    settings: Settings
+    caller: Caller
+    lines: list[str] = dataclasses.field(default_factory=list)  # for the log
+    tick: Tick = dataclasses.field(default_factory=Tick)  # what it does to executions, for the feed
+
+    def put(self, item: Task | Schedule, seen: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes a task or schedule with its audit row, and returns its view. `seen` is its view before; None: it is new."""
+        check_key(self.db, item)
+        if seen is None:
+            insert(self.db, item)
+        else:
+            item.updated_at = self.now
+            update(self.db, item)
+        view = masked_view(item)
+        self.note("create" if seen is None else "update", type(item).__name__.lower(), item.id, seen, view)
+        return view
+
+    def note(
+        self, operation: str, kind: str, object_id: int | None, before: dict[str, Any] | None, after: dict[str, Any] | None
+    ) -> None:
+        """Writes who has changed what. `before` and `after` are views, so masked already."""
+        old, new = _differences(before or {}, after or {})
+        kept, by = (before and _kept(old), after and _kept(new)), self.caller
+        insert_change(self.db, (self.now, by.actor, by.via, kind, object_id, operation, *kept))
+        what = f" ({', '.join({**old, **new})})" if before and after else ""
+        self.lines.append(f"{operation} {kind} {object_id or ''}{what} by {by.actor} via {by.via}")
+
+    def follow(self, over: Sequence[Ended]) -> None:
+        """Writes what follows from what is over."""
+        follow(self.db, over, self.now, self.tick, self.settings)
+
+    def cancelled(self, found: Sequence[tuple[int, int, str]]) -> None:
+        """What follows from `cancel_executions`."""
+        self.tick.cancelled += [execution_id for execution_id, _, _ in found]
+        self.follow(cancelled_of(found, self.now))
+
+
+def masked_view(item: Task | Schedule) -> dict[str, Any]:
+    return task_view(item) if isinstance(item, Task) else schedule_view(item)
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What differs, as it is in both."""
+    pairs = dict[str, tuple[Any, Any]]()
+    for name in {**before, **after}:
+        if (old := before.get(name)) != (new := after.get(name)) and name not in ("updated_at", "upcoming", "notes"):
+            pairs[name] = _differences(old, new) if isinstance(old, dict) and isinstance(new, dict) else (old, new)
+    return {n: old for n, (old, _) in pairs.items() if n in before}, {n: new for n, (_, new) in pairs.items() if n in after}
+
+
+def _kept(view: dict[str, Any]) -> str:
+    """JSON text in which long fields are cut."""
+    if len(text := compact(view)) > CHANGE_TEXT:
+        sizes = {name: len(compact(value)) for name, value in view.items()}
+        cut = {n: f"{compact(view[n])[:CHANGE_TEXT]}… ({size} characters)" for n, size in sizes.items() if size > CHANGE_TEXT}
+        text = compact({**view, **cut})
+    return text
+
+
+def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int | None = None) -> None:
+    """`at`: when a pause has ended that this ends; now, if nothing is said."""
+    before, until, seen = task.status, task.paused_until, task_view(task)
+    for name, value in changes.items():
+        setattr(task, name, value)
+    if task.paused_until != until:
+        check_pause(task, tx.now)
+    elif task.status != "paused":
+        task.paused_until = None
+    if task.status != before:
+        task.status_reason = f"{task.status} on request, {format_second(tx.now)}"
+        if task.status == "active":
+            task.status_reason, task.failures_in_a_row = None, 0
+    tx.put(task, seen)
+    if task.status != before and "disabled" in (before, task.status):
+        hold_disabled(tx.db, task.id, task.status == "disabled")
+    if task.status != before and task.status == "active":
+        _resume(tx, {"s.is_active": True, "s.task_id = ?": task.id}, at)
+
+
+def remove_task(tx: Transaction, task_id: int) -> None:
+    task = get_task(tx.db, task_id)
+    mark_deleted(tx.db, task_id)
+    tx.note("delete", "task", task_id, task_view(task), None)
+
+
+def add_schedule(tx: Transaction, schedule: Schedule) -> None:
+    get_task(tx.db, schedule.task_id)
+    check_watched(tx.db, schedule)
+    tx.put(schedule)
+    remember_zone(tx.db, schedule.zone)
+    if schedule.jitter:  # it is derived from the id, which is known only now
+        schedule.look_ahead()
+        update(tx.db, schedule)
+
+
+def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False) -> None:
+    """Raises InvalidInput if nothing is left to fire, unless that may be."""
+    db, now, wanted = tx.db, tx.now, changes.get("is_active")
+    schedule = get_schedule(db, schedule_id)
+    due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
+    if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
+        # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
+        tx.follow(claim_due(db, [schedule_id], now, tx.tick, tx.settings, early=True))
+        schedule = get_schedule(db, schedule_id)
+    resumed, retimed = bool(wanted) and not schedule.is_active, bool(changes.keys() & TIMING_FIELDS)
+    seen, missed = schedule_view(schedule), None
+    for name, value in changes.items():
+        setattr(schedule, name, value)
+    schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
+    if "schedule_config" in changes:
+        check_watched(db, schedule)
+    if retimed or schedule.over:
+        go_on(schedule, now)
+    elif resumed and (missed := resume_schedule(schedule, now)):
+        tx.follow(write_claim(db, Claim(now, rows=[missed]), tx.tick))
+    elif schedule.plan().remaining == 0:
+        schedule.look_ahead()
+    nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
+    if nothing and (retimed or resumed) and not missed and not may_be_over:
+        raise InvalidInput(_nothing_left(schedule))
+    tx.put(schedule, seen)
+    remember_zone(db, schedule.zone)
+
+
+def change_read(tx: Transaction, read: Schedule, changes: Mapping[str, Any]) -> bool:
+    """As change_schedule. False if somebody else was quicker: the changes follow from the schedule as it was read."""
+    stands = get_schedule(tx.db, read.id)
+    if unchanged := all(getattr(stands, name) == getattr(read, name) for name in shape_of(Schedule).written):
+        change_schedule(tx, read.id, changes)
+    return unchanged
+
+
+def remove_schedule(tx: Transaction, schedule_id: int) -> int:
+    """Returns its task."""
+    schedule = get_schedule(tx.db, schedule_id)
+    queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
+    found = cancel_executions(tx.db, queued, tx.now, "cancelled: its schedule was deleted")
+    delete_schedule(tx.db, schedule_id)
+    tx.note("delete", "schedule", schedule_id, schedule_view(schedule), None)
+    tx.cancelled(found)
+    return schedule.task_id
 
 
 def check_watched(db: DB, schedule: Schedule) -> None:
@@ -8595,49 +8509,86 @@ def check_watched(db: DB, schedule: Schedule) -> None:
     schedule.look_ahead()
 
 
-@contextlib.contextmanager
-def _told_as(name: str) -> Iterator[None]:
-    """Raises what is wrong with a text as InvalidInput of this field."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidInput(FieldError(name, str(error))) from None
+def _resume(tx: Transaction, conditions: Mapping[str, Any], at: int | None) -> None:
+    """After a pause that has ended at `at`, which may be a while ago: slots since then were missed as any others."""
+    for schedule in schedules_that(tx.db, conditions):
+        with contextlib.suppress(*DAMAGE):
+            missed = resume_schedule(schedule, tx.now if at is None else max(at, min(schedule.in_force_since, tx.now)))
+            update(tx.db, schedule)
+            if missed:
+                tx.follow(write_claim(tx.db, Claim(tx.now, rows=[missed]), tx.tick))
 
 
-def read_bound(name: str, text: str | None, zone: str, end: bool = False) -> int | None:
-    """An instant that a client sent, or a date alone. Raises InvalidInput."""
-    with _told_as(name):
-        return None if text is None else parse_bound(text, zone, end)
+def pause_all(tx: Transaction, paused: bool, until: int | None = None, at: int | None = None) -> None:
+    """`at`: when a pause has ended that this ends; now, if nothing is said."""
+    db = tx.db
+    before = {"paused": bool(get_meta(db, "paused")), "paused_until": instant_or_none(get_meta(db, "paused_until"))}
+    set_meta(db, "paused", int(paused))
+    set_meta(db, "paused_until", until)
+    set_meta(db, "paused_by", tx.caller.actor if paused else None)
+    after = {"paused": paused, "paused_until": instant_or_none(until)}
+    tx.note("pause" if paused else "resume", "scheduler", None, before, after)
+    if before["paused"] and not paused:
+        _resume(tx, {LIVE_SQL: True}, at)
+    set_meta(db, "rev", get_meta(db, "rev") + 1)
 
 
-def _with_times(kind: Any, sent: dict[str, Any], zone: str, others: Sequence[FieldError] = ()) -> dict[str, Any]:
-    """What a client sent, with its instants as numbers. Raises InvalidInput that lists every bad one, and `others`."""
-    errors, result = list(others), dict(sent)
-    for name in [name for name in shape_of(kind).times if sent.get(name) is not None]:
-        try:
-            date_too = {"start_at": False, "end_at": True}
-            result[name] = parse_bound(sent[name], zone, date_too[name]) if name in date_too else parse_instant(sent[name], zone)
-        except ValueError as error:
-            errors.append(FieldError(name, f"{shown(sent[name])}: {error}"))
-    if errors:
-        raise InvalidInput(*errors)
-    return result
+def end_pauses(tx: Transaction) -> None:
+    """Ends the pauses whose time has come, as a resume at that time."""
+    tx.caller = Caller(via="timer")
+    for task in tasks_that(tx.db, {"paused_until <= ?": tx.now, "status = 'paused'": True, "deleted = 0": True}):
+        change_task(tx, task, {"status": "active"}, at=task.paused_until)
+    until = get_meta(tx.db, "paused_until")
+    if get_meta(tx.db, "paused") and until is not None and until <= tx.now:
+        pause_all(tx, False, at=until)
 
 
-def _check_bounds(schedule: Schedule) -> None:
-    if schedule.start_at is not None and schedule.end_at is not None and schedule.end_at < schedule.start_at:
-        raise InvalidInput(FieldError("end_at", "must not be before start_at"))
+def runnable_task(db: DB, task_id: int, settings: Settings) -> Task:
+    """A task that somebody may run. Raises NotFound, Conflict, Forbidden."""
+    task = get_task(db, task_id)
+    if task.status == "disabled":
+        raise Conflict(f"task {task.id} is disabled: set its status to active or paused first")
+    if task.task_type == "bash" and not settings.allow_host_commands:
+        raise Forbidden("bash tasks are forbidden here: CHRONOTASK_ALLOW_HOST_COMMANDS is false")
+    return task
 
 
-def remove_schedule(db: DB, schedule_id: int, now: int, settings: Settings) -> tuple[int, list[int]]:
-    """Its task, and the executions that it has touched."""
+def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any] | None) -> Execution:
+    """Writes an execution that somebody asks for. Raises NotFound, Conflict, Forbidden, InvalidInput."""
+    settings, task = tx.settings, runnable_task(tx.db, row.task_id, tx.settings)
+    if override:
+        config = override_config(task.task_type, task.config, override)
+        check_allowed(task.task_type, config, settings)
+        row.config = compact({name: config.get(name) for name in override})
+    of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
+    if row.trigger == "manual" and ("${cause:" in compact(task.config) or schedules_that(tx.db, of_after)):
+        row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
+    execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
+    tx.tick.new_ids.append(execution.id)
+    about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": execution_view(execution)["config"]}
+    operation = "execute" if row.trigger == "manual" else row.trigger
+    tx.note(operation, "execution", execution.id, None, {k: v for k, v in about.items() if v is not None})
+    return execution
+
+
+def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Settings) -> tuple[int, list[int]]:
+    """The task of a schedule, and the slots from `first` to `last` that have no execution which ran or will."""
     schedule = get_schedule(db, schedule_id)
-    queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
-    found, tick = cancel_executions(db, queued, now, "cancelled: its schedule was deleted"), Tick()
-    delete_schedule(db, schedule_id)
-    note(db, now, "delete", "schedule", schedule_id, schedule_view(schedule), None)
-    follow(db, cancelled_of(found, now), now, tick, settings)
-    return schedule.task_id, [*(execution_id for execution_id, _, _ in found), *tick.new_ids]
+    task = runnable_task(db, schedule.task_id, settings)
+    if schedule.schedule_type == "after":
+        raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
+    if schedule.is_active and schedule.live and not get_meta(db, "paused"):
+        last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
+    ran = slots_that_ran(db, schedule.id, first, last)
+    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=without_days((), schedule.exclude, schedule.zone))
+    slots, slot = list[int](), plan.next_slot(first - 1)
+    while slot is not None and slot <= last:
+        if slot not in ran:
+            slots.append(slot)
+        if len(slots) > MOST_BACKFILL:
+            raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
+        slot = plan.next_slot(slot)
+    return task.id, slots
 
 
 # ======================================================================================================================
@@ -8818,12 +8769,13 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
         with told_at(_in_file(key), errors):
             fields = {"name": key, "key": key, **parse(_FileTask, body)}
             fields.pop("schedules", None)
-            found[key] = service.new_task(fields, now, may_be_over=True), body
+            found[key] = new_task(fields, now, service.settings, may_be_over=True), body
         parts = body.get("schedules")
         for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
             with told_at(_in_file(f"{key}/{name}"), errors):
                 fields = {"key": name, "task_id": 0, **parse(_FileSchedule, _with_ids(part))}
-                found[f"{key}/{name}"] = service.new_schedule(Schedule, fields, now, may_be_over=True), part
+                schedule = new_schedule(Schedule, fields, now, service.settings, may_be_over=True)
+                found[f"{key}/{name}"] = schedule, part
     _refuse(errors)
     return found
 
@@ -8855,28 +8807,21 @@ def _standing(db: DB, derived: bool) -> dict[str, Any]:
     return found
 
 
-def _view(item: Any) -> dict[str, Any]:
-    return task_view(item) if isinstance(item, Task) else schedule_view(item)
-
-
 @dataclass(slots=True)
 class _Apply:
     """One transaction, in which what stands becomes what a file wants."""
 
-    db: DB
+    tx: Transaction
     owner: str
     adopt: bool
     prune: str | None
-    now: int
-    settings: Settings
     changes: list[AppliedChange] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
-    touched: list[int] = dataclasses.field(default_factory=list)  # executions
     refused: list[FieldError] = dataclasses.field(default_factory=list)
     ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        standing, left, errors = _standing(self.db, self.adopt), dict(wanted), list[FieldError]()
+        standing, left, errors = _standing(self.tx.db, self.adopt), dict(wanted), list[FieldError]()
         for key, item in standing.items():
             if (
                 item.managed_by == self.owner
@@ -8898,7 +8843,7 @@ class _Apply:
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
         if any(change["action"] != "orphaned" for change in self.changes):
-            set_meta(self.db, f"applied:{self.owner}", self.now)
+            set_meta(self.tx.db, f"applied:{self.owner}", self.tx.now)
 
     def _put(self, key: str, stored: Any, item: Any, given: Collection[str]) -> None:
         """Makes a task or schedule what the file wants. What it does not change is not written."""
@@ -8915,10 +8860,11 @@ class _Apply:
             if isinstance(item, Schedule) and item.over:
                 self.warnings.append(f"{path}: its time has passed: it is over, and not created")
                 return
-            add: Callable[[DB, Any], None] = add_task if isinstance(item, Task) else add_schedule
             item.managed_by = self.owner
-            add(self.db, item)
-            update(self.db, item)  # a new row starts without an owner
+            if isinstance(item, Task):
+                self.tx.put(item)
+            else:
+                add_schedule(self.tx, item)
             self.ids[key] = item.id
             self._note("created", key, item, {}, named)
             return
@@ -8928,13 +8874,13 @@ class _Apply:
             return
         left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
         if isinstance(item, Schedule):
-            check_watched(self.db, item)
+            check_watched(self.tx.db, item)
             left |= {"is_active"} if item.is_active == (stored.is_active or stored.over) else set()
         wanted = {name: getattr(item, name) for name in named if name not in left}
         changes = {name: value for name, value in wanted.items() if value != getattr(stored, name)}
         if stored.managed_by != self.owner:
             changes["managed_by"] = self.owner
-        elif changes and stored.updated_at > (get_meta(self.db, f"applied:{self.owner}") or 0):
+        elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
             when = format_instant(stored.updated_at)
             self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
         if changes:
@@ -8948,21 +8894,21 @@ class _Apply:
             return
         self._note("deleted" if self.prune == "delete" else "orphaned", key, item, {}, ())
         if self.prune == "delete" and task:
-            remove_task(self.db, item.id, self.now)
+            remove_task(self.tx, item.id)
         elif self.prune == "delete":
-            self.touched += remove_schedule(self.db, item.id, self.now, self.settings)[1]
+            remove_schedule(self.tx, item.id)
 
     def _change(self, action: str, key: str, item: Any, changes: dict[str, Any]) -> None:
-        before = _view(item)
+        before = masked_view(item)
         if isinstance(item, Task):
-            change_task(self.db, item, changes, self.now, self.settings)
+            change_task(self.tx, item, changes)
         else:
-            self.touched += change_schedule(self.db, item.id, changes, self.now, self.settings, may_be_over=True)
+            change_schedule(self.tx, item.id, changes, may_be_over=True)
         self._note(action, key, item, before, changes)
 
     def _note(self, action: str, key: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
-        item, kind = item if isinstance(item, Task) else get_schedule(self.db, item.id), cast(Any, type(item))
-        after, defaults = _view(item), {} if before else shape_of(kind).defaults
+        item, kind = item if isinstance(item, Task) else get_schedule(self.tx.db, item.id), cast(Any, type(item))
+        after, defaults = masked_view(item), {} if before else shape_of(kind).defaults
         fields = {name: [before.get(name), after[name]] for name in names if before or after[name] != defaults.get(name)}
         change = AppliedChange(action=action, kind=kind.__name__.lower(), key=key, id=item.id, fields=fields, upcoming=[])
         if kind is Schedule and fields.keys() & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
@@ -8983,8 +8929,8 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     wanted = await service.in_checks(partial(check_definitions, service, file, now))
     held: list[_Apply] = []
 
-    def write(db: DB) -> None:
-        held[:] = [_Apply(db, file["owner"], file["adopt"], query.prune, now, service.settings)]
+    def write(tx: Transaction) -> None:
+        held[:] = [_Apply(tx, file["owner"], file["adopt"], query.prune)]
         held[0].run(wanted)
         if query.dry_run:
             raise _Undone
@@ -8995,8 +8941,6 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     if query.dry_run:
         for change in done.changes:
             change["id"] = None if change["action"] == "created" else change["id"]
-    else:
-        await service.engine.feed.publish_executions(done.touched)
     return Applied(changes=done.changes, warnings=done.warnings)
 
 
@@ -9040,7 +8984,7 @@ def _export(db: DB, owner: str | None) -> DefinitionFile:
 
 def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
     """What a file says of a task or schedule. `keys` are those of all tasks, by id."""
-    view, shape, left = _view(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
+    view, shape, left = masked_view(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
     defaults = dict(shape.defaults)
     if isinstance(item, Schedule) and item.schedule_type == "after":
         left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
@@ -9211,12 +9155,15 @@ KEEPALIVE = 10.0  # seconds between comments on a stream of events that has noth
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which the kernel drops a client that takes nothing of its answer
 MAX_BODY = 1024 * 1024  # bytes
+WRONG_TOKENS = 10  # a second, from one address
+TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 SERVER = "ChronoTask"  # without it aiohttp tells its version and Python's
 DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
+BUSY: dict[Any, Token | None] = {}  # connections whose request is being answered, and the token that it came with
 
 
 def json_answer(value: Any, status: int = 200, content_type: str = "application/json") -> web.Response:
@@ -9225,13 +9172,8 @@ def json_answer(value: Any, status: int = 200, content_type: str = "application/
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
     """An error as RFC 9457 problem+json."""
-    body = {
-        "type": "about:blank",
-        "title": error.title,
-        "status": error.status,
-        "detail": error.detail,
-        "errors": [{"field": e.field, "message": e.message} for e in error.errors],
-    }
+    errors = [entry._asdict() for entry in error.errors]
+    body = {"type": "about:blank", "title": error.title, "status": error.status, "detail": error.detail, "errors": errors}
     answer = json_answer(body, error.status, PROBLEM)
     if error.status == 401:
         answer.headers["WWW-Authenticate"] = 'Bearer realm="ChronoTask"'
@@ -9253,30 +9195,18 @@ def split_host(text: str) -> tuple[str, int | None, bool]:
     return name, None if match[3] is None else int(match[3]), is_address
 
 
-WRONG_TOKENS = 10  # a second, from one address
-TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
-
-
 class Tokens:
     """Who may ask: API_TOKEN, and the files of tokens as they are now."""
 
     def __init__(self, settings: Settings, monotonic: Callable[[], float]) -> None:
         self._settings, self._monotonic = settings, monotonic
         self._known, self._error = known_tokens(settings), ""
-        self._wrong: dict[str, tuple[float, int]] = {}  # address → since when, how many
-        self.used: dict[Any, Token] = {}  # by connections whose request is being answered
+        self._second, self._wrong = 0.0, Counter[str]()  # since then, from which addresses
 
-    async def follow(self, _app: web.Application) -> AsyncIterator[None]:
-        """Takes up what is changed in the files, while the application runs."""
-
-        async def look_on() -> None:
-            while True:
-                await asyncio.sleep(TOKENS_POLL)
-                self.take_up(*await in_daemon(self.read))
-
-        job = asyncio.ensure_future(look_on())
-        yield
-        job.cancel()
+    async def step(self) -> None:
+        """Takes up what is changed in the files."""
+        await asyncio.sleep(TOKENS_POLL)
+        self.take_up(*await in_daemon(self.read))
 
     def read(self) -> tuple[list[Token], str]:
         """The tokens, and what is wrong with the files: then those that were known."""
@@ -9292,7 +9222,7 @@ class Tokens:
         if known != self._known:
             logger.info("%d tokens are known now", len(known))
         self._known, self._error = known, error
-        for connection in [connection for connection, token in self.used.items() if token not in known]:
+        for connection in [connection for connection, token in BUSY.items() if token is not None and token not in known]:
             connection.force_close()
 
     def find(self, headers: Sequence[str], address: str) -> Token | None:
@@ -9300,24 +9230,17 @@ class Tokens:
         if not self._settings.needs_token:
             return None
         scheme, _, given = (headers[0] if len(headers) == 1 else "").partition(" ")
-        digest, found = token_digest(given.strip()), None
-        for token in self._known:  # all of them: the time it takes says nothing
-            if hmac.compare_digest(token.digest, digest):
-                found = token
-        if found is not None and scheme.lower() == "bearer":
-            return found
-        if headers:
-            self._count_wrong(address)
-        raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with a token that is known here")
-
-    def _count_wrong(self, address: str) -> None:
-        now = self._monotonic()
-        since, count = self._wrong.pop(address, (now, 0))
-        self._wrong[address] = since, count = (since, count + 1) if now < since + 1 else (now, 1)
-        if len(self._wrong) > 1000:
-            del self._wrong[next(iter(self._wrong))]
-        if count > WRONG_TOKENS:
+        digest = token_digest(given.strip())
+        # It is compared with all of them: the time it takes says nothing.
+        found = [token for token in self._known if hmac.compare_digest(token.digest, digest)]
+        if found and scheme.lower() == "bearer":
+            return found[0]
+        if (now := self._monotonic()) >= self._second + 1:
+            self._second, self._wrong = now, Counter()
+        self._wrong[address] += bool(headers)
+        if self._wrong[address] > WRONG_TOKENS:
             raise TooManyRequests(f"more than {WRONG_TOKENS} wrong tokens a second from {address}: wait a moment")
+        raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with a token that is known here")
 
 
 def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> bool:
@@ -9336,13 +9259,12 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
     for origin in headers.getall("Origin", []):
         scheme, _, rest = origin.partition("://")
         default = {"http": 80, "https": 443}.get(scheme)
-        try:
+        with contextlib.suppress(ValueError):
             origin_name, origin_port, _ = split_host(rest)
-        except ValueError:
-            raise Forbidden(f"Origin {shown(origin)} is not accepted here") from None
-        same = default is not None and (origin_name, origin_port or default) == (name, port or default)
-        if not same and origin_name not in settings.allowed_hosts:
-            raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
+            same = default is not None and (origin_name, origin_port or default) == (name, port or default)
+            if same or origin_name in settings.allowed_hosts:
+                continue
+        raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
     navigates = method in ("GET", "HEAD") and path in BROWSER_PAGES
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
@@ -9386,22 +9308,19 @@ def connection_type() -> type[web.RequestHandler]:
     return Connection
 
 
-BUSY: set[Any] = set()  # connections whose request is being answered
-
-
 def gated_app(service: Service, way: str) -> web.Application:
     """An application without routes. Who may ask is checked before every request, and every error becomes an answer after."""
-    tokens = Tokens(service.settings, service.clock.monotonic)
+    settings, tokens = service.settings, Tokens(service.settings, service.clock.monotonic)
 
     @web.middleware
     async def gate(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        BUSY.add(request.protocol)
+        BUSY[request.protocol] = None
         try:
             actor, scope = "-", "read"
-            if check_caller(request.headers, request.method, request.path, service.settings):
+            if check_caller(request.headers, request.method, request.path, settings):
                 scope = "admin"
                 if token := tokens.find(request.headers.getall("Authorization", []), request.remote or ""):
-                    actor, scope, _ = tokens.used[request.protocol] = token
+                    actor, scope, _ = BUSY[request.protocol] = token
             CALLER.set(Caller(actor, f"{way} {request.remote}", scope))
             return await handler(request)
         except ChronoTaskError as error:
@@ -9414,16 +9333,15 @@ def gated_app(service: Service, way: str) -> web.Application:
             logger.exception("%s %s", request.method, shown(request.path))
             return problem_answer(ChronoTaskError("something went wrong here; the log has the details"))
         finally:
-            BUSY.discard(request.protocol)
-            tokens.used.pop(request.protocol, None)
+            del BUSY[request.protocol]
 
     async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
         answer.headers["Server"] = SERVER
 
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app.on_response_prepare.append(hide_versions)
-    if service.settings.needs_token:
-        app.cleanup_ctx.append(tokens.follow)
+    if settings.needs_token:
+        service.engine.spawn(service.keep("tokens", tokens.step))
     return app
 
 
@@ -9452,42 +9370,33 @@ async def json_bytes(request: web.Request) -> bytes:
 
 async def read_body(request: web.Request, model: Any) -> Any:
     """The body as `model`; without one, only an empty body (or {}) is taken."""
-    optional = model is None or mark_of(model).optional
-    if optional and not request.body_exists:
-        return None if model is None else {}
-    raw = await json_bytes(request)
-    if optional and model is not None and not raw.strip():
-        return {}
-    if model is None:
-        if raw.strip() and load_json(raw) != {}:
-            raise InvalidInput(FieldError("", "this takes no body"))
-        return None
-    if not raw.strip():
+    raw = await json_bytes(request) if request.body_exists else b""
+    if not raw.strip() and model is not None and not mark_of(model).optional:
         raise MalformedBody("a JSON body is needed")
-    value = load_json(raw)
+    value = load_json(raw) if raw.strip() else {}
+    if model is None and value != {}:
+        raise InvalidInput(FieldError("", "this takes no body"))
     if not isinstance(value, dict):
         raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
-    return parse(model, value)
+    return None if model is None else parse(model, value)
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
     if model is None and not request.query_string:  # as most are
         return None
-    given = dict(request.query)
+    model, given = model or Query, dict(request.query)
     if wrong := [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]:
         raise InvalidInput(*wrong)
-    for name, header in model.headers.items() if model is not None else ():
+    for name, header in model.headers.items():
         if name in given:
             raise InvalidInput(FieldError(name, f"must be sent as the header {header}"))
         if header in request.headers:
             given[name] = request.headers[header]
-    return parse(model or Query, given)
+    return parse(model, given)
 
 
 def path_id(request: web.Request) -> int | str:
-    text = request.match_info.get("id")
-    if text is None:
-        return 0
+    text = request.match_info.get("id", "0")
     if text.startswith("key:"):
         return text
     if len(text) > 19 or int(text) > MAX_ID:  # its route lets only digits through
@@ -9507,10 +9416,8 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
         result = await operation.call(service, number, query, await read_body(request, operation.body))
         if result is None:
             return web.Response(status=204)
-        over = operation.status == 202 and not (
-            result["executions"] if "executions" in result else result["status"] in UNFINISHED
-        )
-        answer = json_answer(result, 200 if over else operation.status)
+        goes_on = result["executions"] if "executions" in result else result.get("status") in UNFINISHED
+        answer = json_answer(result, 200 if operation.status == 202 and not goes_on else operation.status)
         if made:
             answer.headers["Location"] = f"{API}/{made.resource.__name__.lower()}s/{result['id']}"
         return answer
@@ -9522,21 +9429,10 @@ async def show_root(service: Service, request: web.Request) -> web.StreamRespons
     """What this is; the dashboard to a browser."""
     if wants_html(request.headers):
         return await show_docs(service, request)
-    return json_answer(
-        {
-            "name": "ChronoTask",
-            "version": __version__,
-            "status": "healthy" if service.problem() is None else "unhealthy",
-            "links": {
-                "api": API,
-                "status": f"{API}/scheduler/status",
-                "health": "/health",
-                "metrics": "/metrics",
-                "openapi": "/openapi.json",
-                "docs": "/docs",
-            },
-        }
-    )
+    status = "healthy" if service.problem() is None else "unhealthy"
+    links = {"api": API, "status": f"{API}/scheduler/status", "health": "/health", "metrics": "/metrics"}
+    links |= {"openapi": "/openapi.json", "docs": "/docs"}
+    return json_answer({"name": "ChronoTask", "version": __version__, "status": status, "links": links})
 
 
 async def show_docs(_service: Service, request: web.Request) -> web.Response:
@@ -9571,8 +9467,7 @@ async def show_health(service: Service, request: web.Request) -> web.Response:
     answer: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
     if not service.settings.needs_token:
         answer |= {"version": __version__, "leader": service.engine.leading, "running": len(service.engine.running)}
-        if reason is not None:
-            answer["reason"] = reason
+        answer |= {} if reason is None else {"reason": reason}
     return json_answer(answer, 200 if reason is None else 503)
 
 
@@ -9581,8 +9476,8 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     query, execution_id = read_query(request, FollowQuery), cast(int, path_id(request))
     if not query.follow:
         return web.Response(text=output_text((await service.get_execution(execution_id))["output_data"]), headers=HEADERS)
-    pieces = service.follow_output(execution_id)
-    first = await anext(pieces, b"")
+    pieces = follow_output(service, execution_id)
+    first = await anext(pieces, b"")  # raises what is to be answered
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
     await answer.prepare(request)
     await answer.write(first)
@@ -9597,29 +9492,23 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
     query = read_query(request, EventQuery)
     only = query.task_id and await service.task_id(query.task_id)
     reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
-    answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
+    answer, to_come = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"}), deque(missed or ())
     try:
         await answer.prepare(request)
         await answer.write(b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
-        for event in missed or ():
-            await _send_event(answer, event, only)
         while True:
             try:
                 async with asyncio.timeout(KEEPALIVE):
-                    event_or_end = await reader.get()
+                    event = to_come.popleft() if to_come else await reader.get()
             except TimeoutError:
                 await answer.write(b": still here\n\n")
                 continue
-            if event_or_end is None:
+            if event is None:
                 return answer
-            await _send_event(answer, event_or_end, only)
+            if not only or event.task_id in (only, None):
+                await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
     finally:
         service.engine.feed.close(reader)
-
-
-async def _send_event(answer: web.StreamResponse, event: Event, task_id: int | None) -> None:
-    if task_id is None or event.task_id in (task_id, None):
-        await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
 
 
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
@@ -9633,55 +9522,50 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
     """Metrics in Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
-    objects, executions, tasks, running, size = await service.metrics()
+    objects, executions, tasks, running, size = await measure(service)
     engine, stats, lines = service.engine, service.engine.stats, list[str]()
 
-    def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | int]]) -> None:
+    def family(name: str, text: str, samples: Iterable[tuple[str, float]] | float, kind: str = "gauge") -> None:
         lines.append(f"# HELP chronotask_{name} {text}\n# TYPE chronotask_{name} {kind}")
-        lines.extend(f"chronotask_{name}{labels} {value}" for labels, value in samples)
+        of_all = [("", samples)] if isinstance(samples, (int, float)) else samples
+        lines.extend(f"chronotask_{name}{labels} {value}" for labels, value in of_all)
 
-    ended = [
-        (f'{{task_type="{kind}",status="{status}"}}', stats.ended[kind, status])
-        for kind in sorted(CONFIGS)
-        for status in FINISHED
-    ]
-    family("executions_total", "counter", "Executions that ended since this process started.", ended)
-    family("execution_duration_seconds", "histogram", "From the start of the last attempt to its end.", stats.durations.samples())
-    family("start_lateness_seconds", "histogram", "From a slot to the start of its execution.", stats.lateness.samples())
-    waiting = [(f'{{status="{status}"}}', n) for status, n in executions.items()]
-    family("executions", "gauge", "Executions that are not over, of all processes.", waiting)
-    family("executions_running_here", "gauge", "Executions that this process runs.", [("", len(engine.running))])
-    family("tasks", "gauge", "Tasks.", [("", objects["tasks"])])
-    active = objects["active_schedules"]
-    schedules = [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)]
-    family("schedules", "gauge", "Schedules.", schedules)
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    labels = [f'task_id="{task.id}",task="{task.name.translate(escapes)}",key="{task.key or ""}"' for task in tasks]
-
-    def of_tasks(name: str, kind: str, text: str, value: Callable[[Task], int | None], unit: int = 1) -> None:
-        values = [(label, value(task)) for label, task in zip(labels, tasks, strict=True)]
-        family(name, kind, text, ((f"{{{label}}}", n / unit if unit > 1 else n) for label, n in values if n is not None))
-
-    statuses = ((f'{{{label},status="{task.last_status or "none"}"}}', 1) for label, task in zip(labels, tasks, strict=True))
-    family("task_last_status", "gauge", "How the latest execution that ran has ended.", statuses)
-    of_tasks("task_failures_total", "counter", "Executions that failed.", lambda task: task.failure_count)
-    of_tasks("task_failures_in_a_row", "gauge", "Failures since the last success.", lambda task: task.failures_in_a_row)
-    success = "End of the last success; 0: never."
-    of_tasks("task_last_success_timestamp_seconds", "gauge", success, lambda task: task.last_success or 0, SECOND)
-    of_tasks(
-        "task_last_run_timestamp_seconds", "gauge", "Start of the last run; 0: never.", lambda task: task.last_run or 0, SECOND
-    )
-    of_tasks("task_running_since_timestamp_seconds", "gauge", "Start of what runs.", lambda task: running.get(task.id), SECOND)
-    of_tasks("task_next_slot_timestamp_seconds", "gauge", "Next firing.", lambda task: task.next_run, SECOND)
-    family("database_size_bytes", "gauge", "Size of the database and its write-ahead log.", [("", size)])
-    family("writer_queue_length", "gauge", "Writes that wait for the database writer.", [("", service.store.waiting_writes)])
-    family("loop_lag_seconds", "gauge", "How late the event loop was last seen.", [("", round(stats.loop_lag, 6))])
-    family("leader", "gauge", "Whether this process fires schedules.", [("", int(engine.leading))])
+    kinds = [(kind, status) for kind in sorted(CONFIGS) for status in FINISHED]
+    ended = [(f'{{task_type="{kind}",status="{status}"}}', stats.ended[kind, status]) for kind, status in kinds]
+    family("executions_total", "Executions that ended since this process started.", ended, "counter")
+    durations, lateness, active = stats.durations.samples(), stats.lateness.samples(), objects["active_schedules"]
+    family("execution_duration_seconds", "From the start of the last attempt to its end.", durations, "histogram")
+    family("start_lateness_seconds", "From a slot to the start of its execution.", lateness, "histogram")
+    waiting = [(f'{{status="{status}"}}', count) for status, count in executions.items()]
+    family("executions", "Executions that are not over, of all processes.", waiting)
+    family("executions_running_here", "Executions that this process runs.", len(engine.running))
+    family("tasks", "Tasks.", objects["tasks"])
+    family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
+    family("database_size_bytes", "Size of the database and its write-ahead log.", size)
+    family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
+    family("loop_lag_seconds", "How late the event loop was last seen.", round(stats.loop_lag, 6))
+    family("leader", "Whether this process fires schedules.", int(engine.leading))
     if (file := service.config_file) is not None:
-        family("config_file_ok", "gauge", "Whether --config was applied as it is.", [("", int(file["error"] is None))])
-    family("info", "gauge", "Version.", [(f'{{version="{__version__}"}}', 1)])
-    text = "\n".join(lines) + "\n"
-    return web.Response(body=text.encode(), headers={**HEADERS, "Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        family("config_file_ok", "Whether --config was applied as it is.", int(file["error"] is None))
+    family("info", "Version.", [(f'{{version="{__version__}"}}', 1)])
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    named = [(f'task_id="{task.id}",task="{task.name.translate(escapes)}",key="{task.key or ""}"', task) for task in tasks]
+    last = [(f'{{{labels},status="{task.last_status or "none"}"}}', 1) for labels, task in named]
+    family("task_last_status", "How the latest execution that ran has ended.", last)
+    figures: list[tuple[str, str, Callable[[Task], int | None]]] = [
+        ("failures_total", "Executions that failed.", lambda task: task.failure_count),
+        ("failures_in_a_row", "Failures since the last success.", lambda task: task.failures_in_a_row),
+        ("last_success_timestamp_seconds", "End of the last success; 0: never.", lambda task: task.last_success or 0),
+        ("last_run_timestamp_seconds", "Start of the last run; 0: never.", lambda task: task.last_run or 0),
+        ("running_since_timestamp_seconds", "Start of what runs.", lambda task: running.get(task.id)),
+        ("next_slot_timestamp_seconds", "Next firing.", lambda task: task.next_run),
+    ]
+    for name, text, figure in figures:
+        unit, values = SECOND if "timestamp" in name else 1, [(labels, figure(task)) for labels, task in named]
+        samples = [(f"{{{labels}}}", value / unit if unit > 1 else value) for labels, value in values if value is not None]
+        family(f"task_{name}", text, samples, "counter" if name.endswith("total") else "gauge")
+    about = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(body=("\n".join(lines) + "\n").encode(), headers={**HEADERS, **about})
 
 
 async def show_openapi(_service: Service, request: web.Request) -> web.Response:
@@ -9717,45 +9601,23 @@ PAGES = (
 
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
 
-
-_EXAMPLES: dict[Any, dict[str, Any]] = {
-    TaskCreate: {
-        "name": "nightly backup",
-        "task_type": "bash",
-        "config": {"command": "backup.sh", "args": ["--full"], "timeout": 3600},
-    },
+_CRON = {"schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}
+_BACKUP = {"task_type": "bash", "config": {"command": "backup.sh", "args": ["--full"], "timeout": 3600}}
+_EXAMPLES: dict[Any, dict[str, Any]] = {  # what /docs offers to send
+    TaskCreate: {"name": "nightly backup", **_BACKUP},
     TaskUpdate: {"status": "paused"},
-    ScheduleCreate: {
-        "task_id": 1,
-        "schedule_type": "cron",
-        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"},
-    },
+    ScheduleCreate: {"task_id": 1, **_CRON},
     ScheduleUpdate: {"is_active": False},
-    DefinitionFile: {
-        "chronotask": 1,
-        "owner": "ops",
-        "tasks": {
-            "nightly-backup": {
-                "task_type": "bash",
-                "config": {"command": "backup.sh"},
-                "schedules": {"night": {"schedule_type": "cron", "schedule_config": {"expression": "30 2 * * *"}}},
-            }
-        },
-    },
+    DefinitionFile: {"chronotask": 1, "owner": "ops", "tasks": {"nightly-backup": {**_BACKUP, "schedules": {"night": _CRON}}}},
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
     PauseBody: {},
     BackfillBody: {"from": "2026-11-20", "to": "2026-11-22", "dry_run": True},
-    ExecuteBody: {},  # what /docs offers to send
+    ExecuteBody: {},
 }
 _TEXT = {"type": "string"}
-_ERROR = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
-_PROBLEM_FIELDS = {
-    "type": _TEXT,
-    "title": _TEXT,
-    "status": {"type": "integer"},
-    "detail": _TEXT,
-    "errors": {"type": "array", "items": _ERROR},
-}
+_REFUSED = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
+_ERRORS = {"type": "array", "items": _REFUSED}
+_PROBLEM = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT, "errors": _ERRORS}
 
 
 @functools.cache
@@ -9769,7 +9631,7 @@ def openapi() -> dict[str, Any]:
         for body in _EXAMPLES:
             if field in (properties := schemas[mark_of(body).name]["properties"]):
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
-    schemas["Problem"] = {"type": "object", "required": list(_PROBLEM_FIELDS), "properties": _PROBLEM_FIELDS}
+    schemas["Problem"] = {"type": "object", "required": list(_PROBLEM), "properties": _PROBLEM}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
@@ -9785,21 +9647,17 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
-        wrong = {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
-        paths[page.path] = {"get": _document(page, page.handler.__name__, {200: content}, wrong)}
-        if page.path == "/health":
-            paths[page.path]["get"] |= _document(page, "show_health", {200: content, 503: content}, {400}) | {"security": []}
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "ChronoTask",
-            "version": __version__,
-            "description": "A task scheduler: HTTP requests and bash commands.",
-        },
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"token": []}],
-    }
+        good, wrong = (
+            {200: content},
+            {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())},
+        )
+        document = _document(page, page.handler.__name__, good, wrong)
+        if page.path == "/health":  # which takes any Host, and needs no token
+            document = {**_document(page, "show_health", {**good, 503: content}, {400}), "security": []}
+        paths[page.path] = {"get": document}
+    about = {"title": "ChronoTask", "version": __version__, "description": "A task scheduler: HTTP requests and bash commands."}
+    components = {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components, "security": [{}, {"token": []}]}
 
 
 def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong: Iterable[int]) -> dict[str, Any]:
@@ -9810,19 +9668,17 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
         if "/tasks/" in route.path:
             schema = {"anyOf": [schema, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
-    for field, schema in route.query.model_json_schema()["properties"].items() if route.query is not None else ():
+    query = route.query or Query
+    for field, schema in query.model_json_schema().get("properties", {}).items():
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
         schema = lean | (arms[0] if len(arms) == 1 else {})
         listed = {"explode": False} if schema.get("type") == "array" else {}  # comma-separated
-        header = route.query.headers.get(field) if route.query is not None else None
+        header = query.headers.get(field)
         parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema, **listed})
     if isinstance(route, Page) and route.header is not None:
         parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
-    answers: dict[str, Any] = {
-        str(status): {"description": route.summary, **({"content": content} if content else {})}
-        for status, content in good.items()
-    }
+    answers = {str(code): {"description": route.summary} | ({"content": what} if what else {}) for code, what in good.items()}
     titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
     problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     answers |= {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
@@ -10375,7 +10231,7 @@ def make_server(service: Service) -> Server[Any]:
                 known = "known are status, tasks/ID and executions/ID"
                 raise NotFound(f"there is no resource {shown(params.uri)}; {known} below {SCHEME}")
             shows: Any = {"tasks": service.get_task, "executions": service.get_execution}.get(match[1])
-            text = compact(await (shows(int(match[2])) if shows else service.get_scheduler_status()))
+            text = compact(await (shows(int(match[2])) if shows else get_scheduler_status(service)))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
         return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])

@@ -1846,7 +1846,7 @@ OR = "A day that matches day-of-month or day-of-week is enough, as in Debian's c
 )  # fmt: skip
 async def test_notes_say_what_a_schedule_probably_does_not_mean(rig: Rig, schedule_type: str, config: Any, notes: Any) -> None:
     body = {"task_id": await rig.task(), "schedule_type": schedule_type, "schedule_config": config}
-    assert (await rig.service.preview_schedule(parse(chronotask.SchedulePreview, body)))["notes"] == notes
+    assert (await chronotask.preview_schedule(rig.service, parse(chronotask.SchedulePreview, body)))["notes"] == notes
     made = await rig.service.create_schedule(parse(chronotask.ScheduleCreate, body))
     assert made["notes"] == notes
     assert "notes" not in (await rig.service.list_schedules(ScheduleQuery()))["schedules"][0]
@@ -6043,7 +6043,7 @@ async def test_jitter_moves_the_firing_but_not_the_slot_and_lateness_is_counted_
     assert await rig.rows() == []
     await rig.run_at(fires + 4.9)
     assert await rig.brief() == [("schedule", "succeeded", 60)]
-    late = (await rig.service.get_scheduler_status())["lateness"]
+    late = (await chronotask.get_scheduler_status(rig.service))["lateness"]
     assert late["count"] == 1 and late["max"] == pytest.approx(4.9)
 
 
@@ -6228,7 +6228,7 @@ async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
 async def backfilled(rig: Rig, schedule_id: int, first: str, last: str, **more: Any) -> tuple[list[int], list[int]]:
     """Seconds from START to the slots, and the ids."""
     body = parse(chronotask.BackfillBody, {"from": first, "to": last, **more})
-    answer = await rig.service.backfill_schedule(schedule_id, body)
+    answer = await chronotask.backfill_schedule(rig.service, schedule_id, body)
     return [offset(slot["utc"]) for slot in answer["slots"]], answer["executions"]
 
 
@@ -6573,7 +6573,7 @@ async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str
     await set_pause(rig, what, True)
     later = await restarted(rig, open_rig, 150)
     assert await later.rows() == []
-    assert (await later.service.get_scheduler_status())["paused"] is (what == "scheduler")
+    assert (await chronotask.get_scheduler_status(later.service))["paused"] is (what == "scheduler")
     await set_pause(later, what, False)
     await later.run_at(180)
     assert await later.brief() == [("schedule", "succeeded", 180)]
@@ -6648,7 +6648,7 @@ async def test_when_capacity_is_short_the_oldest_slot_goes_first(open_rig: OpenR
     await rig.execute(await rig.task(name="by hand", **target.config("/manual")))
     rig.clock.advance(1)
     await rig.tick()
-    assert (await rig.service.get_scheduler_status())["queue_length"] == 4
+    assert (await chronotask.get_scheduler_status(rig.service))["queue_length"] == 4
     await rig.let_go(target)
     assert [request.path for request in target.requests] == ["/hold", "/10", "/20", "/30", "/manual"]
 
@@ -7181,7 +7181,7 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig, words: str) -> 
     await rig.task(name="a")
     await rig.task(name="b")
     body = parse(chronotask.SchedulePreview, {"task_id": 1, **AFTER_WORDS[words]} if "any" in words else AFTER_WORDS[words])
-    assert (await rig.service.preview_schedule(body))["description"] == words
+    assert (await chronotask.preview_schedule(rig.service, body))["description"] == words
 
 
 @pytest.mark.parametrize(
@@ -7561,7 +7561,7 @@ async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_t
     view = await rig.service.get_execution(run)
     assert (view["duration"], view["attempts"][0]["duration"], view["status"]) == (3.0, 3.0, "succeeded")
     assert ("_sum", 3.0) in rig.service.engine.stats.durations.samples()
-    assert (await rig.service.overview(chronotask.TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
+    assert (await chronotask.overview(rig.service, chronotask.TaskQuery()))["tasks"][0]["typical_duration"] == 3.0
     await rig.execute(1)
     await rig.finish()
     assert offset((await rig.service.get_task(1))["last_run"]) == moved + 3
@@ -8842,7 +8842,7 @@ async def test_a_followed_file_is_applied_when_it_changes_however_it_changes(
     assert state() == {"path": str(path), "applied_at": "2026-01-01T00:00:00Z", "error": None}
     found = rig.sql("SELECT via, operation, kind, object_id, after ->> '$.managed_by' FROM changes")
     assert found == [(f"file {path}", "create", "task", 1, "ops"), (f"file {path}", "create", "schedule", 1, "ops")]
-    assert (await rig.service.get_scheduler_status())["config_file"] == state()
+    assert (await chronotask.get_scheduler_status(rig.service))["config_file"] == state()
 
     def version(retries: int) -> str:
         return NIGHTLY.replace("max_retries = 0", f"max_retries = {retries}")
@@ -13055,7 +13055,7 @@ async def test_who_one_is_stands_in_the_status_where_there_are_tokens_and_in_no_
     assert await caller(await open_api()) is None
     api = await open_api(api_tokens_file=tokens_file(tmp_path))
     assert await caller(api, READER) == {"name": "prom", "scope": "read"}
-    assert "caller" not in await api.rig.service._status()
+    assert "caller" not in await chronotask.status_of(api.rig.service)
 
 
 async def test_no_task_can_read_the_file_of_tokens_or_one_that_holds_one_of_them(open_rig: OpenRig, tmp_path: Path) -> None:
