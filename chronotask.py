@@ -34,7 +34,8 @@ How an execution lives
 Where to add something
     a field of a task, schedule or execution    its declaration (3) and a migration (6)
     a setting                                   a line of Settings (1)
-    an operation of REST and MCP                a method of Service (11): signature, docstring, @Operation
+    an operation of REST and MCP                a method of Service (11), or below it a function that takes it, where it only
+                                                looks: signature, docstring, @Operation
     a kind of schedule                          a Timing and a line of make_timing (2), its line of SCHEDULE_CONFIGS (3)
     an event of `after`                         EVENTS (2), AfterEvent (3) and events_of (4)
 
@@ -7679,18 +7680,21 @@ def require(scope: str) -> None:
         raise Forbidden(f"this needs the scope {scope}: the token {caller.actor} has {caller.scope}")
 
 
+def words_of(documented: Any) -> tuple[str, str]:
+    """The first sentence of a docstring, and the rest."""
+    summary, _, description = " ".join((documented.__doc__ or "").split()).partition(". ")
+    return summary.rstrip("."), description
+
+
 OPERATIONS: list[Operation] = []
 
 
 @dataclass(eq=False)
 class Operation:
     """Makes the use case that it decorates an operation of REST, and with `tool` (the hints of its tool: read_only, destructive,
-    idempotent, open_world) of MCP.
-
-    The signature and the docstring of the use case say the rest: with {id} in the path, the first parameter is that id; `query`
-    is the query string, `body` the body (like the result a marked dict, or None). The docstring is for a client who has never
-    seen ChronoTask: its first sentence is the summary.
-    """
+    idempotent, open_world) of MCP. The signature says the rest: with {id} in the path, the first parameter is that id; `query` is
+    the query string, `body` the body (like the result a marked dict, or None). The docstring is for a client who has never seen
+    ChronoTask."""
 
     method: str
     path: str
@@ -7704,8 +7708,7 @@ class Operation:
         kinds.pop("service", None)
         self.use_case: Any = use_case
         self.name = use_case.__name__
-        summary, _, self.description = " ".join((use_case.__doc__ or "").split()).partition(". ")
-        self.summary = summary.rstrip(".")
+        self.summary, self.description = words_of(use_case)
         self.scope = self.scope or ("read" if self.method == "GET" else "admin")
         self.id_name: str | None = next(iter(kinds)) if "{id}" in self.path else None
         self.query: type[Query] | None = kinds.get("query")
@@ -9159,8 +9162,7 @@ WRONG_TOKENS = 10  # a second, from one address
 TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-SERVER = "ChronoTask"  # without it aiohttp tells its version and Python's
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Server": "ChronoTask"}  # else aiohttp's version
 DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 BUSY: dict[Any, Token | None] = {}  # connections whose request is being answered, and the token that it came with
@@ -9172,7 +9174,7 @@ def json_answer(value: Any, status: int = 200, content_type: str = "application/
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
     """An error as RFC 9457 problem+json."""
-    errors = [entry._asdict() for entry in error.errors]
+    errors = [{"field": field, "message": message} for field, message in error.errors]
     body = {"type": "about:blank", "title": error.title, "status": error.status, "detail": error.detail, "errors": errors}
     answer = json_answer(body, error.status, PROBLEM)
     if error.status == 401:
@@ -9235,7 +9237,7 @@ class Tokens:
         found = [token for token in self._known if hmac.compare_digest(token.digest, digest)]
         if found and scheme.lower() == "bearer":
             return found[0]
-        if (now := self._monotonic()) >= self._second + 1:
+        if (now := self._monotonic()) >= self._second + 1 or len(self._wrong) >= 1000:
             self._second, self._wrong = now, Counter()
         self._wrong[address] += bool(headers)
         if self._wrong[address] > WRONG_TOKENS:
@@ -9283,9 +9285,9 @@ def _http_problem(error: web.HTTPException) -> web.Response:
         answer = problem_answer(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
         answer.headers["Allow"] = allowed
         return answer
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
+    if error.status == 413:
         return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
-    if isinstance(error, web.HTTPNotFound):
+    if error.status == 404:
         return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
     return problem_answer(MalformedBody(error.reason or "the request is malformed"))
 
@@ -9301,7 +9303,6 @@ def connection_type() -> type[web.RequestHandler]:
                 return super().handle_error(request, status, exc, message)
             reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
             answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
-            answer.headers["Server"] = SERVER
             answer.force_close()
             return answer
 
@@ -9335,14 +9336,9 @@ def gated_app(service: Service, way: str) -> web.Application:
         finally:
             del BUSY[request.protocol]
 
-    async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
-        answer.headers["Server"] = SERVER
-
-    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app.on_response_prepare.append(hide_versions)
     if settings.needs_token:
         service.engine.spawn(service.keep("tokens", tokens.step))
-    return app
+    return web.Application(middlewares=[gate], client_max_size=MAX_BODY)
 
 
 # --- Bodies and queries -----------------------------------------------------------------------------------------------
@@ -9415,7 +9411,7 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
         number, query = path_id(request), read_query(request, operation.query)
         result = await operation.call(service, number, query, await read_body(request, operation.body))
         if result is None:
-            return web.Response(status=204)
+            return web.Response(status=204, headers=HEADERS)
         goes_on = result["executions"] if "executions" in result else result.get("status") in UNFINISHED
         answer = json_answer(result, 200 if operation.status == 202 and not goes_on else operation.status)
         if made:
@@ -9574,17 +9570,13 @@ async def show_openapi(_service: Service, request: web.Request) -> web.Response:
 
 
 class Page(NamedTuple):
-    """A route that is no operation: outside of the API, or a stream. Its handler's docstring begins with the summary."""
+    """A route that is no operation: outside of the API, or a stream."""
 
     handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
     path: str
     media: str  # of its answer
     query: type[Query] | None = None
     header: str | None = None
-
-    @property
-    def summary(self) -> str:
-        return " ".join((self.handler.__doc__ or "").split()).partition(". ")[0].rstrip(".")
 
 
 PAGES = (
@@ -9678,11 +9670,12 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
         parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema, **listed})
     if isinstance(route, Page) and route.header is not None:
         parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
-    answers = {str(code): {"description": route.summary} | ({"content": what} if what else {}) for code, what in good.items()}
+    summary, _ = words_of(route.handler if isinstance(route, Page) else route.use_case)
+    answers = {str(code): {"description": summary} | ({"content": what} if what else {}) for code, what in good.items()}
     titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
     problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     answers |= {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
-    return {"operationId": name, "summary": route.summary, "parameters": parameters, "responses": answers}
+    return {"operationId": name, "summary": summary, "parameters": parameters, "responses": answers}
 
 
 # --- The application --------------------------------------------------------------------------------------------------

@@ -7843,7 +7843,7 @@ async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> 
     task_id = await rig.task()
     refusal = "CREATE TRIGGER refusal BEFORE DELETE ON tasks BEGIN SELECT RAISE(ABORT, 'not now'); END"
     await rig.service.store.write(lambda db: db.execute(refusal))
-    await rig.service.change(partial(chronotask.mark_deleted, task_id=task_id))
+    await rig.service.change(partial(chronotask.remove_task, task_id=task_id))
     await asyncio.sleep(0.1)
     await rig.service.store.write(lambda db: db.execute("DROP TRIGGER refusal"))
     await until_true(lambda: not rig.service.retention.purges)
