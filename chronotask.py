@@ -186,7 +186,7 @@ from pydantic import (
     field_validator,
     with_config,
 )
-from pydantic_core import ErrorDetails, from_json, to_json
+from pydantic_core import from_json, to_json
 from typing_extensions import TypedDict, is_typeddict
 
 if TYPE_CHECKING:
@@ -1383,6 +1383,7 @@ class Plan:
 #   Internal[…]   neither shown nor written by a client
 #   Queried[…]    no column: the query computes it
 #   Detail[…]     no column: shown only where the service has filled it in, in answers about one
+#   OrNull[…]     for a client null in a schedule of type `after`, which has no use for it
 #
 # A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
 # names properties that answers show, and the field that each stands behind.
@@ -1392,21 +1393,24 @@ MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 # The client library writes these itself: a task's own value would contradict the message that is really sent (RFC 9112, 6).
 REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
+FORM = "application/x-www-form-urlencoded"
 MAX_NESTING = 64
-# Linux: MAX_ARG_STRLEN, with the terminating NUL.
-MAX_ARGUMENT_BYTES = 131071
+MAX_ARGUMENT_BYTES = 131071  # Linux: MAX_ARG_STRLEN, with the terminating NUL
+NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
+NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 # No name holds a `{`: else each of many beginnings without an end would be followed through all the text behind it.
 SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
-
 CAUSE_REFERENCE = re.compile(r"\$\{cause:([^{}]*)\}")
 _REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
 _HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
 _HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
-NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
+# What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
+CAUSE_NAMES = (
+    *("event", "execution_id", "task_id", "task_key", "task_name", "status", "error_message", "scheduled_for", "started_at"),
+    *("finished_at", "duration", "attempt", "failures_in_a_row", "exit_code", "status_code", "output", "text", "url"),
+)
 
 
 @dataclass(slots=True)  # like all that is made for every attempt: frozen, it takes four times as long to make
@@ -1425,81 +1429,68 @@ class Outcome:
     retry_after: float | None = None
 
 
-# --- Readable messages for refused fields -----------------------------------------------------------------------------
+# --- What is refused, and why -----------------------------------------------------------------------------------------
 
-
-_WANTED = {
-    "literal_error": "one of {expected}",
-    "string_type": "text",
-    "string_unicode": "text of valid Unicode",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "dict_type": "an object",
-    "list_type": "a list",
-    "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
-    "string_too_short": "at least {min_length} characters long",
-    "string_too_long": "at most {max_length} characters long",
-    "too_short": "at least {min_length} entries long",
-    "too_long": "at most {max_length} entries long",
-}
-
-
-def _message(detail: ErrorDetails, known: list[str]) -> str:
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "missing":
-        return "is required"
-    if kind == "extra_forbidden":
-        return "unknown field" + (did_you_mean(str(detail["loc"][-1]), known) or f" (known: {', '.join(known) or 'none'})")
-    if kind == "value_error":
-        return str(context["error"])
-    if context.get("min_length") == 1:
-        return "must not be empty"
-    if kind not in _WANTED:
-        return detail["msg"]
-    bounds = {name: f"{bound:.15g}" if isinstance(bound, float) else bound for name, bound in context.items()}
-    return "must be " + _WANTED[kind].format(**bounds) + ("" if "too_" in kind else _echo(detail["loc"], detail["input"]))
-
-
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 _NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
 
 
-def _echo(loc: tuple[int | str, ...], value: object) -> str:
-    """`, not VALUE`, or nothing where the value may be a secret, or is long."""
-    if any(str(part).lower() in _NEVER_SHOWN for part in loc) or isinstance(value, (dict, list)):
-        return ""
-    return ", not null" if value is None else f", not {shown(value)}"
+@functools.cache
+def adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
 
 
-# --- The two kinds of configuration -----------------------------------------------------------------------------------
+def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> Any:
+    """`data` as `model`. Raises InvalidInput with an entry for each bad field, at most 100, with `prefix` before its path.
+
+    The nearest known name is suggested for an unknown one. Values are shown unless they may be secret.
+    """
+    try:
+        return adapter(model).validate_python(data, context=context)
+    except ValidationError as error:
+        if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
+            raise InvalidInput(FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them")) from None
+        details = error.errors(include_url=False)[:100]
+    found: list[FieldError] = []
+    for detail in details:
+        kind, loc, value, path = detail["type"], detail["loc"], detail["input"], prefix
+        for part in loc:
+            if isinstance(part, int):
+                path += f"[{part}]"
+            elif part != "[key]":  # which stands behind a key that is wrong
+                name = part if len(part) <= 80 and part.isprintable() else shown(part)
+                path += f".{name}" if path else name
+        if kind == "missing":
+            why = "is required"
+        elif kind == "extra_forbidden":
+            inside: dict[Any, Any] = {"auth": HttpAuth, "schedules": NestedSchedule}
+            known = field_names(inside.get(loc[0], model) if len(loc) > 1 else model)
+            why = "unknown field" + (did_you_mean(str(loc[-1]), known) or f" (known: {', '.join(known) or 'none'})")
+        elif kind == "value_error":
+            why = str(detail["ctx"]["error"])
+        elif detail.get("ctx", {}).get("min_length") == 1:
+            why = "must not be empty"
+        else:
+            why = re.sub(r"\A\w+ should ", "must ", detail["msg"]).replace("dictionary", "object")
+            if "too_" not in kind and not isinstance(value, (dict, list)) and _NEVER_SHOWN.isdisjoint(map(str, loc)):
+                why += ", not null" if value is None else f", not {shown(value)}"
+        found.append(FieldError(path, why))
+    raise InvalidInput(*found)
 
 
-def _refused(wrong: Callable[[str], object], why: str) -> AfterValidator:
-    """Refuses text of which `wrong` is true."""
+def _refused(wrong: Callable[[Any], object], why: str) -> AfterValidator:
+    """Refuses a value of which `wrong` is true."""
 
-    def check(text: str) -> str:
-        if wrong(text):
+    def check(value: Any) -> Any:
+        if wrong(value):
             raise ValueError(why)
-        return text
+        return value
 
     return AfterValidator(check)
 
 
-_NO_CONTROL = _refused(_CONTROL.search, "must not hold control characters")
-_NO_NUL = _refused(lambda text: "\0" in text, "must not hold a NUL character")
-
-
-# What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
-CAUSE_NAMES = (
-    *("event", "execution_id", "task_id", "task_key", "task_name", "status", "error_message", "scheduled_for", "started_at"),
-    *("finished_at", "duration", "attempt", "failures_in_a_row", "exit_code", "status_code", "output", "text", "url"),
-)
+def _matching(pattern: str) -> AfterValidator:
+    return _refused(lambda text: not re.fullmatch(pattern, text), f"must match {pattern}")
 
 
 def _references(text: str, cause: bool = False) -> str:
@@ -1521,27 +1512,17 @@ def _references(text: str, cause: bool = False) -> str:
     return text
 
 
-def _url(text: str) -> str:
-    if NOT_IN_URLS.search(text):
-        raise ValueError("must be a URL without blanks, backslashes and control characters")
-    parts = url_parts(text)
-    beginning = text[: len(text) - len(parts.rest)] if parts else text.partition("}")[0] + "}"
-    _references(beginning)
-    if "${" in text and SECRET_REFERENCE.match(_references(text, cause=True)):
-        return text  # the whole beginning is a secret: checked when it is known
-    if not parts or not _names_host(SECRET_REFERENCE.sub("0", parts.host)):
-        raise ValueError("must be a URL that starts with http:// or https:// and names a host")
-    return text
+def walk(value: Any) -> Iterator[tuple[int, Any, Any]]:
+    """Everything inside a JSON value, with its depth and its name or place. Never recurses."""
+    depth, level = 0, list[tuple[Any, Any]]([("", value)])
+    while level:
+        yield from ((depth, name, item) for name, item in level)
+        holders = [item for _, item in level if isinstance(item, (dict, list))]
+        level = [pair for item in holders for pair in (item.items() if isinstance(item, dict) else enumerate(item))]
+        depth += 1
 
 
-@functools.lru_cache(256)  # most tasks share a few
-def _names_host(host: str) -> bool:
-    try:
-        read = urllib.parse.urlsplit("//" + host)
-        read.port  # noqa: B018 - reading it checks it
-    except ValueError:
-        raise ValueError("must be a valid URL: its host or port cannot be read") from None
-    return bool(read.hostname)
+# --- The configuration of an http task --------------------------------------------------------------------------------
 
 
 class UrlParts(NamedTuple):
@@ -1560,24 +1541,42 @@ class UrlParts(NamedTuple):
         return None if "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
 
 
-def url_parts(url: str) -> UrlParts | None:
-    """The only reading of a URL's authority. None where it is not sure: no http or https URL, or it begins with a reference.
+def _neutral(url: str) -> str:
+    """For the reading a reference is neutral text: what is in its name (`${file:a/b}`) ends no authority and begins no host."""
+    return SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url) if "$" in url else url
 
-    For the reading a reference is neutral text: what is in its name (`${file:a/b}`) ends no authority and begins no host.
-    """
-    neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url) if "$" in url else url
-    found = _AUTHORITY.match(neutral)
+
+def url_parts(url: str) -> UrlParts | None:
+    """The only reading of a URL's authority. None where it is not sure: no http or https URL, or it begins with a reference."""
+    found = _AUTHORITY.match(_neutral(url))
     if not found:
         return None
     begin, host = found.start(2), found.start(2) + found[2].rfind("@") + 1
     return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :], host)
 
 
+def _url(text: str) -> str:
+    if NOT_IN_URLS.search(text):
+        raise ValueError("must be a URL without blanks, backslashes and control characters")
+    parts = url_parts(text)
+    _references(text[: len(text) - len(parts.rest)] if parts else text.partition("}")[0] + "}")
+    if SECRET_REFERENCE.match(_references(text, cause=True)):
+        return text  # the whole beginning is a secret: checked when it is known
+    try:
+        read = urllib.parse.urlsplit(f"//{SECRET_REFERENCE.sub('0', parts.host)}" if parts else "")
+        read.port  # noqa: B018 - reading it checks it
+    except ValueError:
+        raise ValueError("must be a valid URL: its host or port cannot be read") from None
+    if not read.hostname:
+        raise ValueError("must be a URL that starts with http:// or https:// and names a host")
+    return text
+
+
 def _headers(headers: dict[str, str]) -> dict[str, str]:
     if len({name.lower() for name in headers}) != len(headers):
         raise ValueError("must not hold the same name twice (upper and lower case are the same)")
     for name, value in headers.items():
-        if not _TOKEN.fullmatch(name):
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise ValueError(f"{shown(name)} is not a valid header name")
         if name.lower() in REFUSED_HEADERS:
             raise ValueError(f"{name} cannot be set: it follows from the url and the body")
@@ -1587,85 +1586,48 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
     return headers
 
 
-def _status_ranges(entries: list[Any]) -> list[Any]:
-    if not entries:
-        raise ValueError("must name at least one status")
-    for entry in entries:
-        first, last = status_range(entry)
-        if not 100 <= first <= last <= 599:
-            raise ValueError(f'{shown(entry)} is neither a status code from 100 to 599 nor a range such as "200-299"')
-    return entries
-
-
-def status_range(entry: object) -> tuple[int, int]:
-    """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
-    match = re.fullmatch(r"([0-9]{3})(?:-([0-9]{3}))?", str(entry))
-    return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-
-
-def nesting(value: Any) -> int:
-    """How deep lists and objects are nested in a JSON value; a scalar is 0. Never recurses."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
 def body_kind(headers: Mapping[str, str] | None) -> str:
     """The media type that a task names for its body, in lower case; empty if it names none."""
     named = (value for name, value in (headers or {}).items() if name.lower() == "content-type")
     return next(named, "").partition(";")[0].strip().lower()
 
 
-FORM = "application/x-www-form-urlencoded"
-
-
 def _body(body: Any, info: ValidationInfo) -> Any:
     if not isinstance(body, (dict, list, str)):
         raise ValueError("must be an object or a list (sent as JSON), or text (sent as it is)")
-    if nesting(body) > MAX_NESTING:
-        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
+    facts = not isinstance(body, str) or body_kind(info.data.get("headers")) in ("text/plain", FORM)
+    for depth, name, item in walk(body):
+        if depth > MAX_NESTING:
+            raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
+        if CAUSE_REFERENCE.search(str(name)):
+            raise ValueError(f"{shown(name)}: ${{cause:…}} cannot stand in a name")
+        if isinstance(item, str):
+            _references(item, cause=facts)
     try:
         size = len((body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, allow_nan=False)).encode())
     except ValueError:
         raise ValueError("must be valid JSON: finite numbers and valid Unicode") from None
     if size > 1048576:
         raise ValueError("must be at most 1 MiB")
-    facts = not isinstance(body, str) or body_kind(info.data.get("headers")) in ("text/plain", FORM)
-    for text in texts(body):
-        _references(text, cause=facts)
-    return _named_without_facts(body)
+    return body
 
 
-def _named_without_facts(value: Any) -> Any:
-    """`value`, in which facts about what happened stand for no name of a field."""
-    for name, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if CAUSE_REFERENCE.search(str(name)):
-            raise ValueError(f"{shown(name)}: ${{cause:…}} cannot stand in a name")
-        _named_without_facts(item)
+def _param(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if not isinstance(item, (str, bool, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
+            raise ValueError("must be text, a finite number, true or false, or a list of them")
+        if len(items) > 1000 or len(item if isinstance(item, str) else str(item)) > 8192:
+            raise ValueError("must be at most 1000 entries of at most 8192 characters")
+        _references(str(item), cause=True)
     return value
 
 
-def texts(value: Any) -> Iterator[str]:
-    """Every text inside a JSON value, keys excepted."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from texts(item)
-
-
-def _env(env: dict[str, str]) -> dict[str, str]:
-    for name, value in env.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", name):
-            raise ValueError(f"{shown(name)} is not a valid variable name (letters, digits and _, no digit first)")
-        if name.startswith(ENV_PREFIX):
-            raise ValueError(f"{name} cannot be set: {ENV_PREFIX}… belongs to the service")
-        if "\0" in value or len(value.encode()) > 65536:
-            raise ValueError(f"the value of {name} must be at most 65536 bytes, without a NUL character")
-        _references(value, cause=True)
-    return env
+def status_range(entry: object) -> tuple[int, int]:
+    """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
+    match = re.fullmatch(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?", str(entry))
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    return (first, last) if first <= last else (0, 0)
 
 
 def plain_number(value: float) -> float:
@@ -1674,64 +1636,23 @@ def plain_number(value: float) -> float:
 
 
 _PLAIN = AfterValidator(plain_number)
-_Text = Annotated[str, AfterValidator(_references)]
-_Timeout = Annotated[float, Field(ge=1, le=604800, allow_inf_nan=False, description="Seconds for one attempt."), _PLAIN]
-
-
-def _param(value: Any) -> Any:
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, (str, bool, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
-            raise ValueError("must be text, a finite number, true or false, or a list of them")
-        if isinstance(item, int) and item.bit_length() > 256:
-            raise ValueError("must be a number of at most 77 digits")
-        if isinstance(item, str) and len(item) > 8192:
-            raise ValueError("must be at most 8192 characters long")
-        if isinstance(item, str):
-            _references(item, cause=True)
-    if isinstance(value, list) and len(value) > 1000:
-        raise ValueError("must be at most 1000 entries long")
-    return value
-
-
-_Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
-_Codes = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})]
-_Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
-
-
-def _no_cause(source: str) -> None:
-    """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
-    if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
-        raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
-
-
-def _script(command: str) -> str:
-    if not command.strip():
-        raise ValueError("must hold a command")
-    _no_cause(command)
-    return command.replace("\r\n", "\n")  # from a Windows editor: bash would take the \r for a part of each last word
-
-
-def _fits(args: list[str], info: ValidationInfo) -> list[str]:
-    for arg in args:
-        _no_cause(arg)
-    if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
-        raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
-    return args
-
-
-_UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
+_NO_NUL = _refused(lambda text: "\0" in text, "must not hold a NUL character")
+_NO_CONTROL = _refused(_CONTROL.search, "must not hold control characters")
 _NO_COLON = _refused(lambda text: ":" in SECRET_REFERENCE.sub("", text), "must not hold a colon (RFC 7617)")
-_FOLDER = _refused(
-    lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
-    "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
-)
+_Text = Annotated[str, AfterValidator(_references)]
+_Timeout = Annotated[float, Field(ge=1, le=604800, description="Seconds for one attempt."), _PLAIN]
+_FactName = Annotated[str, _refused(CAUSE_REFERENCE.search, "${cause:…} cannot stand in a name")]
+_Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
+_Code = Annotated[
+    Any,
+    _refused(lambda entry: status_range(entry) == (0, 0), 'must be a status code from 100 to 599, or a range such as "200-299"'),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}),
+]
+_Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
+_config = with_config(STRICT)
 
 
 # Checked, they are the dicts that are stored, with the fields that were sent: no default is filled in, no object made.
-_STRICT = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, regex_engine="python-re")
-_config = with_config(_STRICT)
-
-
 @_config
 class HttpAuth(TypedDict):
     """HTTP basic authentication."""
@@ -1746,38 +1667,91 @@ class HttpConfig(TypedDict, total=False):
 
     url: Required[Annotated[str, Field(max_length=8192), AfterValidator(_url)]]
     method: Annotated[
-        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"], _UPPER, Field(json_schema_extra={"default": "GET"})
+        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"],
+        BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
+        Field(json_schema_extra={"default": "GET"}),
     ]
     headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
-    params: Annotated[dict[str, _Param], Field(max_length=1000), AfterValidator(_named_without_facts)] | None
+    params: Annotated[dict[_FactName, _Param], Field(max_length=1000)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
     auth: HttpAuth | None
     timeout: _Timeout | None
     expected_status: Annotated[
-        Annotated[list[_Codes], Field(max_length=100), AfterValidator(_status_ranges)] | None,
+        Annotated[list[_Code], Field(min_length=1, max_length=100)] | None,
         Field(description='Codes or ranges that count as success; default ["200-299"].'),
     ]
     follow_redirects: Annotated[bool, Field(json_schema_extra={"default": True})]
     verify_tls: Annotated[bool, Field(json_schema_extra={"default": True})]
 
 
-@_config
-class BashConfig(TypedDict, total=False):
-    """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
-
-    command: Required[Annotated[str, Field(min_length=1, max_length=65536), _NO_NUL, AfterValidator(_script)]]
-    args: Annotated[list[Annotated[str, Field(max_length=65536), _NO_NUL]], Field(max_length=1000), AfterValidator(_fits)] | None
-    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] | None
-    working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
-    timeout: _Timeout | None
-    launcher: (
-        Annotated[str, Field(min_length=1, max_length=40, description="What runs it on another machine; default: here.")] | None
-    )
+# --- The configuration of a bash task ---------------------------------------------------------------------------------
 
 
 def bash_source(command: str, args: Sequence[str]) -> str:
     """The bash source of a task: `args` follow `command` as literal words, on its last line."""
     return " ".join([command.rstrip(), *map(shlex.quote, args)]) if args else command
+
+
+def _script(source: str) -> str:
+    """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
+    if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
+        raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
+    return source
+
+
+def _fits(args: list[str], info: ValidationInfo) -> list[str]:
+    if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
+        raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
+    return args
+
+
+_Source = Annotated[str, Field(max_length=65536), _NO_NUL, AfterValidator(_script)]
+_Variable = Annotated[
+    str,
+    _refused(
+        lambda name: not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,254}", name),
+        "is not a valid variable name (letters, digits and _, no digit first)",
+    ),
+    _refused(lambda name: name.startswith(ENV_PREFIX), f"cannot be set: {ENV_PREFIX}… belongs to the service"),
+]
+_Value = Annotated[
+    str,
+    _refused(lambda text: "\0" in text or len(text.encode()) > 65536, "must be at most 65536 bytes, without a NUL character"),
+    AfterValidator(partial(_references, cause=True)),
+]
+
+
+@_config
+class BashConfig(TypedDict, total=False):
+    """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
+
+    command: Required[
+        Annotated[
+            _Source,
+            Field(min_length=1),
+            _refused(lambda text: not text.strip(), "must hold a command"),
+            # From a Windows editor: bash would take the \r for a part of each last word.
+            AfterValidator(lambda text: text.replace("\r\n", "\n")),
+        ]
+    ]
+    args: Annotated[list[_Source], Field(max_length=1000), AfterValidator(_fits)] | None
+    env: Annotated[dict[_Variable, _Value], Field(max_length=1000)] | None
+    working_dir: (
+        Annotated[
+            str,
+            Field(min_length=1, max_length=4096),
+            _NO_NUL,
+            _refused(
+                lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
+                "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
+            ),
+        ]
+        | None
+    )
+    timeout: _Timeout | None
+    launcher: (
+        Annotated[str, Field(min_length=1, max_length=40, description="What runs it on another machine; default: here.")] | None
+    )
 
 
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
@@ -1791,16 +1765,15 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
     return {name: value for name, value in _checked(CONFIGS[task_type], config, "config").items() if value is not None}
 
 
-# --- The kinds of schedule --------------------------------------------------------------------------------------------
+# --- The configurations of schedules ----------------------------------------------------------------------------------
 
 
 def _read(check: Callable[[str, str, int], str]) -> AfterValidator:
     """Text without blanks around it, as `check` reads it in a zone and at an instant. What is wrong is told with the text."""
 
     def run(text: str, info: ValidationInfo) -> str:
-        where: dict[str, Any] = info.context or {}
         try:
-            return check(text.strip(), info.data.get("timezone") or where["zone"], where["now"])
+            return check(text.strip(), *cast(Any, info.context))
         except ValueError as error:
             raise ValueError(f"{shown(text)}: {error}") from None
 
@@ -1818,19 +1791,10 @@ _Zone = Annotated[
 ]
 
 
-def _zone_last(schema: dict[str, Any]) -> None:
-    """People say when before where: forms show the fields in the order of their schema."""
-    schema["properties"]["timezone"] = schema["properties"].pop("timezone")
-
-
-_schedule_config = with_config(ConfigDict(**_STRICT, json_schema_extra=_zone_last))
-
-
-@_schedule_config
+@_config
 class CronConfig(TypedDict, total=False):
     """For cron: 5 fields, or 6 with seconds first."""
 
-    timezone: _Zone | None  # the first, so that the others are read in it
     expression: Required[
         Annotated[
             str,
@@ -1843,25 +1807,26 @@ class CronConfig(TypedDict, total=False):
             _read(check_expression),
         ]
     ]
+    timezone: _Zone | None
 
 
-@_schedule_config
+@_config
 class OnceConfig(TypedDict, total=False):
     """For once: ISO 8601, or so many seconds from now."""
 
-    timezone: _Zone | None
     datetime: Annotated[str, Field(examples=["2030-01-31T09:00:00"]), _read(check_datetime)] | None
-    in_seconds: Annotated[float, Field(ge=0.001, le=LONGEST_INTERVAL, allow_inf_nan=False)] | None
+    in_seconds: Annotated[float, Field(ge=0.001, le=LONGEST_INTERVAL)] | None
+    timezone: _Zone | None
 
 
-@_schedule_config
+@_config
 class IntervalConfig(TypedDict, total=False):
     """For interval: every so many seconds, or days at a local time, from `start_date` on, else from its creation."""
 
-    timezone: _Zone | None
-    seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL, allow_inf_nan=False), AfterValidator(_milliseconds)] | None
+    seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL), AfterValidator(_milliseconds)] | None
     days: Annotated[int, Field(ge=1, le=3650)] | None
     start_date: Annotated[str, _read(check_start_date)] | None
+    timezone: _Zone | None
 
 
 AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
@@ -1880,36 +1845,9 @@ class AfterConfig(TypedDict, total=False):
     task_ids: Annotated[list[TaskId], Field(min_length=1, max_length=100)] | None
     tag: Tag | None
     any: Literal[True] | None
-    on: Required[
-        Annotated[
-            list[Annotated[AfterEvent, BeforeValidator(_event)]],
-            Field(min_length=1, max_length=10),
-            AfterValidator(lambda events: list(dict.fromkeys(events))),
-        ]
-    ]
+    on: Required[Annotated[list[Annotated[AfterEvent, BeforeValidator(_event)]], Field(min_length=1, max_length=10), _UNIQUE]]
     threshold: Annotated[int, Field(ge=1, le=100)] | None
-    seconds: Annotated[float, Field(ge=60, le=31622400, allow_inf_nan=False), AfterValidator(_milliseconds)] | None
-
-
-def _check_after(config: Mapping[str, Any]) -> None:
-    """Raises InvalidInput for fields of an AfterConfig that do not go together."""
-    wrong: list[FieldError] = []
-    selected = [name for name in ("task_ids", "tag", "any") if name in config]
-    if len(selected) != 1:
-        wrong.append(FieldError("", f"must have exactly one of task_ids, tag and any, not {' and '.join(selected) or 'none'}"))
-    if "overdue" in config["on"]:
-        if len(config["on"]) > 1:
-            wrong.append(FieldError("on", "overdue must stand alone: make a schedule of its own for it"))
-        if "seconds" not in config:
-            wrong.append(FieldError("seconds", "is required for overdue: how long without a success"))
-        if len(config.get("task_ids", ())) != 1:
-            wrong.append(FieldError("task_ids", "must be exactly one task for overdue"))
-    elif "seconds" in config:
-        wrong.append(FieldError("seconds", "is only for overdue"))
-    if "threshold" in config and not {"broke", "recovered"} & {*config["on"]}:
-        wrong.append(FieldError("threshold", "is only for broke and recovered"))
-    if wrong:
-        raise InvalidInput(*(FieldError(f"schedule_config.{e.field}".rstrip("."), e.message) for e in wrong))
+    seconds: Annotated[float, Field(ge=60, le=31622400), AfterValidator(_milliseconds)] | None
 
 
 SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig, "after": AfterConfig}
@@ -1917,17 +1855,31 @@ SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "int
 
 def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
     """A client's `schedule_config` as it is stored, with `timezone` filled in. Raises InvalidInput with every bad field."""
-    checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", {"zone": default_zone, "now": now})
-    zone = checked.pop("timezone", None) or default_zone
-    sent = {name: value for name, value in checked.items() if value is not None}
-    if schedule_type == "after":
-        _check_after(sent)
-        return sent
+    zone = default_zone
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # what is wrong with it will be told
+        zone = load_zone(config["timezone"].strip()).key
+    checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", (zone, now))
+    sent = {name: value for name, value in checked.items() if value is not None and name != "timezone"}
+    on, selected = sent.get("on", ()), [name for name in ("task_ids", "tag", "any") if name in sent]
     usual, other = {"once": ("datetime", "in_seconds"), "interval": ("seconds", "days")}.get(schedule_type, ("", ""))
-    if usual and (usual in sent) == (other in sent):
-        both = usual in sent
-        name, why = (other, f"must not stand beside {usual}") if both else (usual, f"is required, or {other}")
-        raise InvalidInput(FieldError(f"schedule_config.{name}", why))
+    wrong = {
+        f".{other}": usual in sent and other in sent and f"must not stand beside {usual}",
+        f".{usual}": usual and not {usual, other} & sent.keys() and f"is required, or {other}",
+    }
+    if schedule_type == "after":
+        overdue, together = "overdue" in on, " and ".join(selected) or "none"
+        wrong = {
+            "": len(selected) != 1 and f"must have exactly one of task_ids, tag and any, not {together}",
+            ".on": overdue and len(on) > 1 and "overdue must stand alone: make a schedule of its own for it",
+            ".seconds": overdue != ("seconds" in sent)
+            and ("is required for overdue: how long without a success" if overdue else "is only for overdue"),
+            ".task_ids": overdue and len(sent.get("task_ids", ())) != 1 and "must be exactly one task for overdue",
+            ".threshold": "threshold" in sent and not {"broke", "recovered"} & {*on} and "is only for broke and recovered",
+        }
+    if any(wrong.values()):
+        raise InvalidInput(*(FieldError(f"schedule_config{name}", why) for name, why in wrong.items() if why))
+    if schedule_type == "after":
+        return sent
     if "in_seconds" in sent:
         sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
     if "days" in sent and "start_date" in sent:  # a local time: no offset of one day may move it
@@ -1943,11 +1895,11 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
     text."""
     url, result = config.get("url") or "", dict(config)
     if "@" in url:
-        if parts := url_parts(url):
+        parts, begin, end = url_parts(url), 0, 0
+        if parts:
             begin, end = len(parts.scheme) + 3, parts.host_begins - 1
-        else:  # Not sure where it begins: then it is all before the host.
-            neutral = SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url)
-            begin, end = 0, re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
+        else:  # not sure where it begins: then it is all before the host
+            end = re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
         if begin < end:
             result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
     if config.get("auth"):
@@ -1983,20 +1935,16 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     if task_type != "http" or MASK not in str(new):
         return new
     kept: dict[str, str] = {}
-    kept_url = (stored or {}).get("url", "")
-    if stored:
-        _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
+    _map_secrets(stored or {}, lambda name, text: kept.setdefault(name.lower(), text))
+    kept_url, refused = (stored or {}).get("url", ""), list[FieldError]()
     origins = {parts and parts.origin for parts in (url_parts(new["url"]), url_parts(kept_url))}
     # Where it is not sure, it has moved.
     same = new["url"] in (kept_url, mask_url(kept_url)) or (len(origins) == 1 and None not in origins)
-    refused: list[FieldError] = []
 
     def secret(name: str, sent: str) -> str:
-        if MASK not in sent:
-            return sent
         known = kept.get(name.lower())
-        if sent == MASK and same and known is not None:
-            return known
+        if MASK not in sent or (sent == MASK and same and known is not None):
+            return sent if MASK not in sent else str(known)
         why = "there is no such value" if same or known is None else "scheme, host or port of the url changed"
         refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
         return sent
@@ -2021,6 +1969,11 @@ NEVER_STARTED = ("skipped", "missed")  # rows that record a slot which ran nothi
 SUCCESS: dict[str, bool] = {"succeeded": True, "failed": False, "timed_out": False, "interrupted": False}
 LIST_TEXT_LIMIT = 4096  # characters of each output text in lists
 MAX_RETRY_WAIT = 3600.0  # seconds, also when a server asks for more
+MAX_ID = 2**63 - 1  # SQLite's largest rowid
+KEY_OF_TASK = re.compile(r"key:[a-z0-9][a-z0-9._-]{0,99}")
+# Control characters, line and paragraph separators, and what turns the direction of text around.
+_NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ANY_STATUS = (*UNFINISHED, *FINISHED, "unfinished")
 
 
 def compact(value: Any) -> str:
@@ -2041,18 +1994,47 @@ def seconds_between(start: int | None, end: int | None) -> float | None:
     return None if start is None or end is None else max(0, end - start) / SECOND
 
 
-# Control characters, line and paragraph separators, and what turns the direction of text around.
-_NOT_ONE_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
+    if not isinstance(sent, str) or re.fullmatch("[0-9]{1,19}", sent):
+        return check(sent)
+    if not KEY_OF_TASK.fullmatch(sent):
+        raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
+    return sent
 
 
-MAX_ID = 2**63 - 1  # SQLite's largest rowid
+def _statuses(sent: Any) -> Any:
+    names = sent.split(",") if isinstance(sent, str) else sent
+    if not isinstance(names, (list, tuple)) or not set(map(str, names)) <= set(_ANY_STATUS):
+        raise ValueError(f"must be one or more, comma-separated, of {', '.join(_ANY_STATUS)}")
+    return tuple(dict.fromkeys(status for name in names for status in (UNFINISHED if name == "unfinished" else (name,))))
+
+
+_UNIQUE = AfterValidator(lambda entries: list(dict.fromkeys(entries)))
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+# The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
+TaskId = Annotated[
+    Id,
+    WrapValidator(_task_id),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
+]
 Name = Annotated[
     str,
     Field(min_length=1, max_length=255),
     _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters"),
 ]
-Description = Annotated[str, Field(max_length=1000), _refused(lambda text: "\0" in text, "must not contain NUL")]
+Key = Annotated[
+    str,
+    Field(max_length=100, description="a name for programs and files: lower-case letters, digits and . _ -"),
+    _matching("[a-z0-9][a-z0-9._-]{0,99}"),
+]
+Description = Annotated[str, Field(max_length=1000), _NO_NUL]
+Tag = Annotated[str, _matching("[A-Za-z0-9._:-]{1,50}")]
+Tags = Annotated[list[Tag], Field(max_length=20), _UNIQUE]
+TaskType = Literal["http", "bash"]
+TaskStatus = Annotated[
+    Literal["active", "paused", "disabled"],
+    Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
+]
 Config = Annotated[
     dict[str, Any],
     Field(
@@ -2064,6 +2046,12 @@ Config = Annotated[
     ),
 ]
 Override = Annotated[dict[str, Any], Field(description="fields of its config, for this run alone")]
+MaxRetries = Annotated[int, Field(ge=0, le=100)]
+RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN]
+RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN]
+PauseAfter = Annotated[int, Field(ge=1, le=1000, description="pauses the task after so many failures in a row")]
+Group = Annotated[str, Field(description="one run at a time of all tasks with this group"), _matching("[A-Za-z0-9._-]{1,100}")]
+ScheduleType = Literal["cron", "once", "interval", "after"]
 ScheduleConfig = Annotated[
     dict[str, Any],
     Field(
@@ -2074,53 +2062,6 @@ ScheduleConfig = Annotated[
         "without an offset in timezone (IANA name)."
     ),
 ]
-Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
-MaxRetries = Annotated[int, Field(ge=0, le=100)]
-RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN]
-RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN]
-CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
-Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]
-MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
-TaskType = Literal["http", "bash"]
-Key = Annotated[
-    str,
-    Field(max_length=100, description="a name for programs and files: lower-case letters, digits and . _ -"),
-    _refused(lambda text: not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,99}", text), "must match [a-z0-9][a-z0-9._-]{0,99}"),
-]
-KEY_OF_TASK = re.compile(r"key:[a-z0-9][a-z0-9._-]{0,99}")
-
-
-def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
-    if not isinstance(sent, str) or re.fullmatch("[0-9]{1,19}", sent):
-        return check(sent)
-    if not KEY_OF_TASK.fullmatch(sent):
-        raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
-    return sent
-
-
-# The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
-TaskId = Annotated[
-    Id,
-    WrapValidator(_task_id),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
-]
-Tag = Annotated[str, _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._:-]{1,50}", text), "must match [A-Za-z0-9._:-]{1,50}")]
-Tags = Annotated[list[Tag], Field(max_length=20), AfterValidator(lambda tags: list(dict.fromkeys(tags)))]
-PauseAfter = Annotated[int, Field(ge=1, le=1000, description="pauses the task after so many failures in a row")]
-TaskStatus = Annotated[
-    Literal["active", "paused", "disabled"],
-    Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
-]
-ScheduleType = Literal["cron", "once", "interval", "after"]
-Exclude = Annotated[
-    list[Annotated[str, AfterValidator(check_dates)]],
-    Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
-]
-Group = Annotated[
-    str,
-    Field(description="one run at a time of all tasks with this group"),
-    _refused(lambda text: not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text), "must match [A-Za-z0-9._-]{1,100}"),
-]
 Overlap = Annotated[
     Literal["skip", "queue", "allow", "cancel"],
     Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
@@ -2128,25 +2069,20 @@ Overlap = Annotated[
 Catchup = Annotated[
     Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
 ]
-Status = Literal[
-    "queued", "running", "retrying", "succeeded", "failed", "timed_out", "cancelled", "skipped", "missed", "interrupted"
+CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
+Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]
+MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
+Exclude = Annotated[
+    list[Annotated[str, AfterValidator(check_dates)]],
+    Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
 ]
-_ANY_STATUS = (*UNFINISHED, *FINISHED, "unfinished")
-
-
-def _statuses(sent: Any) -> Any:
-    names = sent.split(",") if isinstance(sent, str) else sent
-    if not isinstance(names, (list, tuple)) or not set(map(str, names)) <= set(_ANY_STATUS):
-        raise ValueError(f"must be one or more, comma-separated, of {', '.join(_ANY_STATUS)}")
-    return tuple(dict.fromkeys(status for name in names for status in (UNFINISHED if name == "unfinished" else (name,))))
-
-
+Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
+Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
 Statuses = Annotated[
     tuple[str, ...],
     BeforeValidator(_statuses),
     WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(_ANY_STATUS)}}),
 ]
-Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
 Trigger = Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"]
 
 
@@ -2161,11 +2097,12 @@ class Hold:
 # --- Resources, each declared once ------------------------------------------------------------------------------------
 
 F = TypeVar("F")
-Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL TIME")
+Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL OR_NULL TIME")
 ReadOnly = Annotated[F, Mark.READ_ONLY]
 Internal = Annotated[F, Mark.INTERNAL]
 Queried = Annotated[F, Mark.QUERIED]
 Detail = Annotated[F, Mark.DETAIL]
+OrNull = Annotated[F, Mark.OR_NULL]
 Time = Annotated[int, Mark.TIME]
 UNSET: Any = None  # a default that is a setting, or of no effect
 
@@ -2224,13 +2161,13 @@ class Schedule:
     schedule_config: ScheduleConfig
     is_active: bool = True
     overlap: Overlap = "skip"
-    catchup: Catchup = "latest"
-    catchup_window: CatchupWindow = 86400
-    jitter: Jitter = 0
+    catchup: OrNull[Catchup] = "latest"
+    catchup_window: OrNull[CatchupWindow] = 86400
+    jitter: OrNull[Jitter] = 0
     start_at: Time | None = None
     end_at: Time | None = None
     max_runs: MaxRuns | None = None
-    exclude: Exclude = dataclasses.field(default_factory=list)
+    exclude: OrNull[Exclude] = dataclasses.field(default_factory=list)
     managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
     updated_at: ReadOnly[Time]
@@ -2354,11 +2291,6 @@ class Execution:
         return max(0, self.attempt - 1)
 
 
-@dataclass
-class Order:
-    """No resource: what a client asks for in fields of its own."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Attempt:
     """One try at an execution. A row of `attempts` was followed by another one; the last one lives on the execution itself."""
@@ -2398,17 +2330,21 @@ class Shape:
     def __init__(self, resource: Any) -> None:
         hints = get_type_hints(resource, include_extras=True)
         fields = {field.name: field for field in dataclasses.fields(resource)}
-        marks = {name: set(getattr(hints[name], "__metadata__", ())) & set(Mark) for name in fields}
-        shown = [name for name in fields if Mark.INTERNAL not in marks[name]]
+        marked = {mark: {name for name in fields if mark in getattr(hints[name], "__metadata__", ())} for mark in Mark}
+        hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
+        shown = [name for name in fields if name not in marked[Mark.INTERNAL]]
         for name, before in getattr(resource, "also_shown", {}).items():
             shown.insert(shown.index(before) + 1, name)
             hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
         self.shown = {name: _seen(hints[name]) for name in shown}  # what a client sees, and its type there
         self.times = [name for name in shown if _is_time(hints[name])]  # of what is shown
-        self.details = [name for name in fields if Mark.DETAIL in marks[name]]  # of what is shown: may be missing
-        self.written = {name: _sent(hints[name]) for name in fields if not marks[name]}  # what a client may write
-        self.loaded = tuple(name for name in fields if Mark.DETAIL not in marks[name])  # columns, and what queries compute
-        self.columns = tuple(name for name in self.loaded if Mark.QUERIED not in marks[name])  # of its table
+        self.details = marked[Mark.DETAIL]  # of what is shown: may be missing
+        not_written = self.details.union(marked[Mark.READ_ONLY], marked[Mark.INTERNAL])
+        self.written = {  # what a client may write
+            name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
+        }
+        self.loaded = tuple(name for name in fields if name not in self.details)  # columns, and what queries compute
+        self.columns = tuple(name for name in self.loaded if name not in marked[Mark.QUERIED])  # of its table
         self.defaults: dict[str, Any] = {  # of the fields that have one
             name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             for name, field in fields.items()
@@ -2418,7 +2354,7 @@ class Shape:
         # Columns that hold JSON: dict or list.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
         repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == (bool,)}
-        repairs |= {name: partial(_sound, arms[name][0]) for name in self.json if len(arms[name]) == 1}
+        repairs |= {n: partial(_sound, arms[n][0]) for n in self.json if len(arms[n]) == 1 or n in marked[Mark.OR_NULL]}
         # Generated, these two take half of what loops over the fields take.
         values = [f"{name}={name if name in repairs else ''}(row[{at}])" for at, name in enumerate(self.loaded)]
         views = [f"{name!r}: {'text' if name in self.times else ''}(item.{name})" for name in shown]
@@ -2437,13 +2373,6 @@ def _arms(kind: Any) -> tuple[Any, ...]:
 
 def _is_time(kind: Any) -> bool:
     return kind is Mark.TIME or any(map(_is_time, get_args(kind)))
-
-
-def _sent(kind: Any) -> Any:
-    """A declared type as a client writes it."""
-    if len(arms := _arms(kind)) > 1:
-        return Union[tuple(map(_sent, arms))]  # noqa: UP007 - made of a tuple
-    return Instant if _is_time(kind) else kind
 
 
 def _seen(kind: Any) -> Any:
@@ -2468,13 +2397,9 @@ def _sound(kind: Any, value: Any) -> Any:
 
 def view_of(item: Any) -> dict[str, Any]:
     """What a client sees of a resource."""
-    kind: Any = type(item)
-    shape = shape_of(kind)
+    shape = shape_of(cast(Any, type(item)))
     view = shape.view(item)
-    for name in shape.details:
-        if view[name] is None:
-            del view[name]
-    return view
+    return {name: value for name, value in view.items() if value is not None or name not in shape.details}
 
 
 # --- Executions under way ---------------------------------------------------------------------------------------------
@@ -2596,17 +2521,20 @@ class Ended:
 
 
 class View:
-    """Marks a dict as what a client sees of a resource. `more` are further fields, with their types."""
+    """Marks a dict as what a client sees of a resource, or of none. `more` are further fields, with their types.
 
-    config = ConfigDict()
+    Of a `Body`: `update` if it says what shall change; `without` are fields of the resource that it has not.
+    """
 
-    def __init__(self, resource: Any, name: str, /, **more: Any) -> None:
-        self.resource, self.name, self.more = resource, name, more
+    config: ClassVar = ConfigDict()
+
+    def __init__(self, resource: Any, name: str, /, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
+        self.resource, self.name, self.update, self.without, self.more = resource, name, update, without, more
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
         """Their types."""
-        return shape_of(self.resource).shown | self.more
+        return (shape_of(self.resource).shown if self.resource else {}) | self.more
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
         made = cast(Any, TypedDict)(self.name, dict(self.fields))
@@ -2615,53 +2543,36 @@ class View:
 
 
 class Body(View):
-    """Marks a dict of the fields of a resource that a client sent: of a new one, or of what shall change (`update`).
+    """Marks a dict of the fields of a resource that a client sent. Unknown fields are refused, types not converted."""
 
-    `more` are further fields. Unknown fields are refused, types not converted.
-    """
-
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    def __init__(self, resource: Any, name: str, /, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
-        super().__init__(resource, name, **more)
-        self.update, self.without = update, without
+    config = STRICT
 
     @property
     def optional(self) -> bool:
         """Whether a request may do without it."""
-        return not self.update and not any(get_origin(kind) is not NotRequired for kind in self.fields.values())
+        return not self.update and all(get_origin(kind) is NotRequired for kind in self.fields.values())
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
-        defaults, fields = shape_of(self.resource).defaults, dict[str, Any]()
-        for name, kind in shape_of(self.resource).written.items():
-            if not self.update and name in defaults:
-                kind = Annotated[kind, Field(json_schema_extra={"default": defaults[name]})]
-            fields[name] = NotRequired[kind] if self.update or name in defaults else kind
+        fields = dict[str, Any]()
+        for name, kind in shape_of(self.resource).written.items() if self.resource else ():
+            default = shape_of(self.resource).defaults.get(name, ...)
+            if not self.update and default is not ...:
+                kind = Annotated[kind, Field(json_schema_extra={"default": default})]
+            fields[name] = NotRequired[kind] if self.update or default is not ... else kind
         return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
 
 
-NOT_OF_AFTER = {"catchup", "catchup_window", "jitter", "exclude"}  # null in schedules of type `after`
-_OR_NULL: dict[str, Any] = {
-    name: NotRequired[Annotated[kind, Field(json_schema_extra={"default": default})]]
-    for name, kind, default in (
-        ("catchup", Catchup | None, "latest"),
-        ("catchup_window", CatchupWindow | None, 86400),
-        ("jitter", Jitter | None, 0),
-        ("exclude", Exclude | None, []),
-    )
-}
-NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",), **_OR_NULL)]
+NOT_OF_AFTER = {name for name, kind in Schedule.__annotations__.items() if kind.startswith("OrNull")}
+NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",))]
 Nested = NotRequired[Annotated[list[NestedSchedule], Field(max_length=100, description="made with it")]]
 TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested)]
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
-ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", **_OR_NULL)]
-ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, **_OR_NULL)]
-SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", **_OR_NULL)]
-PauseBody = Annotated[dict[str, Any], Body(Order, "PauseBody", until=NotRequired[Instant | None])]
-BackfillBody = Annotated[
-    dict[str, Any], Body(Order, "BackfillBody", **{"from": Since, "to": Since, "dry_run": NotRequired[bool]})
-]
+ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate")]
+ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True)]
+SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview")]
+PauseBody = Annotated[dict[str, Any], Body(None, "PauseBody", until=NotRequired[Instant | None])]
+BackfillBody = Annotated[dict[str, Any], Body(None, "BackfillBody", **{"from": Since, "to": Since}, dry_run=NotRequired[bool])]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
 
 
@@ -2714,29 +2625,25 @@ class ScheduleQuery(Query):
     limit: Limit = 100
 
 
-class OutputQuery(Query):
-    output: Literal["full", "none"] | None = None
-
-
-class HistoryQuery(OutputQuery):
-    success: bool | None = None
+class RunQuery(Query):
     status: Statuses | None = None
     since: Since | None = None
     until: Since | None = None
-    skip: Skip = 0
+    output: Literal["full", "none"] | None = None
     limit: Limit = 100
 
 
-class ExecutionQuery(OutputQuery):
+class HistoryQuery(RunQuery):
+    success: bool | None = None
+    skip: Skip = 0
+
+
+class ExecutionQuery(RunQuery):
     task_id: TaskId | None = None
     tag: Tag | None = None
     schedule_id: Id | None = None
-    status: Statuses | None = None
     trigger: Trigger | None = None
-    since: Since | None = None
-    until: Since | None = None
     before_id: Id | None = None
-    limit: Limit = 100
 
 
 class UpcomingQuery(Query):
@@ -2746,15 +2653,15 @@ class UpcomingQuery(Query):
     limit: Limit = 100
 
 
-class WaitQuery(Query):
-    wait: Annotated[float, Field(ge=0, le=300)] = 0
-
-
 class ChangeQuery(Query):
     kind: Literal["task", "schedule", "execution", "scheduler"] | None = None
     id: Id | None = None
     before_id: Id | None = None
     limit: Limit = 100
+
+
+class WaitQuery(Query):
+    wait: Annotated[float, Field(ge=0, le=300)] = 0
 
 
 class ExecuteQuery(WaitQuery):
@@ -2775,37 +2682,6 @@ class FollowQuery(Query):
 
 class EventQuery(Query):
     task_id: TaskId | None = None
-
-
-@functools.cache
-def adapter(model: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
-
-
-def _checked(model: Any, data: Any, prefix: str = "", context: Mapping[str, Any] | None = None) -> Any:
-    """`data` as `model`. Raises InvalidInput with an entry for each bad field, at most 100, with `prefix` before its path.
-
-    The nearest known name is suggested for an unknown one. Values are shown unless they may be secret.
-    """
-    try:
-        return adapter(model).validate_python(data, context=cast(Any, context))
-    except ValidationError as error:
-        if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
-            raise InvalidInput(FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them")) from None
-        details = error.errors(include_url=False)[:100]
-    found: list[FieldError] = []
-    for detail in details:
-        loc, path = detail["loc"], prefix
-        for part in loc:
-            if isinstance(part, int):
-                path += f"[{part}]"
-            elif part != "[key]":  # which stands behind a key that is wrong
-                name = part if len(part) <= 80 and part.isprintable() else shown(part)
-                path += f".{name}" if path else name
-        inside: dict[Any, Any] = {"auth": HttpAuth, "schedules": NestedSchedule}
-        known = field_names(inside.get(loc[0], model) if len(loc) > 1 else model)
-        found.append(FieldError(path, _message(detail, list(known))))
-    raise InvalidInput(*found)
 
 
 def parse(model: Any, data: Any) -> Any:
@@ -2841,43 +2717,42 @@ class Upcoming(TypedDict):
     local: str
 
 
+class Firing(Upcoming):
+    schedule_id: int
+    task_id: int
+    task_name: str
+
+
 TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
-ScheduleView = Annotated[
-    dict[str, Any],
-    View(
-        Schedule, "ScheduleView", catchup=str | None, catchup_window=float | None, jitter=float | None, exclude=list[str] | None
-    ),
-]
+ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
-
-
-class Counted(TypedDict):
-    total: int
-    skip: int
-    limit: int
-
-
-class TaskPage(Counted):
-    tasks: list[TaskView]
-
-
-class SchedulePage(Counted):
-    schedules: list[ScheduleView]
-
-
-class HistoryPage(Counted):
-    history: list[ExecutionView]
-
-
-class ChangePage(TypedDict):
-    changes: list[Annotated[dict[str, Any], View(Change, "ChangeView")]]
-    next_before_id: int | None
-
-
-class ExecutionPage(TypedDict):
-    executions: list[ExecutionView]
-    next_before_id: int | None
+ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
+RecentRun = Annotated[dict[str, Any], View(None, "RecentRun", id=int, status=str, started_at=str | None, duration=float | None)]
+OverviewTask = Annotated[
+    dict[str, Any],
+    View(
+        Task,
+        "OverviewTask",
+        last_error=str | None,
+        success_rate=Annotated[float | None, Field(description="0 to 1, of `recent`")],
+        typical_duration=Annotated[float | None, Field(description="the median of `recent`, in seconds")],
+        recent=Annotated[list[RecentRun], Field(description="oldest first")],
+    ),
+]
+_COUNTED: dict[str, Any] = {"total": int, "skip": int, "limit": int}
+TaskPage = Annotated[dict[str, Any], View(None, "TaskPage", **_COUNTED, tasks=list[TaskView])]
+SchedulePage = Annotated[dict[str, Any], View(None, "SchedulePage", **_COUNTED, schedules=list[ScheduleView])]
+HistoryPage = Annotated[dict[str, Any], View(None, "HistoryPage", **_COUNTED, history=list[ExecutionView])]
+OverviewPage = Annotated[dict[str, Any], View(None, "OverviewPage", **_COUNTED, tasks=list[OverviewTask])]
+ChangePage = Annotated[dict[str, Any], View(None, "ChangePage", changes=list[ChangeView], next_before_id=int | None)]
+ExecutionPage = Annotated[dict[str, Any], View(None, "ExecutionPage", executions=list[ExecutionView], next_before_id=int | None)]
+UpcomingPage = Annotated[dict[str, Any], View(None, "UpcomingPage", upcoming=list[Firing])]
+BackfillView = Annotated[dict[str, Any], View(None, "BackfillView", slots=list[Upcoming], executions=list[int])]
+PreviewView = Annotated[
+    dict[str, Any],
+    View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
+]
 
 
 class StatusView(TypedDict):
@@ -2902,42 +2777,6 @@ class StatusView(TypedDict):
     lateness: dict[str, float | int | None]
     config_file: dict[str, str | None] | None
     caller: NotRequired[dict[str, str]]
-
-
-class PreviewView(TypedDict):
-    description: str
-    notes: list[str]
-    note: NotRequired[str]
-    upcoming: list[Upcoming]
-
-
-class BackfillView(TypedDict):
-    slots: list[Upcoming]
-    executions: list[int]
-
-
-class RecentRun(TypedDict):
-    id: int
-    status: str
-    started_at: str | None
-    duration: float | None
-
-
-OverviewTask = Annotated[
-    dict[str, Any],
-    View(
-        Task,
-        "OverviewTask",
-        last_error=str | None,
-        success_rate=Annotated[float | None, Field(description="0 to 1, of `recent`")],
-        typical_duration=Annotated[float | None, Field(description="the median of `recent`, in seconds")],
-        recent=Annotated[list[RecentRun], Field(description="oldest first")],
-    ),
-]
-
-
-class OverviewPage(Counted):
-    tasks: list[OverviewTask]
 
 
 def task_view(task: Task) -> TaskView:
@@ -2990,7 +2829,7 @@ def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
         "recent": [
-            RecentRun(id=e.id, status=e.status, started_at=instant_or_none(e.started_at), duration=e.duration) for e in recent
+            {"id": e.id, "status": e.status, "started_at": instant_or_none(e.started_at), "duration": e.duration} for e in recent
         ],
     }
 
@@ -3011,16 +2850,6 @@ def newest(recent: bytes, fresh: int) -> bytes:
     """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
     lost = fresh - len(recent)
     return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
-
-
-class Firing(Upcoming):
-    schedule_id: int
-    task_id: int
-    task_name: str
-
-
-class UpcomingPage(TypedDict):
-    upcoming: list[Firing]
 
 
 def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
@@ -6507,7 +6336,7 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
         verify_tls=resolved.get("verify_tls", True),
         follow=resolved.get("follow_redirects", True),
         private=frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
-        private_body=body is not None and any("${" in text for text in texts(config["body"])),
+        private_body=body is not None and "${" in compact(config["body"]),
         closes=any("close" in value.lower() for name, value in own.items() if name.lower() == "connection"),
     )
 
@@ -6674,7 +6503,7 @@ def _http_output(live: LiveOutput) -> dict[str, Any] | None:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(output["body"].removeprefix("\ufeff"))
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
-            if nesting(value) <= MAX_NESTING:
+            if max(depth for depth, _, _ in walk(value)) <= MAX_NESTING:
                 output["body"] = live.masked_json(value)
     return output
 
@@ -7854,7 +7683,7 @@ class Service:
         that match."""
         total, rows = await self.store.scan(partial(list_tasks, query=query))
         tasks = [task_view(as_it_is(task, self.engine.paused)) for task in rows]
-        return TaskPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def task_id(self, task: int | str) -> int:
         """The id of a task that is named by it or by `key:NAME`. Raises NotFound."""
@@ -7928,7 +7757,7 @@ class Service:
         """List schedules. Of all tasks or of one, with words, time zone and next slots."""
         total, rows = await self.store.scan(partial(list_schedules, query=query))
         schedules = [schedule_view(as_it_is(schedule, self.engine.paused)) for schedule in rows]
-        return SchedulePage(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
+        return dict(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
     @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
@@ -8017,7 +7846,7 @@ class Service:
         skipped or missed are slots that ran nothing, and say why. For older ones raise `skip`."""
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         total, rows = await self.store.scan(lambda db: list_executions(db, query, task_id, **times))
-        return HistoryPage(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
+        return dict(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
 
     @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
@@ -8025,7 +7854,7 @@ class Service:
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
         more = rows[-1].id if len(rows) == query.limit else None
-        return ExecutionPage(executions=list(map(execution_view, rows)), next_before_id=more)
+        return dict(executions=list(map(execution_view, rows)), next_before_id=more)
 
     @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
@@ -8049,7 +7878,7 @@ class Service:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
         rows = await self.store.scan(partial(list_changes, query=query))
         more = rows[-1].id if len(rows) == query.limit else None
-        return ChangePage(changes=[view_of(row) for row in rows], next_before_id=more)
+        return dict(changes=[view_of(row) for row in rows], next_before_id=more)
 
     @Operation("POST", "/scheduler/pause")
     async def pause_scheduler(self, body: PauseBody) -> StatusView:
@@ -8086,7 +7915,7 @@ async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewVi
     await service.store.read(partial(check_watched, schedule=schedule))
     plan = dataclasses.replace(schedule.plan(), schedule_id=None)
     upcoming = upcoming_view(plan.upcoming(schedule.settled_until, schedule.count), schedule.zone)
-    view = PreviewView(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
+    view: PreviewView = dict(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
     if schedule.jitter:
         view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
     return view
@@ -8106,7 +7935,7 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
     find = partial(slots_to_fill, schedule_id=schedule_id, first=span["from"], last=span["to"], settings=service.settings)
 
     if body.get("dry_run"):
-        return BackfillView(slots=upcoming_view((await store.read(find))[1], zone), executions=[])
+        return dict(slots=upcoming_view((await store.read(find))[1], zone), executions=[])
 
     def write(tx: Transaction) -> tuple[list[int], list[int]]:
         task_id, slots = find(tx.db)
@@ -8121,7 +7950,7 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
 
     slots, ids = await service.change(write, take_up=False)
     service.engine.wake()
-    return BackfillView(slots=upcoming_view(slots, zone), executions=ids)
+    return dict(slots=upcoming_view(slots, zone), executions=ids)
 
 
 async def follow_output(service: Service, execution_id: int) -> AsyncIterator[bytes]:
@@ -8166,7 +7995,7 @@ async def overview(service: Service, query: TaskQuery) -> OverviewPage:
         total, rows = list_tasks(db, query)
         recent = recent_executions(db, [task.id for task in rows], 30)
         tasks = [overview_view(as_it_is(task, service.engine.paused), recent.get(task.id, [])) for task in rows]
-        return OverviewPage(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     return await service.store.scan(read)
 
@@ -8177,7 +8006,7 @@ async def list_upcoming(service: Service, query: UpcomingQuery) -> UpcomingPage:
     now, sent = service.clock.now(), {"until": query.until}
     until = read_times(sent, sent, service.settings.scheduler_timezone, now).get("until", now + DAY)
     found = await service.store.scan(lambda db: firings(next_schedules(db, query, until), until, query.limit))
-    return UpcomingPage(upcoming=[] if service.engine.paused else found)
+    return dict(upcoming=[] if service.engine.paused else found)
 
 
 @Operation("GET", "/scheduler/status", tool=("read_only",))
@@ -9414,7 +9243,7 @@ def operation_handler(service: Service, operation: Operation) -> Callable[[web.R
             return web.Response(status=204, headers=HEADERS)
         goes_on = result["executions"] if "executions" in result else result.get("status") in UNFINISHED
         answer = json_answer(result, 200 if operation.status == 202 and not goes_on else operation.status)
-        if made:
+        if made is not None and made.resource:
             answer.headers["Location"] = f"{API}/{made.resource.__name__.lower()}s/{result['id']}"
         return answer
 
@@ -9748,7 +9577,8 @@ _LIMIT: Any = {"limit": (_AT_MOST_100, 20)}
 _WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
 _HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
 _STATUSES: Any = Annotated[
-    Statuses, WithJsonSchema({"type": "string", "description": f"one or more of {', '.join(get_args(Status))}, unfinished"})
+    Statuses,
+    WithJsonSchema({"type": "string", "description": f"one or more of {', '.join((*UNFINISHED, *FINISHED))}, unfinished"}),
 ]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("list_tasks", "list_schedules", "list_upcoming"), _LIMIT),

@@ -952,22 +952,22 @@ async def slowdown(call: Callable[[Any], Any], once: Any, twice: Any) -> float:
 
 
 _PATTERN_METHODS = ("match", "fullmatch", "search", "sub", "split", "findall")
-_CALLS = {f"re.{method}" for method in _PATTERN_METHODS}
+_CALLS = {"_matching", *(f"re.{method}" for method in _PATTERN_METHODS)}
 
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
-    names = {**vars(chronotask), "tag": "script", "holder": "config"}  # which are parts of some of them
+    names = {**vars(chronotask), "tag": "script", "holder": "config", "pattern": ""}  # which are parts of some of them
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
             for name in {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}:
                 if isinstance(pattern := names.get(name), re.Pattern):
                     found[pattern, node.attr] = name
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in _CALLS:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in _CALLS:
             texts = [ast.unparse(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)]]
             pattern = re.compile(*(eval(text, names) for text in [texts[0], *(text for text in texts[1:] if text[:3] == "re.")]))
-            found[pattern, node.func.attr] = f"line {node.lineno}"
+            found[pattern, getattr(node.func, "attr", "fullmatch")] = f"line {node.lineno}"
     return found
 
 
@@ -1083,8 +1083,8 @@ def test_every_error_knows_its_http_status() -> None:
 
 
 def test_what_an_error_says_names_every_field_the_nearest_name_and_one_bounded_line_of_a_value() -> None:
-    error = InvalidInput(chronotask.FieldError("name", "must be text"), chronotask.FieldError("", "odd"))
-    assert (str(error), error.errors[0].field) == ("name: must be text; odd", "name")
+    error = InvalidInput(chronotask.FieldError("name", "must be a valid string"), chronotask.FieldError("", "odd"))
+    assert (str(error), error.errors[0].field) == ("name: must be a valid string; odd", "name")
     assert chronotask.nearest("descripton", ["name", "description"]) == "description"
     assert chronotask.nearest("xyz", ["name", "description"]) is None
     assert shown("a\nb\x1b[0m") == "'a\\nb\\x1b[0m'"
@@ -1986,9 +1986,9 @@ ISO_RULE = (
 
 def test_every_bad_field_of_a_config_is_named() -> None:
     assert errors_of("interval", {"second": 60, "seconds": True, "start_date": "2026-12-01", "timezone": "Europe/Berln"}) == [
-        ("schedule_config.timezone", "'Europe/Berln': must be an IANA time zone (did you mean Europe/Berlin?)"),
-        ("schedule_config.seconds", "must be a number, not True"),
+        ("schedule_config.seconds", "must be a valid number, not True"),
         ("schedule_config.start_date", f"'2026-12-01': {ISO_RULE}"),
+        ("schedule_config.timezone", "'Europe/Berln': must be an IANA time zone (did you mean Europe/Berlin?)"),
         ("schedule_config.second", "unknown field (did you mean seconds?)"),
     ]
 
@@ -1997,22 +1997,22 @@ def test_every_bad_field_of_a_config_is_named() -> None:
     ("schedule_type", "config", "field", "message"),
     [
         ("cron", {}, ".expression", "is required"),
-        ("cron", {"expression": None}, ".expression", "must be text, not null"),
-        ("cron", {"expression": 5}, ".expression", "must be text, not 5"),
-        ("cron", ["* * * * *"], "", "must be an object"),
-        ("cron", {"expression": "* * * * *", "timezone": 5}, ".timezone", "must be text, not 5"),
-        ("cron", {"expression": "@daily", "tz": "UTC"}, ".tz", "unknown field (known: timezone, expression)"),
+        ("cron", {"expression": None}, ".expression", "must be a valid string, not null"),
+        ("cron", {"expression": 5}, ".expression", "must be a valid string, not 5"),
+        ("cron", ["* * * * *"], "", "must be a valid object"),
+        ("cron", {"expression": "* * * * *", "timezone": 5}, ".timezone", "must be a valid string, not 5"),
+        ("cron", {"expression": "@daily", "tz": "UTC"}, ".tz", "unknown field (known: expression, timezone)"),
         ("once", {"datetime": "2026-11-24T05:00:00Z"}, ".datetime",
          "'2026-11-24T05:00:00Z': must be in the future (it is now 2026-11-24T05:00:00+00:00)"),
-        ("interval", {"seconds": 0}, ".seconds", "must be at least 1, not 0"),
-        ("interval", {"seconds": 0.999}, ".seconds", "must be at least 1, not 0.999"),
-        ("interval", {"seconds": 315360001}, ".seconds", "must be at most 315360000, not 315360001"),
+        ("interval", {"seconds": 0}, ".seconds", "must be greater than or equal to 1, not 0"),
+        ("interval", {"seconds": 0.999}, ".seconds", "must be greater than or equal to 1, not 0.999"),
+        ("interval", {"seconds": 315360001}, ".seconds", "must be less than or equal to 315360000, not 315360001"),
         ("interval", {"seconds": float("nan")}, ".seconds", "must be a finite number, not nan"),
         ("interval", {"seconds": float("inf")}, ".seconds", "must be a finite number, not inf"),
         ("interval", {"seconds": 1.0001}, ".seconds", "must have at most 3 decimals, not 1.0001"),
-        ("interval", {"seconds": "60"}, ".seconds", "must be a number, not '60'"),
-        ("interval", {"seconds": False}, ".seconds", "must be a number, not False"),
-        ("interval", {"seconds": [60]}, ".seconds", "must be a number"),
+        ("interval", {"seconds": "60"}, ".seconds", "must be a valid number, not '60'"),
+        ("interval", {"seconds": False}, ".seconds", "must be a valid number, not False"),
+        ("interval", {"seconds": [60]}, ".seconds", "must be a valid number"),
     ],
 )  # fmt: skip
 def test_a_refused_config_is_told_why(schedule_type: str, config: object, field: str, message: str) -> None:
@@ -2096,17 +2096,17 @@ ABSENT: Any = object()
 SECRET_NAMES = "only variables named CHRONOTASK_SECRET_… may be read"
 FOLLOWS = "cannot be set: it follows from the url and the body"
 HEADER_VALUE = "the value of X must be at most 8192 characters, without line breaks and control characters"
-STATUS_CODE = 'is neither a status code from 100 to 599 nor a range such as "200-299"'
+STATUS_CODE = 'config.expected_status[0]: must be a status code from 100 to 599, or a range such as "200-299"'
 VARIABLE_NAME = "is not a valid variable name (letters, digits and _, no digit first)"
 METHODS = "'GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'HEAD' or 'OPTIONS'"
 HTTP_FIELDS = "url, method, headers, params, body, auth, timeout, expected_status, follow_redirects, verify_tls"
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "http": {
-        "config: must be an object, not 'x'": "x",
-        "config: must be an object": [[[]]],
-        "config: must be an object, not null": None,
+        "config: must be a valid object, not 'x'": "x",
+        "config: must be a valid object": [[[]]],
+        "config: must be a valid object, not null": None,
         "config.url: is required": {"url": ABSENT},
-        "config.url: must be text": {"url": 5},
+        "config.url: must be a valid string": {"url": 5},
         "config.url: must be a URL that starts with http:// or https:// and names a host": [
             {"url": url} for url in ("a.example", "http://", "file:///etc/passwd")
         ],
@@ -2116,16 +2116,16 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
         "config.url: must be a valid URL: its host or port cannot be read": [
             {"url": url} for url in ("http://a:99999/", "http://a:b/", "http://[::1/")
         ],
-        "config.url: must be at most 8192 characters long": {"url": "http://a/" + "x" * 8192},
+        "config.url: must have at most 8192 characters": {"url": "http://a/" + "x" * 8192},
         "config.tiemout: unknown field (did you mean timeout?)": {"tiemout": 3},
         f"config.zzz: unknown field (known: {HTTP_FIELDS})": {"zzz": 3},
-        f"config.method: must be one of {METHODS}, not 'CONNECT'": {"method": "CONNECT"},
-        "config.timeout: must be at least 1, not 0": {"timeout": 0},
-        "config.timeout: must be at most 604800, not 604801": {"timeout": 604801},
-        "config.timeout: must be a number, not '30'": {"timeout": "30"},
-        "config.timeout: must be a number, not True": {"timeout": True},
-        "config.verify_tls: must be true or false, not 1": {"verify_tls": 1},
-        "config.follow_redirects: must be true or false, not 'yes'": {"follow_redirects": "yes"},
+        f"config.method: must be {METHODS}, not 'CONNECT'": {"method": "CONNECT"},
+        "config.timeout: must be greater than or equal to 1, not 0": {"timeout": 0},
+        "config.timeout: must be less than or equal to 604800, not 604801": {"timeout": 604801},
+        "config.timeout: must be a valid number, not '30'": {"timeout": "30"},
+        "config.timeout: must be a valid number, not True": {"timeout": True},
+        "config.verify_tls: must be a valid boolean, not 1": {"verify_tls": 1},
+        "config.follow_redirects: must be a valid boolean, not 'yes'": {"follow_redirects": "yes"},
         f"config.headers: Host {FOLLOWS}": {"headers": {"Host": "b"}},
         f"config.headers: content-LENGTH {FOLLOWS}": {"headers": {"content-LENGTH": "1"}},
         f"config.headers: Transfer-Encoding {FOLLOWS}": {"headers": {"Transfer-Encoding": "chunked"}},
@@ -2136,24 +2136,22 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
         "config.headers: must not hold the same name twice (upper and lower case are the same)": {
             "headers": {"X-A": "1", "x-a": "2"}
         },
-        "config.headers.X: must be text": {"headers": {"X": 1}},
-        "config.headers: must be an object": {"headers": "X: 1"},
+        "config.headers.X: must be a valid string": {"headers": {"X": 1}},
+        "config.headers: must be a valid object": {"headers": "X: 1"},
         "config.params.a: must be text, a finite number, true or false, or a list of them": [
             {"params": {"a": value}} for value in (None, [[1]], float("inf"))
         ],
         "config.body: must be an object or a list (sent as JSON), or text (sent as it is)": {"body": 5},
         "config.body: must be valid JSON: finite numbers and valid Unicode": [{"body": {"a": float("nan")}}, {"body": "\ud800"}],
         "config.body: must be at most 1 MiB": {"body": "x" * 1048577},
-        "config.expected_status: must name at least one status": {"expected_status": []},
-        f"config.expected_status: 99 {STATUS_CODE}": {"expected_status": [99]},
-        f"config.expected_status: '299-200' {STATUS_CODE}": {"expected_status": ["299-200"]},
-        f"config.expected_status: '2xx' {STATUS_CODE}": {"expected_status": ["2xx"]},
+        "config.expected_status: must not be empty": {"expected_status": []},
+        STATUS_CODE: [{"expected_status": [99]}, {"expected_status": ["299-200"]}, {"expected_status": ["2xx"]}],
         "config.auth.username: must not hold a colon (RFC 7617)": {"auth": {"username": "a:b", "password": "x"}},
-        "config.auth.password: must be text": {"auth": {"username": "a", "password": 12345}},
+        "config.auth.password: must be a valid string": {"auth": {"username": "a", "password": 12345}},
         "config.auth.password: is required; config.auth.pasword: unknown field (did you mean password?)": {
             "auth": {"username": "u", "pasword": "geheim"}
         },
-        "config.auth: must be an object": {"auth": "user:geheim"},
+        "config.auth: must be a valid object": {"auth": "user:geheim"},
         f"config.url: ${{env:'HOME'}}: {SECRET_NAMES}": {"url": "http://a/${env:HOME}"},
         f"config.headers: ${{env:'CHRONOTASK_API_TOKEN'}}: {SECRET_NAMES}": {"headers": {"X": "${env:CHRONOTASK_API_TOKEN}"}},
         "config.body: ${file:…} needs the path of a file below SECRETS_DIR": {"body": {"a": ["${file:}"]}},
@@ -2163,26 +2161,28 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
         "config.command: must not be empty": {"command": ""},
         "config.command: must hold a command": {"command": " \n"},
         "config.command: must not hold a NUL character": {"command": "a\0b"},
-        "config.command: must be at most 65536 characters long": {"command": "x" * 65537},
-        "config.command: must be text": {"command": ["ls"]},
-        "config.command: must be text of valid Unicode, not '\\ud800'": {"command": "\ud800"},
-        "config.args: must be a list, not 'b'": {"args": "b"},
-        "config.args[1]: must be text, not 3": {"args": ["b", 3]},
+        "config.command: must have at most 65536 characters": {"command": "x" * 65537},
+        "config.command: must be a valid string": {"command": ["ls"]},
+        "config.command: must be a valid string, unable to parse raw data as a unicode string, not '\\ud800'": {
+            "command": "\ud800"
+        },
+        "config.args: must be a valid list, not 'b'": {"args": "b"},
+        "config.args[1]: must be a valid string, not 3": {"args": ["b", 3]},
         "config.args[0]: must not hold a NUL character": {"args": ["b\0"]},
-        "config.args: must be at most 1000 entries long": {"args": ["x"] * 1001},
+        "config.args: must have at most 1000 items after validation, not 1001": {"args": ["x"] * 1001},
         "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)": {"args": ["x" * 65536] * 2},
-        f"config.env: '1A' {VARIABLE_NAME}": {"env": {"1A": "x"}},
-        f"config.env: 'BASH_FUNC_echo%%' {VARIABLE_NAME}": {"env": {"BASH_FUNC_echo%%": "() { :; }"}},
-        f"config.env: 'A=B' {VARIABLE_NAME}": {"env": {"A=B": "x"}},
-        "config.env: CHRONOTASK_RUN_ID cannot be set: CHRONOTASK_… belongs to the service": {"env": {"CHRONOTASK_RUN_ID": "x"}},
-        "config.env: the value of A must be at most 65536 bytes, without a NUL character": {"env": {"A": "x\0"}},
-        "config.env.A: must be text": {"env": {"A": 5}},
+        f"config.env.1A: {VARIABLE_NAME}": {"env": {"1A": "x"}},
+        f"config.env.BASH_FUNC_echo%%: {VARIABLE_NAME}": {"env": {"BASH_FUNC_echo%%": "() { :; }"}},
+        f"config.env.A=B: {VARIABLE_NAME}": {"env": {"A=B": "x"}},
+        "config.env.CHRONOTASK_RUN_ID: cannot be set: CHRONOTASK_… belongs to the service": {"env": {"CHRONOTASK_RUN_ID": "x"}},
+        "config.env.A: must be at most 65536 bytes, without a NUL character": {"env": {"A": "x\0"}},
+        "config.env.A: must be a valid string": {"env": {"A": 5}},
         "config.working_dir: must not be empty": {"working_dir": ""},
         "config.launcher: must not be empty": {"launcher": ""},
         "config.working_dir: must be an absolute path, or one that starts with ~/ (the home of the service's user), without $": [
             {"working_dir": path} for path in ("a", "./a", "../a", "~bob/a", "$HOME", "/srv/$USER", " /a")
         ],
-        "config.timeout: must be at least 1, not 0.5": {"timeout": 0.5},
+        "config.timeout: must be greater than or equal to 1, not 0.5": {"timeout": 0.5},
         "config.command: is required; config.comand: unknown field (did you mean command?)": {"command": ABSENT, "comand": "a"},
     },
 }
@@ -2223,7 +2223,7 @@ def test_a_deeply_nested_body_is_refused_without_recursion() -> None:
     body: Any = []
     for _ in range(100_000):
         body = [body]
-    assert chronotask.nesting(body) == 100_001
+    assert max(depth for depth, _, _ in chronotask.walk(body)) == 100_000
     assert refusal("http", {"url": "http://a/", "body": body}) == "config.body: must not be nested deeper than 64 levels"
 
 
@@ -5209,7 +5209,7 @@ async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
         ("application/json", "[NaN]", "[NaN]"),
         ("application/json", "[1e999]", "[1e999]"),
         ("application/json", '["\\ud800"]', '["\\ud800"]'),
-        ("application/json", "[" * 65 + "]" * 65, "[" * 65 + "]" * 65),
+        ("application/json", "[" * 66 + "]" * 66, "[" * 66 + "]" * 66),
         ("application/json", "[" * 30000, "[" * 30000),
         ("application/json", "1" * 5000, "1" * 5000),
     ],
@@ -7189,17 +7189,17 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig, words: str) -> 
     [
         ({"on": ["failed"], "any": True}, "on[0]", "write failure, which covers them all"),
         ({"on": ["timed_out"], "any": True}, "on[0]", "write failure, which covers them all"),
-        ({"on": ["fail"], "any": True}, "on[0]", "must be one of 'success', 'failure'"),
+        ({"on": ["fail"], "any": True}, "on[0]", "must be 'success', 'failure'"),
         ({"on": [], "any": True}, "on", "must not be empty"),
         ({"any": True}, "on", "is required"),
         ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag and any, not none"),
         ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag and any, not tag and any"),
-        ({"on": ["failure"], "any": False}, "any", "must be one of True"),
+        ({"on": ["failure"], "any": False}, "any", "must be True"),
         ({"on": ["failure"], "task_ids": []}, "task_ids", "must not be empty"),
         ({"on": ["failure"], "task_ids": [99]}, "task_ids[0]", "there is no task 99"),
         ({"on": ["failure"], "task_ids": ["key:none"]}, "task_ids[0]", "there is no task key:none"),
         ({"on": ["failure"], "any": True, "threshold": 2}, "threshold", "is only for broke and recovered"),
-        ({"on": ["broke"], "any": True, "threshold": 101}, "threshold", "must be at most 100, not 101"),
+        ({"on": ["broke"], "any": True, "threshold": 101}, "threshold", "must be less than or equal to 100, not 101"),
         ({"on": ["overdue"], "task_ids": [1]}, "seconds", "is required for overdue"),
         ({"on": ["overdue"], "any": True, "seconds": 60}, "task_ids", "must be exactly one task"),
         ({"on": ["overdue", "failure"], "task_ids": [1], "seconds": 60}, "on", "overdue must stand alone"),
@@ -7362,8 +7362,8 @@ async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) ->
     ("config", "field"),
     [
         ({"command": "echo ${cause:text}"}, "config.command"),
-        ({"command": "echo", "args": ["${cause:text}"]}, "config.args"),
-        ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env"),
+        ({"command": "echo", "args": ["${cause:text}"]}, "config.args[0]"),
+        ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env.A"),
         ({"url": "http://${cause:output}/"}, "config.url"),
         ({"url": "${cause:url}"}, "config.url"),
         ({"url": "http://u:${cause:text}@h/"}, "config.url"),
@@ -7373,7 +7373,7 @@ async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) ->
         ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
         ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
         ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
-        ({"url": "http://h/", "params": {"${cause:text}": 1}}, "config.params"),
+        ({"url": "http://h/", "params": {"${cause:text}": 1}}, "config.params.${cause:text}"),
         ({"url": "http://h/", "body": [{"a": {"x${cause:text}": 1}}]}, "config.body"),
     ],
 )
@@ -8698,19 +8698,19 @@ async def test_secrets_are_masked_in_the_answer_and_a_mask_keeps_what_is_stored(
 BAD_KEY = "must match [a-z0-9][a-z0-9._-]{0,99}"
 # What stands in NIGHTLY, what stands there instead, the field that is complained about, and how the complaint begins.
 WRONG_IN_FILES = [
-    ("chronotask = 1", "chronotask = 2", "chronotask", "must be one of 1, not 2"),
+    ("chronotask = 1", "chronotask = 2", "chronotask", "must be 1, not 2"),
     ('owner = "ops"', 'ownr = "ops"', "ownr", "unknown field (did you mean owner?)"),
     ('owner = "ops"', 'owner = "The Ops"', "owner", BAD_KEY),
     ("tasks.nightly", "tasks.Nightly", "tasks.Nightly", BAD_KEY),
     ("schedules.night", "schedules.Night", "tasks.nightly.schedules.Night", BAD_KEY),
     ("max_retries = 0", "max_retrys = 0", "tasks.nightly.max_retrys", "unknown field (did you mean max_retries?)"),
     ("max_retries = 0", 'key = "x"', "tasks.nightly.key", "unknown field (known: name, "),
-    ("max_retries = 0", "max_retries = -1", "tasks.nightly.max_retries", "must be at least 0, not -1"),
-    (NIGHTLY[NIGHTLY.index("max_") :], "schedules = 3", "tasks.nightly.schedules", "must be an object, not 3"),
+    ("max_retries = 0", "max_retries = -1", "tasks.nightly.max_retries", "must be greater than or equal to 0, not -1"),
+    (NIGHTLY[NIGHTLY.index("max_") :], "schedules = 3", "tasks.nightly.schedules", "must be a valid object, not 3"),
     ('command = "true"', 'comand = "true"', "tasks.nightly.config.command", "is required"),
     ("30 2", "30 25", f"{NIGHT}.schedule_config.expression", "'30 25 * * *': hour '25' must be 0 to 23"),
     ("Europe/Berlin", "Berlin", f"{NIGHT}.schedule_config.timezone", "'Berlin': must be an IANA"),
-    ('"cron"', '"corn"', f"{NIGHT}.schedule_type", "must be one of 'cron', 'once', "),
+    ('"cron"', '"corn"', f"{NIGHT}.schedule_type", "must be 'cron', 'once', "),
     (', timezone = "Europe/Berlin"', ", in_seconds = 5", f"{NIGHT}.schedule_config.in_seconds", "is no fixed time"),
     ('"cron"', '"cron"\ntask_id = 1', f"{NIGHT}.task_id", "unknown field"),
     ('"cron"', '"cron"\nstart_at = "soon"', f"{NIGHT}.start_at", "'soon': must be"),
@@ -8999,10 +8999,10 @@ CRON_REFUSED = {
     "61 * * * * /bin/a": "line 1: schedule_config.expression: '61 * * * *': ",
     "CRON_TZ=Berlin": "line 1: must be an IANA time zone (did you mean Europe/Berlin?)",
     "HOME=work": "line 1: config.working_dir: ",
-    "CHRONOTASK_X=1": "line 1: config.env: CHRONOTASK_X cannot be set",
+    "CHRONOTASK_X=1": "line 1: config.env.CHRONOTASK_X: cannot be set",
     "0 0 * * * root /bin/a": "line 1: has a user before its command: --system reads it",
     "0 0 30 2 * /bin/a": "line 1: schedule_config.expression: '0 0 30 2 *': must fire at least once",
-    "0 0 * * * \udcff": "line 1: config.args[0]: must be text of valid Unicode",
+    "0 0 * * * \udcff": "line 1: config.args[0]: must be a valid string, unable to parse raw data as a unicode string",
 }
 
 
@@ -9754,11 +9754,11 @@ async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
 async def test_a_bad_key_or_tag_is_refused_by_name(api: Api) -> None:
     for field, value, message in (
         *(("key", key, "must match [a-z0-9][a-z0-9._-]{0,99}") for key in ("", "Backup")),
-        ("key", "a" * 101, "must be at most 100 characters long"),
+        ("key", "a" * 101, "must have at most 100 characters"),
         ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
-        ("tags", ["a"] * 21, "must be at most 20 entries long"),
-        ("tags", None, "must be a list, not null"),
-        ("pause_after", 0, "must be at least 1, not 0"),
+        ("tags", ["a"] * 21, "must have at most 20 items after validation, not 21"),
+        ("tags", None, "must be a valid list, not null"),
+        ("pause_after", 0, "must be greater than or equal to 1, not 0"),
         ("managed_by", "me", "unknown field"),
     ):
         answer = await api("POST", "/tasks", {**BASH, field: value})
@@ -10022,7 +10022,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for kind, config, fields in BAD_TIMES
     ),
     ("create_task", {"config": {"command": "true", "comand": "x"}}, "config.comand"),
-    ("create_task", {"name": "a\nb", "config": BAD_ENV}, "name config.timeout config.env"),
+    ("create_task", {"name": "a\nb", "config": BAD_ENV}, "name config.timeout config.env.CHRONOTASK_X"),
     ("create_schedule", {"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at"),
     ("update_task", {"task_type": "http"}, "config"),
     ("update_schedule", {"schedule_type": "cron"}, "schedule_config"),
@@ -10411,13 +10411,13 @@ def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
     assert refused("create_task", name="", task_type="shell", config="ls", max_retry=3) == [
         ("max_retry", "unknown field (did you mean max_retries?)"),
         ("name", "must not be empty"),
-        ("task_type", "must be one of 'http' or 'bash', not 'shell'"),
-        ("config", "must be an object, not 'ls'"),
+        ("task_type", "must be 'http' or 'bash', not 'shell'"),
+        ("config", "must be a valid object, not 'ls'"),
     ]
     assert refused("get_task", id=3) == [("id", "unknown field: use task_id"), ("task_id", "is required")]
-    assert refused("get_task", task_id=0) == [("task_id", "must be at least 1, not 0")]
+    assert refused("get_task", task_id=0) == [("task_id", "must be greater than or equal to 1, not 0")]
     [(field, message)] = refused("execute_task", task_id=1, wait=60)
-    assert field == "wait" and message.startswith("must be at most 50")
+    assert field == "wait" and message.startswith("must be less than or equal to 50")
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -12750,8 +12750,8 @@ async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, chara
     auth = {"username": "X", "password": "X"}
     for body, fields in (
         ({**BASH, "name": "aX", "description": "X"}, "name description"),
-        ({**BASH, "config": bash}, "config.command config.args[0] config.env config.working_dir"),
-        ({**BASH, "config": {"command": "true", "env": {"AX": "a"}}}, "config.env"),
+        ({**BASH, "config": bash}, "config.command config.args[0] config.env.A config.working_dir"),
+        ({**BASH, "config": {"command": "true", "env": {"AX": "a"}}}, r"config.env.'A\x00'"),
         (
             {**http, "config": {"url": "http://127.0.0.1:9/X", "headers": {"A": "X"}, "auth": auth}},
             "config.url config.headers config.auth.username config.auth.password",
@@ -14313,7 +14313,9 @@ class Hosts:
         fits = all(request.headers.get(name) == wanted for name, wanted in headers.items()) and is_of_form(value, form)
         if request.method != method or not fits:
             return web.Response(status=400)
-        self.sent.append((place, text if form is None else "\n".join(chronotask.texts(value))))
+        self.sent.append(
+            (place, text if form is None else "\n".join(item for _, _, item in chronotask.walk(value) if isinstance(item, str)))
+        )
         return web.Response(status=status)
 
 
