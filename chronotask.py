@@ -2396,10 +2396,16 @@ def _sound(kind: Any, value: Any) -> Any:
 
 
 def view_of(item: Any) -> dict[str, Any]:
-    """What a client sees of a resource."""
+    """What a client sees of a resource: secrets are masked."""
     shape = shape_of(cast(Any, type(item)))
-    view = shape.view(item)
-    return {name: value for name, value in view.items() if value is not None or name not in shape.details}
+    view = {name: value for name, value in shape.view(item).items() if value is not None or name not in shape.details}
+    if isinstance(item, Task):
+        view["config"] = mask_config(item.task_type, item.config)
+    elif isinstance(item, Execution) and item.config:
+        view["config"] = mask_config("http", item.config)  # bash has no field of these names
+    elif isinstance(item, Schedule) and item.schedule_type == "after":
+        view |= dict.fromkeys(NOT_OF_AFTER)
+    return view
 
 
 # --- Executions under way ---------------------------------------------------------------------------------------------
@@ -2779,25 +2785,6 @@ class StatusView(TypedDict):
     caller: NotRequired[dict[str, str]]
 
 
-def task_view(task: Task) -> TaskView:
-    """What a client sees of a task: secrets are masked."""
-    shown = view_of(task)
-    shown["config"] = mask_config(task.task_type, task.config)
-    return shown
-
-
-def execution_view(execution: Execution) -> ExecutionView:
-    """What a client sees of an execution: secrets are masked."""
-    shown = view_of(execution)
-    shown["config"] = execution.config and mask_config("http", execution.config)  # bash has no field of these names
-    return shown
-
-
-def schedule_view(schedule: Schedule) -> ScheduleView:
-    shown = view_of(schedule)
-    return {**shown, **dict.fromkeys(NOT_OF_AFTER)} if schedule.schedule_type == "after" else shown
-
-
 def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     """Sentences about what a schedule probably does not mean, and why nothing will fire."""
     config, notes = schedule.schedule_config, list[str]()
@@ -2824,7 +2811,7 @@ def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
     times = sorted(e.duration for e in recent if e.status == "succeeded" and e.duration is not None)
     real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
     return {
-        **task_view(task),
+        **view_of(task),
         "last_error": (real[-1].error_message or "")[:300] or None if real else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
@@ -6635,7 +6622,7 @@ class Feed:
         if not ids or not self.wanted:
             return
         for execution in await self._store.read(partial(get_executions, ids=set(ids))):
-            self.publish("execution", execution.task_id, execution_view(execution))
+            self.publish("execution", execution.task_id, view_of(execution))
             self._shown_up_to = max(self._shown_up_to, execution.id)
             self._shown[execution.id] = execution.status
             if execution.status in FINISHED:
@@ -6651,11 +6638,11 @@ class Feed:
         """What was changed after the first of `revs`, up to the second: each change once."""
         tasks, gone, schedules = await self._store.read(partial(changed_objects, revs=revs))
         for task in tasks:
-            self.publish("task", task.id, task_view(as_it_is(task, paused)))
+            self.publish("task", task.id, view_of(as_it_is(task, paused)))
         for task_id in gone:
             self.publish("task", task_id, {"id": task_id, "deleted": True})
         for schedule in schedules:
-            self.publish("schedule", schedule.task_id, schedule_view(as_it_is(schedule, paused)))
+            self.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
 
     async def wait_for(self, execution_id: int, seconds: float) -> None:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
@@ -7675,14 +7662,14 @@ class Service:
     @Operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:
         """Show a task. With its configuration, counts of runs, and `next_run` (null while nothing will fire)."""
-        return task_view(as_it_is(await self.store.read(partial(get_task, task_id=task_id)), self.engine.paused))
+        return view_of(as_it_is(await self.store.read(partial(get_task, task_id=task_id)), self.engine.paused))
 
     @Operation("GET", "/tasks", tool=("read_only",))
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         """List tasks, paused and disabled ones too. Look here before you create one. `q` searches in names; `total` counts all
         that match."""
         total, rows = await self.store.scan(partial(list_tasks, query=query))
-        tasks = [task_view(as_it_is(task, self.engine.paused)) for task in rows]
+        tasks = [view_of(as_it_is(task, self.engine.paused)) for task in rows]
         return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def task_id(self, task: int | str) -> int:
@@ -7702,7 +7689,7 @@ class Service:
 
         def write(tx: Transaction) -> None:
             task, given = get_task(tx.db, task_id), cast(Any, body)
-            given = given(task_view(task)) if callable(given) else given
+            given = given(view_of(task)) if callable(given) else given
             sent = {**given, **read_times(given, shape_of(Task).times, tx.settings.scheduler_timezone)}
             task_type = sent.get("task_type", task.task_type)
             if "config" in sent:
@@ -7748,7 +7735,7 @@ class Service:
                 schedule.notes = notes_of(schedule, now, paused)
                 if schedule.is_active and schedule.live and not paused:
                     schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-            return schedule_view(as_it_is(schedule, paused))
+            return view_of(as_it_is(schedule, paused))
 
         return await self.store.read(read)
 
@@ -7756,7 +7743,7 @@ class Service:
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
         """List schedules. Of all tasks or of one, with words, time zone and next slots."""
         total, rows = await self.store.scan(partial(list_schedules, query=query))
-        schedules = [schedule_view(as_it_is(schedule, self.engine.paused)) for schedule in rows]
+        schedules = [view_of(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return dict(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
     @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
@@ -7766,7 +7753,7 @@ class Service:
         given, done = cast(Any, body), False
         while not done:
             schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
-            sent = given(schedule_view(schedule)) if callable(given) else given
+            sent = given(view_of(schedule)) if callable(given) else given
             sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
             done = await self.change(partial(change_read, read=schedule, changes=changes))
@@ -7824,7 +7811,7 @@ class Service:
         execution = await self.change(write, take_up=False)
         self.engine.wake()
         if wait <= 0:
-            return execution_view(execution)
+            return view_of(execution)
         await self.engine.feed.wait_for(execution.id, wait)
         return await self.get_execution(execution.id)
 
@@ -7838,7 +7825,7 @@ class Service:
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
         execution.attempts, execution.caused = attempt_views(execution, past), caused
-        return execution_view(execution)
+        return view_of(execution)
 
     @Operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
@@ -7846,7 +7833,7 @@ class Service:
         skipped or missed are slots that ran nothing, and say why. For older ones raise `skip`."""
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         total, rows = await self.store.scan(lambda db: list_executions(db, query, task_id, **times))
-        return dict(total=total, skip=query.skip, limit=query.limit, history=list(map(execution_view, rows)))
+        return dict(total=total, skip=query.skip, limit=query.limit, history=list(map(view_of, rows)))
 
     @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
@@ -7854,7 +7841,7 @@ class Service:
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
         more = rows[-1].id if len(rows) == query.limit else None
-        return dict(executions=list(map(execution_view, rows)), next_before_id=more)
+        return dict(executions=list(map(view_of, rows)), next_before_id=more)
 
     @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
@@ -8191,7 +8178,7 @@ class Transaction:
         else:
             item.updated_at = self.now
             update(self.db, item)
-        view = masked_view(item)
+        view = view_of(item)
         self.note("create" if seen is None else "update", type(item).__name__.lower(), item.id, seen, view)
         return view
 
@@ -8215,10 +8202,6 @@ class Transaction:
         self.follow(cancelled_of(found, self.now))
 
 
-def masked_view(item: Task | Schedule) -> dict[str, Any]:
-    return task_view(item) if isinstance(item, Task) else schedule_view(item)
-
-
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What differs, as it is in both."""
     pairs = dict[str, tuple[Any, Any]]()
@@ -8239,7 +8222,7 @@ def _kept(view: dict[str, Any]) -> str:
 
 def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int | None = None) -> None:
     """`at`: when a pause has ended that this ends; now, if nothing is said."""
-    before, until, seen = task.status, task.paused_until, task_view(task)
+    before, until, seen = task.status, task.paused_until, view_of(task)
     for name, value in changes.items():
         setattr(task, name, value)
     if task.paused_until != until:
@@ -8260,7 +8243,7 @@ def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int
 def remove_task(tx: Transaction, task_id: int) -> None:
     task = get_task(tx.db, task_id)
     mark_deleted(tx.db, task_id)
-    tx.note("delete", "task", task_id, task_view(task), None)
+    tx.note("delete", "task", task_id, view_of(task), None)
 
 
 def add_schedule(tx: Transaction, schedule: Schedule) -> None:
@@ -8283,7 +8266,7 @@ def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any
         tx.follow(claim_due(db, [schedule_id], now, tx.tick, tx.settings, early=True))
         schedule = get_schedule(db, schedule_id)
     resumed, retimed = bool(wanted) and not schedule.is_active, bool(changes.keys() & TIMING_FIELDS)
-    seen, missed = schedule_view(schedule), None
+    seen, missed = view_of(schedule), None
     for name, value in changes.items():
         setattr(schedule, name, value)
     schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
@@ -8316,7 +8299,7 @@ def remove_schedule(tx: Transaction, schedule_id: int) -> int:
     queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
     found = cancel_executions(tx.db, queued, tx.now, "cancelled: its schedule was deleted")
     delete_schedule(tx.db, schedule_id)
-    tx.note("delete", "schedule", schedule_id, schedule_view(schedule), None)
+    tx.note("delete", "schedule", schedule_id, view_of(schedule), None)
     tx.cancelled(found)
     return schedule.task_id
 
@@ -8397,7 +8380,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
         row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
     execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
     tx.tick.new_ids.append(execution.id)
-    about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": execution_view(execution)["config"]}
+    about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": view_of(execution)["config"]}
     operation = "execute" if row.trigger == "manual" else row.trigger
     tx.note(operation, "execution", execution.id, None, {k: v for k, v in about.items() if v is not None})
     return execution
@@ -8731,7 +8714,7 @@ class _Apply:
             remove_schedule(self.tx, item.id)
 
     def _change(self, action: str, key: str, item: Any, changes: dict[str, Any]) -> None:
-        before = masked_view(item)
+        before = view_of(item)
         if isinstance(item, Task):
             change_task(self.tx, item, changes)
         else:
@@ -8740,7 +8723,7 @@ class _Apply:
 
     def _note(self, action: str, key: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
         item, kind = item if isinstance(item, Task) else get_schedule(self.tx.db, item.id), cast(Any, type(item))
-        after, defaults = masked_view(item), {} if before else shape_of(kind).defaults
+        after, defaults = view_of(item), {} if before else shape_of(kind).defaults
         fields = {name: [before.get(name), after[name]] for name in names if before or after[name] != defaults.get(name)}
         change = AppliedChange(action=action, kind=kind.__name__.lower(), key=key, id=item.id, fields=fields, upcoming=[])
         if kind is Schedule and fields.keys() & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
@@ -8816,7 +8799,7 @@ def _export(db: DB, owner: str | None) -> DefinitionFile:
 
 def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
     """What a file says of a task or schedule. `keys` are those of all tasks, by id."""
-    view, shape, left = masked_view(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
+    view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
     defaults = dict(shape.defaults)
     if isinstance(item, Schedule) and item.schedule_type == "after":
         left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
