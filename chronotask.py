@@ -2761,8 +2761,11 @@ PreviewView = Annotated[
 ]
 
 
+SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
+
+
 class StatusView(TypedDict):
-    """`lateness` is in seconds, over the last 1000 starts; `next_runs` are the next five."""
+    """`lateness` is in seconds, over the last 1000 starts; `next_runs` are the next five; `defaults` are settings."""
 
     running: bool
     leader: bool
@@ -2782,6 +2785,7 @@ class StatusView(TypedDict):
     next_runs: list[Firing]
     lateness: dict[str, float | int | None]
     config_file: dict[str, str | None] | None
+    defaults: dict[str, float]
     caller: NotRequired[dict[str, str]]
 
 
@@ -8031,6 +8035,7 @@ async def status_of(service: Service) -> StatusView:
         next_runs=(await list_upcoming(service, UpcomingQuery(limit=5, until="9999-12-31")))["upcoming"],
         lateness={"count": len(late), "p50": p50, "p99": p99, "max": most},  # in seconds behind the slots
         config_file=service.config_file,
+        defaults={name: getattr(settings, name) for name in SHOWN_DEFAULTS},
     )
 
 
@@ -9251,7 +9256,10 @@ async def show_docs(_service: Service, request: web.Request) -> web.Response:
     except OSError:
         text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
         return web.Response(text=text, headers=HEADERS)
-    return web.Response(text=page, content_type="text/html", headers={**HEADERS, **page_policy(page)})
+    about = {**HEADERS, **page_policy(page), "Vary": "Accept-Encoding"}
+    answer = web.Response(text=page, content_type="text/html", headers=about)
+    answer.enable_compression()
+    return answer
 
 
 @functools.lru_cache(2)
