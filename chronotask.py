@@ -6528,7 +6528,7 @@ def _http_date(text: str) -> float | None:
 BATCH = 256  # slots claimed in one tick at most: more would hold up other writes
 FIRST_BATCH = 4  # while nothing runs, and as many more for each that runs: the first of a burst do not wait for all claims
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
-TICK_GAP = 0.02  # seconds between ticks then, at most
+TICK_GAP = 0.02  # seconds between ticks then
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
@@ -6762,11 +6762,10 @@ class Engine:
         self.paused = False
         self.stopping = False
         self.last_tick = clock.monotonic()
+        self._last_tick_end = 0.0
         self.distrust_until = 0.0  # by the monotonic clock: until then no history is deleted by age
         self._environ = environ
         self._ended: list[Finished] = []  # of attempts, for the next tick
-        self._all_ended = asyncio.Event()  # all attempts that run here
-        self._last_tick_end = 0.0
         self._queued = False  # something may be waiting for capacity
         self._ticking = False  # a tick's write is under way
         self._ending = False  # the grace of a stop is over
@@ -6790,7 +6789,8 @@ class Engine:
 
     async def step(self) -> None:
         """One round of the scheduler loop: follows the clock, ticks, and waits until something is due or has happened."""
-        await self._gather_ends()
+        if len(self.running) >= BUSY_FROM and not self.stopping:  # a tick for many ends costs little more than a tick for one
+            await asyncio.sleep(self._last_tick_end + TICK_GAP - self.clock.monotonic())
         self._wake.clear()
         moved = self.clock.step()
         if moved > DAY:
@@ -6807,18 +6807,6 @@ class Engine:
         if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
             await self.clock.wait(self._wake, due)
         # else the next claim goes to the writer before what was just started begins
-
-    async def _gather_ends(self) -> None:
-        """Under load, waits until some more attempts have ended: a tick for many costs little more than a tick for one."""
-        if len(self.running) >= BUSY_FROM and not self.stopping:
-            pause = self._last_tick_end + TICK_GAP - self.clock.monotonic()
-            if (due := self._next_due()) is not None:
-                pause = min(pause, (due - self.clock.now()) / SECOND)
-            if pause > 0 and len(self._ended) < len(self.running):
-                self._all_ended.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._all_ended.wait()
 
     def _next_due(self) -> int | None:
         if not self.leading or self.stopping:
@@ -6942,8 +6930,6 @@ class Engine:
             outcome = INTERRUPTED
         self._end(active, outcome)
         self._wake.set()
-        if len(self._ended) >= len(self.running):
-            self._all_ended.set()
 
     def _end(self, active: Active, outcome: Outcome) -> None:
         seconds = self.clock.monotonic() - active.since
