@@ -421,19 +421,30 @@ class Settings:
         An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value, and at a typo
         in the name of a setting that keeps somebody out.
         """
-        fields = {ENV_PREFIX + field.name.upper(): field for field in dataclasses.fields(cls) if field.metadata}
-        values: dict[str, Any] = {}
-        for name, field in fields.items():
-            if text := environ.get(name):
-                try:
-                    values[field.name] = field.metadata["parse"](text)
-                except ValueError as error:
-                    value = "(hidden)" if name.endswith("_TOKEN") else shown(text)
-                    raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
-            elif text == "" and field.name in ("api_token", "api_token_file", "api_tokens_file", "bash_user"):
-                # As it comes from a secret that was not filled in: the service would be open.
-                raise StartupError(f"{name}='': must not be empty; remove it if there is to be none", exit_status=2)
-        settings, warnings = cls(**values, launchers=_launchers(environ)), _typo_warnings(environ, fields)
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls) if field.metadata}
+        values, launchers, warnings = dict[str, Any](), dict[str, tuple[str, ...]](), list[str]()
+        for name, text in sorted(environ.items()):
+            word, launcher = name.removeprefix(ENV_PREFIX), name.removeprefix(LAUNCHER_PREFIX)
+            if word == name or word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
+                continue
+            try:
+                if word in fields and text:
+                    values[fields[word].name] = fields[word].metadata["parse"](text)
+                elif word in ("API_TOKEN", "API_TOKEN_FILE", "API_TOKENS_FILE", "BASH_USER"):
+                    # As it comes from a secret that was not filled in: the service would be open.
+                    raise ValueError("must not be empty; remove it if there is to be none")
+                elif launcher != name and text:
+                    launchers[launcher.lower()] = _launcher_words(launcher, text)
+                elif launcher == name and word not in fields:
+                    hint = nearest(word, fields)  # without the prefix, which would make everything alike
+                    warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
+                    if hint is not None and hint.startswith(PROTECTIVE):
+                        text = f"{warnings[-1]} That one protects the service: correct or remove this one"
+                        raise StartupError(text, exit_status=2)
+            except ValueError as error:
+                value = "(hidden)" if text and word.endswith("_TOKEN") else shown(text)
+                raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
+        settings = cls(**values, launchers=launchers)
         if settings.launcher_default is not None and (unknown := settings.unknown_launcher(settings.launcher_default)):
             raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
         if settings.api_token_file is not None:
@@ -457,23 +468,18 @@ class Settings:
         return f"must be {known} ({LAUNCHER_PREFIX}NAME), not {shown(name)}"
 
 
-def _launchers(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    launchers = {}
-    for name, text in environ.items():
-        word = name.removeprefix(LAUNCHER_PREFIX)
-        if word == name or word == "DEFAULT" or not text:
-            continue
-        try:
-            if not re.fullmatch("[A-Z0-9_]{1,40}", word):
-                raise ValueError("its name must be 1 to 40 of A-Z, 0-9 and _")
-            words = tuple(shlex.split(text))
-            if not words or not words[0] or any("{env}" in word and word != "{env}" for word in words):
-                raise ValueError("{env} stands for several words, not inside one" if any(words[:1]) else "a program is missing")
-        except ValueError as error:
-            text = f"{name}={shown(text)}: must be words as a shell splits them: {str(error).lower()}"
-            raise StartupError(text, exit_status=2) from None
-        launchers[word.lower()] = words
-    return launchers
+def _launcher_words(name: str, text: str) -> tuple[str, ...]:
+    why = "its name must be 1 to 40 of a-z, 0-9 and _"
+    try:
+        if re.fullmatch("[A-Z0-9_]{1,40}", name):
+            words, why = tuple(shlex.split(text)), "a program is missing"
+            if words and words[0]:
+                if all(word == "{env}" or "{env}" not in word for word in words):
+                    return words
+                why = "{env} stands for several words, not inside one"
+    except ValueError as error:
+        why = str(error).lower()
+    raise ValueError(f"must be words as a shell splits them: {why}")
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -492,12 +498,11 @@ def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | N
 
 def _has_others(gid: int) -> bool:
     """Whether anybody but this user and root is in the group."""
-    members = {user.pw_name for user in pwd.getpwall() if user.pw_gid == gid and user.pw_uid not in (0, os.geteuid())}
+    users, ours = pwd.getpwall(), {0, os.geteuid()}
+    members = {user.pw_name for user in users if user.pw_gid == gid}
     with contextlib.suppress(KeyError):
         members.update(grp.getgrgid(gid).gr_mem)
-    with contextlib.suppress(KeyError):
-        members.discard(pwd.getpwuid(os.geteuid()).pw_name)
-    return bool(members - {"root"})
+    return not members <= {user.pw_name for user in users if user.pw_uid in ours}
 
 
 def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
@@ -582,21 +587,6 @@ def known_tokens(settings: Settings) -> list[Token]:
     own = settings.api_token if file is None else _read_token(file, [])
     tokens = [] if own is None else [Token("API_TOKEN", "admin", token_digest(own))]
     return tokens if files is None else tokens + _read_tokens(files)
-
-
-def _typo_warnings(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
-    names = [name.removeprefix(ENV_PREFIX) for name in known]  # the prefix alone would make everything alike
-    warnings = []
-    for name in sorted(environ):
-        word = name.removeprefix(ENV_PREFIX)
-        if word == name or word in names or word in TASK_VARIABLES or name.startswith((SECRET_PREFIX, LAUNCHER_PREFIX)):
-            continue
-        hint = nearest(word, names)
-        text = f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else "")
-        if hint is not None and hint.startswith(PROTECTIVE):
-            raise StartupError(f"{text} That one protects the service: correct or remove this one", exit_status=2)
-        warnings.append(text)
-    return warnings
 
 
 # ======================================================================================================================
