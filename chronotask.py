@@ -952,19 +952,18 @@ def _next_local(cron: _CronFields, local: int) -> int | None:
 @functools.lru_cache(maxsize=8192)
 def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
     cron, zone = _parse_cron(expression), load_zone(zone_name)
-    local = after + _offset(zone, after)
-    again: list[int] = []
-    first, second = _readings(zone, local)
-    if cron.wild and first > second and local - first == after:  # the second pass of this hour is still to come
+    local, again = after + _offset(zone, after), list[int]()
+    first, second = _readings(zone, local) if cron.wild else (0, 0)
+    if first > second and local - first == after:  # the second pass of this hour is still to come
         change = _change(zone, local)
-        repeated = _next_local(cron, change + second - cron.unit)
-        if repeated is not None and repeated < change + first:
-            again = [repeated - second]
+        match = _next_local(cron, change + second - cron.unit)
+        again = [match - second] if match is not None and match < change + first else []
     while (match := _next_local(cron, local)) is not None:
         local = match
-        first, second = _readings(zone, match)
-        slots = [match - first, match - second] if first >= second else []
-        if not cron.wild:
+        if cron.wild:
+            first, second = _readings(zone, match)
+            slots = [match - first, match - second] if first >= second else []
+        else:
             slots = [slot for slot in [_instant_of(zone, match, CORRECTION)] if slot is not None]
         if slots := [slot for slot in slots if slot > after]:
             return min(slots + again)

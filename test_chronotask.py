@@ -6973,7 +6973,7 @@ async def test_what_did_not_run_is_a_warning_and_a_retry_is_told(
 async def test_a_task_is_paused_after_failures_in_a_row_and_counts_anew_when_it_is_active_again(rig: Rig) -> None:
     watched = await rig.task(config=FAIL, pause_after=2)
     schedule = await rig.schedule(watched)
-    for seconds in (60, 120, 180, 240):
+    for seconds in (60, 120.25, 180, 240):
         await rig.run_at(seconds)
     task = await rig.service.get_task(watched)
     assert (task["status"], task["run_count"], task["failures_in_a_row"], task["next_run"]) == ("paused", 2, 2, None)
@@ -8021,10 +8021,10 @@ TASK_CHANGES |= {"key": "new-key", "tags": ["a", "b:c"], "pause_after": 3}
 async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig, field: str) -> None:
     task_id = await rig.task(name="old", description="old words")
     before = await rig.service.get_task(task_id)
-    rig.clock.advance(5)
+    rig.clock.advance(5.25)
     after = await rig.patch_task(task_id, **{field: TASK_CHANGES[field]})
     reason = {"status_reason": "paused on request, 2026-01-01T00:00:05Z"} if field == "status" else {}
-    assert after == {**before, **reason, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05Z"}
+    assert after == {**before, **reason, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05.250000Z"}
     assert await rig.service.get_task(task_id) == after
 
 
