@@ -415,27 +415,30 @@ class Settings:
     mcp_port: int = _setting(_number(0, 65535, int), 8001, "port of MCP over HTTP (0: any free one)")
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
-        """Settings from `environ`, and warnings about variables that are probably typos.
+    def from_env(cls, environ: Mapping[str, str], port: str | None = None, host: str | None = None) -> tuple[Settings, list[str]]:
+        """Settings from `environ`, or from the options --port and --host, and warnings about variables that are probably typos.
 
         An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value, and at a typo
         in the name of a setting that keeps somebody out.
         """
         fields = {field.name.upper(): field for field in dataclasses.fields(cls) if field.metadata}
         values, launchers, warnings = dict[str, Any](), dict[str, tuple[str, ...]](), list[str]()
-        for name, text in sorted(environ.items()):
-            word, launcher = name.removeprefix(ENV_PREFIX), name.removeprefix(LAUNCHER_PREFIX)
-            if word == name or word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
+        given = {name.removeprefix(ENV_PREFIX): (name, text) for name, text in environ.items() if name.startswith(ENV_PREFIX)}
+        given |= {} if port is None else {"API_PORT": ("--port", port)}
+        given |= {} if host is None else {"API_HOST": ("--host", host)}
+        for word, (name, text) in sorted(given.items()):
+            launcher = word.removeprefix("LAUNCHER_")
+            if word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
                 continue
             try:
-                if word in fields and text:
+                if word in fields and (text or name[0] == "-"):
                     values[fields[word].name] = fields[word].metadata["parse"](text)
                 elif word in ("API_TOKEN", "API_TOKEN_FILE", "API_TOKENS_FILE", "BASH_USER"):
                     # As it comes from a secret that was not filled in: the service would be open.
                     raise ValueError("must not be empty; remove it if there is to be none")
-                elif launcher != name and text:
+                elif launcher != word and text:
                     launchers[launcher.lower()] = _launcher_words(launcher, text)
-                elif launcher == name and word not in fields:
+                elif launcher == word and word not in fields:
                     hint = nearest(word, fields)  # without the prefix, which would make everything alike
                     warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
                     if hint is not None and hint.startswith(PROTECTIVE):
@@ -10287,22 +10290,6 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def load_settings(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """Options over variables over defaults. Raises StartupError that names the option or the variable."""
-    names = {ENV_PREFIX + "API_HOST": "host", ENV_PREFIX + "API_PORT": "port"}
-    given = {variable: value or " " for variable, name in names.items() if (value := getattr(options, name)) is not None}
-    try:
-        settings, warnings = Settings.from_env({**environ, **given})
-    except StartupError as error:
-        variable = error.detail.partition("=")[0]
-        if variable not in given:
-            raise
-        raise StartupError(error.detail.replace(variable, f"--{names[variable]}").replace("=' '", "=''"), exit_status=2) from None
-    if options.mode == "mcp" and not settings.mcp_enabled:
-        raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
-    return settings, warnings
-
-
 class _Lines(logging.Formatter):
     """One line a record: whatever a task or a client put into a message cannot forge lines or move the cursor."""
 
@@ -10703,7 +10690,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             except OSError:
                 os.open(os.devnull, os.O_RDWR)
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
-        settings, warnings = load_settings(options, os.environ)
+        settings, warnings = Settings.from_env(os.environ, options.port, options.host)
+        if options.mode == "mcp" and not settings.mcp_enabled:
+            raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
         hide_from_tasks()
         systemd = Systemd(os.environ)  # before tasks inherit it
         environ = Environ(os.environ)

@@ -11401,10 +11401,6 @@ os.write(sink, b"wire:" + os.read(source, 100))
 # ======================================================================================================================
 
 
-def loaded(argv: list[str], environ: dict[str, str]) -> Settings:
-    return chronotask.load_settings(chronotask.parse_command_line(argv), environ)[0]
-
-
 def test_options_win_over_variables_and_variables_over_defaults() -> None:
     environ = {"CHRONOTASK_API_PORT": "9000", "CHRONOTASK_API_HOST": "0.0.0.0"}
     for argv, given, port, host in (
@@ -11412,7 +11408,8 @@ def test_options_win_over_variables_and_variables_over_defaults() -> None:
         ("", environ, 9000, "0.0.0.0"),
         ("--port 9001 --host ::1", environ, 9001, "::1"),
     ):
-        found = loaded(argv.split(), given)
+        options = chronotask.parse_command_line(argv.split())
+        found = Settings.from_env(given, options.port, options.host)[0]
         assert (found.api_port, found.api_host) == (port, host)
     assert chronotask.parse_command_line([]).mode == "http"
 
@@ -11443,12 +11440,13 @@ def test_a_bad_option_or_variable_ends_with_status_2_and_one_line(
     assert all(text in err for text in COMMAND_LINES[line])
 
 
-def test_mcp_cannot_be_the_mode_when_it_is_turned_off() -> None:
-    with pytest.raises(StartupError) as caught:
-        loaded(["--mode", "mcp"], {"CHRONOTASK_MCP_ENABLED": "false"})
-    assert caught.value.exit_status == 2
-    assert caught.value.detail == "--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false"
-    assert loaded(["--mode", "both"], {"CHRONOTASK_MCP_ENABLED": "false"}).mcp_enabled is False
+def test_mcp_cannot_be_the_mode_when_it_is_turned_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHRONOTASK_MCP_ENABLED", "false")
+    assert chronotask.main(["--mode", "mcp"]) == 2
+    told = "chronotask: --mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.slow
