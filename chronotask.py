@@ -232,21 +232,21 @@ class ChronoTaskError(Exception):
         self.detail, self.errors = detail, tuple(errors)
 
 
-def _answered(status: int, title: str) -> type[ChronoTaskError]:
-    return type(title, (ChronoTaskError,), {"status": status, "title": title})
+def _answered(name: str, status: int, title: str) -> type[ChronoTaskError]:
+    return type(name, (ChronoTaskError,), {"status": status, "title": title})
 
 
-MalformedBody = _answered(400, "Malformed request")
-Unauthorized = _answered(401, "Unauthorized")
-Forbidden = _answered(403, "Forbidden")
-NotFound = _answered(404, "Not found")
-MethodNotAllowed = _answered(405, "Method not allowed")
-RequestTimeout = _answered(408, "Request timeout")
-Conflict = _answered(409, "Conflict")
-BodyTooLarge = _answered(413, "Body too large")
-UnsupportedMedia = _answered(415, "Unsupported media type")
-TooManyRequests = _answered(429, "Too many requests")
-Unavailable = _answered(503, "Unavailable")  # the database cannot be written, or the service is stopping
+MalformedBody = _answered("MalformedBody", 400, "Malformed request")
+Unauthorized = _answered("Unauthorized", 401, "Unauthorized")
+Forbidden = _answered("Forbidden", 403, "Forbidden")
+NotFound = _answered("NotFound", 404, "Not found")
+MethodNotAllowed = _answered("MethodNotAllowed", 405, "Method not allowed")
+RequestTimeout = _answered("RequestTimeout", 408, "Request timeout")
+Conflict = _answered("Conflict", 409, "Conflict")
+BodyTooLarge = _answered("BodyTooLarge", 413, "Body too large")
+UnsupportedMedia = _answered("UnsupportedMedia", 415, "Unsupported media type")
+TooManyRequests = _answered("TooManyRequests", 429, "Too many requests")
+Unavailable = _answered("Unavailable", 503, "Unavailable")  # the database cannot be written, or the service is stopping
 
 
 class InvalidInput(ChronoTaskError):
