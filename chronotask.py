@@ -7491,8 +7491,8 @@ OPERATIONS: list[Operation] = []
 class Operation:
     """Makes the use case that it decorates an operation of REST, and with `tool` (the hints of its tool: read_only, destructive,
     idempotent, open_world) of MCP. The signature says the rest: with {id} in the path, the first parameter is that id; `query` is
-    the query string, `body` the body (like the result a marked dict, or None). The docstring is for a client who has never seen
-    ChronoTask."""
+    the query string, `body` the body (like the result a marked dict, or None). The docstring is for who has never seen
+    ChronoTask: its first sentence is the summary, the rest is told to models besides, whose arguments are flat."""
 
     method: str
     path: str
@@ -7615,9 +7615,10 @@ class Service:
 
     @Operation("POST", "/tasks", 201, tool=())
     async def create_task(self, body: TaskCreate) -> TaskView:
-        """Create a task: what to run. It runs when a schedule fires it, or by execute_task. Commands run on ChronoTask's machine.
-        Example: {"name": "backup", "task_type": "bash", "config": {"command": "tar -czf /tmp/x.tgz /tmp/x"}}. A failed run is
-        retried max_retries times."""
+        """Create a task: what to run. A bash command on ChronoTask's machine, or a request to a url; by arguments of
+        create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
+        *", "timezone": "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one that an
+        `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened."""
         now, errors, schedules = self.clock.now(), list[FieldError](), list[Schedule]()
         with told_at("", errors):
             task = new_task(body, now, self.settings)
@@ -7666,8 +7667,8 @@ class Service:
 
     @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
-        """Change the fields of a task that are sent. What is not sent stays; `config` is replaced as a whole. Fields as in
-        create_task. Pause a task with status paused."""
+        """Change the fields of a task that are sent. What is not given stays. Fields as in create_task. status paused pauses
+        it."""
 
         def write(tx: Transaction) -> None:
             task, given = get_task(tx.db, task_id), cast(Any, body)
@@ -7696,10 +7697,10 @@ class Service:
 
     @Operation("POST", "/schedules", 201, tool=(), errors=(404,))
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
-        """Create a schedule: when a task fires. Weekdays at 9 in Berlin: {"task_id": 1, "schedule_type": "cron",
-        "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}. Without `timezone` the scheduler's own
-        zone applies. The answer says in words when it fires, and the next five slots, local and UTC: compare them with what was
-        asked for."""
+        """Create a schedule: when a task fires. By expression (cron), once at datetime, every so many seconds, or after other
+        tasks. Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when
+        task 1 breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in
+        the answer with what was asked for."""
         await self.store.read(partial(get_task, task_id=body["task_id"]))
         schedule = await self.in_checks(partial(new_schedule, Schedule, body, self.clock.now(), self.settings))
         await self.change(partial(add_schedule, schedule=schedule))
@@ -7730,8 +7731,8 @@ class Service:
 
     @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
-        """Change the fields of a schedule that are sent. What is not sent stays; `schedule_config` is replaced as a whole; null
-        clears start_at, end_at, max_runs. Fields as in create_schedule. Pause it with is_active false."""
+        """Change the fields of a schedule that are sent. What is not given stays, the timezone too. Fields as in create_schedule.
+        is_active false pauses it."""
         given, done = cast(Any, body), False
         while not done:
             schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
@@ -7757,8 +7758,8 @@ class Service:
 
     @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
-        """Run a task now. Answers when the run is over, or after `wait` seconds: with status queued, running or retrying it goes
-        on, and get_execution shows its end. `config` replaces single fields of the task's config for this run alone."""
+        """Run a task now. Answers when the run is over, or after `wait` seconds with its id: get_execution with wait shows its
+        end; do not execute again. Other arguments replace fields of the task for this run alone. Works for paused tasks, too."""
         key, sent = query.idempotency_key, hashlib.sha256(compact(body).encode()).hexdigest()
         if override := body.get("config"):
             require("admin")  # it is a command of one's own
@@ -7819,7 +7820,8 @@ class Service:
 
     @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
-        """List executions, newest first."""
+        """List executions, newest first. Over all tasks: what failed, ran or is unfinished. since and until choose what ran in
+        between. Older: before_id. Rows with status skipped or missed are slots that ran nothing."""
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
         more = rows[-1].id if len(rows) == query.limit else None
@@ -8720,9 +8722,9 @@ class _Undone(Exception):
 
 @Operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
 async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
-    """Make tasks and schedules what a file says, in one transaction. Only what its owner manages is touched, and what did not
-    change is not written. What the file no longer names is `orphaned` and goes on, unless `prune` pauses or deletes it.
-    `dry_run` only answers what would change."""
+    """Make tasks and schedules what a file says, in one transaction. In one transaction, as it stands in a file: chronotask = 1,
+    [tasks.KEY] task_type = "bash", config = {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config =
+    {expression = "30 2 * * *"}. Tasks that it no longer names go on unless prune says otherwise. Try dry_run first."""
     file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
     wanted = await service.in_checks(partial(check_definitions, service, file, now))
     held: list[_Apply] = []
@@ -9559,26 +9561,6 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
     # Some models take no tool without arguments.
     "get_scheduler_status": {"limit": (Annotated[int, Field(ge=0, le=5, description="of what comes next")], 5)},
 }
-# Instead of what the operation says of itself for REST, where configurations are nested.
-WORDS = {
-    "create_task": """A bash command on ChronoTask's machine, or a request to a url; by arguments of create_schedule also when.
-        Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * * *", "timezone":
-        "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one that an `after`
-        schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened.""",
-    "update_task": "What is not given stays. Fields as in create_task. status paused pauses it.",
-    "create_schedule": """By expression (cron), once at datetime, every so many seconds, or after other tasks.
-        Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when task 1
-        breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in the
-        answer with what was asked for.""",
-    "update_schedule": "What is not given stays, the timezone too. Fields as in create_schedule. is_active false pauses it.",
-    "execute_task": """Answers when the run is over, or after `wait` seconds with its id: get_execution with wait shows its end;
-        do not execute again. Other arguments replace fields of the task for this run alone. Works for paused tasks, too.""",
-    "list_executions": """Over all tasks: what failed, ran or is unfinished. since and until choose what ran in between. Older:
-        before_id. Rows with status skipped or missed are slots that ran nothing.""",
-    "apply_definitions": """In one transaction, as it stands in a file: chronotask = 1, [tasks.KEY] task_type = "bash", config =
-        {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config = {expression = "30 2 * * *"}. Tasks
-        that it no longer names go on unless prune says otherwise. Try dry_run first.""",
-}
 HINTS = ("read_only", "destructive", "idempotent", "open_world")
 # Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
 UNTOLD = {
@@ -9791,7 +9773,7 @@ def make_tools() -> types.ListToolsResult:
         return types.Tool(
             name=name,
             title=name.replace("_", " ").capitalize(),
-            description=f"{operation.summary}. {' '.join(WORDS.get(name, operation.description).split())}",
+            description=f"{operation.summary}. {operation.description}",
             input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
             annotations=types.ToolAnnotations(**hints),
         )
