@@ -1384,6 +1384,22 @@ CRON_CASES = """
 45 23 L * * | Asia/Kathmandu | 2023-05-05T02:25 | 2023-05-31T18:00 06-30T18:00 07-31T18:00 08-31T18:00 09-30T18:00
 45 23 L * * | Australia/Eucla | 2023-05-04T23:25 | 2023-05-31T15:00 06-30T15:00 07-31T15:00 08-31T15:00 09-30T15:00
 0 9 * * MON-FRI | Pacific/Pago_Pago | 2023-05-05T19:00 | 2023-05-05T20:00 08T20:00 09T20:00 10T20:00 11T20:00
+# What Debian does not know, and what is rare.
+10/15 * * * * | UTC | 2025-01-01T00:00 | 2025-01-01T00:10 T00:25 T00:40 T00:55
+5-5/2 * * * * | UTC | 2025-01-01T00:00 | 2025-01-01T00:05 T01:05
+0 0 * * SAT-SUN | UTC | 2025-01-01T00:00 | 2025-01-04T00:00 05T00:00 11T00:00
+0 0 * * 6-0 | UTC | 2025-01-01T00:00 | 2025-01-04T00:00 05T00:00 11T00:00
+0 0 13 * 5,* | UTC | 2025-01-01T00:00 | 2025-01-02T00:00 03T00:00 | starts with 5, so: or
+0 0 13 * *,5 | UTC | 2025-01-01T00:00 | 2025-01-13T00:00 02-13T00:00 | starts with *, so: and
+0 0 31 2 1 | UTC | 2025-01-01T00:00 | 2025-02-03T00:00 10T00:00
+0 0 * * 1#1,L5 | UTC | 2025-01-01T00:00 | 2025-01-06T00:00 31T00:00 02-03T00:00
+0 0 * * MON#1,L1 | UTC | 2025-01-01T00:00 | 2025-01-06T00:00 27T00:00 02-03T00:00
+0 0 * * l7 | UTC | 2025-01-01T00:00 | 2025-01-26T00:00
+0 0 29 2 */7 | UTC | 2080-01-01T00:00 | 2088-02-29T00:00 2128 | 40 years apart
+59 59 23 31 12 * | UTC | 2025-12-31T23:59:58.5 | 2025-12-31T23:59:59 2026
+*,5 0 * * * | UTC | 2025-01-01T00:58 | 2025-01-01T00:59 02T00:00
+*/30 * * * * | Africa/Monrovia | 1971-06-01T00:14:29 | 1971-06-01T00:14:30 T00:44:30 T01:14:30 | 44 min 30 s behind until 1972
+0 3 * * * | Antarctica/Casey | 2011-10-26T20:00 | 2011-10-28T16:00 29T16:00 | from +08 to +11 at 02:00: a correction of the clock
 """
 
 NOW = parse_instant("2026-11-24T05:00:00Z", "UTC")
@@ -1418,43 +1434,49 @@ def cron_cases() -> Iterator[tuple[str, str, str, list[str]]]:
 
 # -- Instants and zones ------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("text", "zone", "instant"),
-    [
-        ("2026-11-24T05:00:00Z", "Europe/Berlin", "2026-11-24T05:00:00Z"),
-        ("2026-11-24 05:00", "Europe/Berlin", "2026-11-24T04:00:00Z"),
-        ("2026-11-24T05:00:00.25", "Europe/Berlin", "2026-11-24T04:00:00.250000Z"),
-        ("2026-11-24t05:00:00z", "UTC", "2026-11-24T05:00:00Z"),
-        ("2026-11-24T05:00:00.25+05:30", "UTC", "2026-11-23T23:30:00.250000Z"),
-        ("2026-11-24T05:00:00.000001-0800", "UTC", "2026-11-24T13:00:00.000001Z"),
-        ("2026-11-24T05:00:00+01", "UTC", "2026-11-24T04:00:00Z"),
-        ("1970-01-01T00:00:00Z", "UTC", "1970-01-01T00:00:00Z"),
-        ("9999-12-31T23:59:59.999999Z", "Asia/Tokyo", "9999-12-31T23:59:59.999999Z"),
-        # The spring gap of 2024 in Berlin, 02:00 to 03:00: the instant right after it. The repeated hour: the first one.
-        ("2024-03-31T02:30:00", "Europe/Berlin", "2024-03-31T01:00:00Z"),
-        ("2024-03-31T02:00:00", "Europe/Berlin", "2024-03-31T01:00:00Z"),
-        ("2024-10-27T02:30:00", "Europe/Berlin", "2024-10-27T00:30:00Z"),
-        ("2011-12-30T12:00:00", "Pacific/Apia", "2011-12-30T10:00:00Z"),
-    ],
+ISO_RULE = (
+    "must be an ISO 8601 date and time from 1970 to 9999, such as "
+    "2026-12-01T09:00:00, 2026-12-01T08:00:00Z or 2026-12-01T09:00:00+01:00"
 )
-def test_a_date_time_is_read_with_its_offset_or_in_the_zone(text: str, zone: str, instant: str) -> None:
-    assert format_instant(parse_instant(text, zone)) == instant
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "2026-11-24", "2026-11-24T", "05:00", "2026-11-24T24:00", "2026-11-24T05:60", "2026-11-24T05:00:60",
-        "2026-02-29T05:00", "2026-11-24T05", "2026-11-24T05:00:00.1234567", "2026-11-24T05:00:00.",
-        "2026-11-24T05:00:00+24:00", "2026-11-24T05:00:00+1", "2026-11-24T05:00:00 CET", "20261124T050000Z",
-        "1969-12-31T23:59:59Z", "1970-01-01T00:30:00+01:00", "0000-01-01T00:00:00", "10000-01-01T00:00:00Z",
-        "9999-12-31T23:59:59-01:00", "２０２６-11-24T05:00:00", "2026-11-24T05:00:00Z\n", "tomorrow", "1795000000",
-    ],
-)  # fmt: skip
+# Text, zone of the service, and the instant.
+DATE_TIMES = """
+    2026-11-24T05:00:00Z             | Europe/Berlin | 2026-11-24T05:00:00Z
+    2026-11-24 05:00                 | Europe/Berlin | 2026-11-24T04:00:00Z
+    2026-11-24T05:00:00.25           | Europe/Berlin | 2026-11-24T04:00:00.250000Z
+    2026-11-24t05:00:00z             | UTC           | 2026-11-24T05:00:00Z
+    2026-11-24T05:00:00.25+05:30     | UTC           | 2026-11-23T23:30:00.250000Z
+    2026-11-24T05:00:00.000001-0800  | UTC           | 2026-11-24T13:00:00.000001Z
+    2026-11-24T05:00:00+01           | UTC           | 2026-11-24T04:00:00Z
+    1970-01-01T00:00:00Z             | UTC           | 1970-01-01T00:00:00Z
+    9999-12-31T23:59:59.999999Z      | Asia/Tokyo    | 9999-12-31T23:59:59.999999Z
+    2024-03-31T02:30:00              | Europe/Berlin | 2024-03-31T01:00:00Z         in the gap of spring: right after it
+    2024-03-31T02:00:00              | Europe/Berlin | 2024-03-31T01:00:00Z
+    2024-10-27T02:30:00              | Europe/Berlin | 2024-10-27T00:30:00Z         in the repeated hour: the first one
+    2011-12-30T12:00:00              | Pacific/Apia  | 2011-12-30T10:00:00Z
+"""
+
+
+@pytest.mark.parametrize("line", DATE_TIMES.strip().splitlines())
+def test_a_date_time_is_read_with_its_offset_or_in_the_zone(line: str) -> None:
+    text, zone, instant = line.split("|")
+    assert format_instant(chronotask.parse_instant(text.strip(), zone.strip())) == instant.split()[0]
+
+
+NO_DATE_TIMES = [
+    "", "2026-11-24", "2026-11-24T", "05:00", "2026-11-24T24:00", "2026-11-24T05:60", "2026-11-24T05:00:60",
+    "2026-02-29T05:00", "2026-11-24T05", "2026-11-24T05:00:00.1234567", "2026-11-24T05:00:00.",
+    "2026-11-24T05:00:00+24:00", "2026-11-24T05:00:00+1", "2026-11-24T05:00:00 CET", "20261124T050000Z",
+    "1969-12-31T23:59:59Z", "1970-01-01T00:30:00+01:00", "0000-01-01T00:00:00", "10000-01-01T00:00:00Z",
+    "9999-12-31T23:59:59-01:00", "２０２６-11-24T05:00:00", "2026-11-24T05:00:00Z\n", "tomorrow", "1795000000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_DATE_TIMES)
 def test_what_is_no_date_time_is_refused_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^must be an ISO 8601 date and time from 1970 to 9999, such as 2026-12-01T09:00:00"):
-        parse_instant(text, "UTC")
+    with pytest.raises(ValueError, match=rf"^{re.escape(ISO_RULE)}"):
+        chronotask.parse_instant(text, "UTC")
 
 
 def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
@@ -1464,28 +1486,17 @@ def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
     assert chronotask.format_local(at("9999-12-31T23:00:00Z"), "Asia/Tokyo") == "9999-12-31T23:00:00Z"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("Europe/Berln", "must be an IANA time zone (did you mean Europe/Berlin?)"),
-        ("Berlin", "must be an IANA time zone (did you mean Europe/Berlin?)"),
-        ("new york", "must be an IANA time zone (did you mean America/New_York?)"),
-        ("america/new_york", "must be an IANA time zone (did you mean America/New_York?)"),
-        ("", "must be an IANA time zone such as Europe/Berlin"),
-        ("+02:00", "must be an IANA time zone such as Europe/Berlin"),
-        ("\x00", "must be an IANA time zone such as Europe/Berlin"),
-    ],
-)
-def test_an_unknown_zone_is_refused_with_the_nearest_known_one(name: str, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        chronotask.load_zone(name)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("name", ["America", "../etc/passwd", "/usr/share/zoneinfo/UTC", "localtime", "right/UTC", "é" * 5000])
-def test_a_zone_is_never_a_path_nor_a_private_table(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^must be an IANA time zone"):
-        chronotask.load_zone(name)
+def test_an_unknown_zone_is_refused_with_the_nearest_known_one_and_is_never_a_path_nor_a_private_table() -> None:
+    nearest = {"Europe/Berln": "Europe/Berlin", "Berlin": "Europe/Berlin", "new york": "America/New_York"}
+    nearest |= {"america/new_york": "America/New_York"}
+    known = [(name, f"(did you mean {zone}?)") for name, zone in nearest.items()]
+    for name, said in (*known, *((name, "such as Europe/Berlin") for name in ("", "+02:00", "\x00"))):
+        with pytest.raises(ValueError) as caught:
+            chronotask.load_zone(name)
+        assert str(caught.value) == f"must be an IANA time zone {said}"
+    for name in ("America", "../etc/passwd", "/usr/share/zoneinfo/UTC", "localtime", "right/UTC", "é" * 5000):
+        with pytest.raises(ValueError, match=r"^must be an IANA time zone"):
+            chronotask.load_zone(name)
 
 
 # -- Cron --------------------------------------------------------------------------------------------------------------
@@ -1496,45 +1507,11 @@ def test_cron_fires_as_debian_cron_does(expression: str, zone: str, after: str, 
     assert shown_slots(Cron(expression, zone), after + "Z", len(expected)) == expected
 
 
-@pytest.mark.parametrize(
-    ("expression", "after", "expected"),
-    [
-        ("10/15 * * * *", "2025-01-01T00:00Z", ["2025-01-01T00:10", "2025-01-01T00:25", "2025-01-01T00:40", "2025-01-01T00:55"]),
-        ("5-5/2 * * * *", "2025-01-01T00:00Z", ["2025-01-01T00:05", "2025-01-01T01:05"]),
-        ("0 0 * * SAT-SUN", "2025-01-01T00:00Z", ["2025-01-04T00:00", "2025-01-05T00:00", "2025-01-11T00:00"]),
-        ("0 0 * * 6-0", "2025-01-01T00:00Z", ["2025-01-04T00:00", "2025-01-05T00:00", "2025-01-11T00:00"]),
-        ("0 0 13 * 5,*", "2025-01-01T00:00Z", ["2025-01-02T00:00", "2025-01-03T00:00"]),  # starts with 5, so: or
-        ("0 0 13 * *,5", "2025-01-01T00:00Z", ["2025-01-13T00:00", "2025-02-13T00:00"]),  # starts with *, so: and
-        ("0 0 31 2 1", "2025-01-01T00:00Z", ["2025-02-03T00:00", "2025-02-10T00:00"]),
-        ("0 0 * * 1#1,L5", "2025-01-01T00:00Z", ["2025-01-06T00:00", "2025-01-31T00:00", "2025-02-03T00:00"]),
-        ("0 0 * * MON#1,L1", "2025-01-01T00:00Z", ["2025-01-06T00:00", "2025-01-27T00:00", "2025-02-03T00:00"]),
-        ("0 0 * * l7", "2025-01-01T00:00Z", ["2025-01-26T00:00"]),
-        ("0 0 29 2 */7", "2080-01-01T00:00Z", ["2088-02-29T00:00", "2128-02-29T00:00"]),  # 40 years apart
-        ("59 59 23 31 12 *", "2025-12-31T23:59:58.5Z", ["2025-12-31T23:59:59", "2026-12-31T23:59:59"]),
-        ("*,5 0 * * *", "2025-01-01T00:58Z", ["2025-01-01T00:59", "2025-01-02T00:00"]),
-    ],
-)
-def test_cron_syntax_beyond_the_cases(expression: str, after: str, expected: list[str]) -> None:
-    assert shown_slots(Cron(expression, "UTC"), after, len(expected)) == expected
-
-
 def test_slots_end_with_the_year_9999() -> None:
     yearly = Cron("@yearly", "Pacific/Kiritimati")
     assert shown_slots(yearly, "9997-06-01T00:00Z", 5) == ["9997-12-31T10:00", "9998-12-31T10:00"]
     assert Cron("* * * * *", "Asia/Tokyo").next_after(at("9999-12-31T23:59:59Z")) is None
     assert Interval(HOUR, 0, HOUR, "UTC").next_after(at("9999-12-31T23:30:00Z")) is None
-
-
-def test_a_zone_whose_offset_is_no_whole_minute_keeps_to_its_own_minutes() -> None:
-    # Liberia was 44 min 30 s behind until January 1972.
-    assert shown_slots(Cron("*/30 * * * *", "Africa/Monrovia"), "1971-06-01T00:14:29Z", 3) == [
-        "1971-06-01T00:14:30", "1971-06-01T00:44:30", "1971-06-01T01:14:30",
-    ]  # fmt: skip
-
-
-def test_a_gap_of_three_hours_or_more_is_a_correction_of_the_clock() -> None:
-    # Casey jumped from +08 to +11 at 02:00 on 2011-10-28. 03:00 never came.
-    assert shown_slots(Cron("0 3 * * *", "Antarctica/Casey"), "2011-10-26T20:00Z", 2) == ["2011-10-28T16:00", "2011-10-29T16:00"]
 
 
 # The oracle: Debian's rule, minute by minute, with nothing from the module but the clock of the zone.
@@ -1678,42 +1655,38 @@ CRON_RULE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("expression", "message"),
-    [
-        ("60 * * * *", "minute '60' must be 0 to 59, with , - and /"),
-        ("* 24 * * *", "hour '24' must be 0 to 23, with , - and /"),
-        ("* * 0 * *", "day-of-month '0' must be 1 to 31, with , - and /, L for the last day"),
-        ("* * * FOO *", "month 'foo' must be 1 to 12 or JAN to DEC, with , - and /"),
-        ("0 22-2 * * *", "hour range '22-2' must run upwards: write 22-23,0-2 for one that wraps around"),
-        ("0 0 * * FRI-MON", "day-of-week range 'fri-mon' must run upwards: write fri-sat,sun-mon for one that wraps around"),
-        ("*/0 * * * *", "minute '*/0' needs a step of at least 1"),
-        ("0 0 13 * FRI#2", "L and # in one day field need * in the other (engines disagree about their meaning)"),
-        ("0 0 L * FRI", "L and # in one day field need * in the other (engines disagree about their meaning)"),
-        ("0 0 * * 1,MON#2", "day-of-week '1,mon#2' must not mix plain weekdays with # or L"),
-        ("0 0 15W * *", "day-of-month '15w' must be 1 to 31, with , - and /, L for the last day (W is not supported)"),
-        ("H * * * *", "minute 'h' must be 0 to 59, with , - and / (H is not supported: write a value)"),
-        ("R * * * *", "minute 'r' must be 0 to 59, with , - and / (R is not supported: use jitter)"),
-        ("0 0 ? * 1", "day-of-month '?' must be 1 to 31, with , - and /, L for the last day (write * for ?)"),
-        (
-            "0 0 * * 5L",
-            "day-of-week '5l' must be 0 to 7 or SUN to SAT, with , - and /, "
-            + "MON#2 for the second Monday, L5 for the last Friday (write L5 for 5L)",
-        ),
-        ("0 0 30 2 *", "must fire at least once in the next 50 years"),
-        ("0 0 31 4,6,9,11 *", "must fire at least once in the next 50 years"),
-        ("* * * *", CRON_RULE + "; found 4"),
-        ("@dayly", CRON_RULE + " (did you mean @daily?)"),
-        ("０ * * * *", "must be at most 200 ASCII characters"),
-        ("0," * 100 + "0 * * * *", "must be at most 200 ASCII characters"),
-    ],
-)
-def test_a_refused_expression_is_told_why(expression: str, message: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        check_schedule_config("cron", {"expression": expression}, "UTC", NOW)
-    [error] = caught.value.errors
-    assert error.field == "schedule_config.expression"
-    assert error.message.endswith("': " + message) or error.message.endswith("…: " + message)
+NO_MIX = "L and # in one day field need * in the other (engines disagree about their meaning)"
+BAD_EXPRESSIONS = {
+    "60 * * * *": "minute '60' must be 0 to 59, with , - and /",
+    "* 24 * * *": "hour '24' must be 0 to 23, with , - and /",
+    "* * 0 * *": "day-of-month '0' must be 1 to 31, with , - and /, L for the last day",
+    "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , - and /",
+    "0 22-2 * * *": "hour range '22-2' must run upwards: write 22-23,0-2 for one that wraps around",
+    "0 0 * * FRI-MON": "day-of-week range 'fri-mon' must run upwards: write fri-sat,sun-mon for one that wraps around",
+    "*/0 * * * *": "minute '*/0' needs a step of at least 1",
+    "0 0 13 * FRI#2": NO_MIX,
+    "0 0 L * FRI": NO_MIX,
+    "0 0 * * 1,MON#2": "day-of-week '1,mon#2' must not mix plain weekdays with # or L",
+    "0 0 15W * *": "day-of-month '15w' must be 1 to 31, with , - and /, L for the last day (W is not supported)",
+    "H * * * *": "minute 'h' must be 0 to 59, with , - and / (H is not supported: write a value)",
+    "R * * * *": "minute 'r' must be 0 to 59, with , - and / (R is not supported: use jitter)",
+    "0 0 ? * 1": "day-of-month '?' must be 1 to 31, with , - and /, L for the last day (write * for ?)",
+    "0 0 * * 5L": "day-of-week '5l' must be 0 to 7 or SUN to SAT, with , - and /, MON#2 for the second Monday, "
+    "L5 for the last Friday (write L5 for 5L)",
+    "0 0 30 2 *": "must fire at least once in the next 50 years",
+    "0 0 31 4,6,9,11 *": "must fire at least once in the next 50 years",
+    "* * * *": CRON_RULE + "; found 4",
+    "@dayly": CRON_RULE + " (did you mean @daily?)",
+    "０ * * * *": "must be at most 200 ASCII characters",
+    "0," * 100 + "0 * * * *": "must be at most 200 ASCII characters",
+}
+
+
+@pytest.mark.parametrize("expression", BAD_EXPRESSIONS)
+def test_a_refused_expression_is_told_why(expression: str) -> None:
+    [(field, message)] = errors_of("cron", {"expression": expression})
+    assert field == "schedule_config.expression"
+    assert message.endswith(("': " + BAD_EXPRESSIONS[expression], "…: " + BAD_EXPRESSIONS[expression]))
 
 
 @pytest.mark.parametrize(
@@ -1737,11 +1710,9 @@ def test_what_engines_disagree_about_or_nobody_knows_is_refused(expression: str)
 
 
 def test_a_once_schedule_has_one_slot() -> None:
-    once = Once(NOW, "UTC")
-    assert [once.next_after(NOW - 1), once.next_after(NOW), once.last_at_or_before(NOW), once.last_at_or_before(NOW - 1)] == [
-        NOW, None, NOW, None,
-    ]  # fmt: skip
-    plan = Plan(once)
+    once, plan = chronotask.Once(NOW, "UTC"), Plan(chronotask.Once(NOW, "UTC"))
+    assert [once.next_after(NOW - 1), once.next_after(NOW)] == [NOW, None]
+    assert [once.last_at_or_before(NOW), once.last_at_or_before(NOW - 1)] == [NOW, None]
     assert [plan.count(0, NOW, 10), plan.count(NOW + 1, NOW + 9, 10), plan.count(0, NOW, 0)] == [1, 0, 0]
 
 
@@ -1799,24 +1770,17 @@ def test_days_without_a_start_count_from_the_creation_and_a_start_with_an_offset
     assert check_schedule_config("interval", sent, "UTC", NOW)["start_date"] == "2026-12-01T09:00:00"
 
 
-@pytest.mark.parametrize(
-    ("schedule_type", "config", "field"),
-    [
+def test_times_that_are_given_twice_or_not_at_all_are_refused() -> None:
+    for kind, config, field in (
         ("interval", {}, "seconds"),
         ("interval", {"seconds": 60, "days": 1}, "days"),
-        ("interval", {"days": 0}, "days"),
-        ("interval", {"days": 1.5}, "days"),
-        ("interval", {"days": 3651}, "days"),
+        *(("interval", {"days": days}, "days") for days in (0, 1.5, 3651)),
         ("once", {}, "datetime"),
         ("once", {"datetime": "2100-01-01T00:00", "in_seconds": 5}, "in_seconds"),
         ("once", {"in_seconds": 0}, "in_seconds"),
         ("cron", {"expression": "*/100000 * * * *"}, "expression"),
-    ],
-)
-def test_times_that_are_given_twice_or_not_at_all_are_refused(schedule_type: str, config: Any, field: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        check_schedule_config(schedule_type, config, "UTC", NOW)
-    assert [error.field for error in caught.value.errors] == [f"schedule_config.{field}"]
+    ):
+        assert [found for found, _ in errors_of(kind, config)] == [f"schedule_config.{field}"]
 
 
 def test_once_in_so_many_seconds_is_stored_as_its_time() -> None:
@@ -1978,45 +1942,33 @@ def errors_of(schedule_type: object, config: object) -> list[tuple[str, str]]:
     return [(error.field, error.message) for error in caught.value.errors]
 
 
-ISO_RULE = (
-    "must be an ISO 8601 date and time from 1970 to 9999, such as "
-    "2026-12-01T09:00:00, 2026-12-01T08:00:00Z or 2026-12-01T09:00:00+01:00"
-)
+# Kind, configuration, and what is said of each bad field.
+BAD_SCHEDULE_CONFIGS: list[tuple[str, Any, dict[str, str]]] = [
+    ("cron", {}, {".expression": "is required"}),
+    ("cron", {"expression": None}, {".expression": "must be a valid string, not null"}),
+    ("cron", {"expression": 5}, {".expression": "must be a valid string, not 5"}),
+    ("cron", ["* * * * *"], {"": "must be a valid object"}),
+    ("cron", {"expression": "* * * * *", "timezone": 5}, {".timezone": "must be a valid string, not 5"}),
+    ("cron", {"expression": "@daily", "tz": "UTC"}, {".tz": "unknown field (known: expression, timezone)"}),
+    ("once", {"datetime": "2026-11-24T05:00:00Z"},
+     {".datetime": "'2026-11-24T05:00:00Z': must be in the future (it is now 2026-11-24T05:00:00+00:00)"}),
+    *(("interval", {"seconds": value}, {".seconds": said}) for value, said in [
+        *((value, f"must be greater than or equal to 1, not {value}") for value in (0, 0.999)), ([60], "must be a valid number"),
+        (315360001, "must be less than or equal to 315360000, not 315360001"), (float("nan"), "must be a finite number, not nan"),
+        (float("inf"), "must be a finite number, not inf"), (1.0001, "must have at most 3 decimals, not 1.0001"),
+        ("60", "must be a valid number, not '60'"), (False, "must be a valid number, not False"),
+    ]),
+    ("interval", {"second": 60, "seconds": True, "start_date": "2026-12-01", "timezone": "Europe/Berln"}, {
+        ".seconds": "must be a valid number, not True", ".start_date": f"'2026-12-01': {ISO_RULE}",
+        ".timezone": "'Europe/Berln': must be an IANA time zone (did you mean Europe/Berlin?)",
+        ".second": "unknown field (did you mean seconds?)",
+    }),
+]  # fmt: skip
 
 
-def test_every_bad_field_of_a_config_is_named() -> None:
-    assert errors_of("interval", {"second": 60, "seconds": True, "start_date": "2026-12-01", "timezone": "Europe/Berln"}) == [
-        ("schedule_config.seconds", "must be a valid number, not True"),
-        ("schedule_config.start_date", f"'2026-12-01': {ISO_RULE}"),
-        ("schedule_config.timezone", "'Europe/Berln': must be an IANA time zone (did you mean Europe/Berlin?)"),
-        ("schedule_config.second", "unknown field (did you mean seconds?)"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("schedule_type", "config", "field", "message"),
-    [
-        ("cron", {}, ".expression", "is required"),
-        ("cron", {"expression": None}, ".expression", "must be a valid string, not null"),
-        ("cron", {"expression": 5}, ".expression", "must be a valid string, not 5"),
-        ("cron", ["* * * * *"], "", "must be a valid object"),
-        ("cron", {"expression": "* * * * *", "timezone": 5}, ".timezone", "must be a valid string, not 5"),
-        ("cron", {"expression": "@daily", "tz": "UTC"}, ".tz", "unknown field (known: expression, timezone)"),
-        ("once", {"datetime": "2026-11-24T05:00:00Z"}, ".datetime",
-         "'2026-11-24T05:00:00Z': must be in the future (it is now 2026-11-24T05:00:00+00:00)"),
-        ("interval", {"seconds": 0}, ".seconds", "must be greater than or equal to 1, not 0"),
-        ("interval", {"seconds": 0.999}, ".seconds", "must be greater than or equal to 1, not 0.999"),
-        ("interval", {"seconds": 315360001}, ".seconds", "must be less than or equal to 315360000, not 315360001"),
-        ("interval", {"seconds": float("nan")}, ".seconds", "must be a finite number, not nan"),
-        ("interval", {"seconds": float("inf")}, ".seconds", "must be a finite number, not inf"),
-        ("interval", {"seconds": 1.0001}, ".seconds", "must have at most 3 decimals, not 1.0001"),
-        ("interval", {"seconds": "60"}, ".seconds", "must be a valid number, not '60'"),
-        ("interval", {"seconds": False}, ".seconds", "must be a valid number, not False"),
-        ("interval", {"seconds": [60]}, ".seconds", "must be a valid number"),
-    ],
-)  # fmt: skip
-def test_a_refused_config_is_told_why(schedule_type: str, config: object, field: str, message: str) -> None:
-    assert errors_of(schedule_type, config) == [(f"schedule_config{field}", message)]
+@pytest.mark.parametrize(("kind", "config", "said"), BAD_SCHEDULE_CONFIGS)
+def test_a_refused_config_is_told_why_with_every_bad_field(kind: str, config: Any, said: dict[str, str]) -> None:
+    assert errors_of(kind, config) == [(f"schedule_config{field}", message) for field, message in said.items()]
 
 
 # -- What to do about due slots ----------------------------------------------------------------------------------------
@@ -2029,8 +1981,7 @@ def minutely(**settings: object) -> Plan:
 def test_bounds_are_inclusive_and_max_runs_ends_a_schedule() -> None:
     plan = minutely(start_at=NOW + MINUTE, end_at=NOW + 3 * MINUTE)
     assert list(plan.upcoming(0, 9)) == [NOW + MINUTE, NOW + 2 * MINUTE, NOW + 3 * MINUTE]
-    assert plan.last_slot(NOW + 9 * MINUTE) == NOW + 3 * MINUTE
-    assert plan.last_slot(NOW) is None
+    assert (plan.last_slot(NOW + 9 * MINUTE), plan.last_slot(NOW)) == (NOW + 3 * MINUTE, None)
     assert list(minutely(remaining=2).upcoming(0, 9)) == [NOW, NOW + MINUTE]
     assert minutely(remaining=0).next_slot(0) is None
 
@@ -2299,6 +2250,9 @@ def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked(
     assert unmask_config("http", new, {"url": "http://a/"}) == new
     with pytest.raises(InvalidInput, match=r"config\.headers\.Authorization: give the secret again"):
         unmask_config("http", {"url": "http://a/", "headers": {"Authorization": f"Bearer {MASK}"}}, SECRET_CONFIG)
+    for stored in (None, {"url": "http://a/"}):
+        with pytest.raises(InvalidInput, match=r"config\.auth\.password: give the secret again"):
+            unmask_config("http", {"url": "http://a/", "auth": {"username": "u", "password": MASK}}, stored)
 
 
 # For each stored url, the new ones with which masks keep their secrets, and those with which they do not; * is the mask.
@@ -2340,12 +2294,6 @@ def test_a_mask_counts_only_while_it_is_sure_that_scheme_host_and_port_are_the_s
         assert ("url" in fields) == bool(re.match(rf"(https?://)?[^/?#]*{re.escape(MASK)}[^/?#]*@", url)), url
 
 
-@pytest.mark.parametrize("stored", [None, {"url": "http://a/"}])
-def test_a_mask_without_a_stored_secret_is_refused(stored: dict[str, Any] | None) -> None:
-    with pytest.raises(InvalidInput, match=r"config\.auth\.password: give the secret again"):
-        unmask_config("http", {"url": "http://a/", "auth": {"username": "u", "password": MASK}}, stored)
-
-
 # ======================================================================================================================
 # 4. Decisions (pure)
 # ======================================================================================================================
@@ -2370,12 +2318,12 @@ def offsets(plan: Plan, settled_until: int, now: int) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize(("late", "on_time"), [(0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)])
-def test_a_slot_is_on_time_up_to_five_seconds_late(late: int, on_time: bool) -> None:
+def test_a_slot_is_on_time_up_to_five_seconds_late() -> None:
     assert due_slots(minutely(), NOW, NOW + 59 * SECOND) == chronotask.Due(None, [], [], NOW, NOW + MINUTE)
-    due = due_slots(minutely(), NOW, NOW + MINUTE + late)
-    assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
-    assert (due.missed, due.settled_until, due.next_slot) == (None, NOW + MINUTE, NOW + 2 * MINUTE)
+    for late, on_time in ((0, True), (1, True), (5 * SECOND, True), (5 * SECOND + 1, False)):
+        due = due_slots(minutely(), NOW, NOW + MINUTE + late)
+        assert (due.on_time, due.catchup) == (([NOW + MINUTE], []) if on_time else ([], [NOW + MINUTE]))
+        assert (due.missed, due.settled_until, due.next_slot) == (None, NOW + MINUTE, NOW + 2 * MINUTE)
 
 
 def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
@@ -2444,21 +2392,21 @@ def test_a_once_slot_that_was_missed_is_caught_up_within_the_window_and_else_rec
 
 
 def test_missed_slots_say_why_they_did_not_run() -> None:
-    reasons = [
-        getattr(due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE).missed, "reason", None)
-        for catchup, window in (("skip", 86400.0), ("latest", 86400.0), ("all", 86400.0), ("all", 120.0))
-    ]
-    assert reasons == [
-        "catchup=skip",
-        "catchup=latest runs only the newest",
-        "catchup=all runs only the newest 100",
-        "older than the catchup_window of 120 s",
-    ]
-    assert Missed(NOW, NOW + MINUTE, 2, "catchup=skip").message("Europe/Berlin") == (
-        "missed: 2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin); catchup=skip"
-    )
-    assert Missed(NOW, NOW, 1, "catchup=skip").message("UTC") == ("missed: 1 slot, 2026-11-24T05:00:00+00:00 (UTC); catchup=skip")
-    assert "1000 or more slots" in Missed(NOW, NOW + DAY, 1000, "catchup=skip").message("UTC")
+    for catchup, window, reason in (
+        ("skip", 86400.0, "catchup=skip"),
+        ("latest", 86400.0, "catchup=latest runs only the newest"),
+        ("all", 86400.0, "catchup=all runs only the newest 100"),
+        ("all", 120.0, "older than the catchup_window of 120 s"),
+    ):
+        due = due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE)
+        assert due.missed is not None and due.missed.reason == reason
+    for last, count, zone, message in (
+        (NOW, 1, "UTC", "1 slot, 2026-11-24T05:00:00+00:00 (UTC)"),
+        (NOW + MINUTE, 2, "Europe/Berlin", "2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin)"),
+        (NOW + DAY, 1000, "UTC", "1000 or more slots from 2026-11-24T05:00:00+00:00 to 2026-11-25T05:00:00+00:00 (UTC)"),
+    ):
+        said = Missed(NOW, last, count, "catchup=skip").message(zone)
+        assert said == f"missed: {message}; catchup=skip"
 
 
 def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
@@ -2542,19 +2490,10 @@ def test_what_ran_is_remembered_as_a_few_stretches() -> None:
 
 def a_schedule(**changes: Any) -> chronotask.Schedule:
     """Schedule 7 of task 1: every 60 s, with the usual policies, made at START, nothing of it dealt with yet."""
-    fields: dict[str, Any] = {
-        "id": 7,
-        "task_id": 1,
-        "schedule_type": "interval",
-        "schedule_config": {"seconds": 60, "timezone": "UTC"},
-        "created_at": START,
-        "updated_at": START,
-        "settled_until": START,
-        "next_slot": START + 60 * S,
-        "next_fire": START + 60 * S,
-        **changes,
-    }
-    return chronotask.Schedule(**fields)
+    moments = dict.fromkeys(("created_at", "updated_at", "settled_until"), START)
+    moments |= dict.fromkeys(("next_slot", "next_fire"), START + 60 * S)
+    times = {"schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"}}
+    return chronotask.Schedule(**{"id": 7, "task_id": 1, **times, **moments, **changes})
 
 
 UNFINISHED = {
@@ -2744,24 +2683,19 @@ def a_run(attempt: int = 1, max_retries: int = 3) -> chronotask.Run:
     return dataclasses.replace(MANUAL_RUN, attempt=attempt, max_retries=max_retries)
 
 
-@pytest.mark.parametrize("status", ["succeeded", "failed", "timed_out", "cancelled", "interrupted"])
-def test_an_end_that_is_not_retryable_is_final(status: str) -> None:
-    ended = decide_end(a_run(), Outcome(status), START, 0)
-    assert (ended.status, ended.next_attempt_at) == (status, None)
-
-
-@pytest.mark.parametrize("status", ["failed", "timed_out", "interrupted"])
-def test_a_retryable_end_is_retried_while_attempts_are_left(status: str) -> None:
-    outcome = Outcome(status, retryable=True)
-    again = decide_end(a_run(attempt=3), outcome, START, 0)
-    assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
-    assert decide_end(a_run(attempt=4), outcome, START, 0).status == status
-    assert decide_end(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
-
-
-def test_what_the_server_asks_for_replaces_the_wait_up_to_an_hour() -> None:
-    assert decide_end(a_run(), Outcome("failed", retryable=True, retry_after=17), START, 1).next_attempt_at == START + 17 * S
-    assert decide_end(a_run(), Outcome("failed", retryable=True, retry_after=99999), START, 1).next_attempt_at == START + 3600 * S
+def test_an_end_that_is_not_retryable_is_final_and_another_is_retried_while_attempts_are_left() -> None:
+    for status in ("succeeded", "failed", "timed_out", "cancelled", "interrupted"):
+        ended = decide_end(a_run(), Outcome(status), START, 0)
+        assert (ended.status, ended.next_attempt_at) == (status, None)
+    for status in ("failed", "timed_out", "interrupted"):
+        outcome = Outcome(status, retryable=True)
+        again = decide_end(a_run(attempt=3), outcome, START, 0)
+        assert (again.status, again.attempt_status, again.next_attempt_at) == ("retrying", status, START + 20 * S)
+        assert decide_end(a_run(attempt=4), outcome, START, 0).status == status
+        assert decide_end(a_run(attempt=1, max_retries=0), outcome, START, 0).status == status
+    for asked, wait in ((17, 17), (99999, 3600)):  # what the server asks for replaces the wait, up to an hour
+        outcome = Outcome("failed", retryable=True, retry_after=asked)
+        assert decide_end(a_run(), outcome, START, 1).next_attempt_at == START + wait * S
 
 
 @pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
@@ -2861,25 +2795,16 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_new_database_has_the_newest_schema_and_can_give_space_back(tmp_path: Path) -> None:
-    db = open_database(tmp_path / "made" / "for you" / "c.db")
-    values = [
-        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id", "auto_vacuum", "journal_mode")
-    ]
-    assert values == [len(MIGRATIONS), chronotask.APPLICATION_ID, 2, "wal"]
-    assert [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")] == [2, 1]
-    db.close()
-
-
-def test_an_empty_file_is_a_new_database_and_opening_it_again_leaves_it_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "c.db").touch()
-    db = open_database(tmp_path / "c.db")
-    set_meta(db, "x", 5)
-    db.close()
-    assert (tmp_path / "c.db").stat().st_size > 0
-    db = open_database(tmp_path / "c.db")
-    assert chronotask.get_meta(db, "x") == 5
-    db.close()
+def test_a_new_database_has_the_newest_schema_can_give_space_back_and_stays_as_it_is_when_opened_again(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    pragmas = "user_version application_id auto_vacuum journal_mode synchronous foreign_keys".split()
+    for path in (tmp_path / "made" / "for you" / "c.db", tmp_path / "empty.db"):
+        with contextlib.closing(open_database(path)) as db:
+            values = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+            assert values == [len(chronotask.MIGRATIONS), chronotask.APPLICATION_ID, 2, "wal", 2, 1]
+            set_meta(db, "x", 5)
+        with contextlib.closing(open_database(path)) as db:
+            assert chronotask.get_meta(db, "x") == 5
 
 
 MIGRATION_1 = ("CREATE TABLE a (x)", "INSERT INTO a VALUES (1)")
@@ -3114,11 +3039,10 @@ def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
     assert "it was left as it was; restore a backup" in detail
 
 
-@pytest.mark.parametrize("place", ["/proc/nowhere/c.db", "/dev/null/c.db"])
-def test_a_folder_that_cannot_be_made_is_told_with_the_setting(place: str) -> None:
-    with pytest.raises(StartupError) as caught:
-        open_database(Path(place))
-    assert "cannot be used" in caught.value.detail and "CHRONOTASK_DATABASE_URL" in caught.value.detail
+def test_a_folder_that_cannot_be_made_is_told_with_the_setting() -> None:
+    for place in ("/proc/nowhere/c.db", "/dev/null/c.db"):
+        with pytest.raises(StartupError, match=r"cannot be used.*CHRONOTASK_DATABASE_URL"):
+            open_database(Path(place))
     with pytest.raises(StartupError) as caught:
         open_database(TOP)
     assert caught.value.detail == f"{TOP} is a folder: set CHRONOTASK_DATABASE_URL to a file"
@@ -3171,30 +3095,21 @@ def test_a_link_in_the_place_of_a_file_beside_the_database_is_refused(tmp_path: 
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "then"),
-    [
-        ("c.db", 0o666, 0o600),
-        ("c.db", 0o644, 0o600),
-        ("c.db-wal", 0o660, 0o600),
-        ("c.db.leader", 0o604, 0o600),
-        ("", 0o777, 0o755),
-        ("", 0o2775, 0o2755),
-        ("", 0o755, 0o755),
-        ("", 0o1777, 0o1777),  # as /tmp is: nobody can replace what belongs to another
-    ],
-)
-def test_own_files_that_are_too_open_are_tightened_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, mode: int, then: int
-) -> None:
+def test_own_files_that_are_too_open_are_tightened_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / name).touch()
-    (folder / name).chmod(mode)
-    chronotask.check_owners(folder / "c.db")
-    assert stat.S_IMODE((folder / name).stat().st_mode) == then
-    changed = f"{folder / name} was open to others (mode {mode:04o}): it is {then:04o} now"
-    assert [record.message for record in caplog.records] == ([changed] if mode != then else [])
+    for name, mode, then in (
+        *(("c.db", 0o666, 0o600), ("c.db", 0o644, 0o600), ("c.db-wal", 0o660, 0o600), ("c.db.leader", 0o604, 0o600)),
+        *(("", 0o777, 0o755), ("", 0o2775, 0o2755), ("", 0o755, 0o755)),
+        ("", 0o1777, 0o1777),  # as /tmp is: nobody can replace what belongs to another
+    ):
+        caplog.clear()
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+        chronotask.check_owners(folder / "c.db")
+        assert stat.S_IMODE((folder / name).stat().st_mode) == then
+        changed = f"{folder / name} was open to others (mode {mode:04o}): it is {then:04o} now"
+        assert [record.message for record in caplog.records] == ([changed] if mode != then else [])
 
 
 @needs_root
@@ -3227,15 +3142,14 @@ def test_root_s_folder_may_be_written_by_a_group_that_has_nobody_else(
         os.seteuid(0)
 
 
-@pytest.mark.slow
-def test_a_database_that_another_program_holds_is_told(tmp_path: Path) -> None:
+def test_a_database_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(tmp_path / "c.db").close()
-    other = sqlite3.connect(tmp_path / "c.db", isolation_level=None)
-    other.execute("PRAGMA locking_mode=EXCLUSIVE")
-    other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(StartupError, match="locked; another program holds a lock on it"):
-        open_database(tmp_path / "c.db")
-    other.close()
+    monkeypatch.setattr(chronotask, "BUSY_TIMEOUT", 0.01)
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StartupError, match="locked; another program holds a lock on it"):
+            open_database(tmp_path / "c.db")
 
 
 # --- Writing and reading ----------------------------------------------------------------------------------------------
@@ -3293,19 +3207,32 @@ async def keys_of(store: Store) -> list[str]:
     return [row[0] for row in rows]
 
 
-async def test_what_was_written_is_on_disk_when_the_write_returns(store: Store) -> None:
-    assert await store.write(put("k1", 42)) == "k1"
-    assert sql(store.path, "SELECT value FROM meta WHERE key = 'k1'") == [(42,)]
+async def test_what_was_written_is_on_disk_when_the_write_returns_and_reads_do_not_wait_for_it(store: Store) -> None:
+    async with held_up(store, put("k1", 42)):
+        assert await keys_of(store) == []
     assert await store.read(lambda db: chronotask.get_meta(db, "k1")) == 42
+    assert await store.write(put("k2", 43)) == "k2"
+    assert sql(store.path, "SELECT value FROM meta WHERE key = 'k2'") == [(43,)]
 
 
-async def test_writes_that_wait_share_one_transaction(store: Store) -> None:
+async def test_a_read_that_fails_as_one_that_would_write_does_no_harm_to_others(store: Store) -> None:
+    await store.write(put("k1"))
+    calls = [lambda db: db.execute("SELECT x FROM nowhere"), put("k2"), lambda db: chronotask.get_meta(db, "k1")]
+    results = await asyncio.gather(*(store.read(call) for call in calls * 4), return_exceptions=True)
+    assert [result for result in results if not isinstance(result, Unavailable)] == [1] * 4
+    assert "no such table" in str(results[0]) and "readonly" in str(results[1])
+
+
+async def test_writes_that_wait_share_one_transaction_and_one_that_raises_before_a_change_costs_it_nothing(store: Store) -> None:
+    def refuses(db: sqlite3.Connection) -> None:
+        raise Conflict("no")
+
     statements: list[str] = []
     await store.write(lambda db: db.set_trace_callback(statements.append))
     statements.clear()
-    results = await in_one_batch(store, *(put(f"k{n}") for n in range(9)))
-    assert results == [f"k{n}" for n in range(9)]
-    assert statements.count("COMMIT") == 2  # the one that kept the writer busy, then all nine
+    results = await in_one_batch(store, *(put(f"k{n}") for n in range(9)), refuses, put("k9"))
+    assert [str(result) for result in results] == [*(f"k{n}" for n in range(9)), "no", "k9"]
+    assert statements.count("COMMIT") == 2  # the one that kept the writer busy, then all of them
     assert statements.count("BEGIN IMMEDIATE") == 2
 
 
@@ -3334,49 +3261,12 @@ async def test_a_write_that_fails_is_undone_alone_and_told_to_its_caller(store: 
     assert (await keys_of(store), store.problem()) == (["k1", "k2"], None)
 
 
-async def test_a_write_that_raises_before_a_change_costs_the_batch_nothing(store: Store) -> None:
-    def refuses(db: sqlite3.Connection) -> None:
-        raise Conflict("no")
-
-    statements: list[str] = []
-    await store.write(lambda db: db.set_trace_callback(statements.append))
-    statements.clear()
-    results = await in_one_batch(store, put("k1"), refuses, put("k2"))
-    assert [type(result).__name__ for result in results] == ["str", "Conflict", "str"]
-    assert statements.count("COMMIT") == 2
-
-
 async def test_a_caller_that_has_gone_does_no_harm_to_the_others(store: Store) -> None:
     jobs = [asyncio.ensure_future(store.write(put(f"k{n}"))) for n in range(3)]
     await asyncio.sleep(0)
     jobs[1].cancel()
     await asyncio.wait(jobs)
     assert [jobs[0].result(), jobs[2].result()] == ["k0", "k2"]
-
-
-async def test_reads_do_not_wait_for_a_write(store: Store) -> None:
-    async with held_up(store, put("k1")):
-        assert await keys_of(store) == []
-    assert await keys_of(store) == ["k1"]
-
-
-async def test_a_reader_cannot_write(store: Store) -> None:
-    with pytest.raises(Unavailable, match="readonly"):
-        await store.read(put("k1"))
-
-
-async def test_a_read_that_fails_does_no_harm_to_others(store: Store) -> None:
-    await store.write(put("k1"))
-    results = await asyncio.gather(
-        *(
-            store.read(lambda db: db.execute("SELECT x FROM nowhere"))
-            if n % 2
-            else store.read(lambda db: chronotask.get_meta(db, "k1"))
-            for n in range(8)
-        ),
-        return_exceptions=True,
-    )
-    assert [result for result in results if not isinstance(result, Unavailable)] == [1] * 4
 
 
 async def test_commits_of_other_processes_are_noticed_and_own_ones_are_not(store: Store) -> None:
@@ -3389,17 +3279,19 @@ async def test_commits_of_other_processes_are_noticed_and_own_ones_are_not(store
 
 
 async def test_only_a_leader_checkpoints(store: Store) -> None:
-    async def pages() -> int:
-        return await store.write(lambda db: int(db.execute("PRAGMA wal_autocheckpoint").fetchone()[0]))
-
-    assert await pages() == 0
-    await store.set_leading(True)
-    assert await pages() == 1000
-    await store.set_leading(False)
-    assert await pages() == 0
+    pages: list[int] = []
+    for leading in (None, True, False):
+        if leading is not None:
+            await store.set_leading(leading)
+        pages.append(await store.write(lambda db: int(db.execute("PRAGMA wal_autocheckpoint").fetchone()[0])))
+    assert pages == [0, 1000, 0]
 
 
-async def test_a_write_that_does_not_come_back_is_told(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_write_that_does_not_come_back_or_whose_thread_has_died_is_told(tmp_path: Path) -> None:
+    def dies(db: sqlite3.Connection) -> None:
+        raise SystemExit
+
     clock = FakeClock()
     store = Store(tmp_path / "c.db", clock.monotonic)
     async with held_up(store):
@@ -3407,20 +3299,10 @@ async def test_a_write_that_does_not_come_back_is_told(tmp_path: Path) -> None:
         clock.steady += 12
         assert store.problem() == "a write to the database has not come back for 12 s"
     assert store.problem() is None
-    store.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_a_writer_that_has_died_is_told(store: Store) -> None:
-    def dies(db: sqlite3.Connection) -> None:
-        raise SystemExit
-
     job = asyncio.ensure_future(store.write(dies))
-    async with asyncio.timeout(5):
-        while store.problem() is None:
-            await asyncio.sleep(0.001)
-    assert store.problem() == "the database writer has died"
+    await until_true(lambda: store.problem() == "the database writer has died")
     job.cancel()
+    store.close()
 
 
 # --- Faults of the disk -----------------------------------------------------------------------------------------------
@@ -3467,42 +3349,32 @@ async def test_a_table_that_was_damaged_while_open_fails_its_own_queries(store: 
     assert store.problem() is None
 
 
-async def test_closing_finishes_what_waits(tmp_path: Path) -> None:
+async def test_closing_finishes_what_waits_and_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
     store = Store(tmp_path / "c.db", FakeClock().monotonic)
+    await store.set_leading(True)
+    await store.write(put("k", "precious"))
     jobs = [asyncio.ensure_future(store.write(put(f"k{n}"))) for n in range(20)]
     await asyncio.sleep(0)
     store.close()
     assert await asyncio.gather(*jobs) == [f"k{n}" for n in range(20)]
-    assert sql(tmp_path / "c.db", "SELECT count(*) FROM meta WHERE key LIKE 'k%'") == [(20,)]
-
-
-async def test_closing_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
-    store = Store(tmp_path / "c.db", FakeClock().monotonic)
-    await store.set_leading(True)
-    await store.write(put("k1", "precious"))
-    await keys_of(store)
-    store.close()
     assert list(bytes_of(tmp_path)) == ["c.db"]
     assert b"precious" in (tmp_path / "c.db").read_bytes()
+    assert sql(tmp_path / "c.db", "SELECT count(*) FROM meta WHERE key LIKE 'k%'") == [(21,)]
 
 
 # --- Backup -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_backup_is_consistent_while_writes_go_on(store: Store, tmp_path: Path) -> None:
-    def both(number: int) -> Callable[[sqlite3.Connection], None]:
-        def run(db: sqlite3.Connection) -> None:
-            set_meta(db, "ka", number)
-            set_meta(db, "kb", number)
+    async def both(number: int) -> None:
+        await store.write(lambda db: [set_meta(db, key, number) for key in ("ka", "kb")])
 
-        return run
-
-    await store.write(both(0))
+    await both(0)
     copying = asyncio.ensure_future(asyncio.to_thread(backup, store.path, tmp_path / "copy.db"))
     number = 0
     while not copying.done():
         number += 1
-        await store.write(both(number))
+        await both(number)
     await copying
     assert len(set(sql(tmp_path / "copy.db", "SELECT value FROM meta WHERE key LIKE 'k%'"))) == 1
 
@@ -3526,36 +3398,21 @@ def test_a_lock_has_one_holder_and_shared_ones_exclude_only_an_exclusive_one(tmp
     third.release()
 
 
-def test_a_lock_on_a_file_that_was_replaced_is_not_held(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock")
+def test_a_lock_on_a_file_that_was_replaced_is_not_held_and_a_child_keeps_none_of_its_parents(tmp_path: Path) -> None:
+    lock, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     lock.acquire()
     (tmp_path / "lock").unlink()
     assert lock.held() is False
     (tmp_path / "lock").touch()
     assert lock.held() is False
-    other = FileLock(tmp_path / "lock")
+    lock.release()
     assert other.acquire() is True
+    with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
+        other.release()
+        free = lock.acquire()
+        child.kill()
     lock.release()
-    other.release()
-
-
-def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
-    lock, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
-    lock.acquire()
-    child = subprocess.Popen(["sleep", "60"], close_fds=False)
-    lock.release()
-    free = other.acquire()
-    child.kill()
-    child.wait()
-    other.release()
     assert free is True
-
-
-def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic link"):
-        FileLock(tmp_path / "lock").acquire()
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_working_locks_are_recognised_and_leave_nothing_behind_and_a_folder_that_takes_none_is_told(tmp_path: Path) -> None:
@@ -3563,6 +3420,10 @@ def test_working_locks_are_recognised_and_leave_nothing_behind_and_a_folder_that
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such file or directory"):
         chronotask.locks_work(Path("/proc/c.db"))
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        FileLock(tmp_path / "lock").acquire()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def some_task(name: str) -> chronotask.Task:
@@ -7703,10 +7564,11 @@ async def test_deleting_a_schedule_cancels_its_queued_ones_and_lets_running_ones
     manual = await rig.execute(task_id)
     await rig.service.delete_schedule(schedule_id)
     await rig.let_go(target)
-    rows = await rig.rows()
-    assert [row["status"] for row in rows] == ["succeeded", "cancelled", "succeeded"]
-    assert [row["schedule_id"] for row in rows] == [schedule_id, schedule_id, None]
-    assert rows[1]["error_message"] == "cancelled: its schedule was deleted" and rows[2]["id"] == manual
+    assert [(row["id"], row["status"], row["schedule_id"], row["error_message"]) for row in await rig.rows()] == [
+        (1, "succeeded", schedule_id, None),
+        (2, "cancelled", schedule_id, "cancelled: its schedule was deleted"),
+        (manual, "succeeded", None, None),
+    ]
     with pytest.raises(chronotask.NotFound):
         await rig.service.get_schedule(schedule_id)
 
@@ -7783,29 +7645,27 @@ async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -
     assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
 
 
-@pytest.mark.parametrize(
-    ("ages", "kept"),  # in days, oldest row first: -365 was written by a clock that was ahead, 9999 by one that was behind
-    [
-        ([31, 1], 1),
-        ([31, -365, 31, 1], 1),
-        ([31, -365, 1], 2),
-        ([-365], 1),
-        ([1, 9999, 1], 3),
-        ([31, 1, 9999], 2),
-    ],
-)
-async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig, ages: list[int], kept: int) -> None:
+async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig) -> None:
     rig = await open_rig(history_days=30, history_per_task=0)
     await rig.task()
-    for age in ages:
-        plant_rows(rig, 1, "succeeded", age)
-    await rig.service.retention.delete(rig.clock.now())
-    assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
+    # In days, oldest row first: -365 was written by a clock that was ahead, 9999 by one that was behind.
+    kept = {(31, 1): 1, (31, -365, 31, 1): 1, (31, -365, 1): 2, (-365,): 1, (1, 9999, 1): 3, (31, 1, 9999): 2}
+    for ages, count in kept.items():
+        rig.sql("DELETE FROM executions")
+        for age in ages:
+            plant_rows(rig, 1, "succeeded", age)
+        await rig.service.retention.delete(rig.clock.now())
+        assert rig.sql("SELECT count(*) FROM executions") == [(count,)], ages
 
 
-@pytest.mark.parametrize(("days", "at_start"), [(1.01, True), (365, True), (365, False)])
+JUMP = [(0, 10), (3590, 10), (20, 0)]
+
+
+@pytest.mark.parametrize(
+    ("days", "at_start", "passed_and_kept"), [(1.01, True, JUMP), (365, True, JUMP), (365, False, JUMP), (0.99, True, [(0, 0)])]
+)
 async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
-    rig: Rig, open_rig: OpenRig, days: float, at_start: bool
+    rig: Rig, open_rig: OpenRig, days: float, at_start: bool, passed_and_kept: list[tuple[int, int]]
 ) -> None:
     await rig.task()
     plant_rows(rig, 10, "succeeded", 29.5)
@@ -7814,18 +7674,10 @@ async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_
     else:
         rig.clock.set_wall(START + round(days * 86400) * S)
         await rig.tick()
-    for passed, kept in ((0, 10), (3590, 10), (20, 0)):
+    for passed, kept in passed_and_kept:
         rig.clock.advance(passed)
         await rig.service.retention.delete(rig.clock.now())
         assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
-
-
-async def test_a_start_within_a_day_of_what_the_database_knows_deletes_by_age_at_once(rig: Rig, open_rig: OpenRig) -> None:
-    await rig.task()
-    plant_rows(rig, 10, "succeeded", 29.5)
-    later = await restarted(rig, open_rig, 0.99 * 86400)
-    await later.service.retention.delete(later.clock.now())
-    assert later.sql("SELECT count(*) FROM executions") == [(0,)]
 
 
 async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
@@ -7877,10 +7729,9 @@ async def test_queued_and_retrying_executions_go_on_after_a_restart(open_rig: Op
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=100))
-    queued = await rig.execute(await rig.task())
+    await rig.execute(await rig.task())
     later = await restarted(rig, open_rig, 60)
     await later.finish()
-    assert (await later.service.get_execution(queued))["status"] == "succeeded"
     assert await later.statuses() == ["retrying", "succeeded"]
     await later.run_at(120)
     assert await later.statuses() == ["succeeded", "succeeded"]
@@ -7991,17 +7842,12 @@ async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_r
 
 async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
     await rig.task(name="ünï", config={"command": "echo ü"})
-    assert rig.sql("SELECT config FROM tasks") == [
-        (json.dumps({"command": "echo ü"}, separators=(",", ":"), ensure_ascii=False),)
-    ]
+    assert rig.sql("SELECT config FROM tasks") == [('{"command":"echo ü"}',)]
 
 
 @pytest.mark.parametrize("more", [{}, {"env": {"A": "1"}}])
 async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, more: dict[str, Any]) -> None:
-    task_id = await rig.task(config={"command": "echo ${UNSET:-fallback}", **more})
-    execution_id = await rig.execute(task_id)
-    await rig.tick()
-    await rig.finish()
+    execution_id = await rig.executed(await rig.task(config={"command": "echo ${UNSET:-fallback}", **more}))
     assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
 
 
@@ -8012,79 +7858,72 @@ async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, 
 
 # --- Changing tasks and schedules -------------------------------------------------------------------------------------
 
-TASK_CHANGES: dict[str, Any] = {"name": "new name", "description": "new words", "config": {"command": "false"}}
-TASK_CHANGES |= {"max_retries": 9, "retry_delay": 7.5, "retry_backoff": 3, "status": "paused"}
-TASK_CHANGES |= {"key": "new-key", "tags": ["a", "b:c"], "pause_after": 3}
+TASK_CHANGES: dict[str, Any] = {
+    "name": "new name", "description": "new words", "config": {"command": "false"}, "max_retries": 9, "retry_delay": 7.5,
+    "retry_backoff": 3, "status": "paused", "key": "new-key", "tags": ["a", "b:c"], "pause_after": 3,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("field", TASK_CHANGES)
-async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig, field: str) -> None:
-    task_id = await rig.task(name="old", description="old words")
-    before = await rig.service.get_task(task_id)
-    rig.clock.advance(5.25)
-    after = await rig.patch_task(task_id, **{field: TASK_CHANGES[field]})
-    reason = {"status_reason": "paused on request, 2026-01-01T00:00:05Z"} if field == "status" else {}
-    assert after == {**before, **reason, field: TASK_CHANGES[field], "updated_at": "2026-01-01T00:00:05.250000Z"}
-    assert await rig.service.get_task(task_id) == after
+async def test_a_change_of_one_task_field_leaves_the_others(rig: Rig) -> None:
+    for field, value in TASK_CHANGES.items():
+        task_id = await rig.task(name="old", description="old words")
+        before = await rig.service.get_task(task_id)
+        rig.clock.advance(5.25)
+        now = format_instant(rig.clock.wall)
+        after = await rig.patch_task(task_id, **{field: value})
+        reason = {"status_reason": f"paused on request, {format_instant(rig.clock.wall // S * S)}"} if field == "status" else {}
+        assert after == {**before, **reason, field: value, "updated_at": now}
+        assert await rig.service.get_task(task_id) == after
+        await rig.patch_task(task_id, key=None)
 
 
-SCHEDULE_CHANGES: dict[str, Any] = {"is_active": False, "overlap": "queue", "catchup": "all"}
-SCHEDULE_CHANGES |= {"catchup_window": 60, "max_runs": 5}
-SCHEDULE_TIMING: dict[str, tuple[Any, str]] = {
-    "schedule_config": ({"seconds": 90}, "2026-01-01T00:01:30Z"),
-    "start_at": ("2026-01-01T00:02:00Z", "2026-01-01T00:02:00Z"),
-    "end_at": ("2026-01-01T09:00:00Z", "2026-01-01T00:01:00Z"),
-}
+SCHEDULE_CHANGES: dict[str, Any] = {"is_active": False, "overlap": "queue", "catchup": "all", "catchup_window": 60, "max_runs": 5}
 
 
-@pytest.mark.parametrize("field", SCHEDULE_CHANGES)
-async def test_a_change_of_one_schedule_field_leaves_the_others_and_the_next_run(rig: Rig, field: str) -> None:
-    schedule_id = await rig.schedule(await rig.task(), schedule_config={"seconds": 3600}, jitter=1800)
-    before = await rig.service.get_schedule(schedule_id)
-    rig.clock.advance(5)
-    after = await rig.patch_schedule(schedule_id, **{field: SCHEDULE_CHANGES[field]})
-    notes = ["Nothing will fire: is_active is false."]
-    changed = {"next_run": None, "upcoming": [], "notes": notes} if field == "is_active" else {}
-    assert after == {**before, field: SCHEDULE_CHANGES[field], **changed, "updated_at": "2026-01-01T00:00:05Z"}
+async def test_a_change_of_one_schedule_field_leaves_the_others_and_the_next_run(rig: Rig) -> None:
+    task_id = await rig.task()
+    for field, value in SCHEDULE_CHANGES.items():
+        schedule_id = await rig.schedule(task_id, schedule_config={"seconds": 3600}, jitter=1800)
+        before = await rig.service.get_schedule(schedule_id)
+        rig.clock.advance(5)
+        after = await rig.patch_schedule(schedule_id, **{field: value})
+        notes = ["Nothing will fire: is_active is false."]
+        changed = {"next_run": None, "upcoming": [], "notes": notes} if field == "is_active" else {}
+        assert after == {**before, field: value, **changed, "updated_at": format_instant(rig.clock.wall)}
 
 
-@pytest.mark.parametrize("field", SCHEDULE_TIMING)
-async def test_a_change_of_a_timing_field_computes_the_next_run_anew(rig: Rig, field: str) -> None:
-    schedule_id = await rig.schedule(await rig.task())
-    value, next_run = SCHEDULE_TIMING[field]
-    view = await rig.patch_schedule(schedule_id, **{field: value})
-    shown = {**value, "timezone": "UTC"} if field == "schedule_config" else value
-    assert (view[field], view["next_run"]) == (shown, next_run)
+async def test_a_change_of_a_timing_field_computes_the_next_run_anew(rig: Rig) -> None:
+    task_id = await rig.task()
+    for field, value, next_run in (
+        ("schedule_config", {"seconds": 90, "timezone": "UTC"}, "2026-01-01T00:01:30Z"),
+        ("start_at", "2026-01-01T00:02:00Z", "2026-01-01T00:02:00Z"),
+        ("end_at", "2026-01-01T09:00:00Z", "2026-01-01T00:01:00Z"),
+    ):
+        view = await rig.patch_schedule(await rig.schedule(task_id), **{field: value})
+        assert (view[field], view["next_run"]) == (value, next_run)
 
 
-EDITS: dict[str, dict[str, Any]] = {
-    "jitter to none": {"jitter": 0},
-    "jitter to more": {"jitter": 3600},
-    "start_at": {"start_at": "2026-01-01T00:02:00Z"},
-    "end_at": {"end_at": "2026-01-02T09:00:00Z"},
-    "expression": {"schedule_config": {"expression": "30 0 * * *"}},
-    "type": {"schedule_type": "interval", "schedule_config": {"seconds": 3600}},
-    "all at once": {
-        "schedule_config": {"expression": "31 0 * * *"},
-        "jitter": 7,
-        "end_at": "2027-01-01T00:00:00Z",
-        "max_runs": 9,
-    },
-}
+EDITS: list[dict[str, Any]] = [
+    {"jitter": 0},
+    {"jitter": 3600},
+    {"start_at": "2026-01-01T00:02:00Z"},
+    {"end_at": "2026-01-02T09:00:00Z"},
+    {"schedule_config": {"expression": "30 0 * * *"}},
+    {"schedule_type": "interval", "schedule_config": {"seconds": 3600}},
+    {"schedule_config": {"expression": "31 0 * * *"}, "jitter": 7, "end_at": "2027-01-01T00:00:00Z", "max_runs": 9},
+]
 
 
 @pytest.mark.parametrize("jitter", [0, 60])
-@pytest.mark.parametrize("what", EDITS)
-async def test_an_edit_loses_no_slot_that_was_due_and_not_yet_claimed(rig: Rig, what: str, jitter: int) -> None:
+@pytest.mark.parametrize("changes", EDITS)
+async def test_an_edit_loses_no_slot_that_was_due_and_not_yet_claimed(rig: Rig, changes: dict[str, Any], jitter: int) -> None:
     config = {"expression": "1 0 * * *"}
     schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config=config, jitter=jitter, catchup="skip")
     rig.clock.advance(60)  # not yet noticed, or its jitter has not passed
-    view = await rig.patch_schedule(schedule_id, **EDITS[what])
-    assert view["is_active"]
+    assert (await rig.patch_schedule(schedule_id, **changes))["is_active"]
     await rig.finish()
     await rig.run_at(121)
-    assert (await rig.brief())[0] == ("schedule", "succeeded", 60)
-    assert len(await rig.rows()) == 1
+    assert await rig.brief() == [("schedule", "succeeded", 60)]
 
 
 async def test_in_a_burst_an_edit_loses_no_slot(rig: Rig) -> None:
@@ -8117,25 +7956,25 @@ async def test_an_edit_in_a_pause_starts_nothing(rig: Rig, what: str) -> None:
 
 
 LATER = {"datetime": "2026-01-01T00:30:00Z"}
-ENDED: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "a new datetime": ({"schedule_type": "once"}, {"schedule_config": LATER}, True),
-    "another type": ({"schedule_type": "once"}, {"schedule_type": "interval", "schedule_config": {"seconds": 9}}, True),
-    "a later end_at": ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": "2026-01-01T09:00:00Z"}, True),
-    "no end_at": ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": None}, True),
-    "more runs": ({"max_runs": 1}, {"max_runs": 2}, True),
-    "any number of runs": ({"max_runs": 1}, {"max_runs": None}, True),
-    "what gives no slot": ({"max_runs": 1}, {"overlap": "allow"}, False),
-    "too few runs": ({"max_runs": 1, "jitter": 0}, {"max_runs": 1, "overlap": "allow"}, False),
-    "off in the same request": ({"schedule_type": "once"}, {"schedule_config": LATER, "is_active": False}, False),
-}
+# How a schedule came to its end, what is changed then, and whether that makes it active again.
+ENDED: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+    ({"schedule_type": "once"}, {"schedule_config": LATER}, True),
+    ({"schedule_type": "once"}, {"schedule_type": "interval", "schedule_config": {"seconds": 9}}, True),
+    ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": "2026-01-01T09:00:00Z"}, True),
+    ({"end_at": "2026-01-01T00:01:30Z"}, {"end_at": None}, True),
+    ({"max_runs": 1}, {"max_runs": 2}, True),
+    ({"max_runs": 1}, {"max_runs": None}, True),
+    ({"max_runs": 1}, {"overlap": "allow"}, False),
+    ({"max_runs": 1, "jitter": 0}, {"max_runs": 1, "overlap": "allow"}, False),
+    ({"schedule_type": "once"}, {"schedule_config": LATER, "is_active": False}, False),  # off in the same request
+]
 
 
 @pytest.mark.parametrize("switched_off", [False, True])
-@pytest.mark.parametrize("what", ENDED)
+@pytest.mark.parametrize(("fields", "changes", "active"), ENDED)
 async def test_an_edit_that_gives_slots_again_makes_a_schedule_active_unless_somebody_switched_it_off(
-    rig: Rig, what: str, switched_off: bool
+    rig: Rig, fields: dict[str, Any], changes: dict[str, Any], active: bool, switched_off: bool
 ) -> None:
-    fields, changes, active = ENDED[what]
     schedule_id = await rig.schedule(await rig.task(), **fields)
     await rig.at(60)
     await rig.run_at(100)
@@ -8148,17 +7987,12 @@ async def test_an_edit_that_gives_slots_again_makes_a_schedule_active_unless_som
         assert (await rig.patch_schedule(schedule_id, is_active=True))["next_run"] is not None
 
 
-async def test_config_and_schedule_config_are_replaced_as_a_whole(rig: Rig) -> None:
+async def test_configurations_are_replaced_as_a_whole_a_new_type_with_its_own_in_the_same_request(rig: Rig) -> None:
     task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
     assert (await rig.patch_task(task_id, config={"command": "false"}))["config"] == {"command": "false"}
     schedule_id = await rig.schedule(task_id, schedule_config={"seconds": 60, "start_date": "2026-01-01T00:00:30Z"})
     view = await rig.patch_schedule(schedule_id, schedule_config={"seconds": 60})
     assert view["schedule_config"] == {"seconds": 60, "timezone": "UTC"}
-
-
-async def test_a_new_type_is_taken_with_its_config_in_the_same_request(rig: Rig) -> None:
-    task_id = await rig.task()
-    schedule_id = await rig.schedule(task_id)
     task = await rig.patch_task(task_id, task_type="http", config={"url": "http://127.0.0.1/"})
     assert (task["task_type"], task["config"]["url"]) == ("http", "http://127.0.0.1/")
     schedule = await rig.patch_schedule(schedule_id, schedule_type="cron", schedule_config={"expression": "0 5 * * *"})
@@ -8196,9 +8030,7 @@ async def test_the_zone_is_resolved_and_stored_when_a_schedule_is_written(rig: R
 
 async def test_defaults_of_retries_are_filled_in_at_creation(open_rig: OpenRig) -> None:
     rig = await open_rig(max_retries=7, retry_delay=2.5)
-    view = await rig.service.create_task(
-        parse(chronotask.TaskCreate, {"name": "t", "task_type": "bash", "config": {"command": "true"}})
-    )
+    view = await rig.service.create_task(parse(chronotask.TaskCreate, BASH))
     assert (view["max_retries"], view["retry_delay"], view["retry_backoff"]) == (7, 2.5, 2)
     later = await restarted(rig, open_rig, max_retries=1)
     assert (await later.service.get_task(view["id"]))["max_retries"] == 7
@@ -8319,9 +8151,8 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_in_a_random_life_every_slot_has_its_row_and_every_count_is_right(
-    seed: int, open_rig: OpenRig, target: Target, tmp_path: Path
-) -> None:
+async def test_in_a_random_life_every_slot_has_its_row(seed: int, open_rig: OpenRig, target: Target, tmp_path: Path) -> None:
+    """And every count is right."""
     life = Life(seed, open_rig, target, tmp_path)
     await life.begin()
     for _ in range(40):
@@ -9132,14 +8963,13 @@ def test_sighup_does_not_stop_a_service_that_has_tokens_to_take_up(tmp_path: Pat
 @pytest.mark.slow
 def test_an_apply_that_is_killed_has_done_all_or_nothing(tmp_path: Path) -> None:
     minute = {"schedule_type": "cron", "schedule_config": {"expression": "* * * * *"}}
-    tasks = {f"t{n}": {"task_type": "bash", "config": {"command": "true"}, "schedules": {"s": minute}} for n in range(1000)}
+    task = {"task_type": "bash", "config": {"command": "true"}, "schedules": {"s": minute}}
     rng, kept = random.Random(20), set()
-    db = chronotask.open_database(tmp_path / "chronotask.db")
+    db = open_database(tmp_path / "chronotask.db")
     db.execute("PRAGMA busy_timeout = 0")
     environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/chronotask.db"}
     for version in range(10):
-        for task in tasks.values():
-            task["max_retries"] = version
+        tasks = {f"t{n}": {**task, "max_retries": version} for n in range(1000)}
         (tmp_path / "jobs.json").write_text(json.dumps({"chronotask": 1, "tasks": tasks}))
         command = [sys.executable, str(PROGRAM), "--apply", str(tmp_path / "jobs.json")]
         process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
@@ -9152,10 +8982,9 @@ def test_an_apply_that_is_killed_has_done_all_or_nothing(tmp_path: Path) -> None
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
         process.wait()
-        found = db.execute("SELECT max_retries, count(*) FROM tasks GROUP BY 1").fetchall()
-        assert [count for _, count in found] == [1000], found
-        assert db.execute("SELECT count(*) FROM schedules").fetchone() == (1000,)
-        kept.add(found[0][0])
+        [(found, count)] = db.execute("SELECT max_retries, count(*) FROM tasks GROUP BY 1")
+        assert (count, db.execute("SELECT count(*) FROM schedules").fetchone()) == (1000, (1000,))
+        kept.add(found)
     db.close()
     assert len(kept) < 10, "none was killed in time"
 
@@ -9287,8 +9116,8 @@ async def test_tasks_are_listed_in_pages(api: Api) -> None:
     for number in range(5):
         await api.task(name=f"t{number}")
     page = await api.get("/tasks?skip=1&limit=2")
-    assert (page["total"], page["skip"], page["limit"], [t["name"] for t in page["tasks"]]) == (5, 1, 2, ["t1", "t2"])
-    assert set(page) == {"total", "skip", "limit", "tasks"}
+    names = [task["name"] for task in page.pop("tasks")]
+    assert (page, names) == ({"total": 5, "skip": 1, "limit": 2}, ["t1", "t2"])
     page = await api.get("/tasks")
     assert (page["skip"], page["limit"], len(page["tasks"])) == (0, 100, 5)
     assert await api.get("/tasks?skip=99") == {"total": 5, "skip": 99, "limit": 100, "tasks": []}
@@ -9314,17 +9143,12 @@ async def test_tasks_can_be_filtered(api: Api) -> None:
         assert ([task["name"] for task in page["tasks"]], page["total"]) == (names, len(names)), query
 
 
-async def test_null_clears_nullable_fields(api: Api) -> None:
-    await api.schedule(await api.task(description="words"), start_at="2026-02-01T00:00:00Z", end_at="2026-03-01T00:00:00Z")
+async def test_null_clears_nullable_fields_read_only_ones_are_ignored_and_unknown_ones_refused(api: Api) -> None:
+    bounds = {"start_at": "2026-02-01T00:00:00Z", "end_at": "2026-03-01T00:00:00Z", "max_runs": 3}
+    await api.schedule(await api.task(description="words"), **bounds)
     assert (await api("PATCH", "/tasks/1", {"description": None})).json["description"] is None
-    await api("PATCH", "/schedules/1", {"max_runs": 3})
-    nothing = {"start_at": None, "end_at": None, "max_runs": None}
-    cleared = (await api("PATCH", "/schedules/1", nothing)).json
-    assert {name: cleared[name] for name in nothing} == nothing
-
-
-async def test_read_only_fields_are_ignored_in_a_change_and_unknown_ones_refused(api: Api) -> None:
-    await api.schedule(await api.task())
+    cleared = (await api("PATCH", "/schedules/1", dict.fromkeys(bounds))).json
+    assert {name: cleared[name] for name in bounds} == dict.fromkeys(bounds)
     read_only = {"id": 9, "created_at": "x", "updated_at": 1, "last_run": [], "next_run": {}, "run_count": -1}
     assert (await api("PATCH", "/tasks/1", {**read_only, "success_count": 5, "failure_count": 5})).json["run_count"] == 0
     ignored = {**read_only, "description": 5, "upcoming": "never"}
@@ -9392,11 +9216,21 @@ async def test_executing_answers_202_and_with_wait_200_once_it_is_over_or_202_at
     target.let_go.set()
 
 
-async def test_a_wait_that_is_no_number_from_0_to_300_is_refused(api: Api) -> None:
+async def test_a_wait_that_is_no_number_from_0_to_300_is_refused_and_a_stopping_service_answers_503(api: Api) -> None:
     await api.task()
     for wait in ("-1", "301", "nan", "inf", "x", "", "1,5"):
         problem_of(await api("POST", f"/tasks/1/execute?wait={wait}"), 422, "wait")
+    api.rig.service.engine.stopping = True
+    for call, body in {
+        "POST /tasks": BASH,
+        "POST /tasks/1/execute": None,
+        "POST /schedules": EVERY_MINUTE,
+        "DELETE /tasks/1": None,
+    }.items():
+        problem_of(await api(*call.split(), body), 503)
+    assert (await api("GET", "/tasks/1")).status == 200
     assert (await api.get("/executions"))["executions"] == []
+    api.rig.service.engine.stopping = False
 
 
 async def waiting_client(api: Api, target: Target) -> asyncio.Future[Answer]:
@@ -9425,17 +9259,6 @@ async def test_a_waiting_client_hears_202_at_shutdown(open_api: OpenApi, target:
     assert (answer.status, answer.json["status"]) == (202, "running")
     target.let_go.set()
     await stopping
-
-
-async def test_a_stopping_service_answers_503(api: Api) -> None:
-    await api.task()
-    api.rig.service.engine.stopping = True
-    problem_of(await api("POST", "/tasks", BASH), 503)
-    problem_of(await api("POST", "/tasks/1/execute"), 503)
-    problem_of(await api("POST", "/schedules", EVERY_MINUTE), 503)
-    problem_of(await api("DELETE", "/tasks/1"), 503)
-    assert (await api("GET", "/tasks/1")).status == 200
-    api.rig.service.engine.stopping = False
 
 
 async def test_an_execution_is_run_again_with_its_slot_and_its_override(rig: Rig) -> None:
@@ -9803,27 +9626,32 @@ async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api)
 
 async def test_a_preview_answers_words_and_slots(api: Api) -> None:
     body = {"schedule_type": "cron", "schedule_config": {"expression": "30 9 * * *", "timezone": "Europe/Berlin"}, "count": 2}
-    answer = await api("POST", "/schedules/preview", body)
-    assert answer.status == 200
-    assert answer.json["upcoming"] == [
+
+    async def preview(**more: Any) -> Any:
+        answer = await api("POST", "/schedules/preview", {**body, **more})
+        assert answer.status == 200, answer.text
+        return answer.json
+
+    shown = await preview()
+    assert shown["upcoming"] == [
         {"utc": "2026-01-01T08:30:00Z", "local": "2026-01-01T09:30:00+01:00"},
         {"utc": "2026-01-02T08:30:00Z", "local": "2026-01-02T09:30:00+01:00"},
     ]
-    assert "Europe/Berlin" in answer.json["description"]
-    after = await api("POST", "/schedules/preview", {**body, "after": "2026-07-01T12:00:00"})
-    assert after.json["upcoming"][0] == {"utc": "2026-07-02T07:30:00Z", "local": "2026-07-02T09:30:00+02:00"}
-    assert len((await api("POST", "/schedules/preview", {**body, "count": 1000})).json["upcoming"]) == 1000
-    jittered = (await api("POST", "/schedules/preview", {**body, "jitter": 60})).json
+    assert "Europe/Berlin" in shown["description"]
+    summer = (await preview(after="2026-07-01T12:00:00"))["upcoming"][0]
+    assert summer == {"utc": "2026-07-02T07:30:00Z", "local": "2026-07-02T09:30:00+02:00"}
+    assert len((await preview(count=1000))["upcoming"]) == 1000
+    jittered = await preview(jitter=60)
     assert "jitter" in jittered["note"] and jittered["upcoming"][0]["utc"] == "2026-01-01T08:30:00Z"
-    as_created = {**EVERY_MINUTE, "overlap": "queue"}
-    assert len((await api("POST", "/schedules/preview", as_created)).json["upcoming"]) == 5
+    as_created = await api("POST", "/schedules/preview", {**EVERY_MINUTE, "overlap": "queue"})
+    assert len(as_created.json["upcoming"]) == 5
     assert (await api.get("/schedules"))["total"] == 0
 
 
 # --- The scheduler ----------------------------------------------------------------------------------------------------
 
 
-async def test_the_status_of_the_scheduler(api: Api) -> None:
+async def test_the_status_of_the_scheduler_and_its_pause_which_stops_all_firing(api: Api) -> None:
     await api.schedule(await api.task(name="next"))
     await api.schedule(await api.task(), is_active=False)
     status = await api.get("/scheduler/status")
@@ -9832,14 +9660,9 @@ async def test_the_status_of_the_scheduler(api: Api) -> None:
     assert status["executions"] == {"queued": 0, "running": 0, "retrying": 0}
     assert (len(status["next_runs"]), status["next_runs"][0]["task_name"]) == (5, "next")
     assert status["lateness"]["count"] == 0
-
-
-async def test_pause_and_resume_stop_and_resume_all_firing(api: Api) -> None:
-    await api.schedule(await api.task())
     answer = await api("POST", "/scheduler/pause")
     assert (answer.status, answer.json["paused"], answer.json["next_runs"]) == (200, True, [])
-    assert (await api.get("/tasks/1"))["next_run"] is None
-    assert (await api.get("/schedules"))["schedules"][0]["next_run"] is None
+    assert (await api.get("/tasks/1"))["next_run"] is (await api.get("/schedules"))["schedules"][0]["next_run"] is None
     answer = await api("POST", "/scheduler/resume")
     assert (answer.status, answer.json["paused"]) == (200, False)
     assert (await api.get("/tasks/1"))["next_run"] == "2026-01-01T00:01:00Z"
@@ -9881,27 +9704,21 @@ async def test_upcoming_is_the_true_order_of_what_fires_each_schedule_as_often_a
 # --- Outside of the API -----------------------------------------------------------------------------------------------
 
 
-async def test_the_root_tells_what_this_is(api: Api) -> None:
+async def test_the_root_tells_what_this_is_and_health_is_200_and_503_with_the_reason(api: Api) -> None:
     body = await api.get("//")
     assert (body["name"], body["version"], body["status"]) == ("ChronoTask", chronotask.__version__, "healthy")
     for link in body["links"].values():
         if link != API:
             assert (await api("GET", "/" + link)).status == 200, link
-
-
-async def test_health_is_200_and_503_with_the_reason(api: Api) -> None:
+    await api.task()
+    for path in ("/tasks", "/tasks/1", "/scheduler/status", "//", "//health"):
+        answer = await api("HEAD", path)
+        assert (answer.status, answer.text) == (200, "")
     assert (await api.get("//health"))["status"] == "healthy"
     api.rig.clock.steady += 11
     answer = await api("GET", "//health")
     assert (answer.status, answer.json["status"]) == (503, "unhealthy")
     assert "has not ticked for 11 s" in answer.json["reason"]
-
-
-async def test_head_answers_like_get_without_a_body(api: Api) -> None:
-    await api.task()
-    for path in ("/tasks", "/tasks/1", "/scheduler/status", "//", "//health"):
-        answer = await api("HEAD", path)
-        assert (answer.status, answer.text) == (200, "")
 
 
 async def test_metrics_are_in_the_format_of_prometheus_whatever_a_task_is_called(api: Api) -> None:
@@ -9920,29 +9737,24 @@ async def test_every_task_has_its_series_before_anything_has_happened(api: Api) 
     await api.task(config={"command": "exit 1"}, name="bad")
     before = (await api("GET", "//metrics")).text.splitlines()
     of = 'task_id="1",task="t",key="k"'
-    for line in (
-        f'task_last_status{{{of},status="none"}} 1',
-        f"task_failures_total{{{of}}} 0",
-        f"task_failures_in_a_row{{{of}}} 0",
-        f"task_last_success_timestamp_seconds{{{of}}} 0.0",
-        f"task_last_run_timestamp_seconds{{{of}}} 0.0",
-        'executions_total{task_type="http",status="missed"} 0',
-        'executions_total{task_type="bash",status="skipped"} 0',
-    ):
-        assert f"chronotask_{line}" in before
+    assert {f"chronotask_{line}" for line in (
+        f'task_last_status{{{of},status="none"}} 1', f"task_failures_total{{{of}}} 0", f"task_failures_in_a_row{{{of}}} 0",
+        f"task_last_success_timestamp_seconds{{{of}}} 0.0", f"task_last_run_timestamp_seconds{{{of}}} 0.0",
+        'executions_total{task_type="http",status="missed"} 0', 'executions_total{task_type="bash",status="skipped"} 0',
+    )} <= set(before)  # fmt: skip
     assert not any("running_since_timestamp_seconds{" in line or "next_slot_timestamp_seconds{" in line for line in before)
     await api.executed(2)
-    after = (await api("GET", "//metrics")).text.splitlines()
-    assert 'chronotask_task_last_status{task_id="2",task="bad",key="",status="failed"} 1' in after
-    assert 'chronotask_task_failures_in_a_row{task_id="2",task="bad",key=""} 1' in after
+    of, after = 'task_id="2",task="bad",key=""', (await api("GET", "//metrics")).text.splitlines()
+    lines = {f'chronotask_task_last_status{{{of},status="failed"}} 1', f"chronotask_task_failures_in_a_row{{{of}}} 1"}
+    assert lines <= set(after)
 
 
 async def test_openapi_names_every_route_of_the_contract(api: Api) -> None:
     document = await api.get("//openapi.json")
     assert document["openapi"].startswith("3.1")
     found = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert {(method, "/api/v1" + path) for path, methods in ROUTES.items() for method in methods} <= found
-    assert {("GET", path) for path in ("/", "/health", "/metrics", "/openapi.json", "/docs")} <= found
+    pages = {("GET", path) for path in ("/", "/health", "/metrics", "/openapi.json", "/docs")}
+    assert {(method, API + path) for path, methods in ROUTES.items() for method in methods} | pages <= found
 
 
 async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Api) -> None:
@@ -9973,6 +9785,7 @@ GOOD_ARGUMENTS: dict[str, dict[str, Any]] = {
     "update_schedule": {"schedule_id": 1},
     "preview_schedule": {"schedule_type": "interval", "schedule_config": {"seconds": 60}},
 }
+BAD_BOUNDS = {"start_at": ["x"], "end_at": ["2026-13-01T00:00:00Z", "2025-01-01T00:00:00Z", "2026-01-01T00:00:30Z"]}
 REFUSED_VALUES: dict[str, dict[str, Sequence[Any]]] = {
     "create_task": {
         "name": ["", "x" * 256, 5, None, " ", "a\nb", "a\rb", "a\x00b", "a\x1b[2J", "\x7f", "\x9b2J", ABSENT],
@@ -9988,14 +9801,8 @@ REFUSED_VALUES: dict[str, dict[str, Sequence[Any]]] = {
     "update_schedule": dict.fromkeys(
         "task_id schedule_type schedule_config is_active overlap catchup catchup_window jitter".split(), (None,)
     ),
-    "create_schedule": {"start_at": ["x"], "end_at": ["2026-13-01T00:00:00Z", "2025-01-01T00:00:00Z", "2026-01-01T00:00:30Z"]},
-    "preview_schedule": {
-        "start_at": ["x"],
-        "end_at": ["2025-01-01T00:00Z"],
-        "count": [0, 1001, 2.5],
-        "after": ["x", 5],
-        "task": [1],
-    },
+    "create_schedule": BAD_BOUNDS,
+    "preview_schedule": {**BAD_BOUNDS, "count": [0, 1001, 2.5], "after": ["x", 5], "task": [1]},
 }
 # Configurations that section 2 refuses, with the fields that it complains about.
 BAD_TIMES: list[tuple[str, Any, str]] = [
@@ -10023,7 +9830,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("create_task", {"config": {"command": "true", "comand": "x"}}, "config.comand"),
     ("create_task", {"name": "a\nb", "config": BAD_ENV}, "name config.timeout config.env.CHRONOTASK_X"),
-    ("create_schedule", {"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at"),
+    *(
+        (tool, {"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at")
+        for tool in ("create_schedule", "preview_schedule")
+    ),
     ("update_task", {"task_type": "http"}, "config"),
     ("update_schedule", {"schedule_type": "cron"}, "schedule_config"),
     ("update_schedule", {"task_id": 9}, "task_id"),
@@ -10088,34 +9898,23 @@ async def test_another_method_answers_405_and_names_the_allowed_ones(api: Api) -
                 assert method not in answer.headers["Allow"].split(", "), path
 
 
-NOT_THERE = """//nothing /nothing /tasks/ /tasks/x /tasks/0 /tasks/-1 /tasks/1.0 /tasks/99999999999999999999 /tasks/%E0%A4%A
-    /tasks/1/x /schedules/9 /executions/9 //api/v2/tasks /tasks/%00 /tasks/٣"""
-
-
 async def test_what_is_not_there_answers_404(api: Api) -> None:
-    for path in NOT_THERE.split():
+    paths = """//nothing /nothing /tasks/ /tasks/x /tasks/0 /tasks/-1 /tasks/1.0 /tasks/99999999999999999999 /tasks/%E0%A4%A
+        /tasks/1/x /schedules/9 /executions/9 //api/v2/tasks /tasks/%00 /tasks/٣"""
+    for path in paths.split():
         problem_of(await api("GET", path), 404)
 
 
-MALFORMED = [
-    b"{", b"", b"   ", b"{'a': 1}", b'{"a": 1,}', b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b"\xff\xfe{}",
-    b'{"name": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000, b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"nonsense", b"\x00",
-]  # fmt: skip
-NO_OBJECTS = [b"[]", b'"x"', b"5", b"true", b'[{"name": "t"}]', b"null"]
-
-
-async def test_malformed_json_answers_400_and_what_is_no_object_422(api: Api) -> None:
-    for raw in MALFORMED:
+async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_1_mib_413(api: Api) -> None:
+    for raw in (
+        b"{", b"", b"   ", b"{'a': 1}", b'{"a": 1,}', b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b"\xff\xfe{}",
+        b'{"name": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000, b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"nonsense", b"\x00",
+    ):  # fmt: skip
         problem_of(await api("POST", "/tasks", raw=raw), 400)
-    for raw in NO_OBJECTS:
+    for raw in (b"[]", b'"x"', b"5", b"true", b'[{"name": "t"}]', b"null"):
         problem_of(await api("POST", "/tasks", raw=raw), 422, "")
-    assert (await api("POST", "/tasks", raw=json.dumps({**BASH, "name": "\ud800"}).encode())).status == 422
-
-
-async def test_a_body_over_1_mib_answers_413_and_one_of_1_mib_does_not(api: Api) -> None:
-    body = json.dumps(BASH).encode()
-    assert (await api("POST", "/tasks", raw=body.ljust(1_048_576))).status == 201
-    assert "1048576" in problem_of(await api("POST", "/tasks", raw=body.ljust(1_048_577)), 413)
+    assert (await api("POST", "/tasks", raw=json.dumps(BASH).encode().ljust(1_048_576))).status == 201
+    assert "1048576" in problem_of(await api("POST", "/tasks", raw=json.dumps(BASH).encode().ljust(1_048_577)), 413)
 
 
 NOT_JSON = "text/plain|application/x-www-form-urlencoded|multipart/form-data||application/jsonp|application/octet-stream"
@@ -10294,6 +10093,888 @@ async def test_no_bytes_at_all_make_the_server_fail(api: Api) -> None:
         if head:
             assert re.match(rb"HTTP/1\.[01] [1-4]\d\d ", head), (bytes(sent), head)
     assert (await api("GET", "//health")).status == 200
+
+
+# --- Malformed requests: smuggling, duplicates, what no client sends --------------------------------------------------
+
+
+async def raw_answer(port: int, data: bytes, seconds: float = 10) -> bytes:
+    """All that a server says to these bytes until it closes, or has been silent for a moment."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    got = b""
+    with contextlib.suppress(OSError, TimeoutError):
+        writer.write(data)
+        await writer.drain()
+        async with asyncio.timeout(seconds):
+            while piece := await reader.read(65536):
+                got += piece
+                if b"Connection: close" not in data and got.count(b"\r\n\r\n"):
+                    async with asyncio.timeout(0.2):
+                        while piece := await reader.read(65536):
+                            got += piece
+                    break
+    writer.close()
+    return got
+
+
+def statuses_in(answer: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/\d\.\d (\d\d\d) ", answer)]
+
+
+HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
+BODY = json.dumps(BASH).encode()
+SMUGGLED = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+def posted(headers: bytes, body: bytes = BODY) -> bytes:
+    return b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + headers + b"\r\n" + body
+
+
+SMUGGLING = {
+    "two lengths": posted(b"Content-Length: 3\r\nContent-Length: %d\r\n" % len(BODY)),
+    "two equal lengths": posted(b"Content-Length: %d\r\nContent-Length: %d\r\n" % (len(BODY), len(BODY))),
+    "a list of lengths": posted(b"Content-Length: 5, 5\r\n", b"abcde"),
+    "a length and chunks": posted(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunks and a length": posted(b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "unknown transfer encoding": posted(b"Transfer-Encoding: xchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunked is not the last": posted(b"Transfer-Encoding: chunked, identity\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "chunked twice": posted(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "blank before the colon": posted(b"Transfer-Encoding : chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "tab in the name": posted(b"Transfer-Encoding\t: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "vertical tab in the value": posted(b"Transfer-Encoding: \x0bchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
+    "negative length": posted(b"Content-Length: -5\r\n"),
+    "length with a sign": posted(b"Content-Length: +5\r\n", b"abcde"),
+    "length in hexadecimal": posted(b"Content-Length: 0x5\r\n", b"abcde"),
+    "length with an underscore": posted(b"Content-Length: 1_0\r\n", b"abcdefghij"),
+    "length in other digits": posted("Content-Length: ٥\r\n".encode(), b"abcde"),
+    "length over 64 bits": posted(b"Content-Length: 99999999999999999999999\r\n"),
+    "empty length": posted(b"Content-Length:\r\n"),
+    "blank before a chunk size": posted(b"Transfer-Encoding: chunked\r\n", b" 2\r\n{}\r\n0\r\n\r\n"),
+    "negative chunk size": posted(b"Transfer-Encoding: chunked\r\n", b"-2\r\n{}\r\n0\r\n\r\n"),
+    "chunk size with an underscore": posted(b"Transfer-Encoding: chunked\r\n", b"0_2\r\n{}\r\n0\r\n\r\n"),
+    "chunk longer than its size": posted(b"Transfer-Encoding: chunked\r\n", b"2\r\n{}{}\r\n0\r\n\r\n"),
+    "line ends without CR": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\n"),
+    "line ends without LF": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\r"),
+    "folded header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
+    "NUL in a header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
+    "NUL in the path": b"GET /api/v1/ta\0sks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "blank in the path": b"GET /api/v1/tasks x HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two hosts": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    "two hosts, the good one last": b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /api/v1/tasks HTTP/1.1\r\n\r\n",
+    "no host in HTTP/1.0": b"GET /api/v1/tasks HTTP/1.0\r\n\r\n",
+    "two content types": posted(b"Content-Type: text/plain\r\nContent-Length: %d\r\n" % len(BODY)),
+    "TLS on a plain port": bytes.fromhex("1603010200010001fc0303") + b"a" * 300,
+    "HTTP/2 by prior knowledge": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "an HTTP version of the future": b"GET / HTTP/1.9\r\nHost: localhost\r\n\r\n",
+    "an unknown method": b"FOO /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "TRACE": b"TRACE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a request line of 20 KB": b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a request line without end": b"GET /" + b"a" * 3_000_000,
+    "a header of 20 KB": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    "a header without end": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3_000_000,
+    "a header name without end": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a" * 3_000_000,
+    "1000 headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(1000)) + b"\r\n",
+    "an expectation that nobody can meet": posted(b"Expect: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
+    "a body that is not what its encoding says": posted(b"Content-Encoding: gzip\r\nContent-Length: %d\r\n" % len(BODY)),
+    "an unknown encoding": posted(b"Content-Encoding: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
+    "an encoding that needs a package": posted(b"Content-Encoding: br\r\nContent-Length: %d\r\n" % len(BODY)),
+}
+
+
+@pytest.mark.parametrize("attack", SMUGGLING)
+async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(api: Api, attack: str) -> None:
+    answer = await raw_answer(api.client.port, SMUGGLING[attack])
+    found = statuses_in(answer)
+    assert found and all(400 <= status < 500 for status in found), answer
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+    assert (await api("GET", "//health")).status == 200
+
+
+async def test_a_request_after_an_upgrade_that_was_not_accepted_is_checked_like_any_other(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    answer = await raw_answer(api.client.port, upgrade + SMUGGLED)
+    assert statuses_in(answer) == [200, 401]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_pipelined_requests_are_each_checked_and_answered_in_order(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    stolen = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    evil = b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    answer = await raw_answer(api.client.port, one * 40 + stolen + one + evil)
+    assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
+
+
+async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chronotask, "SLOW_BODY", 0.3)
+    post = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"%s\r\n\r\n%s"
+    for header, body, status in ((b"Content-Length: 500", BODY, 408), (b"Transfer-Encoding: chunked", b"2\r\n{}\r\nzz\r\n", 400)):
+        assert statuses_in(await raw_answer(api.client.port, post % (header, body)))[:1] == [status]
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_a_body_without_end_is_refused_at_1_mib(api: Api) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
+    writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    answer = asyncio.ensure_future(reader.read(2000))
+    for _ in range(400):  # 25 MB
+        if answer.done():
+            break
+        writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        await writer.drain()
+    assert statuses_in(await answer) == [413]
+    writer.close()
+
+
+async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    for headers, status in ((BEARER, 415), ({}, 401)):
+        problem_of(await api("POST", "/tasks", raw=bomb(), headers={**headers, "Content-Encoding": "gzip"}), status)
+
+
+@functools.cache
+def bomb() -> bytes:
+    return gzip.compress(b" " * (1 << 27), 1)
+
+
+NUMBERS = ["9" * 4000, "1" + "0" * 400]
+NUMBERS += "1e999 -1e999 1e308 -9223372036854775809 18446744073709551616 1.7976931348623159e308".split()
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
+async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str) -> None:
+    task_id = await api.task()
+    bash, http = {**BASH, "config": {"command": "true"}}, {"task_type": "http", "config": {"url": "http://127.0.0.1:9/"}}
+    places: dict[str, list[dict[str, Any]]] = {
+        "/tasks": [
+            *({**bash, name: "N"} for name in ("name", "task_type", "config", "max_retries", "retry_delay")),
+            {**bash, "config": {"command": "true", "timeout": "N"}},
+            *(
+                {**bash, **http, "config": {**http["config"], name: value}}
+                for name, value in {"body": {"a": ["N"]}, "params": {"a": "N"}, "expected_status": ["N"]}.items()
+            ),
+        ],
+        "/schedules": [
+            *({**EVERY_MINUTE, name: "N"} for name in ("task_id", "schedule_config", "jitter", "max_runs", "catchup_window")),
+            {**EVERY_MINUTE, "schedule_config": {"seconds": "N"}},
+        ],
+        "/schedules/preview": [{**EVERY_MINUTE, "count": "N"}],
+    }
+    for path, bodies in places.items():
+        for body in bodies:
+            answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
+            assert answer.status in (201, 400, 404, 422), (body, answer.text)
+            assert len(answer.text) < 20_000
+    for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
+        assert (await api("GET", query)).status in (404, 422), query
+    assert (await api("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
+    for path in ("/tasks?limit=1000", "/schedules", "/overview"):
+        assert await api.get(path), path
+
+
+@pytest.mark.parametrize("character", ["\\u0000", "\\ud800", "\\udfff\\ud800"])
+async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, character: str) -> None:
+    await api.task()
+    http, cron = {"task_type": "http", "name": "t"}, {**EVERY_MINUTE, "schedule_type": "cron"}
+    bash = {"command": "X", "args": ["X"], "env": {"A": "X"}, "working_dir": "/X"}
+    auth = {"username": "X", "password": "X"}
+    for body, fields in (
+        ({**BASH, "name": "aX", "description": "X"}, "name description"),
+        ({**BASH, "config": bash}, "config.command config.args[0] config.env.A config.working_dir"),
+        ({**BASH, "config": {"command": "true", "env": {"AX": "a"}}}, r"config.env.'A\x00'"),
+        (
+            {**http, "config": {"url": "http://127.0.0.1:9/X", "headers": {"A": "X"}, "auth": auth}},
+            "config.url config.headers config.auth.username config.auth.password",
+        ),
+        ({**http, "config": {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}}, "config.url config.headers"),
+        (
+            {**cron, "schedule_config": {"expression": "* * * * *X", "timezone": "UTCX"}},
+            "schedule_config.expression schedule_config.timezone",
+        ),
+        ({**cron, "schedule_type": "once", "schedule_config": {"datetime": "2027-01-01X"}}, "schedule_config.datetime"),
+    ):
+        path = "/schedules" if "schedule_type" in body else "/tasks"
+        answer = await api("POST", path, raw=json.dumps(body).replace("X", character).encode())
+        problem_of(answer, 422, *(fields.split() if character == "\\u0000" else [""]))  # a surrogate: the body as a whole
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
+
+
+# --- The token --------------------------------------------------------------------------------------------------------
+
+
+def every_way_in() -> Iterator[tuple[str, str]]:
+    for operation in OPERATIONS:
+        for method in ("PATCH", "PUT") if operation.method == "PATCH" else (operation.method,):
+            yield method, API + operation.path.replace("{id}", "1")
+    yield from (("GET", page.path.replace("{id}", "1")) for page in chronotask.PAGES)
+    yield from itertools.product(("POST", "PUT", "DELETE", "OPTIONS", "PATCH"), ("/", "/docs"))
+    spellings = (
+        "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
+    )
+    yield from (("GET", path) for path in (*spellings.split(), f"/api/v1/tasks?token={GOOD_TOKEN}"))
+
+
+async def test_going_round_the_token_by_another_route_method_or_spelling(open_api: OpenApi) -> None:
+    api = await open_api(api_token=GOOD_TOKEN)
+    task_id = (await api("POST", "/tasks", BASH, headers=BEARER)).json["id"]
+    for method, path in every_way_in():
+        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        answer = await raw_answer(api.client.port, request.encode())
+        is_open = (method, path) in (("GET", "/health"), ("GET", "/docs"))
+        assert statuses_in(answer) == [200 if is_open else 401], (method, path, answer)
+        assert is_open or b'\r\nWWW-Authenticate: Bearer realm="ChronoTask"\r\n' in answer
+    assert api.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
+    assert api.rig.sql("SELECT count(*) FROM executions") == [(0,)]
+
+
+async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -> None:
+    assert "API_TOKEN" in problem_of(await (await open_api())("GET", "/backup"), 403), "nor to all, where there is none"
+    api = await open_api(api_token=GOOD_TOKEN)
+    assert (await api("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
+    problem_of(await api("POST", "/tasks", raw=b"{"), 401)
+    assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
+    assert (await api("GET", "//health")).text == '{"status":"healthy"}'
+    for path in ("//", "//docs"):
+        answer = await api("GET", path, headers={"Accept": "text/html"})
+        assert answer.status == 200 and "geheim-name" not in answer.text
+    assert [(await api("GET", "//", headers=headers)).status for headers in ({}, BEARER)] == [401, 200]
+
+
+# What may stand behind `Authorization: `, G being the token; then what may not.
+LET_IN = [b"Bearer G", b"bearer  G ", b"BEARER G"]
+KEPT_OUT = [
+    b"G", b"Basic G", b"Bearer", b"Bearer ", b"Bearer  ", b"Bearer \tx", b"Bearer null", b"Bearer \\u0063", b"Bearer prom",
+    b"Bearer Gx", b"Bearer G,", b"Bearer G G", b"Bearer G, Bearer G", b"Bearer G\r\nAuthorization: Bearer G",
+    b"Bearer wrong-horse\r\nAuthorization: Bearer G", b"Bearer correct-horse-batter", b"Bearer correct-horse-batter\xc3\xa4",
+    b"Bearer CORRECT-HORSE-BATTERY", b"Bearer \xc3\xa4\xc3\xb6", b"Bearer \xff\xfe", b"Bearer " + b"x" * 8000,
+]  # fmt: skip
+
+
+async def test_a_token_counts_alone_in_one_header_of_its_scheme_and_an_odd_one_is_a_wrong_one(
+    open_api: OpenApi, tmp_path: Path
+) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path, f"prom read {GOOD_TOKEN}\n"))
+    for credentials in (*LET_IN, *KEPT_OUT):
+        header = b"Authorization: " + credentials.replace(b"G", GOOD_TOKEN.encode()) + b"\r\n\r\n"
+        for method, path in (("GET", "/api/v1/tasks"), ("HEAD", "/api/v1/tasks"), ("HEAD", "/metrics"), ("GET", "/docs/")):
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            status = 401 if credentials in KEPT_OUT else 404 if path == "/docs/" else 200
+            assert statuses_in(await raw_answer(api.client.port, head.encode() + header)) == [status], (method, path, credentials)
+            api.rig.clock.go(1)  # ten wrong tokens a second are counted
+
+
+def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    genuine = chronotask.hmac.compare_digest
+
+    def watched(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return genuine(a, b)
+
+    monkeypatch.setattr(chronotask.hmac, "compare_digest", watched)
+    tokens = chronotask.Tokens(settings(tmp_path, api_token=GOOD_TOKEN), time.monotonic)
+    guesses = ["c", GOOD_TOKEN, GOOD_TOKEN[:-1] + "ä", "\udcff"]
+    for guess in guesses:
+        with contextlib.suppress(chronotask.Unauthorized):
+            tokens.find([f"Bearer {guess}"], "127.0.0.1")
+    assert [b for _, b in compared] == [chronotask.token_digest(guess) for guess in guesses]
+    assert {a for a, _ in compared} == {chronotask.token_digest(GOOD_TOKEN)}
+
+
+# --- Tokens with names and scopes -------------------------------------------------------------------------------------
+
+READER, RUNNER, ADMIN = "reader-token-1", "runner-token-2", "admin-token-3"
+SCOPED = f"# who\nprom read {READER}\n\nci run {RUNNER} # builds\nops admin {ADMIN}\n"
+
+
+def tokens_file(folder: Path, text: str = SCOPED) -> Path:
+    path = folder / "tokens"
+    path.write_text(text)
+    path.chmod(0o640)
+    return path
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def test_every_operation_is_given_to_its_scope_and_to_no_smaller_one(open_api: OpenApi, tmp_path: Path) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    reads = {("POST", "/schedules/preview")} | {(o.method, o.path) for o in chronotask.OPERATIONS if o.method == "GET"}
+    runs = {("POST", path) for path in ("/tasks/{id}/execute", "/executions/{id}/cancel", "/executions/{id}/rerun")}
+    runs.add(("POST", "/schedules/{id}/backfill"))
+    for one in chronotask.OPERATIONS:
+        call = (one.method, one.path)
+        needed = "read" if call in reads else "run" if call in runs else "admin"
+        assert one.scope == needed, call
+        for name, scope, token in (("prom", "read", READER), ("ci", "run", RUNNER), ("ops", "admin", ADMIN)):
+            answer = await api(one.method, one.path.format(id=99), {} if one.body else None, headers=bearer(token))
+            if chronotask.SCOPES.index(scope) < chronotask.SCOPES.index(needed):
+                said = f"this needs the scope {needed}: the token {name} has {scope}"
+                assert (answer.status, answer.json["detail"]) == (403, said), (call, name)
+            else:
+                assert answer.status not in (401, 403), (call, name)
+        assert (await api(one.method, one.path.format(id=99))).status == 401, call
+
+
+async def test_pages_need_a_token_and_a_backup_an_administrator(open_api: OpenApi, tmp_path: Path) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    for path, status in (("//metrics", 200), ("//openapi.json", 200), ("/backup", 403), ("/executions/1/output", 404)):
+        assert [(await api("GET", path)).status, (await api("GET", path, headers=bearer(READER))).status] == [401, status], path
+    async with api.client.get(f"{API}/backup", headers=bearer(ADMIN)) as answer:
+        assert (answer.status, (await answer.read())[:15]) == (200, b"SQLite format 3")
+    assert (await api("GET", "//health")).json == {"status": "healthy"}
+
+
+async def test_a_tool_over_http_keeps_to_the_scope_of_its_token(open_api: OpenApi, tmp_path: Path) -> None:
+    api = await open_api(mcp=True, api_tokens_file=tokens_file(tmp_path))
+
+    async def refused(token: str, tool: str, **arguments: Any) -> str:
+        """What is said when the call is refused; else nothing."""
+        headers = {**bearer(token), **MCP_HEADERS, "MCP-Protocol-Version": "2025-06-18"}
+        answer = await api("POST", "//mcp", rpc("tools/call", name=tool, arguments=arguments), headers=headers)
+        assert answer.status == 200, answer.text
+        result = json.loads(answer.text.partition("data: ")[2] or answer.text)["result"]
+        return result["content"][0]["text"] if result.get("isError") else ""
+
+    needs_admin = "this needs the scope admin: the token ci has run"
+    assert (await refused(RUNNER, "create_task", **BASH)).startswith(needs_admin)
+    assert not await refused(ADMIN, "create_task", **BASH)
+    assert not await refused(RUNNER, "execute_task", task_id=1)
+    override = await refused(RUNNER, "execute_task", task_id=1, config={"args": ["x"]})  # a command of one's own
+    assert override.startswith(needs_admin)
+    assert await refused(READER, "execute_task", task_id=1) and not await refused(READER, "list_tasks")
+
+
+@pytest.mark.parametrize("tool", list(chronotask.TOOLS))
+async def test_every_tool_keeps_to_the_scopes_before_it_looks_at_anything(rig: Rig, tool: str) -> None:
+    needed = chronotask.TOOLS[tool].scope
+    assert needed == "read" if "read_only" in chronotask.TOOLS[tool].tool else needed in ("run", "admin"), tool
+    for scope in chronotask.SCOPES:
+        before = chronotask.CALLER.set(chronotask.Caller("me", "mcp 127.0.0.1", scope))
+        answer = str(await chronotask.run_tool(rig.service, tool, {"task_id": 99, "schedule_id": 99, "execution_id": 99}))
+        chronotask.CALLER.reset(before)
+        refused = f"this needs the scope {needed}: the token me has {scope}" in answer
+        assert refused == (chronotask.SCOPES.index(scope) < chronotask.SCOPES.index(needed)), (tool, scope, answer)
+
+
+BAD_TOKENS_FILES = {
+    "prom read": "line 1: must be NAME SCOPE TOKEN",
+    f"ok read {READER}\nprom write {RUNNER}": "line 2: SCOPE must be one of read, run, admin, not 'write'",
+    "prom read short": "line 1: TOKEN must be 8 to 4096 visible ASCII characters",
+    f"a read {READER}\na run {RUNNER}": "line 2: NAME must be 1 to 64 of A-Za-z0-9._@- and stand once",
+    f"a/b read {READER}": "line 1: NAME must be 1 to 64",
+    f"a read {READER}\nb run {READER}": "line 2: TOKEN stands twice",
+    "# nobody\n": "holds no token",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TOKENS_FILES)
+def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(StartupError) as refused:
+        Settings.from_env({"CHRONOTASK_API_TOKENS_FILE": str(tokens_file(tmp_path, text))})
+    assert refused.value.exit_status == 2 and BAD_TOKENS_FILES[text] in str(refused.value)
+    assert READER not in str(refused.value) and "short" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("mode", "said"), [(0o644, "other users can read it"), (0o660, "may be written by others")])
+def test_a_file_of_tokens_that_others_may_read_or_write_ends_the_start(tmp_path: Path, mode: int, said: str) -> None:
+    path = tokens_file(tmp_path)
+    path.chmod(mode)
+    with pytest.raises(StartupError, match=said):
+        Settings.from_env({"CHRONOTASK_API_TOKENS_FILE": str(path)})
+
+
+def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tokens_file(tmp_path)
+    tokens = chronotask.Tokens(settings(tmp_path, api_tokens_file=path), time.monotonic)
+
+    def scope(token: str) -> str | None:
+        tokens.take_up(*tokens.read())
+        with contextlib.suppress(chronotask.Unauthorized):
+            return (tokens.find([f"Bearer {token}"], "127.0.0.1") or pytest.fail("open")).scope
+        return None
+
+    assert [scope(READER), scope(RUNNER), scope("nobody-knows")] == ["read", "run", None]
+    path.write_text(f"prom admin {READER}\n")
+    assert [scope(READER), scope(RUNNER)] == ["admin", None]
+    path.write_text("half wri")
+    assert [scope(READER), scope(READER)] == ["admin", "admin"]
+    path.unlink()
+    assert [scope(READER), scope(READER)] == ["admin", "admin"]
+    assert len([r for r in caplog.records if "the tokens that were known stay valid" in r.getMessage()]) == 2
+    tokens_file(tmp_path)
+    assert [scope(READER), scope(ADMIN)] == ["read", "admin"]
+
+
+def test_wrong_tokens_are_slowed_down_and_never_lock_out_a_right_one(tmp_path: Path) -> None:
+    now = [0.0]
+    tokens = chronotask.Tokens(settings(tmp_path, api_token=GOOD_TOKEN), lambda: now[0])
+
+    def ask(token: str, address: str = "192.0.2.1") -> str:
+        try:
+            found = tokens.find([f"Bearer {token}"], address)
+            return found.name if found else "anybody"
+        except chronotask.ChronoTaskError as error:
+            return str(error.status)
+
+    assert [ask("guess-guess") for _ in range(12)] == ["401"] * 10 + ["429"] * 2
+    assert [ask(GOOD_TOKEN), ask("guess-guess", "192.0.2.2"), ask("guess-guess")] == ["API_TOKEN", "401", "429"]
+    now[0] += 1
+    assert ask("guess-guess") == "401"
+    for number in range(5000):
+        ask("guess-guess", str(number))
+    assert len(tokens._wrong) <= 1000
+
+
+async def test_a_stream_ends_with_its_token_and_no_other_does(open_api: OpenApi, tmp_path: Path) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    await api("POST", "/tasks", {**BASH, "config": {"command": "echo on; sleep 20"}}, headers=bearer(ADMIN))
+    await api("POST", "/tasks/1/execute", headers=bearer(RUNNER))
+    places = ["/events", "/executions/1/output?follow=true"]
+    gone, kept = [[await api.client.get(API + place, headers=bearer(token)) for place in places] for token in (READER, RUNNER)]
+    tokens_file(tmp_path, SCOPED.replace(READER, "another-token"))
+    async with asyncio.timeout(20):
+        for stream in gone:
+            with contextlib.suppress(ClientError):
+                await stream.read()
+    assert await reaches(api, READER, 401) and await reaches(api, "another-token", 200)
+    assert [stream.content.at_eof() for stream in kept] == [False, False]
+    assert (await api("POST", "/executions/1/cancel", headers=bearer(RUNNER))).json["status"] == "cancelled"
+    for stream in kept:
+        stream.close()
+
+
+async def test_a_token_works_all_the_while_that_its_file_is_written_anew(open_api: OpenApi, tmp_path: Path) -> None:
+    path = tokens_file(tmp_path)
+    api = await open_api(api_tokens_file=path)
+    with path.open("w") as file:  # as an editor does that writes into the file itself
+        for round in range(50):
+            file.seek(0)
+            file.truncate()
+            for line in (f"prom read {READER}\n", f"new{round} run token-{round}-xyz\n"):
+                for part in (line[:12], line[12:]):
+                    file.write(part)
+                    file.flush()
+                    assert (await api("GET", "/tasks", headers=bearer(READER))).status == 200
+    assert await reaches(api, "token-49-xyz", 200) and await reaches(api, ADMIN, 401)
+
+
+async def reaches(api: Api, token: str, status: int) -> bool:
+    async with asyncio.timeout(20):
+        while (await api("GET", "/tasks", headers=bearer(token))).status != status:
+            await asyncio.sleep(0.01)
+    return True
+
+
+async def test_a_new_token_in_the_file_of_api_token_replaces_the_old_one(open_api: OpenApi, tmp_path: Path) -> None:
+    path = tokens_file(tmp_path, ADMIN)
+    api = await open_api(api_token=ADMIN, api_token_file=path)
+    assert (await caller(api, ADMIN)) == {"name": "API_TOKEN", "scope": "admin"}
+    path.write_text("a-new-token\n")
+    assert await reaches(api, "a-new-token", 200) and await reaches(api, ADMIN, 401)
+
+
+async def caller(api: Api, token: str = "") -> Any:
+    return (await api("GET", "/scheduler/status", headers=bearer(token) if token else {})).json.get("caller")
+
+
+async def test_who_one_is_stands_in_the_status_where_there_are_tokens_and_in_no_event(open_api: OpenApi, tmp_path: Path) -> None:
+    assert await caller(await open_api()) is None
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    assert await caller(api, READER) == {"name": "prom", "scope": "read"}
+    assert "caller" not in await chronotask.status_of(api.rig.service)
+
+
+async def test_no_task_can_read_the_file_of_tokens_or_one_that_holds_one_of_them(open_rig: OpenRig, tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    path = tokens_file(tmp_path / "secrets")
+    (tmp_path / "secrets" / "copy").write_text(f"x {RUNNER}\n")
+    rig = await open_rig(api_tokens_file=path, secrets_dir=tmp_path / "secrets")
+    for name in ("tokens", "copy"):
+        task_id = await rig.task(config={"command": "echo $X", "env": {"X": f"${{file:{name}}}"}})
+        row = await rig.service.get_execution(await rig.executed(task_id))
+        assert (row["status"], "holds the service's own token" in row["error_message"]) == ("failed", True)
+
+
+# --- Changes ----------------------------------------------------------------------------------------------------------
+
+
+async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, tmp_path: Path) -> None:
+    api = await open_api(api_tokens_file=tokens_file(tmp_path))
+    secret = {"url": "http://127.0.0.1:9/", "headers": {"Authorization": "Bearer s3cr3t-s3cr3t"}}
+    for token, method, path, body in (
+        (ADMIN, "POST", "/tasks", {"name": "t", "task_type": "http", "config": secret, "status": "disabled"}),
+        (ADMIN, "PATCH", "/tasks/1", {"name": "u", "status": "active"}),
+        (ADMIN, "POST", "/schedules", {**EVERY_MINUTE, "is_active": False}),
+        (ADMIN, "PATCH", "/schedules/1", {"jitter": 5}),
+        (ADMIN, "POST", "/scheduler/pause", None),
+        (RUNNER, "POST", "/tasks/1/execute", None),
+        (ADMIN, "DELETE", "/schedules/1", None),
+        (ADMIN, "DELETE", "/tasks/1", None),
+    ):
+        answer = await api(method, path, body, headers=bearer(token))
+        assert answer.status < 300, answer.text
+    changes = (await api("GET", "/changes?limit=1000", headers=bearer(READER))).json["changes"][::-1]
+    assert [f"{c['operation']} {c['kind']} {c['object_id']} {c['actor']}" for c in changes] == [
+        "create task 1 ops", "update task 1 ops", "create schedule 1 ops", "update schedule 1 ops", "pause scheduler None ops",
+        "execute execution 1 ci", "delete schedule 1 ops", "delete task 1 ops",
+    ]  # fmt: skip
+    assert {c["via"] for c in changes} == {"rest 127.0.0.1"}
+    assert "s3cr3t" not in json.dumps(changes) and changes[0]["before"] is None and changes[-1]["after"] is None
+    assert changes[1]["before"].keys() == changes[1]["after"].keys() == {"name", "status", "status_reason"}
+    assert (changes[3]["before"]["jitter"], changes[3]["after"]["jitter"]) == (0, 5)
+    some = (await api("GET", "/changes?kind=task&id=1&limit=2", headers=bearer(READER))).json
+    assert [c["operation"] for c in some["changes"]] == ["delete", "update"]
+    assert some["next_before_id"] == some["changes"][-1]["id"]
+
+
+WRITES: dict[str, tuple[str, Json, str]] = {
+    "POST /tasks": ("/tasks", {"name": "n", "task_type": "bash", "config": {"command": "true"}}, "create task"),
+    "PATCH /tasks/{id}": ("/tasks/1", {"name": "n"}, "update task"),
+    "DELETE /tasks/{id}": ("/tasks/1", None, "delete task"),
+    "POST /schedules": ("/schedules", EVERY_MINUTE, "create schedule"),
+    "PATCH /schedules/{id}": ("/schedules/1", {"jitter": 1}, "update schedule"),
+    "DELETE /schedules/{id}": ("/schedules/1", None, "delete schedule"),
+    "POST /schedules/{id}/backfill": (
+        "/schedules/1/backfill",
+        {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"},
+        "backfill schedule",
+    ),
+    "POST /tasks/{id}/execute": ("/tasks/1/execute?wait=0.01", None, "execute execution"),
+    "POST /executions/{id}/rerun": ("/executions/2/rerun?wait=0.01", None, "rerun execution"),
+    "POST /executions/{id}/cancel": ("/executions/1/cancel", None, "cancel execution"),
+    "POST /scheduler/pause": ("/scheduler/pause", None, "pause scheduler"),
+    "POST /scheduler/resume": ("/scheduler/resume", None, "resume scheduler"),
+    "POST /apply": (
+        "/apply",
+        {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}},
+        "create task",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", [f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
+async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
+    path, body, change = WRITES[call]
+    await api.rig.schedule(await api.task(config={"command": "sleep 20"}), "cron")
+    await api("POST", "/tasks/1/execute")
+    await api.executed(await api.task())
+    before = api.rig.sql("SELECT count(*) FROM changes")[0][0]
+    answer = await api(call.partition(" ")[0], path, body)
+    assert answer.status < 300, answer.text
+    changes = (await api.get("/changes"))["changes"]
+    assert len(changes) > before and f"{changes[0]['operation']} {changes[0]['kind']}" == change
+    assert (changes[0]["actor"], changes[0]["via"]) == ("-", "rest 127.0.0.1")
+
+
+async def test_a_change_shows_only_what_differs_masked_and_never_at_length(api: Api) -> None:
+    env = {"A": "1", "B": "${env:CHRONOTASK_SECRET_B}", "PASSWORD": "hunter2-hunter2"}
+    await api("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true", "env": env}})
+    await api("PATCH", "/tasks/1", {"config": {"command": "true", "env": {**env, "A": "2"}}})
+    await api("PATCH", "/tasks/1", {"config": {"command": "x" * 60_000}})
+    auth = {"url": "http://u:s3cr3t-pass@h.test/", "auth": {"username": "u", "password": "s3cr3t-auth"}}
+    await api(
+        "PATCH", "/tasks/1", {"task_type": "http", "config": {**auth, "headers": {"Authorization": "Bearer s3cr3t-header"}}}
+    )
+    newest, long, small, _ = (await api("GET", "/changes")).json["changes"]
+    assert (small["before"], small["after"]) == ({"config": {"env": {"A": "1"}}}, {"config": {"env": {"A": "2"}}})
+    assert long["after"]["config"] == '{"command":"' + "x" * 4084 + "… (60014 characters)"
+    assert "s3cr3t" not in json.dumps(newest) and len(json.dumps(newest)) < 10_000
+
+
+async def test_a_write_that_fails_is_no_change_and_one_that_is_kept_is_one_line(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chronotask")
+    await rig.task(key="k")
+    with pytest.raises(Conflict):
+        await rig.task(key="k")
+    with pytest.raises(InvalidInput):
+        await rig.patch_task(1, config={"url": "x"})
+    await rig.patch_task(1, name="n")
+    assert rig.sql("SELECT operation FROM changes ORDER BY id") == [("create",), ("update",)]
+    lines = [r.getMessage() for r in caplog.records if " via " in r.getMessage()]
+    assert lines == ["create task 1 by - via cli", "update task 1 (name) by - via cli"]
+
+
+async def test_a_thousand_writes_at_once_are_a_thousand_changes_in_the_order_of_their_commits(rig: Rig) -> None:
+    await asyncio.gather(*(rig.task(name=f"t{n}") for n in range(500)))
+    await asyncio.gather(*(rig.patch_task(n, description="x") for n in range(1, 501)))
+    rows = rig.sql("SELECT id, operation, object_id FROM changes ORDER BY id")
+    assert [(row[1], row[2]) for row in rows[:500]] == [("create", n) for n in range(1, 501)]
+    assert [row[1] for row in rows[500:]] == ["update"] * 500 and sorted(row[2] for row in rows[500:]) == [*range(1, 501)]
+
+
+async def test_changes_are_kept_as_long_as_the_history(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_days=10)
+    await rig.task()
+    rig.clock.advance(9 * 86400)
+    await rig.task()
+    rig.clock.advance(2 * 86400)
+    await rig.service.retention.delete(rig.clock.now())
+    assert rig.sql("SELECT object_id FROM changes") == [(2,)]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "tasks.example.com", "fe80::1"])
+def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    warn_if_open(settings(tmp_path, api_host=host))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (line,) = caplog.messages
+    assert host in line and "CHRONOTASK_API_TOKEN" in line and "ANYONE" in line
+    caplog.clear()
+    warn_if_open(settings(tmp_path, api_host=host, api_token=GOOD_TOKEN))
+    for local in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        warn_if_open(settings(tmp_path, api_host=local))
+    assert caplog.messages == []
+
+
+def test_a_host_name_that_dns_can_be_made_to_answer_for_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask", "tasks.example.com", "localhost", "::1", "10.0.0.7", "nas")))
+    assert [message.partition(" answer for ")[2].partition(":")[0] for message in caplog.messages] == ["chronotask", "nas"]
+    caplog.clear()
+    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask",), api_token=GOOD_TOKEN))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"), [("::", "127.0.0.1 ::1"), ("0::0", "127.0.0.1 ::1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1")]
+)
+def test_the_ipv6_wildcard_listens_on_ipv4_too(host: str, reached: str) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(sock) for sock in chronotask.bind(host, 0)]
+        found = []
+        for address in ("127.0.0.1", "::1"):
+            with contextlib.suppress(OSError), socket.create_connection((address, sockets[0].getsockname()[1]), 5):
+                found.append(address)
+        assert found == reached.split()
+
+
+# --- The MCP port: the same rules -------------------------------------------------------------------------------------
+
+
+async def test_a_form_an_image_or_a_navigation_of_another_site_on_the_mcp_port(mcp: Api) -> None:
+    modes: tuple[dict[str, str], ...] = ({}, NAVIGATION, {"Sec-Fetch-Mode": "no-cors"})
+    for site, more, method in itertools.product(("cross-site", "same-site", "nonsense"), modes, ("GET", "POST")):
+        headers = {**MCP_HEADERS, "Sec-Fetch-Site": site, **more}
+        answer = await mcp(method, "//mcp", PING if method == "POST" else None, headers=headers)
+        assert "another site" in problem_of(answer, 403)
+    for content_type in (*NOT_JSON.split("|")[:3], "text/plain; application/json", "application/jsonp"):
+        answer = await mcp("POST", "//mcp", PING, headers={**MCP_HEADERS, "Content-Type": content_type})
+        assert "application/json" in problem_of(answer, 415), content_type
+    for header, value in (("Host", "evil.example"), ("Origin", "https://evil.example"), ("Origin", "null")):
+        answer = await mcp("POST", "//mcp", PING, headers={**MCP_HEADERS, header: value})
+        assert f"{header} '{value}' is not accepted here" in problem_of(answer, 403)
+
+
+async def test_going_round_the_token_on_the_mcp_port(open_api: OpenApi) -> None:
+    api = await open_api(mcp=True, api_token=GOOD_TOKEN)
+    paths = ("//mcp", "//mcp/", "//", "//docs", "//x")
+    for method, path in itertools.product(("GET", "POST", "DELETE", "PUT", "OPTIONS"), paths):
+        answer = await api(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
+        static = method == "GET" and path == "//docs"  # nothing is there on this port
+        assert answer.status == (404 if static else 401), (method, path)
+        assert static or answer.headers["WWW-Authenticate"] == 'Bearer realm="ChronoTask"'
+    assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, "Authorization": "Bearer wrong-horse"})).status == 401
+    assert (await api("GET", "//health")).status == 404
+    assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
+
+
+async def test_a_preflight_gets_no_cors_headers_on_either_port(api: Api, mcp: Api) -> None:
+    rest = api
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type, authorization"}
+    for api, path in ((rest, "/tasks"), (rest, "//metrics"), (rest, "//"), (rest, "/events"), (mcp, "//mcp")):
+        same = f"http://127.0.0.1:{api.client.port}"
+        for origin, method in itertools.product(("https://evil.example", "null", same), ("OPTIONS", "HEAD", "DELETE")):
+            answer = await api(method, path, headers={"Origin": origin, **asked})
+            assert not [name for name in answer.headers if name.lower().startswith("access-control")], (path, origin, method)
+            assert answer.status >= 400 or (origin == same and method == "HEAD")
+
+
+CREATE_TASK = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":{%s}}}'
+MCP_GARBAGE = {
+    "deep list": b"[" * 100_000,
+    "deep object": b'{"a":' * 50_000,
+    "deep arguments": CREATE_TASK % (b'"q":' + b"[" * 150 + b"]" * 150),
+    "number of 5000 digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
+    "infinite id": b'{"jsonrpc":"2.0","id":1e999,"method":"ping"}',
+    "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+    "NUL": b"\0",
+    "NUL in a name": CREATE_TASK % b'"name":"a\\u0000","task_type":"bash","config":{"command":"true"}',
+    "lone surrogate": CREATE_TASK % b'"name":"\\ud800","task_type":"bash","config":{"command":"true"}',
+    "lone surrogate in JSON as text": CREATE_TASK % b'"name":"a","task_type":"bash","config":"{\\"command\\":\\"\\\\ud800\\"}"',
+    "deep JSON as text": CREATE_TASK % (b'"name":"a","task_type":"http","config":"' + b"[" * 100_000 + b'"'),
+    "huge number": CREATE_TASK % b'"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","body":{"a":1e999}}',
+    "no UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff\xfe"}',
+    "a list of a thousand calls": b"[" + b",".join([b'{"jsonrpc":"2.0","id":1,"method":"ping"}'] * 1000) + b"]",
+    "terminal escapes as a method": b'{"jsonrpc":"2.0","id":1,"method":"\\u001b[2J\\u001b]0;owned\\u0007\\nforged"}',
+}
+
+
+async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, caplog: pytest.LogCaptureFixture) -> None:
+    for garbage, raw in MCP_GARBAGE.items():
+        answer = await mcp("POST", "//mcp", raw=raw, headers=MCP_HEADERS)
+        assert answer.status < 500 and len(answer.text) < 10_000, (garbage, answer)
+        assert "\x1b" not in answer.text
+        assert mcp.rig.sql("SELECT count(*) FROM tasks") == [(0,)], garbage
+        assert not [record for record in caplog.records if record.exc_info], garbage
+        assert (await mcp("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200, garbage
+
+
+# --- Tasks made before a rule was set ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [({"allowed_bash_commands": ("echo",)}, "ALLOWED_BASH_COMMANDS"), ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS")],
+)
+async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or_queue(
+    open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
+) -> None:
+    rig = await open_rig()
+    marker = tmp_path / "marker"
+    made = await rig.task(config={"command": f"touch {marker}"}, max_retries=3)
+    await rig.schedule(made)
+    failing = await rig.task(config={"command": f"test -e {tmp_path}/never && touch {marker}"}, max_retries=3, retry_delay=30)
+    await rig.executed(failing)
+    assert await rig.statuses() == ["retrying"]
+    later = await restarted(rig, open_rig, 61, **rule)
+    with pytest.raises((Forbidden, InvalidInput), match=words):
+        await later.task(config={"command": "id"})
+    if "allow_host_commands" in rule:
+        with pytest.raises(Forbidden, match=words):
+            await later.execute(made)
+    await later.finish()
+    await later.run_at(62)
+    found = {(row["task_id"], row["status"], row["attempt"]) for row in await later.rows()}
+    assert found == {(made, "failed", 1), (failing, "failed", 2)}
+    assert all(words in row["error_message"] for row in await later.rows())
+    assert not marker.exists()
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def secret_config(target: Target) -> dict[str, Any]:
+    kept = {"Authorization": "Bearer header-secret-3", "COOKIE": "s=cookie-secret-4", "proxy-authorization": "proxy-secret-5"}
+    return {
+        "url": target.url.replace("://", "://anna:url-secret-1@"),
+        "method": "POST",
+        "auth": {"username": "anna", "password": "auth-secret-2"},
+        "headers": {**kept, "X": "y"},
+        "params": {"a": [1, "b", True]},
+        "body": {"x": [1, 2.5, None]},
+        "timeout": 2.5,
+        "expected_status": [200, "300-399"],
+        "follow_redirects": False,
+        "verify_tls": False,
+    }
+
+
+MASKED_FIELDS = {
+    "config.auth.password",
+    *(f"config.headers.{name}" for name in ("Authorization", "COOKIE", "proxy-authorization")),
+}
+SECRETS = ("url-secret-1", "auth-secret-2", "header-secret-3", "cookie-secret-4", "proxy-secret-5")
+
+
+async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks_come_back(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api("GET", f"/tasks/{task_id}")).json
+    assert shown["config"]["auth"] == {"username": "anna", "password": MASK}
+    assert shown["config"]["headers"] == {"Authorization": MASK, "COOKIE": MASK, "proxy-authorization": MASK, "X": "y"}
+    assert shown["config"]["url"] == target.url.replace("://", f"://{MASK}@")
+    for method, sent in itertools.product(("PUT", "PATCH"), (shown, {"description": "and nothing else"})):
+        answer = await api(method, f"/tasks/{task_id}", sent)
+        assert (answer.status, answer.json) == (200, {**shown, **sent})
+    answer = await chronotask.run_tool(api.rig.service, "update_task", {"task_id": task_id, "config": shown["config"]})
+    assert not answer.is_error
+    await api.executed(task_id)
+    (request,) = target.requests
+    assert (request.headers["Authorization"], request.headers["Cookie"]) == ("Bearer header-secret-3", "s=cookie-secret-4")
+    texts = [
+        (await api("GET", path)).text
+        for path in ("/tasks", f"/tasks/{task_id}", "/overview", "/executions?output=full", "/executions/1")
+    ]
+    for tool, arguments in (("get_task", {"task_id": task_id}), ("list_tasks", {}), ("get_execution", {"execution_id": 1})):
+        texts.append(str((await chronotask.run_tool(api.rig.service, tool, arguments)).model_dump()))
+    for secret, text in itertools.product(SECRETS, texts):
+        assert secret not in text
+        assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
+
+
+async def test_a_mask_does_not_follow_the_url_to_another_server(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api.get(f"/tasks/{task_id}"))["config"]
+    for host in ("127.0.0.2", "127.0.0.1:9", f"{target.url[7:]}.evil.example", f"{target.url[7:]}@127.0.0.2"):
+        answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": f"http://{MASK}@{host}/"}})
+        assert answer.status == 422, answer.text
+        fields = {error["field"] for error in answer.json["errors"]}
+        assert fields >= MASKED_FIELDS or fields == {"config.url"}, fields
+        assert not [secret for secret in SECRETS if secret in answer.text]
+    kept = json.loads(api.rig.sql("SELECT config FROM tasks WHERE id = ?", task_id)[0][0])
+    assert kept == secret_config(target)
+
+
+async def test_the_path_and_query_may_change_while_the_masks_stay(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
+    assert (await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
+    await api.executed(task_id)
+    assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
+
+
+# --- Output is data ---------------------------------------------------------------------------------------------------
+
+FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
+FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
+
+
+async def test_what_a_task_prints_forges_no_event_and_no_header(api: Api) -> None:
+    forged = json.dumps(FORGED).replace("'", "")
+    command = f"python3 -c 'import sys; sys.stdout.write({forged}); sys.stderr.write({forged}); sys.exit(3)'"
+    async with api.client.get(f"{API}/events") as stream:
+        await stream.content.readuntil(b"\n\n")
+        task_id = await api.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
+        execution_id = await api.executed(task_id)
+        statuses: list[str] = []
+        async with asyncio.timeout(10):
+            while "failed" not in statuses:
+                lines = (await stream.content.readuntil(b"\n\n")).decode()[:-2].split("\n")
+                if lines[0].startswith(":"):
+                    continue
+                assert [line.partition(": ")[0] for line in lines] == ["id", "event", "data"], lines
+                assert lines[1].removeprefix("event: ") in {"task", "execution", "schedule", "scheduler"}
+                statuses.append(json.loads(lines[2].removeprefix("data: ")).get("status"))
+    for path in (f"/executions/{execution_id}/output", f"/executions/{execution_id}/output?follow=true"):
+        answer = await api("GET", path)
+        assert FORGED in answer.text and "Set-Cookie" not in answer.headers
+        assert answer.headers["Content-Type"].startswith("text/plain") and answer.headers["X-Content-Type-Options"] == "nosniff"
+    for path in (f"/executions/{execution_id}", f"/tasks/{task_id}/history", "/executions", "/overview"):
+        answer = await api("GET", path)
+        assert answer.headers["Content-Type"].startswith("application/json")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff" and not set(answer.text) & set("\n\r\x1b\x07")
+
+
+async def test_what_a_server_answers_sets_no_header_of_ours(api: Api, target: Target) -> None:
+    evil = {"Set-Cookie": "a=b", "Location": "http://evil.example/", "Access-Control-Allow-Origin": "*"}
+    target.answer(200, {**evil, "Content-Type": "text/html"}, b"<script>alert(1)</script>")
+    execution_id = await api.executed(await api.task(**target.config()))
+    for path in (f"/executions/{execution_id}", f"/executions/{execution_id}/output"):
+        headers = (await api("GET", path)).headers
+        assert not {*evil} & {*headers}
+        assert "html" not in headers["Content-Type"]
 
 
 # ======================================================================================================================
@@ -11493,15 +12174,15 @@ def imports_something(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 0.05, 0.15, 0.3])
-def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path, delay: float) -> None:
+def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path) -> None:
     """From the first imports on: before, Python reads and compiles the program, and no line of it has run."""
-    server = Server(tmp_path).start(ready=False)
-    until(lambda: imports_something(server.process.pid))
-    time.sleep(delay)
-    server.signal(signal.SIGINT)
-    assert server.ended() in (0, 130, -signal.SIGINT)
-    assert "Traceback" not in server.log()
+    for delay in (0, 0.05, 0.15, 0.3):
+        server = Server(tmp_path).start(ready=False)
+        until(lambda pid=server.process.pid: imports_something(pid))
+        time.sleep(delay)
+        server.signal(signal.SIGINT)
+        assert server.ended() in (0, 130, -signal.SIGINT)
+        assert "Traceback" not in server.log()
 
 
 @pytest.mark.slow
@@ -11607,24 +12288,19 @@ def test_a_log_line_cannot_be_forged() -> None:
     assert chronotask.escape_controls("a\nb\x1b[2Jc\td") == "a\\nb\\x1b[2Jc\td"
 
 
-# ======================================================================================================================
-# Whole processes
-# ======================================================================================================================
-#
-# Real processes: crashes, several processes on one database, clock steps, storage faults, shutdown, hostile tasks.
+# --- Real processes ---------------------------------------------------------------------------------------------------
 
 
 class Web(http.server.ThreadingHTTPServer):
     """A loopback server that keeps who asked and for what, and answers 200 with all that it was sent.
 
-    /flaky fails first attempts, /limit asks the first twenty of them to wait 2 s, /gone is not there, /hang takes a minute,
-    /late a tenth of a second; /drip sends a byte a second, /endless for ever.
+    /limit asks the first twenty first attempts to wait 2 s, /gone is not there, /hang takes a minute, /late a tenth of
+    a second; /drip sends a byte a second, /endless for ever.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []  # execution and attempt
         self.told: list[bytes] = []
         self.limited = threading.Semaphore(20)
         super().__init__(("127.0.0.1", 0), WebHandler)
@@ -11640,24 +12316,21 @@ class Web(http.server.ThreadingHTTPServer):
 class WebHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         assert isinstance(self.server, Web)
-        attempt = int(self.headers["X-ChronoTask-Attempt"])
-        self.server.seen.append((int(self.headers["X-ChronoTask-Execution-Id"]), attempt))
         told = f"{self.path}\n{self.headers}\n".encode() + self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.told.append(told)
         time.sleep({"/hang": 60, "/late": 0.1}.get(self.path, 0))
-        limited = self.path == "/limit" and attempt == 1 and self.server.limited.acquire(blocking=False)
-        self.send_response(
-            503 if self.path == "/flaky" and attempt == 1 else 429 if limited else 404 if self.path == "/gone" else 200
-        )
+        first = self.headers["X-ChronoTask-Attempt"] == "1"
+        limited = self.path == "/limit" and first and self.server.limited.acquire(blocking=False)
+        self.send_response(429 if limited else 404 if self.path == "/gone" else 200)
         if limited:
             self.send_header("Retry-After", "2")
         if self.path in ("/drip", "/endless"):
-            drip = self.path == "/drip"
+            piece, pause = (b"x", 1) if self.path == "/drip" else (b"x" * 65536, 0)
             self.end_headers()
             with contextlib.suppress(OSError):
-                for _ in range(30 if drip else 1_000_000):
-                    self.wfile.write(b"x" if drip else b"x" * 65536)
-                    time.sleep(1 if drip else 0)
+                for _ in range(30 if pause else 1_000_000):
+                    self.wfile.write(piece)
+                    time.sleep(pause)
         else:
             self.send_header("Content-Length", str(len(told)))
             self.send_header("X-Echo", self.headers.get("X-Api-Key", ""))
@@ -11687,19 +12360,17 @@ class NotifySocket:
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(path)
-        self.socket.settimeout(patient(20))
 
-    def heard(self) -> str:
+    def heard(self, seconds: float = 20) -> str:
+        self.socket.settimeout(patient(seconds) if seconds else 0)
         return self.socket.recv(4096).decode()
 
     def rest(self) -> list[str]:
         """What was sent and not heard yet."""
-        self.socket.setblocking(False)
-        found = []
+        found: list[str] = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                found.append(self.heard())
-        self.socket.settimeout(patient(20))
+                found.append(self.heard(0))
         return found
 
 
@@ -11768,25 +12439,21 @@ def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_
 
 
 @pytest.mark.slow
-def test_a_storm_of_failures_has_one_alert_each_keeps_to_retry_after_and_makes_nothing_else_miss(
-    tmp_path: Path, loopback: Web
-) -> None:
-    server = Server(tmp_path, MAX_CONCURRENT_RUNS=100, HISTORY_PER_TASK=0).start()
+def test_a_storm_of_failures_has_one_alert_each_and_makes_nothing_else_miss(tmp_path: Path, loopback: Web) -> None:
+    """Whose server asks for a wait gets it."""
+    server, count = Server(tmp_path, MAX_CONCURRENT_RUNS=100, HISTORY_PER_TASK=0).start(), 1000 if LONG else 400
     failing = server.http(loopback.url("/gone"))
     alert = server.http(loopback.url("/limit"), "POST", max_retries=3)
-    told = {"task_id": alert, "schedule_type": "after", "schedule_config": {"task_ids": [failing], "on": ["failure"]}}
-    server.expect(201, "POST", "/schedules", told)
-    other = server.http(loopback.url("/"))
-    every = {"schedule_type": "interval", "schedule_config": {"seconds": 1}, "overlap": "allow"}
-    server.expect(201, "POST", "/schedules", {"task_id": other, **every})
+    told = {"task_ids": [failing], "on": ["failure"]}
+    server.create("schedule", task_id=alert, schedule_type="after", schedule_config=told)
+    every = server.every(1, server.http(loopback.url("/")), overlap="allow")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        causes = list(pool.map(lambda _: server.expect(202, "POST", f"/tasks/{failing}/execute")["id"], range(1000)))
-    until(lambda: server.get(f"/executions?task_id={alert}&status=succeeded&limit=1000&output=none")["executions"][999:], 120)
-    rows = server.get(f"/executions?task_id={alert}&limit=1000&output=none")["executions"]
-    slots = server.get(f"/executions?task_id={other}&limit=1000&output=none")["executions"]
+        causes = list(pool.map(lambda _: server.execute(failing)["id"], range(count)))
+    until(lambda: len(server.rows(f"&task_id={alert}&status=succeeded")) == count, 120)
+    rows, slots = server.rows(f"&task_id={alert}"), server.rows(f"&schedule_id={every}")
     server.kill()
     assert sorted(row["cause"]["execution_id"] for row in rows) == sorted(causes)
-    assert sorted(Counter(row["attempt"] for row in rows).items()) == [(1, 980), (2, 20)]
+    assert sorted(Counter(row["attempt"] for row in rows).items()) == [(1, count - 20), (2, 20)]
     assert all(row["duration"] >= 2 for row in rows if row["attempt"] == 2)
     assert len(slots) > 2 and {row["trigger"] for row in slots} == {"schedule"}
     assert {row["status"] for row in slots} <= {"succeeded", "running", "queued", "interrupted"}
@@ -11794,7 +12461,6 @@ def test_a_storm_of_failures_has_one_alert_each_keeps_to_retry_after_and_makes_n
 
 # --- Several processes on one database --------------------------------------------------------------------------------
 
-STOP_SECONDS = 2  # beyond SHUTDOWN_GRACE: what the contract allows
 LONG = bool(os.environ.get("LONG_TESTS"))  # `LONG_TESTS=1 pytest -m slow`: the full durations and sizes
 APPEND = 'echo "$CHRONOTASK_SCHEDULED_FOR $PPID" >>'  # the slot, and which service runs it
 
@@ -11820,8 +12486,7 @@ def slots_of(server: Server, schedule: int) -> tuple[int, list[int]]:
     return micros(server.get(f"/schedules/{schedule}")["created_at"]), slots
 
 
-def assert_each_second_has_one_row(server: Server, schedule: int) -> None:
-    made, slots = slots_of(server, schedule)
+def assert_each_second_has_one_row(made: int, slots: list[int]) -> None:
     assert slots == [made + k * S for k in range(1, len(slots) + 1)]
 
 
@@ -11838,8 +12503,7 @@ def assert_stops_in_time(server: Server, grace: float) -> None:
     start = time.monotonic()
     status = server.stop(20)
     took = time.monotonic() - start
-    print(f"stopped after {took:.2f} s with SHUTDOWN_GRACE={grace}")
-    assert (status, took < grace + STOP_SECONDS) == (0, True), (status, took, server.log()[-3000:])
+    assert (status, took < grace + 2) == (0, True), (status, took, server.log()[-3000:])  # what the contract allows
 
 
 @pytest.mark.slow
@@ -11890,26 +12554,23 @@ def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path:
 @pytest.mark.slow
 def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_second(tmp_path: Path) -> None:
     database, file = tmp_path / "shared.db", tmp_path / "ran.txt"
-    leader = Server(tmp_path / "one", database=database).start()
-    other = Server(tmp_path / "two", database=database).start()
+    leader, other = (Server(tmp_path / name, database=database).start() for name in ("one", "two"))
     assert leader.is_leader() and not other.is_leader()
     quick, long = other.bash(f"date +%s.%N >> {file}"), other.bash("sleep 300", name="long-there")
-    figures = {}
+    figures: dict[str, float] = {}
 
-    start = time.monotonic()
-    assert other.execute(quick, wait=10)["status"] == "succeeded"
-    figures["execute and wait"] = time.monotonic() - start
+    def takes(what: str, effect: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        result = effect()
+        figures[what] = time.monotonic() - start
+        return result
 
+    assert takes("execute and wait", lambda: other.execute(quick, wait=10))["status"] == "succeeded"
     run = other.running(long)
-    start = time.monotonic()
-    assert other.expect(200, "POST", f"/executions/{run}/cancel")["status"] == "cancelled"
-    figures["cancel"] = time.monotonic() - start
-
+    assert takes("cancel", lambda: other.expect(200, "POST", f"/executions/{run}/cancel"))["status"] == "cancelled"
     run = other.execute(long)["id"]
     until(lambda: children_named("long-there"), 3, "it runs")
-    start = time.monotonic()
-    assert other.ask("DELETE", f"/tasks/{long}")[0] == 204
-    figures["delete"] = time.monotonic() - start
+    takes("delete", lambda: other.expect(204, "DELETE", f"/tasks/{long}"))
     assert children_named("long-there") == []
     assert leader.ask("GET", f"/executions/{run}")[0] == 404
 
@@ -11917,11 +12578,8 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     schedule = other.create("schedule", task_id=quick, schedule_type="once", schedule_config={"datetime": soon.isoformat()})
     until(lambda: other.rows(f"&schedule_id={schedule}&status=succeeded"), 5, "its slot ran")
     figures["slot behind its time"] = float(appended(file)[-1][0]) - soon.timestamp()
-
     other.expect(200, "POST", "/scheduler/pause")
-    start = time.monotonic()
-    until(lambda: leader.get("/scheduler/status")["paused"], 3, "the leader is paused")
-    figures["pause"] = time.monotonic() - start
+    takes("pause", lambda: until(lambda: leader.get("/scheduler/status")["paused"], 3, "the leader is paused"))
 
     waiting: list[Json] = []
     slow = other.bash("sleep 1.2")
@@ -11932,8 +12590,7 @@ def test_what_a_process_that_does_not_lead_is_asked_to_do_takes_effect_within_a_
     assert until(other.is_leader, 4, "the other takes over")
     client.join(20)
     assert waiting[0]["status"] == "interrupted"  # its wait went on through the change of leader
-    print({name: round(seconds, 3) for name, seconds in figures.items()})
-    assert max(figures.values()) < 3  # 1 s is meant; a busy machine is given some more
+    assert max(figures.values()) < 3, figures  # 1 s is meant; a busy machine is given some more
 
 
 @pytest.mark.slow
@@ -11942,6 +12599,7 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     service = Server(tmp_path / "service", database=database).start()
     schedule = service.every(1, service.bash(f"{APPEND} {file}"), overlap="allow", catchup="skip")
     long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
+    left = service.bash("sleep 60", name="left-by-mcp")
     assistant = Server(tmp_path / "assistant", "mcp", database=database).start(ready=False)
 
     def ran_by(server: Server) -> bool:
@@ -11951,35 +12609,20 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     assert ran_by(service)
     assert service.stop() == 0
     until(lambda: ran_by(assistant), 5, "mcp leads")
-    run = run_by_the_leader(database, long)
-    start = time.monotonic()
+    run, lost = run_by_the_leader(database, long), run_by_the_leader(database, left)
     service.start()
     until(lambda: ran_by(service), 5, "the service leads")
-    print(f"the service runs slots {time.monotonic() - start:.1f} s after its start")
     assert service.get(f"/executions/{run}")["status"] == "running"
     (tmp_path / "go").touch()
     assert service.finished(run, 15)["status"] == "succeeded"
     assert appended(slow) == [[str(assistant.process.pid)]]
+    assert service.get(f"/executions/{lost}")["status"] == "running"
+    assistant.kill()  # what it was finishing is settled by the service
+    assert service.finished(lost, 5)["status"] == "interrupted"
+    assert children_named("left-by-mcp") == []
     assert repeated(words[0] for words in appended(file)) == []
     wrong = ("missed", "skipped", "interrupted")
     assert [row for row in service.rows(f"&schedule_id={schedule}") if row["status"] in wrong] == []
-
-
-@pytest.mark.slow
-def test_what_an_mcp_process_was_finishing_when_it_died_is_settled_by_the_service(tmp_path: Path) -> None:
-    database = tmp_path / "shared.db"
-    service = Server(tmp_path / "service", database=database).start()
-    task = service.bash("sleep 60", name="left-by-mcp")
-    assert service.stop() == 0
-    assistant = Server(tmp_path / "assistant", "mcp", database=database).start(ready=False)
-    run = run_by_the_leader(database, task)
-    service.start()
-    until(service.is_leader, 5, "the service leads")
-    time.sleep(0.6)
-    assert service.get(f"/executions/{run}")["status"] == "running"
-    assistant.kill()
-    assert service.finished(run, 5)["status"] == "interrupted"
-    assert children_named("left-by-mcp") == []
 
 
 def run_by_the_leader(database: Path, task: int) -> int:
@@ -12094,7 +12737,7 @@ def test_a_clock_that_is_wrong_for_two_seconds_runs_nothing_that_was_dealt_with_
     a_schedule("cron", expression=f"{passed.minute} {passed.hour} * * *")
     wrong_for_two_seconds(-4 * 3600)
     assert (server.rows(), appended(file)) == ([], []), "its time had passed when it was made"
-    soon = datetime.fromtimestamp(int(time.time()) + 20, UTC)
+    soon = datetime.fromtimestamp(int(time.time()) + patient(12), UTC)
     text = soon.isoformat().replace("+00:00", "Z")
     a_schedule("once", datetime=text)
     a_schedule("cron", expression=f"{soon.second} {soon.minute} {soon.hour} * * *")
@@ -12142,12 +12785,12 @@ def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
     time.sleep(1.5)
     burst = len(appended(file)) - before
     rows = server.rows(f"&schedule_id={schedule}")
-    missed = next(row for row in rows if row["status"] == "missed")
+    [missed] = [row for row in rows if row["status"] == "missed"]
     count = int(re.findall(r"missed: (\d+) slot", missed["error_message"])[0])
     made, slots = slots_of(server, schedule)
     at = slots.index(micros(missed["scheduled_for"]))
     slots[at : at + 1] = [slots[at] + k * S for k in range(count)]
-    assert slots == [made + k * S for k in range(1, len(slots) + 1)]  # every slot once, none left out
+    assert_each_second_has_one_row(made, slots)
     assert Counter((row["trigger"], row["status"]) for row in rows)["catchup", "succeeded"] == 1
     assert 5 <= burst <= 9, "one catch-up, and the slots of the last 5 seconds, which count as on time"
     assert repeated(words[0] for words in appended(file)) == []
@@ -12204,19 +12847,19 @@ def assert_unhealthy(server: Server, reason: str) -> None:
 def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: Path, small_disk: Path) -> None:
     server = Server(tmp_path, database=small_disk / "chronotask.db").start()
     every = server.every(1, server.bash("true"), overlap="allow", catchup="all")
-    accepted, refusal = [server.bash("true") for _ in range(20)], None
+    accepted, refusal = [server.bash("true") for _ in range(20)], ""
     fill(small_disk / "ballast")
-    for number in range(3000):
-        status, answer = server.ask("POST", "/tasks", {**BASH, "name": f"t{number}", "description": "x" * 1000})
-        if status != 201:
-            refusal = (status, answer["detail"])
-            break
-        accepted.append(answer["id"])
-    assert refusal is not None and refusal[0] == 503 and "full" in refusal[1]
+    while not refusal:
+        assert len(accepted) < 3000
+        status, answer = server.ask("POST", "/tasks", {**BASH, "description": "x" * 1000})
+        if status == 201:
+            accepted.append(answer["id"])
+        else:
+            refusal = f"{status} {answer['detail']}"
+    assert refusal.startswith("503 ") and "full" in refusal
     assert_unhealthy(server, "full")
     assert server.get("/tasks")["total"] == len(accepted) + 1
     status, answer = server.ask("DELETE", f"/tasks/{accepted[0]}")
-    print(f"{len(accepted)} tasks before the disk was full; DELETE then answers {status}")
     assert status == 204 or (status == 503 and "full" in answer["detail"])
     accepted = accepted[1:] if status == 204 else accepted
     size = len(server.log())
@@ -12227,7 +12870,7 @@ def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: P
     assert server.execute(server.bash("echo again"), wait=10)["status"] == "succeeded"
     time.sleep(1)
     assert [task for task in accepted if server.ask("GET", f"/tasks/{task}")[0] != 200] == []
-    assert_each_second_has_one_row(server, every)
+    assert_each_second_has_one_row(*slots_of(server, every))
     assert {row["status"] for row in server.rows(f"&schedule_id={every}")} <= {"succeeded", "running"}
     assert server.stop() == 0
     assert server.sql("PRAGMA integrity_check") == [("ok",)]
@@ -12239,15 +12882,12 @@ def test_a_database_that_another_program_has_locked_is_told_and_waited_for_but_n
     task = server.bash("true")
     schedule = server.every(1, task, overlap="allow", catchup="all")
     with locked(server.database):
-        start = time.monotonic()
-        status, answer = server.ask("POST", f"/tasks/{task}/execute")
-        print(f"answered after {time.monotonic() - start:.1f} s: {answer['detail']}")
-        assert status == 503 and "locked" in answer["detail"]
+        assert "locked" in server.expect(503, "POST", f"/tasks/{task}/execute")["detail"]
         assert_unhealthy(server, "locked")
         assert server.get("/tasks")["total"] == 1  # reads go on
     server.healthy_again(8)
     assert server.execute(task, wait=10)["status"] == "succeeded"
-    assert_each_second_has_one_row(server, schedule)
+    assert_each_second_has_one_row(*slots_of(server, schedule))
     server.expect(200, "POST", "/scheduler/pause")
     run = server.running(server.bash("sleep 60", name="locked"))
     with locked(server.database):
@@ -12328,26 +12968,18 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     hanging = server.http(loopback.url("/hang"), "POST", max_retries=1, retry_delay=5)
     quick = server.bash("sleep 0.5")
     server.every(1, server.bash("true"), overlap="allow")
-    answers: list[tuple[int, Json]] = []
-
-    def waiting_client(task: int) -> None:
-        answers.append(server.ask("POST", f"/tasks/{task}/execute?wait=60", timeout=70))
-
-    clients = [threading.Thread(target=waiting_client, args=(task,), daemon=True) for task in (final, retried, hanging) * 4]
-    for client in clients:
-        client.start()
-    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
-    for number, connection in enumerate(idle):
-        connection.sendall((b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"POST /api/v1/tasks HTTP/1.1\r\n")[number % 3])
-    until(lambda: server.get("/scheduler/status")["executions"]["running"] >= 12, 10, "all of it runs")
-    until(lambda: len(children_named("stubborn")) >= 16, 5, "the processes run")
-    queued = [server.execute(final)["id"] for _ in range(40)]
-    last = server.execute(quick)["id"]
-    assert_stops_in_time(server, 1)
-    assert children_named("stubborn") == []
-    for client in clients:
-        client.join(2)
-    assert Counter(status for status, _ in answers) == {202: 12}
+    heads = (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"POST /api/v1/tasks HTTP/1.1\r\n")
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        asked = [
+            pool.submit(server.ask, "POST", f"/tasks/{task}/execute?wait=60", None, 70) for task in (final, retried, hanging) * 4
+        ]
+        idle = [connected(server, heads[number % 3]) for number in range(50)]
+        until(lambda: server.get("/scheduler/status")["executions"]["running"] >= 12, 10, "all of it runs")
+        until(lambda: len(children_named("stubborn")) >= 16, 5, "the processes run")
+        queued = [server.execute(final)["id"] for _ in range(40)] + [server.execute(quick)["id"]]
+        assert_stops_in_time(server, 1)
+        assert children_named("stubborn") == []
+        assert Counter(answer.result(2)[0] for answer in asked) == {202: 12}
     for connection in idle:
         connection.close()
     assert not Path(f"{server.database}-wal").exists()
@@ -12355,12 +12987,22 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     assert found.get(f"{final} interrupted", 0) >= 4 and f"{final} running" not in found
     assert found.get(f"{retried} retrying") == 4 and found.get(f"{hanging} retrying") == 4, found
     assert server.sql("SELECT count(*) FROM executions WHERE status = 'running'") == [(0,)]
-    assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, [*queued, last]))})") == [(41,)]
+    assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, queued))})") == [(41,)]
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_requests_during_a_stop_get_503_or_no_connection_running_work_may_finish_and_a_second_signal_ends_at_once(
+    tmp_path: Path,
+) -> None:
     server = Server(tmp_path, SHUTDOWN_GRACE=30).start()
+    server.running(server.bash("sleep 1.5"))
+    server.signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
+        assert server.ask("POST", "/tasks/1/execute")[0] == 503
+    assert server.ended(8) == 0
+    server.start()
+    assert [row["status"] for row in server.rows()] == ["succeeded"]
     server.execute(server.bash("sleep 300", name="second-signal"))
     until(lambda: children_named("second-signal"), 5, "it runs")
     server.signal(signal.SIGTERM)
@@ -12372,19 +13014,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - start < 1
     server.start()  # its left-over child is found and ended
     until(lambda: not children_named("second-signal"), 5, "no child is left")
-    assert [row["status"] for row in server.rows()] == ["interrupted"]
-
-
-@pytest.mark.slow
-def test_requests_during_a_stop_get_503_or_no_connection_and_running_work_may_finish(tmp_path: Path) -> None:
-    server = Server(tmp_path, SHUTDOWN_GRACE=10).start()
-    server.running(server.bash("sleep 1.5"))
-    server.signal(signal.SIGTERM)
-    time.sleep(0.3)
-    with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
-        assert server.ask("POST", "/tasks/1/execute")[0] == 503
-    assert server.ended(8) == 0
-    assert server.sql("SELECT status FROM executions") == [("succeeded",)]
+    assert [row["status"] for row in server.rows()] == ["interrupted", "succeeded"]
 
 
 # --- Hostile tasks ----------------------------------------------------------------------------------------------------
@@ -12398,57 +13028,50 @@ class Watcher(threading.Thread):
         self.server, self.over = server, threading.Event()
         self.quick = server.bash("true", name="quick")
         self.health = self.started = 0.0
-        self.memory = self.asked = 0
+        self.memory = 0
         self.errors: list[str] = []
 
     def run(self) -> None:
         while not self.over.wait(0.05):
             try:
-                self._look()
+                start = time.monotonic()
+                status, answer = self.server.ask("GET", "/health", timeout=15)
+                self.health = max(self.health, time.monotonic() - start)
+                assert status == 200, answer
+                execution = self.server.execute(self.quick, wait=15)
+                assert execution["status"] == "succeeded", execution
+                self.started = max(self.started, (micros(execution["started_at"]) - micros(execution["queued_at"])) / 1e6)
+                self.memory = max(self.memory, self.server.memory())
             except (OSError, http.client.HTTPException, AssertionError) as error:
                 self.errors.append(repr(error))
 
-    def _look(self) -> None:
-        start = time.monotonic()
-        status, answer = self.server.ask("GET", "/health", timeout=15)
-        self.health = max(self.health, time.monotonic() - start)
-        assert status == 200, answer
-        execution = self.server.execute(self.quick, wait=15)
-        assert execution["status"] == "succeeded", execution
-        self.started = max(self.started, (micros(execution["started_at"]) - micros(execution["queued_at"])) / 1e6)
-        self.memory = max(self.memory, self.server.memory())
-        self.asked += 1
-
-    def close(self) -> str:
+    def close(self) -> None:
         self.over.set()
         self.join(20)
-        waits = f"/health at most {self.health:.3f} s, starts at most {self.started:.3f} s late"
-        return f"{waits}, {self.memory >> 20} MiB, {self.asked} looks"
+        print(f"/health {self.health:.3f} s, starts {self.started:.3f} s late, {self.memory >> 20} MiB at most")
 
 
 @pytest.mark.slow
 def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(tmp_path: Path, loopback: Web) -> None:
     server = Server(tmp_path).start()
     size = 1_000_000_000 if LONG else 100_000_000
-    base = server.memory()
-    watcher = Watcher(server)
+    base, watcher = server.memory(), Watcher(server)
     watcher.start()
-    daemons = "setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60"
+    hostile = partial(server.bash, name="hostile")
     tasks = {
-        "much output": server.bash(f"head -c {size} /dev/zero | tr '\\0' x", name="hostile"),
-        "endless output": server.bash("yes", 3, name="hostile"),
-        "no newline": server.bash("cat /dev/zero", 3, name="hostile"),
-        "both streams": server.bash("yes >&2 & yes", 3, name="hostile"),
-        "children": server.bash("for i in $(seq 300); do sleep 60 & done; wait", 4, name="hostile"),
-        "ignores TERM": server.bash("trap '' TERM; while true; do sleep 1; done", 1, name="hostile"),
-        "daemons": server.bash(daemons, 1, name="hostile"),
+        "much output": hostile(f"head -c {size} /dev/zero | tr '\\0' x"),
+        "endless output": hostile("yes", 3),
+        "no newline": hostile("cat /dev/zero", 3),
+        "both streams": hostile("yes >&2 & yes", 3),
+        "children": hostile("for i in $(seq 300); do sleep 60 & done; wait", 4),
+        "ignores TERM": hostile("trap '' TERM; while true; do sleep 1; done", 1),
+        "daemons": hostile("setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60", 1),
         "drip": server.http(loopback.url("/drip"), timeout=3),
         "endless body": server.http(loopback.url("/endless"), timeout=3),
     }
     runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
     ends = {name: server.finished(run, 90) for name, run in runs.items()}
-    print({name: (end["status"], round(end["duration"], 1)) for name, end in ends.items()})
-    print(watcher.close(), f"(before: {base >> 20} MiB)")
+    watcher.close()
     statuses = {name: end["status"] for name, end in ends.items()}
     assert statuses.pop("much output") == "succeeded"
     assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
@@ -12462,21 +13085,14 @@ def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounde
     assert server.stop() == 0
 
 
-@pytest.mark.slow
-def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
-    command = f"""exec 3<>/dev/tcp/127.0.0.1/{server.port}
+async def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(api: Api) -> None:
+    command = f"""exec 3<>/dev/tcp/127.0.0.1/{api.client.port}
         printf 'DELETE /api/v1/tasks/%s HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n' "$CHRONOTASK_TASK_ID" >&3; sleep 60"""
-    task = server.bash(command, name="suicidal")
-    server.every(1, task)
-    status, answer = server.ask("POST", f"/tasks/{task}/execute?wait=10")
-    assert status == 404, answer
+    await api.schedule(await api.task(config={"command": command}, name="suicidal"))
+    problem_of(await api("POST", "/tasks/1/execute?wait=10"), 404)
     until(lambda: not children_named("suicidal"), 4, "its process is gone")
-    assert server.ask("GET", f"/tasks/{task}")[0] == 404
-    assert server.get("/schedules")["total"] == 0
-    assert server.rows() == []
-    time.sleep(1.5)
-    assert server.rows() == [] and server.ask("GET", "/health")[0] == 200
+    for table in ("tasks", "schedules", "executions"):
+        assert (await api.get(f"/{table}"))[table] == []
 
 
 # --- Backup and retention ---------------------------------------------------------------------------------------------
@@ -12485,44 +13101,34 @@ def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(tmp_p
 @pytest.mark.slow
 def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_before_and_can_be_restored(tmp_path: Path) -> None:
     server = Server(tmp_path / "live", API_TOKEN="a-token-for-backups").start()
-    over, accepted, copies = threading.Event(), list[int](), dict[Path, list[int]]()
-    task = server.bash("true")
+    over, accepted, task = threading.Event(), list[int](), server.bash("true")
 
     def client() -> None:
         while not over.is_set():
             accepted.append(server.execute(task)["id"])
 
     def backed_up_to(target: object) -> bytes:
-        command = [sys.executable, str(PROGRAM), "--backup", str(target)]
-        made = subprocess.run(command, check=False, env=server.environ, capture_output=True, timeout=60)
-        assert made.returncode == 0, made.stderr
-        return made.stdout
+        return subprocess.check_output([sys.executable, PROGRAM, "--backup", str(target)], env=server.environ, timeout=60)
 
     writer = threading.Thread(target=client)
     writer.start()
     time.sleep(0.5)
     try:
         for kind in ("file", "stdout", "api"):
-            copy = tmp_path / f"{kind}.db"
-            copies[copy] = list(accepted)
+            restored, before = Server(tmp_path / kind), list(accepted)
             if kind == "file":
-                assert backed_up_to(copy) == b"" and copy.stat().st_mode & 0o777 == 0o600
+                assert backed_up_to(restored.database) == b"" and restored.database.stat().st_mode & 0o777 == 0o600
             else:
-                copy.write_bytes(server.get("/backup") if kind == "api" else backed_up_to("-"))
+                restored.database.write_bytes(server.get("/backup") if kind == "api" else backed_up_to("-"))
+            assert restored.sql("PRAGMA integrity_check") == [("ok",)]
+            assert before and set(before) - {row[0] for row in restored.sql("SELECT id FROM executions")} == set()
     finally:
         over.set()
         writer.join()
         server.stop()
-    for number, (copy, before) in enumerate(copies.items()):
-        restored = Server(tmp_path / f"restored-{number}")
-        shutil.copy(copy, restored.database)
-        assert restored.sql("PRAGMA integrity_check") == [("ok",)]
-        known = {row[0] for row in restored.sql("SELECT id FROM executions")}
-        assert before and set(before) - known == set()
     restored.start()
     until(lambda: not sum(restored.get("/scheduler/status")["executions"].values()), 30, "what was waiting is run")
     assert {row["status"] for row in restored.rows()} <= FINAL
-    print(f"{len(copies)} backups while {len(accepted)} executions were accepted")
     assert list(tmp_path.glob("live/.*")) == []  # nothing half-made is left
 
 
@@ -12531,23 +13137,21 @@ def test_old_history_is_deleted_in_the_background_and_writes_go_on(tmp_path: Pat
     server = Server(tmp_path).start()
     task = server.bash("true")
     server.stop()
-    count, old, now = 200_000 if LONG else 60_000, time.time_ns() // 1000 - 40 * 86_400_000_000, time.time_ns() // 1000
-    with contextlib.closing(sqlite3.connect(server.database)) as db:
-        names = "task_id, trigger, status, queued_at, started_at, finished_at, attempt, uuid, output_data"
-        values = "?1, 'manual', 'succeeded', ?2 + value, ?2 + value, ?2 + value, 1, hex(randomblob(16)), printf('%300c', 'x')"
-        numbers = "(WITH RECURSIVE n(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM n WHERE value < ?3) SELECT value FROM n)"
-        db.execute(f"INSERT INTO executions ({names}) SELECT {values} FROM {numbers}", (task, old, count))
-        names = "task_id, trigger, status, queued_at, uuid, hold"
-        held = db.execute(f"INSERT INTO executions ({names}) VALUES (?, 'manual', 'queued', ?, 'u', 4)", (task, now)).lastrowid
-        db.commit()
-        size = server.database.stat().st_size
+    count, now = 200_000 if LONG else 60_000, time.time_ns() // 1000
+    names = "task_id, trigger, status, queued_at, started_at, finished_at, attempt, uuid, output_data"
+    values = "?1, 'manual', 'succeeded', ?2 + value, ?2 + value, ?2 + value, 1, hex(randomblob(16)), printf('%300c', 'x')"
+    numbers = "(WITH RECURSIVE n(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM n WHERE value < ?3) SELECT value FROM n)"
+    server.sql(f"INSERT INTO executions ({names}) SELECT {values} FROM {numbers}", task, now - 40 * DAY, count)
+    names = "task_id, trigger, status, queued_at, uuid, hold"
+    [(held,)] = server.sql(f"INSERT INTO executions ({names}) VALUES (?, 'manual', 'queued', ?, 'u', 4) RETURNING id", task, now)
+    size = server.database.stat().st_size
     server.start()
     left, end = count, time.monotonic() + 90
     while left and time.monotonic() < end:
         for number in range(20):
             server.expect(200, "PATCH", f"/tasks/{task}", {"description": f"{left} {number}"})
             time.sleep(0.005)
-        left = server.sql("SELECT count(*) FROM executions WHERE finished_at < ?", now - 86_400_000_000)[0][0]
+        left = server.sql("SELECT count(*) FROM executions WHERE finished_at < ?", now - DAY)[0][0]
     assert left == 0
     assert server.get(f"/executions/{held}")["status"] == "queued"
     until(lambda: server.database.stat().st_size < size / 2 or not server.sql("PRAGMA wal_checkpoint"), 15, "space is given back")
@@ -12555,892 +13159,7 @@ def test_old_history_is_deleted_in_the_background_and_writes_go_on(tmp_path: Pat
     assert server.database.stat().st_size < size / 2
 
 
-# ======================================================================================================================
-# Attacks
-# ======================================================================================================================
-#
-# Each test is an attack, and is named after it.
-
-
-# --- Malformed requests: smuggling, duplicates, what no client sends --------------------------------------------------
-
-
-async def raw_answer(port: int, data: bytes, seconds: float = 10) -> bytes:
-    """All that a server says to these bytes until it closes, or has been silent for a moment."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    got = b""
-    with contextlib.suppress(OSError, TimeoutError):
-        writer.write(data)
-        await writer.drain()
-        async with asyncio.timeout(seconds):
-            while piece := await reader.read(65536):
-                got += piece
-                if b"Connection: close" not in data and got.count(b"\r\n\r\n"):
-                    async with asyncio.timeout(0.2):
-                        while piece := await reader.read(65536):
-                            got += piece
-                    break
-    writer.close()
-    return got
-
-
-def statuses_in(answer: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/\d\.\d (\d\d\d) ", answer)]
-
-
-HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
-BODY = json.dumps(BASH).encode()
-SMUGGLED = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-
-
-def posted(headers: bytes, body: bytes = BODY) -> bytes:
-    return b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + headers + b"\r\n" + body
-
-
-SMUGGLING = {
-    "two lengths": posted(b"Content-Length: 3\r\nContent-Length: %d\r\n" % len(BODY)),
-    "two equal lengths": posted(b"Content-Length: %d\r\nContent-Length: %d\r\n" % (len(BODY), len(BODY))),
-    "a list of lengths": posted(b"Content-Length: 5, 5\r\n", b"abcde"),
-    "a length and chunks": posted(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "chunks and a length": posted(b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "unknown transfer encoding": posted(b"Transfer-Encoding: xchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "chunked is not the last": posted(b"Transfer-Encoding: chunked, identity\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "chunked twice": posted(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "blank before the colon": posted(b"Transfer-Encoding : chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "tab in the name": posted(b"Transfer-Encoding\t: chunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "vertical tab in the value": posted(b"Transfer-Encoding: \x0bchunked\r\n", b"0\r\n\r\n" + SMUGGLED),
-    "negative length": posted(b"Content-Length: -5\r\n"),
-    "length with a sign": posted(b"Content-Length: +5\r\n", b"abcde"),
-    "length in hexadecimal": posted(b"Content-Length: 0x5\r\n", b"abcde"),
-    "length with an underscore": posted(b"Content-Length: 1_0\r\n", b"abcdefghij"),
-    "length in other digits": posted("Content-Length: ٥\r\n".encode(), b"abcde"),
-    "length over 64 bits": posted(b"Content-Length: 99999999999999999999999\r\n"),
-    "empty length": posted(b"Content-Length:\r\n"),
-    "blank before a chunk size": posted(b"Transfer-Encoding: chunked\r\n", b" 2\r\n{}\r\n0\r\n\r\n"),
-    "negative chunk size": posted(b"Transfer-Encoding: chunked\r\n", b"-2\r\n{}\r\n0\r\n\r\n"),
-    "chunk size with an underscore": posted(b"Transfer-Encoding: chunked\r\n", b"0_2\r\n{}\r\n0\r\n\r\n"),
-    "chunk longer than its size": posted(b"Transfer-Encoding: chunked\r\n", b"2\r\n{}{}\r\n0\r\n\r\n"),
-    "line ends without CR": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\n"),
-    "line ends without LF": posted(b"Content-Length: %d\r\n" % len(BODY)).replace(b"\r\n", b"\r"),
-    "folded header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
-    "NUL in a header": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
-    "NUL in the path": b"GET /api/v1/ta\0sks HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "blank in the path": b"GET /api/v1/tasks x HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "two hosts": b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
-    "two hosts, the good one last": b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n",
-    "no host": b"GET /api/v1/tasks HTTP/1.1\r\n\r\n",
-    "no host in HTTP/1.0": b"GET /api/v1/tasks HTTP/1.0\r\n\r\n",
-    "two content types": posted(b"Content-Type: text/plain\r\nContent-Length: %d\r\n" % len(BODY)),
-    "TLS on a plain port": bytes.fromhex("1603010200010001fc0303") + b"a" * 300,
-    "HTTP/2 by prior knowledge": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "an HTTP version of the future": b"GET / HTTP/1.9\r\nHost: localhost\r\n\r\n",
-    "an unknown method": b"FOO /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "TRACE": b"TRACE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "a request line of 20 KB": b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "a request line without end": b"GET /" + b"a" * 3_000_000,
-    "a header of 20 KB": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
-    "a header without end": b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3_000_000,
-    "a header name without end": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a" * 3_000_000,
-    "1000 headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(1000)) + b"\r\n",
-    "an expectation that nobody can meet": posted(b"Expect: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
-    "a body that is not what its encoding says": posted(b"Content-Encoding: gzip\r\nContent-Length: %d\r\n" % len(BODY)),
-    "an unknown encoding": posted(b"Content-Encoding: nonsense\r\nContent-Length: %d\r\n" % len(BODY)),
-    "an encoding that needs a package": posted(b"Content-Encoding: br\r\nContent-Length: %d\r\n" % len(BODY)),
-}
-
-
-@pytest.mark.parametrize("attack", SMUGGLING)
-async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(api: Api, attack: str) -> None:
-    answer = await raw_answer(api.client.port, SMUGGLING[attack])
-    found = statuses_in(answer)
-    assert found and all(400 <= status < 500 for status in found), answer
-    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-    assert (await api("GET", "//health")).status == 200
-
-
-async def test_a_request_after_an_upgrade_that_was_not_accepted_is_checked_like_any_other(open_api: OpenApi) -> None:
-    api = await open_api(api_token=GOOD_TOKEN)
-    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    answer = await raw_answer(api.client.port, upgrade + SMUGGLED)
-    assert statuses_in(answer) == [200, 401]
-    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-
-
-async def test_pipelined_requests_are_each_checked_and_answered_in_order(open_api: OpenApi) -> None:
-    api = await open_api(api_token=GOOD_TOKEN)
-    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    stolen = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    evil = b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
-    answer = await raw_answer(api.client.port, one * 40 + stolen + one + evil)
-    assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
-
-
-async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chronotask, "SLOW_BODY", 0.3)
-    post = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"%s\r\n\r\n%s"
-    for header, body, status in ((b"Content-Length: 500", BODY, 408), (b"Transfer-Encoding: chunked", b"2\r\n{}\r\nzz\r\n", 400)):
-        assert statuses_in(await raw_answer(api.client.port, post % (header, body)))[:1] == [status]
-    assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-
-
-async def test_a_body_without_end_is_refused_at_1_mib(api: Api) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
-    writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-    answer = asyncio.ensure_future(reader.read(2000))
-    for _ in range(400):  # 25 MB
-        if answer.done():
-            break
-        writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
-        await writer.drain()
-    assert statuses_in(await answer) == [413]
-    writer.close()
-
-
-async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_api: OpenApi) -> None:
-    api = await open_api(api_token=GOOD_TOKEN)
-    for headers, status in ((BEARER, 415), ({}, 401)):
-        problem_of(await api("POST", "/tasks", raw=BOMB, headers={**headers, "Content-Encoding": "gzip"}), status)
-
-
-BOMB = gzip.compress(b" " * (1 << 27))
-NUMBERS = ["9" * 4000, "1" + "0" * 400]
-NUMBERS += "1e999 -1e999 1e308 -9223372036854775809 18446744073709551616 1.7976931348623159e308".split()
-
-
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
-async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str) -> None:
-    task_id = await api.task()
-    bash, http = {**BASH, "config": {"command": "true"}}, {"task_type": "http", "config": {"url": "http://127.0.0.1:9/"}}
-    places: dict[str, list[dict[str, Any]]] = {
-        "/tasks": [
-            *({**bash, name: "N"} for name in ("name", "task_type", "config", "max_retries", "retry_delay")),
-            {**bash, "config": {"command": "true", "timeout": "N"}},
-            *(
-                {**bash, **http, "config": {**http["config"], name: value}}
-                for name, value in {"body": {"a": ["N"]}, "params": {"a": "N"}, "expected_status": ["N"]}.items()
-            ),
-        ],
-        "/schedules": [
-            *({**EVERY_MINUTE, name: "N"} for name in ("task_id", "schedule_config", "jitter", "max_runs", "catchup_window")),
-            {**EVERY_MINUTE, "schedule_config": {"seconds": "N"}},
-        ],
-        "/schedules/preview": [{**EVERY_MINUTE, "count": "N"}],
-    }
-    for path, bodies in places.items():
-        for body in bodies:
-            answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
-            assert answer.status in (201, 400, 404, 422), (body, answer.text)
-            assert len(answer.text) < 20_000
-    for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
-        assert (await api("GET", query)).status in (404, 422), query
-    assert (await api("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
-    for path in ("/tasks?limit=1000", "/schedules", "/overview"):
-        assert await api.get(path), path
-
-
-@pytest.mark.parametrize("character", ["\\u0000", "\\ud800", "\\udfff\\ud800"])
-async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, character: str) -> None:
-    await api.task()
-    http, cron = {"task_type": "http", "name": "t"}, {**EVERY_MINUTE, "schedule_type": "cron"}
-    bash = {"command": "X", "args": ["X"], "env": {"A": "X"}, "working_dir": "/X"}
-    auth = {"username": "X", "password": "X"}
-    for body, fields in (
-        ({**BASH, "name": "aX", "description": "X"}, "name description"),
-        ({**BASH, "config": bash}, "config.command config.args[0] config.env.A config.working_dir"),
-        ({**BASH, "config": {"command": "true", "env": {"AX": "a"}}}, r"config.env.'A\x00'"),
-        (
-            {**http, "config": {"url": "http://127.0.0.1:9/X", "headers": {"A": "X"}, "auth": auth}},
-            "config.url config.headers config.auth.username config.auth.password",
-        ),
-        ({**http, "config": {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}}, "config.url config.headers"),
-        (
-            {**cron, "schedule_config": {"expression": "* * * * *X", "timezone": "UTCX"}},
-            "schedule_config.expression schedule_config.timezone",
-        ),
-        ({**cron, "schedule_type": "once", "schedule_config": {"datetime": "2027-01-01X"}}, "schedule_config.datetime"),
-    ):
-        path = "/schedules" if "schedule_type" in body else "/tasks"
-        answer = await api("POST", path, raw=json.dumps(body).replace("X", character).encode())
-        problem_of(answer, 422, *(fields.split() if character == "\\u0000" else [""]))  # a surrogate: the body as a whole
-    assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
-
-
-# --- The token --------------------------------------------------------------------------------------------------------
-
-
-def every_way_in() -> Iterator[tuple[str, str]]:
-    for operation in OPERATIONS:
-        for method in ("PATCH", "PUT") if operation.method == "PATCH" else (operation.method,):
-            yield method, API + operation.path.replace("{id}", "1")
-    yield from (("GET", page.path.replace("{id}", "1")) for page in chronotask.PAGES)
-    yield from itertools.product(("POST", "PUT", "DELETE", "OPTIONS", "PATCH"), ("/", "/docs"))
-    spellings = (
-        "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
-    )
-    yield from (("GET", path) for path in (*spellings.split(), f"/api/v1/tasks?token={GOOD_TOKEN}"))
-
-
-async def test_going_round_the_token_by_another_route_method_or_spelling(open_api: OpenApi) -> None:
-    api = await open_api(api_token=GOOD_TOKEN)
-    task_id = (await api("POST", "/tasks", BASH, headers=BEARER)).json["id"]
-    for method, path in every_way_in():
-        request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-        answer = await raw_answer(api.client.port, request.encode())
-        is_open = (method, path) in (("GET", "/health"), ("GET", "/docs"))
-        assert statuses_in(answer) == [200 if is_open else 401], (method, path, answer)
-        assert is_open or b'\r\nWWW-Authenticate: Bearer realm="ChronoTask"\r\n' in answer
-    assert api.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
-    assert api.rig.sql("SELECT count(*) FROM executions") == [(0,)]
-
-
-async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -> None:
-    assert "API_TOKEN" in problem_of(await (await open_api())("GET", "/backup"), 403), "nor to all, where there is none"
-    api = await open_api(api_token=GOOD_TOKEN)
-    assert (await api("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
-    problem_of(await api("POST", "/tasks", raw=b"{"), 401)
-    assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
-    assert (await api("GET", "//health")).text == '{"status":"healthy"}'
-    for path in ("//", "//docs"):
-        answer = await api("GET", path, headers={"Accept": "text/html"})
-        assert answer.status == 200 and "geheim-name" not in answer.text
-    assert [(await api("GET", "//", headers=headers)).status for headers in ({}, BEARER)] == [401, 200]
-
-
-# What may stand behind `Authorization: `, G being the token; then what may not.
-LET_IN = [b"Bearer G", b"bearer  G ", b"BEARER G"]
-KEPT_OUT = [
-    b"G", b"Basic G", b"Bearer", b"Bearer ", b"Bearer  ", b"Bearer \tx", b"Bearer null", b"Bearer \\u0063", b"Bearer prom",
-    b"Bearer Gx", b"Bearer G,", b"Bearer G G", b"Bearer G, Bearer G", b"Bearer G\r\nAuthorization: Bearer G",
-    b"Bearer wrong-horse\r\nAuthorization: Bearer G", b"Bearer correct-horse-batter", b"Bearer correct-horse-batter\xc3\xa4",
-    b"Bearer CORRECT-HORSE-BATTERY", b"Bearer \xc3\xa4\xc3\xb6", b"Bearer \xff\xfe", b"Bearer " + b"x" * 8000,
-]  # fmt: skip
-
-
-async def test_a_token_counts_alone_in_one_header_of_its_scheme_and_an_odd_one_is_a_wrong_one(
-    open_api: OpenApi, tmp_path: Path
-) -> None:
-    api = await open_api(api_tokens_file=tokens_file(tmp_path, f"prom read {GOOD_TOKEN}\n"))
-    for credentials in (*LET_IN, *KEPT_OUT):
-        header = b"Authorization: " + credentials.replace(b"G", GOOD_TOKEN.encode()) + b"\r\n\r\n"
-        for method, path in (("GET", "/api/v1/tasks"), ("HEAD", "/api/v1/tasks"), ("HEAD", "/metrics"), ("GET", "/docs/")):
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            status = 401 if credentials in KEPT_OUT else 404 if path == "/docs/" else 200
-            assert statuses_in(await raw_answer(api.client.port, head.encode() + header)) == [status], (method, path, credentials)
-            api.rig.clock.go(1)  # ten wrong tokens a second are counted
-
-
-def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compared: list[tuple[bytes, bytes]] = []
-    genuine = chronotask.hmac.compare_digest
-
-    def watched(a: bytes, b: bytes) -> bool:
-        compared.append((a, b))
-        return genuine(a, b)
-
-    monkeypatch.setattr(chronotask.hmac, "compare_digest", watched)
-    tokens = chronotask.Tokens(settings(tmp_path, api_token=GOOD_TOKEN), time.monotonic)
-    guesses = ["c", GOOD_TOKEN, GOOD_TOKEN[:-1] + "ä", "\udcff"]
-    for guess in guesses:
-        with contextlib.suppress(chronotask.Unauthorized):
-            tokens.find([f"Bearer {guess}"], "127.0.0.1")
-    assert [b for _, b in compared] == [chronotask.token_digest(guess) for guess in guesses]
-    assert {a for a, _ in compared} == {chronotask.token_digest(GOOD_TOKEN)}
-
-
-# --- Tokens with names and scopes -------------------------------------------------------------------------------------
-
-READER, RUNNER, ADMIN = "reader-token-1", "runner-token-2", "admin-token-3"
-SCOPED = f"# who\nprom read {READER}\n\nci run {RUNNER} # builds\nops admin {ADMIN}\n"
-
-
-def tokens_file(folder: Path, text: str = SCOPED) -> Path:
-    path = folder / "tokens"
-    path.write_text(text)
-    path.chmod(0o640)
-    return path
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-async def test_every_operation_is_given_to_its_scope_and_to_no_smaller_one(open_api: OpenApi, tmp_path: Path) -> None:
-    api = await open_api(api_tokens_file=tokens_file(tmp_path))
-    reads = {("POST", "/schedules/preview")} | {(o.method, o.path) for o in chronotask.OPERATIONS if o.method == "GET"}
-    runs = {("POST", path) for path in ("/tasks/{id}/execute", "/executions/{id}/cancel", "/executions/{id}/rerun")}
-    runs.add(("POST", "/schedules/{id}/backfill"))
-    for one in chronotask.OPERATIONS:
-        call = (one.method, one.path)
-        needed = "read" if call in reads else "run" if call in runs else "admin"
-        assert one.scope == needed, call
-        for name, scope, token in (("prom", "read", READER), ("ci", "run", RUNNER), ("ops", "admin", ADMIN)):
-            answer = await api(one.method, one.path.format(id=99), {} if one.body else None, headers=bearer(token))
-            if chronotask.SCOPES.index(scope) < chronotask.SCOPES.index(needed):
-                said = f"this needs the scope {needed}: the token {name} has {scope}"
-                assert (answer.status, answer.json["detail"]) == (403, said), (call, name)
-            else:
-                assert answer.status not in (401, 403), (call, name)
-        assert (await api(one.method, one.path.format(id=99))).status == 401, call
-
-
-async def test_pages_need_a_token_and_a_backup_an_administrator(open_api: OpenApi, tmp_path: Path) -> None:
-    api = await open_api(api_tokens_file=tokens_file(tmp_path))
-    for path, status in (("//metrics", 200), ("//openapi.json", 200), ("/backup", 403), ("/executions/1/output", 404)):
-        assert [(await api("GET", path)).status, (await api("GET", path, headers=bearer(READER))).status] == [401, status], path
-    async with api.client.get(f"{API}/backup", headers=bearer(ADMIN)) as answer:
-        assert (answer.status, (await answer.read())[:15]) == (200, b"SQLite format 3")
-    assert (await api("GET", "//health")).json == {"status": "healthy"}
-
-
-async def test_a_tool_over_http_keeps_to_the_scope_of_its_token(open_api: OpenApi, tmp_path: Path) -> None:
-    api = await open_api(mcp=True, api_tokens_file=tokens_file(tmp_path))
-
-    async def refused(token: str, tool: str, **arguments: Any) -> str:
-        """What is said when the call is refused; else nothing."""
-        headers = {**bearer(token), **MCP_HEADERS, "MCP-Protocol-Version": "2025-06-18"}
-        answer = await api("POST", "//mcp", rpc("tools/call", name=tool, arguments=arguments), headers=headers)
-        assert answer.status == 200, answer.text
-        result = json.loads(answer.text.partition("data: ")[2] or answer.text)["result"]
-        return result["content"][0]["text"] if result.get("isError") else ""
-
-    needs_admin = "this needs the scope admin: the token ci has run"
-    assert (await refused(RUNNER, "create_task", **BASH)).startswith(needs_admin)
-    assert not await refused(ADMIN, "create_task", **BASH)
-    assert not await refused(RUNNER, "execute_task", task_id=1)
-    override = await refused(RUNNER, "execute_task", task_id=1, config={"args": ["x"]})  # a command of one's own
-    assert override.startswith(needs_admin)
-    assert await refused(READER, "execute_task", task_id=1) and not await refused(READER, "list_tasks")
-
-
-@pytest.mark.parametrize("tool", list(chronotask.TOOLS))
-async def test_every_tool_keeps_to_the_scopes_before_it_looks_at_anything(rig: Rig, tool: str) -> None:
-    needed = chronotask.TOOLS[tool].scope
-    assert needed == "read" if "read_only" in chronotask.TOOLS[tool].tool else needed in ("run", "admin"), tool
-    for scope in chronotask.SCOPES:
-        before = chronotask.CALLER.set(chronotask.Caller("me", "mcp 127.0.0.1", scope))
-        answer = str(await chronotask.run_tool(rig.service, tool, {"task_id": 99, "schedule_id": 99, "execution_id": 99}))
-        chronotask.CALLER.reset(before)
-        refused = f"this needs the scope {needed}: the token me has {scope}" in answer
-        assert refused == (chronotask.SCOPES.index(scope) < chronotask.SCOPES.index(needed)), (tool, scope, answer)
-
-
-BAD_TOKENS_FILES = {
-    "prom read": "line 1: must be NAME SCOPE TOKEN",
-    f"ok read {READER}\nprom write {RUNNER}": "line 2: SCOPE must be one of read, run, admin, not 'write'",
-    "prom read short": "line 1: TOKEN must be 8 to 4096 visible ASCII characters",
-    f"a read {READER}\na run {RUNNER}": "line 2: NAME must be 1 to 64 of A-Za-z0-9._@- and stand once",
-    f"a/b read {READER}": "line 1: NAME must be 1 to 64",
-    f"a read {READER}\nb run {READER}": "line 2: TOKEN stands twice",
-    "# nobody\n": "holds no token",
-}
-
-
-@pytest.mark.parametrize("text", BAD_TOKENS_FILES)
-def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tmp_path: Path, text: str) -> None:
-    with pytest.raises(StartupError) as refused:
-        Settings.from_env({"CHRONOTASK_API_TOKENS_FILE": str(tokens_file(tmp_path, text))})
-    assert refused.value.exit_status == 2 and BAD_TOKENS_FILES[text] in str(refused.value)
-    assert READER not in str(refused.value) and "short" not in str(refused.value)
-
-
-@pytest.mark.parametrize(("mode", "said"), [(0o644, "other users can read it"), (0o660, "may be written by others")])
-def test_a_file_of_tokens_that_others_may_read_or_write_ends_the_start(tmp_path: Path, mode: int, said: str) -> None:
-    path = tokens_file(tmp_path)
-    path.chmod(mode)
-    with pytest.raises(StartupError, match=said):
-        Settings.from_env({"CHRONOTASK_API_TOKENS_FILE": str(path)})
-
-
-def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tokens_file(tmp_path)
-    tokens = chronotask.Tokens(settings(tmp_path, api_tokens_file=path), time.monotonic)
-
-    def scope(token: str) -> str | None:
-        tokens.take_up(*tokens.read())
-        with contextlib.suppress(chronotask.Unauthorized):
-            return (tokens.find([f"Bearer {token}"], "127.0.0.1") or pytest.fail("open")).scope
-        return None
-
-    assert [scope(READER), scope(RUNNER), scope("nobody-knows")] == ["read", "run", None]
-    path.write_text(f"prom admin {READER}\n")
-    assert [scope(READER), scope(RUNNER)] == ["admin", None]
-    path.write_text("half wri")
-    assert [scope(READER), scope(READER)] == ["admin", "admin"]
-    path.unlink()
-    assert [scope(READER), scope(READER)] == ["admin", "admin"]
-    assert len([r for r in caplog.records if "the tokens that were known stay valid" in r.getMessage()]) == 2
-    tokens_file(tmp_path)
-    assert [scope(READER), scope(ADMIN)] == ["read", "admin"]
-
-
-def test_wrong_tokens_are_slowed_down_and_never_lock_out_a_right_one(tmp_path: Path) -> None:
-    now = [0.0]
-    tokens = chronotask.Tokens(settings(tmp_path, api_token=GOOD_TOKEN), lambda: now[0])
-
-    def ask(token: str, address: str = "192.0.2.1") -> str:
-        try:
-            found = tokens.find([f"Bearer {token}"], address)
-            return found.name if found else "anybody"
-        except chronotask.ChronoTaskError as error:
-            return str(error.status)
-
-    assert [ask("guess-guess") for _ in range(12)] == ["401"] * 10 + ["429"] * 2
-    assert [ask(GOOD_TOKEN), ask("guess-guess", "192.0.2.2"), ask("guess-guess")] == ["API_TOKEN", "401", "429"]
-    now[0] += 1
-    assert ask("guess-guess") == "401"
-    for number in range(5000):
-        ask("guess-guess", str(number))
-    assert len(tokens._wrong) <= 1000
-
-
-async def test_a_stream_ends_with_its_token_and_no_other_does(open_api: OpenApi, tmp_path: Path) -> None:
-    api = await open_api(api_tokens_file=tokens_file(tmp_path))
-    await api("POST", "/tasks", {**BASH, "config": {"command": "echo on; sleep 20"}}, headers=bearer(ADMIN))
-    await api("POST", "/tasks/1/execute", headers=bearer(RUNNER))
-    places = ["/events", "/executions/1/output?follow=true"]
-    gone, kept = [[await api.client.get(API + place, headers=bearer(token)) for place in places] for token in (READER, RUNNER)]
-    tokens_file(tmp_path, SCOPED.replace(READER, "another-token"))
-    async with asyncio.timeout(20):
-        for stream in gone:
-            with contextlib.suppress(ClientError):
-                await stream.read()
-    assert await reaches(api, READER, 401) and await reaches(api, "another-token", 200)
-    assert [stream.content.at_eof() for stream in kept] == [False, False]
-    assert (await api("POST", "/executions/1/cancel", headers=bearer(RUNNER))).json["status"] == "cancelled"
-    for stream in kept:
-        stream.close()
-
-
-async def test_a_token_works_all_the_while_that_its_file_is_written_anew(open_api: OpenApi, tmp_path: Path) -> None:
-    path = tokens_file(tmp_path)
-    api = await open_api(api_tokens_file=path)
-    with path.open("w") as file:  # as an editor does that writes into the file itself
-        for round in range(50):
-            file.seek(0)
-            file.truncate()
-            for line in (f"prom read {READER}\n", f"new{round} run token-{round}-xyz\n"):
-                for part in (line[:12], line[12:]):
-                    file.write(part)
-                    file.flush()
-                    assert (await api("GET", "/tasks", headers=bearer(READER))).status == 200
-    assert await reaches(api, "token-49-xyz", 200) and await reaches(api, ADMIN, 401)
-
-
-async def reaches(api: Api, token: str, status: int) -> bool:
-    async with asyncio.timeout(20):
-        while (await api("GET", "/tasks", headers=bearer(token))).status != status:
-            await asyncio.sleep(0.01)
-    return True
-
-
-async def test_a_new_token_in_the_file_of_api_token_replaces_the_old_one(open_api: OpenApi, tmp_path: Path) -> None:
-    path = tokens_file(tmp_path, ADMIN)
-    api = await open_api(api_token=ADMIN, api_token_file=path)
-    assert (await caller(api, ADMIN)) == {"name": "API_TOKEN", "scope": "admin"}
-    path.write_text("a-new-token\n")
-    assert await reaches(api, "a-new-token", 200) and await reaches(api, ADMIN, 401)
-
-
-async def caller(api: Api, token: str = "") -> Any:
-    return (await api("GET", "/scheduler/status", headers=bearer(token) if token else {})).json.get("caller")
-
-
-async def test_who_one_is_stands_in_the_status_where_there_are_tokens_and_in_no_event(open_api: OpenApi, tmp_path: Path) -> None:
-    assert await caller(await open_api()) is None
-    api = await open_api(api_tokens_file=tokens_file(tmp_path))
-    assert await caller(api, READER) == {"name": "prom", "scope": "read"}
-    assert "caller" not in await chronotask.status_of(api.rig.service)
-
-
-async def test_no_task_can_read_the_file_of_tokens_or_one_that_holds_one_of_them(open_rig: OpenRig, tmp_path: Path) -> None:
-    (tmp_path / "secrets").mkdir()
-    path = tokens_file(tmp_path / "secrets")
-    (tmp_path / "secrets" / "copy").write_text(f"x {RUNNER}\n")
-    rig = await open_rig(api_tokens_file=path, secrets_dir=tmp_path / "secrets")
-    for name in ("tokens", "copy"):
-        task_id = await rig.task(config={"command": "echo $X", "env": {"X": f"${{file:{name}}}"}})
-        row = await rig.service.get_execution(await rig.executed(task_id))
-        assert (row["status"], "holds the service's own token" in row["error_message"]) == ("failed", True)
-
-
-# --- Changes ----------------------------------------------------------------------------------------------------------
-
-
-async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, tmp_path: Path) -> None:
-    api = await open_api(api_tokens_file=tokens_file(tmp_path))
-    secret = {"url": "http://127.0.0.1:9/", "headers": {"Authorization": "Bearer s3cr3t-s3cr3t"}}
-    for token, method, path, body in (
-        (ADMIN, "POST", "/tasks", {"name": "t", "task_type": "http", "config": secret, "status": "disabled"}),
-        (ADMIN, "PATCH", "/tasks/1", {"name": "u", "status": "active"}),
-        (ADMIN, "POST", "/schedules", {**EVERY_MINUTE, "is_active": False}),
-        (ADMIN, "PATCH", "/schedules/1", {"jitter": 5}),
-        (ADMIN, "POST", "/scheduler/pause", None),
-        (RUNNER, "POST", "/tasks/1/execute", None),
-        (ADMIN, "DELETE", "/schedules/1", None),
-        (ADMIN, "DELETE", "/tasks/1", None),
-    ):
-        answer = await api(method, path, body, headers=bearer(token))
-        assert answer.status < 300, answer.text
-    changes = (await api("GET", "/changes?limit=1000", headers=bearer(READER))).json["changes"][::-1]
-    assert [f"{c['operation']} {c['kind']} {c['object_id']} {c['actor']}" for c in changes] == [
-        "create task 1 ops", "update task 1 ops", "create schedule 1 ops", "update schedule 1 ops", "pause scheduler None ops",
-        "execute execution 1 ci", "delete schedule 1 ops", "delete task 1 ops",
-    ]  # fmt: skip
-    assert {c["via"] for c in changes} == {"rest 127.0.0.1"}
-    assert "s3cr3t" not in json.dumps(changes) and changes[0]["before"] is None and changes[-1]["after"] is None
-    assert changes[1]["before"].keys() == changes[1]["after"].keys() == {"name", "status", "status_reason"}
-    assert (changes[3]["before"]["jitter"], changes[3]["after"]["jitter"]) == (0, 5)
-    some = (await api("GET", "/changes?kind=task&id=1&limit=2", headers=bearer(READER))).json
-    assert [c["operation"] for c in some["changes"]] == ["delete", "update"]
-    assert some["next_before_id"] == some["changes"][-1]["id"]
-
-
-WRITES: dict[str, tuple[str, Json, str]] = {
-    "POST /tasks": ("/tasks", {"name": "n", "task_type": "bash", "config": {"command": "true"}}, "create task"),
-    "PATCH /tasks/{id}": ("/tasks/1", {"name": "n"}, "update task"),
-    "DELETE /tasks/{id}": ("/tasks/1", None, "delete task"),
-    "POST /schedules": ("/schedules", EVERY_MINUTE, "create schedule"),
-    "PATCH /schedules/{id}": ("/schedules/1", {"jitter": 1}, "update schedule"),
-    "DELETE /schedules/{id}": ("/schedules/1", None, "delete schedule"),
-    "POST /schedules/{id}/backfill": (
-        "/schedules/1/backfill",
-        {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"},
-        "backfill schedule",
-    ),
-    "POST /tasks/{id}/execute": ("/tasks/1/execute?wait=0.01", None, "execute execution"),
-    "POST /executions/{id}/rerun": ("/executions/2/rerun?wait=0.01", None, "rerun execution"),
-    "POST /executions/{id}/cancel": ("/executions/1/cancel", None, "cancel execution"),
-    "POST /scheduler/pause": ("/scheduler/pause", None, "pause scheduler"),
-    "POST /scheduler/resume": ("/scheduler/resume", None, "resume scheduler"),
-    "POST /apply": (
-        "/apply",
-        {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}},
-        "create task",
-    ),
-}
-
-
-@pytest.mark.parametrize("call", [f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
-async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
-    path, body, change = WRITES[call]
-    await api.rig.schedule(await api.task(config={"command": "sleep 20"}), "cron")
-    await api("POST", "/tasks/1/execute")
-    await api.executed(await api.task())
-    before = api.rig.sql("SELECT count(*) FROM changes")[0][0]
-    answer = await api(call.partition(" ")[0], path, body)
-    assert answer.status < 300, answer.text
-    changes = (await api.get("/changes"))["changes"]
-    assert len(changes) > before and f"{changes[0]['operation']} {changes[0]['kind']}" == change
-    assert (changes[0]["actor"], changes[0]["via"]) == ("-", "rest 127.0.0.1")
-
-
-async def test_a_change_shows_only_what_differs_masked_and_never_at_length(api: Api) -> None:
-    env = {"A": "1", "B": "${env:CHRONOTASK_SECRET_B}", "PASSWORD": "hunter2-hunter2"}
-    await api("POST", "/tasks", {"name": "t", "task_type": "bash", "config": {"command": "true", "env": env}})
-    await api("PATCH", "/tasks/1", {"config": {"command": "true", "env": {**env, "A": "2"}}})
-    await api("PATCH", "/tasks/1", {"config": {"command": "x" * 60_000}})
-    auth = {"url": "http://u:s3cr3t-pass@h.test/", "auth": {"username": "u", "password": "s3cr3t-auth"}}
-    await api(
-        "PATCH", "/tasks/1", {"task_type": "http", "config": {**auth, "headers": {"Authorization": "Bearer s3cr3t-header"}}}
-    )
-    newest, long, small, _ = (await api("GET", "/changes")).json["changes"]
-    assert (small["before"], small["after"]) == ({"config": {"env": {"A": "1"}}}, {"config": {"env": {"A": "2"}}})
-    assert long["after"]["config"] == '{"command":"' + "x" * 4084 + "… (60014 characters)"
-    assert "s3cr3t" not in json.dumps(newest) and len(json.dumps(newest)) < 10_000
-
-
-async def test_a_write_that_fails_is_no_change_and_one_that_is_kept_is_one_line(
-    rig: Rig, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "chronotask")
-    await rig.task(key="k")
-    with pytest.raises(Conflict):
-        await rig.task(key="k")
-    with pytest.raises(InvalidInput):
-        await rig.patch_task(1, config={"url": "x"})
-    await rig.patch_task(1, name="n")
-    assert rig.sql("SELECT operation FROM changes ORDER BY id") == [("create",), ("update",)]
-    lines = [r.getMessage() for r in caplog.records if " via " in r.getMessage()]
-    assert lines == ["create task 1 by - via cli", "update task 1 (name) by - via cli"]
-
-
-async def test_a_thousand_writes_at_once_are_a_thousand_changes_in_the_order_of_their_commits(rig: Rig) -> None:
-    await asyncio.gather(*(rig.task(name=f"t{n}") for n in range(500)))
-    await asyncio.gather(*(rig.patch_task(n, description="x") for n in range(1, 501)))
-    rows = rig.sql("SELECT id, operation, object_id FROM changes ORDER BY id")
-    assert [(row[1], row[2]) for row in rows[:500]] == [("create", n) for n in range(1, 501)]
-    assert [row[1] for row in rows[500:]] == ["update"] * 500 and sorted(row[2] for row in rows[500:]) == [*range(1, 501)]
-
-
-async def test_changes_are_kept_as_long_as_the_history(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=10)
-    await rig.task()
-    rig.clock.advance(9 * 86400)
-    await rig.task()
-    rig.clock.advance(2 * 86400)
-    await rig.service.retention.delete(rig.clock.now())
-    assert rig.sql("SELECT object_id FROM changes") == [(2,)]
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "tasks.example.com", "fe80::1"])
-def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str
-) -> None:
-    warn_if_open(settings(tmp_path, api_host=host))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    (line,) = caplog.messages
-    assert host in line and "CHRONOTASK_API_TOKEN" in line and "ANYONE" in line
-    caplog.clear()
-    warn_if_open(settings(tmp_path, api_host=host, api_token=GOOD_TOKEN))
-    for local in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        warn_if_open(settings(tmp_path, api_host=local))
-    assert caplog.messages == []
-
-
-def test_a_host_name_that_dns_can_be_made_to_answer_for_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask", "tasks.example.com", "localhost", "::1", "10.0.0.7", "nas")))
-    assert [message.partition(" answer for ")[2].partition(":")[0] for message in caplog.messages] == ["chronotask", "nas"]
-    caplog.clear()
-    warn_if_open(settings(tmp_path, allowed_hosts=("chronotask",), api_token=GOOD_TOKEN))
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    ("host", "reached"), [("::", "127.0.0.1 ::1"), ("0::0", "127.0.0.1 ::1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1")]
-)
-def test_the_ipv6_wildcard_listens_on_ipv4_too(host: str, reached: str) -> None:
-    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
-        pytest.skip("this machine has no IPv6")
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(sock) for sock in chronotask.bind(host, 0)]
-        found = []
-        for address in ("127.0.0.1", "::1"):
-            with contextlib.suppress(OSError), socket.create_connection((address, sockets[0].getsockname()[1]), 5):
-                found.append(address)
-        assert found == reached.split()
-
-
-# --- The MCP port: the same rules -------------------------------------------------------------------------------------
-
-
-async def test_a_form_an_image_or_a_navigation_of_another_site_on_the_mcp_port(mcp: Api) -> None:
-    modes: tuple[dict[str, str], ...] = ({}, NAVIGATION, {"Sec-Fetch-Mode": "no-cors"})
-    for site, more, method in itertools.product(("cross-site", "same-site", "nonsense"), modes, ("GET", "POST")):
-        headers = {**MCP_HEADERS, "Sec-Fetch-Site": site, **more}
-        answer = await mcp(method, "//mcp", PING if method == "POST" else None, headers=headers)
-        assert "another site" in problem_of(answer, 403)
-    for content_type in (*NOT_JSON.split("|")[:3], "text/plain; application/json", "application/jsonp"):
-        answer = await mcp("POST", "//mcp", PING, headers={**MCP_HEADERS, "Content-Type": content_type})
-        assert "application/json" in problem_of(answer, 415), content_type
-    for header, value in (("Host", "evil.example"), ("Origin", "https://evil.example"), ("Origin", "null")):
-        answer = await mcp("POST", "//mcp", PING, headers={**MCP_HEADERS, header: value})
-        assert f"{header} '{value}' is not accepted here" in problem_of(answer, 403)
-
-
-async def test_going_round_the_token_on_the_mcp_port(open_api: OpenApi) -> None:
-    api = await open_api(mcp=True, api_token=GOOD_TOKEN)
-    paths = ("//mcp", "//mcp/", "//", "//docs", "//x")
-    for method, path in itertools.product(("GET", "POST", "DELETE", "PUT", "OPTIONS"), paths):
-        answer = await api(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
-        static = method == "GET" and path == "//docs"  # nothing is there on this port
-        assert answer.status == (404 if static else 401), (method, path)
-        assert static or answer.headers["WWW-Authenticate"] == 'Bearer realm="ChronoTask"'
-    assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, "Authorization": "Bearer wrong-horse"})).status == 401
-    assert (await api("GET", "//health")).status == 404
-    assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
-
-
-async def test_a_preflight_gets_no_cors_headers_on_either_port(api: Api, mcp: Api) -> None:
-    rest = api
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type, authorization"}
-    for api, path in ((rest, "/tasks"), (rest, "//metrics"), (rest, "//"), (rest, "/events"), (mcp, "//mcp")):
-        same = f"http://127.0.0.1:{api.client.port}"
-        for origin, method in itertools.product(("https://evil.example", "null", same), ("OPTIONS", "HEAD", "DELETE")):
-            answer = await api(method, path, headers={"Origin": origin, **asked})
-            assert not [name for name in answer.headers if name.lower().startswith("access-control")], (path, origin, method)
-            assert answer.status >= 400 or (origin == same and method == "HEAD")
-
-
-CREATE_TASK = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":{%s}}}'
-MCP_GARBAGE = {
-    "deep list": b"[" * 100_000,
-    "deep object": b'{"a":' * 50_000,
-    "deep arguments": CREATE_TASK % (b'"q":' + b"[" * 150 + b"]" * 150),
-    "number of 5000 digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
-    "infinite id": b'{"jsonrpc":"2.0","id":1e999,"method":"ping"}',
-    "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
-    "NUL": b"\0",
-    "NUL in a name": CREATE_TASK % b'"name":"a\\u0000","task_type":"bash","config":{"command":"true"}',
-    "lone surrogate": CREATE_TASK % b'"name":"\\ud800","task_type":"bash","config":{"command":"true"}',
-    "lone surrogate in JSON as text": CREATE_TASK % b'"name":"a","task_type":"bash","config":"{\\"command\\":\\"\\\\ud800\\"}"',
-    "deep JSON as text": CREATE_TASK % (b'"name":"a","task_type":"http","config":"' + b"[" * 100_000 + b'"'),
-    "huge number": CREATE_TASK % b'"name":"a","task_type":"http","config":{"url":"http://127.0.0.1:9/","body":{"a":1e999}}',
-    "no UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff\xfe"}',
-    "a list of a thousand calls": b"[" + b",".join([b'{"jsonrpc":"2.0","id":1,"method":"ping"}'] * 1000) + b"]",
-    "terminal escapes as a method": b'{"jsonrpc":"2.0","id":1,"method":"\\u001b[2J\\u001b]0;owned\\u0007\\nforged"}',
-}
-
-
-async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, caplog: pytest.LogCaptureFixture) -> None:
-    for garbage, raw in MCP_GARBAGE.items():
-        answer = await mcp("POST", "//mcp", raw=raw, headers=MCP_HEADERS)
-        assert answer.status < 500 and len(answer.text) < 10_000, (garbage, answer)
-        assert "\x1b" not in answer.text
-        assert mcp.rig.sql("SELECT count(*) FROM tasks") == [(0,)], garbage
-        assert not [record for record in caplog.records if record.exc_info], garbage
-        assert (await mcp("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200, garbage
-
-
-# --- Tasks made before a rule was set ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ({"allowed_bash_commands": ("echo",)}, "CHRONOTASK_ALLOWED_BASH_COMMANDS"),
-        ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS"),
-    ],
-)
-async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or_queue(
-    open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
-) -> None:
-    rig = await open_rig()
-    marker = tmp_path / "marker"
-    made = await rig.task(config={"command": f"touch {marker}"}, max_retries=3)
-    await rig.schedule(made)
-    failing = await rig.task(config={"command": f"test -e {tmp_path}/never && touch {marker}"}, max_retries=3, retry_delay=30)
-    await rig.executed(failing)
-    assert await rig.statuses() == ["retrying"]
-    later = await restarted(rig, open_rig, 61, **rule)
-    with pytest.raises((Forbidden, InvalidInput), match=words):
-        await later.task(config={"command": "id"})
-    if "allow_host_commands" in rule:
-        with pytest.raises(Forbidden, match=words):
-            await later.execute(made)
-    await later.finish()
-    await later.run_at(62)
-    found = {(row["task_id"], row["status"], row["attempt"]) for row in await later.rows()}
-    assert found == {(made, "failed", 1), (failing, "failed", 2)}
-    assert all(words in row["error_message"] for row in await later.rows())
-    assert not marker.exists()
-
-
-# --- Masks ------------------------------------------------------------------------------------------------------------
-
-
-def secret_config(target: Target) -> dict[str, Any]:
-    kept = {"Authorization": "Bearer header-secret-3", "COOKIE": "s=cookie-secret-4", "proxy-authorization": "proxy-secret-5"}
-    return {
-        "url": target.url.replace("://", "://anna:url-secret-1@"),
-        "method": "POST",
-        "auth": {"username": "anna", "password": "auth-secret-2"},
-        "headers": {**kept, "X": "y"},
-        "params": {"a": [1, "b", True]},
-        "body": {"x": [1, 2.5, None]},
-        "timeout": 2.5,
-        "expected_status": [200, "300-399"],
-        "follow_redirects": False,
-        "verify_tls": False,
-    }
-
-
-MASKED_FIELDS = {
-    "config.auth.password",
-    *(f"config.headers.{name}" for name in ("Authorization", "COOKIE", "proxy-authorization")),
-}
-SECRETS = ("url-secret-1", "auth-secret-2", "header-secret-3", "cookie-secret-4", "proxy-secret-5")
-
-
-async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks_come_back(api: Api, target: Target) -> None:
-    task_id = await api.task(task_type="http", config=secret_config(target))
-    shown = (await api("GET", f"/tasks/{task_id}")).json
-    assert shown["config"]["auth"] == {"username": "anna", "password": MASK}
-    assert shown["config"]["headers"] == {"Authorization": MASK, "COOKIE": MASK, "proxy-authorization": MASK, "X": "y"}
-    assert shown["config"]["url"] == target.url.replace("://", f"://{MASK}@")
-    for method, sent in itertools.product(("PUT", "PATCH"), (shown, {"description": "and nothing else"})):
-        answer = await api(method, f"/tasks/{task_id}", sent)
-        assert (answer.status, answer.json) == (200, {**shown, **sent})
-    answer = await chronotask.run_tool(api.rig.service, "update_task", {"task_id": task_id, "config": shown["config"]})
-    assert not answer.is_error
-    await api.executed(task_id)
-    (request,) = target.requests
-    assert (request.headers["Authorization"], request.headers["Cookie"]) == ("Bearer header-secret-3", "s=cookie-secret-4")
-    texts = [
-        (await api("GET", path)).text
-        for path in ("/tasks", f"/tasks/{task_id}", "/overview", "/executions?output=full", "/executions/1")
-    ]
-    for tool, arguments in (("get_task", {"task_id": task_id}), ("list_tasks", {}), ("get_execution", {"execution_id": 1})):
-        texts.append(str((await chronotask.run_tool(api.rig.service, tool, arguments)).model_dump()))
-    for secret, text in itertools.product(SECRETS, texts):
-        assert secret not in text
-        assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
-
-
-async def test_a_mask_does_not_follow_the_url_to_another_server(api: Api, target: Target) -> None:
-    task_id = await api.task(task_type="http", config=secret_config(target))
-    shown = (await api.get(f"/tasks/{task_id}"))["config"]
-    for host in ("127.0.0.2", "127.0.0.1:9", f"{target.url[7:]}.evil.example", f"{target.url[7:]}@127.0.0.2"):
-        answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": f"http://{MASK}@{host}/"}})
-        assert answer.status == 422, answer.text
-        fields = {error["field"] for error in answer.json["errors"]}
-        assert fields >= MASKED_FIELDS or fields == {"config.url"}, fields
-        assert not [secret for secret in SECRETS if secret in answer.text]
-    kept = json.loads(api.rig.sql("SELECT config FROM tasks WHERE id = ?", task_id)[0][0])
-    assert kept == secret_config(target)
-
-
-async def test_the_path_and_query_may_change_while_the_masks_stay(api: Api, target: Target) -> None:
-    task_id = await api.task(task_type="http", config=secret_config(target))
-    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
-    assert (await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
-    await api.executed(task_id)
-    assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
-
-
-# --- Output is data ---------------------------------------------------------------------------------------------------
-
-FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
-FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
-
-
-async def test_what_a_task_prints_forges_no_event_and_no_header(api: Api) -> None:
-    forged = json.dumps(FORGED).replace("'", "")
-    command = f"python3 -c 'import sys; sys.stdout.write({forged}); sys.stderr.write({forged}); sys.exit(3)'"
-    async with api.client.get(f"{API}/events") as stream:
-        await stream.content.readuntil(b"\n\n")
-        task_id = await api.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
-        execution_id = await api.executed(task_id)
-        statuses: list[str] = []
-        async with asyncio.timeout(10):
-            while "failed" not in statuses:
-                lines = (await stream.content.readuntil(b"\n\n")).decode()[:-2].split("\n")
-                if lines[0].startswith(":"):
-                    continue
-                assert [line.partition(": ")[0] for line in lines] == ["id", "event", "data"], lines
-                assert lines[1].removeprefix("event: ") in {"task", "execution", "schedule", "scheduler"}
-                statuses.append(json.loads(lines[2].removeprefix("data: ")).get("status"))
-    for path in (f"/executions/{execution_id}/output", f"/executions/{execution_id}/output?follow=true"):
-        answer = await api("GET", path)
-        assert FORGED in answer.text and "Set-Cookie" not in answer.headers
-        assert answer.headers["Content-Type"].startswith("text/plain") and answer.headers["X-Content-Type-Options"] == "nosniff"
-    for path in (f"/executions/{execution_id}", f"/tasks/{task_id}/history", "/executions", "/overview"):
-        answer = await api("GET", path)
-        assert answer.headers["Content-Type"].startswith("application/json")
-        assert answer.headers["X-Content-Type-Options"] == "nosniff" and not set(answer.text) & set("\n\r\x1b\x07")
-
-
-async def test_what_a_server_answers_sets_no_header_of_ours(api: Api, target: Target) -> None:
-    evil = {"Set-Cookie": "a=b", "Location": "http://evil.example/", "Access-Control-Allow-Origin": "*"}
-    target.answer(200, {**evil, "Content-Type": "text/html"}, b"<script>alert(1)</script>")
-    execution_id = await api.executed(await api.task(**target.config()))
-    for path in (f"/executions/{execution_id}", f"/executions/{execution_id}/output"):
-        headers = (await api("GET", path)).headers
-        assert not {*evil} & {*headers}
-        assert "html" not in headers["Content-Type"]
+# --- The log ----------------------------------------------------------------------------------------------------------
 
 
 def drain_log() -> None:
@@ -13516,7 +13235,7 @@ def test_a_log_file_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) 
         chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path))
 
 
-# --- Real processes ---------------------------------------------------------------------------------------------------
+# --- Hostile clients and tasks ----------------------------------------------------------------------------------------
 
 
 def connected(server: Server, data: bytes = b"", port: int = 0) -> socket.socket:
@@ -13594,14 +13313,14 @@ def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("mode", ["http", "mcp"])
-def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: Path, number: int, mode: str) -> None:
-    server = Server(tmp_path, mode=mode, SHUTDOWN_GRACE=0).start()
-    server.signal(number)
-    assert server.ended(30) == 0
-    assert "stopping: " in server.log() and not list(tmp_path.glob("*.db-wal"))
-    assert mode == "http" or server.rest() == []
+def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: Path, mode: str) -> None:
+    server = Server(tmp_path, mode=mode, SHUTDOWN_GRACE=0)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM):
+        server.start().signal(number)
+        assert server.ended(30) == 0
+        assert "stopping: " in server.log() and not list(tmp_path.glob("*.db-wal"))
+        assert mode == "http" or server.rest() == []
 
 
 @pytest.mark.slow
@@ -13609,8 +13328,7 @@ def test_a_hangup_is_ignored_where_it_was_ignored_at_the_start(tmp_path: Path) -
     program = wrapped(tmp_path, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does")
     server = Server(tmp_path, program=program).start()
     server.signal(signal.SIGHUP)
-    task = server.bash("true")
-    assert server.execute(task, wait=10)["status"] == "succeeded"
+    assert server.execute(server.bash("true"), wait=10)["status"] == "succeeded"
     assert server.stop() == 0
 
 
@@ -13734,7 +13452,7 @@ UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
     server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
     closing = UPLOAD + b"Connection: close\r\n"
-    zipped = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB) + BOMB
+    zipped = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb()) + bomb()
     token = b"Authorization: Bearer %s\r\n" % GOOD_TOKEN.encode()
     attacks = [
         (closing + b"Content-Length: 1000000\r\n\r\n" + b" " * 1_000_000, 401),
@@ -13832,22 +13550,19 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "f").write_text(RESOLVED["FILE"] + "\n")
     (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
-    secret_settings = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": RESOLVED["ENV"], "SECRET_URL": RESOLVED["URL"]}
-    logs = {"LOG_LEVEL": "DEBUG", "LOG_FILE": tmp_path / "log.txt"}
-    server = Server(tmp_path, "both", API_TOKEN_FILE=tmp_path / "token", **secret_settings, **logs).start()
-    mcp, port = server.mcp_url(), loopback.server_address[1]
+    chosen = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": RESOLVED["ENV"], "SECRET_URL": RESOLVED["URL"]}
+    chosen |= {"LOG_LEVEL": "DEBUG", "LOG_FILE": tmp_path / "log.txt", "API_TOKEN_FILE": tmp_path / "token"}
+    server = Server(tmp_path, "both", **chosen).start()
+    mcp, port = server.mcp_port(), loopback.server_address[1]
     told: dict[str, bytes] = {}
 
-    def ask(method: str, path: str, body: Any = None, to: str = "") -> tuple[int, bytes]:
-        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-        if to:
-            client = http.client.HTTPConnection(to.split("/")[2], timeout=30)
-        headers = BEARER if body is None else {**BEARER, **MCP_HEADERS}
-        client.request(method, path, None if body is None else json.dumps(body), headers)
-        answer = client.getresponse()
-        text = answer.read()
+    def ask(method: str, path: str, body: Any = None, to: int = 0) -> tuple[int, bytes]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", to or server.port, timeout=30)) as client:
+            headers = BEARER if body is None else {**BEARER, **MCP_HEADERS}
+            client.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = client.getresponse()
+            text = answer.read()
         told[f"{len(told)} {method} {path} {str(body)[:80]}"] = text + str(answer.headers).encode()
-        client.close()
         return answer.status, text
 
     def listen() -> None:
@@ -13856,8 +13571,9 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     everywhere = "${env:CHRONOTASK_SECRET_ENV} ${file:f}"
+    url = f"http://anna:{STORED[3]}@127.0.0.1:{port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}"
     config = {
-        "url": f"http://anna:{STORED[3]}@127.0.0.1:{port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}",
+        "url": url,
         "method": "POST",
         "headers": {"Authorization": f"Bearer {STORED[1]}", "Cookie": f"s={STORED[2]}", "X-Api-Key": everywhere},
         "params": {"p": everywhere},
@@ -13866,18 +13582,18 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
         "auth": {"username": "anna", "password": STORED[0]},
     }
     command = 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1'
-    configs = [
-        ("http", config),
-        ("bash", {"command": command, "env": {"S": everywhere}}),
-        ("http", {**config, "url": str(config["url"]).replace(str(port), "1")}),
-        ("http", {**config, "url": str(config["url"]).replace("127.0.0.1", "no.such.host.invalid")}),
-        ("http", {**config, "expected_status": [201]}),
-        ("http", {**config, "url": "http://127.0.0.1:1${env:CHRONOTASK_SECRET_ENV}/"}),
-        ("bash", {"command": "true", "env": {"S": "${env:CHRONOTASK_SECRET_MISSING}${file:../token}"}}),
+    configs: list[dict[str, Any]] = [
+        config,
+        {"command": command, "env": {"S": everywhere}},
+        {**config, "url": url.replace(str(port), "1")},
+        {**config, "url": url.replace("127.0.0.1", "no.such.host.invalid")},
+        {**config, "expected_status": [201]},
+        {**config, "url": "http://127.0.0.1:1${env:CHRONOTASK_SECRET_ENV}/"},
+        {"command": "true", "env": {"S": "${env:CHRONOTASK_SECRET_MISSING}${file:../token}"}},
     ]
-    for number, (kind, each) in enumerate(configs, 1):
-        made = ask("POST", "/api/v1/tasks", {"name": f"t{number}", "task_type": kind, "config": each, "max_retries": 0})
-        assert made[0] == 201, made
+    for number, each in enumerate(configs, 1):
+        body = {"name": f"t{number}", "task_type": "http" if "url" in each else "bash", "config": each, "max_retries": 0}
+        assert ask("POST", "/api/v1/tasks", body)[0] == 201, body
         run = json.loads(ask("POST", f"/api/v1/tasks/{number}/execute")[1])
         ask("GET", f"/api/v1/executions/{run['id']}/output?follow=true")
         ask("POST", f"/api/v1/tasks/{number}/execute?wait=20")
@@ -13887,8 +13603,7 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
         calls = {"get_task": {}, "get_task_history": {"output": "full"}, "execute_task": {"wait": 20}}
         for name, more in {**calls, "update_task": {"config": {**each, "no": 1}}}.items():
             ask("POST", "/mcp", rpc("tools/call", name=name, arguments={"task_id": number, **more}), mcp)
-    runs = json.loads(ask("GET", "/api/v1/executions?output=full")[1])["executions"]
-    for run in runs:
+    for run in json.loads(ask("GET", "/api/v1/executions?output=full")[1])["executions"]:
         ask("GET", f"/api/v1/executions/{run['id']}")
         ask("GET", f"/api/v1/executions/{run['id']}/output")
     for path in "/ /metrics /openapi.json /api/v1/tasks /api/v1/overview /api/v1/scheduler/status /api/v1/nothing".split():
@@ -14335,9 +14050,8 @@ async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tm
             (secrets / name).write_text(secret.replace("https:/", here) + "\n")
             (secrets / name).chmod(0o600)
         for name in ("sendmail", "rclone"):
-            (programs / name).write_text(
-                f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/ran\n[ $1 != -i ] || cat > {tmp_path}/$PPID.mail\n'
-            )
+            script = f'echo "{name} $*" >> {tmp_path}/ran\n[ $1 != -i ] || cat > {tmp_path}/$PPID.mail'
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
             (programs / name).chmod(0o700)
         path = {"PATH": f"{programs}:{CHILD_ENVIRON['PATH']}"}
         rig = await open_rig(environ=path, secrets_dir=secrets, public_url="https://example.org/c/")
@@ -14358,17 +14072,13 @@ async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tm
     assert ends == [None] * len(SENT[title])
     ran = (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
     assert sorted([place for place, _ in hosts.sent] + ran) == SENT[title]
-    mails = {
-        head: base64.b64decode(body).decode() for head, body in (f.read_text().split("\n\n") for f in tmp_path.glob("*.mail"))
-    }
+    mails = dict(file.read_text().split("\n\n") for file in tmp_path.glob("*.mail"))
     usual = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: base64"
-    heads = [
-        f"To: ops@example.org\nFrom: chronotask@example.org\nSubject: backup: {event}\n{usual}"
-        for event in ("broke", "recovered")
-    ]
-    assert sorted(mails) == (heads if title == "Mail by sendmail" else [])
+    head = f"To: ops@example.org\nFrom: chronotask@example.org\nSubject: backup: %s\n{usual}"
+    assert sorted(mails) == ([head % "broke", head % "recovered"] if title == "Mail by sendmail" else [])
     tells = title not in ("B only after A", "It did not run", "I am alive", "Who watches ChronoTask")
-    assert any(HOSTILE in text for text in [*mails.values(), *(text for _, text in hosts.sent)]) == tells
+    texts = [base64.b64decode(body).decode() for body in mails.values()] + [text for _, text in hosts.sent]
+    assert any(HOSTILE in text for text in texts) == tells
 
 
 # ---- The rest
@@ -14381,14 +14091,10 @@ def test_the_changelog_begins_with_this_version_and_each_requirement_gives_its_r
 
 
 def test_the_inline_script_block_asks_for_what_requirements_txt_asks_for_at_run_time() -> None:
-    block = re.search(r"^# /// script\n(.*?)^# ///$", MODULE, re.MULTILINE | re.DOTALL)
-    assert block
-    import tomllib
-
-    script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    [block] = re.findall(r"^# /// script\n(.*?)^# ///$", MODULE, re.MULTILINE | re.DOTALL)
     lines = (TOP / "requirements.txt").read_text().split("# --- tests ---")[0].splitlines()
     needed = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-    assert script == {"requires-python": ">=3.11", "dependencies": needed}
+    assert tomllib.loads(re.sub(r"(?m)^# ?", "", block)) == {"requires-python": ">=3.11", "dependencies": needed}
 
 
 def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
