@@ -318,6 +318,12 @@ def new_database() -> bytes:
         return (Path(folder) / "new.db").read_bytes()
 
 
+def put_new_database(path: Path) -> None:
+    if not path.exists():
+        path.touch(0o600)
+        path.write_bytes(new_database())
+
+
 @pytest.fixture
 def quick_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: hundreds of tests need not wait for a disk to sync."""
@@ -336,8 +342,7 @@ async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
     async def open_one(clock: FakeClock | None = None, kind: str = "service", environ: Any = None, **changes: Any) -> Rig:
         clock = clock or FakeClock()
         chosen = settings(quick_disk, **changes)
-        if not chosen.database_url.exists():
-            chosen.database_url.write_bytes(new_database())
+        put_new_database(chosen.database_url)
         store = Store(chosen.database_url, clock.monotonic)
         rig = Rig(Service(chosen, store, clock, Environ({**CHILD_ENVIRON, **(environ or {})}), kind), clock)
         rigs.append(rig)
@@ -3027,8 +3032,10 @@ def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
 def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.db"
     db = open_database(path)
+    db.execute("BEGIN")
     for number in range(500):
         set_meta(db, f"key {number}", "x" * 200)
+    db.execute("COMMIT")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
     with path.open("r+b") as file:
@@ -3156,8 +3163,9 @@ def test_a_database_that_another_program_holds_is_told(tmp_path: Path, monkeypat
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    opened = Store(tmp_path / "c.db", FakeClock().monotonic)
+async def store(quick_disk: Path) -> AsyncIterator[Store]:
+    put_new_database(quick_disk / "c.db")
+    opened = Store(quick_disk / "c.db", FakeClock().monotonic)
     yield opened
     opened.close()
 
@@ -9416,9 +9424,9 @@ async def test_since_and_until_choose_what_lies_at_least_partly_in_between(rig: 
 
 
 def test_a_page_of_what_is_rare_reads_no_more_rows_than_it_shows(store: Store) -> None:
-    """Of 20,000 executions. SQLite counts the steps of a statement."""
+    """Of 5,000 executions. SQLite counts the steps of a statement."""
     db, task = store._db, chronotask.insert(store._db, some_task("t"))
-    new = [chronotask.NewExecution(task.id, n % 2 + 1, "schedule", n, n) for n in range(20_000)]
+    new = [chronotask.NewExecution(task.id, n % 2 + 1, "schedule", n, n) for n in range(5_000)]
     new[5].trigger, new[6].schedule_id = "manual", 7
     chronotask.insert_executions(db, new)
     db.execute("UPDATE executions SET status = 'succeeded', finished_at = queued_at")
