@@ -1407,12 +1407,8 @@ CAUSE_NAMES = (
 
 @dataclass(slots=True)  # like all that is made for every attempt: frozen, it takes four times as long to make
 class Outcome:
-    """How one attempt ended.
-
-    `status` is succeeded, failed, timed_out, cancelled or interrupted; `output` becomes the `output_data` of answers;
-    `retryable` says whether this kind of end allows a retry at all; `retry_after` is the wait in seconds that the server asked
-    for.
-    """
+    """How one attempt ended: succeeded, failed, timed_out, cancelled or interrupted. `output` is the `output_data` of answers,
+    `retryable` says whether this kind of end allows a retry at all, `retry_after` for how many seconds the server asked."""
 
     status: str
     error_message: str | None = None
@@ -1697,6 +1693,10 @@ def _fits(args: list[str], info: ValidationInfo) -> list[str]:
     return args
 
 
+_FOLDER = _refused(
+    lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
+    "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
+)
 _Source = Annotated[str, Field(max_length=65536), _NO_NUL, AfterValidator(_script)]
 _Variable = Annotated[
     str,
@@ -1728,22 +1728,9 @@ class BashConfig(TypedDict, total=False):
     ]
     args: Annotated[list[_Source], Field(max_length=1000), AfterValidator(_fits)] | None
     env: Annotated[dict[_Variable, _Value], Field(max_length=1000)] | None
-    working_dir: (
-        Annotated[
-            str,
-            Field(min_length=1, max_length=4096),
-            _NO_NUL,
-            _refused(
-                lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
-                "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
-            ),
-        ]
-        | None
-    )
+    working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
     timeout: _Timeout | None
-    launcher: (
-        Annotated[str, Field(min_length=1, max_length=40, description="What runs it on another machine; default: here.")] | None
-    )
+    launcher: Annotated[str, Field(min_length=1, max_length=40, description="What runs it elsewhere; default: here.")] | None
 
 
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
@@ -1913,11 +1900,6 @@ def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
     return _map_secrets(config, _masked) if task_type == "http" else config
 
 
-def mask_url(url: str) -> str:
-    """`url` without its `user:pass@`. A password that is only a `${…}` reference is no secret and stays readable."""
-    return str(_map_secrets({"url": url}, _masked)["url"])
-
-
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
     """`new`, a parsed configuration, with each mask that was sent back replaced by the stored secret.
 
@@ -1931,7 +1913,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
     kept_url, refused = (stored or {}).get("url", ""), list[FieldError]()
     origins = {parts and parts.origin for parts in (url_parts(new["url"]), url_parts(kept_url))}
     # Where it is not sure, it has moved.
-    same = new["url"] in (kept_url, mask_url(kept_url)) or (len(origins) == 1 and None not in origins)
+    same = new["url"] in (kept_url, mask_config("http", {"url": kept_url})["url"]) or (len(origins) == 1 and None not in origins)
 
     def secret(name: str, sent: str) -> str:
         known = kept.get(name.lower())
@@ -2019,9 +2001,7 @@ Key = Annotated[
     Field(max_length=100, description="a name for programs and files: lower-case letters, digits and . _ -"),
     _matching("[a-z0-9][a-z0-9._-]{0,99}"),
 ]
-Description = Annotated[str, Field(max_length=1000), _NO_NUL]
 Tag = Annotated[str, _matching("[A-Za-z0-9._:-]{1,50}")]
-Tags = Annotated[list[Tag], Field(max_length=20), _UNIQUE]
 TaskType = Literal["http", "bash"]
 TaskStatus = Annotated[
     Literal["active", "paused", "disabled"],
@@ -2037,11 +2017,6 @@ Config = Annotated[
         "In a task that an `after` schedule fires ${cause:text} says what happened."
     ),
 ]
-Override = Annotated[dict[str, Any], Field(description="fields of its config, for this run alone")]
-MaxRetries = Annotated[int, Field(ge=0, le=100)]
-RetryDelay = Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN]
-RetryBackoff = Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN]
-PauseAfter = Annotated[int, Field(ge=1, le=1000, description="pauses the task after so many failures in a row")]
 Group = Annotated[str, Field(description="one run at a time of all tasks with this group"), _matching("[A-Za-z0-9._-]{1,100}")]
 ScheduleType = Literal["cron", "once", "interval", "after"]
 ScheduleConfig = Annotated[
@@ -2062,13 +2037,16 @@ Catchup = Annotated[
     Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
 ]
 CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
-Jitter = Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]
-MaxRuns = Annotated[int, Field(ge=1, le=2**53)]
 Exclude = Annotated[
     list[Annotated[str, AfterValidator(check_dates)]],
     Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
 ]
 Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
+IdempotencyKey = Annotated[
+    str,
+    Field(min_length=1, max_length=255, description="asked again with it, no second run"),
+    _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
+]
 Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
 Statuses = Annotated[
     tuple[str, ...],
@@ -2106,17 +2084,17 @@ class Task:
     id: ReadOnly[int] = 0
     key: Key | None = None
     name: Name
-    description: Description | None = None
-    tags: Tags = dataclasses.field(default_factory=list)
+    description: Annotated[str, Field(max_length=1000), _NO_NUL] | None = None
+    tags: Annotated[list[Tag], Field(max_length=20), _UNIQUE] = dataclasses.field(default_factory=list)
     task_type: TaskType
     status: TaskStatus = "active"
     status_reason: ReadOnly[str | None] = None
     paused_until: Time | None = None
     config: Config
-    max_retries: MaxRetries = UNSET
-    retry_delay: RetryDelay = UNSET
-    retry_backoff: RetryBackoff = 2
-    pause_after: PauseAfter | None = None
+    max_retries: Annotated[int, Field(ge=0, le=100)] = UNSET
+    retry_delay: Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN] = UNSET
+    retry_backoff: Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN] = 2
+    pause_after: Annotated[int, Field(ge=1, le=1000, description="pauses the task after so many failures in a row")] | None = None
     concurrency_group: Group | None = None
     managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
@@ -2155,10 +2133,10 @@ class Schedule:
     overlap: Overlap = "skip"
     catchup: OrNull[Catchup] = "latest"
     catchup_window: OrNull[CatchupWindow] = 86400
-    jitter: OrNull[Jitter] = 0
+    jitter: OrNull[Annotated[float, Field(ge=0, le=3600, description="seconds; spreads the starts"), _PLAIN]] = 0
     start_at: Time | None = None
     end_at: Time | None = None
-    max_runs: MaxRuns | None = None
+    max_runs: Annotated[int, Field(ge=1, le=2**53)] | None = None
     exclude: OrNull[Exclude] = dataclasses.field(default_factory=list)
     managed_by: ReadOnly[str | None] = None
     created_at: ReadOnly[Time]
@@ -2262,7 +2240,7 @@ class Execution:
     next_attempt_at: ReadOnly[Time | None]
     error_message: ReadOnly[str | None]
     output_data: ReadOnly[dict[str, Any] | None] = None
-    config: Override | None = None
+    config: Annotated[dict[str, Any], Field(description="fields of its config, for this run alone")] | None = None
     cause: ReadOnly[dict[str, Any] | None] = None
     rerun_of: ReadOnly[int | None] = None
     attempt_started_at: Internal[Time | None]
@@ -2664,14 +2642,7 @@ class WaitQuery(Query):
 
 class ExecuteQuery(WaitQuery):
     headers = {"idempotency_key": "Idempotency-Key"}
-    idempotency_key: (
-        Annotated[
-            str,
-            Field(min_length=1, max_length=255, description="asked again with it, no second run"),
-            _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
-        ]
-        | None
-    ) = None
+    idempotency_key: IdempotencyKey | None = None
 
 
 class FollowQuery(Query):
@@ -2710,17 +2681,8 @@ def parse(model: Any, data: Any) -> Any:
 # --- What a client gets -----------------------------------------------------------------------------------------------
 
 
-class Upcoming(TypedDict):
-    utc: str
-    local: str
-
-
-class Firing(Upcoming):
-    schedule_id: int
-    task_id: int
-    task_name: str
-
-
+Upcoming = Annotated[dict[str, Any], View(None, "Upcoming", utc=str, local=str)]
+Firing = Annotated[dict[str, Any], View(None, "Firing", utc=str, local=str, schedule_id=int, task_id=int, task_name=str)]
 TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
 ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
@@ -2845,13 +2807,13 @@ def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firin
 
     merged = itertools.takewhile(lambda firing: firing[0] <= until, heapq.merge(*map(of, schedules)))
     return [
-        Firing(schedule_id=s.id, task_id=s.task_id, task_name=s.task_name, **upcoming_view([t], s.zone)[0])
+        {"schedule_id": s.id, "task_id": s.task_id, "task_name": s.task_name, **upcoming_view([t], s.zone)[0]}
         for t, _, s in itertools.islice(merged, limit)
     ]
 
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
-    return [Upcoming(utc=format_instant(t), local=format_local(t, zone)) for t in fire_times]
+    return [{"utc": format_instant(t), "local": format_local(t, zone)} for t in fire_times]
 
 
 def clip_texts(output: dict[str, Any]) -> dict[str, Any]:
@@ -6400,7 +6362,9 @@ def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yar
             return _read_url(location)[0]
         return request.url.join(yarl.URL(_as_written(location), encoded=True))
     except ValueError:
-        raise ChronoTaskError(f"redirected to {_one_line(mask_url(location), 100)}, which is no http or https URL") from None
+        raise ChronoTaskError(
+            f"redirected to {_one_line(mask_config('http', {'url': location})['url'], 100)}, which is no http or https URL"
+        ) from None
 
 
 def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
@@ -8503,52 +8467,36 @@ class ExportQuery(Query):
     owner: Key | None = None
 
 
-class AppliedChange(TypedDict):
-    """`action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY."""
-
-    action: str
-    kind: str
-    key: str
-    id: int | None
-    fields: dict[str, list[Any]]
-    upcoming: list[Upcoming]
-
-
-class Applied(TypedDict):
-    changes: list[AppliedChange]
-    warnings: list[str]
+# `action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY.
+AppliedChange = Annotated[
+    dict[str, Any],
+    View(
+        None, "AppliedChange", action=str, kind=str, key=str, id=int | None, fields=dict[str, list[Any]], upcoming=list[Upcoming]
+    ),
+]
+Applied = Annotated[dict[str, Any], View(None, "Applied", changes=list[AppliedChange], warnings=list[str])]
 
 
-def read_definitions(name: str) -> Any:
-    """The file of this name (- is standard input), TOML or JSON, not checked yet. Raises InvalidInput, MalformedBody."""
+def read_definitions(name: str, raw: bytes | None = None) -> Any:
+    """A file, TOML or JSON, not checked yet: the one of this name (- is standard input), or `raw`, to which errors give the name.
+    Raises InvalidInput, MalformedBody."""
     try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            return parse_definitions(name, file.read(MAX_FILE + 1))
-    except OSError as error:
-        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
-
-
-def parse_definitions(name: str, raw: bytes) -> Any:
-    """A file, TOML or JSON, not checked yet; `name` is for errors. Raises InvalidInput, MalformedBody."""
-    try:
+        if raw is None:
+            with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+                raw = file.read(MAX_FILE + 1)
         if len(raw := raw.removeprefix(codecs.BOM_UTF8)) > MAX_FILE:
             raise ValueError(f"is larger than {MAX_FILE >> 20} MiB")
         if not raw.lstrip().startswith(b"{"):
             raw = json.dumps(tomllib.loads(raw.decode()), default=lambda time: time.isoformat()).encode()
         return load_json(raw)
+    except OSError as error:
+        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
     except (ValueError, RecursionError) as error:
         raise InvalidInput(FieldError(name, f"is no TOML: {error}")) from None
 
 
-def _with_ids(part: dict[str, Any]) -> dict[str, Any]:
-    """A schedule as REST has it: in a file, one of type `after` names tasks by `tasks`, a list of keys."""
-    config = part.get("schedule_config")
-    if isinstance(config, dict) and "in_seconds" in config:
-        raise InvalidInput(FieldError("schedule_config.in_seconds", "is no fixed time in a file: write a datetime"))
-    if not isinstance(config, dict) or not isinstance(config.get("tasks"), list):
-        return part
-    rest = {name: value for name, value in config.items() if name != "tasks"}
-    return {**part, "schedule_config": {"task_ids": [f"key:{key}" for key in config["tasks"]], **rest}}
+def _in_file(key: str) -> str:
+    return f"tasks.{key.replace('/', '.schedules.')}."
 
 
 def _refuse(errors: Sequence[FieldError]) -> None:
@@ -8563,8 +8511,7 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
 
     Raises InvalidInput that lists every bad field, with its path.
     """
-    errors: list[FieldError] = []
-    found: dict[str, tuple[Any, Collection[str]]] = {}
+    errors, found = list[FieldError](), dict[str, tuple[Any, Collection[str]]]()
     for key, body in file["tasks"].items():
         with told_at(_in_file(key), errors):
             fields = {"name": key, "key": key, **parse(_FileTask, body)}
@@ -8573,18 +8520,19 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
         parts = body.get("schedules")
         for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
             with told_at(_in_file(f"{key}/{name}"), errors):
-                fields = {"key": name, "task_id": 0, **parse(_FileSchedule, _with_ids(part))}
-                schedule = new_schedule(Schedule, fields, now, service.settings, may_be_over=True)
-                found[f"{key}/{name}"] = schedule, part
+                config = part.get("schedule_config")
+                if isinstance(config, dict) and "in_seconds" in config:
+                    raise InvalidInput(FieldError("schedule_config.in_seconds", "is no fixed time in a file: write a datetime"))
+                if isinstance(config, dict) and isinstance(config.get("tasks"), list):  # keys, where REST has ids
+                    config = {"task_ids": [f"key:{task}" for task in config["tasks"]], **config}
+                    part = {**part, "schedule_config": {field: value for field, value in config.items() if field != "tasks"}}
+                fields = {"key": name, "task_id": 0, **parse(_FileSchedule, part)}
+                found[f"{key}/{name}"] = new_schedule(Schedule, fields, now, service.settings, may_be_over=True), part
     _refuse(errors)
     return found
 
 
 # --- Apply ------------------------------------------------------------------------------------------------------------
-
-
-def _in_file(key: str) -> str:
-    return f"tasks.{key.replace('/', '.schedules.')}."
 
 
 def _standing(db: DB, derived: bool) -> dict[str, Any]:
@@ -8621,14 +8569,13 @@ class _Apply:
     ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        standing, left, errors = _standing(self.tx.db, self.adopt), dict(wanted), list[FieldError]()
+        standing, left, errors, homes = _standing(self.tx.db, self.adopt), dict(wanted), list[FieldError](), {"", *wanted}
         for key, item in standing.items():
-            if (
-                item.managed_by == self.owner
-                and key not in wanted
-                and (isinstance(item, Task) or key.partition("/")[0] in wanted)
-            ):
-                self._leave(key, item)
+            if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
+                acts = item.status == "active" if isinstance(item, Task) else item.is_active
+                self._do(
+                    {"pause": "paused" if acts else "orphaned", "delete": "deleted"}.get(str(self.prune), "orphaned"), key, item
+                )
         # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
         for kind in (Task, Schedule, Schedule):
             errors.clear()
@@ -8647,73 +8594,61 @@ class _Apply:
 
     def _put(self, key: str, stored: Any, item: Any, given: Collection[str]) -> None:
         """Makes a task or schedule what the file wants. What it does not change is not written."""
-        path, named = _in_file(key)[:-1], [*shape_of(cast(Any, type(item))).written]
-        item.id = stored.id if stored is not None else 0
-        if isinstance(item, Task):
+        path, task = _in_file(key)[:-1], isinstance(item, Task)
+        item.id, item.managed_by = stored.id if stored is not None else 0, self.owner
+        if task:
             self.ids[key] = item.id
             same = stored is not None and stored.task_type == item.task_type
             item.config = unmask_config(item.task_type, item.config, stored.config if same else {})
         else:
             item.task_id = self.ids[key.partition("/")[0]]
-            named.remove("task_id")
-        if stored is None:
-            if isinstance(item, Schedule) and item.over:
-                self.warnings.append(f"{path}: its time has passed: it is over, and not created")
-                return
-            item.managed_by = self.owner
-            if isinstance(item, Task):
-                self.tx.put(item)
-            else:
-                add_schedule(self.tx, item)
+        wanted = {name: getattr(item, name) for name in shape_of(cast(Any, type(item))).written if name != "task_id"}
+        if stored is None and not task and item.over:
+            self.warnings.append(f"{path}: its time has passed: it is over, and not created")
+        elif stored is None:
+            self._do("created", key, item, wanted)
             self.ids[key] = item.id
-            self._note("created", key, item, {}, named)
-            return
-        if stored.managed_by != self.owner and not self.adopt:
+        elif stored.managed_by != self.owner and not self.adopt:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
-            return
-        left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
-        if isinstance(item, Schedule):
-            check_watched(self.tx.db, item)
-            left |= {"is_active"} if item.is_active == (stored.is_active or stored.over) else set()
-        wanted = {name: getattr(item, name) for name in named if name not in left}
-        changes = {name: value for name, value in wanted.items() if value != getattr(stored, name)}
-        if stored.managed_by != self.owner:
-            changes["managed_by"] = self.owner
-        elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
-            when = format_instant(stored.updated_at)
-            self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
-        if changes:
-            self._change("updated", key, stored, changes)
-
-    def _leave(self, key: str, item: Any) -> None:
-        """What the file no longer names goes on, or is paused or deleted."""
-        task = isinstance(item, Task)
-        if self.prune == "pause" and (item.status == "active" if task else item.is_active):
-            self._change("paused", key, item, {"status": "paused"} if task else {"is_active": False})
-            return
-        self._note("deleted" if self.prune == "delete" else "orphaned", key, item, {}, ())
-        if self.prune == "delete" and task:
-            remove_task(self.tx, item.id)
-        elif self.prune == "delete":
-            remove_schedule(self.tx, item.id)
-
-    def _change(self, action: str, key: str, item: Any, changes: dict[str, Any]) -> None:
-        before = view_of(item)
-        if isinstance(item, Task):
-            change_task(self.tx, item, changes)
         else:
-            change_schedule(self.tx, item.id, changes, may_be_over=True)
-        self._note(action, key, item, before, changes)
+            if not task:
+                check_watched(self.tx.db, item)
+                wanted["schedule_config"] = item.schedule_config
+            left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
+            if not task and item.is_active == (stored.is_active or stored.over):
+                left.add("is_active")
+            changes = {name: value for name, value in wanted.items() if name not in left and value != getattr(stored, name)}
+            if stored.managed_by != self.owner:
+                changes["managed_by"] = self.owner
+            elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
+                when = format_instant(stored.updated_at)
+                self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
+            if changes:
+                self._do("updated", key, stored, changes)
 
-    def _note(self, action: str, key: str, item: Any, before: Mapping[str, Any], names: Iterable[str]) -> None:
-        item, kind = item if isinstance(item, Task) else get_schedule(self.tx.db, item.id), cast(Any, type(item))
-        after, defaults = view_of(item), {} if before else shape_of(kind).defaults
-        fields = {name: [before.get(name), after[name]] for name in names if before or after[name] != defaults.get(name)}
-        change = AppliedChange(action=action, kind=kind.__name__.lower(), key=key, id=item.id, fields=fields, upcoming=[])
-        if kind is Schedule and fields.keys() & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
-            change["upcoming"] = upcoming_view(item.plan().upcoming(item.settled_until, 5), item.zone)
-        self.changes.append(change)
+    def _do(self, action: str, key: str, item: Any, changes: Mapping[str, Any] | None = None) -> None:
+        """Does to a task or schedule what `action` says, and notes it."""
+        task, new, kind = isinstance(item, Task), action == "created", cast(Any, type(item))
+        before = shape_of(kind).defaults if new else view_of(item)
+        if action == "paused":
+            changes = {"status": "paused"} if task else {"is_active": False}
+        if action == "deleted":
+            (remove_task if task else remove_schedule)(self.tx, item.id)
+        elif new:
+            self.tx.put(item) if task else add_schedule(self.tx, item)
+        elif changes and task:
+            change_task(self.tx, item, changes)
+        elif changes:
+            change_schedule(self.tx, item.id, changes, may_be_over=True)
+        item = get_schedule(self.tx.db, item.id) if changes and not task else item
+        after, upcoming = view_of(item), list[dict[str, Any]]()
+        differs = [name for name in changes or () if not new or after[name] != before.get(name)]
+        if not task and {*differs} & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
+            upcoming = upcoming_view(item.plan().upcoming(item.settled_until, 5), item.zone)
+        fields = {name: [None if new else before.get(name), after[name]] for name in differs}
+        change = {"action": action, "kind": kind.__name__.lower(), "key": key, "id": item.id, "fields": fields}
+        self.changes.append({**change, "upcoming": upcoming})
 
 
 class _Undone(Exception):
@@ -8741,7 +8676,7 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     if query.dry_run:
         for change in done.changes:
             change["id"] = None if change["action"] == "created" else change["id"]
-    return Applied(changes=done.changes, warnings=done.warnings)
+    return {"changes": done.changes, "warnings": done.warnings}
 
 
 def told(applied: Applied) -> str:
@@ -8770,28 +8705,25 @@ def _export(db: DB, owner: str | None) -> DefinitionFile:
     keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
     for key, item in found.items():
         task, _, name = key.partition("/")
-        if owner not in (None, item.managed_by):
+        if owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
             continue
-        if isinstance(item, Task):
-            tasks[key] = _definition(item, keys)
-            if mask_config(item.task_type, item.config) != item.config:
-                warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
-        elif task in tasks and not item.over:
-            tasks[task].setdefault("schedules", {})[name] = _definition(item, keys)
+        view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
+        defaults = dict(shape.defaults)
+        if name and item.schedule_type == "after":
+            left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
+            config = view["schedule_config"]
+            if ids := config.get("task_ids"):
+                rest = {field: value for field, value in config.items() if field != "task_ids"}
+                view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **rest}
+        said = {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
+        if name:
+            tasks[task].setdefault("schedules", {})[name] = said
+            continue
+        tasks[key] = said
+        if view["config"] != item.config:
+            warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
     file = {"chronotask": 1, "owner": owner, "tasks": tasks, "warnings": warnings}
     return {name: value for name, value in file.items() if value or name == "tasks"}
-
-
-def _definition(item: Any, keys: Mapping[int, str]) -> dict[str, Any]:
-    """What a file says of a task or schedule. `keys` are those of all tasks, by id."""
-    view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
-    defaults = dict(shape.defaults)
-    if isinstance(item, Schedule) and item.schedule_type == "after":
-        left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
-        if ids := item.schedule_config.get("task_ids"):
-            view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **item.schedule_config}
-            del view["schedule_config"]["task_ids"]
-    return {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
 
 
 # --- --config: a file that is followed --------------------------------------------------------------------------------
@@ -8805,10 +8737,10 @@ class ConfigFile:
         self.state: dict[str, str | None] = {"path": str(path), "applied_at": None, "error": None}
         service.config_file = self.state
         self._seen: Any = None
-        self.reload()
+        self._dealt_with: Any = None
 
     def reload(self) -> None:
-        self._dealt_with: Any = None
+        self._dealt_with = None
 
     async def begin(self) -> None:
         """Checks the file, applies it if this process leads, and follows it. Raises what is wrong with it."""
@@ -8890,12 +8822,27 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
                 continue
             times = 1 if line.startswith("@") else 5
             fields = re.split("[ \t]+", line, maxsplit=times + system)
-            task = _cron_job(fields, times, user.pw_name if system else None, env)
+            if len(fields) <= times + system or fields[-1].startswith("*"):
+                column = ", a user" if system else ""
+                raise ValueError(f"must be five time fields or an @word{column} and a command, or NAME = VALUE")
+            if not system and fields[-1].startswith("root "):
+                raise ValueError("has a user before its command: --system reads it")
+            if system and fields[-2] != user.pw_name:
+                whose = f"is run as {shown(fields[-2])}, ChronoTask as {user.pw_name}"
+                raise ValueError(f"{whose}: import it where ChronoTask runs as that user")
+            found = cast(re.Match[str], _CRON_COMMAND.fullmatch(fields[-1]))
+            command, data = re.sub(r"\\([\\%])", r"\1", found[1]), found[2]
+            config: dict[str, Any] = {"command": command}
+            if data or not _PLAIN_COMMAND.fullmatch(command):
+                text_in = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
+                here = "" if not data else f" <<< {shlex.quote(text_in)}"
+                config = {"command": f'exec "$SHELL"{here} -c', "args": [command]}
+            config = parse_config("bash", config | {"env": env, "working_dir": env["HOME"], "timeout": 86400})
+            task = {"name": printable(command)[:100], "task_type": "bash", "config": config, "max_retries": 0}
             if fields[0] != "@reboot":
-                config = {"expression": " ".join(fields[:times]), "timezone": zone}
-                config = check_schedule_config("cron", config, zone, 0)
+                when = check_schedule_config("cron", {"expression": " ".join(fields[:times]), "timezone": zone}, zone, 0)
                 kept = {"overlap": "allow", "catchup": "skip"}
-                task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": config, **kept}}
+                task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": when, **kept}}
         except (InvalidInput, ValueError) as error:
             errors.append(FieldError(f"line {number}", str(error)))
             continue
@@ -8914,25 +8861,6 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
     for address, keys in mail.items():
         comments[""] += _mail_advice(address, keys, slug("mail", tasks))
     return tasks, comments
-
-
-def _cron_job(fields: Sequence[str], times: int, user: str | None, env: dict[str, str]) -> dict[str, Any]:
-    """The task of a line, of which `fields` are the times, the user if there is a column for it, and the command."""
-    if len(fields) <= times + (user is not None) or fields[-1].startswith("*"):
-        raise ValueError(f"must be five time fields or an @word{', a user' if user else ''} and a command, or NAME = VALUE")
-    if user is None and fields[-1].startswith("root "):
-        raise ValueError("has a user before its command: --system reads it")
-    if user is not None and fields[-2] != user:
-        raise ValueError(f"is run as {shown(fields[-2])}, ChronoTask as {user}: import it where ChronoTask runs as that user")
-    found = cast(re.Match[str], _CRON_COMMAND.fullmatch(fields[-1]))
-    command, data = re.sub(r"\\([\\%])", r"\1", found[1]), found[2]
-    config: dict[str, Any] = {"command": command}
-    if data or not _PLAIN_COMMAND.fullmatch(command):
-        data = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
-        config = {"command": f'exec "$SHELL"{f" <<< {shlex.quote(data)}" if found[2] else ""} -c', "args": [command]}
-    config |= {"env": env, "working_dir": env["HOME"], "timeout": 86400}
-    name = printable(command)[:100]
-    return {"name": name, "task_type": "bash", "config": parse_config("bash", config), "max_retries": 0}
 
 
 def _mail_advice(address: str, keys: list[str], key: str) -> list[str]:
@@ -9676,7 +9604,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     if operation.name == "apply_definitions":
         if (text := body.get("definitions")) is None:
             raise InvalidInput(FieldError("definitions", "is required"))
-        return parse(operation.body, parse_definitions("definitions", text.encode()) if isinstance(text, str) else text)
+        return parse(operation.body, read_definitions("definitions", text.encode()) if isinstance(text, str) else text)
     mark, clear = mark_of(operation.body), body.pop("clear", [])
     if not isinstance(clear, list) or any(name not in [*known] or name in parts[known[name][0]] for name in clear):
         may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*UNTOLD, "clear", "task_id"}]

@@ -2246,7 +2246,7 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     """.strip().splitlines()],
 )  # fmt: skip
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
-    assert chronotask.mask_url(url) == masked.replace("*", MASK)
+    assert chronotask.mask_config("http", {"url": url})["url"] == masked.replace("*", MASK)
 
 
 def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked() -> None:
