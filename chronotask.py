@@ -794,64 +794,51 @@ _ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?
 _NTH = re.compile(rf"([0-7]|{'|'.join(_SHORT_DAYS)})#([1-5])|l([0-7])")
 
 
-class _CronFields(NamedTuple):
-    """A cron expression taken apart. Sunday is 0; `nth` holds (weekday, 1-5, or 0 for the last one of the month)."""
+class _Expression:
+    """A cron expression taken apart; Sunday is 0. Raises ValueError, saying what is allowed."""
 
-    seconds: tuple[int, ...]
-    minutes: tuple[int, ...]
-    hours: tuple[int, ...]
-    days: tuple[int, ...]
-    last_day: bool
-    months: tuple[int, ...]
-    weekdays: tuple[int, ...]
-    nth: tuple[tuple[int, int], ...]
-    any_day: bool  # the day-of-month field restricts nothing
-    any_weekday: bool  # nor does the day-of-week field
-    both: bool  # Debian: a day must match both of them if either starts with *, else one is enough
-    wild: bool  # Debian: the minute or hour field starts with *, so the job keeps to elapsed time
-    unit: int  # slots are whole minutes, or seconds
-    dates: str  # the day fields for croniter
+    def __init__(self, expression: str) -> None:
+        if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
+            raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
+        text = expression.strip().lower()
+        if text.startswith("@") and text not in _ALIASES:
+            raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
+        texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
+        if len(texts) not in {5, 6} or not all(texts):
+            raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
+        second, minute, hour, day, month, weekday = texts if len(texts) == 6 else ["0", *texts]
+        self.seconds, self.minutes, self.hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
+        self.unit = MINUTE if self.seconds == (0,) else SECOND
+        # Debian: a job whose minute or hour field starts with * keeps to elapsed time; a day must match both of its fields if
+        # either starts with *, else one is enough.
+        self.wild = minute.startswith("*") or hour.startswith("*")
+        self.both = day.startswith("*") or weekday.startswith("*")
+        plain = [part for part in day.split(",") if part != "l"]
+        self.last_day = "l" in day.split(",")
+        special = [_NTH.fullmatch(part) for part in weekday.split(",")]
+        if any(special) and not all(special):
+            raise ValueError(f"day-of-week {shown(weekday)} must not mix plain weekdays with # or L")
+        if (self.last_day and weekday != "*") or (any(special) and day != "*"):
+            raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
+        self.days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
+        self.weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
+        self.months = _field_values(_FIELDS[4], month)
+        named = {name: str(number) for number, name in enumerate(_SHORT_DAYS)}
+        # Pairs of weekday and 1 to 5, or 0 for the last one of the month.
+        self.nth = sorted({(int(named.get(m[1], m[1]) or m[3]) % 7, int(m[2] or 0)) for m in special if m})
+        self.any_day = day.startswith("*") and len(self.days) == 31
+        self.any_weekday = weekday.startswith("*") and len(self.weekdays) == 7
+        longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in self.months)
+        dates = ",".join([str(day) for day in self.days if day <= longest] + ["L"] * self.last_day)
+        # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
+        dates = "*" if self.any_day or not (dates or self.both) else dates or "31"
+        matches = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in self.nth]
+        dates += " *" if len(self.months) == 12 else " " + ",".join(map(str, self.months))
+        dates += " *" if self.any_weekday else " " + ",".join(matches or map(str, self.weekdays))
+        self.dates = dates  # the day fields for croniter
 
 
-@functools.lru_cache(maxsize=2048)
-def _parse_cron(expression: str) -> _CronFields:
-    """Raises ValueError, saying what is allowed."""
-    if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
-        raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
-    text = expression.strip().lower()
-    if text.startswith("@") and text not in _ALIASES:
-        raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
-    texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
-    if len(texts) not in {5, 6} or not all(texts):
-        raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
-    second, minute, hour, day, month, weekday = texts if len(texts) == 6 else ["0", *texts]
-    seconds, minutes, hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
-    plain = [part for part in day.split(",") if part != "l"]
-    last_day = "l" in day.split(",")
-    special = [_NTH.fullmatch(part) for part in weekday.split(",")]
-    if any(special) and not all(special):
-        raise ValueError(f"day-of-week {shown(weekday)} must not mix plain weekdays with # or L")
-    if (last_day and weekday != "*") or (any(special) and day != "*"):
-        raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
-    days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
-    weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
-    months = _field_values(_FIELDS[4], month)
-    named = {name: str(number) for number, name in enumerate(_SHORT_DAYS)}
-    nth = {(int(named.get(found[1], found[1]) or found[3]) % 7, int(found[2] or 0)) for found in special if found}
-    any_day, any_weekday = day.startswith("*") and len(days) == 31, weekday.startswith("*") and len(weekdays) == 7
-    both = day.startswith("*") or weekday.startswith("*")
-    longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in months)
-    dates = ",".join([str(day) for day in days if day <= longest] + ["L"] * last_day)
-    # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
-    dates = "*" if any_day or not (dates or both) else dates or "31"
-    dates += " *" if len(months) == 12 else " " + ",".join(map(str, months))
-    matches = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in sorted(nth)]
-    dates += " *" if any_weekday else " " + ",".join(matches or map(str, weekdays))
-    wild, unit = minute.startswith("*") or hour.startswith("*"), MINUTE if seconds == (0,) else SECOND
-    return _CronFields(
-        *(seconds, minutes, hours, days, last_day, months, weekdays, tuple(sorted(nth))),
-        *(any_day, any_weekday, both, wild, unit, dates),
-    )
+_parse_cron = functools.lru_cache(maxsize=2048)(_Expression)
 
 
 def _field_values(field: _Field, text: str) -> tuple[int, ...]:
@@ -936,7 +923,7 @@ def _next_day(dates: str, both: bool, day: int) -> int | None:
     return (found - _EPOCH).days
 
 
-def _next_local(cron: _CronFields, local: int) -> int | None:
+def _next_local(cron: _Expression, local: int) -> int | None:
     """The first matching local time later than `local`, both as clocks show them."""
     day, time = divmod(local, DAY)
     if _next_day(cron.dates, cron.both, day) == day:
@@ -1238,7 +1225,7 @@ def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
     return f"every {unit}" if step == 1 else f"every {step} {unit}s"
 
 
-def _clock_words(cron: _CronFields) -> str:
+def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
     times = [(h, m, s) for h in cron.hours for m in cron.minutes for s in cron.seconds][:9]
     spread = _frequency_words(cron)
@@ -1259,7 +1246,7 @@ def _clock_words(cron: _CronFields) -> str:
     return "at " + " of ".join(parts)
 
 
-def _frequency_words(cron: _CronFields) -> str | None:
+def _frequency_words(cron: _Expression) -> str | None:
     """Evenly spread slots, all day or in a run of hours."""
     minute = cron.minutes[0]
     if cron.seconds != (0,):
@@ -1276,7 +1263,7 @@ def _frequency_words(cron: _CronFields) -> str | None:
     return f"{word} from {cron.hours[0]:02}:{minute:02} to {cron.hours[-1]:02}{last}" if _in_a_row(cron.hours) else None
 
 
-def _day_words(cron: _CronFields) -> str:
+def _day_words(cron: _Expression) -> str:
     """`every weekday`, `on day 1 of every month`; empty for every day."""
     months = "" if len(cron.months) == 12 else _listed(cron.months, ("", *_MONTHS))
     of_month, in_month = f"of {months or 'every month'}", f" in {months}" if months else ""
