@@ -3280,6 +3280,11 @@ class TimerQueue:
         if len(self._heap) > 2 * len(self._due) + 64:
             self.rebuild(list(self._due.items()))
 
+    def learn(self, key: int, at: int) -> None:
+        """Like `set`, but what is known of `key` already is newer."""
+        if key not in self._due:
+            self.set(key, at)
+
     def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
         """Replaces everything by `items`, pairs of key and time."""
         self._due = dict(items)
@@ -3319,6 +3324,37 @@ class TimerQueue:
 
 DB = sqlite3.Connection
 T = TypeVar("T")
+_NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
+
+
+def _counted(table: str, columns: tuple[str, str, str], n: str, of: str) -> str:
+    """Adds to what is counted of a table: in all, and in blocks of ids of two sizes. `columns` are the id, kind and state."""
+    row_id, kind, state = columns
+    return " ".join(
+        f"INSERT INTO counts SELECT '{table}', {size}, {row_id} / {size}, {kind}, {state}, {n} {of} "
+        "ON CONFLICT DO UPDATE SET n = n + excluded.n;"
+        for size in ("100", "10000", "(1 << 62)")
+    )
+
+
+def _counted_task(n: str, row: str) -> str:
+    return _counted("tasks", (f"{row}.id", f"{row}.task_type", f"{row}.status"), n, f"WHERE NOT {row}.deleted")
+
+
+def _counted_schedule(n: str, row: str) -> str:
+    """With how many fire: those that are active, of tasks that are."""
+    live = f"(SELECT count(*) FROM tasks WHERE id = {row}.task_id AND status = 'active' AND deleted = 0 AND {row}.is_active)"
+    counted = _counted(
+        "schedules",
+        (f"{row}.id", f"{row}.schedule_type", f"{row}.is_active"),
+        n,
+        f"FROM tasks WHERE tasks.id = {row}.task_id AND deleted = 0",
+    )
+    return f"UPDATE meta SET value = value + {n} * {live} WHERE key = 'firing'; {counted}"
+
+
+_SCHEDULE_COLUMNS = ("schedules.id", "schedule_type", "is_active")
+_ALL_TAGS = "SELECT DISTINCT value, {0}.id FROM {1} json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
 
 # Append only. Each entry is one schema version: its statements run in one transaction with the new user_version.
 MIGRATIONS: list[tuple[str, ...]] = [
@@ -3462,6 +3498,67 @@ MIGRATIONS: list[tuple[str, ...]] = [
             body TEXT NOT NULL, execution_id INTEGER NOT NULL, PRIMARY KEY (task_id, key)
         ) WITHOUT ROWID""",
         "CREATE INDEX idempotency_at ON idempotency (at)",
+    ),
+    # A page reads what it shows, also of millions: how many rows of each kind there are in each block of ids, words
+    # and tags by themselves, what is rare in one task's history; and which tasks have more than is kept.
+    (
+        "DROP TRIGGER tasks_added",
+        "DROP TRIGGER tasks_deleted",
+        "DROP TRIGGER executions_added",
+        "DROP TRIGGER executions_removed",
+        "DELETE FROM meta WHERE key = 'tasks'",
+        """INSERT INTO meta SELECT 'firing', count(*) FROM schedules s JOIN tasks t ON t.id = task_id
+            WHERE is_active AND NOT deleted AND status = 'active'""",
+        """CREATE TABLE counts (
+            name TEXT NOT NULL, size INTEGER NOT NULL, block INTEGER NOT NULL, kind TEXT NOT NULL, state NOT NULL,
+            n INTEGER NOT NULL, PRIMARY KEY (name, size, block, kind, state)
+        ) WITHOUT ROWID""",
+        *_counted("tasks", ("id", "task_type", "status"), "count(*)", "FROM tasks WHERE NOT deleted GROUP BY 3, 4, 5").split(";"),
+        *_counted("schedules", _SCHEDULE_COLUMNS, "count(*)", f"FROM schedules WHERE {_NOT_DELETED} GROUP BY 3, 4, 5").split(";"),
+        "CREATE TABLE tags (tag TEXT NOT NULL, task_id INTEGER NOT NULL, PRIMARY KEY (tag, task_id)) WITHOUT ROWID",
+        f"INSERT INTO tags {_ALL_TAGS.format('tasks', 'tasks,')}",
+        "CREATE INDEX tasks_words ON tasks (name, description) WHERE deleted = 0",
+        f"""CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
+            UPDATE meta SET value = new.rev WHERE key = 'rev'; {_counted_task("1", "new")} END""",
+        f"""CREATE TRIGGER tasks_tagged AFTER INSERT ON tasks WHEN new.tags <> '[]'
+            BEGIN INSERT INTO tags {_ALL_TAGS.format("new", "")}; END""",
+        f"""CREATE TRIGGER tasks_recounted AFTER UPDATE OF status, task_type, deleted ON tasks
+            WHEN new.status <> old.status OR new.task_type <> old.task_type OR new.deleted <> old.deleted BEGIN
+            {_counted_task("-1", "old")} {_counted_task("1", "new")}
+            UPDATE meta SET value = value
+                + ((new.status = 'active' AND NOT new.deleted) - (old.status = 'active' AND NOT old.deleted))
+                * (SELECT count(*) FROM schedules WHERE task_id = new.id AND is_active) WHERE key = 'firing'; END""",
+        # What does not fire is not in the way of what does: a resume computes it anew.
+        """CREATE TRIGGER tasks_stopped AFTER UPDATE OF status ON tasks WHEN old.status = 'active' AND new.status <> 'active'
+            BEGIN UPDATE schedules SET next_fire = NULL WHERE task_id = new.id AND next_fire IS NOT NULL; END""",
+        f"""CREATE TRIGGER tasks_deleted AFTER UPDATE OF deleted ON tasks WHEN new.deleted > old.deleted BEGIN
+            DELETE FROM tags WHERE task_id = new.id AND tag IN (SELECT value FROM json_each(new.tags));
+            {_counted("schedules", _SCHEDULE_COLUMNS, "-count(*)", "FROM schedules WHERE task_id = new.id GROUP BY 3, 4, 5")}
+            END""",
+        f"""CREATE TRIGGER tasks_retagged AFTER UPDATE OF tags ON tasks WHEN new.tags <> old.tags BEGIN
+            DELETE FROM tags WHERE task_id = new.id AND tag IN (SELECT value FROM json_each(old.tags));
+            INSERT INTO tags {_ALL_TAGS.format("new", "")}; END""",
+        f"CREATE TRIGGER schedules_counted AFTER INSERT ON schedules BEGIN {_counted_schedule('1', 'new')} END",
+        f"CREATE TRIGGER schedules_removed AFTER DELETE ON schedules BEGIN {_counted_schedule('-1', 'old')} END",
+        f"""CREATE TRIGGER schedules_recounted AFTER UPDATE OF schedule_type, is_active ON schedules
+            WHEN new.schedule_type <> old.schedule_type OR new.is_active <> old.is_active
+            BEGIN {_counted_schedule("-1", "old")} {_counted_schedule("1", "new")} END""",
+        "CREATE INDEX schedules_kind ON schedules (schedule_type, is_active)",
+        "CREATE INDEX tasks_ran ON tasks (last_run DESC)",
+        "DROP INDEX executions_failed",
+        "DROP INDEX executions_marks",
+        """CREATE INDEX executions_rare_of_task ON executions (task_id, status)
+            WHERE status <> 'succeeded' AND finished_at IS NOT NULL""",
+        "ALTER TABLE tasks ADD COLUMN marks INTEGER NOT NULL DEFAULT 0",
+        """UPDATE tasks SET marks = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND finished_at IS NOT NULL
+            AND status IN ('skipped', 'missed') AND status <> 'succeeded')""",
+        """CREATE TRIGGER executions_added AFTER INSERT ON executions BEGIN UPDATE tasks SET history_count = history_count + 1,
+            marks = marks + (new.status IN ('skipped', 'missed')) WHERE id = new.task_id; END""",
+        """CREATE TRIGGER executions_removed AFTER DELETE ON executions BEGIN UPDATE tasks SET history_count = history_count - 1,
+            marks = marks - (old.status IN ('skipped', 'missed')) WHERE id = old.task_id AND deleted = 0; END""",
+        """INSERT INTO meta SELECT 'clock', max(known) FROM (SELECT max(dealt_with, settled_until) AS known FROM schedules
+            UNION ALL SELECT value FROM meta WHERE key = 'clock') WHERE known IS NOT NULL HAVING count(*)
+            ON CONFLICT DO UPDATE SET value = excluded.value""",
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
@@ -3975,7 +4072,6 @@ def locks_work(path: Path) -> bool:
 
 
 Row = TypeVar("Row")
-_NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
 _NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
 # The rows of resources, with what their declarations mark as queried.
 _TASKS = f"SELECT *, {_NEXT_RUN} AS next_run FROM tasks"
@@ -3987,7 +4083,7 @@ _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_conf
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
 _TASK_NAME = "(SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name"
 _EXECUTIONS = f"SELECT *, {_TASK_NAME}, length(output_data) AS output_size FROM executions e"
-_TAGGED = "SELECT tasks.id FROM tasks, json_each(CASE WHEN json_valid(tags) THEN tags ELSE '[]' END) WHERE value = ?"
+_TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _OUTPUT = frozenset({"output_data", "output_size"})
 
 
@@ -3999,21 +4095,26 @@ def load(
     Columns `without` are read as NULL. A damaged JSON value is read as NULL, too.
     """
     shape = shape_of(kind)
+    return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, without))]
+
+
+def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], without: frozenset[str] = frozenset()) -> str:
+    """What `query` finds as JSON arrays of the columns of `kind`, in one text."""
     try:
-        text = db.execute(_as_json(kind, "json({})", without) + f" FROM ({query})", parameters).fetchone()[0]
+        found = db.execute(f"SELECT {all_of.format(_as_json(kind, 'json({})', without))} FROM ({query})", parameters)
     except sqlite3.OperationalError as error:
         if "malformed JSON" not in str(error):
             raise
         as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", without)
-        text = db.execute(f"{as_json} FROM ({query})", parameters).fetchone()[0]
-    return [shape.make(row) for row in parsed(text)]
+        found = db.execute(f"SELECT {all_of.format(as_json)} FROM ({query})", parameters)
+    return found.fetchone()[0] or ""
 
 
 @functools.cache
 def _as_json(kind: Any, json_sql: str, without: frozenset[str]) -> str:
     shape = shape_of(kind)
     columns = ("NULL" if name in without else json_sql.format(name) if name in shape.json else name for name in shape.loaded)
-    return f"SELECT json_group_array(json_array({', '.join(columns)}))"
+    return f"json_array({', '.join(columns)})"
 
 
 def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
@@ -4126,23 +4227,69 @@ def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return f"WHERE {text}", [value for value in kept.values() if value is not True]
 
 
+_COUNTED = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
+
+
+def _page(
+    db: DB, table: str, wanted: tuple[Any, Any], others: Mapping[str, Any], page: TaskQuery | ScheduleQuery
+) -> tuple[int, str]:
+    """How many rows of `table` meet conditions, and the ids of a page of them, oldest first, as JSON.
+
+    By what is `wanted` of the two columns that are counted (None: all) a page is found without what lies before it; of what
+    meets `others`, too, all is found, and cut.
+    """
+    *columns, alive = _COUNTED[table]
+    if any(value is not None for value in others.values()):
+        where, values = _where({alive: True, **{f"{name} = ?": v for name, v in zip(columns, wanted, strict=True)}, **others})
+        ids = sorted(_ids(db, f"SELECT id FROM {table} {where}", values))
+        return len(ids), compact(ids[page.skip : page.skip + page.limit])
+    where, values = _where({"name = ?": table, "kind = ?": wanted[0], "state = ?": wanted[1]})
+    groups = db.execute(f"SELECT kind, state, n FROM counts {where} AND size = 1 << 62 AND n > 0", values).fetchall()
+    start, skip, total = 0, page.skip, sum(n for _, _, n in groups)
+    if skip >= total:
+        return total, "[]"
+    for size in (10_000, 100) if skip else ():
+        blocks = f"SELECT block, sum(n) FROM counts {where} AND size = ? AND block >= ? GROUP BY block ORDER BY block"
+        for block, n in db.execute(blocks, [*values, size, start // size]):
+            if n > skip:
+                start = block * size
+                break
+            skip -= n
+    of_groups = [f"AND {columns[0]} = '{kind}' AND {columns[1]} = '{state}'" for kind, state, _ in groups]
+    if wanted == (None, None):
+        alive, of_groups = alive.replace("deleted = 0", "NOT deleted"), [""]  # in the table's order, not that of an index
+    parts = [f"SELECT id FROM {table} WHERE {alive} {of_group} AND id >= {start}" for of_group in of_groups]
+    return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
+
+
+_THESE = "IN (SELECT value FROM json_each(?))"
+
+
+def _asked(db: DB, query: TaskQuery) -> tuple[int, str]:
+    like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
+    words = r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'"  # in an index that holds nothing else
+    found = f"id IN (SELECT id FROM tasks INDEXED BY tasks_words WHERE deleted = 0 AND {words})"
+    others = {"key = ?": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
+    return _page(db, "tasks", (query.task_type, query.status), others, query)
+
+
+@functools.lru_cache(1000)
+def _shown_task(row: str) -> TaskView:
+    """What a client sees of a row: of one that has not changed it need not be made again."""
+    return view_of(shape_of(Task).make(parsed(row)))
+
+
+def show_tasks(db: DB, query: TaskQuery) -> tuple[int, list[TaskView]]:
+    """Like `list_tasks`, as clients see them."""
+    total, ids = _asked(db, query)
+    rows = _as_text(db, "group_concat({}, char(10))", Task, f"{_TASKS} WHERE id {_THESE} ORDER BY id", (ids,))
+    return total, [_shown_task(row) for row in rows.split("\n") if row]
+
+
 def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[Task]]:
     """A page of tasks, oldest first, and how many there are in all."""
-    like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
-    where, values = _where(
-        {
-            "deleted = 0": True,
-            "status = ?": query.status,
-            "task_type = ?": query.task_type,
-            "key = ?": query.key,
-            f"id IN ({_TAGGED})": query.tag,
-            r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'": like,
-        }
-    )
-    total = get_meta(db, "tasks") if not values else db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()[0]
-    # An index would count faster, but page slower.
-    page = f"{_TASKS} NOT INDEXED {where} ORDER BY id LIMIT ? OFFSET ?"
-    return total, load(db, Task, page, [*values, query.limit, query.skip])
+    total, ids = _asked(db, query)
+    return total, load(db, Task, f"{_TASKS} WHERE id {_THESE} ORDER BY id", (ids,))
 
 
 LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
@@ -4156,19 +4303,9 @@ def get_schedule(db: DB, schedule_id: int) -> Schedule:
 
 def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[Schedule]]:
     """A page of schedules, oldest first, and how many there are in all."""
-    active = None if query.is_active is None else int(query.is_active)
-    where, values = _where(
-        {
-            "NOT t.deleted": True,
-            "s.task_id = ?": query.task_id,
-            f"s.task_id IN ({_TAGGED})": query.tag,
-            "s.schedule_type = ?": query.schedule_type,
-            "s.is_active = ?": active,
-        }
-    )
-    total = db.execute(f"SELECT count(*) {_S_JOIN} {where}", values).fetchone()[0]
-    page = f"{_SCHEDULES} {where} ORDER BY s.id LIMIT ? OFFSET ?"
-    return total, load(db, Schedule, page, [*values, query.limit, query.skip])
+    wanted = query.schedule_type, None if query.is_active is None else int(query.is_active)
+    total, ids = _page(db, "schedules", wanted, {"task_id = ?": query.task_id, f"task_id IN ({_TAGGED})": query.tag}, query)
+    return total, load(db, Schedule, f"{_SCHEDULES} WHERE s.id {_THESE} ORDER BY s.id", (ids,))
 
 
 def schedules_that(db: DB, conditions: Mapping[str, Any]) -> list[Schedule]:
@@ -4212,12 +4349,17 @@ def task_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
     return _ids(db, f"SELECT id FROM tasks {where}", values)
 
 
-def live_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int | None]]:
-    """Schedule id, and when it fires next or None: of all, or of those changed (or whose task was) after `since_rev`."""
+def changed_timers(db: DB, since_rev: int) -> list[tuple[int, int | None]]:
+    """Schedule id, and when it fires next or None, of those that were changed (or whose task was) after `since_rev`."""
     changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
         UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
-    where, values = ("", ()) if since_rev is None else (changed, (since_rev,))
-    return db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {where}", values).fetchall()
+    return db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {changed}", (since_rev,)).fetchall()
+
+
+def next_timers(db: DB, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
+    """Schedule id, and when it fires next: the first `limit` behind one, which is given as when it fires and its id."""
+    behind = "is_active AND (next_fire, id) > (?, ?) ORDER BY next_fire, id LIMIT ?"
+    return db.execute(f"SELECT id, next_fire FROM schedules WHERE {behind}", (*after, limit)).fetchall()
 
 
 def pause_end(db: DB) -> int | None:
@@ -4252,10 +4394,10 @@ def mark_deleted(db: DB, task_id: int) -> None:
 
 def purge_task(db: DB, task_id: int, limit: int) -> bool:
     """Removes up to `limit` rows of a deleted task; True once the task itself is gone."""
-    chosen = "SELECT id FROM executions WHERE task_id = ? LIMIT ?"
-    if db.execute(f"DELETE FROM executions WHERE id IN ({chosen})", (task_id, limit)).rowcount == limit:
-        return False
-    db.execute("DELETE FROM schedules WHERE task_id = ?", (task_id,))
+    for table in ("executions", "schedules"):
+        chosen = f"SELECT id FROM {table} WHERE task_id = ? LIMIT ?"
+        if db.execute(f"DELETE FROM {table} WHERE id IN ({chosen})", (task_id, limit)).rowcount == limit:
+            return False
     db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
     return True
 
@@ -4538,17 +4680,12 @@ def caused_by(db: DB, execution_id: int) -> list[int]:
     return _ids(db, "SELECT id FROM executions WHERE caused_by = ? ORDER BY id", (execution_id,))
 
 
-_FAILED_SQL = "(status = 'failed' OR status = 'timed_out' OR status = 'interrupted')"  # to the letter, as the partial index
+_RARE = "status <> 'succeeded' AND finished_at IS NOT NULL"  # to the letter, as the partial indexes
 
 
 def _served(status: str) -> str:
     """The condition of the partial indexes that serve a status."""
-    if status in UNFINISHED:
-        return UNFINISHED_SQL
-    if status == "succeeded":
-        return "TRUE"
-    more = "status IN ('skipped', 'missed')" if status in NEVER_STARTED else _FAILED_SQL if status in SUCCESS else "TRUE"
-    return f"status <> 'succeeded' AND finished_at IS NOT NULL AND {more}"
+    return UNFINISHED_SQL if status in UNFINISHED else "TRUE" if status == "succeeded" else _RARE
 
 
 def list_executions(
@@ -4564,7 +4701,8 @@ def list_executions(
 
     With their whole output (`full`), without (`none`), or with its texts cut (None).
     """
-    asked, statuses = query.model_dump(exclude_none=True), query.status or ()
+    asked, judged = query.model_dump(exclude_none=True), query.model_dump().get("success")
+    statuses = [s for s in query.status or (SUCCESS if judged is not None else ()) if judged is None or SUCCESS.get(s) is judged]
     where, values = _where(
         {
             _NOT_DELETED: task_id is None,
@@ -4573,10 +4711,9 @@ def list_executions(
             "schedule_id = ?": asked.get("schedule_id"),
             "trigger = ?": asked.get("trigger"),
             "id < ?": asked.get("before_id"),
-            "status = 'succeeded'": asked.get("success"),
             "queued_at <= ?": until,
             "coalesce(finished_at >= ?, TRUE)": since,
-            _FAILED_SQL: asked.get("success") is False,
+            "FALSE": judged is not None and not statuses,
         }
     )
     # One part for each status: each is in the order of an index, and they are merged as far as they are read.
@@ -4612,14 +4749,14 @@ def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
 
 def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
     """How many tasks, schedules and active schedules there are, and how many executions wait, run or will be retried."""
-    found = db.execute(
-        """SELECT (SELECT count(*) FROM tasks WHERE NOT deleted) AS tasks, (SELECT count(*) FROM schedules) AS schedules,
-            (SELECT count(*) FROM schedules WHERE is_active) - (SELECT count(*) FROM tasks t CROSS JOIN schedules s
-                ON s.task_id = t.id WHERE (t.deleted OR t.status <> 'active') AND s.is_active) AS active_schedules"""
+    objects = dict(
+        db.execute(
+            f"SELECT name, sum(n) FROM counts WHERE name {_THESE} AND size = 1 << 62 GROUP BY name", ('["tasks","schedules"]',)
+        ).fetchall()
     )
-    objects = dict(zip((column[0] for column in found.description), found.fetchone(), strict=True))
     rows = db.execute(f"SELECT status, count(*) FROM executions WHERE {UNFINISHED_SQL} GROUP BY status")
-    return objects, {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
+    known = {"tasks": 0, "schedules": 0, **objects, "active_schedules": get_meta(db, "firing")}
+    return known, {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
 
 
 def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
@@ -4675,7 +4812,7 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
 
 def measured_tasks(db: DB, limit: int) -> list[Task]:
     """The `limit` tasks that ran last, without their configurations."""
-    ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # so that what is queried is of these alone
+    ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # what is queried is of these alone
     return load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), frozenset({"config"}))
 
 
@@ -4739,13 +4876,13 @@ _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_
 
 def latest_known(db: DB) -> int:
     """The latest instant that the database knows of; 0 when it knows none."""
+    newest = "UNION ALL SELECT max({}) FROM (SELECT * FROM {} ORDER BY {} DESC LIMIT 1000)"
     row = db.execute(
-        """SELECT max(known) FROM (
-            SELECT value AS known FROM meta WHERE key = 'clock'
-            UNION ALL SELECT max(updated_at, coalesce(last_run, 0)) FROM tasks
-            UNION ALL SELECT max(updated_at, dealt_with) FROM schedules
-            UNION ALL SELECT max(queued_at, coalesce(finished_at, 0))
-                FROM (SELECT queued_at, finished_at FROM executions ORDER BY id DESC LIMIT 1000))"""
+        "SELECT max(known) FROM (SELECT value AS known FROM meta WHERE key = 'clock' "
+        + newest.format("max(updated_at, coalesce(last_run, 0))", "tasks", "rev")
+        + newest.format("max(updated_at, dealt_with)", "schedules", "rev")
+        + newest.format("max(queued_at, coalesce(finished_at, 0))", "executions", "id")
+        + ")"
     ).fetchone()
     return int(row[0] or 0)
 
@@ -4771,6 +4908,15 @@ def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int 
     if deleted == limit:
         return after_id
     return None if young or rows < limit else int(last)
+
+
+def tasks_with_surplus(db: DB, keep: int, keep_skipped: int) -> list[int]:
+    """The tasks with more rows than are kept, by their counters."""
+    return _ids(
+        db,
+        "SELECT id FROM tasks WHERE NOT deleted AND ((?1 AND history_count - marks > ?1) OR (?2 AND marks > ?2))",
+        (keep, keep_skipped),
+    )
 
 
 def delete_surplus(db: DB, task_id: int, keep: int, keep_skipped: int, now: int, limit: int) -> int:
@@ -6473,6 +6619,7 @@ FIRST_BATCH = 4  # while nothing runs, and as many more for each that runs: the 
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
+TIMERS = 10_000  # loaded at a time
 DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 
@@ -6700,7 +6847,9 @@ class Engine:
         self.timers = TimerQueue()  # schedule id → its next firing
         self.retries = TimerQueue()  # execution id → its next attempt
         self.pause_ends: int | None = None  # the next pause that ends by itself
-        self.touched: set[int] = set()  # tasks that have run since the last retention
+        self._timers_to: tuple[int, int] | None = (
+            None  # how far schedules are in `timers`: when the last fires, its id; None: all
+        )
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -6743,6 +6892,8 @@ class Engine:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
             await self.load_timers()
+        if self._timers_to is not None and (self.timers.next_due() or LAST_INSTANT) > self._timers_to[0]:
+            await self._load_more_timers()
         self.last_tick = self.clock.monotonic()
         await self.tick()
         self._last_tick_end = self.clock.monotonic()
@@ -6754,7 +6905,8 @@ class Engine:
     def _next_due(self) -> int | None:
         if not self.leading or self.stopping:
             return None
-        times = [self.retries.next_due(), self.pause_ends, None if self.paused else self.timers.next_due()]
+        timers = [self.timers.next_due(), self._timers_to and self._timers_to[0]]
+        times = [self.retries.next_due(), self.pause_ends, *([] if self.paused else timers)]
         return min((t for t in times if t is not None), default=None)
 
     async def tick(self) -> None:
@@ -6819,7 +6971,6 @@ class Engine:
     async def _after_write(self, tick: Tick, ended: Sequence[Finished]) -> None:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
-            self.touched.add(schedule.task_id)
         for task, row in tick.noted:
             self.stats.ended[task.task_type, row.status] += 1
             logger.warning("task %d (%s): %s", task.id, task.name, row.error_message)
@@ -6827,7 +6978,6 @@ class Engine:
             self.running.pop(s.run.execution_id, None)
             if self.leading:
                 self.retries.set(s.run.execution_id, s.next_attempt_at)
-            self.touched.add(s.run.task_id)
             self.stats.count(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
@@ -6893,14 +7043,33 @@ class Engine:
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
         timers, retries, self.pause_ends = await self.store.read(
-            lambda db: (live_timers(db, since_rev), retry_timers(db, since_rev), pause_end(db))
+            lambda db: (
+                changed_timers(db, since_rev) if since_rev is not None else [],
+                retry_timers(db, since_rev),
+                pause_end(db),
+            )
         )
-        for index, found in ((self.timers, timers), (self.retries, retries)):
-            if since_rev is None:
-                index.rebuild([(key, at) for key, at in found if at is not None])
-            else:
+        if since_rev is None:
+            self.timers.rebuild([])
+            self.retries.rebuild(retries)
+            self._timers_to = (-1, 0)
+            await self._load_more_timers()
+        else:
+            for index, found in ((self.timers, timers), (self.retries, retries)):
                 for key, at in found:
                     index.set(key, at)
+
+    def forget_timers(self) -> None:
+        self.timers.rebuild([])
+        self.retries.rebuild([])
+        self._timers_to = None
+
+    async def _load_more_timers(self) -> None:
+        """Of a million schedules only those that fire next have timers: further ones get theirs when these have fired."""
+        found = await self.store.read(partial(next_timers, after=self._timers_to or (-1, 0), limit=TIMERS))
+        self._timers_to = (found[-1][1], found[-1][0]) if len(found) == TIMERS else None
+        for schedule_id, at in found:
+            self.timers.learn(schedule_id, at)
 
     def distrust_clock(self) -> None:
         """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
@@ -7093,6 +7262,7 @@ def write_clock(db: DB, now: int, moved: int) -> None:
 
 KEEP_SKIPPED = 100  # skipped and missed rows kept of each task
 RETENTION_PAUSE = 600.0  # seconds between two passes of the retention
+PURGE_ROWS = 250  # of a deleted task in one delete
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 
 
@@ -7109,7 +7279,7 @@ class Retention:
         await asyncio.sleep(RETENTION_PAUSE if self.engine.leading else 5.0)
 
     async def delete(self, now: int) -> None:
-        """One pass: by age over all rows, by count over the tasks that have run since the last pass."""
+        """One pass: by age over all rows, by count over the tasks that have more than is kept."""
         engine, settings, after = self.engine, self.engine.settings, 0
         cutoff = now - settings.history_days * DAY
         by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
@@ -7122,12 +7292,9 @@ class Retention:
         while by_age and engine.leading:
             if await engine.store.write(partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)) < RETENTION_ROWS:
                 break
-        keep = settings.history_per_task
-        for task_id in list(engine.touched):
-            engine.touched.discard(task_id)
-            surplus = partial(
-                delete_surplus, task_id=task_id, keep=keep, keep_skipped=KEEP_SKIPPED, now=now, limit=RETENTION_ROWS
-            )
+        keep, skipped = settings.history_per_task, KEEP_SKIPPED
+        for task_id in await engine.store.scan(partial(tasks_with_surplus, keep=keep, keep_skipped=skipped)):
+            surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_skipped=skipped, now=now, limit=RETENTION_ROWS)
             while engine.leading and await engine.store.write(surplus) > 0:
                 await self._leave_room()
 
@@ -7151,10 +7318,10 @@ class Retention:
             gone = False
             while not gone:
                 try:
-                    gone = await engine.store.write(partial(purge_task, task_id=task_id, limit=RETENTION_ROWS))
+                    gone = await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS))
                 except Unavailable:  # nobody else tries again, and somebody may be waiting for it
                     await asyncio.sleep(0.25)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0 if gone else 0.01)
             engine.feed.notify()
         finally:
             del self.purges[task_id]
@@ -7320,8 +7487,7 @@ class Leadership:
         # Also when nothing runs: the write of a tick that starts something may be under way.
         while not self._drain_lock.acquire():
             await asyncio.sleep(0.01)  # another process is looking whether this one lives
-        self.engine.timers.rebuild([])
-        self.engine.retries.rebuild([])
+        self.engine.forget_timers()
         await self.engine.store.set_leading(False)
         self._leader_lock.release()
 
@@ -7333,7 +7499,8 @@ class Leadership:
             engine.distrust_clock()
         await store.set_leading(True)
         await self._finish_orphans()
-        await engine.follow_clock(0)
+        if known > engine.clock.now():
+            await engine.follow_clock(0)
         await store.write(partial(set_meta, key="boot", value=_boot_id()))
         for zone, rules in (await store.read(known_zones)).items():
             with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
@@ -7341,7 +7508,6 @@ class Leadership:
                     await store.write(partial(_adopt_zone_rules, zone=zone, rules=rules_now))
         engine.leading = True
         await self.changes.take_up(everything=True)
-        engine.touched.update(await store.read(partial(task_ids, conditions={"deleted = 0": True})))
         logger.info("this process leads: it fires schedules and runs executions")
 
     async def _finish_orphans(self) -> None:
@@ -7397,6 +7563,7 @@ def _boot_id() -> str:
 # ======================================================================================================================
 
 TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
+DELETE_WAIT = 5.0  # seconds that a delete waits for its rows to be gone: those of a long history follow
 CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 MOST_BACKFILL = 1000  # slots
 CHANGE_TEXT = 4096  # characters kept of one field before and after a change
@@ -7602,8 +7769,9 @@ class Service:
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         """List tasks, paused and disabled ones too. Look here before you create one. `q` searches in names; `total` counts all
         that match."""
-        total, rows = await self.store.scan(partial(list_tasks, query=query))
-        tasks = [view_of(as_it_is(task, self.engine.paused)) for task in rows]
+        look = self.store.read if query.q is query.tag is None else self.store.scan
+        total, tasks = await look(partial(show_tasks, query=query))
+        tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
         return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def task_id(self, task: int | str) -> int:
@@ -7642,8 +7810,8 @@ class Service:
         """Delete a task with its schedules and history. Kills what it is running. Cannot be undone; update_task with status
         paused stops it for a while."""
         await self.change(partial(remove_task, task_id=task_id))
-        there = partial(task_ids, conditions={"id = ?": task_id})
-        while await self.store.read(there) and not self.engine.stopping:
+        there, end = partial(task_ids, conditions={"id = ?": task_id}), self.clock.monotonic() + DELETE_WAIT
+        while await self.store.read(there) and not self.engine.stopping and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
     @Operation("POST", "/schedules", 201, tool=(), errors=(404,))
