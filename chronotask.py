@@ -3517,7 +3517,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
         *_counted("schedules", _SCHEDULE_COLUMNS, "count(*)", f"FROM schedules WHERE {_NOT_DELETED} GROUP BY 3, 4, 5").split(";"),
         "CREATE TABLE tags (tag TEXT NOT NULL, task_id INTEGER NOT NULL, PRIMARY KEY (tag, task_id)) WITHOUT ROWID",
         f"INSERT INTO tags {_ALL_TAGS.format('tasks', 'tasks,')}",
-        "CREATE INDEX tasks_words ON tasks (name, description) WHERE deleted = 0",
+        "CREATE INDEX tasks_words ON tasks (deleted, name, description)",
         f"""CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
             UPDATE meta SET value = new.rev WHERE key = 'rev'; {_counted_task("1", "new")} END""",
         f"""CREATE TRIGGER tasks_tagged AFTER INSERT ON tasks WHEN new.tags <> '[]'
@@ -4239,8 +4239,9 @@ def _page(
     meets `others`, too, all is found, and cut.
     """
     *columns, alive = _COUNTED[table]
+    unindexed = alive.replace("deleted = 0", "NOT deleted")  # the planner shall not go by this
     if any(value is not None for value in others.values()):
-        where, values = _where({alive: True, **{f"{name} = ?": v for name, v in zip(columns, wanted, strict=True)}, **others})
+        where, values = _where({unindexed: True, **{f"{name} = ?": v for name, v in zip(columns, wanted, strict=True)}, **others})
         ids = sorted(_ids(db, f"SELECT id FROM {table} {where}", values))
         return len(ids), compact(ids[page.skip : page.skip + page.limit])
     where, values = _where({"name = ?": table, "kind = ?": wanted[0], "state = ?": wanted[1]})
@@ -4257,7 +4258,7 @@ def _page(
             skip -= n
     of_groups = [f"AND {columns[0]} = '{kind}' AND {columns[1]} = '{state}'" for kind, state, _ in groups]
     if wanted == (None, None):
-        alive, of_groups = alive.replace("deleted = 0", "NOT deleted"), [""]  # in the table's order, not that of an index
+        alive, of_groups = unindexed, [""]
     parts = [f"SELECT id FROM {table} WHERE {alive} {of_group} AND id >= {start}" for of_group in of_groups]
     return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
 
@@ -4267,9 +4268,9 @@ _THESE = "IN (SELECT value FROM json_each(?))"
 
 def _asked(db: DB, query: TaskQuery) -> tuple[int, str]:
     like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
-    words = r"(name || char(10) || coalesce(description, '')) LIKE ? ESCAPE '\'"  # in an index that holds nothing else
-    found = f"id IN (SELECT id FROM tasks INDEXED BY tasks_words WHERE deleted = 0 AND {words})"
-    others = {"key = ?": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
+    found = r"""id IN (SELECT id FROM (SELECT ? AS words) CROSS JOIN tasks INDEXED BY tasks_words WHERE deleted = 0
+        AND (name LIKE words ESCAPE '\' OR description LIKE words ESCAPE '\'))"""  # an index that holds nothing else
+    others = {"key = ? AND deleted = 0": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
     return _page(db, "tasks", (query.task_type, query.status), others, query)
 
 

@@ -3467,6 +3467,99 @@ async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_t
     assert await store.write(change) == wanted * 20 + ["old"] * 20
 
 
+def grown(db: sqlite3.Connection, count: int) -> None:
+    """A task of every kind, schedule and execution for each number up to `count`; a few of what is rare."""
+    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1)"
+    db.execute("BEGIN")
+    db.execute(
+        f"""{numbers} INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at,
+        updated_at, last_run, tags) SELECT 'task ' || n, iif(n % 3, 'http', 'bash'),
+        iif(n = 7, 'disabled', iif(n % 9, 'active', 'paused')),
+        '{{}}', 0, 0, 2, 1, 1, n, iif(n = 5, '["rare"]', '[]') FROM numbers""",
+        (count,),
+    )
+    db.execute(
+        f"""{numbers} INSERT INTO schedules (task_id, schedule_type, schedule_config, is_active, overlap, catchup, catchup_window,
+        jitter, created_at, updated_at, settled_until, next_slot, next_fire) SELECT n, iif(n = 3, 'once', 'cron'), '{{}}',
+        n % 5 > 0, 'skip', 'latest', 1, 0, 1, 1, 1, n, iif(n % 5, n, NULL) FROM numbers""",
+        (count,),
+    )
+    db.execute(
+        f"""{numbers} INSERT INTO executions (task_id, schedule_id, trigger, status, scheduled_for, queued_at, started_at,
+        finished_at, attempt, uuid) SELECT iif(n % 2, 2, n), iif(n = 6, 1, 2), iif(n = 4, 'manual', 'schedule'),
+        CASE n WHEN 1 THEN 'failed' WHEN 3
+        THEN 'cancelled' WHEN 5 THEN 'skipped' ELSE 'succeeded' END, n, n, n, n, 1, '' FROM numbers""",
+        (count,),
+    )
+    db.execute("UPDATE tasks SET status = 'paused' WHERE id = 4")
+    db.execute("COMMIT")
+
+
+def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
+    """What shows a page, of `count` tasks, schedules and executions."""
+    asked: dict[str, Callable[[sqlite3.Connection], Any]] = {}
+    for query in (
+        {}, {"skip": count - 10}, {"status": "disabled"}, {"status": "paused"}, {"task_type": "bash", "skip": count // 4},
+        {"status": "active", "task_type": "http", "skip": count // 3}, {"tag": "rare"}, {"key": "none"},
+    ):  # fmt: skip
+        asked[f"tasks {query}"] = partial(chronotask.list_tasks, query=chronotask.TaskQuery(limit=10, **query))
+    for query in (
+        {}, {"skip": count - 10}, {"is_active": False, "skip": count // 6}, {"schedule_type": "once"}, {"task_id": 9},
+        {"schedule_type": "cron", "is_active": True, "skip": count // 2}, {"tag": "rare"},
+    ):  # fmt: skip
+        asked[f"schedules {query}"] = partial(chronotask.list_schedules, query=ScheduleQuery(limit=10, **query))
+    for query in (
+        {}, {"status": "failed"}, {"status": "skipped,failed"}, {"status": "timed_out"}, {"trigger": "manual"},
+        {"schedule_id": 1}, {"status": "unfinished"}, {"schedule_id": 2}, {"tag": "rare"},
+    ):  # fmt: skip
+        asked[f"executions {query}"] = partial(chronotask.list_executions, query=chronotask.ExecutionQuery(limit=10, **query))
+    for query in ({}, {"status": "failed"}, {"status": "cancelled"}, {"success": False}, {"status": "missed,skipped"}):
+        asked[f"history {query}"] = partial(
+            chronotask.list_executions, query=chronotask.HistoryQuery(limit=10, **query), task_id=2
+        )
+    asked["counts"] = chronotask.counts
+    asked["measured"] = partial(chronotask.measured_tasks, limit=10)
+    asked["next"] = partial(chronotask.next_schedules, query=chronotask.UpcomingQuery(limit=10), until=chronotask.LAST_INSTANT)
+    asked["next timers"] = partial(chronotask.next_timers, after=(0, 0), limit=10)
+    asked["changed timers"] = partial(chronotask.changed_timers, since_rev=10)
+    asked["latest known"] = chronotask.latest_known
+    return asked
+
+
+def test_what_shows_a_page_reads_no_more_of_many_rows_than_of_few(tmp_path: Path) -> None:
+    """SQLite counts the steps of a statement. A page of 10 needs about 3,000 of them; each row read needs 10 or more."""
+    steps: list[dict[str, int]] = []
+    for count in (3_000, 30_000):
+        with contextlib.closing(open_database(tmp_path / f"{count}.db")) as db:
+            grown(db, count)
+            steps.append({})
+            for name, ask in pages_of(count).items():
+                taken: list[int] = []
+                db.set_progress_handler(lambda taken=taken: taken.append(1), 100)
+                ask(db)
+                db.set_progress_handler(None, 0)
+                steps[-1][name.replace(str(count), "n")] = len(taken)
+    few, many = (list(found.values()) for found in steps)
+    assert {name: found for name, *found in zip(pages_of(30_000), few, many, strict=True) if found[1] > 1.5 * found[0] + 30} == {}
+
+
+def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
+    db, queries = store._db, list[str]()
+    grown(db, 50)
+    db.set_trace_callback(queries.append)
+    for name, ask in pages_of(50).items():
+        if "tag" not in name and name not in (
+            "executions {}",
+            "latest known",
+            "changed timers",
+        ):  # what is found by a tag is sorted
+            ask(db)
+    db.set_trace_callback(None)
+    plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries}
+    bad = re.compile(r"SCAN (tasks|schedules|executions|[ste])$")
+    assert {query: plan for query, plan in plans.items() if any(map(bad.match, plan))} == {}
+
+
 # ======================================================================================================================
 # 7. Executors
 # ======================================================================================================================
@@ -7525,6 +7618,35 @@ async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that
     assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
 
 
+async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chronotask, "TIMERS", 3)
+    task_id = await rig.task()
+    made = [
+        await rig.schedule(task_id, "once", schedule_config={"in_seconds": n}, overlap="allow") for n in (9, 5, 5, 5, 5, 7, 20, 3)
+    ]
+    await rig.service.changes.take_up(everything=True)
+    assert len(rig.service.engine.timers) == 3
+    for seconds, fired in ((2, 0), (3, 1), (5, 5), (8, 6), (9, 7), (19, 7), (20, 8)):
+        await rig.run_at(seconds)
+        for _ in range(4):
+            await rig.run_at(seconds)
+        assert len(await rig.rows()) == fired, seconds
+    assert {row["schedule_id"] for row in await rig.rows()} == set(made)
+    assert all(row["trigger"] == "schedule" for row in await rig.rows())
+
+
+async def test_schedules_of_a_task_that_stopped_are_not_in_the_way_and_fire_again_afterwards(rig: Rig) -> None:
+    task_id = await rig.task()
+    await rig.schedule(task_id)
+    for status in ("paused", "disabled"):
+        await rig.patch_task(task_id, status=status)
+        assert rig.sql("SELECT next_fire FROM schedules") == [(None,)]
+        await rig.patch_task(task_id, status="active")
+        assert rig.sql("SELECT next_fire FROM schedules") == [(START + 60 * S,)]
+    await rig.run_at(60)
+    assert await rig.statuses() == ["succeeded"]
+
+
 # ======================================================================================================================
 # 9. Changes
 # ======================================================================================================================
@@ -7708,6 +7830,48 @@ async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> 
     await rig.service.store.write(lambda db: db.execute("DROP TRIGGER refusal"))
     await until_true(lambda: not rig.service.retention.purges)
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_retention_visits_only_tasks_with_more_rows_than_are_kept(open_rig: OpenRig) -> None:
+    rig = await open_rig(history_per_task=2)
+    tasks = [await rig.task() for _ in range(3)]
+    for task_id, runs, skipped in zip(tasks, (3, 2, 0), (0, 2, 3), strict=True):
+        for status, count in (("succeeded", runs), ("skipped", skipped)):
+            new = [chronotask.NewExecution(task_id, None, "manual", None, START, status) for _ in range(count)]
+            await rig.service.store.write(partial(chronotask.insert_executions, rows=new))
+    surplus = partial(chronotask.tasks_with_surplus, keep=2, keep_skipped=2)
+    assert await rig.service.store.read(surplus) == [tasks[0], tasks[2]]
+    await rig.service.retention.delete(rig.clock.now())
+    assert await rig.service.store.read(surplus) == [tasks[2]]
+    assert await rig.service.store.read(partial(surplus, keep=0, keep_skipped=0)) == []
+
+
+async def test_a_deleted_task_is_gone_at_once_and_its_rows_follow_in_pieces_also_after_a_restart(
+    open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronotask, "PURGE_ROWS", 1)
+    monkeypatch.setattr(chronotask, "DELETE_WAIT", 0.0)
+    rig = await open_rig()
+    task_id = await rig.task()
+    for _ in range(3):
+        await rig.schedule(task_id)
+    rows = [chronotask.NewExecution(task_id, None, "manual", None, 0, "succeeded") for _ in range(50)]
+    await rig.service.store.write(partial(chronotask.insert_executions, rows=rows))
+    await rig.service.delete_task(task_id)
+    assert rig.sql("SELECT deleted, (SELECT count(*) > 20 FROM executions) FROM tasks") == [(1, 1)], "it does not wait for them"
+    for call in (rig.service.get_task(task_id), rig.service.get_execution(50), rig.service.get_schedule(1)):
+        with pytest.raises(chronotask.NotFound):
+            await call
+    assert ((await rig.service.list_schedules(ScheduleQuery()))["total"], await rig.rows()) == (0, [])
+    await rig.close()
+    again = await open_rig(database_url=rig.path)
+    for _ in range(500):
+        if not again.sql("SELECT 1 FROM tasks"):
+            break
+        await asyncio.sleep(0.01)
+    assert again.sql("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM executions), count(*) FROM schedules") == [
+        (0, 0, 0)
+    ]
 
 
 # ======================================================================================================================
@@ -8185,6 +8349,101 @@ def test_an_operation_has_a_name_and_a_route_of_its_own_says_what_its_id_is_call
             assert thing is not None and operation.id_name == f"{thing[1]}_id"
         assert operation.body is None or operation.method in ("POST", "PATCH"), operation.name
         assert (operation.result is None) == (operation.status == 204), operation.name
+
+
+async def test_pages_and_counts_are_what_the_rows_say_whatever_happened_to_them(rig: Rig) -> None:
+    """300 tasks with schedules, made, changed and deleted at random; each page of each filter beside a plain query."""
+    chance, tasks, schedules = random.Random(7), list[int](), list[int]()
+    for _ in range(300):
+        tasks.append(await rig.task(status=chance.choice(["active", "paused", "disabled"]), tags=chance.sample(["a", "b"], 1)))
+        for _ in range(chance.randrange(3)):
+            schedules.append(await rig.schedule(tasks[-1], chance.choice(["cron", "interval"]), is_active=chance.random() < 0.7))
+    for task_id in chance.sample(tasks, 120):
+        await rig.patch_task(
+            task_id, status=chance.choice(["active", "paused", "disabled"]), tags=chance.sample(["a", "b", "c"], 2)
+        )
+    for schedule_id in chance.sample(schedules, 60):
+        await rig.patch_schedule(schedule_id, is_active=chance.random() < 0.5)
+    for schedule_id in chance.sample(schedules, 30):
+        await rig.service.delete_schedule(schedule_id)
+    for task_id in chance.sample(tasks, 60):
+        await rig.service.change(partial(chronotask.mark_deleted, task_id=task_id))
+    there = "FROM schedules s JOIN tasks t ON t.id = s.task_id WHERE NOT deleted"
+    status = await rig.service.get_scheduler_status()
+    assert [(status["tasks"], status["schedules"], status["active_schedules"])] == rig.sql(
+        f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted), count(*), sum(is_active AND status = 'active') {there}"""
+    )
+    for skip, status, kind in itertools.product((0, 3, 110, 500), (None, "active", "disabled"), (None, "bash", "http")):
+        page = await rig.service.list_tasks(chronotask.TaskQuery(skip=skip, limit=20, status=status, task_type=kind))
+        found = rig.sql(
+            """SELECT id FROM tasks WHERE NOT deleted AND status = ifnull(?, status) AND task_type = ifnull(?, task_type)
+            ORDER BY 1""", status, kind,
+        )  # fmt: skip
+        assert (page["total"], [task["id"] for task in page["tasks"]]) == (len(found), [i for (i,) in found[skip : skip + 20]])
+    for skip, active, kind in itertools.product((0, 3, 110, 500), (None, True, False), (None, "cron", "interval")):
+        page = await rig.service.list_schedules(ScheduleQuery(skip=skip, limit=20, is_active=active, schedule_type=kind))
+        found = rig.sql(
+            f"SELECT s.id {there} AND is_active = ifnull(?, is_active) AND schedule_type = ifnull(?, schedule_type) ORDER BY 1",
+            active, kind,
+        )  # fmt: skip
+        assert (page["total"], [s["id"] for s in page["schedules"]]) == (len(found), [i for (i,) in found[skip : skip + 20]])
+    for tag in "abc":
+        page = await rig.service.list_tasks(chronotask.TaskQuery(tag=tag, limit=1000))
+        found = rig.sql("SELECT t.id FROM tasks t, json_each(tags) WHERE NOT deleted AND value = ? ORDER BY 1", tag)
+        assert [task["id"] for task in page["tasks"]] == [i for (i,) in found]
+
+
+async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) -> None:
+    first, second = await rig.task(), await rig.task()
+    await rig.schedule(second)
+
+    async def listed() -> list[Any]:
+        return (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]
+
+    before = await listed()
+    assert (await listed())[0] is before[0]
+    await rig.patch_task(first, description="one\u2028two\x85")
+    await rig.execute(second)
+    await rig.tick()
+    after = await listed()
+    assert after == [await rig.service.get_task(first), await rig.service.get_task(second)]
+    assert (after[0]["description"], after[1]["run_count"], offset(after[1]["next_run"])) == ("one\u2028two\x85", 1, 60)
+    await rig.service.pause_scheduler({})
+    assert [task["next_run"] for task in await listed()] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("note", 0), ("close", 25)])
+def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(tmp_path: Path, killed_in: str, left: int) -> None:
+    """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
+    program = f"""
+import asyncio, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(TOP)!r})
+import chronotask as c
+
+async def main(killed_in):
+    store = c.Store(Path({str(tmp_path / "c.db")!r}), c.Clock().monotonic)
+    service = c.Service(c.Settings.from_env({{}})[0], store, c.Clock(), c.Environ({{}}))
+    if not await store.read(c.partial(c.task_ids, conditions={{}})):
+        body = {{"name": "t", "task_type": "bash", "config": {{"command": "true"}}, "status": "paused"}}
+        await service.create_task(c.parse(c.TaskCreate, body))
+        body = {{"task_id": 1, "schedule_type": "cron", "schedule_config": {{"expression": "0 * * * *"}}}}
+        await service.create_schedule(c.parse(c.ScheduleCreate, body))
+    def kill(*args, **more):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if killed_in != "close":
+        setattr(c, killed_in, kill)
+    body = {{"from": "2025-03-01T00:00:00Z", "to": "2025-03-02T00:00:00Z"}}
+    await service.backfill_schedule(1, c.parse(c.BackfillBody, body))
+    kill()
+
+asyncio.run(main(sys.argv[1]))
+"""
+    for stage, rows in ((killed_in, left), ("close", 25), ("close", 25)):
+        done = subprocess.run([sys.executable, "-c", program, stage], capture_output=True, text=True, timeout=60)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert sql(tmp_path / "c.db", "SELECT count(*), count(DISTINCT scheduled_for) FROM executions") == [(rows, rows)]
 
 
 # ======================================================================================================================
