@@ -28,6 +28,10 @@ limit and service take turns, round by round, and the ratio is the median of the
                 slot of expressions checked before, near clock changes
     growth      (--full only) burst, start and listing at 1, 10 and 100    growth of n log n
                 thousand
+    many        pages, status and metrics with many tasks, schedules and   the same with a thousand of each
+                executions (--full: 100,000, a million and 5 million);
+                start, CPU while idle, 100 tasks a page at 16 callers,
+                POST /tasks while a long history is deleted
 
 Everything, the limits too, runs with the few environment variables that a service manager gives (ENVIRONMENT), not with
 those of the shell it is started from: a bash task inherits the service's, which takes more than 1 us for each of them.
@@ -115,18 +119,20 @@ class Sizes:
     output_bytes: int = 1_000_000_000
     settle: float = 1.0  # seconds before memory and idle CPU are read, and before lateness counts
     growth: tuple[int, ...] = ()
+    many: tuple[int, int, int] = (10_000, 100_000, 200_000)  # tasks, schedules, executions
 
 
 SIZES = {
     "default": Sizes(),
-    "full": Sizes(growth=(1_000, 10_000, 100_000)),
+    "full": Sizes(growth=(1_000, 10_000, 100_000), many=(100_000, 1_000_000, 5_000_000)),
     "quick": Sizes(
         rounds=5, requests=2_000, page_reads=200, lateness_seconds=8, idle_seconds=5, executions=5_000, deleted=100_000,
-        hostile_seconds=4,
+        hostile_seconds=4, many=(2_000, 20_000, 50_000),
     ),
     "smoke": Sizes(
         rounds=1, requests=100, page_reads=5, tasks=150, history=150, lateness_seconds=1, http_burst=50, bash_burst=10,
         schedules=200, idle_seconds=1, executions=1_050, deleted=1_500, hostile_seconds=1, output_bytes=10_000_000, settle=0.2,
+        many=(1_000, 1_000, 1_000),
     ),
 }  # fmt: skip
 
@@ -988,9 +994,89 @@ def growth(bench: Bench) -> Iterator[Row]:
     yield growth_row("GET /tasks?limit=100", sizes, lists)
 
 
+def spread(database: Path, table: str, total: int, **changed: str) -> None:
+    """Copies the last row of `table` until there are `total`, with `changed` columns: SQL in which n is the number of the row.
+    The service's own triggers count them."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.executescript("PRAGMA cache_size=-400000; PRAGMA synchronous=OFF")
+        columns = [str(column[1]) for column in connection.execute(f"PRAGMA table_info({table})") if column[1] != "id"]
+        connection.execute(
+            f"""WITH RECURSIVE numbers(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n < {total})
+            INSERT INTO {table} ({", ".join(columns)}) SELECT {", ".join(changed.get(name, name) for name in columns)}
+            FROM (SELECT * FROM {table} ORDER BY id DESC LIMIT 1) CROSS JOIN numbers"""
+        )
+        connection.commit()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def make_many(bench: Bench, tasks: int, schedules: int, executions: int) -> Path:
+    """A folder with a database of so many, of which some are rare; the second task has a third of the executions."""
+    folder = bench.fresh()
+    with Service(folder) as service:
+        task = service.create("/tasks", [bash_task("true")])[0]
+        service.create("/schedules", [{"task_id": task, "schedule_type": "interval", "schedule_config": {"seconds": 10**8}}])
+        service.call("POST", f"{API}/tasks/{task}/execute?wait=30")
+    database = folder / "chronotask.db"
+    spread(database, "tasks", tasks, name="'task ' || n || ' of many'", status="iif(n % 100, 'active', 'paused')")
+    spread(database, "schedules", schedules, task_id=f"1 + n % {tasks}", next_fire="next_fire + n * 1000000")
+    spread(
+        database, "executions", executions, task_id=f"iif(n % 3, 1 + n % {tasks}, 2)", schedule_id=f"n % {schedules}",
+        trigger="iif(n % 50000, 'schedule', 'rerun')", scheduled_for="queued_at + n",
+        status="CASE WHEN n % 10000 = 1 THEN 'failed' WHEN n % 3000 = 2 THEN 'skipped' ELSE status END",
+    )  # fmt: skip
+    return folder
+
+
+def many(bench: Bench) -> Iterator[Row]:
+    small, large = (1_000, 1_000, 1_000), bench.sizes.many
+    tasks, schedules, executions = large
+    figures: list[dict[str, float]] = []
+    for size in (small, large):
+        pages = {
+            "executions": f"{API}/executions", "executions, rare status": f"{API}/executions?status=failed",
+            "executions, rare trigger": f"{API}/executions?trigger=rerun",
+            "executions of a schedule": f"{API}/executions?schedule_id=7",
+            "history, rare status": f"{API}/tasks/2/history?status=skipped", "tasks": f"{API}/tasks",
+            "tasks, last page": f"{API}/tasks?skip={size[0] - 100}", "tasks, rare status": f"{API}/tasks?status=disabled",
+            "tasks, search": f"{API}/tasks?q=task+777+", "schedules": f"{API}/schedules",
+            "schedules, last page": f"{API}/schedules?skip={size[1] - 100}", "scheduler/status": f"{API}/scheduler/status",
+            "overview": f"{API}/overview?limit=20", "upcoming": f"{API}/upcoming", "metrics": "/metrics",
+        }  # fmt: skip
+        with Service(make_many(bench, *size), HISTORY_DAYS=0, HISTORY_PER_TASK=0) as service:
+            figures.append({"start to /health": service.started_in * 1000})
+            time.sleep(bench.sizes.settle)
+            before = cpu_of(service.pid)
+            time.sleep(bench.sizes.idle_seconds)
+            figures[-1]["idle"] = (cpu_of(service.pid) - before) / bench.sizes.idle_seconds * 100
+            for name, path in pages.items():
+                answers, _ = drive(service.port, [request("GET", path)] * min(30, bench.sizes.page_reads))
+                figures[-1][name] = statistics.median(answer.seconds for answer in answers) * 1000
+                if answers[-1].status != 200:
+                    raise RuntimeError(f"{path}: {answers[-1].body[:300]!r}")
+            reads = [request("GET", f"{API}/tasks?limit=100")] * bench.sizes.page_reads * 5
+            figures[-1]["callers"] = len(reads) / drive(service.port, reads, 16)[1]
+            posts = [request("POST", f"{API}/tasks", bash_task("true"))] * 200
+            alone = statistics.median(answer.seconds for answer in drive(service.port, posts)[0])
+            started = time.perf_counter()
+            service.call("DELETE", f"{API}/tasks/2")
+            figures[-1]["delete"] = time.perf_counter() - started
+            meanwhile = statistics.median(answer.seconds for answer in drive(service.port, posts)[0])
+            figures[-1]["creates"] = meanwhile / alone
+    few, grown = figures
+    size_note = f"{tasks:,} tasks, {schedules:,} schedules, {executions:,} executions"
+    for name, value in grown.items():
+        if name not in ("idle", "callers", "delete", "creates"):
+            yield Row(name, value, "ms", few[name], value / few[name], note=size_note)
+    yield under(1, Row(f"CPU while idle, {size_note}", grown["idle"], "% of a core"))
+    yield Row("100 tasks a page, 16 callers", grown["callers"], "/s", few["callers"], grown["callers"] / few["callers"])
+    yield under(6, Row("DELETE of the task with a third of the history", grown["delete"], "s"))
+    yield under(3, Row("POST /tasks while its rows are deleted, beside before", grown["creates"], "x"))
+
+
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "footprint": footprint, "requests": requests, "pages": pages, "lateness": lateness, "burst": http_burst, "bash": bash_burst,
     "schedules": schedules, "memory": memory, "retention": retention, "hostile": hostile, "cron": cron, "growth": growth,
+    "many": many,
 }  # fmt: skip
 
 

@@ -4227,7 +4227,7 @@ def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return f"WHERE {text}", [value for value in kept.values() if value is not True]
 
 
-_COUNTED = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
+_COUNTED_BY = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
 
 
 def _page(
@@ -4238,7 +4238,7 @@ def _page(
     By what is `wanted` of the two columns that are counted (None: all) a page is found without what lies before it; of what
     meets `others`, too, all is found, and cut.
     """
-    *columns, alive = _COUNTED[table]
+    *columns, alive = _COUNTED_BY[table]
     unindexed = alive.replace("deleted = 0", "NOT deleted")  # the planner shall not go by this
     if any(value is not None for value in others.values()):
         where, values = _where({unindexed: True, **{f"{name} = ?": v for name, v in zip(columns, wanted, strict=True)}, **others})

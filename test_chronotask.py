@@ -7832,18 +7832,18 @@ async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> 
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
-async def test_retention_visits_only_tasks_with_more_rows_than_are_kept(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_per_task=2)
-    tasks = [await rig.task() for _ in range(3)]
-    for task_id, runs, skipped in zip(tasks, (3, 2, 0), (0, 2, 3), strict=True):
+def test_retention_visits_only_tasks_with_more_rows_than_are_kept(store: Store) -> None:
+    db = store._db
+    for runs, skipped in ((3, 0), (2, 2), (0, 3), (9, 9)):
+        task = chronotask.insert(db, some_task("t"))
         for status, count in (("succeeded", runs), ("skipped", skipped)):
-            new = [chronotask.NewExecution(task_id, None, "manual", None, START, status) for _ in range(count)]
-            await rig.service.store.write(partial(chronotask.insert_executions, rows=new))
-    surplus = partial(chronotask.tasks_with_surplus, keep=2, keep_skipped=2)
-    assert await rig.service.store.read(surplus) == [tasks[0], tasks[2]]
-    await rig.service.retention.delete(rig.clock.now())
-    assert await rig.service.store.read(surplus) == [tasks[2]]
-    assert await rig.service.store.read(partial(surplus, keep=0, keep_skipped=0)) == []
+            new = [chronotask.NewExecution(task.id, None, "manual", None, START, status) for _ in range(count)]
+            chronotask.insert_executions(db, new)
+    chronotask.mark_deleted(db, 4)
+    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [1, 3]
+    assert chronotask.delete_surplus(db, 1, keep=2, keep_skipped=2, now=START, limit=10) == 1
+    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [3]
+    assert chronotask.tasks_with_surplus(db, keep=0, keep_skipped=0) == []
 
 
 async def test_a_deleted_task_is_gone_at_once_and_its_rows_follow_in_pieces_also_after_a_restart(
