@@ -8367,10 +8367,10 @@ async def test_pages_and_counts_are_what_the_rows_say_whatever_happened_to_them(
     for schedule_id in chance.sample(schedules, 30):
         await rig.service.delete_schedule(schedule_id)
     for task_id in chance.sample(tasks, 60):
-        await rig.service.change(partial(chronotask.mark_deleted, task_id=task_id))
+        await rig.service.store.write(partial(chronotask.mark_deleted, task_id=task_id))
     there = "FROM schedules s JOIN tasks t ON t.id = s.task_id WHERE NOT deleted"
-    status = await rig.service.get_scheduler_status()
-    assert [(status["tasks"], status["schedules"], status["active_schedules"])] == rig.sql(
+    counted, _ = await rig.service.store.read(chronotask.counts)
+    assert [tuple(counted[name] for name in ("tasks", "schedules", "active_schedules"))] == rig.sql(
         f"""SELECT (SELECT count(*) FROM tasks WHERE NOT deleted), count(*), sum(is_active AND status = 'active') {there}"""
     )
     for skip, status, kind in itertools.product((0, 3, 110, 500), (None, "active", "disabled"), (None, "bash", "http")):
@@ -8435,7 +8435,7 @@ async def main(killed_in):
     if killed_in != "close":
         setattr(c, killed_in, kill)
     body = {{"from": "2025-03-01T00:00:00Z", "to": "2025-03-02T00:00:00Z"}}
-    await service.backfill_schedule(1, c.parse(c.BackfillBody, body))
+    await c.backfill_schedule(service, 1, c.parse(c.BackfillBody, body))
     kill()
 
 asyncio.run(main(sys.argv[1]))
