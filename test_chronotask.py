@@ -3466,38 +3466,32 @@ async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_t
     assert await store.write(change) == wanted * 20 + ["old"] * 20
 
 
-def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
-    db, queries = store._db, list[str]()
-    grown(db, 50)
-    db.set_trace_callback(queries.append)
-    for name, ask in pages_of(50).items():
-        if "tag" not in name and name not in (
-            "executions {}",
-            "latest known",
-            "changed timers",
-        ):  # what is found by a tag is sorted
-            ask(db)
-    db.set_trace_callback(None)
-    plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries}
-    bad = re.compile(r"SCAN (tasks|schedules|executions|[ste])$")
-    assert {query: plan for query, plan in plans.items() if any(map(bad.match, plan))} == {}
-
-
-def test_what_shows_a_page_reads_no_more_of_many_rows_than_of_few(tmp_path: Path) -> None:
-    """SQLite counts the steps of a statement. A page of 10 needs about 3,000 of them; each row read needs 10 or more."""
-    steps: list[dict[str, int]] = []
-    for count in (3_000, 30_000):
-        with contextlib.closing(open_database(tmp_path / f"{count}.db")) as db:
-            grown(db, count)
-            steps.append({})
-            for name, ask in pages_of(count).items():
-                taken: list[int] = []
-                db.set_progress_handler(lambda taken=taken: taken.append(1), 100)
-                ask(db)
-                db.set_progress_handler(None, 0)
-                steps[-1][name.replace(str(count), "n")] = len(taken)
-    few, many = (list(found.values()) for found in steps)
-    assert {name: found for name, *found in zip(pages_of(30_000), few, many, strict=True) if found[1] > 1.5 * found[0] + 30} == {}
+def grown(db: sqlite3.Connection, count: int) -> None:
+    """A task of every kind, schedule and execution for each number up to `count`; a few of what is rare."""
+    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1)"
+    db.execute("BEGIN")
+    db.execute(
+        f"""{numbers} INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at,
+        updated_at, last_run, tags) SELECT 'task ' || n, iif(n % 3, 'http', 'bash'),
+        iif(n = 7, 'disabled', iif(n % 9, 'active', 'paused')),
+        '{{}}', 0, 0, 2, 1, 1, n, iif(n = 5, '["rare"]', '[]') FROM numbers""",
+        (count,),
+    )
+    db.execute(
+        f"""{numbers} INSERT INTO schedules (task_id, schedule_type, schedule_config, is_active, overlap, catchup, catchup_window,
+        jitter, created_at, updated_at, settled_until, next_slot, next_fire) SELECT n, iif(n = 3, 'once', 'cron'), '{{}}',
+        n % 5 > 0, 'skip', 'latest', 1, 0, 1, 1, 1, n, iif(n % 5, n, NULL) FROM numbers""",
+        (count,),
+    )
+    db.execute(
+        f"""{numbers} INSERT INTO executions (task_id, schedule_id, trigger, status, scheduled_for, queued_at, started_at,
+        finished_at, attempt, uuid) SELECT iif(n % 2, 2, n), iif(n = 6, 1, 2), iif(n = 4, 'manual', 'schedule'),
+        CASE n WHEN 1 THEN 'failed' WHEN 3
+        THEN 'cancelled' WHEN 5 THEN 'skipped' ELSE 'succeeded' END, n, n, n, n, 1, '' FROM numbers""",
+        (count,),
+    )
+    db.execute("UPDATE tasks SET status = 'paused' WHERE id = 4")
+    db.execute("COMMIT")
 
 
 def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
@@ -3531,32 +3525,38 @@ def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
     return asked
 
 
-def grown(db: sqlite3.Connection, count: int) -> None:
-    """A task of every kind, schedule and execution for each number up to `count`; a few of what is rare."""
-    numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1)"
-    db.execute("BEGIN")
-    db.execute(
-        f"""{numbers} INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at,
-        updated_at, last_run, tags) SELECT 'task ' || n, iif(n % 3, 'http', 'bash'),
-        iif(n = 7, 'disabled', iif(n % 9, 'active', 'paused')),
-        '{{}}', 0, 0, 2, 1, 1, n, iif(n = 5, '["rare"]', '[]') FROM numbers""",
-        (count,),
-    )
-    db.execute(
-        f"""{numbers} INSERT INTO schedules (task_id, schedule_type, schedule_config, is_active, overlap, catchup, catchup_window,
-        jitter, created_at, updated_at, settled_until, next_slot, next_fire) SELECT n, iif(n = 3, 'once', 'cron'), '{{}}',
-        n % 5 > 0, 'skip', 'latest', 1, 0, 1, 1, 1, n, iif(n % 5, n, NULL) FROM numbers""",
-        (count,),
-    )
-    db.execute(
-        f"""{numbers} INSERT INTO executions (task_id, schedule_id, trigger, status, scheduled_for, queued_at, started_at,
-        finished_at, attempt, uuid) SELECT iif(n % 2, 2, n), iif(n = 6, 1, 2), iif(n = 4, 'manual', 'schedule'),
-        CASE n WHEN 1 THEN 'failed' WHEN 3
-        THEN 'cancelled' WHEN 5 THEN 'skipped' ELSE 'succeeded' END, n, n, n, n, 1, '' FROM numbers""",
-        (count,),
-    )
-    db.execute("UPDATE tasks SET status = 'paused' WHERE id = 4")
-    db.execute("COMMIT")
+def test_what_shows_a_page_reads_no_more_of_many_rows_than_of_few(tmp_path: Path) -> None:
+    """SQLite counts the steps of a statement. A page of 10 needs about 3,000 of them; each row read needs 10 or more."""
+    steps: list[dict[str, int]] = []
+    for count in (3_000, 30_000):
+        with contextlib.closing(open_database(tmp_path / f"{count}.db")) as db:
+            grown(db, count)
+            steps.append({})
+            for name, ask in pages_of(count).items():
+                taken: list[int] = []
+                db.set_progress_handler(lambda taken=taken: taken.append(1), 100)
+                ask(db)
+                db.set_progress_handler(None, 0)
+                steps[-1][name.replace(str(count), "n")] = len(taken)
+    few, many = (list(found.values()) for found in steps)
+    assert {name: found for name, *found in zip(pages_of(30_000), few, many, strict=True) if found[1] > 1.5 * found[0] + 30} == {}
+
+
+def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
+    db, queries = store._db, list[str]()
+    grown(db, 50)
+    db.set_trace_callback(queries.append)
+    for name, ask in pages_of(50).items():
+        if "tag" not in name and name not in (
+            "executions {}",
+            "latest known",
+            "changed timers",
+        ):  # what is found by a tag is sorted
+            ask(db)
+    db.set_trace_callback(None)
+    plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries}
+    bad = re.compile(r"SCAN (tasks|schedules|executions|[ste])$")
+    assert {query: plan for query, plan in plans.items() if any(map(bad.match, plan))} == {}
 
 
 # ======================================================================================================================
@@ -7617,18 +7617,6 @@ async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that
     assert rig.sql("SELECT status FROM executions") == [("interrupted",), ("interrupted",)]
 
 
-async def test_schedules_of_a_task_that_stopped_are_not_in_the_way_and_fire_again_afterwards(rig: Rig) -> None:
-    task_id = await rig.task()
-    await rig.schedule(task_id)
-    for status in ("paused", "disabled"):
-        await rig.patch_task(task_id, status=status)
-        assert rig.sql("SELECT next_fire FROM schedules") == [(None,)]
-        await rig.patch_task(task_id, status="active")
-        assert rig.sql("SELECT next_fire FROM schedules") == [(START + 60 * S,)]
-    await rig.run_at(60)
-    assert await rig.statuses() == ["succeeded"]
-
-
 async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "TIMERS", 3)
     task_id = await rig.task()
@@ -7644,6 +7632,18 @@ async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, mo
         assert len(await rig.rows()) == fired, seconds
     assert {row["schedule_id"] for row in await rig.rows()} == set(made)
     assert all(row["trigger"] == "schedule" for row in await rig.rows())
+
+
+async def test_schedules_of_a_task_that_stopped_are_not_in_the_way_and_fire_again_afterwards(rig: Rig) -> None:
+    task_id = await rig.task()
+    await rig.schedule(task_id)
+    for status in ("paused", "disabled"):
+        await rig.patch_task(task_id, status=status)
+        assert rig.sql("SELECT next_fire FROM schedules") == [(None,)]
+        await rig.patch_task(task_id, status="active")
+        assert rig.sql("SELECT next_fire FROM schedules") == [(START + 60 * S,)]
+    await rig.run_at(60)
+    assert await rig.statuses() == ["succeeded"]
 
 
 # ======================================================================================================================
@@ -7831,6 +7831,20 @@ async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> 
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
+def test_retention_visits_only_tasks_with_more_rows_than_are_kept(store: Store) -> None:
+    db = store._db
+    for runs, skipped in ((3, 0), (2, 2), (0, 3), (9, 9)):
+        task = chronotask.insert(db, some_task("t"))
+        for status, count in (("succeeded", runs), ("skipped", skipped)):
+            new = [chronotask.NewExecution(task.id, None, "manual", None, START, status) for _ in range(count)]
+            chronotask.insert_executions(db, new)
+    chronotask.mark_deleted(db, 4)
+    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [1, 3]
+    assert chronotask.delete_surplus(db, 1, keep=2, keep_skipped=2, now=START, limit=10) == 1
+    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [3]
+    assert chronotask.tasks_with_surplus(db, keep=0, keep_skipped=0) == []
+
+
 async def test_a_deleted_task_is_gone_at_once_and_its_rows_follow_in_pieces_also_after_a_restart(
     open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7857,20 +7871,6 @@ async def test_a_deleted_task_is_gone_at_once_and_its_rows_follow_in_pieces_also
     assert again.sql("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM executions), count(*) FROM schedules") == [
         (0, 0, 0)
     ]
-
-
-def test_retention_visits_only_tasks_with_more_rows_than_are_kept(store: Store) -> None:
-    db = store._db
-    for runs, skipped in ((3, 0), (2, 2), (0, 3), (9, 9)):
-        task = chronotask.insert(db, some_task("t"))
-        for status, count in (("succeeded", runs), ("skipped", skipped)):
-            new = [chronotask.NewExecution(task.id, None, "manual", None, START, status) for _ in range(count)]
-            chronotask.insert_executions(db, new)
-    chronotask.mark_deleted(db, 4)
-    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [1, 3]
-    assert chronotask.delete_surplus(db, 1, keep=2, keep_skipped=2, now=START, limit=10) == 1
-    assert chronotask.tasks_with_surplus(db, keep=2, keep_skipped=2) == [3]
-    assert chronotask.tasks_with_surplus(db, keep=0, keep_skipped=0) == []
 
 
 # ======================================================================================================================
@@ -8350,59 +8350,6 @@ def test_an_operation_has_a_name_and_a_route_of_its_own_says_what_its_id_is_call
         assert (operation.result is None) == (operation.status == 204), operation.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("note", 0), ("close", 25)])
-def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(tmp_path: Path, killed_in: str, left: int) -> None:
-    """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
-    program = f"""
-import asyncio, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(TOP)!r})
-import chronotask as c
-
-async def main(killed_in):
-    store = c.Store(Path({str(tmp_path / "c.db")!r}), c.Clock().monotonic)
-    service = c.Service(c.Settings.from_env({{}})[0], store, c.Clock(), c.Environ({{}}))
-    if not await store.read(c.partial(c.task_ids, conditions={{}})):
-        body = {{"name": "t", "task_type": "bash", "config": {{"command": "true"}}, "status": "paused"}}
-        await service.create_task(c.parse(c.TaskCreate, body))
-        body = {{"task_id": 1, "schedule_type": "cron", "schedule_config": {{"expression": "0 * * * *"}}}}
-        await service.create_schedule(c.parse(c.ScheduleCreate, body))
-    def kill(*args, **more):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if killed_in != "close":
-        setattr(c, killed_in, kill)
-    body = {{"from": "2025-03-01T00:00:00Z", "to": "2025-03-02T00:00:00Z"}}
-    await c.backfill_schedule(service, 1, c.parse(c.BackfillBody, body))
-    kill()
-
-asyncio.run(main(sys.argv[1]))
-"""
-    for stage, rows in ((killed_in, left), ("close", 25), ("close", 25)):
-        done = subprocess.run([sys.executable, "-c", program, stage], capture_output=True, text=True, timeout=60)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert sql(tmp_path / "c.db", "SELECT count(*), count(DISTINCT scheduled_for) FROM executions") == [(rows, rows)]
-
-
-async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) -> None:
-    first, second = await rig.task(), await rig.task()
-    await rig.schedule(second)
-
-    async def listed() -> list[Any]:
-        return (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]
-
-    before = await listed()
-    assert (await listed())[0] is before[0]
-    await rig.patch_task(first, description="one\u2028two\x85")
-    await rig.execute(second)
-    await rig.tick()
-    after = await listed()
-    assert after == [await rig.service.get_task(first), await rig.service.get_task(second)]
-    assert (after[0]["description"], after[1]["run_count"], offset(after[1]["next_run"])) == ("one\u2028two\x85", 1, 60)
-    await rig.service.pause_scheduler({})
-    assert [task["next_run"] for task in await listed()] == [None, None]
-
-
 async def test_pages_and_counts_are_what_the_rows_say_whatever_happened_to_them(rig: Rig) -> None:
     """300 tasks with schedules, made, changed and deleted at random; each page of each filter beside a plain query."""
     chance, tasks, schedules = random.Random(7), list[int](), list[int]()
@@ -8443,6 +8390,59 @@ async def test_pages_and_counts_are_what_the_rows_say_whatever_happened_to_them(
         page = await rig.service.list_tasks(chronotask.TaskQuery(tag=tag, limit=1000))
         found = rig.sql("SELECT t.id FROM tasks t, json_each(tags) WHERE NOT deleted AND value = ? ORDER BY 1", tag)
         assert [task["id"] for task in page["tasks"]] == [i for (i,) in found]
+
+
+async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) -> None:
+    first, second = await rig.task(), await rig.task()
+    await rig.schedule(second)
+
+    async def listed() -> list[Any]:
+        return (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]
+
+    before = await listed()
+    assert (await listed())[0] is before[0]
+    await rig.patch_task(first, description="one\u2028two\x85")
+    await rig.execute(second)
+    await rig.tick()
+    after = await listed()
+    assert after == [await rig.service.get_task(first), await rig.service.get_task(second)]
+    assert (after[0]["description"], after[1]["run_count"], offset(after[1]["next_run"])) == ("one\u2028two\x85", 1, 60)
+    await rig.service.pause_scheduler({})
+    assert [task["next_run"] for task in await listed()] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("note", 0), ("close", 25)])
+def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(tmp_path: Path, killed_in: str, left: int) -> None:
+    """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
+    program = f"""
+import asyncio, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(TOP)!r})
+import chronotask as c
+
+async def main(killed_in):
+    store = c.Store(Path({str(tmp_path / "c.db")!r}), c.Clock().monotonic)
+    service = c.Service(c.Settings.from_env({{}})[0], store, c.Clock(), c.Environ({{}}))
+    if not await store.read(c.partial(c.task_ids, conditions={{}})):
+        body = {{"name": "t", "task_type": "bash", "config": {{"command": "true"}}, "status": "paused"}}
+        await service.create_task(c.parse(c.TaskCreate, body))
+        body = {{"task_id": 1, "schedule_type": "cron", "schedule_config": {{"expression": "0 * * * *"}}}}
+        await service.create_schedule(c.parse(c.ScheduleCreate, body))
+    def kill(*args, **more):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if killed_in != "close":
+        setattr(c, killed_in, kill)
+    body = {{"from": "2025-03-01T00:00:00Z", "to": "2025-03-02T00:00:00Z"}}
+    await c.backfill_schedule(service, 1, c.parse(c.BackfillBody, body))
+    kill()
+
+asyncio.run(main(sys.argv[1]))
+"""
+    for stage, rows in ((killed_in, left), ("close", 25), ("close", 25)):
+        done = subprocess.run([sys.executable, "-c", program, stage], capture_output=True, text=True, timeout=60)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert sql(tmp_path / "c.db", "SELECT count(*), count(DISTINCT scheduled_for) FROM executions") == [(rows, rows)]
 
 
 # ======================================================================================================================
