@@ -696,6 +696,324 @@ fact('what the scope of a token cannot do is not shown, and a task shows who cha
   forgive('401');
 });
 
+// ---- A service with a month of history: what the views are for
+
+const MONTH = `
+import random, sqlite3, sys, uuid
+db, now = sqlite3.connect(sys.argv[1]), int(sys.argv[2]) * 1000
+random.seed(7)
+usual = [180, 900, .24, 4, 1.3, 12, .9, 45, 2.2, 600, 7, .5, 5]
+for task, seconds in enumerate(usual, 1):
+    often, streak, last = task in (3, 7, 8, 9, 11, 12), 0, None
+    for k in range(45, 0, -1):
+        start = now - k * (3600 if often else 43200) * 10**6 + random.randrange(10**6) - 10**9
+        bad = task == 1 and k <= 3 or task == 12 and k == 1 or task not in (8, 13) and random.random() < .05 and k > 3
+        status = "failed" if bad else "skipped" if task == 8 and k <= 2 else "succeeded"
+        error = {"failed": "exit status 2: connection to server at db1 failed: No route to host", "skipped": "the last run was still going"}.get(status)
+        took = int(seconds * (.8 + random.random() * .5) * 10**6)
+        ran = status != "skipped"
+        row = (task, "schedule", status, start, start, start if ran else None, start + took, int(ran), str(uuid.uuid4()), error)
+        db.execute(f"INSERT INTO executions (task_id, trigger, status, scheduled_for, queued_at, started_at, finished_at, attempt, uuid, error_message) VALUES ({','.join('?' * 10)})", row)
+        if ran:
+            streak, last = streak + 1 if bad else 0, (start, status)
+    db.execute("UPDATE tasks SET last_run = ?, last_status = ?, run_count = 45, failures_in_a_row = ? WHERE id = ?", (*last, streak, task))
+db.execute("UPDATE schedules SET created_at = created_at - 1000000000, next_slot = next_slot - 1000000000, next_fire = next_fire - 1000000000, in_force_since = in_force_since - 1000000000, dealt_with = dealt_with - 1000000000, settled_until = settled_until - 1000000000 WHERE schedule_type = 'after' AND schedule_config LIKE '%overdue%'")
+db.commit()
+`;
+const cron = expression => ({ schedule_type: 'cron', schedule_config: { expression, timezone: 'Europe/Berlin' } });
+let month; // it is made once, by the first fact that needs it
+async function aMonth() {
+  if (month) return month;
+  month = await new Service(await freePort(), 'month', { CHRONOTASK_HISTORY_DAYS: '0' }).start();
+  const task = (name, tags, config, ...schedules) => month.ask('POST', '/tasks', { name, tags, task_type: config.url ? 'http' : 'bash', config, schedules, max_retries: 0 });
+  const seconds = seconds => ({ schedule_type: 'interval', schedule_config: { seconds } });
+  await task('Nightly backup of the database', ['backup', 'prod'], { command: 'pg_dump shop | zstd > /backup/shop.zst' }, cron('0 2 * * *'));
+  await task('Copy backups off site', ['backup'], { command: 'rclone sync /backup remote:backup' }, cron('30 3 * * *'));
+  await task('Health check of the shop', ['prod', 'watch'], { url: 'http://127.0.0.1:9/health' }, seconds(86400));
+  await task('Send the weekly report', ['reports'], { url: 'http://127.0.0.1:9/weekly', method: 'POST', body: { to: 'team' } }, cron('0 7 * * MON'));
+  await task('Rotate logs', ['prod'], { command: 'logrotate /etc/logrotate.conf' }, { schedule_type: 'cron', schedule_config: { expression: '15 0 * * *', timezone: 'UTC' } });
+  await task('Renew certificates', ['prod', 'tls'], { command: 'certbot renew --quiet' }, cron('0 4 * * MON,THU'));
+  await task('Import exchange rates', ['finance'], { url: 'http://127.0.0.1:9/daily' }, cron('5 6-18 * * MON-FRI'));
+  await task('Rebuild the search index', ['shop'], { command: 'bin/reindex' }, cron('30 */6 * * *'));
+  await task('Clean up sessions', ['shop'], { command: 'bin/sessions --prune' }, seconds(3600));
+  await task('Close the books of the month', ['finance'], { command: 'bin/close-month' }, cron('0 1 1 * *'));
+  await task('Sync users from the directory', ['ops'], { command: 'bin/ldap-sync' }, seconds(43200));
+  await task('Tell the team', ['alerts'], { command: 'curl -d "$CHRONOTASK_CAUSE_TEXT" ntfy.test/ops' }, { schedule_type: 'after', schedule_config: { tag: 'backup', on: ['broke', 'recovered'] } });
+  await task('Import of the catalogue', ['shop'], { command: 'for i in $(seq 600); do echo "row $i imported"; sleep 0.2; done' });
+  const heard = (await task('Nothing heard', ['watch'], { command: 'true' }, { schedule_type: 'after', schedule_config: { task_ids: [10], on: ['overdue'], seconds: 600 } })).id;
+  await month.stop();
+  execFileSync(python, ['-c', MONTH, join(folder, 'month.db'), String(Date.now())]);
+  await month.start();
+  await until(async () => (await month.ask('GET', '/tasks/' + heard)).run_count === 1, 'the overdue one is told');
+  month.import = (await month.run(13, 0)).id;
+  return month;
+}
+
+fact('at a glance: what fails since when, alerts not sent, skipped, overdue, and what runs longer than usual', async () => {
+  await open(await aMonth());
+  const row = async name => (await page.locator('#attention li', { hasText: name }).innerText()).replaceAll('\n', ' ');
+  equal(await text('h1'), '4 tasks need attention');
+  holds(/failing since (\w+, \d+ \w+|yesterday) \d\d:\d\d, 3 runs in a row.*No route to host/.test(await row('Nightly backup')), await row('Nightly backup'));
+  holds((await row('Tell the team')).includes('this alert could not be sent: failing since'), await row('Tell the team'));
+  holds((await row('Rebuild the search index')).includes('skipped 2 slots in the last day'), await row('Rebuild the search index'));
+  holds((await row('Close the books')).includes('overdue: no success for 10 min'), await row('Close the books'));
+  equal((await page.locator('#attention li').first().innerText()).startsWith('Tell the team'), true, 'the alert is first: it hides the others');
+  await until(async () => /running\s*\d+ s, usually [45]\.\d s/.test(await page.locator('#running').innerText()), 'beyond its usual time', 30);
+  holds(/running\s*\d+ s, usually/.test(await rows('Tasks', 'Import of the catalogue').innerText()), 'in the list too');
+  await axeFinds('the list of a busy service');
+  for (const scheme of ['light', 'dark']) { // for the README, when it is asked for
+    await page.emulateMedia({ colorScheme: scheme });
+    await page.setViewportSize({ width: 1280, height: 1000 });
+    await page.screenshot({ path: join(process.env.CHRONOTASK_TEST_PICTURES || join(folder, 'shots'), `dashboard-${scheme}.png`) });
+  }
+  await page.emulateMedia({ colorScheme: 'light' });
+  await page.setViewportSize({ width: 1280, height: 900 });
+  await month.ask('POST', '/scheduler/pause', {});
+  await page.getByRole('status', { name: 'Firing is paused' }).waitFor();
+  equal(await text('h1'), '4 tasks need attention', 'what is wrong is said beside the pause');
+  await month.ask('POST', '/scheduler/resume');
+});
+
+fact('lists have one header line, are sorted, grouped, and many are changed at once after a question', async () => {
+  await open(await aMonth());
+  const table = page.getByRole('table', { name: 'Tasks' });
+  equal((await table.getByRole('columnheader').allInnerTexts()).map(one => one.trim()), ['', 'Name ▲', 'Last 30 runs', 'Success', 'Typical', 'Last run', 'Next run', 'What to do']);
+  await button('Typical').click();
+  await until(async () => await table.getByRole('columnheader', { name: 'Typical' }).getAttribute('aria-sort') === 'ascending', 'the order is told');
+  await button('Typical ▲').click();
+  await until(async () => (await rows('Tasks').first().innerText()).includes('Copy backups off site'), 'the slowest first');
+  equal(new URL(page.url()).hash, '#/?sort=-typical');
+  await page.getByLabel('Group by', { exact: true }).selectOption('tag');
+  await table.getByRole('rowheader', { name: 'finance 2' }).waitFor();
+  await axeFinds('the list in groups');
+  await shot('groups');
+  await page.getByLabel('Tag', { exact: true }).selectOption('finance');
+  await page.getByLabel('Group by', { exact: true }).selectOption('');
+  await until(async () => await rows('Tasks').count() === 2, 'two of finance');
+  await page.getByLabel('Choose all').check();
+  const chosen = page.getByRole('group', { name: 'With the chosen tasks' });
+  await chosen.getByText('2 chosen').waitFor();
+  await chosen.getByRole('button', { name: 'Pause…' }).click();
+  await sees('Their schedules do not fire until they are resumed.');
+  await axeFinds('the question before many are paused');
+  await shot('bulk');
+  equal((await month.ask('GET', '/tasks?tag=finance')).tasks.map(one => one.status), ['active', 'active'], 'before the answer');
+  await sure('Pause them');
+  await sees('Pause: 2 done.');
+  equal((await month.ask('GET', '/tasks?tag=finance')).tasks.map(one => one.status), ['paused', 'paused']);
+  await chosen.getByRole('button', { name: 'Resume…' }).click();
+  await sure('Resume them');
+  await sees('Resume: 2 done.');
+  await chosen.getByRole('button', { name: 'Tag…' }).click();
+  await page.getByLabel('Tags to add').fill('money, q4');
+  await page.getByLabel('Tags to take away').fill('finance');
+  await sure('Change the tags');
+  await sees('Tag: 2 done.');
+  equal((await month.ask('GET', '/tasks?tag=money')).tasks.map(one => one.tags), [['money', 'q4'], ['money', 'q4']]);
+  const victims = [await month.bash('Bulk A', 'true'), await month.bash('Bulk B', 'true', { status: 'disabled' })];
+  await open(month, '#/?q=bulk');
+  equal(await button('Run now: Bulk B').count(), 0, 'a run that would be refused is not offered');
+  await page.getByLabel('Choose all').check();
+  await chosen.getByRole('button', { name: 'Run…' }).click();
+  await sees('For 1 other of those chosen there is nothing to do.');
+  await sure('Run them');
+  await until(async () => (await month.ask('GET', '/tasks/' + victims[0])).run_count === 1, 'one ran');
+  await chosen.getByRole('button', { name: 'Delete…' }).click();
+  await sees('This cannot be undone.');
+  await sure('Delete them');
+  await sees('No task matches.');
+  equal((await month.ask('GET', '/tasks?q=bulk')).total, 0);
+});
+
+fact('all executions are filtered in the address, what comes is a timeline, changes tell who', async () => {
+  await open(await aMonth(), '#/executions');
+  await page.getByLabel('failed', { exact: true }).check();
+  await page.getByLabel('skipped', { exact: true }).check();
+  await until(async () => new URL(page.url()).hash === '#/executions?status=failed%2Cskipped', 'several statuses in the address');
+  await until(async () => (await rows('Executions').allInnerTexts()).every(one => /failed|skipped/.test(one)), 'only those');
+  await page.getByRole('link', { name: 'last day' }).click();
+  await until(() => /since=\d{4}/.test(page.url()), 'since when in the address');
+  const expected = (await month.ask('GET', `/executions?status=failed,skipped&since=${new Date(Date.now() - 86400e3).toISOString()}`)).executions.length;
+  await until(async () => await rows('Executions').count() === expected, `the ${expected} of the last day`);
+  await page.reload();
+  await until(async () => await rows('Executions').count() === expected, 'the same after a reload');
+  holds(await page.getByLabel('Since').inputValue() !== '' && await page.getByLabel('failed', { exact: true }).isChecked(), 'the filters too');
+  await page.getByLabel('Task', { exact: true }).selectOption({ label: 'Tell the team' });
+  await until(async () => (await rows('Executions').allInnerTexts()).every(one => one.includes('Tell the team')), 'of one task');
+  await axeFinds('all executions');
+  await open(month, '#/upcoming');
+  await sees('in the time zone Europe/Berlin');
+  await page.getByRole('link', { name: 'Week' }).click();
+  await sees('What fires in the week from');
+  const backup = page.getByRole('img', { name: /^Nightly backup of the database fires [67] times: .*02:00/ });
+  await until(() => backup.count(), 'seven nights');
+  holds(await backup.locator('rect').count() >= 6, 'a mark for each');
+  await page.getByLabel('Time zone').selectOption('UTC');
+  await page.getByRole('img', { name: /^Nightly backup of the database fires [67] times: .*01:00/ }).waitFor();
+  await sees('in the time zone UTC');
+  await axeFinds('the week');
+  await page.getByRole('link', { name: 'Day', exact: true }).click();
+  await page.getByRole('link', { name: 'Later' }).click();
+  await sees('What fires on the day of tomorrow');
+  await open(month, '#/changes');
+  await page.locator('summary', { hasText: 'update task' }).first().click();
+  await sees('by somebody via rest 127.0.0.1: tags');
+  await page.getByLabel('Of', { exact: true }).selectOption('scheduler');
+  await until(async () => /kind=scheduler/.test(page.url()) && (await page.locator('section.Changes details').allInnerTexts()).every(one => /scheduler/.test(one)), 'of the scheduler alone');
+  await open(month, '#/tasks/1');
+  await page.getByRole('img', { name: /^Durations of the last 45 runs: longest .*, usually 3 min .*, \d+ failed$/ }).waitFor();
+  holds((await page.locator('#plans').innerText()).includes('02:00, '), 'the next slots');
+  equal(await page.locator('#triggers a').allInnerTexts(), ['Tell the team']);
+});
+
+fact('an execution shows the end of long output, coloured, searched, copied; attempts side by side; run again with changes', async () => {
+  const id = await service.bash('Long output', `for i in $(seq 900); do echo "line $i"; done; printf '\\033[1;31merror\\033[0m: no template\\n'; echo '{"failed":["cart"],"ms":4}' >&2; exit 3`, { max_retries: 1, retry_delay: 0 });
+  const run = await service.run(id, 20);
+  await open(service, '#/executions/' + run.id);
+  const out = page.getByRole('region', { name: 'Standard output', exact: true });
+  holds(await out.evaluate(box => box.scrollTop + box.clientHeight >= box.scrollHeight - 2), 'the end is what shows');
+  await sees('The last 400 of 902 lines.');
+  equal(await out.locator('.ansi-bold.ansi-1').innerText(), 'error');
+  equal((await page.getByRole('region', { name: 'Standard error', exact: true }).innerText()).split('\n').slice(0, 2), ['{', '  "failed": ['], 'JSON is indented');
+  await page.getByRole('searchbox', { name: 'Search in Standard output', exact: true }).fill('LINE 12');
+  await sees('1 of 11');
+  await button('Next: Standard output').click();
+  await sees('2 of 11');
+  equal(await out.locator('mark.here').innerText(), 'line 12');
+  await page.getByRole('searchbox', { name: 'Search in Standard output', exact: true }).fill('');
+  await button('Show all: Standard output').click();
+  await until(async () => (await out.innerText()).startsWith('line 1\n'), 'all lines');
+  equal(await button('Wrap: Standard output').getAttribute('aria-pressed'), 'true');
+  await button('Wrap: Standard output').click();
+  equal(await button('Wrap: Standard output').getAttribute('aria-pressed'), 'false');
+  await context.grantPermissions(['clipboard-read', 'clipboard-write']);
+  await button('Copy: Standard error').click();
+  await sees('The output copied.');
+  equal(await page.evaluate(() => navigator.clipboard.readText()), '{"failed":["cart"],"ms":4}\n', 'as it came');
+  const [saved] = await Promise.all([page.waitForEvent('download'), button('Download: Standard output').click()]);
+  equal([saved.suggestedFilename(), readFileSync(await saved.path(), 'utf8').split('\n').length], [`execution-${run.id}-stdout.txt`, 902]);
+  const attempts = await page.locator('.attempts > li').evaluateAll(nodes => nodes.map(node => Math.round(node.getBoundingClientRect().y)));
+  equal([attempts.length, attempts[0]], [2, attempts[1]], 'side by side');
+  await axeFinds('an execution with attempts');
+  await more('Copy as curl: run it again');
+  await until(async () => /curl .*-X POST.*\/api\/v1\/executions\/\d+\/rerun/s.test(await page.evaluate(() => navigator.clipboard.readText())), 'the call for a shell');
+  await more('Run again with changes…');
+  await until(async () => (await text('h1')).startsWith('Run “Long output”'), 'its form');
+  await page.getByRole('textbox', { name: 'Command *' }).fill('echo changed');
+  await axeFinds('a run with changes');
+  await button('Run').click();
+  await until(async () => /^Execution/.test(await text('h1')), 'the new execution');
+  await sees('This run alone');
+  await until(async () => (await page.getByRole('region', { name: 'Standard output', exact: true }).innerText().catch(() => '')) === 'changed\n', 'its output');
+  const { config, executions } = { ...await service.ask('GET', '/tasks/' + id), ...await service.ask('GET', '/executions?task_id=' + id) };
+  equal([executions[0].config, config.command.length > 50], [{ command: 'echo changed' }, true], 'the task is as it was');
+  await service.ask('DELETE', '/tasks/' + id);
+});
+
+fact('forms speak of units, zones, dates and passwords, and are copied as curl', async () => {
+  await open(service, '#/tasks/new');
+  await page.getByRole('textbox', { name: 'Name *' }).fill('Ask politely');
+  await page.getByLabel('Tags').fill('one, two');
+  await page.getByLabel('HTTP request').check();
+  await page.getByLabel('URL').fill('ftp://x');
+  await page.keyboard.press('Tab');
+  await until(() => page.locator('.wrong:visible:not(:empty)').count(), 'what is wrong with the URL');
+  await page.getByLabel('Method').selectOption('POST');
+  holds((await page.locator('main').innerText()).includes('must begin with http: or https:'), 'the URL, when it is left');
+  await page.getByLabel('URL').fill(service.base + '/health');
+  await page.getByText('Headers, authorization, timeout').click();
+  await page.getByRole('textbox', { name: 'User' }).fill('me');
+  await page.getByLabel('Password').fill('secret');
+  await page.getByLabel('Give up after').locator('visible=true').fill('2');
+  await page.getByLabel('Unit of time').locator('visible=true').first().selectOption('minutes');
+  equal(await page.getByLabel('Verify TLS').isChecked(), true, 'the default is shown');
+  await page.getByLabel('Verify TLS').uncheck();
+  await page.getByLabel('every so often').check();
+  await page.getByLabel('Every *').or(page.getByLabel('Every', { exact: true })).fill('2');
+  const group = page.locator('[data-when="schedules[0].schedule_type=interval"]');
+  await group.getByLabel('Unit of time').selectOption('days');
+  await group.getByLabel('Counted from').fill('2030-01-31T09:30');
+  await group.getByLabel('Time zone').fill('Europe/Paris');
+  equal([await group.getByLabel('Counted from').getAttribute('type'), await group.getByLabel('Time zone').getAttribute('list')], ['datetime-local', 'zones']);
+  holds(await page.locator('#zones option').count() > 300, 'zones');
+  await until(async () => (await text('#preview')).includes('Every 2 days at 09:30, counted from 2030-01-31 (Europe/Paris)'), 'in words');
+  await page.getByText('Rules: overlap').click();
+  await page.getByLabel('If the last run is still going').selectOption({ label: 'wait until it is over' });
+  await context.grantPermissions(['clipboard-read', 'clipboard-write']);
+  await button('Copy as curl').click();
+  await sees('The call copied.');
+  const copied = await page.evaluate(() => navigator.clipboard.readText());
+  holds(copied.startsWith(`curl \\\n  -X POST \\\n  '${service.base}/api/v1/tasks'`) && copied.includes('"days":2'), copied);
+  await page.keyboard.press('Control+Enter');
+  await until(async () => await text('h1') === 'Ask politely', 'saved');
+  const { id, tags, config } = (await service.ask('GET', '/tasks?q=politely')).tasks[0];
+  equal([tags, config.timeout, config.auth.username, config.verify_tls, config.method], [['one', 'two'], 120, 'me', false, 'POST']);
+  const [schedule] = (await service.ask('GET', '/schedules?task_id=' + id)).schedules;
+  equal([schedule.schedule_config, schedule.overlap], [{ days: 2, start_date: '2030-01-31T09:30', timezone: 'Europe/Paris' }, 'queue']);
+  await service.ask('DELETE', '/tasks/' + id);
+  forgive('422');
+});
+
+fact('behind a proxy at /scheduler/ everything works, and openapi.json comes with the token', async () => {
+  const guarded = await new Service(await freePort(), 'proxied', { CHRONOTASK_API_TOKEN: 'open-sesame' }).start();
+  const id = await guarded.bash('Far away', 'echo hi');
+  const proxy = http.createServer((request, answer) => {
+    if (!request.url.startsWith('/scheduler/')) return answer.writeHead(404).end();
+    const { headers, method, url } = request;
+    const through = http.request({ port: guarded.port, host: '127.0.0.1', method, path: url.slice('/scheduler'.length), headers }, back => {
+      answer.writeHead(back.statusCode, back.headers);
+      back.pipe(answer);
+    });
+    through.on('error', () => answer.destroy());
+    answer.on('close', () => through.destroy());
+    request.pipe(through);
+  }).listen(0, '127.0.0.1');
+  await once(proxy, 'listening');
+  const base = `http://127.0.0.1:${proxy.address().port}/scheduler/`;
+  try {
+    await page.goto(base);
+    await page.getByLabel('API token').fill('open-sesame');
+    await page.keyboard.press('Enter');
+    await until(async () => await text('#link') === 'Live', 'it is live');
+    await rows('Tasks').getByRole('link', { name: 'Far away' }).click();
+    await until(async () => await text('h1') === 'Far away', 'the task');
+    equal(page.url(), `${base}#/tasks/${id}`);
+    await button('Run now').click();
+    await until(async () => await rows('Executions').count() === 1, 'a run, live');
+    await page.locator('#history a').first().click();
+    await until(async () => /^Execution/.test(await text('h1')), 'its page');
+    for (const name of ['Executions', 'Upcoming', 'Changes', 'Tasks']) {
+      await page.locator('nav').getByRole('link', { name, exact: true }).click();
+      holds(page.url().startsWith(base + '#/'), page.url());
+    }
+    await page.locator('nav').getByRole('link', { name: 'API' }).click();
+    await sees('/api/v1/tasks/{id}/execute');
+    equal(page.url(), base + 'docs');
+    const [file] = await Promise.all([page.waitForEvent('download'), page.getByRole('link', { name: 'openapi.json' }).click()]);
+    equal(JSON.parse(readFileSync(await file.path())).openapi, '3.1.0');
+    const call = page.locator('details[data-verb=GET][data-path="/api/v1/tasks"]');
+    await call.locator('summary').first().click();
+    await call.getByRole('button', { name: 'Try it' }).click();
+    await until(async () => (await call.innerText()).includes('Far away'), 'a call through the proxy');
+  } finally {
+    await page.goto('about:blank');
+    proxy.closeAllConnections();
+    proxy.close();
+    await guarded.stop();
+  }
+  forgive('401');
+});
+
+fact('the page is sent compressed to who takes that', async () => {
+  const ask = encoding => new Promise(done => http.get({ port: service.port, host: '127.0.0.1', path: '/docs', headers: { Accept: 'text/html', 'Accept-Encoding': encoding } }, answer => {
+    let size = 0;
+    answer.on('data', part => { size += part.length; }).on('end', () => done([answer.headers['content-encoding'] || '', answer.headers.vary, size]));
+  }));
+  const [encoding, vary, size] = await ask('gzip');
+  equal([encoding, vary, size < 60000], ['gzip', 'Accept-Encoding', true], `${size} bytes`);
+  holds((await ask('identity'))[2] > 100000, 'as it is to who does not');
+});
+
 fact('pages of other origins get nothing done', async () => {
   const victim = await service.bash('Victim', 'true');
   const state = async () => JSON.stringify([(await service.ask('GET', '/tasks?limit=1')).total, (await service.ask('GET', `/executions?task_id=${victim}`)).executions.length, (await service.ask('GET', '/tasks/' + victim)).status, (await service.ask('GET', '/scheduler/status')).paused]);
@@ -836,6 +1154,7 @@ try {
 } finally {
   await context.close();
   await service.stop();
+  await month?.stop();
 }
 console.log(`${passed} passed, ${failed} failed`);
 process.exit(failed ? 1 : 0);
