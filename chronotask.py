@@ -7860,13 +7860,11 @@ class Service:
             sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
             done = await self.change(partial(change_read, read=schedule, changes=changes))
-        view = await self.get_schedule(schedule_id)
+        view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
-        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent.get(
-            "schedule_config", ["timezone"]
-        ):
+        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent_config:
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
         return view
 
@@ -8019,12 +8017,11 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
     now, store = service.clock.now(), service.store
     zone = (await store.read(partial(get_schedule, schedule_id=schedule_id))).zone
     span = read_times(body, ("from", "to"), zone)
-    if wrong := [name for name, t in span.items() if t > now]:
-        raise InvalidInput(*(FieldError(name, f"must be past (it is now {format_instant(now)})") for name in wrong))
+    if wrong := [FieldError(name, f"must be past (it is now {format_instant(now)})") for name, t in span.items() if t > now]:
+        raise InvalidInput(*wrong)
     if span["from"] > span["to"]:
         raise InvalidInput(FieldError("from", "must not be after to"))
     find = partial(slots_to_fill, schedule_id=schedule_id, first=span["from"], last=span["to"], settings=service.settings)
-
     if body.get("dry_run"):
         return dict(slots=upcoming_view((await store.read(find))[1], zone), executions=[])
 
