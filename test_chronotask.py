@@ -7654,13 +7654,16 @@ async def test_schedules_of_a_task_that_stopped_are_not_in_the_way_and_fire_agai
 # --- Deleting ---------------------------------------------------------------------------------------------------------
 
 
-async def test_deleting_a_task_removes_a_long_history(rig: Rig) -> None:
-    await rig.task()
-    other = await rig.task()
+async def test_deleting_a_task_removes_a_long_history_and_no_id_is_ever_used_again(rig: Rig) -> None:
+    task_id, other = await rig.task(), await rig.task()
+    await rig.schedule(task_id)
     plant_rows(rig, 2500, "succeeded", 1)
     await rig.executed(other)
-    await meanwhile(rig, rig.service.delete_task(1))
+    await meanwhile(rig, rig.service.delete_task(task_id))
     assert rig.sql("SELECT DISTINCT task_id FROM executions") == [(other,)]
+    await meanwhile(rig, rig.service.delete_task(other))
+    again = await rig.task()
+    assert (again, await rig.schedule(again), await rig.executed(again)) == (3, 2, 2502)
 
 
 async def test_deleting_a_task_starts_none_of_its_queued_executions(open_rig: OpenRig, tmp_path: Path) -> None:
@@ -7673,15 +7676,6 @@ async def test_deleting_a_task_starts_none_of_its_queued_executions(open_rig: Op
         await asyncio.sleep(0.005)
     await meanwhile(rig, rig.service.delete_task(task_id))
     assert (tmp_path / "started").read_text() == "x\n"
-
-
-async def test_ids_are_never_used_again(rig: Rig) -> None:
-    first = await rig.task()
-    await rig.schedule(first)
-    await rig.executed(first)
-    await meanwhile(rig, rig.service.delete_task(first))
-    second = await rig.task()
-    assert (second, await rig.schedule(second), await rig.executed(second)) == (2, 2, 2)
 
 
 async def test_deleting_a_schedule_cancels_its_queued_ones_and_lets_running_ones_end(open_rig: OpenRig, target: Target) -> None:
@@ -12857,7 +12851,7 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     schedule = service.every(1, service.bash(f"{APPEND} {file}"), overlap="allow", catchup="skip")
     long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
     left = service.bash("sleep 60", name="left-by-mcp")
-    assistant = Server(tmp_path / "assistant", "mcp", database=database).start(ready=False)
+    assistant = Server(tmp_path / "assistant", "mcp", database=database).start()
 
     def ran_by(server: Server) -> bool:
         return int(appended(file)[-1][1]) == server.process.pid
