@@ -1598,6 +1598,7 @@ def _param(value: Any) -> Any:
     return value
 
 
+@functools.lru_cache(256)
 def status_range(entry: object) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
     match = re.fullmatch(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?", str(entry))
@@ -4979,16 +4980,11 @@ class Clipper:
         self.total = 0
         self._kept, self._limit = bytearray(), limit
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, slack: int = 2) -> None:
         self.total += len(data)
         self._kept += data
-        if len(self._kept) > 2 * self._limit:  # not at every feed: moving the bytes costs
-            self._cut()
-
-    def _cut(self) -> None:
-        """Leaves out the middle."""
-        head = self._limit // 4
-        del self._kept[head : head + max(0, len(self._kept) - self._limit)]
+        if len(self._kept) > slack * self._limit:  # not at every feed: moving the bytes costs
+            del self._kept[self._limit // 4 : self._limit // 4 + len(self._kept) - self._limit]
 
     @property
     def truncated(self) -> bool:
@@ -4998,24 +4994,14 @@ class Clipper:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         if not self.truncated:
             return self._kept.decode("utf-8", "replace")
-        self._cut()
+        self.feed(b"", slack=1)
         head, tail = self._kept[: self._limit // 4], self._kept[self._limit // 4 :]
         left_out = self.total - self._limit
         return f"{head.decode('utf-8', 'replace')}\n[… {left_out} bytes left out …]\n{tail.decode('utf-8', 'replace')}"
 
     def recent(self) -> bytes:
         """The end of the stream, as far as it is kept without a gap."""
-        whole = self.total == len(self._kept)
-        return bytes(self._kept if whole else self._kept[self._limit // 4 :])
-
-
-_CHARSET_NAMED = re.compile(r";\s*charset\s*=\s*\"?([A-Za-z0-9_-]+)", re.IGNORECASE)
-# Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
-_CHARSET = re.compile(
-    r"utf-?8|utf-?(16|32)(-?(le|be))?|(us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}|koi8-[ru]"
-    r"|gbk|gb2312|gb18030|big5|euc-(jp|kr)|shift[_-]jis|iso-2022-jp",
-    re.IGNORECASE,
-)
+        return bytes(self._kept if self.total == len(self._kept) else self._kept[self._limit // 4 :])
 
 
 # What programs make of a character that they do not print as it is: in JSON (where some escape more than they must, as \/ and
@@ -5040,21 +5026,6 @@ def _unescaped(escape: bytes) -> bytes:
     return {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(escape[1:], escape[1:])
 
 
-def _unescape(data: bytes) -> tuple[bytes, list[int], int]:
-    """`data` with its escapes undone; where each byte of that was read from, and the end; how many may begin one more escape."""
-    plain, sources, taken, unfinished = bytearray(), list[int](), 0, 0
-    for found in _ESCAPE.finditer(data):
-        if found.lastgroup:
-            unfinished = len(found[0])
-            break
-        start, meant = found.start(), _unescaped(found[0])
-        plain += data[taken:start] + meant
-        sources += range(taken, start)
-        sources += [start] * len(meant)
-        taken = found.end()
-    return bytes(plain + data[taken:]), [*sources, *range(taken, len(data) + 1)], unfinished
-
-
 class SecretMasker:
     """Replaces secrets in a byte stream, as they are and as programs escape them, also where the border of two chunks cuts one.
 
@@ -5075,8 +5046,18 @@ class SecretMasker:
         data = self._held + data
         cut = len(data) if last else self._possible_start(data)
         secrets = self._places(data)
-        if b"\\" in data or b"%" in data or b"&" in data:
-            plain, sources, unfinished = _unescape(data)
+        if b"\\" in data or b"%" in data or b"&" in data:  # the same for what these escapes mean
+            plain, sources, taken, unfinished = bytearray(), list[int](), 0, 0  # a source: where a byte was read from
+            for found in _ESCAPE.finditer(data):
+                if found.lastgroup:
+                    unfinished = len(found[0])
+                    break
+                meant = _unescaped(found[0])
+                plain += data[taken : found.start()] + meant
+                sources += [*range(taken, found.start()), *[found.start()] * len(meant)]
+                taken = found.end()
+            plain += data[taken:]
+            sources += range(taken, len(data) + 1)
             for start, end in self._places(plain):
                 secrets.append((sources[start], sources[bisect.bisect_right(sources, sources[end - 1])]))
             if not last:
@@ -5094,7 +5075,7 @@ class SecretMasker:
         self._held, self._known = data[cut:], max(0, at - cut)
         return b"".join(shown)
 
-    def _places(self, data: bytes) -> list[tuple[int, int]]:
+    def _places(self, data: bytes | bytearray) -> list[tuple[int, int]]:
         found = []
         for form in self._forms:
             at = data.find(form)  # linear, which a regular expression would not be
@@ -5103,7 +5084,7 @@ class SecretMasker:
                 at = data.find(form, at + len(form))
         return found
 
-    def _possible_start(self, data: bytes) -> int:
+    def _possible_start(self, data: bytes | bytearray) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
         first = len(data)
         for form in self._forms:
@@ -5120,22 +5101,19 @@ def _secret_forms(secret: str) -> set[bytes]:
     """A secret as programs and servers echo it, once escapes are undone: plain, inside a form, in UTF-16, in base64."""
     plain = secret.encode("utf-8", "replace")
     forms = {plain, plain.strip(), plain.replace(b" ", b"+")}
+    forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
     for kind in (b"\\%&", b"%&", b"\\&", b"\\%"):
         # What looks like an escape in it is undone too, but for the kind that the program has escaped.
         def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
             return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
 
         forms.add(_ESCAPE.sub(undone, plain))
-    forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
     for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
         text = base64.b64encode(bytes(before) + plain)
         whole = (before + len(plain)) * 8 // 6  # characters that the secret alone determines, behind those that it does not
         pieces = {text[-(-before * 8 // 6) : whole]} | ({text, text.rstrip(b"=")} if before == 0 else set())
         forms |= pieces | {piece.translate(bytes.maketrans(b"+/", b"-_")) for piece in pieces}
     return {form for form in forms if len(form) >= MIN_SECRET_LENGTH}
-
-
-_EXIT_STATUS = re.compile(rb"([0-9]{1,3})\r?\n")  # \r from a terminal, as `ssh -tt` has one
 
 
 class Report:
@@ -5147,24 +5125,32 @@ class Report:
     def __init__(self) -> None:
         self.word = uuid.uuid4().hex
         self.status: int | None = None
-        self._begins, self._held = f"\n{self.word} ".encode(), b""
+        self._held = b""
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What is shown of the output; what may become that line is held back, a line break at the end at least."""
-        before, *parts = (self._held + data).split(self._begins)
-        shown = [before]
+        begins = f"\n{self.word} ".encode()
+        first, *parts = (self._held + data).split(begins)
+        shown = [first]
         for part in parts:
-            if found := _EXIT_STATUS.match(part):
+            if found := re.match(rb"([0-9]{1,3})\r?\n", part):  # \r from a terminal, as `ssh -tt` has one
                 self.status = self.status or int(found[1])
                 shown.append(part[found.end() :])
             else:
-                shown += self._begins, part
+                shown += begins, part
         data = b"".join(shown)
-        end = data.rfind(b"\n")
-        tail = data[end:] if end >= 0 else b""
-        begins = self._begins.startswith(tail) or (tail.startswith(self._begins) and len(tail) < len(self._begins) + 5)
-        self._held = tail if begins and not last else b""
+        tail = data[data.rfind(b"\n") :] if b"\n" in data else b""
+        begun = begins.startswith(tail) or (tail.startswith(begins) and len(tail) < len(begins) + 5)
+        self._held = tail if begun and not last else b""
         return data[: len(data) - len(self._held)]
+
+
+# Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
+_CHARSET = re.compile(
+    r";\s*charset\s*=\s*\"?(utf-?8|utf-?(?:16|32)(?:-?[lb]e)?|(?:us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}"
+    r"|koi8-[ru]|gbk|gb2312|gb18030|big5|euc-(?:jp|kr)|shift[_-]jis|iso-2022-jp)(?![\w-])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(slots=True)
@@ -5209,8 +5195,7 @@ class LiveOutput:
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
         self.content_type = content_type
-        found = _CHARSET_NAMED.search(content_type)
-        if found and found[1] != "utf-8" and _CHARSET.fullmatch(found[1]):
+        if (found := _CHARSET.search(content_type)) and found[1].lower() not in ("utf-8", "utf8"):
             with contextlib.suppress(LookupError):
                 for stream in self._streams.values():
                     stream.decoder = codecs.getincrementaldecoder(found[1])("replace")
@@ -5238,19 +5223,15 @@ class LiveOutput:
         self._timeout = asyncio.timeout(0 if self.reason else seconds)
         return self._timeout
 
-    def masked(self, text: str) -> str:
-        """`text` without the secrets of this attempt."""
-        return self._masker.feed(text.encode("utf-8", "replace"), last=True).decode("utf-8", "replace") if self._masker else text
-
-    def masked_json(self, value: Any) -> Any:
-        """`value` without them in any of its texts: they may have been escaped twice."""
+    def masked(self, value: Any) -> Any:
+        """A text, or a JSON value with all its texts, without the secrets of this attempt."""
         if self._masker is None or not isinstance(value, str | list | dict):
             return value
         if isinstance(value, str):
-            return self.masked(value)
+            return self._masker.feed(value.encode("utf-8", "replace"), last=True).decode("utf-8", "replace")
         if isinstance(value, list):
-            return [self.masked_json(item) for item in value]
-        return {self.masked(key): self.masked_json(item) for key, item in value.items()}
+            return [self.masked(item) for item in value]
+        return {self.masked(key): self.masked(item) for key, item in value.items()}
 
     # --- for everybody else ---
 
@@ -5268,17 +5249,12 @@ class LiveOutput:
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        output, truncated = self.facts.copy(), False
-        for name, stream in self._streams.items():
-            output[name] = stream.kept.text()
-            truncated = truncated or stream.kept.truncated
-        for name, stream in self._streams.items():
-            output[name + "_bytes"] = stream.received
-        output["truncated"] = truncated
-        return output
+        texts = {name: stream.kept.text() for name, stream in self._streams.items()}
+        sizes = {f"{name}_bytes": stream.received for name, stream in self._streams.items()}
+        return self.facts | texts | sizes | {"truncated": any(stream.kept.truncated for stream in self._streams.values())}
 
 
-# --- Configurations ---------------------------------------------------------------------------------------------------
+# --- Secrets ----------------------------------------------------------------------------------------------------------
 
 
 class StoredConfig(dict[str, Any]):
@@ -5292,7 +5268,7 @@ class StoredConfig(dict[str, Any]):
     @functools.cached_property
     def request(self) -> _Request:
         """What an http task without references asks for. Raises ChronoTaskError."""
-        return _http_request(self, self)
+        return _http_request(self)
 
 
 def stored_config(text: str) -> StoredConfig:
@@ -5300,14 +5276,8 @@ def stored_config(text: str) -> StoredConfig:
     return _small_config(text) if len(text) <= 4096 else StoredConfig(parsed(text))
 
 
-@functools.lru_cache(256)
-def _small_config(text: str) -> StoredConfig:
-    return StoredConfig(parsed(text))
-
-
+_small_config = functools.lru_cache(256)(lambda text: StoredConfig(parsed(text)))
 _FILLED = re.compile(r"\$\{(env|file|cause):([^{}]*)\}")
-
-# --- Secrets ----------------------------------------------------------------------------------------------------------
 
 
 def resolve_secrets(
@@ -5319,7 +5289,6 @@ def resolve_secrets(
     Raises ChronoTaskError with the reason, never with a content.
     """
     known = parsed(facts) if facts else {}
-    fields = ("headers", "params", "body", "auth") if task_type == "http" else ("env",)
     secrets: list[str] = []
 
     @functools.cache
@@ -5329,15 +5298,14 @@ def resolve_secrets(
         if len(secrets) == MAX_SECRETS:
             raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
         if kind == "file":
-            value = _secret_file(name, settings)
+            secrets.append(_secret_file(name, settings))
         elif not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
             raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
         elif name not in environ:
             raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
         else:
-            value = environ[name]
-        secrets.append(value)
-        return value
+            secrets.append(environ[name])
+        return secrets[-1]
 
     def filled(value: Any, escape: Callable[[str], str]) -> Any:
         def put(found: re.Match[str]) -> str:
@@ -5350,25 +5318,33 @@ def resolve_secrets(
             return {key: filled(item, escape) for key, item in value.items()}
         return [filled(item, escape) for item in value] if isinstance(value, list) else value
 
-    def in_url(found: re.Match[str]) -> str:
-        """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
-        text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
-        if is_secret and (at == 0 or host <= at < end):
-            return text
-        return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
-
-    escapes: dict[str, Callable[[str], str]] = {"headers": lambda text: _one_line(text, 512)}
+    escapes: dict[str, Callable[[str], str]] = {"headers": partial(_one_line, limit=512)}
     if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
         escapes["body"] = urllib.parse.quote_plus
-    result = {
-        name: filled(value, escapes.get(name, lambda text: text.replace("\0", ""))) if name in fields else value
-        for name, value in config.items()
-    }
+    result = dict(config)
+    for field in config.keys() & ({"headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
+        result[field] = filled(config[field], escapes.get(field, lambda text: text.replace("\0", "")))
+    # A secret must not smuggle in further headers, nor end an environment variable early.
+    for name, value in (result.get("env") or {}).items():
+        if "\0" in value:
+            raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
+    for name, value in result.get("headers", {}).items():
+        if NOT_IN_HEADERS.search(value):
+            raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
     if task_type == "http":
         parts = url_parts(config["url"])
         host, end = (parts.host_begins, parts.host_begins + len(parts.host)) if parts else (0, 0)
+
+        def in_url(found: re.Match[str]) -> str:
+            """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
+            text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
+            if is_secret and (at == 0 or host <= at < end):
+                return text
+            return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
+
         result["url"] = _FILLED.sub(in_url, config["url"])
-    _check_filled(result, task_type)
+        if NOT_IN_URLS.search(result["url"]):
+            raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
     return result, secrets
 
 
@@ -5384,46 +5360,32 @@ def _secret_file(name: str, settings: Settings) -> str:
             raise ChronoTaskError(f"{label}: only files below {settings.secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ChronoTaskError(f"{label}: is not a regular file")
             content = file.read(MAX_SECRET_BYTES + 1)
-            if _holds_own_token(file.fileno(), content, settings):
-                raise ChronoTaskError(f"{label}: holds the service's own token, which is not for tasks")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
-    if len(content) > MAX_SECRET_BYTES:
-        raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
-    try:
+        if len(content) > MAX_SECRET_BYTES:
+            raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
+        if _holds_own_token(status, content, settings):
+            raise ChronoTaskError(f"{label}: holds the service's own token, which is not for tasks")
         return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
 
 
-def _holds_own_token(file: int, content: bytes, settings: Settings) -> bool:
+def _holds_own_token(status: os.stat_result, content: bytes, settings: Settings) -> bool:
     """Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise."""
     for own in (settings.api_token_file, settings.api_tokens_file):  # of whatever name or link; others may be in it by now
         with contextlib.suppress(OSError):
-            if own is not None and os.path.samestat(os.fstat(file), os.stat(own)):
+            if own is not None and os.path.samestat(status, os.stat(own)):
                 return True
     with contextlib.suppress(StartupError):
         words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
         if any(token.digest in words for token in known_tokens(settings)):
             return True
     return settings.api_token is not None and settings.api_token.encode() in content
-
-
-def _check_filled(config: dict[str, Any], task_type: str) -> None:
-    """A secret must not smuggle in further headers, nor end an environment variable early."""
-    if task_type == "bash":
-        for name, value in (config.get("env") or {}).items():
-            if "\0" in value:
-                raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
-        return
-    for name, value in config.get("headers", {}).items():
-        if NOT_IN_HEADERS.search(value):
-            raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
-    if NOT_IN_URLS.search(config["url"]):
-        raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
 
 
 def _reason(error: BaseException) -> str:
@@ -5461,14 +5423,13 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
     if not settings.allowed_bash_commands:
         if config.get("args") and (end := _end_of_source(config["command"].rstrip())):
             raise InvalidInput(FieldError("config.args", f"would be lost or changed: the command ends with {end}"))
-    else:
-        bash_words(config, settings)
-        permitted = [name for name in settings.allowed_bash_env if not _REFUSED_ENV.fullmatch(name)]
-        if refused := [name for name in config.get("env", {}) if name not in permitted]:
-            only = (
-                f"only {', '.join(permitted or ['nothing'])} (CHRONOTASK_ALLOWED_BASH_ENV, without what a loader or shell obeys)"
-            )
-            raise InvalidInput(*(FieldError(f"config.env.{name}", f"may not be set: {only}") for name in refused))
+        return
+    bash_words(config, settings)
+    permitted = [name for name in settings.allowed_bash_env if not _REFUSED_ENV.fullmatch(name)]
+    if refused := [name for name in config.get("env", {}) if name not in permitted]:
+        names = ", ".join(permitted) or "nothing"
+        only = f"may not be set: only {names} (CHRONOTASK_ALLOWED_BASH_ENV, without what a loader or shell obeys)"
+        raise InvalidInput(*(FieldError(f"config.env.{name}", only) for name in refused))
 
 
 @functools.lru_cache(64)
@@ -5505,53 +5466,84 @@ def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
     return [*words, *args]
 
 
-def refused_address(address: str, settings: Settings) -> str | None:
-    """Why an HTTP task may not talk to this IP address, or None. IPv4 inside IPv6 is judged as both."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # dialled as IPv4
-    seen = [ip, *_embedded(ip)]
-    if all(any(one.version == network.version and one in network for network in settings.allowed_networks) for one in seen):
-        return None
-    if any(one.is_link_local or one in network for one in seen for network in _METADATA if one.version == network.version):
-        return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
-    if settings.block_private_networks and not all(map(_is_public, seen)):
-        return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
-    return None
-
-
-def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Of IPv6 only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too);
-    not 6to4, which IANA lists as not global and older Pythons do not know to be."""
-    if isinstance(ip, ipaddress.IPv6Address):
-        return ip in _NAT64 or (ip.is_global and not ip.is_multicast and ip in _IPV6_INTERNET and ip.sixtofour is None)
-    return ip.is_global and not ip.is_multicast
-
-
 # Those of clouds that are not link-local anyway: Amazon, Google, Oracle, Akamai, Scaleway; Alibaba, Azure, Oracle.
 _METADATA = [
     *map(ipaddress.ip_network, "fd00:ec2::/32 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:a9fe:a9fe::1 fd00:42::42".split()),
     *map(ipaddress.ip_network, "100.100.100.200 168.63.129.16 192.0.0.192".split()),
 ]
-_IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
-_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
+_IPV6_INTERNET, _NAT64, _NAT64_LOCAL, _IPV4_COMPATIBLE = map(
+    ipaddress.IPv6Network, ("2000::/3", "64:ff9b::/96", "64:ff9b:1::/48", "::/96")
+)
 
 
-def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    if isinstance(ip, ipaddress.IPv4Address):
-        return []
-    found = [inner for inner in (ip.sixtofour, *(ip.teredo or ())) if inner is not None]
-    number = int(ip)
-    if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _IPV4_COMPATIBLE and number > 1):
-        found.append(ipaddress.IPv4Address(number & 0xFFFFFFFF))
-    if ip in _NAT64_LOCAL:  # may be cut into prefixes of 48, 56 and 64 bits, with eight zeros in the middle (RFC 6052, 2.2)
-        found += [
-            ipaddress.IPv4Address((number >> 64 & 0xFFFF) << 16 | number >> 40 & 0xFFFF),
-            ipaddress.IPv4Address((number >> 64 & 0xFF) << 24 | number >> 32 & 0xFFFFFF),
-            ipaddress.IPv4Address(number >> 24 & 0xFFFFFFFF),
-        ]
-    return found
+def refused_address(address: str, settings: Settings) -> str | None:
+    """Why an HTTP task may not talk to this IP address, or None. IPv4 inside IPv6 is judged as both."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # dialled as IPv4
+    seen: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = [ip]
+    public = ip.is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv6Address):
+        seen += [inner for inner in (ip.sixtofour, *(ip.teredo or ())) if inner is not None]
+        if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _IPV4_COMPATIBLE and int(ip) > 1):
+            # The local one may be cut into prefixes of 48, 56, 64 and 96 bits, around eight zeros (RFC 6052, 2.2).
+            packed = ip.packed[:8] + ip.packed[9:]
+            seen += [ipaddress.IPv4Address(packed[at : at + 4]) for at in ((6, 7, 8, 11) if ip in _NAT64_LOCAL else (11,))]
+        # Only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too); not 6to4,
+        # which IANA lists as not global and older Pythons do not know to be.
+        public = ip in _NAT64 or (public and ip in _IPV6_INTERNET and ip.sixtofour is None)
+    if all(any(one.version == network.version and one in network for network in settings.allowed_networks) for one in seen):
+        return None
+    if any(one.is_link_local or one in network for one in seen for network in _METADATA if one.version == network.version):
+        return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
+    if settings.block_private_networks and not (public and all(one.is_global and not one.is_multicast for one in seen[1:])):
+        return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
+    return None
+
+
+# --- Ends -------------------------------------------------------------------------------------------------------------
+
+
+_JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
+
+
+class _Failed(ChronoTaskError):
+    """Why there is no whole answer, in words that hold no URL, and whether trying again may help."""
+
+    def __init__(self, message: str, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+def _output(live: LiveOutput) -> dict[str, Any] | None:
+    """`output_data`, once nothing more comes: a body that is JSON is parsed. None where there was none at all."""
+    live.close()
+    if not live.facts:
+        return None
+    output = live.snapshot()
+    if output.get("body") and not output["truncated"] and _JSON_TYPE.match(live.content_type):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(output["body"].removeprefix("\ufeff"))
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
+            if max(depth for depth, _, _ in walk(value)) <= MAX_NESTING:
+                output["body"] = live.masked(value)  # once more: they may have been escaped twice
+    return output
+
+
+def _stopped(live: LiveOutput, timeout: float) -> Outcome:
+    """How an attempt ended that was stopped, or ran out of time."""
+    messages = {"cancelled": "cancelled", "interrupted": "the service was stopped"}
+    if live.reason in messages:
+        return Outcome(live.reason, messages[live.reason], _output(live), retryable=live.reason == "interrupted")
+    return Outcome("timed_out", f"was still running after {timeout:g} s", _output(live), retryable=True)
+
+
+def _failure(error: Exception, live: LiveOutput) -> Outcome:
+    if isinstance(error, ChronoTaskError):
+        retryable = isinstance(error, _Failed) and error.retryable and not live.acted
+        return Outcome("failed", live.masked(error.detail), _output(live), retryable=retryable)
+    # Not the error's text: it may hold a secret.
+    logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return Outcome("failed", f"unexpected {type(error).__name__} in ChronoTask: its log has the details", _output(live))
 
 
 # --- bash -------------------------------------------------------------------------------------------------------------
@@ -5586,54 +5578,29 @@ class Environ(dict[str, str]):
             oldest = next(pipe for pipe, owner in self._left.items() if owner == worst)
             del self._left[oldest]
             oldest.transport.close()
-            logger.warning(
-                "task %d has left %d pipes open in the background: what writes to the oldest will be killed", worst, count
-            )
+            what = "has left %d pipes open in the background: what writes to the oldest will be killed"
+            logger.warning("task %d " + what, worst, count)
 
 
 def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
     return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
-async def run_bash(
-    config: StoredConfig,
-    run: Run,
-    settings: Settings,
-    environ: Environ,
-    live: LiveOutput,
-) -> Outcome:
+async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
     """Run a bash task.
 
     What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop everything
     that carries the attempt's CHRONOTASK_RUN_ID is killed.
     """
-    timeout = config.get("timeout", settings.bash_timeout)
+    timeout, user = config.get("timeout", settings.bash_timeout), settings.bash_user
     try:
         check_allowed("bash", config, settings)
         resolved, secrets = (
             resolve_secrets("bash", config, environ, settings, run.cause) if config.names_secrets else (config, [])
         )
-        if settings.allowed_bash_commands:
-            words = bash_words(resolved, settings)
-        else:
-            words = ["bash", "-c", bash_source(resolved["command"], resolved.get("args", ()))]
-        env, path = _encoded(resolved.get("env", {})) | _run_variables(run), environ.get("PATH", os.defpath)
-        folder, user, home = resolved.get("working_dir"), settings.bash_user, environ.get("HOME") or os.path.expanduser("~")
-        own: dict[str, str] = {}
-        if user is not None:
-            home = user.pw_dir
-            own = {"HOME": home, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell or "/bin/sh"}
-        report = None
-        if launcher := settings.launchers.get(config.get("launcher") or settings.launcher_default or ""):
-            report = Report()
-            words = _launched(words, launcher, run, env, report.word, folder)
-            env, folder = _run_variables(run) if "{env}" in launcher else env, None
-        elif folder is not None and folder.partition("/")[0] == "~":
-            folder = home + folder[1:]
-        words[0] = _program(words[0], path)
-        if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
-            words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
-        env = environ.inherited | _encoded(own) | env
+        launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
+        report = Report() if launcher else None
+        words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
         live.begin(("stdout", "stderr"), secrets, report)
         if live.reason:
             return _stopped(live, timeout)
@@ -5647,8 +5614,7 @@ async def run_bash(
                     os.fchmod(writer, 0o622)
                 connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
                 pipes.append((await connect)[1])
-            options = {"cwd": folder} if user is None else as_user(user)
-            process = _spawn(words, env, options, environ, *writers)
+            process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
         except OSError as error:
             return _not_started(error, words[0], folder)
         finally:
@@ -5663,17 +5629,9 @@ async def run_bash(
                 pipe.transport.close()
             raise
         environ.leave(pipes, run.task_id, forget=stopped)
-        code = process.returncode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name if -code in list(signal.Signals) else f"SIG{-code}"  # a real-time signal
-            live.facts = {"exit_code": None, "signal": name}
-        else:
-            live.facts = {"exit_code": code, "signal": None}
         return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live, report)
-    except ChronoTaskError as error:
-        return Outcome("failed", error.detail)
     except Exception as error:
-        return _unexpected(error, live)
+        return _failure(error, live)
     finally:
         live.close()
 
@@ -5687,24 +5645,32 @@ _FAR_SIDE = (
 )
 
 
-def _launched(
-    words: list[str], launcher: Iterable[str], run: Run, env: Mapping[bytes, bytes], word: str, folder: str | None
-) -> list[str]:
-    variables = [os.fsdecode(name + b"=" + value) for name, value in env.items()]
-    name = f"chronotask-{run.run_id}"
-    filled = [variables if part == "{env}" else [part.replace("{name}", name)] for part in launcher]
-    return [*itertools.chain(*filled), "bash", "-c", _FAR_SIDE, "chronotask", word, folder or "", *words]
-
-
-def _unexpected(error: Exception, live: LiveOutput) -> Outcome:
-    # Not the error's text: it may hold a secret.
-    logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return Outcome("failed", f"unexpected {type(error).__name__} in ChronoTask: its log has the details", _output(live))
-
-
-def _output(live: LiveOutput) -> dict[str, Any] | None:
-    live.close()
-    return live.snapshot() if live.facts else None
+def _command(
+    config: dict[str, Any], run: Run, settings: Settings, environ: Environ, launcher: Iterable[str], report: Report | None
+) -> tuple[list[str], dict[bytes, bytes], str | None]:
+    """The words to execute, their environment, and the folder to do it in. Raises ChronoTaskError."""
+    folder, user, path = config.get("working_dir"), settings.bash_user, environ.get("PATH", os.defpath)
+    if settings.allowed_bash_commands:
+        words = bash_words(config, settings)
+    else:
+        words = ["bash", "-c", bash_source(config["command"], config.get("args", ()))]
+    env = _encoded(config.get("env", {})) | _run_variables(run)
+    home, of_user = environ.get("HOME") or os.path.expanduser("~"), dict[str, str]()
+    if user is not None:
+        home, shell = user.pw_dir, user.pw_shell or "/bin/sh"
+        of_user = {"HOME": home, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": shell}
+    if report is not None:
+        far = ["bash", "-c", _FAR_SIDE, "chronotask", report.word, folder or "", *words]
+        variables = [os.fsdecode(name + b"=" + value) for name, value in env.items()]
+        name = f"chronotask-{run.run_id}"
+        words = [word for part in launcher for word in (variables if part == "{env}" else [part.replace("{name}", name)])] + far
+        env, folder = _run_variables(run) if "{env}" in launcher else env, None
+    elif folder is not None and folder.partition("/")[0] == "~":
+        folder = home + folder[1:]
+    words[0] = _program(words[0], path)
+    if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
+        words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
+    return words, environ.inherited | _encoded(of_user) | env, folder
 
 
 @functools.lru_cache(256)
@@ -5718,19 +5684,18 @@ def _program(name: str, path: str) -> str:
 
 
 def _run_variables(run: Run) -> dict[bytes, bytes]:
-    values = {
-        b"TASK_ID": b"%d" % run.task_id,
-        b"TASK_NAME": os.fsencode(run.task_name),
-        b"EXECUTION_ID": b"%d" % run.execution_id,
-        b"ATTEMPT": b"%d" % run.attempt,
-        b"RUN_ID": run.run_id.encode(),
+    values: dict[str, object] = {
+        "TASK_ID": run.task_id,
+        "TASK_NAME": run.task_name,
+        "EXECUTION_ID": run.execution_id,
+        "ATTEMPT": run.attempt,
+        "RUN_ID": run.run_id,
     }
     if run.schedule_id is not None and run.scheduled_for is not None:
-        values[b"SCHEDULE_ID"] = b"%d" % run.schedule_id
-        values[b"SCHEDULED_FOR"] = format_instant(run.scheduled_for).encode()
+        values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
     for name, value in (parsed(run.cause) if run.cause else {}).items():
-        values[b"CAUSE_" + name.upper().encode()] = _fact(value).replace("\0", "").encode()
-    return {ENV_PREFIX.encode() + name: value for name, value in values.items()}
+        values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
+    return _encoded({ENV_PREFIX + name: str(value) for name, value in values.items()})
 
 
 class _Pipe(asyncio.Protocol):
@@ -5762,18 +5727,11 @@ class _Pipe(asyncio.Protocol):
 
 
 def _spawn(
-    words: list[str], env: dict[bytes, bytes], options: Mapping[str, Any], environ: Environ, stdout: int, stderr: int
+    words: list[str], env: dict[bytes, bytes], options: dict[str, Any], environ: Environ, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
-    options = {
-        **options,
-        "stdin": subprocess.DEVNULL,
-        "stdout": stdout,
-        "stderr": stderr,
-        "env": env,
-        "start_new_session": True,
-        "umask": environ.umask,
-    }
+    options = options | {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+    options |= {"env": env, "start_new_session": True, "umask": environ.umask}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     given = soft if environ.open_files is None else environ.open_files
     if given == soft:
@@ -5811,6 +5769,10 @@ def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
     return exited
 
 
+_sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
+_to_sweep: set[str] = set()  # run ids
+
+
 async def _watch(
     process: subprocess.Popen[bytes],
     timeout: float,
@@ -5827,23 +5789,27 @@ async def _watch(
             await asyncio.wait([exited])
     except TimeoutError:
         stopped = True
-        await _end_group(process.pid, exited, TERM_SECONDS[live.reason or "timed_out"], user)
-        await _sweep(run.run_id, user)
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TERM_SECONDS[live.reason or "timed_out"]):
+                await asyncio.wait([exited])
+                while _group_lives(process.pid, user):
+                    await asyncio.sleep(0.05)
+        _signal_group(process.pid, signal.SIGKILL)
+        await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
+        # One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap.
+        _to_sweep.add(run.run_id)
+        await asyncio.get_running_loop().run_in_executor(
+            _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))}, user)
+        )
     if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
         await asyncio.wait(ends, timeout=KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
+    code = process.returncode
+    if code is None or code >= 0:
+        live.facts["exit_code"] = code
+    else:
+        live.facts["signal"] = signal.Signals(-code).name if -code in list(signal.Signals) else f"SIG{-code}"  # a real-time one
     return stopped
-
-
-async def _end_group(group: int, exited: asyncio.Future[Any], grace: float, user: pwd.struct_passwd | None) -> None:
-    """SIGTERM to the whole group, SIGKILL to what is left of it after `grace` seconds."""
-    _signal_group(group, signal.SIGTERM)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(grace):
-            await asyncio.wait([exited])
-            while _signal_group(group, 0) and _group_lives(group, user):
-                await asyncio.sleep(0.05)
-    _signal_group(group, signal.SIGKILL)
-    await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -5857,7 +5823,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 def _group_lives(group: int, user: pwd.struct_passwd | None) -> bool:
     """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
-    for pid in _processes_of(user):
+    for pid in _processes_of(user) if _signal_group(group, 0) else ():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             state, _, its_group = file.read().rpartition(")")[2].split()[:3]  # proc(5); the name before them may hold anything
             if its_group == str(group) and state not in "ZX":
@@ -5878,23 +5844,9 @@ async def reap_for_ever() -> None:
         await asyncio.sleep(REAP_SECONDS)
 
 
-_sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
-_to_sweep: set[str] = set()  # run ids
-
-
-async def _sweep(run_id: str, user: pwd.struct_passwd | None) -> None:
-    """One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap."""
-    _to_sweep.add(run_id)
-    await asyncio.get_running_loop().run_in_executor(
-        _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))}, user)
-    )
-
-
 def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, looks: int = 0) -> int:
     """Kill every process of this user (with BASH_USER: of that one) whose environment holds one of these CHRONOTASK_RUN_IDs;
-    the number that was killed.
-
-    With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back.
+    the number that was killed. With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back.
 
     Finds what left its group by `setsid`, also after a crash of the service. Looks again until nothing is left, as they may fork
     meanwhile. Reads /proc: does nothing where there is none.
@@ -5935,23 +5887,18 @@ def _looking_as(user: pwd.struct_passwd | None) -> Iterator[None]:
 
 
 def _processes_of(user: pwd.struct_passwd | None) -> Iterator[int]:
-    uid, own = os.geteuid() if user is None else user.pw_uid, os.getpid()
-    try:
-        entries = os.scandir("/proc")
-    except OSError:
-        return
-    with entries:
+    uid = os.geteuid() if user is None else user.pw_uid
+    with contextlib.suppress(OSError), os.scandir("/proc") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and int(entry.name) != own and entry.stat().st_uid == uid:
+                if entry.name.isdecimal() and int(entry.name) != os.getpid() and entry.stat().st_uid == uid:
                     yield int(entry.name)
 
 
 @functools.cache
 def as_user(user: pwd.struct_passwd) -> dict[str, Any]:
     """What Popen needs to run a command as that user."""
-    groups = os.getgrouplist(user.pw_name, user.pw_gid)
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid)}
 
 
 def check_bash_user(settings: Settings) -> list[str]:
@@ -5973,10 +5920,8 @@ def check_bash_user(settings: Settings) -> list[str]:
             found = [os.fsdecode(line[:-1]) for line in iter(probe.stdout.readline, b"\n")]
             probe.kill()
     except (OSError, AttributeError) as error:
-        needed = "start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
-        raise StartupError(
-            f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user ({error}): {needed}", 2
-        ) from None
+        why = f"({error}): start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
+        raise StartupError(f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user {why}", 2) from None
     return [f"{shown(path)} can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)" for path in found]
 
 
@@ -5993,14 +5938,6 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
                 advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
                 return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
     return []
-
-
-def _stopped(live: LiveOutput, timeout: float) -> Outcome:
-    """How an attempt ended that was stopped, or ran out of time."""
-    messages = {"cancelled": "cancelled", "interrupted": "the service was stopped"}
-    if live.reason in messages:
-        return Outcome(live.reason, messages[live.reason], _output(live), retryable=live.reason == "interrupted")
-    return Outcome("timed_out", f"was still running after {timeout:g} s", _output(live), retryable=True)
 
 
 # Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
@@ -6050,32 +5987,109 @@ _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
     " pragma user-agent".split()
 )
-_JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
+# What is set here, in its own spelling: so that a task's headers take its place in whatever spelling.
+_SPELLED = {
+    name.lower(): name
+    for name in "Accept-Encoding Authorization Connection Content-Type Idempotency-Key User-Agent X-ChronoTask-Attempt"
+    " X-ChronoTask-Execution-Id X-ChronoTask-Scheduled-For".split()
+}
+_NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
+_BROKE_OFF = "the answer broke off before its end, or could not be decoded"
+_ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its task's
 
 
-@dataclass(slots=True)
-class _Request:
-    method: str
-    url: yarl.URL
-    headers: dict[str, str]
-    body: bytes | None
-    verify_tls: bool
-    follow: bool
-    private: frozenset[str]  # lower-case names of headers that hold a resolved secret
-    private_body: bool
-    closes: bool  # the task asks for `Connection: close`
-    redirected_from: str | None = None  # the host whose headers were taken off
+class HttpClient:
+    """The connections of all http tasks, and their resolver of names. aiohttp is imported with the first of them."""
 
-    def headers_of(self, run: Run) -> dict[str, str]:
-        """What is sent, with the headers that tell this run from others; the task's own win."""
-        headers = {
-            "X-ChronoTask-Execution-Id": str(run.execution_id),
-            "X-ChronoTask-Attempt": str(run.attempt),
-            "Idempotency-Key": run.uuid,
-        }
-        if run.scheduled_for is not None:
-            headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
-        return _overridden(headers, self.headers) if self.headers else headers
+    def __init__(self, settings: Settings) -> None:
+        self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
+        self._lookups = asyncio.Semaphore(DNS_LOOKUPS)
+        self._shared: aiohttp.ClientSession | None = None
+
+    async def shared(self) -> aiohttp.ClientSession:
+        """The session whose connections are used again."""
+        if self._shared is None:
+            await asyncio.to_thread(importlib.import_module, "aiohttp")
+        if self._shared is None:  # another attempt may have been faster
+            self._shared = self._session(aiohttp.DummyCookieJar(), keepalive_timeout=KEEP_SECONDS)
+        return self._shared
+
+    def fresh(self) -> aiohttp.ClientSession:
+        """One for an attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
+        return self._session(aiohttp.CookieJar(unsafe=True, quote_cookie=False), force_close=True)  # unsafe: also of IP addresses
+
+    def _session(self, cookies: aiohttp.abc.AbstractCookieJar, **connections: Any) -> aiohttp.ClientSession:
+        # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=self._socket, resolver=cast(Any, self), **connections)
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=cookies,
+            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
+            auto_decompress=False,
+            max_line_size=MAX_HEAD_LINE,
+            max_field_size=MAX_HEAD_LINE,
+            max_headers=MAX_HEAD_BYTES,
+            middlewares=(_sent_once,),
+        )
+
+    def _socket(self, info: Any) -> socket.socket:
+        # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
+        family, kind, protocol, _, address = info
+        if refusal := self._refusal_of(address[0]):
+            raise OSError(REFUSED_ERRNO, refusal)
+        return _Socket(family, kind, protocol)
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
+        """In daemon threads, so that dead DNS servers hold up neither the loop's executor nor the exit."""
+        try:
+            name = host.encode("idna")
+        except UnicodeError:
+            raise OSError(None, "invalid name") from None
+        async with self._lookups:
+            found = await in_daemon(socket.getaddrinfo, name, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+        flags, same = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV, {"hostname": host, "port": port, "flags": 0}
+        return [
+            same | {"host": str(socket.getnameinfo(address, flags)[0]), "family": kind, "proto": protocol}
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        if self._shared is not None:
+            await self._shared.close()
+
+
+async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error."""
+    while True:
+        try:
+            return await handler(request)
+        except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) != STALE_ERRNO:
+                raise _connection_failed(error) from None
+
+
+def _connection_failed(error: Exception) -> _Failed:
+    """What a person can do about it. Never in aiohttp's own text: it has URLs."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
+        message = f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)"
+        return _Failed(message, retryable=False)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        place, cause = f"{error.host}:{error.port}", error.os_error
+        # asyncio's own text of a refused connection names the address and not the reason.
+        system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
+        reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return _Failed(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
+        if cause.errno == REFUSED_ERRNO:
+            return _Failed(f"{place} may not be called: {reason}", retryable=False)
+        tls = isinstance(error, aiohttp.ClientConnectorSSLError)
+        return _Failed(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}")
+    if isinstance(error, aiohttp.ServerDisconnectedError):  # its message may be a part of an answer
+        return _Failed("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
+    if isinstance(error, aiohttp.ClientResponseError):
+        return _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}")
+    return _Failed(f"the connection failed: {_reason(error)}")
 
 
 @functools.cache
@@ -6088,131 +6102,31 @@ def _tls_context(verify: bool) -> ssl.SSLContext:
     return context
 
 
-class _Failed(ChronoTaskError):
-    """Why there is no whole answer, in words that hold no URL, and whether trying again may help."""
-
-    def __init__(self, message: str, retryable: bool = True) -> None:
-        super().__init__(message)
-        self.retryable = retryable
-
-
-_BROKE_OFF = "the answer broke off before its end, or could not be decoded"
-_NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
-_ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its task's
-
-
-class HttpClient:
-    """The connections of all http tasks. aiohttp is imported with the first of them."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-        self._shared: aiohttp.ClientSession | None = None
-
-    async def shared(self) -> aiohttp.ClientSession:
-        """The session whose connections are used again."""
-        if self._shared is None:
-            await asyncio.to_thread(importlib.import_module, "aiohttp")
-        if self._shared is None:  # another attempt may have been faster
-            self._fresh = self._connector(force_close=True)
-            self._shared = self._session(self._connector(keepalive_timeout=KEEP_SECONDS), aiohttp.DummyCookieJar())
-        return self._shared
-
-    def fresh(self) -> aiohttp.ClientSession:
-        """One for an attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
-        return self._session(self._fresh, aiohttp.CookieJar(unsafe=True, quote_cookie=False))  # unsafe: also of IP addresses
-
-    async def close(self) -> None:
-        if self._shared is not None:
-            await self._shared.close()
-            await self._fresh.close()
-
-    def _connector(self, **more: Any) -> aiohttp.TCPConnector:
-        # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
-        return aiohttp.TCPConnector(limit=0, socket_factory=self._socket, resolver=cast(Any, _Resolver()), **more)
-
-    def _socket(self, info: Any) -> socket.socket:
-        # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
-        family, kind, protocol, _, address = info
-        if refusal := self._refusal_of(address[0]):
-            raise OSError(REFUSED_ERRNO, refusal)
-        return _Socket(family, kind, protocol)
-
-    def _session(self, connector: aiohttp.TCPConnector, cookies: aiohttp.abc.AbstractCookieJar) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=cookies,
-            headers={"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"},
-            skip_auto_headers=["Content-Type"],  # which a body without bytes has none of
-            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
-            auto_decompress=False,
-            max_line_size=MAX_HEAD_LINE,
-            max_field_size=MAX_HEAD_LINE,
-            max_headers=MAX_HEAD_BYTES,
-            middlewares=(_sent_once,),
-        )
-
-
-async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error.
-
-    Raises _Failed, with what a person can do about it. Never with aiohttp's own text: it has URLs.
-    """
-    while True:
-        try:
-            return await handler(request)
-        except aiohttp.ClientConnectorCertificateError as error:
-            reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
-            message = f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)"
-            raise _Failed(message, retryable=False) from None
-        except aiohttp.ClientConnectorError as error:
-            place, cause = f"{error.host}:{error.port}", error.os_error
-            # asyncio's own text of a refused connection names the address and not the reason.
-            system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
-            reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
-            if isinstance(error, aiohttp.ClientConnectorDNSError):
-                raise _Failed(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}") from None
-            if cause.errno == REFUSED_ERRNO:
-                raise _Failed(f"{place} may not be called: {reason}", retryable=False) from None
-            tls = isinstance(error, aiohttp.ClientConnectorSSLError)
-            raise _Failed(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}") from None
-        except aiohttp.ServerDisconnectedError as error:
-            if isinstance(error.message, str):  # else a part of an answer
-                raise _Failed("the server closed the connection without an answer") from None
-            raise _Failed(_BROKE_OFF) from None
-        except aiohttp.ClientResponseError as error:
-            raise _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}") from None
-        except aiohttp.InvalidURL:
-            raise _Failed("config.url: is not a valid http or https URL", retryable=False) from None
-        except (aiohttp.ClientError, OSError) as error:
-            if getattr(error, "errno", None) != STALE_ERRNO:
-                raise _Failed(f"the connection failed: {_reason(error)}") from None
-
-
 def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
     """Takes from `came` what belongs to the answer to a request, as its head declares it (RFC 9112, 6), until it is complete."""
     status = b"100"
     while status[:1] == b"1" and status != b"101":  # the real one is still to come
-        head = (yield from _taken(came, _HEAD_END.search)).lower()  # patterns that ignore case would take ten times as long
+        head = (yield from _taken(came, _HEAD_END)).lower()  # patterns that ignore case would take ten times as long
         found = _STATUS.match(head)
         status = found[1] if found else b""  # not HTTP, about which the parser has the last word
     if to_head or status in (b"204", b"304"):
         return
+    left = math.inf  # that is, until the connection ends
     if _TRANSFER_CHUNKED.search(head):
-        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END.search))):
+        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END))):
             if int(size[0], 16) == 0:
-                while (yield from _taken(came, _LINE_END.search)).strip():  # trailers
+                while (yield from _taken(came, _LINE_END)).strip():  # trailers
                     pass
                 return
             yield from _skipped(came, int(size[0], 16) + 2)
-        length = None
-    else:
-        length = _CONTENT_LENGTH.search(head)
-    yield from _skipped(came, int(length[1]) if length else math.inf)  # that is, until the connection ends
+    elif length := _CONTENT_LENGTH.search(head):
+        left = int(length[1])
+    yield from _skipped(came, left)
 
 
-def _taken(came: bytearray, find_end: Callable[..., re.Match[bytes] | None]) -> Generator[None, None, bytes]:
+def _taken(came: bytearray, end: re.Pattern[bytes]) -> Generator[None, None, bytes]:
     seen = 0
-    while not (found := find_end(came, max(0, seen - 2))):
+    while not (found := end.search(came, max(0, seen - 2))):
         seen = len(came)
         if seen > MAX_HEAD_BYTES:
             raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
@@ -6299,29 +6213,6 @@ class _TlsObject(_OneAnswer, ssl.SSLObject):
         return data if buffer is not None else self._answered(data)
 
 
-class _Resolver:
-    """Looks names up in daemon threads, so that dead DNS servers hold up neither the loop's executor nor the exit."""
-
-    def __init__(self) -> None:
-        self._free = asyncio.Semaphore(DNS_LOOKUPS)
-
-    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
-        try:
-            name = host.encode("idna")
-        except UnicodeError:
-            raise OSError(None, "invalid name") from None
-        async with self._free:
-            found = await in_daemon(socket.getaddrinfo, name, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
-        flags, same = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV, {"hostname": host, "port": port, "flags": 0}
-        return [
-            same | {"host": str(socket.getnameinfo(address, flags)[0]), "family": kind, "proto": protocol}
-            for kind, _, protocol, _, address in found
-        ]
-
-    async def close(self) -> None:
-        """Nothing to give back."""
-
-
 async def run_http(
     config: StoredConfig,
     run: Run,
@@ -6334,70 +6225,74 @@ async def run_http(
     """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
     timeout = config.get("timeout", settings.http_timeout)
     try:
-        if config.names_secrets:
-            resolved, secrets = resolve_secrets("http", config, environ, settings, run.cause)
-            live.begin(("body",), [*secrets, *_credentials(resolved)])
-            request = _http_request(config, resolved)
-        else:
-            live.begin(("body",), _credentials(config))
-            request = config.request
+        resolved, secrets = (
+            resolve_secrets("http", config, environ, settings, run.cause) if config.names_secrets else (config, [])
+        )
+        live.begin(("body",), [*secrets, *_credentials(resolved)])
+        request = config.request if resolved is config else _http_request(resolved)
         if live.reason:
             return _stopped(live, timeout)
-        try:
-            async with live.timeout(timeout):
-                request, response = await _exchange(client, request, run, live)
-        except TimeoutError:
-            output = _http_output(live)
-            if live.reason:
-                return dataclasses.replace(_stopped(live, timeout), output=output)
-            what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
-            return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
-        status, output = response.status, _http_output(live)
+        async with live.timeout(timeout):
+            request, response = await _exchange(client, config, request, run, live)
+        status, output = response.status, _output(live)
         expected = config.get("expected_status") or ["200-299"]
         if any(low <= status <= high for low, high in map(status_range, expected)):
             return Outcome("succeeded", output=output)
         message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
         message += f"; expected {', '.join(map(str, expected))}"
-        if status in (401, 403) and request.redirected_from:
-            message += f" (credentials for {request.redirected_from} were not sent on to {request.url.host})"
-        if 300 <= status < 400 and not request.follow:
+        if status in (401, 403) and request.left_behind:
+            message += f" (credentials for {request.left_behind} were not sent on to {request.url.host})"
+        if 300 <= status < 400 and not config.get("follow_redirects", True):
             message += " (follow_redirects is false)"
         wait = retry_after(response.headers, now) if status in (429, 503) else None
         return Outcome("failed", message, output, retryable=status in RETRIED_STATUS, retry_after=wait)
-    except ChronoTaskError as error:
-        retryable = isinstance(error, _Failed) and error.retryable and not live.acted
-        return Outcome("failed", live.masked(error.detail), _http_output(live), retryable=retryable)
+    except TimeoutError:
+        output = _output(live)
+        if live.reason:
+            return _stopped(live, timeout)
+        what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
+        return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
     except Exception as error:
-        return _unexpected(error, live)
+        return _failure(error, live)
     finally:
         live.close()
 
 
 def _credentials(config: dict[str, Any]) -> list[str]:
     """What a server must not put into the history by echoing it, references or not."""
-    if not config.get("auth") and not config.get("headers") and "@" not in config["url"]:
-        return []
     found = [value for name, value in config.get("headers", {}).items() if name.lower() in MASKED_HEADERS]
     found += [value.partition(" ")[2] for value in found if " " in value]
     if auth := config.get("auth"):
         found += [auth["password"], f"{auth['username']}:{auth['password']}"]
-    parts = url_parts(config["url"])
-    userinfo = urllib.parse.unquote(parts.userinfo) if parts else ""
-    return [*found, userinfo, userinfo.partition(":")[2]]
+    if "@" in config["url"] and (parts := url_parts(config["url"])):
+        userinfo = urllib.parse.unquote(parts.userinfo)
+        found += [userinfo, userinfo.partition(":")[2]]
+    return found
 
 
-def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
+class _Request(NamedTuple):
+    method: str
+    url: yarl.URL
+    headers: dict[str, str]  # but for those that tell this run from others
+    body: bytes | None
+    left_behind: str | None = None  # the host whose headers were taken off at a redirect
+
+
+def _http_request(config: dict[str, Any]) -> _Request:
+    """What a configuration asks for whose references are filled in. Raises ChronoTaskError."""
+    query = [
+        (name, str(item).lower() if isinstance(item, bool) else str(item))
+        for name, value in config.get("params", {}).items()
+        for item in (value if isinstance(value, list) else [value])
+    ]
     try:
-        url, authorization = _read_url(resolved["url"])
-        query: list[tuple[str, str]] = []
-        for name, value in resolved.get("params", {}).items():
-            for item in value if isinstance(value, list) else [value]:
-                query.append((name, str(item).lower() if isinstance(item, bool) else str(item)))
+        url, authorization = _read_url(config["url"])
         url = url.extend_query(query) if query else url
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
-    headers, body, own = {}, resolved.get("body"), resolved.get("headers", {})
-    if auth := resolved.get("auth"):
+    headers = {"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
+    own, body = config.get("headers", {}), config.get("body")
+    if auth := config.get("auth"):
         authorization = _basic_auth(auth["username"], auth["password"])
     if authorization:
         headers["Authorization"] = authorization
@@ -6407,26 +6302,15 @@ def _http_request(config: dict[str, Any], resolved: dict[str, Any]) -> _Request:
             flat = {name: value if isinstance(value, (str, list)) else compact(value) for name, value in body.items()}
             body = urllib.parse.urlencode(flat, doseq=True)
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
-    return _Request(
-        method=resolved.get("method", "GET"),
-        url=url,
-        headers=_overridden(headers, own),
-        body=body,
-        verify_tls=resolved.get("verify_tls", True),
-        follow=resolved.get("follow_redirects", True),
-        private=frozenset(name.lower() for name, value in config["headers"].items() if "${" in value) if own else frozenset(),
-        private_body=body is not None and "${" in compact(config["body"]),
-        closes=any("close" in value.lower() for name, value in own.items() if name.lower() == "connection"),
-    )
+    headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
+    return _Request(config.get("method", "GET"), url, headers, body)
 
 
 def _read_url(text: str) -> tuple[yarl.URL, str | None]:
     """The URL as it is written, without user and password, and these as an Authorization header. Raises ValueError."""
     parts = url_parts(text)
-    if parts is None:
-        raise ValueError
-    origin = yarl.URL(f"{parts.scheme}://{parts.host}")
-    if not origin.host:
+    origin = yarl.URL(f"{parts.scheme}://{parts.host}" if parts else "")
+    if parts is None or not origin.host:
         raise ValueError
     user, _, password = map(urllib.parse.unquote, parts.userinfo.partition(":"))
     login = _basic_auth(user, password) if parts.userinfo else None
@@ -6443,33 +6327,38 @@ def _basic_auth(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _overridden(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
-    """`own`, and those of `headers` that it does not name."""
-    given = {name.lower() for name in own}
-    return {name: value for name, value in headers.items() if name.lower() not in given} | own
-
-
-async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveOutput) -> tuple[_Request, aiohttp.ClientResponse]:
+async def _exchange(
+    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput
+) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
 
     A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
     """
     _ATTEMPT.set(live)
-    shared = await client.shared()
-    session = client.fresh() if request.closes else shared
+    of_run = {
+        "X-ChronoTask-Execution-Id": str(run.execution_id),
+        "X-ChronoTask-Attempt": str(run.attempt),
+        "Idempotency-Key": run.uuid,
+    }
+    if run.scheduled_for is not None:
+        of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
+    session = shared = await client.shared()
+    if "close" in request.headers.get("Connection", "").lower():
+        session = client.fresh()
     try:
         for _ in range(MAX_REDIRECTS + 1):
             response = await session.request(
                 request.method,
                 request.url,
-                headers=request.headers_of(run),
+                headers=of_run | request.headers,
                 data=request.body,
-                ssl=_tls_context(request.verify_tls) if request.url.scheme == "https" else True,
+                skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
+                ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
                 allow_redirects=False,
             )
             try:
-                target = _redirect_target(request, response)
-                if target is None:
+                following = _redirected(config, request, response)
+                if following is None:
                     await _read_body(response, live)
                     return request, response
             finally:
@@ -6477,45 +6366,41 @@ async def _exchange(client: HttpClient, request: _Request, run: Run, live: LiveO
             if session is shared:
                 session = client.fresh()
                 session.cookie_jar.update_cookies(response.cookies, response.url)
-            request = _redirected(request, response.status, target)
+            request = following
             live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
         raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
     finally:
         if session is not shared:
-            session.detach()
+            await session.close()
 
 
-def _redirect_target(request: _Request, response: aiohttp.ClientResponse) -> yarl.URL | None:
-    if response.status not in (301, 302, 303, 307, 308) or not request.follow or "Location" not in response.headers:
+def _redirected(config: StoredConfig, request: _Request, response: aiohttp.ClientResponse) -> _Request | None:
+    """The request that follows, if one does: its method is what browsers make it (RFC 9110, 15.4), credentials stay with their
+    own server. Raises ChronoTaskError."""
+    status, location = response.status, response.headers.get("Location", "").strip()
+    if status not in (301, 302, 303, 307, 308) or not config.get("follow_redirects", True) or "Location" not in response.headers:
         return None
-    location = response.headers["Location"].strip()
     try:
         if location.startswith("//"):
-            return _read_url(f"{request.url.scheme}:{location}")[0]
+            location = f"{request.url.scheme}:{location}"
         if re.match("[A-Za-z][A-Za-z0-9+.-]*:", location):
-            return _read_url(location)[0]
-        return request.url.join(yarl.URL(_as_written(location), encoded=True))
+            url = _read_url(location)[0]
+        else:
+            url = request.url.join(yarl.URL(_as_written(location), encoded=True))
     except ValueError:
-        raise ChronoTaskError(
-            f"redirected to {_one_line(mask_config('http', {'url': location})['url'], 100)}, which is no http or https URL"
-        ) from None
-
-
-def _redirected(request: _Request, status: int, target: yarl.URL) -> _Request:
-    """The next request: the method changes as browsers do it (RFC 9110, 15.4), credentials stay with their own server."""
-    method, body, headers = request.method, request.body, request.headers
+        target = _one_line(mask_config("http", {"url": location})["url"], 100)
+        raise ChronoTaskError(f"redirected to {target}, which is no http or https URL") from None
+    method, _, headers, body, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
         method, body = "GET", None
         headers = {name: value for name, value in headers.items() if not name.lower().startswith("content-")}
-    came_from = request.redirected_from
-    if target.origin() != request.url.origin():
-        if body is not None and request.private_body:
-            raise ChronoTaskError(f"redirected to {target.host}, which must not get the secret in the body")
-        passed = _HARMLESS_HEADERS - request.private
-        kept = {name: value for name, value in headers.items() if name.lower() in passed}
-        came_from = request.url.host if len(kept) < len(headers) else came_from
-        headers = kept
-    return dataclasses.replace(request, method=method, url=target, headers=headers, body=body, redirected_from=came_from)
+    if url.origin() != request.url.origin():
+        if body is not None and "${" in compact(config["body"]):
+            raise ChronoTaskError(f"redirected to {url.host}, which must not get the secret in the body")
+        secret = {name.lower() for name, value in config.get("headers", {}).items() if "${" in value}
+        kept = {name: value for name, value in headers.items() if name.lower() in _HARMLESS_HEADERS - secret}
+        headers, left_behind = kept, request.url.host if len(kept) < len(headers) else left_behind
+    return _Request(method, url, headers, body, left_behind)
 
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
@@ -6524,69 +6409,41 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     names: dict[str, str] = {}
     for plain, value in response.headers.items():
         text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        name = names.setdefault(
-            plain.lower(), live.masked(str(plain))
-        )  # aiohttp's own kind of string takes long to write as JSON
+        name = names.setdefault(plain.lower(), live.masked(str(plain)))  # aiohttp's own kind of string is slow to write as JSON
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     live.facts = {"status_code": response.status, "headers": headers}
-    decoder = (
-        _Decoder() if response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate") else None
-    )
+    packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate")
+    unpacker: Any = None
+    begun = False
     read = kept = 0
-    while True:
-        try:
-            chunk = await response.content.readany()
-        except (aiohttp.ClientError, OSError):
-            raise _Failed(_BROKE_OFF) from None
-        for part in (chunk,) if decoder is None else decoder.decoded(chunk):
-            live.feed("body", part)
-            read += len(part)
-            if read - kept > 262144:  # a body that always has more never waits: let others have the loop
-                kept = read
-                await asyncio.sleep(0)
-            if read >= MAX_BODY_BYTES:
-                return
-        if not chunk:
-            return
-
-
-class _Decoder:
-    """Undoes gzip and deflate in small pieces, so that what unpacks to gigabytes needs no memory."""
-
-    _inflate: Any = None
-    _begun = False
-
-    def decoded(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes unpack to; none are the end. Raises _Failed."""
-        if not data and self._inflate is not None:
-            yield self._inflate.flush()
-            if not self._inflate.eof:
-                raise _Failed(_BROKE_OFF)
-        while data:
-            if self._inflate is None:
-                if self._begun and data[:1] != b"\x1f":  # gzip may have several members; anything else behind it is no part of it
+    try:
+        while data := await response.content.readany():
+            while data:
+                if not packed:
+                    part, data = data, b""
+                else:  # in small pieces, so that what unpacks to gigabytes needs no memory
+                    if unpacker is None:
+                        if begun and data[:1] != b"\x1f":
+                            break  # gzip may have several members; anything else behind it is no part of it
+                        # zlib's header, gzip's, or neither: some servers send deflate without one.
+                        unpacker = zlib.decompressobj(47 if data[0] == 0x1F or data[0] & 15 == 8 else -15)
+                        begun = True
+                    part, data = unpacker.decompress(data, 65536), unpacker.unconsumed_tail
+                    if unpacker.eof:
+                        data, unpacker = unpacker.unused_data, None
+                live.feed("body", part)
+                read += len(part)
+                if read - kept > 262144:  # a body that always has more never waits: let others have the loop
+                    kept = read
+                    await asyncio.sleep(0)
+                if read >= MAX_BODY_BYTES:
                     return
-                # zlib's header, gzip's, or neither: some servers send deflate without one.
-                self._inflate = zlib.decompressobj(47 if data[0] == 0x1F or data[0] & 15 == 8 else -15)
-                self._begun = True
-            try:
-                yield self._inflate.decompress(data, 65536)
-            except zlib.error:
-                raise _Failed(_BROKE_OFF) from None
-            data = self._inflate.unconsumed_tail
-            if self._inflate.eof:
-                data, self._inflate = self._inflate.unused_data, None
-
-
-def _http_output(live: LiveOutput) -> dict[str, Any] | None:
-    output = _output(live)
-    if output and output["body"] and not output["truncated"] and _JSON_TYPE.match(live.content_type):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(output["body"].removeprefix("\ufeff"))
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
-            if max(depth for depth, _, _ in walk(value)) <= MAX_NESTING:
-                output["body"] = live.masked_json(value)
-    return output
+        if unpacker is not None:
+            live.feed("body", unpacker.flush())
+            if not unpacker.eof:
+                raise _Failed(_BROKE_OFF)
+    except (aiohttp.ClientError, OSError, zlib.error):
+        raise _Failed(_BROKE_OFF) from None
 
 
 def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:

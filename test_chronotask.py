@@ -3741,7 +3741,7 @@ def test_json_is_masked_again_once_it_is_parsed_keys_too() -> None:
     live = LiveOutput(1000)
     live.begin(("body",), ["secret+value"])
     twice = json.loads(r'{"a": ["secret\\u002Bvalue", 1, null], "secret\\u002Bvalue": {"b": "no secret"}}')
-    assert live.masked_json(twice) == {"a": ["********", 1, None], "********": {"b": "no secret"}}
+    assert live.masked(twice) == {"a": ["********", 1, None], "********": {"b": "no secret"}}
 
 
 def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
