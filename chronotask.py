@@ -5853,37 +5853,29 @@ def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, loo
     """
     wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
     killed: set[int] = set()
-    for look in range(looks + 10 if wanted else 0):
-        found = False
-        for pid in _processes_of(user):
-            # A zombie's is empty.
-            with contextlib.suppress(OSError), _looking_as(user), open(f"/proc/{pid}/environ", "rb") as file:
-                if not wanted.isdisjoint(file.read().split(b"\0")):
-                    found = True
-                    if look >= looks or pid not in killed:
-                        os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
-                    killed.add(pid)
-        if not found:
-            break
-        if look < looks:
-            threading.Event().wait(0.05)
-    return len(killed)
-
-
-@contextlib.contextmanager
-def _looking_as(user: pwd.struct_passwd | None) -> Iterator[None]:
-    """This thread reads files as that user does, whose processes root may look into only with CAP_SYS_PTRACE: setfsuid(2)."""
-    if user is None:
-        yield
-        return
     libc = ctypes.CDLL(None)
     try:
-        libc.setfsgid(user.pw_gid)
-        libc.setfsuid(user.pw_uid)
-        yield
+        if user is not None:  # root may look into that user's processes only with CAP_SYS_PTRACE: setfsuid(2), of this thread
+            libc.setfsgid(user.pw_gid)
+            libc.setfsuid(user.pw_uid)
+        for look in range(looks + 10 if wanted else 0):
+            found = False
+            for pid in _processes_of(user):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:  # a zombie's is empty
+                    if not wanted.isdisjoint(file.read().split(b"\0")):
+                        found = True
+                        if look >= looks or pid not in killed:
+                            os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
+                        killed.add(pid)
+            if not found:
+                break
+            if look < looks:
+                threading.Event().wait(0.05)
     finally:
-        libc.setfsuid(os.geteuid())
-        libc.setfsgid(os.getegid())
+        if user is not None:
+            libc.setfsuid(os.geteuid())
+            libc.setfsgid(os.getegid())
+    return len(killed)
 
 
 def _processes_of(user: pwd.struct_passwd | None) -> Iterator[int]:
