@@ -6079,6 +6079,8 @@ def _connection_failed(error: Exception) -> _Failed:
         return _Failed(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}")
     if isinstance(error, aiohttp.ServerDisconnectedError):  # its message may be a part of an answer
         return _Failed("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
+    if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
+        return _Failed("config.url: is not a valid http or https URL", retryable=False)
     if isinstance(error, aiohttp.ClientResponseError):
         return _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}")
     return _Failed(f"the connection failed: {_reason(error)}")
