@@ -6100,16 +6100,16 @@ def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
     """Takes from `came` what belongs to the answer to a request, as its head declares it (RFC 9112, 6), until it is complete."""
     status = b"100"
     while status[:1] == b"1" and status != b"101":  # the real one is still to come
-        head = (yield from _taken(came, _HEAD_END)).lower()  # patterns that ignore case would take ten times as long
+        head = (yield from _taken(came, _HEAD_END.search)).lower()  # patterns that ignore case would take ten times as long
         found = _STATUS.match(head)
         status = found[1] if found else b""  # not HTTP, about which the parser has the last word
     if to_head or status in (b"204", b"304"):
         return
     left = math.inf  # that is, until the connection ends
     if _TRANSFER_CHUNKED.search(head):
-        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END))):
+        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END.search))):
             if int(size[0], 16) == 0:
-                while (yield from _taken(came, _LINE_END)).strip():  # trailers
+                while (yield from _taken(came, _LINE_END.search)).strip():  # trailers
                     pass
                 return
             yield from _skipped(came, int(size[0], 16) + 2)
@@ -6118,9 +6118,9 @@ def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
     yield from _skipped(came, left)
 
 
-def _taken(came: bytearray, end: re.Pattern[bytes]) -> Generator[None, None, bytes]:
+def _taken(came: bytearray, find_end: Callable[..., re.Match[bytes] | None]) -> Generator[None, None, bytes]:
     seen = 0
-    while not (found := end.search(came, max(0, seen - 2))):
+    while not (found := find_end(came, max(0, seen - 2))):
         seen = len(came)
         if seen > MAX_HEAD_BYTES:
             raise ConnectionError(None, f"the head of the answer is larger than {MAX_HEAD_BYTES} bytes")
