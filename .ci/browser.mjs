@@ -206,6 +206,7 @@ fact('all schedules are paused after a question, and a banner says so on every v
 
 fact('a long run shows its output as it comes, and is cancelled', async () => {
   const id = await service.bash('Long one', 'for i in $(seq 600); do echo "line $i"; sleep 0.1; done');
+  await open(service);
   await page.getByRole('button', { name: 'Run now: Long one' }).click();
   await until(async () => (await page.locator('#running').innerText().catch(() => '')).includes('Long one'), 'it is in “Running now”');
   await shot('running');
