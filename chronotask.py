@@ -696,13 +696,12 @@ def parse_instant(text: str, zone: str) -> int:
     except ValueError as error:  # 31 February, 25:00
         raise ValueError(f"{_INSTANT_RULE} ({error})") from None
     local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
-    t: int | None = None
     if 0 <= local <= LAST_INSTANT:
         shift = moment.utcoffset()
         t = _instant_of(load_zone(zone), local) if shift is None else local - shift // _TICK
-    if t is None or not 0 <= t <= LAST_INSTANT:
-        raise ValueError(_INSTANT_RULE)
-    return t
+        if t is not None and 0 <= t <= LAST_INSTANT:
+            return t
+    raise ValueError(_INSTANT_RULE)
 
 
 def local_text(text: str, zone: str) -> str:
