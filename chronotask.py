@@ -2040,7 +2040,6 @@ Statuses = Annotated[
     BeforeValidator(_statuses),
     WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(_ANY_STATUS)}}),
 ]
-Trigger = Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"]
 
 
 class Hold:
@@ -2451,22 +2450,6 @@ class Finished:
 
 
 @dataclass(slots=True)
-class Standing:
-    """What a task has come to so far, as ends change it."""
-
-    id: int
-    status: str
-    status_reason: str | None
-    pause_after: int | None
-    failures_in_a_row: int
-    success_count: int
-    failure_count: int
-    last_status: str | None
-    last_success: int | None
-    last_success_id: int | None
-
-
-@dataclass(slots=True)
 class Ended:
     """An execution that is over, or (`started`) begins, and the failures in a row of its task before and after that."""
 
@@ -2496,7 +2479,6 @@ class View:
 
     @functools.cached_property
     def fields(self) -> Mapping[str, Any]:
-        """Their types."""
         return (shape_of(self.resource).shown if self.resource else {}) | self.more
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -2605,7 +2587,7 @@ class ExecutionQuery(RunQuery):
     task_id: TaskId | None = None
     tag: Tag | None = None
     schedule_id: Id | None = None
-    trigger: Trigger | None = None
+    trigger: Literal["schedule", "catchup", "manual", "after", "rerun", "backfill"] | None = None
     before_id: Id | None = None
 
 
@@ -2645,23 +2627,19 @@ def parse(model: Any, data: Any) -> Any:
 
     Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones.
     """
-    body = mark_of(model)
+    body, errors = mark_of(model), list[FieldError]()
     if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
         read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
         data = {name: value for name, value in data.items() if name not in read_only}
-    try:
+    with told_at("", errors):
         return _checked(model, data)
-    except InvalidInput as error:
-        errors = error.errors
     if body is not None and not body.update and isinstance(data, dict):
         # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
-        try:
+        with told_at("", errors):
             if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
                 parse_config(data["task_type"], data["config"])
             if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
                 check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
-        except InvalidInput as inner:
-            errors += inner.errors
     raise InvalidInput(*errors)
 
 
@@ -3088,22 +3066,22 @@ MOST_CAUSE_OUTPUT = 2000  # characters
 MOST_CAUSE_BYTES = 6144
 
 
-def count_end(standing: Standing, end: Ended) -> None:
+def count_end(task: Task, end: Ended) -> None:
     """Counts the end of an execution that ran, and pauses the task after `pause_after` failures in a row."""
-    end.before = standing.failures_in_a_row
-    standing.last_status = end.status
+    end.before = task.failures_in_a_row
+    task.last_status = end.status
     if SUCCESS.get(end.status) is True:
-        standing.success_count += 1
-        standing.failures_in_a_row = 0
-        standing.last_success, standing.last_success_id = end.finished_at, end.execution_id
+        task.success_count += 1
+        task.failures_in_a_row = 0
+        task.last_success, task.last_success_id = end.finished_at, end.execution_id
     elif SUCCESS.get(end.status) is False:
-        standing.failure_count += 1
-        standing.failures_in_a_row += 1
-        if standing.status == "active" and standing.failures_in_a_row >= (standing.pause_after or math.inf):
-            standing.status, end.paused = "paused", True
-            failures = f"{standing.failures_in_a_row} failures in a row"
-            standing.status_reason = f"paused after {failures} (pause_after), {format_second(end.finished_at)}"
-    end.after = standing.failures_in_a_row
+        task.failure_count += 1
+        task.failures_in_a_row += 1
+        if task.status == "active" and task.failures_in_a_row >= (task.pause_after or math.inf):
+            task.status, end.paused = "paused", True
+            failures = f"{task.failures_in_a_row} failures in a row"
+            task.status_reason = f"paused after {failures} (pause_after), {format_second(end.finished_at)}"
+    end.after = task.failures_in_a_row
 
 
 def events_of(end: Ended, threshold: int) -> list[str]:
@@ -4543,17 +4521,12 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
     return sorted((Ended(*row) for row in written if row[2] != "retrying"), key=lambda end: order[end.execution_id])
 
 
-def standings_of(db: DB, task_ids: Collection[int]) -> dict[int, Standing]:
-    columns = ", ".join(shape_of(Standing).columns)
-    these = f"SELECT {columns} FROM tasks WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted"
-    return {standing.id: standing for standing in load(db, Standing, these, (compact(list(task_ids)),))}
-
-
-def write_standings(db: DB, standings: Collection[Standing], paused: Collection[int]) -> None:
-    """`paused` are the tasks among them whose status has changed."""
-    columns = shape_of(Standing).columns
-    changes = ", ".join(f"{name} = rows.{name}" for name in columns[1:] if name != "pause_after")
-    rows = [_stored(standing, columns) for standing in standings]
+def write_standings(db: DB, tasks: Collection[Task], paused: Collection[int]) -> None:
+    """What tasks have come to, as ends change it. `paused` are those among them whose status has changed."""
+    columns: tuple[str, ...] = ("id", "status", "status_reason", "failures_in_a_row", "success_count", "failure_count")
+    columns += ("last_status", "last_success", "last_success_id")
+    changes = ", ".join(f"{name} = rows.{name}" for name in columns[1:])
+    rows = [_stored(task, columns) for task in tasks]
     write_rows(db, f"UPDATE tasks SET {changes} FROM rows WHERE tasks.id = rows.id", columns, rows)
     if paused:
         these = "(SELECT value FROM json_each(?))"
@@ -6974,11 +6947,11 @@ class Engine:
 def settle(db: DB, ended: Sequence[Finished]) -> list[Ended]:
     """Finishes attempts, and counts for their tasks what is over by that."""
     over = finish_attempts(db, ended)
-    standings = standings_of(db, {end.task_id for end in over})
+    tasks = get_tasks(db, {end.task_id for end in over})
     for end in over:
-        if standing := standings.get(end.task_id):
-            count_end(standing, end)
-    write_standings(db, standings.values(), {end.task_id for end in over if end.paused})
+        if task := tasks.get(end.task_id):
+            count_end(task, end)
+    write_standings(db, tasks.values(), {end.task_id for end in over if end.paused})
     return over
 
 
@@ -8576,9 +8549,8 @@ class _Apply:
         for key, item in standing.items():
             if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
                 acts = item.status == "active" if isinstance(item, Task) else item.is_active
-                self._do(
-                    {"pause": "paused" if acts else "orphaned", "delete": "deleted"}.get(str(self.prune), "orphaned"), key, item
-                )
+                pruned = "paused" if self.prune == "pause" and acts else "orphaned"
+                self._do("deleted" if self.prune == "delete" else pruned, key, item)
         # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
         for kind in (Task, Schedule, Schedule):
             errors.clear()
@@ -8617,7 +8589,7 @@ class _Apply:
         else:
             if not task:
                 check_watched(self.tx.db, item)
-                wanted["schedule_config"] = item.schedule_config
+                wanted |= {"schedule_config": item.schedule_config, "is_active": item.is_active}
             left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
             if not task and item.is_active == (stored.is_active or stored.over):
                 left.add("is_active")
@@ -8660,7 +8632,7 @@ class _Undone(Exception):
 
 @Operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
 async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
-    """Make tasks and schedules what a file says, in one transaction. In one transaction, as it stands in a file: chronotask = 1,
+    """Make tasks and schedules what a file says, in one transaction. As it stands in a file: chronotask = 1,
     [tasks.KEY] task_type = "bash", config = {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config =
     {expression = "30 2 * * *"}. Tasks that it no longer names go on unless prune says otherwise. Try dry_run first."""
     file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
