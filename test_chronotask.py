@@ -3567,23 +3567,9 @@ def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
 PATH = os.environ.get("PATH", os.defpath)
 # Its own in each process: tests beside each other must not end what the others have started.
 RUN_UUID = f"11111111-2222-3333-4444-{os.getpid():08x}5555"
-SECOND_RUN = chronotask.Run(
-    execution_id=8,
-    task_id=7,
-    schedule_id=9,
-    trigger="schedule",
-    scheduled_for=1_700_000_000_250_000,
-    fire_at=1_700_000_000_250_000,
-    attempt=2,
-    uuid=RUN_UUID,
-    started_at=1_700_000_000_250_000,
-    task_name="näme",
-    task_type="bash",
-    config="{}",
-    max_retries=3,
-    retry_delay=5,
-    retry_backoff=2,
-)
+SLOT = 1_700_000_000_250_000
+# The second attempt of execution 8, of task 7 by schedule 9.
+SECOND_RUN = chronotask.Run(8, 7, 9, "schedule", SLOT, SLOT, 2, RUN_UUID, SLOT, "näme", "bash", "{}", 3, 5, 2)
 MANUAL_RUN = dataclasses.replace(SECOND_RUN, schedule_id=None, trigger="manual", scheduled_for=None, fire_at=None, attempt=1)
 RUN_ID = f"{RUN_UUID[:-4]}0002"
 
@@ -3676,14 +3662,6 @@ def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
     assert shown == b"a ******** b ******** c ******** hunter2 ********mor"
 
 
-def test_a_secret_is_found_in_its_encoded_forms() -> None:
-    secret = 'pä"ss/ word'
-    text = " ".join(
-        [secret, json.dumps(secret), "p%C3%A4%22ss%2F%20word", "p%C3%A4%22ss%2F+word", base64.b64encode(secret.encode()).decode()]
-    )
-    assert SecretMasker([secret]).feed(text.encode(), last=True).decode() == f'{MASK} "{MASK}" {MASK} {MASK} {MASK}'
-
-
 # What other programs print for the secret sk/live+é=="1'.
 @pytest.mark.parametrize(
     "echo",
@@ -3714,9 +3692,12 @@ def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, se
         assert len(shown.replace(b"[", b"").replace(b"********", b"")) <= len(user) * 8 // 6 + 2
 
 
-@pytest.mark.parametrize("secret", ["a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041"])
+@pytest.mark.parametrize(
+    "secret", ["a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041", 'pä"ss/ word']
+)
 def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret: str) -> None:
-    for echo in (secret, json.dumps(secret), urllib.parse.quote_plus(secret), html.escape(secret), repr(secret)):
+    quoted = urllib.parse.quote_plus(secret), urllib.parse.quote(secret, safe="")
+    for echo in (secret, json.dumps(secret), *quoted, html.escape(secret), repr(secret)):
         for step in (1, 1000):
             assert masked(secret, echo.encode(), step).strip(b"\"'") == b"********", echo
 
@@ -3749,12 +3730,6 @@ def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
     assert masker.feed(b"progress 1\n") == b"progress 1\n"
     assert masker.feed(b"is it sec") == b"is it "
     assert masker.feed(b"ond?") == b"second?"
-
-
-def test_an_output_full_of_beginnings_of_a_secret_is_masked_in_linear_time() -> None:
-    masker = SecretMasker(["a" * 5000 + "b"])
-    fed = sum(len(masker.feed(b"a" * 65536)) for _ in range(20))
-    assert fed + len(masker.feed(b"", last=True)) == 20 * 65536
 
 
 @pytest.mark.parametrize(
@@ -3973,15 +3948,20 @@ async def test_a_command_succeeds_with_exit_status_0() -> None:
     ("command", "message", "retryable"),
     [
         ("exit 3", "exit status 3", True),
-        ("echo first >&2; echo 'last \x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
-        ("printf 'a\\033[31mb\\n' >&2; exit 1", "exit status 1: a [31mb", True),
+        ("echo first >&2; echo 'last \\x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
+        (r"printf 'a\033[31mb\n' >&2; exit 1", "exit status 1: a [31mb", True),
         ("kill -KILL $$", "was killed by SIGKILL", True),
         ("exit 126", "exit status 126", False),
         ("exit 127", "exit status 127", False),
+        # The last line of stderr that can be read.
+        (r"printf 'why\n\0\n' >&2; exit 1", "exit status 1: why", True),
+        (r"printf 'why\n\t \001\033\n\r\n' >&2; exit 1", "exit status 1: why", True),
+        (r"printf '\0\n\n' >&2; exit 1", "exit status 1", True),
+        (r"printf 'a\0b' >&2; exit 1", "exit status 1: a b", True),
     ],
 )
 async def test_other_ends_are_failures(command: str, message: str, retryable: bool) -> None:
-    outcome = await bash(command.replace("\x1b", "\\x1b"))
+    outcome = await bash(command)
     assert (outcome.status, outcome.error_message, outcome.retryable) == ("failed", message, retryable)
 
 
@@ -4137,20 +4117,6 @@ async def test_a_tilde_at_the_beginning_of_working_dir_is_the_home_of_the_servic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stderr", "message"),
-    [
-        (r"why\n\0\n", "exit status 1: why"),
-        (r"why\n\t \001\033\n\r\n", "exit status 1: why"),
-        (r"\0\n\n", "exit status 1"),
-        (r"a\0b", "exit status 1: a b"),
-    ],
-)
-async def test_the_reason_of_a_failure_is_the_last_line_of_stderr_that_can_be_read(stderr: str, message: str) -> None:
-    assert (await bash(f"printf '{stderr}' >&2; exit 1")).error_message == message
-
-
-@pytest.mark.slow
 async def test_the_reason_of_an_interruption_does_not_repeat_its_status() -> None:
     live = LiveOutput(1000)
     live.stop("interrupted")
@@ -4158,11 +4124,15 @@ async def test_the_reason_of_an_interruption_does_not_repeat_its_status() -> Non
 
 
 @pytest.mark.slow
-async def test_a_task_cannot_replace_the_shell_by_its_path(tmp_path: Path) -> None:
-    planted = tmp_path / "bash"
-    planted.write_text("#!/bin/sh\necho planted\n")
-    planted.chmod(0o755)
+async def test_neither_a_task_nor_a_relative_folder_on_the_services_path_replaces_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("bash", "echo"):
+        (tmp_path / name).write_text("#!/bin/sh\necho planted\n")
+        (tmp_path / name).chmod(0o755)
     assert out(await bash("echo real", env={"PATH": str(tmp_path)}, working_dir=str(tmp_path))) == "real\n"
+    assert out(await bash("echo a", settings=LISTED, environ={"PATH": ".::" + PATH})) == "a\n"
 
 
 @pytest.mark.slow
@@ -4171,6 +4141,8 @@ async def test_what_is_missing_is_named_and_final(tmp_path: Path) -> None:
     assert outcome == Outcome("failed", "working_dir '/nonexistent': no such file or directory")
     outcome = await bash("true", environ={"PATH": "/nonexistent"})
     assert outcome == Outcome("failed", "the command 'bash' was not found on the service's PATH")
+    outcome = await bash("no-such-program", settings=Settings(allowed_bash_commands=("no-such-program",)))
+    assert outcome == Outcome("failed", "the command 'no-such-program' was not found on the service's PATH")
     (tmp_path / "backup.sh").write_text("true")
     outcome = await bash("backup.sh --full", working_dir=str(tmp_path))
     assert outcome.retryable is False
@@ -4197,7 +4169,6 @@ async def test_who_ignores_sigterm_is_killed_be_it_the_command_or_a_member_of_it
     outcome = await bash("trap '' TERM; echo deaf; while :; do sleep 60; done", timeout=0.2)
     assert (output(outcome)["stdout"], output(outcome)["signal"]) == ("deaf\n", "SIGKILL")
     assert of_run(RUN_ID) == []
-    monkeypatch.setitem(chronotask.TERM_SECONDS, "timed_out", 0.2)
     outcome = await bash("(trap '' TERM; exec sleep 60) & exec sleep 60", timeout=0.2)
     assert outcome.status == "timed_out"
     assert of_run(RUN_ID) == []
@@ -4833,23 +4804,6 @@ def test_an_entry_that_is_a_path_must_be_given_as_that_path() -> None:
 
 
 @pytest.mark.slow
-async def test_an_allowed_command_that_is_not_installed_says_so() -> None:
-    settings = Settings(allowed_bash_commands=("no-such-program",))
-    assert await bash("no-such-program", settings=settings) == Outcome(
-        "failed", "the command 'no-such-program' was not found on the service's PATH"
-    )
-
-
-@pytest.mark.slow
-async def test_a_relative_folder_on_the_services_path_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "echo").write_text("#!/bin/sh\necho planted\n")
-    (tmp_path / "echo").chmod(0o755)
-    outcome = await bash("echo a", settings=LISTED, environ={"PATH": ".::" + PATH})
-    assert out(outcome) == "a\n"
-
-
-@pytest.mark.slow
 async def test_bash_tasks_can_be_forbidden_altogether() -> None:
     settings = Settings(allow_host_commands=False)
     with pytest.raises(Forbidden):
@@ -4890,19 +4844,14 @@ def test_refused_addresses(address: str, open_net: str | None, private_blocked: 
         assert (refusal and refusal.split()[0]) == expected
 
 
-def test_allowed_networks_open_what_is_refused() -> None:
-    networks = (ipaddress.ip_network("169.254.169.254/32"), ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
-    settings = Settings(block_private_networks=True, allowed_networks=networks)
-    assert refused_address("169.254.169.254", settings) is None
-    assert refused_address("::ffff:10.0.0.1", settings) is None
-    assert refused_address("fd00:ec2::254", settings) is None
-    assert refused_address("169.254.169.253", settings) is not None
-    assert refused_address("192.168.0.1", settings) is not None
-
-
 @pytest.mark.parametrize(
     ("allowed", "address", "refused"),
     [
+        ("169.254.169.254/32", "169.254.169.254", False),
+        ("10.0.0.0/8", "::ffff:10.0.0.1", False),
+        ("fd00::/8", "fd00:ec2::254", False),
+        ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "169.254.169.253", True),
+        ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "192.168.0.1", True),
         ("64:ff9b::/96", "64:ff9b::a9fe:a9fe", True),
         ("64:ff9b::/96", "64:ff9b::7f00:1", True),
         ("2002::/16", "2002:a9fe:a9fe::1", True),
@@ -4912,7 +4861,9 @@ def test_allowed_networks_open_what_is_refused() -> None:
         ("::/0 0.0.0.0/0", "2002:a9fe:a9fe::1", False),
     ],
 )
-def test_an_address_inside_another_is_open_only_when_both_are_listed(allowed: str, address: str, refused: bool) -> None:
+def test_allowed_networks_open_what_is_refused_an_address_inside_another_only_when_both_are_listed(
+    allowed: str, address: str, refused: bool
+) -> None:
     networks = tuple(ipaddress.ip_network(text) for text in allowed.split())
     settings = Settings(block_private_networks=True, allowed_networks=networks)
     assert (refused_address(address, settings) is not None) == refused
@@ -4936,6 +4887,17 @@ async def serving(handler: Handler, ssl_context: ssl.SSLContext | None = None) -
         yield f"{scheme}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def moving_to(target: str, status: int = 307) -> AsyncIterator[str]:
+    """A loopback server that redirects to `target`."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Location": target})
+
+    async with serving(handler) as url:
+        yield url
 
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -4998,12 +4960,13 @@ async def http_executors(
     live: LiveOutput | None = None,
     run: chronotask.Run = SECOND_RUN,
     now: Callable[[], int] | None = None,
+    client: chronotask.HttpClient | None = None,
     **config: Any,
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    async with http_client(settings) as client:
-        return await run_http(StoredConfig(url=url, **config), run, settings, client, environ or {}, live, now)
+    async with contextlib.nullcontext(client) if client else http_client(settings) as used:
+        return await run_http(StoredConfig(url=url, **config), run, settings, used, environ or {}, live, now)
 
 
 async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None, **config: Any) -> Outcome:
@@ -5093,8 +5056,8 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch:
 
     async with serving(handler) as url, http_client(Settings()) as client:
 
-        async def get(path: str, **config: Any) -> Outcome:
-            return await run_http(StoredConfig(url=url + path, **config), SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
+        def get(path: str, **config: Any) -> Awaitable[Outcome]:
+            return http_executors(url + path, client=client, **config)
 
         outcomes = [await get("/"), await get("/empty"), await get("/", method="HEAD"), await get("/")]
         assert {outcome.status for outcome in outcomes} == {"succeeded"}
@@ -5161,29 +5124,26 @@ async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content_type", "text", "body"),
+    ("content_type", "sent", "body"),
     [
         ("application/problem+json", '{"a": 1}', {"a": 1}),
         ("text/plain", '{"a": 1}', '{"a": 1}'),
-        ("application/json", "{broken", "{broken"),
-        ("application/json", "", ""),
-        ("application/json", "[NaN]", "[NaN]"),
-        ("application/json", "[1e999]", "[1e999]"),
-        ("application/json", '["\\ud800"]', '["\\ud800"]'),
-        ("application/json", "[" * 66 + "]" * 66, "[" * 66 + "]" * 66),
-        ("application/json", "[" * 30000, "[" * 30000),
-        ("application/json", "1" * 5000, "1" * 5000),
+        ("text/plain;charset=iso-8859-1", b"caf\xe9", "café"),
+        ("image/png", b"caf\xe9", "caf\ufffd"),
+        # What cannot be written again as JSON stays text.
+        *(("application/json", text, text) for text in ("{broken", "", "[NaN]", "[1e999]", '["\\ud800"]')),
+        *(("application/json", text, text) for text in ("[" * 66 + "]" * 66, "[" * 30000, "1" * 5000)),
+        # Behind a byte order mark JSON is JSON.
+        ("application/json", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        ("application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        ("application/json; charset=utf-16", '\ufeff{"a": 1}'.encode("utf-16-le"), {"a": 1}),
+        ("application/json; charset=utf-16be", '\ufeff{"a": 1}'.encode("utf-16-be"), {"a": 1}),
     ],
 )
-async def test_json_that_cannot_be_written_again_stays_text(content_type: str, text: str, body: Any) -> None:
-    outcome = await answered(lambda: web.Response(body=text.encode(), headers={"Content-Type": content_type}))
+async def test_json_is_parsed_and_other_bodies_are_text(content_type: str, sent: str | bytes, body: Any) -> None:
+    raw = sent.encode() if isinstance(sent, str) else sent
+    outcome = await answered(lambda: web.Response(body=raw, headers={"Content-Type": content_type}))
     assert output(outcome)["body"] == body
-
-
-async def test_a_charset_is_respected_and_binary_replaced() -> None:
-    for content_type, text in (("text/plain;charset=iso-8859-1", "café"), ("image/png", "caf\ufffd")):
-        outcome = await answered(lambda kind=content_type: web.Response(body=b"caf\xe9", headers={"Content-Type": kind}))
-        assert output(outcome)["body"] == text
 
 
 @pytest.mark.parametrize(
@@ -5281,22 +5241,20 @@ CREDENTIALS = """Cookie Proxy-Authorization X-Api-Key X-Auth-Token X-Amz-Securit
 
 @pytest.mark.parametrize("by", ["headers", "auth", "url"])
 async def test_credentials_are_not_sent_on_to_another_server(by: str) -> None:
-    async with serving(echo) as other:
+    config: dict[str, Any] = {"headers": dict.fromkeys(CREDENTIALS, "a=b")}
+    if by == "headers":
+        config["headers"]["Authorization"] = "Bearer 1"
+    elif by == "auth":
+        config["auth"] = {"username": "u", "password": "p"}
 
-        async def handler(request: web.Request) -> web.Response:
-            if request.path == "/here":
-                return await echo(request)
-            return web.Response(status=307, headers={"Location": "/here" if request.path == "/same" else other + "/there"})
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/here":
+            return await echo(request)
+        return web.Response(status=307, headers={"Location": "/here" if request.path == "/same" else other + "/there"})
 
-        async with serving(handler) as url:
-            config: dict[str, Any] = {"headers": dict.fromkeys(CREDENTIALS, "a=b")}
-            if by == "headers":
-                config["headers"]["Authorization"] = "Bearer 1"
-            elif by == "auth":
-                config["auth"] = {"username": "u", "password": "p"}
-            base = url.replace("//", "//u:p@") if by == "url" else url
-            same = await http_executors(base + "/same", **config)
-            away = await http_executors(base + "/away", **config)
+    async with serving(echo) as other, serving(handler) as url:
+        base = url.replace("//", "//u:p@") if by == "url" else url
+        same, away = [await http_executors(base + path, **config) for path in ("/same", "/away")]
     secret = {name.lower() for name in CREDENTIALS} | {"authorization"}
     assert secret <= set(output(same)["body"]["headers"])
     assert not secret & set(output(away)["body"]["headers"])
@@ -5305,14 +5263,9 @@ async def test_credentials_are_not_sent_on_to_another_server(by: str) -> None:
 
 async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -> None:
     environ = {"CHRONOTASK_SECRET_A": "value-of-a"}
-    async with serving(echo) as other:
-
-        async def handler(request: web.Request) -> web.Response:
-            return web.Response(status=307, headers={"Location": other})
-
-        async with serving(handler) as url:
-            header = await http_executors(url, environ=environ, headers={"Accept": "${env:CHRONOTASK_SECRET_A}"})
-            body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
+    async with serving(echo) as other, moving_to(other) as url:
+        header = await http_executors(url, environ=environ, headers={"Accept": "${env:CHRONOTASK_SECRET_A}"})
+        body = await http_executors(url, environ=environ, method="POST", body={"a": "${env:CHRONOTASK_SECRET_A}"})
     assert output(header)["body"]["headers"]["accept"] == "*/*"
     assert (body.status, body.retryable) == ("failed", False)
     assert body.error_message == "redirected to 127.0.0.1, which must not get the secret in the body"
@@ -5322,13 +5275,8 @@ async def test_a_refusal_after_a_redirect_says_that_credentials_were_left_behind
     async def closed(request: web.Request) -> web.Response:
         return web.Response(status=401)
 
-    async with serving(closed) as other:
-
-        async def handler(request: web.Request) -> web.Response:
-            return web.Response(status=302, headers={"Location": other})
-
-        async with serving(handler) as url:
-            outcome = await http_executors(url, auth={"username": "u", "password": "p"})
+    async with serving(closed) as other, moving_to(other) as url:
+        outcome = await http_executors(url, auth={"username": "u", "password": "p"})
     assert outcome.error_message == (
         "answered 401 Unauthorized; expected 200-299 (credentials for 127.0.0.1 were not sent on to 127.0.0.1)"
     )
@@ -5343,10 +5291,8 @@ async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the
         response.set_cookie("sid", "1")
         return response
 
-    settings = Settings()
-    async with serving(handler) as url, http_client(settings) as client:
-        for _ in range(2):
-            await run_http(StoredConfig(url=url + "/"), SECOND_RUN, settings, client, {}, LiveOutput(1000))
+    async with serving(handler) as url:
+        await attempts(url + "/", 2)
     assert seen == [None, "sid=1", None, "sid=1"]
 
 
@@ -5463,17 +5409,14 @@ async def test_a_name_that_cannot_exist_is_named(url: str) -> None:
     assert "unexpected" not in str(outcome.error_message)
 
 
-@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "0xa9fea9fe", "2852039166"])
-async def test_metadata_addresses_are_refused_before_a_packet_is_sent(host: str) -> None:
-    outcome = await http_executors(f"http://{host}/latest/meta-data/", timeout=5)
-    assert (outcome.status, outcome.retryable) == ("failed", False)
-    assert str(outcome.error_message).endswith(
-        ("link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)", "is not a valid http or https URL")
-    )
+METADATA = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "0xa9fea9fe", "2852039166"]
+PRIVATE = ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "127.1", "[::ffff:127.0.0.1]"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "127.1", "[::ffff:127.0.0.1]"])
-async def test_private_addresses_are_refused_when_blocked_however_they_are_written(host: str) -> None:
+@pytest.mark.parametrize(("host", "blocked"), [*((host, False) for host in METADATA), *((host, True) for host in PRIVATE)])
+async def test_metadata_addresses_are_refused_and_private_ones_when_blocked_however_they_are_written(
+    host: str, blocked: bool
+) -> None:
     called = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -5481,12 +5424,13 @@ async def test_private_addresses_are_refused_when_blocked_however_they_are_writt
         return web.Response()
 
     async with serving(handler) as url:
-        port = url.rpartition(":")[2]
-        outcome = await http_executors(f"http://{host}:{port}/", settings=Settings(block_private_networks=True), timeout=5)
+        port = f":{url.rpartition(':')[2]}" if blocked else ""
+        settings = Settings(block_private_networks=blocked)
+        outcome = await http_executors(f"http://{host}{port}/latest/meta-data/", settings=settings, timeout=5)
     assert (outcome.status, outcome.retryable, called) == ("failed", False, [])
-    assert str(outcome.error_message).endswith(
-        ("private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)", "is not a valid http or https URL")
-    )
+    said = ["link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"]
+    said += ["private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"] * blocked
+    assert str(outcome.error_message).endswith((said[-1], "is not a valid http or https URL"))
 
 
 # A certificate for localhost and 127.0.0.1 that nobody trusts, valid for a hundred years. Made for these tests alone.
@@ -5552,11 +5496,8 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
         await all_here.wait()
         return web.Response()
 
-    settings = Settings()
-    async with serving(handler) as url, http_client(settings) as client:
-        outcomes = await asyncio.gather(
-            *(run_http(StoredConfig(url=url), SECOND_RUN, settings, client, {}, LiveOutput(1000)) for _ in range(150))
-        )
+    async with serving(handler) as url, http_client(Settings()) as client:
+        outcomes = await asyncio.gather(*(http_executors(url, client=client) for _ in range(150)))
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
 
@@ -5619,8 +5560,7 @@ NOT_HTTP = b"SSH-2.0-OpenSSH\r\n\r\n"
 async def attempts(url: str, count: int, **config: Any) -> list[Outcome]:
     """One after another, by the same client."""
     async with http_client(Settings()) as client:
-        task = StoredConfig(url=url, **config)
-        return [await run_http(task, SECOND_RUN, Settings(), client, {}, LiveOutput(100_000)) for _ in range(count)]
+        return [await http_executors(url, client=client, **config) for _ in range(count)]
 
 
 def redirect(location: bytes, status: int = 302) -> bytes:
@@ -5628,24 +5568,18 @@ def redirect(location: bytes, status: int = 302) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("status", "location"), [(303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next")]
+    ("status", "location"),
+    [(303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next"), (200, b"")],
 )
-async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: int, location: bytes) -> None:
+async def test_a_server_that_closes_behind_every_answer_or_redirect_without_saying_so(status: int, location: bytes) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        return (OK, False) if request.endswith("/next") else (redirect(place, status), True)
+        return (redirect(place, status), True) if location and not request.endswith("/next") else (OK, not location)
 
     async with talking(answer) as (url, seen):
         place = location.replace(b"PORT", url.rpartition(":")[2].encode())
         outcomes = await attempts(url + "/", 20, method="POST", body="paid")
     assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
-    assert seen == ["POST /", f"{'POST' if status == 307 else 'GET'} /next"] * 20
-
-
-async def test_a_server_that_closes_behind_every_answer_without_saying_so() -> None:
-    async with talking(lambda request, number: (OK, True)) as (url, seen):
-        outcomes = await attempts(url, 20, method="POST")
-    assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
-    assert seen == ["POST /"] * 20
+    assert seen == ["POST /", *([f"{'POST' if status == 307 else 'GET'} /next"] if location else ())] * 20
 
 
 async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5659,7 +5593,7 @@ async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it
 
     async with talking(answer) as (url, _), http_client(Settings()) as client:
         for _ in range(3):
-            await run_http(StoredConfig(url=url), SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
+            await http_executors(url, client=client)
             await asyncio.sleep(0.15)
     assert numbers == [0, 0, 0]
 
@@ -5878,20 +5812,6 @@ async def test_a_coding_is_undone_or_kept_and_the_status_decides(coding: str, se
     assert (outcome.status, output(outcome)["body"]) == ("succeeded", body)
 
 
-@pytest.mark.parametrize(
-    ("content_type", "sent"),
-    [
-        ("application/json", b'\xef\xbb\xbf{"a": 1}'),
-        ("application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a": 1}'),
-        ("application/json; charset=utf-16", '\ufeff{"a": 1}'.encode("utf-16-le")),
-        ("application/json; charset=utf-16be", '\ufeff{"a": 1}'.encode("utf-16-be")),
-    ],
-)
-async def test_json_behind_a_byte_order_mark_is_json(content_type: str, sent: bytes) -> None:
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(sent)}\r\n\r\n"
-    assert output(await answered(head.encode() + sent))["body"] == {"a": 1}
-
-
 async def test_headers_that_differ_in_case_are_one() -> None:
     answer = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: 2\r\nX-a: 3\r\nContent-Length: 0\r\n\r\n"
     assert output(await answered(answer))["headers"] == {"X-A": "1, 2, 3", "Content-Length": "0"}
@@ -5926,19 +5846,15 @@ async def test_the_scheduler_loop_waits_for_nothing_when_nothing_is_planned(rig:
 
 async def test_claiming_a_slot_and_moving_the_schedule_on_is_one_transaction(rig: Rig) -> None:
     schedule_id = await rig.schedule(await rig.task())
-    rig.sql("CREATE TRIGGER t BEFORE UPDATE OF next_slot ON schedules BEGIN SELECT RAISE(ABORT, 'planted'); END")
     rig.clock.advance(60)
-    with pytest.raises(Unavailable, match="planted"):
-        await rig.service.engine.tick()
-    assert rig.sql("SELECT count(*) FROM executions") == [(0,)]
-    rig.sql("DROP TRIGGER t")
-    rig.sql("CREATE TRIGGER t BEFORE INSERT ON executions BEGIN SELECT RAISE(ABORT, 'planted'); END")
-    with pytest.raises(Unavailable, match="planted"):
-        await rig.service.engine.tick()
-    assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START,)]
-    rig.sql("DROP TRIGGER t")
-    await rig.tick()
-    await rig.finish()
+    for event in ("UPDATE OF next_slot ON schedules", "INSERT ON executions"):
+        rig.sql(f"CREATE TRIGGER t BEFORE {event} BEGIN SELECT RAISE(ABORT, 'planted'); END")
+        with pytest.raises(Unavailable, match="planted"):
+            await rig.service.engine.tick()
+        assert rig.sql("SELECT count(*) FROM executions") == [(0,)]
+        assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START,)]
+        rig.sql("DROP TRIGGER t")
+    await rig.run_at(60)
     assert await rig.brief() == [("schedule", "succeeded", 60)]
     assert rig.sql("SELECT settled_until FROM schedules WHERE id = ?", schedule_id) == [(START + 60 * S,)]
 
@@ -6149,40 +6065,24 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
 @pytest.mark.parametrize(
     ("overlap", "meanwhile", "then", "why"),
     [
-        (
-            "skip",
-            ["running", "skipped", "skipped"],
-            ["succeeded", "skipped", "skipped"],
-            "the previous execution is still running",
-        ),
-        (
-            "queue",
-            ["running", "queued", "skipped"],
-            ["succeeded", "succeeded", "skipped"],
-            "another execution is already waiting",
-        ),
-        ("allow", ["running"] * 3, ["succeeded"] * 3, ""),
+        ("skip", "running skipped skipped", "succeeded skipped skipped", "the previous execution is still running"),
+        ("queue", "running queued skipped", "succeeded succeeded skipped", "another execution is already waiting"),
+        ("allow", "running running running", "succeeded succeeded succeeded", ""),
     ],
 )
 async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
-    rig: Rig, target: Target, overlap: str, meanwhile: list[str], then: list[str], why: str
+    rig: Rig, target: Target, overlap: str, meanwhile: str, then: str, why: str
 ) -> None:
     schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), overlap=overlap)
     for seconds in (60, 120, 180):
         await rig.at(seconds)
-    assert await rig.statuses() == meanwhile
+    assert await rig.statuses() == meanwhile.split()
     await rig.let_go(target)
-    assert await rig.statuses() == then
-    last = (await rig.rows())[-1]
+    assert await rig.statuses() == then.split()
     if why:
-        assert (last["success"], last["duration"], last["started_at"], last["attempt"], last["retry_count"]) == (
-            None,
-            None,
-            None,
-            0,
-            0,
-        )
-        assert last["error_message"] == f"skipped: {why} (overlap={overlap})"
+        last = (await rig.rows())[-1]
+        empty = [last[name] for name in ("success", "duration", "started_at", "attempt", "retry_count")]
+        assert (empty, last["error_message"]) == ([None, None, None, 0, 0], f"skipped: {why} (overlap={overlap})")
     assert (await rig.service.get_schedule(schedule_id))["run_count"] == then.count("succeeded")
 
 
@@ -6782,6 +6682,13 @@ async def listener(rig: Rig, *on: str, name: str = "alert", fields: Json = None,
     return task_id, await rig.schedule(task_id, **after(*on, **which), **(fields or {}))
 
 
+async def pair(rig: Rig, *on: str, threshold: int | None = None, **fields: Any) -> tuple[int, int]:
+    """A task, and one that is fired by what comes of it."""
+    watched = await rig.task(**fields)
+    which = {} if threshold is None else {"threshold": threshold}
+    return watched, (await listener(rig, *on, task_ids=[watched], **which))[0]
+
+
 async def fired(rig: Rig, task_id: int) -> list[Any]:
     """Event, id of the cause and status of the executions of a task, oldest first."""
     rows = await rig.rows(task_id=task_id)
@@ -6795,7 +6702,6 @@ async def test_an_execution_that_fails_has_one_alert_with_its_cause(rig: Rig) ->
     watched = await rig.task(name="backup", key="nightly", config={"command": "echo half; echo disk full >&2; exit 2"})
     alert, schedule = await listener(rig, "failure", task_ids=[watched])
     execution = await rig.executed(watched)
-    await rig.finish()
     [row] = await rig.rows(task_id=alert)
     assert (row["trigger"], row["schedule_id"], row["scheduled_for"], row["status"]) == ("after", schedule, None, "succeeded")
     assert row["cause"] == {
@@ -6832,10 +6738,8 @@ async def test_an_execution_that_fails_has_one_alert_with_its_cause(rig: Rig) ->
     ],
 )
 async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, status: str) -> None:
-    watched = await rig.task(config=config)
-    alert, _ = await listener(rig, event, task_ids=[watched])
+    watched, alert = await pair(rig, event, config=config)
     execution = await rig.executed(watched)
-    await rig.finish()
     assert await fired(rig, alert) == [(event, execution, "succeeded")]
     assert (await rig.rows(task_id=alert))[0]["cause"]["status"] == status
 
@@ -6851,10 +6755,8 @@ async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, s
     ],
 )
 async def test_the_sentence_of_a_cause_is_one_line_without_control_characters(rig: Rig, printed: str, why: str) -> None:
-    watched = await rig.task(config={"command": f"printf '{printed}' >&2; exit 3"})
-    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    watched, alert = await pair(rig, "failure", config={"command": f"printf '{printed}' >&2; exit 3"})
     await rig.executed(watched)
-    await rig.finish()
     assert (await rig.rows(task_id=alert))[0]["cause"]["text"] == f"t failed ({why}), 2026-01-01 00:00 UTC"
 
 
@@ -6863,14 +6765,12 @@ async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_are_no
     alert, _ = await listener(rig, "failure", "broke", "paused", "success", "cancelled", task_ids=[watched])
     await rig.executed(other)
     execution = await rig.executed(watched)
-    await rig.finish()
     assert await fired(rig, alert) == [(event, execution, "succeeded") for event in ("failure", "broke", "paused")]
     assert (await rig.rows(task_id=alert))[2]["cause"]["text"].startswith("t failed (exit status 3), and is paused now, 2026")
 
 
 async def test_a_retried_attempt_is_no_cause(rig: Rig) -> None:
-    watched = await rig.task(config=FAIL, max_retries=1, retry_delay=10)
-    alert, _ = await listener(rig, "failure", "started", task_ids=[watched])
+    watched, alert = await pair(rig, "failure", "started", config=FAIL, max_retries=1, retry_delay=10)
     execution = await rig.executed(watched)
     assert await fired(rig, alert) == [("started", execution, "succeeded")]
     await rig.run_at(20)
@@ -6879,8 +6779,8 @@ async def test_a_retried_attempt_is_no_cause(rig: Rig) -> None:
 
 
 async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
-    watched = await rig.task(name="backup", config=FAIL)
-    alert, _ = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=3)
+    watched, alert = await pair(rig, "broke", "recovered", threshold=3, name="backup", config=FAIL)
+    _, other = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=6)
     for _ in range(5):
         await rig.executed(watched)
     task = await rig.service.get_task(watched)
@@ -6888,26 +6788,14 @@ async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
     await rig.patch_task(watched, config={"command": "true"})
     for _ in range(2):
         await rig.executed(watched)
-    await rig.finish()
-    assert [(event, cause) for event, cause, _ in await fired(rig, alert)] == [("broke", 4), ("recovered", 7)] or await fired(
-        rig, alert
-    )
     broke, recovered = [row["cause"] for row in await rig.rows(task_id=alert)]
     assert (broke["event"], broke["failures_in_a_row"], broke["status"]) == ("broke", 3, "failed")
     assert broke["text"] == "backup failed (exit status 3), 3 times in a row, 2026-01-01 00:00 UTC"
     assert (recovered["event"], recovered["failures_in_a_row"]) == ("recovered", 5)
     assert recovered["text"] == "backup has recovered, after 5 failures in a row, 2026-01-01 00:00 UTC"
+    assert await rig.rows(schedule_id=other) == [], "below its threshold it neither breaks nor recovers"
     task = await rig.service.get_task(watched)
     assert (task["failures_in_a_row"], task["last_status"]) == (0, "succeeded")
-
-
-async def test_a_streak_below_the_threshold_neither_breaks_nor_recovers(rig: Rig) -> None:
-    watched = await rig.task(config={"command": "test -e ok"}, name="w")
-    alert, _ = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=2)
-    await rig.executed(watched)
-    await rig.patch_task(watched, config={"command": "true"})
-    await rig.executed(watched)
-    assert await fired(rig, alert) == []
 
 
 async def test_what_did_not_run_is_a_warning_and_a_retry_is_told(
@@ -6965,8 +6853,7 @@ async def test_a_cancelled_and_a_skipped_and_a_missed_one_are_causes(rig: Rig, t
 
 
 async def test_a_waiting_execution_that_is_cancelled_is_a_cause(rig: Rig) -> None:
-    watched = await rig.task()
-    alert, _ = await listener(rig, "cancelled", task_ids=[watched])
+    watched, alert = await pair(rig, "cancelled")
     rig.service.engine.leading = False  # as in a process that does not lead
     execution = await rig.execute(watched)
     await rig.service.cancel_execution(execution)
@@ -6979,7 +6866,6 @@ async def test_tags_and_any_choose_tasks_but_never_what_after_itself_started(rig
     by_tag, _ = await listener(rig, "success", tag="ops")
     of_any, _ = await listener(rig, "success", any=True)
     first, second = await rig.executed(tagged), await rig.executed(plain)
-    await rig.finish()
     await rig.executed(of_any)  # by hand: no echo of its own task, but the others see it
     await rig.finish()
     assert [cause for _, cause, _ in await fired(rig, by_tag)] == [first]
@@ -7039,31 +6925,20 @@ async def test_a_task_that_never_succeeded_is_overdue_also_while_it_is_paused_an
     assert len(await rig.rows(task_id=alert)) == 1
 
 
-@pytest.mark.parametrize("paused", ["schedule", "task", "scheduler"])
+@pytest.mark.parametrize("paused", PAUSES)
 async def test_while_it_is_paused_nothing_is_recorded_or_made_up_for(rig: Rig, paused: str) -> None:
     watched = await rig.task(config=FAIL)
-    alert, schedule = await listener(rig, "failure", task_ids=[watched])
-    dead, _ = await listener(rig, "overdue", task_ids=[watched], seconds=600)
-
-    async def switch(on: bool) -> None:
-        if paused == "scheduler":
-            await (rig.service.resume_scheduler() if on else rig.service.pause_scheduler({}))
-        elif paused == "task":
-            for task_id in (alert, dead):
-                await rig.patch_task(task_id, status="active" if on else "paused")
-        else:
-            for schedule_id in (schedule, schedule + 1):
-                await rig.patch_schedule(schedule_id, is_active=on)
-
-    await switch(False)
+    alert = await listener(rig, "failure", task_ids=[watched])
+    dead = await listener(rig, "overdue", task_ids=[watched], seconds=600)
+    for on, seconds in ((True, 700), (False, 800)):
+        for ids in (alert, dead):
+            await set_pause(rig, paused, on, *ids)
+        if on:
+            await rig.executed(watched)
+        await rig.run_at(seconds)
+    assert [await fired(rig, alert[0]), await fired(rig, dead[0])] == [[], []]
     await rig.executed(watched)
-    await rig.run_at(700)
-    await switch(True)
-    await rig.run_at(800)
-    assert [await fired(rig, alert), await fired(rig, dead)] == [[], []]
-    await rig.executed(watched)
-    await rig.finish()
-    assert len(await fired(rig, alert)) == 1
+    assert len(await fired(rig, alert[0])) == 1
 
 
 async def test_bounds_and_max_runs_hold_for_after(rig: Rig) -> None:
@@ -7073,7 +6948,6 @@ async def test_bounds_and_max_runs_hold_for_after(rig: Rig) -> None:
     for seconds in (10, 20, 30, 3600):
         await rig.at(seconds)
         await rig.executed(watched)
-    await rig.finish()
     assert (len(await fired(rig, limited)), len(await fired(rig, later))) == (2, 1)
     view = await rig.service.get_schedule(schedule)
     assert (view["is_active"], view["run_count"]) == (False, 2)
@@ -7116,10 +6990,8 @@ async def test_a_deleted_task_takes_the_schedule_with_it_that_watches_only_it(ri
 
 
 async def test_history_that_is_gone_leaves_the_cause_as_it_was(rig: Rig) -> None:
-    watched = await rig.task(name="w", config=FAIL)
-    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    watched, alert = await pair(rig, "failure", name="w", config=FAIL)
     execution = await rig.executed(watched)
-    await rig.finish()
     rig.sql("DELETE FROM executions WHERE id = ?", execution)
     await rig.patch_task(watched, name="renamed")
     [row] = await rig.rows(task_id=alert)
@@ -7207,17 +7079,16 @@ async def test_one_damaged_listener_does_not_stop_the_others(rig: Rig) -> None:
     rig.sql("UPDATE schedules SET schedule_config = '{\"on\": 7}' WHERE id = ?", alerts[0][1])
     rig.sql("UPDATE schedules SET schedule_config = '{' WHERE id = ?", alerts[1][1])
     await rig.executed(watched)
-    await rig.finish()
     assert [len(await fired(rig, task_id)) for task_id, _ in alerts] == [0, 0, 1]
 
 
 async def test_the_cause_is_at_most_6_kib_and_holds_no_secret(open_rig: OpenRig) -> None:
     rig = await open_rig(environ={"CHRONOTASK_SECRET_KEY": "s3cr3t-s3cr3t"})
     command = "echo $KEY; head -c 9000 /dev/zero | tr '\\0' '\\001'; echo $KEY; exit 1"
-    watched = await rig.task(name="ö" * 255, config={"command": command, "env": {"KEY": "${env:CHRONOTASK_SECRET_KEY}"}})
-    alert, _ = await listener(rig, "failure", task_ids=[watched])
+    watched, alert = await pair(
+        rig, "failure", name="ö" * 255, config={"command": command, "env": {"KEY": "${env:CHRONOTASK_SECRET_KEY}"}}
+    )
     await rig.executed(watched)
-    await rig.finish()
     [row] = await rig.rows(task_id=alert)
     text = chronotask.compact(row["cause"])
     assert len(text.encode()) <= 6144 and "s3cr3t" not in text and "********" in row["cause"]["output"]
@@ -7246,34 +7117,49 @@ async def told_of_something_nasty(rig: Rig, target: Target, **config: Any) -> tu
     alert = await rig.task(name="alert", **target.config("/p", **config))
     await rig.schedule(alert, **after("failure", task_ids=[watched]))
     await rig.executed(watched)
-    await rig.finish()
     assert (await rig.rows(task_id=alert))[0]["status"] == "succeeded"
     return target.requests[0], target.bodies[0].decode()
 
 
-async def test_facts_in_a_json_body_are_only_ever_text(rig: Rig, target: Target) -> None:
-    body = {
-        "text": "${cause:task_name}",
-        "deep": [{"out": "<${cause:output}>"}],
-        "n": "${cause:failures_in_a_row}",
-        "e": "${cause:url}",
-    }
-    _, sent = await told_of_something_nasty(rig, target, method="POST", body=body)
-    name = TOLD_NAME.replace("\u202e", "")
-    assert json.loads(sent) == {"text": name, "deep": [{"out": f"<{TOLD_OUTPUT}>"}], "n": "1", "e": ""}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+PLAIN_NAME = TOLD_NAME.replace("\u202e", "")
 
 
-async def test_facts_in_a_form_stay_in_their_field(rig: Rig, target: Target) -> None:
-    form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
-    _, sent = await told_of_something_nasty(rig, target, **form, body="chat=7&text=${cause:output}&n=${cause:event}")
-    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"chat": ["7"], "text": [TOLD_OUTPUT], "n": ["failure"]}
-
-
-async def test_an_object_is_sent_as_a_form_when_the_task_says_so(rig: Rig, target: Target) -> None:
-    form = {"headers": {"Content-Type": "application/x-www-form-urlencoded"}, "method": "POST"}
-    request, sent = await told_of_something_nasty(rig, target, **form, body={"text": "${cause:output}", "n": 7, "l": ["a", "b"]})
-    assert urllib.parse.parse_qs(sent, strict_parsing=True) == {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]}
-    assert request.content_type == "application/x-www-form-urlencoded"
+@pytest.mark.parametrize(
+    ("headers", "body", "read", "expected"),
+    [
+        (
+            {},
+            {"text": "${cause:task_name}", "deep": [{"o": "<${cause:output}>"}], "n": "${cause:failures_in_a_row}"},
+            json.loads,
+            {"text": PLAIN_NAME, "deep": [{"o": f"<{TOLD_OUTPUT}>"}], "n": "1"},
+        ),
+        ({}, {"e": "${cause:url}"}, json.loads, {"e": ""}),
+        (
+            FORM,
+            "chat=7&text=${cause:output}&n=${cause:event}",
+            urllib.parse.parse_qs,
+            {"chat": ["7"], "text": [TOLD_OUTPUT], "n": ["failure"]},
+        ),
+        (  # an object is sent as a form
+            FORM,
+            {"text": "${cause:output}", "n": 7, "l": ["a", "b"]},
+            urllib.parse.parse_qs,
+            {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]},
+        ),
+        (
+            {"Content-Type": "text/plain; charset=utf-8"},
+            "${cause:task_name}: ${cause:output}",
+            str,
+            f"{PLAIN_NAME}: {TOLD_OUTPUT}",
+        ),
+    ],
+)
+async def test_facts_in_a_body_are_only_ever_text_in_their_field(
+    rig: Rig, target: Target, headers: Json, body: Json, read: Callable[[str], Any], expected: Json
+) -> None:
+    request, sent = await told_of_something_nasty(rig, target, method="POST", headers=headers, body=body)
+    assert (read(sent), request.content_type) == (expected, headers.get("Content-Type", "application/json").split(";")[0])
 
 
 async def test_facts_in_url_params_and_headers_change_nothing_around_them(rig: Rig, target: Target) -> None:
@@ -7290,14 +7176,6 @@ async def test_facts_in_url_params_and_headers_change_nothing_around_them(rig: R
     assert request.headers["Title"] == "ö failure"
 
 
-async def test_facts_in_a_plain_text_body_are_text(rig: Rig, target: Target) -> None:
-    headers = {"Content-Type": "text/plain; charset=utf-8"}
-    _, sent = await told_of_something_nasty(
-        rig, target, method="POST", headers=headers, body="${cause:task_name}: ${cause:output}"
-    )
-    assert sent == TOLD_NAME.replace("\u202e", "") + ": " + TOLD_OUTPUT
-
-
 async def test_facts_reach_bash_as_variables_that_are_never_source(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "out").write_text(TOLD_OUTPUT)
     watched = await rig.task(name="'; touch x; '", key="k", config={"command": f"cat {tmp_path}/out; exit 4"})
@@ -7307,7 +7185,6 @@ async def test_facts_reach_bash_as_variables_that_are_never_source(rig: Rig, tmp
     alert = await rig.task(config={**command, "env": {"A": "<${cause:task_name}${cause:output}>"}, "working_dir": str(tmp_path)})
     await rig.schedule(alert, **after("failure", task_ids=[watched]))
     await rig.executed(watched)
-    await rig.finish()
     [row] = await rig.rows(task_id=alert)
     assert row["output_data"]["stdout"] == f"<'; touch x; '{TOLD_OUTPUT}>|k|4||out\n"
 
@@ -7343,8 +7220,7 @@ async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig,
 
 
 async def test_an_end_and_what_it_causes_are_one_transaction(rig: Rig) -> None:
-    watched = await rig.task()
-    alert, _ = await listener(rig, "success", task_ids=[watched])
+    watched, alert = await pair(rig, "success")
     rig.sql("CREATE TRIGGER broken BEFORE INSERT ON executions WHEN new.trigger = 'after' BEGIN SELECT raise(ABORT, 'no'); END")
     execution = await rig.execute(watched)
     await rig.tick()
@@ -11251,12 +11127,6 @@ def tool(name: str) -> Json:
     return next(tool for tool in tools() if tool["name"] == name)
 
 
-def refused(name: str, /, **arguments: Json) -> list[tuple[str, str]]:
-    with pytest.raises(InvalidInput) as caught:
-        tool_args(TOOLS[name], arguments)
-    return [(error.field, error.message) for error in caught.value.errors]
-
-
 # --- What tools/list says ---------------------------------------------------------------------------------------------
 
 
@@ -11339,17 +11209,28 @@ def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> 
     assert tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
 
 
-def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
-    assert refused("create_task", name="", task_type="shell", config="ls", max_retry=3) == [
-        ("max_retry", "unknown field (did you mean max_retries?)"),
-        ("name", "must not be empty"),
-        ("task_type", "must be 'http' or 'bash', not 'shell'"),
-        ("config", "must be a valid object, not 'ls'"),
-    ]
-    assert refused("get_task", id=3) == [("id", "unknown field: use task_id"), ("task_id", "is required")]
-    assert refused("get_task", task_id=0) == [("task_id", "must be greater than or equal to 1, not 0")]
-    [(field, message)] = refused("execute_task", task_id=1, wait=60)
-    assert field == "wait" and message.startswith("must be less than or equal to 50")
+@pytest.mark.parametrize(
+    ("name", "arguments", "errors"),
+    [
+        (
+            "create_task",
+            {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
+            [
+                ("max_retry", "unknown field (did you mean max_retries?)"),
+                ("name", "must not be empty"),
+                ("task_type", "must be 'http' or 'bash', not 'shell'"),
+                ("config", "must be a valid object, not 'ls'"),
+            ],
+        ),
+        ("get_task", {"id": 3}, [("id", "unknown field: use task_id"), ("task_id", "is required")]),
+        ("get_task", {"task_id": 0}, [("task_id", "must be greater than or equal to 1, not 0")]),
+        ("execute_task", {"task_id": 1, "wait": 60}, [("wait", "must be less than or equal to 50, not 60")]),
+    ],
+)
+def test_every_bad_argument_is_named_with_what_is_allowed(name: str, arguments: Json, errors: list[tuple[str, str]]) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        tool_args(TOOLS[name], arguments)
+    assert [(error.field, error.message) for error in caught.value.errors] == errors
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -11590,35 +11471,6 @@ async def test_a_bug_is_answered_without_a_trace(open_rig: OpenRig, caplog: pyte
     assert "Traceback" not in text and "Error" not in text
 
 
-# --- A dialogue -------------------------------------------------------------------------------------------------------
-
-
-def put_right(error: str, arguments: Json) -> Json:
-    """What a model does with `schedule_config.timezone: 'Berlin': … (did you mean Europe/Berlin?)`: it has only this text."""
-    match = re.fullmatch(r"(\w+)\.(\w+): '.*': .*\(did you mean (.+)\?\)", error)
-    assert match is not None, error
-    return {**arguments, match[1]: {**arguments[match[1]], match[2]: match[3]}}
-
-
-async def test_back_up_tmp_x_every_weekday_at_9_in_berlin(call: Caller, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "file").write_text("precious")
-    assert (await call("list_tasks", q="back"))["total"] == 0
-    command = f"tar -czf {tmp_path}/x.tgz -C {tmp_path} x"
-    task = await call("create_task", name="back up x", task_type="bash", config={"command": command})
-    assert (await call("execute_task", task_id=task["id"]))["status"] == "succeeded"
-    assert (tmp_path / "x.tgz").stat().st_size > 0
-    wanted = {
-        "task_id": task["id"],
-        "schedule_type": "cron",
-        "schedule_config": {"expression": "0 9 * * 1-5", "timezone": "Berlin"},
-    }
-    error = await call.refused("create_schedule", **wanted)
-    made = await call("create_schedule", **put_right(error, wanted))
-    assert made["description"] == "Every weekday at 09:00 (Europe/Berlin)"
-    assert {slot[11:19] for slot in made["upcoming"]} == {"09:00:00"}
-
-
 # --- Lines ------------------------------------------------------------------------------------------------------------
 
 
@@ -11648,12 +11500,6 @@ async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too
     assert len(line) < chronotask.MAX_BODY + 65536
 
 
-def error_of(line: bytes, size: int) -> MCPError:
-    with pytest.raises(MCPError) as caught:
-        chronotask.read_message(line, size)
-    return caught.value
-
-
 @pytest.mark.parametrize(
     ("line", "code", "number"),
     [
@@ -11669,8 +11515,9 @@ def error_of(line: bytes, size: int) -> MCPError:
     ],
 )
 def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: bytes, code: int, number: Json) -> None:
-    error = error_of(line, len(line))
-    assert (error.code, error.data) == (code, number)
+    with pytest.raises(MCPError) as caught:
+        chronotask.read_message(line, len(line))
+    assert (caught.value.code, caught.value.data) == (code, number)
 
 
 def test_a_line_may_begin_with_a_byte_order_mark() -> None:
@@ -11687,8 +11534,9 @@ def test_a_line_may_begin_with_a_byte_order_mark() -> None:
     ],
 )
 def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, number: Json) -> None:
-    error = error_of(line, chronotask.MAX_BODY + 1)
-    assert (error.message, error.data) == ("a message may have at most 1048576 bytes, not 1048577", number)
+    with pytest.raises(MCPError, match=r"^a message may have at most 1048576 bytes, not 1048577$") as caught:
+        chronotask.read_message(line, chronotask.MAX_BODY + 1)
+    assert (caught.value.code, caught.value.data) == (-32600, number)
 
 
 # --- Real processes: stdio --------------------------------------------------------------------------------------------
@@ -11848,46 +11696,29 @@ def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: P
 # --- Real processes: both, and HTTP -----------------------------------------------------------------------------------
 
 
-def ran_with(tmp_path: Path, planted: str) -> subprocess.CompletedProcess[str]:
-    """ChronoTask with something planted in it. When `main` has returned 0, it prints what it has imported for MCP."""
-    heavy = '{"mcp", "mcp_types", "starlette", "uvicorn", "anyio"} & sys.modules.keys()'
-    told = f"run = chronotask.main\nchronotask.main = lambda: run() or print({heavy})"
-    program = wrapped(tmp_path, "import signal", f"{told}\n{planted}")
-    return ran(tmp_path, sys.executable, program, "--port", "0")
-
-
 @pytest.mark.slow
-def test_mode_http_imports_nothing_of_mcp(tmp_path: Path) -> None:
-    planted = """
-opened = chronotask._open
-async def open_and_stop(*args, **more):
-    await opened(*args, **more)
-    os.kill(os.getpid(), signal.SIGTERM)
-chronotask._open = open_and_stop
-"""
-    done = ran_with(tmp_path, planted)
-    assert done.returncode == 0 and done.stderr.endswith("set()\n"), done.stderr  # what is printed goes where the log goes
-
-
-@pytest.mark.slow
-def test_an_interface_that_cannot_be_closed_is_told_and_the_database_is_closed_all_the_same(tmp_path: Path) -> None:
-    planted = """
-made = chronotask.make_app
+@pytest.mark.parametrize("fails", [False, True])
+def test_mode_http_imports_nothing_of_mcp_and_an_interface_that_cannot_be_closed_is_told(tmp_path: Path, fails: bool) -> None:
+    planted = f"""
 async def stop(app):
     os.kill(os.getpid(), signal.SIGTERM)
 async def fail(app):
-    raise RuntimeError("planted")
+    if {fails}:
+        raise RuntimeError("planted")
 def make(service):
     app = made(service)
     app.on_startup.append(stop)
     app.on_cleanup.append(fail)
     return app
-chronotask.make_app = make
+made, chronotask.make_app = chronotask.make_app, make
+heavy = {{"mcp", "mcp_types", "starlette", "uvicorn", "anyio"}}
+run = chronotask.main
+chronotask.main = lambda: run() or print(heavy & sys.modules.keys())
 """
-    done = ran_with(tmp_path, planted)
+    done = ran(tmp_path, sys.executable, wrapped(tmp_path, "import signal", planted), "--port", "0")
     assert done.returncode == 0 and done.stderr.endswith("set()\n"), done.stderr  # what is printed goes where the log goes
-    assert "could not be closed: planted" in done.stderr
-    assert not (tmp_path / "c.db-wal").exists()
+    assert ("could not be closed: planted" in done.stderr) == fails
+    assert not (tmp_path / "c.db-wal").exists(), "the database is closed all the same"
 
 
 def both_on_http(folder: Path, **settings: Json) -> Server:
