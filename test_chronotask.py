@@ -11390,33 +11390,24 @@ async def test_a_second_equal_task_is_noticed(call: Caller) -> None:
     assert other["notes"] == [unplanned]
 
 
-async def test_history_is_short_and_says_how_to_get_more(call: Caller) -> None:
-    task_id = await bash_mcp(call, "head -c 3000 /dev/zero | tr '\\0' x")
-    for _ in range(6):
-        await call("execute_task", task_id=task_id)
-    page = await call("get_task_history", task_id=task_id)
-    assert len(page["history"]) == 5
-    assert page["notes"] == ["1 more: ask with skip=5, or with a higher limit"]
-    short = page["history"][0]["output_data"]["stdout"]
-    assert (
-        f"[… 2500 bytes left out: resource chronotask://executions/{page['history'][0]['id']} has all that was kept …]" in short
-        and len(short) < chronotask.TOOL_LIST_TEXT + 100
-    )
-    full = await call("get_task_history", task_id=task_id, output="full", limit=1, skip=5)
-    assert full["history"][0]["output_data"]["stdout"] == "x" * 3000
-    assert "notes" not in full
-    assert "output_data" not in (await call("get_task_history", task_id=task_id, output="none"))["history"][0]
-
-
-async def test_long_output_is_clipped_and_whole_in_the_resource(call: Caller) -> None:
+async def test_history_is_short_and_says_how_to_get_more_and_the_resource_has_all_of_it(call: Caller) -> None:
     task_id = await bash_mcp(call, "head -c 50000 /dev/zero | tr '\\0' x")
-    run = await call("execute_task", task_id=task_id)
-    assert (
-        f"[… 42000 bytes left out: resource chronotask://executions/{run['id']} has all that was kept …]"
-        in run["output_data"]["stdout"]
-    )
-    read = await call.client.read_resource(f"chronotask://executions/{run['id']}")
-    assert json.loads(read.contents[0].text)["output_data"]["stdout"] == "x" * 50000
+    runs = [await call("execute_task", task_id=task_id) for _ in range(6)]
+    page = await call("get_task_history", task_id=task_id)
+    assert (len(page["history"]), page["notes"]) == (5, ["1 more: ask with skip=5, or with a higher limit"])
+    last = runs[-1]["id"]
+    for run, left_out, limit in (
+        (runs[-1], 42_000, chronotask.TOOL_TEXT),
+        (page["history"][0], 49_500, chronotask.TOOL_LIST_TEXT),
+    ):
+        assert run["id"] == last and len(run["output_data"]["stdout"]) < limit + 110
+        where = f"resource chronotask://executions/{last} has all that was kept"
+        assert f"\n[… {left_out} bytes left out: {where} …]\n" in run["output_data"]["stdout"]
+    read = await call.client.read_resource(f"chronotask://executions/{last}")
+    assert json.loads(read.contents[0].text)["output_data"]["stdout"] == "x" * 50_000
+    full = await call("get_task_history", task_id=task_id, output="full", limit=1, skip=5)
+    assert "[… 42000 bytes left out: " in full["history"][0]["output_data"]["stdout"] and "notes" not in full
+    assert "output_data" not in (await call("get_task_history", task_id=task_id, output="none"))["history"][0]
 
 
 async def test_resources_can_be_listed_and_read(call: Caller) -> None:
