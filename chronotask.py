@@ -9529,7 +9529,7 @@ def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any],
 
 
 def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int | str, Any, Any]:
-    """The id, the query and the body of a call, by the rules of REST; null is not given.
+    """The id, the query and the body of a call, by the rules of REST.
 
     The body of an update is a function of the object as it stands. Raises InvalidInput that lists every bad argument.
     """
@@ -9538,10 +9538,10 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
     update = operation.method == "PATCH"
     ignored = shape_of(mark_of(operation.body).resource).shown if update else ()
     for name, value in arguments.items():
-        if name in known and value is not None:
+        if name in known:
             with told_at("", errors):
                 parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
-        elif value is not None and name not in ignored:
+        elif name not in ignored:
             names = [name for name in known if name not in UNTOLD]
             hint = f": use {CALLED[name]}" if name in CALLED else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
@@ -9746,6 +9746,7 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     """A tool's answer, with what a model cannot look up by itself, and without what is long."""
     require(operation.scope)  # before anything is read
     name, before = operation.name, None
+    arguments = {argument: value for argument, value in arguments.items() if value is not None}  # null is not given
     named, query, body = tool_args(operation, arguments)
     number = await service.task_id(named)
     if operation.method == "PATCH":  # to compare; what the change starts from is read with it
@@ -9758,7 +9759,7 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     resource, output = getattr(mark_of(operation.result), "resource", None), getattr(query, "output", "short")
     notes = [*view.pop("notes", ())]
     if before and all(before[field] == view[field] for field in shape_of(mark_of(operation.body).resource).written):
-        notes.append("nothing was changed: " + ("no field was given" if len(arguments) < 2 else "all is so already"))
+        notes.append(f"nothing was changed: {'all is so already' if len(arguments) > 1 else 'no field was given'}")
     if name in ("create_task", "get_task"):
         if not (await service.list_schedules(ScheduleQuery(task_id=view["id"], limit=1)))["total"]:
             notes.append("it has no schedule: only execute_task runs it, until create_schedule says when")
