@@ -13871,7 +13871,7 @@ def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_p
     script = TOP / ".ci" / "browser.mjs"
     command = ["node", str(script), sys.executable, chronotask.__file__, str(tmp_path), str(browser_modules())]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1500)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     print(done.stdout)
     assert failed == [] and done.returncode == 0, done.stdout + done.stderr[-4000:]

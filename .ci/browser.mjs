@@ -764,7 +764,7 @@ fact('at a glance: what fails since when, alerts not sent, skipped, overdue, and
   await axeFinds('the list of a busy service');
   for (const scheme of ['light', 'dark']) { // for the README, when it is asked for
     await page.emulateMedia({ colorScheme: scheme });
-    await page.setViewportSize({ width: 1280, height: 1060 });
+    await page.setViewportSize({ width: 1280, height: 1020 });
     await page.screenshot({ path: join(process.env.CHRONOTASK_TEST_PICTURES || join(folder, 'shots'), `dashboard-${scheme}.png`) });
   }
   await page.emulateMedia({ colorScheme: 'light' });
@@ -886,7 +886,7 @@ fact('an execution shows the end of long output, coloured, searched, copied; att
   await until(async () => (await out.innerText()).startsWith('line 1\n'), 'all lines');
   equal(await button('Wrap: Standard output').getAttribute('aria-pressed'), 'true');
   await button('Wrap: Standard output').click();
-  equal(await button('Wrap: Standard output').getAttribute('aria-pressed'), 'false');
+  await until(async () => await button('Wrap: Standard output').getAttribute('aria-pressed') === 'false', 'lines are not wrapped');
   await context.grantPermissions(['clipboard-read', 'clipboard-write']);
   await button('Copy: Standard error').click();
   await sees('The output copied.');
