@@ -3544,7 +3544,7 @@ UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial ind
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 
-QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes under 1 s a GB
+QUICK_CHECK_BELOW = 256 * 2**20  # bytes: a quick_check takes 2 to 5 s a GB
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
 SCAN_TIMEOUT = 3.0  # seconds
 SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
@@ -3815,26 +3815,21 @@ def open_database(path: Path) -> DB:
                         f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
                     )
                 if path.stat().st_size > QUICK_CHECK_BELOW:
-                    logger.warning("the database is over 2 GiB: its check at start is left out")
+                    logger.info("the database is over 256 MiB: its check at start is left out (--backup checks its copy)")
                 elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
                     raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
-        return _open_for_writing(path)
+        with contextlib.ExitStack() as stack:
+            db = stack.enter_context(contextlib.closing(connect(path)))
+            if not _pragma(db, "user_version"):
+                db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
+            # Only the leader checkpoints: see `set_leading`.
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_LIMIT}", "wal_autocheckpoint=0"):
+                db.execute(f"PRAGMA {pragma}")
+            migrate(db, MIGRATIONS)
+            stack.pop_all()
+        return db
     except sqlite3.Error as error:
         raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error, path)}") from None
-
-
-def _open_for_writing(path: Path) -> DB:
-    with contextlib.ExitStack() as stack:
-        db = stack.enter_context(contextlib.closing(connect(path)))
-        if not _pragma(db, "user_version"):
-            db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")
-        db.execute("PRAGMA wal_autocheckpoint=0")  # only the leader checkpoints: see `set_leading`
-        migrate(db, MIGRATIONS)
-        stack.pop_all()
-    return db
 
 
 _LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
@@ -4063,6 +4058,7 @@ _TASK_NAME = "(SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name"
 _EXECUTIONS = f"SELECT *, {_TASK_NAME}, length(output_data) AS output_size FROM executions e"
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _OUTPUT = frozenset({"output_data", "output_size"})
+_THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
 
 def load(
@@ -4166,8 +4162,7 @@ def delete_schedule(db: DB, schedule_id: int) -> None:
 
 def get_tasks(db: DB, ids: Collection[int]) -> dict[int, Task]:
     """Those of the tasks `ids` that exist, by id."""
-    these = f"{_TASKS} WHERE id IN (SELECT value FROM json_each(?)) AND NOT deleted"
-    return {task.id: task for task in load(db, Task, these, (compact(list(ids)),))}
+    return {task.id: task for task in load(db, Task, f"{_TASKS} WHERE id {_THESE} AND NOT deleted", (compact(list(ids)),))}
 
 
 def tasks_that(db: DB, conditions: Mapping[str, Any]) -> list[Task]:
@@ -4187,14 +4182,9 @@ def task_of_key(db: DB, key: str) -> int:
 
 def check_key(db: DB, item: Task | Schedule) -> None:
     """Raises Conflict if another task, or another schedule of the same task, has its key."""
-    if item.key is None:
-        return
-    if isinstance(item, Task):
-        taken = _ids(db, "SELECT id FROM tasks WHERE key = ? AND deleted = 0 AND id <> ?", (item.key, item.id))
-    else:
-        mine = (item.key, item.task_id, item.id)
-        taken = _ids(db, "SELECT id FROM schedules WHERE key = ? AND task_id = ? AND id <> ?", mine)
-    if taken:
+    others = {"deleted = 0": True} if isinstance(item, Task) else {"task_id = ?": item.task_id}
+    where, values = _where({"key = ?": item.key, "id <> ?": item.id, **others})
+    if item.key is not None and (taken := _ids(db, f"SELECT id FROM {_TABLES[type(item)]} {where}", values)):
         raise Conflict(f"key: {type(item).__name__.lower()} {taken[0]} has the key {item.key} already")
 
 
@@ -4239,9 +4229,6 @@ def _page(
         alive, of_groups = unindexed, [""]
     parts = [f"SELECT id FROM {table} WHERE {alive} {of_group} AND id >= {start}" for of_group in of_groups]
     return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
-
-
-_THESE = "IN (SELECT value FROM json_each(?))"
 
 
 def _asked(db: DB, query: TaskQuery) -> tuple[int, str]:
@@ -4319,8 +4306,7 @@ def remember_zone(db: DB, zone: str) -> None:
 
 def known_zones(db: DB) -> dict[str, str]:
     """The rules that were noted, by zone."""
-    rows = db.execute("SELECT key, value FROM meta WHERE key LIKE 'zone:%'")
-    return {key.removeprefix("zone:"): value for key, value in rows}
+    return dict(db.execute("SELECT substr(key, 6), value FROM meta WHERE key LIKE 'zone:%'").fetchall())
 
 
 def task_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
@@ -4421,7 +4407,7 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
         if there is None:
             free.append(row)
     if replaced:
-        db.execute("DELETE FROM executions WHERE id IN (SELECT value FROM json_each(?))", (compact(replaced),))
+        db.execute(f"DELETE FROM executions WHERE id {_THESE}", (compact(replaced),))
     return free, insert_executions(db, free)
 
 
@@ -4473,10 +4459,8 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
         return []
     first = [run for run in runs if run.attempt == 1]
     _count(db, "run_count = run_count + n, last_run = :now", (run.task_id for run in first), now)
-    db.execute(
-        "UPDATE schedules SET last_run = ? WHERE id IN (SELECT value FROM json_each(?))",
-        (now, compact(list({run.schedule_id for run in first}))),
-    )
+    schedules = compact(list({run.schedule_id for run in first}))
+    db.execute(f"UPDATE schedules SET last_run = ? WHERE id {_THESE}", (now, schedules))
     return runs
 
 
@@ -4529,8 +4513,7 @@ def write_standings(db: DB, tasks: Collection[Task], paused: Collection[int]) ->
     rows = [_stored(task, columns) for task in tasks]
     write_rows(db, f"UPDATE tasks SET {changes} FROM rows WHERE tasks.id = rows.id", columns, rows)
     if paused:
-        these = "(SELECT value FROM json_each(?))"
-        db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id IN {these}", (compact(list(paused)),))
+        db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id {_THESE}", (compact(list(paused)),))
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
@@ -4551,11 +4534,8 @@ def retry_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int]]:
 
 def shift_retries(db: DB, by: int, latest: int) -> None:
     """Moves every next attempt by so many microseconds, and to `latest` at most."""
-    db.execute(
-        f"""UPDATE executions SET next_attempt_at = min(next_attempt_at + ?, ?)
-        WHERE {UNFINISHED_SQL} AND status = 'retrying'""",
-        (by, latest),
-    )
+    moved = "next_attempt_at = min(next_attempt_at + ?, ?)"
+    db.execute(f"UPDATE executions SET {moved} WHERE {UNFINISHED_SQL} AND status = 'retrying'", (by, latest))
 
 
 def release_held(db: DB, task_ids: Collection[int]) -> None:
@@ -4582,11 +4562,8 @@ def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: s
     where, values = _where({_NOT_DELETED: True, **conditions})
     found = db.execute(f"SELECT id, task_id, status FROM executions {where} ORDER BY +id", values).fetchall()
     these = compact([execution_id for execution_id, _, _ in found])
-    db.execute(
-        """UPDATE executions SET cancel_requested = 1, error_message = ?
-        WHERE id IN (SELECT value FROM json_each(?)) AND status = 'running'""",
-        (reason, these),
-    )
+    ask = f"UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id {_THESE} AND status = 'running'"
+    db.execute(ask, (reason, these))
     db.execute(
         """UPDATE executions SET status = 'cancelled', finished_at = ?1, next_attempt_at = NULL,
             error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
@@ -4594,16 +4571,15 @@ def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: s
         (now, reason, these),
     )
     tried = compact([task_id for _, task_id, status in found if status == "retrying"])
-    db.execute("UPDATE tasks SET last_status = 'cancelled' WHERE id IN (SELECT value FROM json_each(?))", (tried,))
+    db.execute(f"UPDATE tasks SET last_status = 'cancelled' WHERE id {_THESE}", (tried,))
     release_held(db, {task_id for _, task_id, _ in found})
     return found
 
 
 def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
     """Those of the executions `ids` that shall be cancelled, or whose task is being deleted."""
-    asked = """SELECT e.id FROM executions e JOIN tasks t ON t.id = e.task_id
-        WHERE e.id IN (SELECT value FROM json_each(?)) AND (e.cancel_requested OR t.deleted)"""
-    return _ids(db, asked, (compact(list(ids)),))
+    asked = f"e.id {_THESE} AND (e.cancel_requested OR t.deleted)"
+    return _ids(db, f"SELECT e.id FROM executions e JOIN tasks t ON t.id = task_id WHERE {asked}", (compact(list(ids)),))
 
 
 def running_of_others(db: DB, owner: str) -> list[Run]:
@@ -4622,13 +4598,13 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
 
 def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[Execution]:
     """Those of the executions `ids` that exist, oldest first."""
-    these = f"{_EXECUTIONS} WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"
-    return load(db, Execution, these, (compact(list(ids)),), frozenset() if output else _OUTPUT)
+    without = frozenset[str]() if output else _OUTPUT
+    return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (compact(list(ids)),), without)
 
 
 def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
     """How many executions `after` fired one because of the other until each of these, which is one of them."""
-    these = "SELECT id, depth FROM executions WHERE depth > 0 AND id IN (SELECT value FROM json_each(?))"
+    these = f"SELECT id, depth FROM executions WHERE depth > 0 AND id {_THESE}"
     return dict(db.execute(these, (compact(list(ids)),)).fetchall())
 
 
@@ -4735,17 +4711,10 @@ def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
 
 def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
     """The schedules that fire until then, at most `limit`, by when they fire next."""
-    where, values = _where(
-        {
-            LIVE_SQL: True,
-            "s.next_fire <= ?": until,
-            "s.task_id = ?": query.task_id,
-            f"s.task_id IN ({_TAGGED})": query.tag,
-        }
-    )
+    asked = {"s.next_fire <= ?": until, "s.task_id = ?": query.task_id, f"s.task_id IN ({_TAGGED})": query.tag}
+    where, values = _where({LIVE_SQL: True, **asked})
     in_order = _SCHEDULES.replace(_S_JOIN, _S_JOIN.replace("JOIN", "CROSS JOIN"))
-    page = f"{in_order} {where} ORDER BY s.next_fire LIMIT ?"
-    return load(db, Schedule, page, [*values, query.limit])
+    return load(db, Schedule, f"{in_order} {where} ORDER BY s.next_fire LIMIT ?", [*values, query.limit])
 
 
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
@@ -4850,15 +4819,14 @@ _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_
 
 def latest_known(db: DB) -> int:
     """The latest instant that the database knows of; 0 when it knows none."""
-    newest = "UNION ALL SELECT max({}) FROM (SELECT * FROM {} ORDER BY {} DESC LIMIT 1000)"
-    row = db.execute(
-        "SELECT max(known) FROM (SELECT value AS known FROM meta WHERE key = 'clock' "
+    newest = " UNION ALL SELECT max({}) FROM (SELECT * FROM {} ORDER BY {} DESC LIMIT 1000)"
+    known = (
+        "SELECT value FROM meta WHERE key = 'clock' "
         + newest.format("max(updated_at, coalesce(last_run, 0))", "tasks", "rev")
         + newest.format("max(updated_at, dealt_with)", "schedules", "rev")
         + newest.format("max(queued_at, coalesce(finished_at, 0))", "executions", "id")
-        + ")"
-    ).fetchone()
-    return int(row[0] or 0)
+    )
+    return max((at for at in _ids(db, known) if at is not None), default=0)
 
 
 def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
