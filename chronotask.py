@@ -3606,6 +3606,7 @@ class Store:
         self._loop, self._monotonic = asyncio.get_running_loop(), monotonic
         self._writing: _Call | None = None
         self._version = 0
+        self.changes = 0  # commits that are known of, also of others: while it stays, what was read is still so
         self._db = open_database(path)
         self._file, self._replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
@@ -3675,6 +3676,7 @@ class Store:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
         version = await self.write(self._look)
         changed, self._version = version != self._version, version
+        self.changes += changed
         return changed
 
     def _look(self, db: DB) -> int:
@@ -3719,6 +3721,7 @@ class Store:
             db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
                 self.failure = None
+                self.changes += 1
         except sqlite3.Error as error:
             self.failure = str(error)
             for call in batch:
@@ -4364,6 +4367,7 @@ def purge_task(db: DB, task_id: int, limit: int) -> bool:
         if db.execute(f"DELETE FROM {table} WHERE id IN ({chosen})", (task_id, limit)).rowcount == limit:
             return False
     db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+    db.execute("DELETE FROM counts WHERE n = 0")
     return True
 
 
@@ -7110,10 +7114,10 @@ class Retention:
             gone = False
             while not gone:
                 try:
-                    gone = await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS))
+                    if not (gone := await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS))):
+                        await self._leave_room()
                 except Unavailable:  # nobody else tries again, and somebody may be waiting for it
                     await asyncio.sleep(0.25)
-                await asyncio.sleep(0 if gone else 0.01)
             engine.feed.notify()
         finally:
             del self.purges[task_id]
@@ -7456,6 +7460,7 @@ class Service:
         self.changes = Changes(self.engine, self.retention, partial(status_of, self))
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
+        self._pages: tuple[Any, dict[str, TaskPage]] = (None, {})  # of tasks, as long as nothing has been written since
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._closed = False
         self._loop: asyncio.Task[None] | None = None
@@ -7561,10 +7566,18 @@ class Service:
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         """List tasks, paused and disabled ones too. Look here before you create one. `q` searches in names; `total` counts all
         that match."""
-        look = self.store.read if query.q is query.tag is None else self.store.scan
-        total, tasks = await look(partial(show_tasks, query=query))
-        tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
-        return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        now, asked = (self.store.changes, self.engine.paused), query.model_dump_json()
+        if self._pages[0] != now:
+            self._pages = now, {}
+        pages = self._pages[1]
+        if asked not in pages:
+            look = self.store.read if query.q is query.tag is None else self.store.scan
+            total, tasks = await look(partial(show_tasks, query=query))
+            tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
+            if len(pages) >= 10:
+                pages.clear()
+            pages[asked] = dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+        return pages[asked]
 
     async def task_id(self, task: int | str) -> int:
         """The id of a task that is named by it or by `key:NAME`. Raises NotFound."""
