@@ -8288,7 +8288,7 @@ async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("note", 0), ("close", 25)])
+@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("insert_change", 0), ("close", 25)])
 def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(tmp_path: Path, killed_in: str, left: int) -> None:
     """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
     program = f"""
