@@ -3544,7 +3544,7 @@ UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial ind
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 
-QUICK_CHECK_BELOW = 256 * 2**20  # bytes: a quick_check takes 2 to 5 s a GB
+QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes some seconds a GB
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
 SCAN_TIMEOUT = 3.0  # seconds
 SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
@@ -3818,7 +3818,7 @@ def open_database(path: Path) -> DB:
                         f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
                     )
                 if path.stat().st_size > QUICK_CHECK_BELOW:
-                    logger.info("the database is over 256 MiB: its check at start is left out (--backup checks its copy)")
+                    logger.info("the database is over 2 GiB: its check at start is left out (--backup checks its copy)")
                 elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
                     raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
         with contextlib.ExitStack() as stack:
@@ -4904,7 +4904,7 @@ MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
-STALE_ERRNO = 0x4355  # nor this: the server had closed a kept connection before anything was sent
+STALE_CONNECTIONS = 10  # kept ones that may have ended, of a request, before it fails
 KEEP_SECONDS = 0.5  # that a connection waits for the next request: enough for a burst; servers close idle ones after 1 s or more
 MAX_SECRET_BYTES = 65536
 MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
@@ -5115,7 +5115,7 @@ class LiveOutput:
     masked before anything is kept or shown.
     """
 
-    __slots__ = ("_limit", "_masker", "_streams", "_timeout", "acted", "closed", "content_type", "facts", "reason")
+    __slots__ = ("_limit", "_masker", "_streams", "_timeout", "acted", "begun", "closed", "content_type", "facts", "reason")
 
     def __init__(self, limit: int) -> None:
         self.reason: str | None = None
@@ -5123,6 +5123,7 @@ class LiveOutput:
         self.facts: dict[str, Any] = {}
         self.content_type = ""
         self.acted = False  # a server has answered what must not be sent twice
+        self.begun = False  # the request that is under way has begun to be sent
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
         self._masker: SecretMasker | None = None  # None while there are no secrets
@@ -5995,13 +5996,20 @@ class HttpClient:
 
 
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error."""
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error.
+
+    Any request goes again, on another connection, as long as nothing of it was sent: one that was kept had ended.
+    """
+    live, left = _ATTEMPT.get(), STALE_CONNECTIONS
     while True:
+        live.begun = False
         try:
             return await handler(request)
         except (aiohttp.ClientError, OSError) as error:
-            if getattr(error, "errno", None) != STALE_ERRNO:
+            ended = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientConnectorError)
+            if live.begun or not ended or not left:
                 raise _connection_failed(error) from None
+            left -= 1
 
 
 def _connection_failed(error: Exception) -> _Failed:
@@ -6103,8 +6111,9 @@ class _OneAnswer:
         """Raises OSError when a request would begin on a connection that is not to be used again."""
         if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
             if self._answer is not None and self._ended():
-                raise OSError(STALE_ERRNO, "was closed by the server")
+                raise ConnectionResetError(None, "was closed by the server")
             self._method, self._live, self._came = begins[1].decode(), _ATTEMPT.get(), bytearray()
+            self._live.begun = True
             self._answer = _answer(self._method == "HEAD", self._came)
 
     def _ended(self) -> bool:

@@ -5581,11 +5581,22 @@ async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: 
     assert seen == ["POST /", f"{'POST' if status == 307 else 'GET'} /next"] * 20
 
 
-async def test_a_server_that_closes_behind_every_answer_without_saying_so() -> None:
+@pytest.mark.parametrize("body", [None, "paid", "x" * 1_000_000])
+async def test_a_server_that_closes_behind_every_answer_without_saying_so(body: str | None) -> None:
     async with talking(lambda request, number: (OK, True)) as (url, seen):
-        outcomes = await attempts(url, 20, method="POST")
+        outcomes = await attempts(url, 20, method="POST", body=body)
     assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
     assert seen == ["POST /"] * 20
+
+
+async def test_a_server_that_closes_at_once_is_not_asked_for_ever() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(1)
+
+    asked: list[int] = []
+    async with conversing(talk) as url:
+        outcomes = await attempts(url, 2, method="POST", body="x" * 1_000_000)
+    assert [outcome.status for outcome in outcomes] == ["failed"] * 2 and len(asked) <= 22
 
 
 async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it(monkeypatch: pytest.MonkeyPatch) -> None:
