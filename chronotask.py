@@ -2728,7 +2728,19 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     return notes
 
 
-def overview_view(task: Task, recent: Sequence[Execution]) -> OverviewTask:
+@dataclass(slots=True)
+class Recent:
+    """What an overview shows of an execution. `duration` is in seconds."""
+
+    id: int
+    task_id: int
+    status: str
+    started_at: int | None
+    duration: float | None
+    error_message: str | None
+
+
+def overview_view(task: Task, recent: Sequence[Recent]) -> OverviewTask:
     """A task with its recent executions, which are given oldest first."""
     judged = [SUCCESS[e.status] for e in recent if e.status in SUCCESS]
     times = sorted(e.duration for e in recent if e.status == "succeeded" and e.duration is not None)
@@ -4747,12 +4759,13 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
     return new + _ids(db, changed, (compact(shown),))
 
 
-def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Execution]]:
-    """The last `count` executions of each task, without output, oldest first."""
-    recent = f"""SELECT e.*, {_TASK_NAME}, NULL AS output_size FROM json_each(?) AS j CROSS JOIN executions AS e WHERE e.id IN
-        (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id"""
-    found: dict[int, list[Execution]] = {}
-    for execution in load(db, Execution, recent, (compact(list(task_ids)), count), _OUTPUT):
+def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Recent]]:
+    """The last `count` executions of each task, oldest first."""
+    recent = """SELECT e.*, max(0, finished_at - started_at) / 1e6 AS duration FROM json_each(?) AS j
+        CROSS JOIN executions AS e WHERE e.id IN (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?)
+        ORDER BY e.id"""
+    found: dict[int, list[Recent]] = {}
+    for execution in load(db, Recent, recent, (compact(list(task_ids)), count)):
         found.setdefault(execution.task_id, []).append(execution)
     return found
 
