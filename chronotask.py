@@ -2704,7 +2704,7 @@ class StatusView(TypedDict):
     next_runs: list[Firing]
     lateness: dict[str, float | int | None]
     config_file: dict[str, str | None] | None
-    defaults: dict[str, float]
+    defaults: dict[str, float | bool]
     caller: NotRequired[dict[str, str]]
 
 
