@@ -8867,7 +8867,7 @@ WRONG_TOKENS = 10  # a second, from one address
 TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
 PROBLEM = "application/problem+json"
 # Answers are data: never sniffed as something else, never kept by a cache.
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Server": "ChronoTask"}  # else aiohttp's version
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Server": "ChronoTask"}
 DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
 BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 BUSY: dict[Any, Token | None] = {}  # connections whose request is being answered, and the token that it came with
@@ -9043,7 +9043,13 @@ def gated_app(service: Service, way: str) -> web.Application:
 
     if settings.needs_token:
         service.engine.spawn(service.keep("tokens", tokens.step))
-    return web.Application(middlewares=[gate], client_max_size=MAX_BODY)
+
+    async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
+        answer.headers["Server"] = HEADERS["Server"]  # else aiohttp's and Python's: also where MCP answers, or nothing does
+
+    app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
+    app.on_response_prepare.append(hide_versions)
+    return app
 
 
 # --- Bodies and queries -----------------------------------------------------------------------------------------------
