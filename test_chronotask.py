@@ -9098,7 +9098,7 @@ def test_a_service_follows_its_file_and_takes_it_up_anew_on_sighup(tmp_path: Pat
     (tmp_path / "new").write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 5"))
     (tmp_path / "new").rename(file)
     until(lambda: server.get("/tasks/key:nightly")["max_retries"] == 5, 5, "the file that took its place is applied")
-    assert "chronotask_config_file_ok 1" in metrics_of(server)
+    until(lambda: "chronotask_config_file_ok 1" in metrics_of(server), 5, "the metrics say so, behind its transaction")
 
 
 @pytest.mark.slow
