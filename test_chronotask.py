@@ -13442,7 +13442,7 @@ def test_clients_that_take_nothing_of_any_answer_are_dropped(tmp_path: Path) -> 
             client.connect(("127.0.0.1", port))
             client.setblocking(False)
             clients.append((client, request * 500))
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60  # of patience with a machine that does other things, too
     while len(list(descriptors.iterdir())) > before:
         for client, data in clients:
             with contextlib.suppress(OSError):
