@@ -3618,7 +3618,7 @@ class Store:
         self._loop, self._monotonic = asyncio.get_running_loop(), monotonic
         self._writing: _Call | None = None
         self._version = 0
-        self.changes = 0  # commits that are known of, also of others: while it stays, what was read is still so
+        self._commits = 0  # counted by the writer's thread alone, as `_version` is kept by the loop alone
         self._db = open_database(path)
         self._file, self._replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
@@ -3684,11 +3684,15 @@ class Store:
         db.set_progress_handler(lambda: self._closing or self._monotonic() > until, SCAN_STEP)
         _read_batch(db, batch)
 
+    @property
+    def changes(self) -> tuple[int, int]:
+        """What is known to be committed, by this process and by others: while it stays, what was read is still so."""
+        return self._commits, self._version
+
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
         version = await self.write(self._look)
         changed, self._version = version != self._version, version
-        self.changes += changed
         return changed
 
     def _look(self, db: DB) -> int:
@@ -3733,7 +3737,7 @@ class Store:
             db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
                 self.failure = None
-                self.changes += 1
+                self._commits += 1
         except sqlite3.Error as error:
             self.failure = str(error)
             for call in batch:
@@ -9804,6 +9808,7 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
 
 def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """The view in brief, with room for notes, and how many rows those lists had that were made shorter for it."""
+    view = {name: list(value) if isinstance(value, list) else value for name, value in view.items()}  # it may be kept for others
     lists = {name: rows for name, rows in view.items() if isinstance(rows, list)}
     sizes = {name: len(rows) for name, rows in lists.items()}
     while len(compact(answer := brief(resource, view, limit, without))) > MAX_ANSWER - 1000:

@@ -12027,6 +12027,14 @@ async def test_no_answer_has_more_than_40_000_characters_and_what_is_cut_is_said
     assert answer["executions"][0]["id"] == last
 
 
+async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Caller, service: Service) -> None:
+    for _ in range(100):
+        await call("create_task", name="t", command="x" * 450)
+    short = [await call("list_tasks", limit=100) for _ in range(2)]
+    assert short[0] == short[1] and len(short[0]["tasks"]) < short[0]["total"] == 100
+    assert len((await service.list_tasks(chronotask.TaskQuery(limit=100)))["tasks"]) == 100
+
+
 @pytest.mark.slow
 async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server) -> None:
     heard: list[float] = []
