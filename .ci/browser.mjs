@@ -911,6 +911,27 @@ fact('an execution shows the end of long output, coloured, searched, copied; att
   await service.ask('DELETE', '/tasks/' + id);
 });
 
+fact('what happens while a view is being read is not missed', async () => {
+  const id = await service.bash('Over meanwhile', 'sleep 4; echo over');
+  const run = await service.ask('POST', `/tasks/${id}/execute`);
+  await open(service, '#/');
+  const place = '**/api/v1/executions/' + run.id;
+  let held = 0;
+  await page.route(place, async route => {
+    const early = await route.fetch();
+    if (!held++) {
+      equal((await early.json()).status, 'running', 'as it was');
+      await until(async () => (await service.ask('GET', '/executions/' + run.id)).status === 'succeeded', 'it is over');
+      await sleep(0.5); // the page has heard of it by then
+    }
+    await route.fulfill({ response: early });
+  });
+  await page.evaluate(hash => { location.hash = hash; }, '#/executions/' + run.id);
+  await until(async () => (await page.getByRole('region', { name: 'Standard output', exact: true }).innerText().catch(() => '')) === 'over\n', 'its output');
+  await page.unroute(place);
+  await service.ask('DELETE', '/tasks/' + id);
+});
+
 fact('forms speak of units, zones, dates and passwords, and are copied as curl', async () => {
   await open(service, '#/tasks/new');
   await page.getByRole('textbox', { name: 'Name *' }).fill('Ask politely');
