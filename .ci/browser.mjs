@@ -1119,9 +1119,21 @@ db.commit()
   execFileSync(python, ['-c', fill, join(folder, 'big.db'), String(Date.now())]);
   await big.start();
   try {
+    const asked = [];
+    const note = request => asked.push(request.url().slice(big.base.length).replace('#/', ''));
+    let first; // what shows when more is asked for
+    await page.route('**/api/v1/events', async route => {
+      first ??= [await rows('Tasks').count(), await text('h1')];
+      await route.continue();
+    });
+    page.on('request', note);
     const start = Date.now();
     await open(big);
     const loaded = Date.now() - start;
+    page.off('request', note);
+    await page.unroute('**/api/v1/events');
+    equal(first, [30, 'Loading 1,000 tasks …'], 'the rows that fill a screen are there before the rest is asked for');
+    equal(asked.slice(0, 4), ['/', '/api/v1/overview?limit=30', '/api/v1/scheduler/status', '/api/v1/events'], 'in this order');
     await shot('big');
     await page.getByRole('searchbox').fill('Task 77');
     const typed = await page.evaluate(async () => {
