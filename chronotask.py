@@ -416,11 +416,8 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], port: str | None = None, host: str | None = None) -> tuple[Settings, list[str]]:
-        """Settings from `environ`, or from the options --port and --host, and warnings about variables that are probably typos.
-
-        An empty variable counts as not set. Raises StartupError (status 2), one line, at the first bad value, and at a typo
-        in the name of a setting that keeps somebody out.
-        """
+        """Settings from `environ`, where an empty variable counts as not set, or from the options; and warnings about typos.
+        Raises StartupError (status 2), one line, at the first bad value, and at a typo in a setting that keeps somebody out."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls) if field.metadata}
         values, launchers, warnings = dict[str, Any](), dict[str, tuple[str, ...]](), list[str]()
         given = {name.removeprefix(ENV_PREFIX): (name, text) for name, text in environ.items() if name.startswith(ENV_PREFIX)}
@@ -487,25 +484,20 @@ def _launcher_words(name: str, text: str) -> tuple[str, ...]:
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
     """Why what lies at `path` cannot be relied on, and the remedy: somebody else could have written it (sshd's StrictModes).
-
-    With `alone`, a group in which there is nobody else may write, as Debian's ssh allows it: a volume's fsGroup in Kubernetes.
-    """
-    if found.st_uid not in (0, os.geteuid()):
+    With `alone`, a group in which there is nobody else may write, as Debian's ssh allows it: a volume's fsGroup in Kubernetes."""
+    trusted, others = {0, os.geteuid()}, 0o022
+    if found.st_uid not in trusted:
         return f"belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {shown(str(path), 4096)}"
+    if alone:
+        users = pwd.getpwall()
+        members = {user.pw_name for user in users if user.pw_gid == found.st_gid}
+        with contextlib.suppress(KeyError):
+            members.update(grp.getgrgid(found.st_gid).gr_mem)
+        others = 0o002 if members <= {user.pw_name for user in users if user.pw_uid in trusted} else others
     shared_folder = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # as Kubernetes mounts secrets
-    others = 0o002 if alone and not _has_others(found.st_gid) else 0o022
     if found.st_mode & others and not shared_folder:
         return f"may be written by others (mode {stat.S_IMODE(found.st_mode):04o}): chmod go-w {shown(str(path), 4096)}"
     return None
-
-
-def _has_others(gid: int) -> bool:
-    """Whether anybody but this user and root is in the group."""
-    users, ours = pwd.getpwall(), {0, os.geteuid()}
-    members = {user.pw_name for user in users if user.pw_gid == gid}
-    with contextlib.suppress(KeyError):
-        members.update(grp.getgrgid(gid).gr_mem)
-    return not members <= {user.pw_name for user in users if user.pw_uid in ours}
 
 
 def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
@@ -645,10 +637,8 @@ def _offset(zone: ZoneInfo, t: int) -> int:
 
 
 def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
-    """The offsets of a local time read the first and the second way (PEP 495).
-
-    Equal: the local time is clear. First smaller: it lies in a gap. First larger: it comes twice.
-    """
+    """The offsets of a local time read the first and the second way (PEP 495). Equal: it is clear. First smaller: it lies in
+    a gap. First larger: it comes twice."""
     face = _clock_face(local)
     first, second = zone.utcoffset(face) or _ZERO, zone.utcoffset(face.replace(fold=1)) or _ZERO
     return first // _TICK, second // _TICK
@@ -671,6 +661,8 @@ def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT) -> 
     return None if second - first >= longest_gap else _change(zone, local)
 
 
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DATES = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
 _INSTANT = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)"
     r"(?: ?([Zz]|[+-](?:0[0-9]|1[0-9]|2[0-3])(?::?[0-5][0-9])?))?"
@@ -683,11 +675,8 @@ _INSTANT_RULE = (
 
 @functools.lru_cache(maxsize=1024)  # a schedule's times are asked for at each of its slots and in each list
 def parse_instant(text: str, zone: str) -> int:
-    """The instant that an ISO 8601 date-time means; without an offset it is read in `zone`.
-
-    A local time that does not exist is the instant right after the gap, one that comes twice is the first.
-    Raises ValueError, saying what is allowed.
-    """
+    """The instant that an ISO 8601 date-time means; without an offset it is read in `zone`: one in a gap is right after it, one
+    that comes twice is the first. Raises ValueError, saying what is allowed."""
     found = _INSTANT.fullmatch(text)
     if found is None:
         raise ValueError(_INSTANT_RULE)
@@ -712,9 +701,6 @@ def local_text(text: str, zone: str) -> str:
     return _clock_face(t + _offset(load_zone(zone), t)).isoformat()
 
 
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-
-
 def parse_bound(text: str, zone: str, end: bool = False) -> int:
     """Like `parse_instant`; a date alone is the start of that day in `zone`, or with `end` its last microsecond."""
     if not _DATE.fullmatch(text):
@@ -723,9 +709,6 @@ def parse_bound(text: str, zone: str, end: bool = False) -> int:
     if not end or text == "9999-12-31":
         return LAST_INSTANT if end else start
     return parse_instant((datetime.fromisoformat(text) + timedelta(days=1)).isoformat(), zone) - 1
-
-
-_DATES = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
 
 
 def check_dates(text: str) -> str:
@@ -739,15 +722,10 @@ def check_dates(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _spans(exclude: tuple[str, ...], zone: str) -> list[tuple[int, int]]:
+def spans_of(exclude: tuple[str, ...], zone: str) -> list[tuple[int, int]]:
     """The days of `exclude` as instants, first and last."""
     days = [text.partition("/") for text in exclude]
     return [(parse_bound(first, zone), parse_bound(last or first, zone, end=True)) for first, _, last in days]
-
-
-def without_days(ran: Sequence[Sequence[int]], exclude: Sequence[str], zone: str) -> Sequence[Sequence[int]]:
-    """What is out for slots: those that ran, and whole days."""
-    return [*ran, *_spans(tuple(exclude), zone)] if exclude else ran
 
 
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
@@ -791,6 +769,12 @@ _CRON_RULE = (
 )
 _ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,4}))?")
 _NTH = re.compile(rf"([0-7]|{'|'.join(_SHORT_DAYS)})#([1-5])|l([0-7])")
+_HINTS = {
+    "?": "write * for ?",
+    "w": "W is not supported",
+    "h": "H is not supported: write a value",
+    "r": "R is not supported: use jitter",
+}
 
 
 class _Expression:
@@ -843,16 +827,19 @@ _parse_cron = functools.lru_cache(maxsize=2048)(_Expression)
 def _field_values(field: _Field, text: str) -> tuple[int, ...]:
     def value(word: str) -> int:
         number = field.words.index(word) + field.low if word in field.words else int(word) if word.isdigit() else -1
-        if not field.low <= number <= field.highest:
-            raise ValueError(_field_rule(field, word))
-        return number
+        if field.low <= number <= field.highest and len(word) <= 3:
+            return number
+        names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
+        hint = _HINTS.get(re.sub(r"[0-9()/-]", "", word), "")
+        if field.highest == 7 and re.fullmatch("[0-7]l", word):
+            hint = f"write L{word[0]} for {word.upper()}"
+        rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
+        raise ValueError(f"{field.name} {shown(word)} {rule}" + (f" ({hint})" if hint else ""))
 
     values: set[int] = set()
     for part in text.split(","):
         found = _ITEM.fullmatch(part)
-        if found is None:
-            raise ValueError(_field_rule(field, part))
-        star, first, last, step = found.groups()
+        star, first, last, step = found.groups() if found else (None, part, None, None)
         low = field.low if star else value(first)
         high = field.high if star or (step and not last) else value(last or first)  # 10/15 is 10-59/15, as most engines have it
         if field.highest == 7 and high == 0 < low:
@@ -867,26 +854,17 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
     return tuple(sorted({value % 7 for value in values} if field.highest == 7 else values))
 
 
-_HINTS = {
-    "?": "write * for ?",
-    "w": "W is not supported",
-    "h": "H is not supported: write a value",
-    "r": "R is not supported: use jitter",
-}
-
-
-def _field_rule(field: _Field, part: str) -> str:
-    names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
-    hint = _HINTS.get(re.sub(r"[0-9()/-]", "", part), "")
-    if field.highest == 7 and re.fullmatch("[0-7]l", part):
-        hint = f"write L{part[0]} for {part.upper()}"
-    rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
-    return f"{field.name} {shown(part)} {rule}" + (f" ({hint})" if hint else "")
-
-
-def cron_notes(expression: str) -> list[str]:
-    """What an expression probably does not mean."""
-    texts, notes = expression.strip().lower().split(), list[str]()
+def timing_notes(schedule_type: str, config: Mapping[str, Any], now: int) -> list[str]:
+    """What a schedule probably does not mean."""
+    notes = list[str]()
+    if schedule_type == "interval" and (days := config.get("seconds", 0) / 86400) and days == int(days):
+        zone = config["timezone"]
+        if len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1:
+            moves = f"{config['seconds']} s later the local time is another one when the clocks change in {zone}"
+            notes.append(f"{moves}: {{days: {days:g}}} keeps to it.")
+    if schedule_type != "cron":
+        return notes
+    texts = config["expression"].strip().lower().split()
     for field, text in zip(_FIELDS[6 - len(texts) :], texts, strict=True) if len(texts) > 1 else ():
         for step in map(int, re.findall("/([0-9]+)", text)):
             if step > field.high - field.low:
@@ -896,7 +874,7 @@ def cron_notes(expression: str) -> list[str]:
                 notes.append(
                     f"The step {step} is larger than the {field.name} field, of which only the first value is left{words}."
                 )
-    if not _parse_cron(expression).both:
+    if not _parse_cron(config["expression"]).both:
         notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
     return notes
 
@@ -957,11 +935,6 @@ def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
         if slots := [slot for slot in slots if slot > after]:
             return min(slots + again)
     return min(again, default=None)
-
-
-def changes_clocks(zone: str, now: int) -> bool:
-    """Whether the clocks of a zone change within a year from `now`."""
-    return len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1
 
 
 # --- Timings ----------------------------------------------------------------------------------------------------------
@@ -1061,9 +1034,6 @@ class Interval(Timing):
         slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
         return slot if slot <= LAST_INSTANT else None
 
-    def last_at_or_before(self, t: int) -> int | None:
-        return None if t < self.first else t - (t - self.anchor) % self.step
-
     def describe(self) -> str:
         every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
         return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
@@ -1141,11 +1111,8 @@ class After(Timing):
 def make_timing(
     schedule_type: str, config: Mapping[str, Any], created_at: int, since: int | None = None, watched: Sequence[Any] = ()
 ) -> Timing:
-    """The timing of a stored schedule: its config has been through `check_schedule_config`.
-
-    An interval without `start_date` counts from `created_at`, and has slots later than `since`, usually the same instant.
-    `watched` are the tasks that one of type `after` names: id, name, last success.
-    """
+    """The timing of a stored schedule, whose config was checked. An interval without `start_date` counts from `created_at`, and
+    has slots later than `since`. `watched` are the tasks that one of type `after` names: id, name, last success."""
     if schedule_type == "after":
         overdue = "overdue" in config["on"] and watched
         last = max(created_at, watched[0][2] or 0) if overdue else 0
@@ -1167,7 +1134,6 @@ def make_timing(
 
 def check_expression(text: str, zone: str, now: int) -> str:
     """`text`, if it is a cron expression that will fire. Raises ValueError, saying what is allowed."""
-    _parse_cron(text)
     slot = Cron(text, zone).next_after(now)
     if slot is None or slot > now + NEVER:
         raise ValueError("must fire at least once in the next 50 years")
@@ -1227,39 +1193,36 @@ def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
 def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
     times = [(h, m, s) for h in cron.hours for m in cron.minutes for s in cron.seconds][:9]
-    spread = _frequency_words(cron)
-    if len(times) <= 2 or (len(times) <= 8 and not spread):
-        form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
-        return "at " + _and([form.format(*time) for time in times])
-    if spread:
+    form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
+    exact = "at " + _and([form.format(*time) for time in times])
+    if len(times) <= 2:
+        return exact
+    minute, hours = cron.minutes[0], cron.hours
+    spread: str | None = "every hour"
+    last = f":{minute:02}"
+    if cron.seconds != (0,):
+        spread = _every(cron.seconds, "second", 60) if len(cron.minutes) == 60 else None
+        last = f":59:{cron.seconds[-1]:02}"
+    elif len(cron.minutes) > 1:
+        spread, last = _every(cron.minutes, "minute", 60), f":{cron.minutes[-1]:02}"
+    elif evenly := _every(hours, "hour", 24):
+        return evenly + (f" at minute {minute}" if minute else "")
+    if spread and len(hours) == 24:
         return spread
+    if spread and _in_a_row(hours):
+        return f"{spread} from {hours[0]:02}:{minute:02} to {hours[-1]:02}{last}"
+    if len(times) <= 8:
+        return exact
     # Field by field: never pretty, never wrong.
     parts = []
     if cron.seconds != (0,):
         parts.append("every second" if len(cron.seconds) == 60 else f"second {_listed(cron.seconds)}")
     parts.append("every minute" if len(cron.minutes) == 60 else f"minute {_listed(cron.minutes)}")
-    if len(cron.hours) < 24:
-        parts.append(f"hour {_listed(cron.hours)}")
+    if len(hours) < 24:
+        parts.append(f"hour {_listed(hours)}")
     elif len(cron.minutes) < 60:
         parts.append("every hour")
     return "at " + " of ".join(parts)
-
-
-def _frequency_words(cron: _Expression) -> str | None:
-    """Evenly spread slots, all day or in a run of hours."""
-    minute = cron.minutes[0]
-    if cron.seconds != (0,):
-        word = _every(cron.seconds, "second", 60) if len(cron.minutes) == 60 else None
-        last = f":59:{cron.seconds[-1]:02}"
-    elif len(cron.minutes) > 1:
-        word, last = _every(cron.minutes, "minute", 60), f":{cron.minutes[-1]:02}"
-    elif word := _every(cron.hours, "hour", 24):
-        return word + (f" at minute {minute}" if minute else "")
-    else:
-        word, last = "every hour" if len(cron.hours) > 2 else None, f":{minute:02}"
-    if word is None or len(cron.hours) == 24:
-        return word
-    return f"{word} from {cron.hours[0]:02}:{minute:02} to {cron.hours[-1]:02}{last}" if _in_a_row(cron.hours) else None
 
 
 def _day_words(cron: _Expression) -> str:
@@ -1393,8 +1356,8 @@ CAUSE_NAMES = (
 
 @dataclass(slots=True)  # like all that is made for every attempt: frozen, it takes four times as long to make
 class Outcome:
-    """How one attempt ended: succeeded, failed, timed_out, cancelled or interrupted. `output` is the `output_data` of answers,
-    `retryable` says whether this kind of end allows a retry at all, `retry_after` for how many seconds the server asked."""
+    """How one attempt ended. `output` is the `output_data` of answers, `retryable` says whether this kind of end allows a retry
+    at all, `retry_after` for how many seconds the server asked."""
 
     status: str
     error_message: str | None = None
@@ -1415,10 +1378,7 @@ def adapter(model: Any) -> TypeAdapter[Any]:
 
 
 def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> Any:
-    """`data` as `model`. Raises InvalidInput with an entry for each bad field, at most 100, with `prefix` before its path.
-
-    The nearest known name is suggested for an unknown one. Values are shown unless they may be secret.
-    """
+    """`data` as `model`. Raises InvalidInput with an entry for each bad field, at most 100, with `prefix` before its path."""
     try:
         return adapter(model).validate_python(data, context=context)
     except ValidationError as error:
@@ -1506,7 +1466,6 @@ class UrlParts(NamedTuple):
     userinfo: str
     host: str  # with the port, if it names one
     rest: str
-    host_begins: int
 
     @property
     def origin(self) -> tuple[str, str] | None:
@@ -1526,7 +1485,7 @@ def url_parts(url: str) -> UrlParts | None:
     if not found:
         return None
     begin, host = found.start(2), found.start(2) + found[2].rfind("@") + 1
-    return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :], host)
+    return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :])
 
 
 def _url(text: str) -> str:
@@ -1724,10 +1683,7 @@ CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
 
 
 def parse_config(task_type: str, config: Any) -> dict[str, Any]:
-    """`config` checked and in normal form, with only the fields that were sent (null counts as not sent).
-
-    Raises InvalidInput that lists every bad field as `config.…`.
-    """
+    """`config` checked and in normal form, without nulls. Raises InvalidInput that lists every bad field as `config.…`."""
     return {name: value for name, value in _checked(CONFIGS[task_type], config, "config").items() if value is not None}
 
 
@@ -1857,13 +1813,13 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 
 
 def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """An http configuration, or fields of one, with each text that may be a secret as `change` gives it, from its path and the
-    text."""
+    """An http configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret."""
     url, result = config.get("url") or "", dict(config)
     if "@" in url:
         parts, begin, end = url_parts(url), 0, 0
         if parts:
-            begin, end = len(parts.scheme) + 3, parts.host_begins - 1
+            begin = len(parts.scheme) + 3
+            end = begin + len(parts.userinfo)
         else:  # not sure where it begins: then it is all before the host
             end = re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
         if begin < end:
@@ -1878,21 +1834,18 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
     return result
 
 
-def _masked(name: str, text: str) -> str:
-    return text if (_HARMLESS_USERINFO if name == "url" else _HARMLESS).fullmatch(text) else MASK
-
-
 def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` as answers, the log and the history may show it. Values that are only a `${…}` reference stay readable."""
-    return _map_secrets(config, _masked) if task_type == "http" else config
+
+    def masked(name: str, text: str) -> str:
+        return text if (_HARMLESS_USERINFO if name == "url" else _HARMLESS).fullmatch(text) else MASK
+
+    return _map_secrets(config, masked) if task_type == "http" else config
 
 
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
-    """`new`, a parsed configuration, with each mask that was sent back replaced by the stored secret.
-
-    Raises InvalidInput for a mask that stands for nothing, and for any mask once scheme, host or port of the URL differ:
-    else whoever may edit a task could have its secret sent to a server of their own.
-    """
+    """`new`, parsed, with the stored secret for each mask that was sent. Raises InvalidInput for one that stands for nothing,
+    and for any once the URL's origin differs: else who may edit a task could have its secret sent to a server of their own."""
     if task_type != "http" or MASK not in str(new):
         return new
     kept: dict[str, str] = {}
@@ -1917,8 +1870,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | 
 
 
 def override_config(task_type: str, config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task: its secrets
-    go to no other server than its own."""
+    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task."""
     return unmask_config(task_type, parse_config(task_type, {**mask_config(task_type, config), **override}), config)
 
 
@@ -2100,12 +2052,7 @@ class Task:
 @dataclass(slots=True, kw_only=True)
 class Schedule:
     """When a task fires. It stands at `settled_until`: `next_slot` is the first slot later than that, `next_fire` that slot with
-    its jitter.
-
-    What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`. `watched`: of the tasks that one of type `after` names, those
-    that exist: id, name, last success, its id. `over`: switched off because no slot was left. `live`: its
-    task is active and, once the service knows it, the scheduler not paused.
-    """
+    its jitter. What `dealt_with`, `in_force_since` and `ran` mean, says `Plan`."""
 
     also_shown: ClassVar = {"next_run": "last_run", "description": "run_count"}
 
@@ -2135,8 +2082,9 @@ class Schedule:
     dealt_with: Internal[Time] = 0
     in_force_since: Internal[Time] = 0
     ran: Internal[list[list[int]]] = dataclasses.field(default_factory=list)
-    over: Internal[bool] = False
-    live: Queried[Internal[bool]] = True
+    over: Internal[bool] = False  # switched off because no slot was left
+    live: Queried[Internal[bool]] = True  # its task is active and, once the service knows it, the scheduler not paused
+    # Of the tasks that one of type `after` names, those that exist: id, name, last success, its id.
     watched: Queried[Internal[list[list[Any]]]] = dataclasses.field(default_factory=list)
     upcoming: Detail[list[Upcoming] | None] = None
     notes: Detail[list[str] | None] = None
@@ -2162,20 +2110,11 @@ class Schedule:
         # An interval that was made by a clock that was ahead keeps its phase, and has slots before that.
         since = min(self.created_at, self.settled_until) if self.settled_until < self.dealt_with else self.created_at
         timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since, self.watched)
-        left = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
-        return Plan(
-            timing,
-            self.id,
-            self.start_at,
-            self.end_at,
-            self.jitter,
-            self.catchup,
-            self.catchup_window,
-            left,
-            self.dealt_with,
-            self.in_force_since,
-            without_days(self.ran, self.exclude, self.zone),
-        )
+        plan = Plan(timing, self.id, self.start_at, self.end_at, self.jitter, self.catchup, self.catchup_window)
+        plan.remaining = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
+        plan.dealt_with, plan.in_force_since = self.dealt_with, self.in_force_since
+        plan.ran = [*self.ran, *spans_of(tuple(self.exclude), self.zone)] if self.exclude else self.ran
+        return plan
 
     def stand(self, at: int) -> None:
         """Everything up to `at` is dealt with."""
@@ -2263,6 +2202,18 @@ class Attempt:
     @property
     def duration(self) -> float | None:
         return seconds_between(self.started_at, self.finished_at)
+
+
+@dataclass(slots=True, kw_only=True)
+class Recent:
+    """What an overview shows of an execution. `duration` is in seconds."""
+
+    id: ReadOnly[int]
+    task_id: Internal[int]
+    status: ReadOnly[str]
+    started_at: ReadOnly[Time | None]
+    duration: ReadOnly[float | None]
+    error_message: Internal[str | None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -2428,12 +2379,8 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        return run_id(self.uuid, self.attempt)
-
-
-def run_id(execution_uuid: str, attempt: int) -> str:
-    """The UUID of one attempt, known again after a crash without being stored: the execution's, its end the attempt's number."""
-    return f"{execution_uuid[:-4]}{attempt:04x}"
+        """A UUID, known again after a crash without being stored: the execution's, its end the attempt's number."""
+        return f"{self.uuid[:-4]}{self.attempt:04x}"
 
 
 @dataclass(slots=True)
@@ -2467,10 +2414,8 @@ class Ended:
 
 
 class View:
-    """Marks a dict as what a client sees of a resource, or of none. `more` are further fields, with their types.
-
-    Of a `Body`: `update` if it says what shall change; `without` are fields of the resource that it has not.
-    """
+    """Marks a dict as what a client sees of a resource, or of none. `more` are further fields, with their types. Of a `Body`:
+    `update` if it says what shall change; `without` are fields of the resource that it has not."""
 
     config: ClassVar = ConfigDict()
 
@@ -2623,10 +2568,7 @@ class EventQuery(Query):
 
 
 def parse(model: Any, data: Any) -> Any:
-    """`data` as `model`, a Query or a dict that is marked with a Body: of what was sent.
-
-    Raises InvalidInput that lists every bad field, with the nearest known name for unknown ones.
-    """
+    """`data` as `model`, a Query or a dict that is marked with a Body. Raises InvalidInput that lists every bad field."""
     body, errors = mark_of(model), list[FieldError]()
     if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
         read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
@@ -2653,7 +2595,7 @@ ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
-RecentRun = Annotated[dict[str, Any], View(None, "RecentRun", id=int, status=str, started_at=str | None, duration=float | None)]
+RecentRun = Annotated[dict[str, Any], View(Recent, "RecentRun")]
 OverviewTask = Annotated[
     dict[str, Any],
     View(
@@ -2710,13 +2652,7 @@ class StatusView(TypedDict):
 
 def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     """Sentences about what a schedule probably does not mean, and why nothing will fire."""
-    config, notes = schedule.schedule_config, list[str]()
-    if schedule.schedule_type == "cron":
-        notes += cron_notes(config["expression"])
-    if (days := config.get("seconds", 0) / 86400) and days == int(days) and schedule.schedule_type == "interval":
-        if changes_clocks(schedule.zone, now):
-            moves = f"{config['seconds']} s later the local time is another one when the clocks change in {schedule.zone}"
-            notes.append(f"{moves}: {{days: {days:g}}} keeps to it.")
+    notes = timing_notes(schedule.schedule_type, schedule.schedule_config, now)
     if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
         notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
     elif schedule.over:
@@ -2726,18 +2662,6 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     elif paused or not schedule.live:
         notes.append(f"Nothing will fire: {'the scheduler is paused' if paused else 'its task is not active'}.")
     return notes
-
-
-@dataclass(slots=True)
-class Recent:
-    """What an overview shows of an execution. `duration` is in seconds."""
-
-    id: int
-    task_id: int
-    status: str
-    started_at: int | None
-    duration: float | None
-    error_message: str | None
 
 
 def overview_view(task: Task, recent: Sequence[Recent]) -> OverviewTask:
@@ -2750,9 +2674,7 @@ def overview_view(task: Task, recent: Sequence[Recent]) -> OverviewTask:
         "last_error": (real[-1].error_message or "")[:300] or None if real else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
-        "recent": [
-            {"id": e.id, "status": e.status, "started_at": instant_or_none(e.started_at), "duration": e.duration} for e in recent
-        ],
+        "recent": [view_of(e) for e in recent],
     }
 
 
@@ -2804,15 +2726,6 @@ def clip_texts(output: dict[str, Any]) -> dict[str, Any]:
     return clipped
 
 
-def attempt_views(execution: Execution, past: Sequence[Attempt]) -> list[AttemptView]:
-    """All attempts of an execution, oldest first: the last one lives on the execution itself."""
-    attempts = [view_of(attempt) for attempt in past]
-    if execution.attempt_started_at is not None and execution.attempt not in {attempt.attempt for attempt in past}:
-        of_both = {name: getattr(execution, name) for name in shape_of(Attempt).loaded}
-        attempts.append(view_of(Attempt(**{**of_both, "started_at": execution.attempt_started_at})))
-    return attempts
-
-
 # ======================================================================================================================
 # 4. Decisions (pure)
 # ======================================================================================================================
@@ -2861,13 +2774,11 @@ class Due(NamedTuple):
 
 
 def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> Due:
-    """What is to be done at `now` about the slots later than `settled_until`. max_runs is left to the claim.
-
-    With `early` a slot whose jitter has not passed is due as well.
+    """What is to be done at `now` about the slots later than `settled_until`; with `early` also if the jitter has not passed.
 
     Where a schedule stands goes back with the clock (`stands_at`). When the clock jumps forward from there, it may have been
     behind and be right again: then nothing up to `dealt_with` is made up for. While it has not reached that again, that was
-    a future which did not come, and a slot that is late now was missed, as any other.
+    a future which did not come, and a slot that is late now was missed, as any other. max_runs is left to the claim.
     """
     missed, catchup = None, list[int]()
     slot = plan.next_slot(settled_until)
@@ -2878,7 +2789,20 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
         known = plan.dealt_with if plan.dealt_with <= now else plan.in_force_since
         first = plan.next_slot(max(settled_until, known))
         if first is not None and first <= newest:
-            catchup, missed = _catch_up(plan, first, newest, now)
+            wanted, reason = {
+                "skip": (0, "catchup=skip"),
+                "latest": (1, "catchup=latest runs only the newest"),
+                "all": (CATCHUP_MOST, f"catchup=all runs only the newest {CATCHUP_MOST}"),
+            }[plan.catchup]
+            last: int | None = newest
+            oldest = max(first, now - round(plan.catchup_window * SECOND))
+            while last is not None and last >= oldest and len(catchup) < wanted:
+                catchup.insert(0, last)
+                last = plan.last_slot(last - 1)
+            if last is not None and last >= first:
+                if wanted and last < oldest:
+                    reason = f"older than the catchup_window of {plan.catchup_window:g} s"
+                missed = Missed(first, last, plan.count(first, last, MISSED_COUNTED), reason)
         settled_until = max(newest, known) if known <= now else newest
         slot = plan.next_slot(settled_until)
     on_time = []
@@ -2888,35 +2812,12 @@ def due_slots(plan: Plan, settled_until: int, now: int, early: bool = False) -> 
     return Due(missed, catchup, on_time, settled_until, slot)
 
 
-def _catch_up(plan: Plan, first: int, last: int, now: int) -> tuple[list[int], Missed | None]:
-    """Which of the missed slots first..last are caught up, oldest first, and the group of those before them."""
-    wanted, reason = {
-        "skip": (0, "catchup=skip"),
-        "latest": (1, "catchup=latest runs only the newest"),
-        "all": (CATCHUP_MOST, f"catchup=all runs only the newest {CATCHUP_MOST}"),
-    }[plan.catchup]
-    oldest = max(first, now - round(plan.catchup_window * SECOND))
-    picked: list[int] = []
-    slot: int | None = last
-    while slot is not None and slot >= oldest and len(picked) < wanted:
-        picked.insert(0, slot)
-        slot = plan.last_slot(slot - 1)
-    if slot is None or slot < first:
-        return picked, None
-    if wanted and slot < oldest:
-        reason = f"older than the catchup_window of {plan.catchup_window:g} s"
-    return picked, Missed(first, slot, plan.count(first, slot, MISSED_COUNTED), reason)
-
-
 # --- A clock that is set, edits, pauses -------------------------------------------------------------------------------
 
 
 def stands_at(timing: Timing, settled_until: int, now: int, latest: int = 0) -> int:
     """Where a schedule stands when the clock reads `now`, having read `latest` before: later than now only if it was set back.
-
-    Debian cron's rule. Set back by less than 3 h, fixed times wait until what was dealt with is passed, and all others go on
-    from now; by more, the clock was wrong before, and all go on from now.
-    """
+    Debian cron's rule: by less than 3 h, and fixed times wait until what was dealt with is passed; else all go on from now."""
     if settled_until <= now or (timing.fixed and max(settled_until, latest) < now + CORRECTION):
         return settled_until
     return now
@@ -2943,8 +2844,7 @@ def go_on(schedule: Schedule, now: int) -> None:
 
 
 def resume_schedule(schedule: Schedule, now: int) -> NewExecution | None:
-    """Moves a schedule on after a pause: to the next slot after now. Nothing earlier is caught up or recorded, except
-    that a once-schedule whose time has passed is over, with the row that is returned."""
+    """Moves a schedule on after a pause, as after an edit. Only a once-schedule whose time has passed is over, with a row."""
     passed = schedule.next_slot
     go_on(schedule, now)
     if schedule.schedule_type == "once" and schedule.next_slot is None and passed is not None and schedule.plan().remaining != 0:
@@ -2963,9 +2863,7 @@ class Claim:
     unfinished: dict[int, list[Unfinished]] = dataclasses.field(default_factory=dict)  # by task, with what is claimed here
     rows: list[NewExecution] = dataclasses.field(default_factory=list)
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
-    cancels: list[tuple[Schedule, str]] = dataclasses.field(
-        default_factory=list
-    )  # overlap `cancel`: by which schedule and trigger
+    cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)  # overlap `cancel`: by which, and its trigger
 
     def slots(self, schedule: Schedule, early: bool = False) -> None:
         """Decides what becomes of a schedule's due slots, and moves the schedule on."""
@@ -3040,31 +2938,20 @@ class Claim:
 
 
 def decide_end(run: Run, outcome: Outcome, now: int, spread: float, seconds: float | None = None) -> Finished:
-    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %.
-
-    It ended `seconds` after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it.
-    """
+    """Decides whether an ended attempt is final or is retried. `spread` is the jitter, from -1 to 1 for ±10 %. It ended `seconds`
+    after its start, by the steady clock, whatever the wall clock did meanwhile; None: nobody measured it."""
     status, again, error = outcome.status, None, outcome.error_message
     try:
         if outcome.retryable and run.attempt <= run.max_retries:
-            wait = retry_wait(run.attempt, run.retry_delay, run.retry_backoff, spread)
+            wait = min(run.retry_delay * run.retry_backoff ** (run.attempt - 1), MAX_RETRY_WAIT) * (1 + 0.1 * spread)
             if outcome.retry_after is not None:
                 wait = min(outcome.retry_after, MAX_RETRY_WAIT)
             status, again = "retrying", now + round(wait * SECOND)
-    except TypeError:  # a damaged row must not keep others from being settled
+    except (TypeError, OverflowError):  # a damaged row must not keep others from being settled
         error = f"{error or status}; not retried: the retry settings of the task are damaged"
     output = None if outcome.output is None else compact(outcome.output)
     finished_at = max(run.started_at, now) if seconds is None else run.started_at + round(seconds * SECOND)
     return Finished(run, status, outcome.status, finished_at, again, error, output)
-
-
-def retry_wait(attempt: int, delay: float, backoff: float, spread: float) -> float:
-    """Seconds between the end of attempt number `attempt` and the next one: at most 3600, ±10 %."""
-    try:
-        wait = delay * backoff ** (attempt - 1)
-    except OverflowError:
-        wait = MAX_RETRY_WAIT
-    return min(wait, MAX_RETRY_WAIT) * (1 + 0.1 * spread)
 
 
 # --- One thing after another ------------------------------------------------------------------------------------------
@@ -3130,28 +3017,14 @@ def find_circle(fired: Mapping[int, Collection[int]], begin: int, ends: Collecti
 
 def cause_of(event: str, execution: Execution | None, task: Task, streak: int, zone: str, url: str | None) -> dict[str, Any]:
     """What an `after` execution knows of its cause: a snapshot of at most 6 KiB. Kept output is masked already."""
-    e, output = execution, (execution.output_data if execution else None) or {}
-    error = (e.error_message if e else None) or None
-    cause: dict[str, Any] = {
-        "event": event,
-        "execution_id": e and e.id,
-        "task_id": task.id,
-        "task_key": task.key,
-        "task_name": task.name,
-        "status": e and e.status,
-        "error_message": error and error[:500],
-        "scheduled_for": instant_or_none(e.scheduled_for) if e else None,
-        "started_at": instant_or_none(e.started_at) if e else None,
-        "finished_at": instant_or_none(e.finished_at if e else task.last_success),
-        "duration": e and e.duration,
-        "attempt": e and e.attempt,
-        "failures_in_a_row": streak,
-        "exit_code": output.get("exit_code"),
-        "status_code": output.get("status_code"),
-        "output": output_text(output)[-MOST_CAUSE_OUTPUT:],
-        "text": _cause_text(event, e, task, streak, zone),
-        "url": url and f"{url}#/executions/{e.id}" if e else url,
-    }
+    view: dict[str, Any] = view_of(execution) if execution else {"finished_at": instant_or_none(task.last_success)}
+    output = view.get("output_data") or {}
+    cause = {name: output.get(name) if name in ("exit_code", "status_code") else view.get(name) for name in CAUSE_NAMES}
+    cause |= {"event": event, "execution_id": view.get("id"), "task_id": task.id, "task_key": task.key, "task_name": task.name}
+    cause |= {"failures_in_a_row": streak, "output": output_text(output)[-MOST_CAUSE_OUTPUT:]}
+    cause["error_message"] = (view.get("error_message") or "")[:500] or None
+    cause["text"] = _cause_text(event, execution, task, streak, zone)
+    cause["url"] = f"{url}#/executions/{execution.id}" if url and execution else url
     while (surplus := len(to_json(cause)) - MOST_CAUSE_BYTES) > 0 and cause["output"]:
         cause["output"] = cause["output"][max(1, surplus // 6) :]
     return cause
@@ -3256,9 +3129,6 @@ class TimerQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int]] = []
         self._due: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._due)
 
     def set(self, key: int, at: int | None) -> None:
         """Makes `key` due at `at`, instead of when it was due before; None: never."""
@@ -5295,7 +5165,8 @@ def resolve_secrets(
             raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
     if task_type == "http":
         parts = url_parts(config["url"])
-        host, end = (parts.host_begins, parts.host_begins + len(parts.host)) if parts else (0, 0)
+        end = len(config["url"]) - len(parts.rest) if parts else 0
+        host = end - len(parts.host) if parts else 0
 
         def in_url(found: re.Match[str]) -> str:
             """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
@@ -7757,7 +7628,10 @@ class Service:
         )
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
-        execution.attempts, execution.caused = attempt_views(execution, past), caused
+        if execution.attempt_started_at is not None and execution.attempt not in {attempt.attempt for attempt in past}:
+            of_both = {name: getattr(execution, name) for name in shape_of(Attempt).loaded}
+            past.append(Attempt(**{**of_both, "started_at": execution.attempt_started_at}))
+        execution.attempts, execution.caused = [view_of(attempt) for attempt in past], caused
         return view_of(execution)
 
     @Operation("GET", "/tasks/{id}/history", tool=("read_only",))
@@ -8329,7 +8203,7 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
     if schedule.is_active and schedule.live and not get_meta(db, "paused"):
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
     ran = slots_that_ran(db, schedule.id, first, last)
-    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=without_days((), schedule.exclude, schedule.zone))
+    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=spans_of(tuple(schedule.exclude), schedule.zone))
     slots, slot = list[int](), plan.next_slot(first - 1)
     while slot is not None and slot <= last:
         if slot not in ran:
