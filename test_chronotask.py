@@ -54,7 +54,6 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 from statistics import median
@@ -149,18 +148,21 @@ def sql(path: Path, text: str, *values: Any) -> list[Any]:
         return db.execute(text, values).fetchall()
 
 
-class FakeClock(Clock):
-    """A clock that stands still until a test moves it.
+def each(names: str, *rows: Any) -> pytest.MarkDecorator:
+    """The test runs once for each row, which gives these arguments."""
+    return pytest.mark.parametrize(names.replace(" ", ","), rows)
 
-    The scheduler loop ticks once whenever the test says so; with `free` it also goes when something wakes it.
-    """
+
+class FakeClock(Clock):
+    """A clock that stands still until a test moves it or sets its `wall`. The scheduler loop ticks once whenever the test says
+    so; with `free` it also goes when something wakes it."""
 
     def __init__(self, now: int = START, free: bool = False) -> None:
         self.wall, self.steady, self.free = now, 1000.0, free
         self.until: int | None = None  # what the scheduler loop waits for
         self.released = False
         self._rounds = asyncio.Semaphore(0)
-        self._idle = asyncio.Event()
+        self.idle = asyncio.Event()  # it waits
         super().__init__()
 
     def now(self) -> int:
@@ -174,13 +176,9 @@ class FakeClock(Clock):
         self.wall += round(seconds * S)
         self.steady += seconds
 
-    def set_wall(self, now: int) -> None:
-        """Somebody sets the wall clock."""
-        self.wall = now
-
     async def wait(self, event: asyncio.Event, until: int | None) -> None:
         self.until = until
-        self._idle.set()
+        self.idle.set()
         if self.released:
             await asyncio.sleep(0.001)  # not 0: threads want to go on, too
         elif self.free:
@@ -191,12 +189,9 @@ class FakeClock(Clock):
 
     async def round(self) -> None:
         """One tick of the scheduler loop."""
-        self._idle.clear()
+        self.idle.clear()
         self._wake.set() if self.free else self._rounds.release()
-        await self._idle.wait()
-
-    async def first_round(self) -> None:
-        await self._idle.wait()
+        await self.idle.wait()
 
     def go(self, seconds: float) -> None:
         """Time passes, and a free scheduler loop notices."""
@@ -300,10 +295,7 @@ class Rig:
 
 def offset(text: str | None) -> Any:
     """Seconds from START to an instant of the API."""
-    if text is None:
-        return None
-    seconds = (parse_instant(text, "UTC") - START) / S
-    return int(seconds) if seconds == int(seconds) else seconds
+    return None if text is None else (chronotask.parse_instant(text, "UTC") - START) / S
 
 
 OpenRig = Callable[..., Awaitable[Rig]]
@@ -326,10 +318,7 @@ def put_new_database(path: Path) -> None:
 @pytest.fixture
 def quick_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: hundreds of tests need not wait for a disk to sync."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
         yield Path(folder)
 
 
@@ -346,7 +335,7 @@ async def open_rig(quick_disk: Path) -> AsyncIterator[OpenRig]:
         rig = Rig(Service(chosen, store, clock, Environ({**CHILD_ENVIRON, **(environ or {})}), kind), clock)
         rigs.append(rig)
         await rig.service.start()
-        await clock.first_round()
+        await clock.idle.wait()
         return rig
 
     yield open_one
@@ -956,7 +945,7 @@ async def slowdown(call: Callable[[Any], Any], once: Any, twice: Any) -> float:
             if asyncio.iscoroutine(result := call(text)):
                 await result
             moments.append(time.thread_time())
-        before, after = (max(later - earlier, 1e-9) for earlier, later in pairwise(moments))
+        before, after = (max(later - earlier, 1e-9) for earlier, later in itertools.pairwise(moments))
         ratios.append(after / before)
         if after < 0.001 or (len(ratios) >= 5 and median(ratios) < 3):  # what is over in a millisecond cannot be measured
             return 2.0
@@ -1168,15 +1157,13 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert empty[0] == settings, "an empty variable counts as not set"
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "value"), [(name, *read) for name, (_, texts, _) in SETTINGS.items() for read in texts.items()]
-)
+@each("name text value", *((name, *read) for name, (_, texts, _) in SETTINGS.items() for read in texts.items()))
 def test_a_setting_is_read_from_its_variable(name: str, text: str, value: Any) -> None:
     settings, warnings = Settings.from_env({f"CHRONOTASK_{name}": text})
     assert (getattr(settings, name.lower()), warnings) == (value, [])
 
 
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name, (_, _, texts) in SETTINGS.items() for text in texts])
+@each("name text", *((name, text) for name, (_, _, texts) in SETTINGS.items() for text in texts))
 def test_a_bad_setting_ends_the_program_with_one_line_that_names_it_its_value_and_what_is_allowed(name: str, text: str) -> None:
     assert refused_start({f"CHRONOTASK_{name}": text}).startswith(f"CHRONOTASK_{name}={shown(text)}: must be ")
 
@@ -1225,7 +1212,7 @@ def test_a_file_of_a_token_is_closed_to_others_and_that_is_said(tmp_path: Path) 
         assert "CHRONOTASK_API_TOKEN_FILE" in refused_start({"CHRONOTASK_API_TOKEN_FILE": str(path)})
 
 
-@pytest.mark.parametrize("name", ["API_TOKEN_FILE", "SECRETS_DIR"])
+@each("name", "API_TOKEN_FILE", "SECRETS_DIR")
 def test_a_token_or_secrets_that_somebody_else_could_write_end_the_program_with_the_remedy(tmp_path: Path, name: str) -> None:
     path = tmp_path / "it"
     path.mkdir() if name == "SECRETS_DIR" else path.write_text("0123456789abcdef\n")
@@ -1470,7 +1457,7 @@ DATE_TIMES = """
 """
 
 
-@pytest.mark.parametrize("line", DATE_TIMES.strip().splitlines())
+@each("line", *DATE_TIMES.strip().splitlines())
 def test_a_date_time_is_read_with_its_offset_or_in_the_zone(line: str) -> None:
     text, zone, instant = line.split("|")
     assert format_instant(chronotask.parse_instant(text.strip(), zone.strip())) == instant.split()[0]
@@ -1485,7 +1472,7 @@ NO_DATE_TIMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", NO_DATE_TIMES)
+@each("text", *NO_DATE_TIMES)
 def test_what_is_no_date_time_is_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(ISO_RULE)}"):
         chronotask.parse_instant(text, "UTC")
@@ -1514,7 +1501,7 @@ def test_an_unknown_zone_is_refused_with_the_nearest_known_one_and_is_never_a_pa
 # -- Cron --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("expression", "zone", "after", "expected"), [*cron_cases()])
+@each("expression zone after expected", *cron_cases())
 def test_cron_fires_as_debian_cron_does(expression: str, zone: str, after: str, expected: list[str]) -> None:
     assert shown_slots(Cron(expression, zone), after + "Z", len(expected)) == expected
 
@@ -1579,7 +1566,7 @@ def minutes_of(zone: str, first: datetime, count: int) -> list[tuple[datetime, d
     """Each minute: UTC, local, and how far the clocks jumped just before it."""
     utc = [first + timedelta(minutes=i) for i in range(-1, count)]
     local = [minute.astimezone(ZoneInfo(zone)) for minute in utc]
-    jumps = [b.replace(tzinfo=None) - a.replace(tzinfo=None) - timedelta(minutes=1) for a, b in pairwise(local)]
+    jumps = [b.replace(tzinfo=None) - a.replace(tzinfo=None) - timedelta(minutes=1) for a, b in itertools.pairwise(local)]
     return list(zip(utc[1:], local[1:], jumps, strict=True))
 
 
@@ -1603,7 +1590,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("zone", "change"), CHANGES)
+@each("zone change", *CHANGES)
 def test_around_changes_of_the_clock_cron_agrees_with_a_walk_minute_by_minute(zone: str, change: str) -> None:
     rnd, seen = random.Random(f"{zone} {change}"), 0
     start = at(change) - 240 * MINUTE
@@ -1694,24 +1681,22 @@ BAD_EXPRESSIONS = {
 }
 
 
-@pytest.mark.parametrize("expression", BAD_EXPRESSIONS)
+@each("expression", *BAD_EXPRESSIONS)
 def test_a_refused_expression_is_told_why(expression: str) -> None:
     [(field, message)] = errors_of("cron", {"expression": expression})
     assert field == "schedule_config.expression"
     assert message.endswith(("': " + BAD_EXPRESSIONS[expression], "…: " + BAD_EXPRESSIONS[expression]))
 
 
-@pytest.mark.parametrize(
+@each(
     "expression",
-    [
-        "", " ", "0", "* * * * * * *", "0 0 0 1 1 * 2030", "0 0 1 1 * 2030", "@reboot", "@every 5m", "5- * * * *",
-        "-5 * * * *", "5--7 * * * *", ", * * * *", "1,,2 * * * *", "1/ * * * *", "*/ * * * *", "** * * * *", "*-5 * * * *",
-        "1-5-7 * * * *", "1.5 * * * *", "+1 * * * *", "0x1 * * * *", "1e1 * * * *", "0 0 * JAN-FOO *", "0 0 MON * *",
-        "0 0 * MON *", "0 0 * * 8", "0 0 * * MON#0", "0 0 * * MON#6", "0 0 * * *#1", "0 0 * * 1-5#1", "0 0 * * L",
-        "0 0 * * L8", "0 0 * * LFRI", "0 0 L-3 * *", "0 0 LW * *", "0 0 1-L * *", "0 0 L */1 */2", "H(0-5) * * * *",
-        "R(1-5) * * * *", "0\n0 * * *", "0\x000 * * *", "0 0 * * \u2003", "0\x1f0 * * * *", "9999999999 * * * *",
-        "* * * * */99999", "61 * * * * *", "* 60 * * * *",
-    ],
+    "", " ", "0", "* * * * * * *", "0 0 0 1 1 * 2030", "0 0 1 1 * 2030", "@reboot", "@every 5m", "5- * * * *",
+    "-5 * * * *", "5--7 * * * *", ", * * * *", "1,,2 * * * *", "1/ * * * *", "*/ * * * *", "** * * * *", "*-5 * * * *",
+    "1-5-7 * * * *", "1.5 * * * *", "+1 * * * *", "0x1 * * * *", "1e1 * * * *", "0 0 * JAN-FOO *", "0 0 MON * *",
+    "0 0 * MON *", "0 0 * * 8", "0 0 * * MON#0", "0 0 * * MON#6", "0 0 * * *#1", "0 0 * * 1-5#1", "0 0 * * L",
+    "0 0 * * L8", "0 0 * * LFRI", "0 0 L-3 * *", "0 0 LW * *", "0 0 1-L * *", "0 0 L */1 */2", "H(0-5) * * * *",
+    "R(1-5) * * * *", "0\n0 * * *", "0\x000 * * *", "0 0 * * \u2003", "0\x1f0 * * * *", "9999999999 * * * *",
+    "* * * * */99999", "61 * * * * *", "* 60 * * * *",
 )  # fmt: skip
 def test_what_engines_disagree_about_or_nobody_knows_is_refused(expression: str) -> None:
     with pytest.raises(InvalidInput):
@@ -1752,15 +1737,13 @@ def test_an_interval_looks_back_by_arithmetic_and_is_counted() -> None:
         assert Plan(interval).count(NOW, NOW + seconds * SECOND, 1000) == count
 
 
-@pytest.mark.parametrize(
-    ("days", "start", "zone", "after", "slots"),
-    [
-        (2, "2026-03-28T02:30", "Europe/Berlin", "2026-03-27T00:00Z", ["28T02:30:00+01:00", "30T02:30:00+02:00"]),
-        (1, "2026-03-28T02:30", "Europe/Berlin", "2026-03-28T02:00Z", ["29T03:00:00+02:00", "30T02:30:00+02:00"]),
-        (1, "2026-10-24T02:30", "Europe/Berlin", "2026-10-24T01:00Z", ["25T02:30:00+02:00", "26T02:30:00+01:00"]),
-        (14, "2026-03-16T09:00", "Europe/Berlin", "2026-03-16T08:00Z", ["30T09:00:00+02:00", "13T09:00:00+02:00"]),
-        (1, "2011-12-29T12:00", "Pacific/Apia", "2011-12-29T22:00Z", ["31T12:00:00+14:00", "01T12:00:00+14:00"]),  # no 30th
-    ],
+@each(
+    "days start zone after slots",
+    (2, "2026-03-28T02:30", "Europe/Berlin", "2026-03-27T00:00Z", ["28T02:30:00+01:00", "30T02:30:00+02:00"]),
+    (1, "2026-03-28T02:30", "Europe/Berlin", "2026-03-28T02:00Z", ["29T03:00:00+02:00", "30T02:30:00+02:00"]),
+    (1, "2026-10-24T02:30", "Europe/Berlin", "2026-10-24T01:00Z", ["25T02:30:00+02:00", "26T02:30:00+01:00"]),
+    (14, "2026-03-16T09:00", "Europe/Berlin", "2026-03-16T08:00Z", ["30T09:00:00+02:00", "13T09:00:00+02:00"]),
+    (1, "2011-12-29T12:00", "Pacific/Apia", "2011-12-29T22:00Z", ["31T12:00:00+14:00", "01T12:00:00+14:00"]),  # no 30th
 )
 def test_an_interval_of_days_is_a_fixed_local_time(days: int, start: str, zone: str, after: str, slots: list[str]) -> None:
     config = check_schedule_config("interval", {"days": days, "start_date": start, "timezone": zone}, "UTC", NOW)
@@ -1805,20 +1788,18 @@ MOVES = "172800 s later the local time is another one when the clocks change in 
 OR = "A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both."
 
 
-@pytest.mark.parametrize(
-    ("schedule_type", "config", "notes"),
-    [
-        ("cron", {"expression": "*/90 * * * *"}, [LARGER.format(90, "minute", "90 minutes", "5400 s")]),
-        ("cron", {"expression": "0 0 */45 * *"}, [LARGER.format(45, "day-of-month", "45 days", "45 days")]),
-        ("cron", {"expression": "*/1440 */59 * * * *"}, [LARGER.format(1440, "second", "1440 seconds", "1440 s")]),
-        ("cron", {"expression": "0 9 1 * MON"}, [OR]),
-        ("cron", {"expression": "0 9 * * MON"}, []),
-        ("cron", {"expression": "@daily"}, []),
-        ("interval", {"seconds": 172800, "timezone": "Europe/Berlin"}, [MOVES]),
-        ("interval", {"seconds": 172800, "timezone": "UTC"}, []),
-        ("interval", {"seconds": 3600, "timezone": "Europe/Berlin"}, []),
-        ("interval", {"days": 1, "timezone": "Europe/Berlin"}, []),
-    ],
+@each(
+    "schedule_type config notes",
+    ("cron", {"expression": "*/90 * * * *"}, [LARGER.format(90, "minute", "90 minutes", "5400 s")]),
+    ("cron", {"expression": "0 0 */45 * *"}, [LARGER.format(45, "day-of-month", "45 days", "45 days")]),
+    ("cron", {"expression": "*/1440 */59 * * * *"}, [LARGER.format(1440, "second", "1440 seconds", "1440 s")]),
+    ("cron", {"expression": "0 9 1 * MON"}, [OR]),
+    ("cron", {"expression": "0 9 * * MON"}, []),
+    ("cron", {"expression": "@daily"}, []),
+    ("interval", {"seconds": 172800, "timezone": "Europe/Berlin"}, [MOVES]),
+    ("interval", {"seconds": 172800, "timezone": "UTC"}, []),
+    ("interval", {"seconds": 3600, "timezone": "Europe/Berlin"}, []),
+    ("interval", {"days": 1, "timezone": "Europe/Berlin"}, []),
 )  # fmt: skip
 async def test_notes_say_what_a_schedule_probably_does_not_mean(rig: Rig, schedule_type: str, config: Any, notes: Any) -> None:
     body = {"task_id": await rig.task(), "schedule_type": schedule_type, "schedule_config": config}
@@ -1859,64 +1840,60 @@ async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: 
 # -- Words -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("expression", "words"),
-    [
-        ("* * * * *", "Every minute"),
-        ("*/15 * * * *", "Every 15 minutes"),
-        ("0/20 * * * *", "Every 20 minutes"),
-        ("*/7 * * * *", "At minute 0, 7, 14, 21, 28, 35, 42, 49 and 56 of every hour"),
-        ("@hourly", "Every hour"),
-        ("15 * * * *", "Every hour at minute 15"),
-        ("15,45 * * * *", "At minute 15 and 45 of every hour"),
-        ("0 */6 * * *", "Every 6 hours"),
-        ("30 */2 * * *", "Every 2 hours at minute 30"),
-        ("0 9-17 * * MON-FRI", "Every hour from 09:00 to 17:00, every weekday"),
-        ("*/10 8-18 * * *", "Every 10 minutes from 08:00 to 18:50"),
-        ("0 9 * * MON-FRI", "Every weekday at 09:00"),
-        ("0 9,17 * * *", "Every day at 09:00 and 17:00"),
-        ("30 8 * * 1,3,0", "Every Monday, Wednesday and Sunday at 08:30"),
-        ("0 0 * 6-8 *", "Every day in June to August at 00:00"),
-        ("@monthly", "On day 1 of every month at 00:00"),
-        ("0 6 1,15 1,7 *", "On day 1 and 15 of January and July at 06:00"),
-        ("@yearly", "Every 1 January at 00:00"),
-        ("0 0 29 2 *", "Every 29 February at 00:00"),
-        ("0 18 L * *", "On the last day of every month at 18:00"),
-        ("0 9 15,L 2 *", "On day 15 and the last day of February at 09:00"),
-        ("0 9 * * MON#2", "On the second Monday of every month at 09:00"),
-        ("0 9 * * L5", "On the last Friday of every month at 09:00"),
-        ("0 0 13 * FRI", "On day 13 of every month and also every Friday at 00:00"),  # or
-        ("0 0 13 6 FRI", "On day 13 of June and also every Friday in June at 00:00"),
-        ("0 0 1-7 * */7", "Every Sunday that is day 1 to 7 of the month at 00:00"),  # and
-        ("0 0 */10 6 FRI", "Every Friday that is day 1, 11, 21 or 31 of June at 00:00"),
-        ("* * * * * *", "Every second"),
-        ("*/30 * * * * *", "Every 30 seconds"),
-        ("30 * * * * *", "At second 30 of every minute"),
-        ("15 30 1 * * *", "Every day at 01:30:15"),
-        ("0 0 12 * * *", "Every day at 12:00"),
-        ("*/10 * 9-17 * * 1-5", "Every 10 seconds from 09:00 to 17:59:50, every weekday"),
-        ("3-50/7 1-20/3 * * *", "Every day at minute 3, 10, 17, 24, 31, 38 and 45 of hour 1, 4, 7, 10, 13, 16 and 19"),
-    ],
+@each(
+    "expression words",
+    ("* * * * *", "Every minute"),
+    ("*/15 * * * *", "Every 15 minutes"),
+    ("0/20 * * * *", "Every 20 minutes"),
+    ("*/7 * * * *", "At minute 0, 7, 14, 21, 28, 35, 42, 49 and 56 of every hour"),
+    ("@hourly", "Every hour"),
+    ("15 * * * *", "Every hour at minute 15"),
+    ("15,45 * * * *", "At minute 15 and 45 of every hour"),
+    ("0 */6 * * *", "Every 6 hours"),
+    ("30 */2 * * *", "Every 2 hours at minute 30"),
+    ("0 9-17 * * MON-FRI", "Every hour from 09:00 to 17:00, every weekday"),
+    ("*/10 8-18 * * *", "Every 10 minutes from 08:00 to 18:50"),
+    ("0 9 * * MON-FRI", "Every weekday at 09:00"),
+    ("0 9,17 * * *", "Every day at 09:00 and 17:00"),
+    ("30 8 * * 1,3,0", "Every Monday, Wednesday and Sunday at 08:30"),
+    ("0 0 * 6-8 *", "Every day in June to August at 00:00"),
+    ("@monthly", "On day 1 of every month at 00:00"),
+    ("0 6 1,15 1,7 *", "On day 1 and 15 of January and July at 06:00"),
+    ("@yearly", "Every 1 January at 00:00"),
+    ("0 0 29 2 *", "Every 29 February at 00:00"),
+    ("0 18 L * *", "On the last day of every month at 18:00"),
+    ("0 9 15,L 2 *", "On day 15 and the last day of February at 09:00"),
+    ("0 9 * * MON#2", "On the second Monday of every month at 09:00"),
+    ("0 9 * * L5", "On the last Friday of every month at 09:00"),
+    ("0 0 13 * FRI", "On day 13 of every month and also every Friday at 00:00"),  # or
+    ("0 0 13 6 FRI", "On day 13 of June and also every Friday in June at 00:00"),
+    ("0 0 1-7 * */7", "Every Sunday that is day 1 to 7 of the month at 00:00"),  # and
+    ("0 0 */10 6 FRI", "Every Friday that is day 1, 11, 21 or 31 of June at 00:00"),
+    ("* * * * * *", "Every second"),
+    ("*/30 * * * * *", "Every 30 seconds"),
+    ("30 * * * * *", "At second 30 of every minute"),
+    ("15 30 1 * * *", "Every day at 01:30:15"),
+    ("0 0 12 * * *", "Every day at 12:00"),
+    ("*/10 * 9-17 * * 1-5", "Every 10 seconds from 09:00 to 17:59:50, every weekday"),
+    ("3-50/7 1-20/3 * * *", "Every day at minute 3, 10, 17, 24, 31, 38 and 45 of hour 1, 4, 7, 10, 13, 16 and 19"),
 )
 def test_a_cron_schedule_in_words(expression: str, words: str) -> None:
     assert Cron(expression, "Europe/Berlin").describe() == f"{words} (Europe/Berlin)"
 
 
-@pytest.mark.parametrize(
-    ("schedule_type", "config", "words"),
-    [
-        ("once", {"datetime": "2026-12-01T09:00"}, "Once at 2026-12-01 09:00:00 (Europe/Berlin)"),
-        ("once", {"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00+01:00 (Europe/Berlin)"),  # comes twice
-        ("interval", {"seconds": 90}, "Every 90 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
-        ("interval", {"seconds": 1.5}, "Every 1.5 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
-        (
-            "interval",
-            {"seconds": 900, "start_date": "2027-01-01T00:00Z"},
-            "Every 15 minutes from 2027-01-01 01:00:00 on (Europe/Berlin)",
-        ),
-        ("interval", {"seconds": 3600}, "Every hour since 2026-11-24 06:00:00 (Europe/Berlin)"),
-        ("interval", {"seconds": 172800}, "Every 48 hours since 2026-11-24 06:00:00 (Europe/Berlin)"),
-    ],
+@each(
+    "schedule_type config words",
+    ("once", {"datetime": "2026-12-01T09:00"}, "Once at 2026-12-01 09:00:00 (Europe/Berlin)"),
+    ("once", {"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00+01:00 (Europe/Berlin)"),  # comes twice
+    ("interval", {"seconds": 90}, "Every 90 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
+    ("interval", {"seconds": 1.5}, "Every 1.5 seconds since 2026-11-24 06:00:00 (Europe/Berlin)"),
+    (
+        "interval",
+        {"seconds": 900, "start_date": "2027-01-01T00:00Z"},
+        "Every 15 minutes from 2027-01-01 01:00:00 on (Europe/Berlin)",
+    ),
+    ("interval", {"seconds": 3600}, "Every hour since 2026-11-24 06:00:00 (Europe/Berlin)"),
+    ("interval", {"seconds": 172800}, "Every 48 hours since 2026-11-24 06:00:00 (Europe/Berlin)"),
 )
 def test_other_schedules_in_words(schedule_type: str, config: dict[str, object], words: str) -> None:
     assert make_timing(schedule_type, {**config, "timezone": "Europe/Berlin"}, NOW).describe() == words
@@ -1925,23 +1902,21 @@ def test_other_schedules_in_words(schedule_type: str, config: dict[str, object],
 # -- Configurations ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("schedule_type", "config", "stored"),
-    [
-        ("cron", {"expression": "\r\n@daily\n", "timezone": "UTC\n"}, {"expression": "@daily", "timezone": "UTC"}),
-        ("cron", {"expression": " 5-5 9 * * * "}, {"expression": "5-5 9 * * *", "timezone": "Europe/Berlin"}),
-        ("cron", {"expression": "@daily", "timezone": "UTC"}, {"expression": "@daily", "timezone": "UTC"}),
-        ("cron", {"expression": "@daily", "timezone": None}, {"expression": "@daily", "timezone": "Europe/Berlin"}),
-        ("once", {"datetime": "2026-12-01T09:00"}, {"datetime": "2026-12-01T09:00", "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 60}, {"seconds": 60, "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 60.0, "start_date": None}, {"seconds": 60, "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 1.125}, {"seconds": 1.125, "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 315360000}, {"seconds": 315360000, "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00"},
-         {"seconds": 60, "start_date": "2026-12-01T09:00:00+01:00", "timezone": "Europe/Berlin"}),
-        ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00Z"},
-         {"seconds": 60, "start_date": "2026-12-01T09:00Z", "timezone": "Europe/Berlin"}),
-    ],
+@each(
+    "schedule_type config stored",
+    ("cron", {"expression": "\r\n@daily\n", "timezone": "UTC\n"}, {"expression": "@daily", "timezone": "UTC"}),
+    ("cron", {"expression": " 5-5 9 * * * "}, {"expression": "5-5 9 * * *", "timezone": "Europe/Berlin"}),
+    ("cron", {"expression": "@daily", "timezone": "UTC"}, {"expression": "@daily", "timezone": "UTC"}),
+    ("cron", {"expression": "@daily", "timezone": None}, {"expression": "@daily", "timezone": "Europe/Berlin"}),
+    ("once", {"datetime": "2026-12-01T09:00"}, {"datetime": "2026-12-01T09:00", "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 60}, {"seconds": 60, "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 60.0, "start_date": None}, {"seconds": 60, "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 1.125}, {"seconds": 1.125, "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 315360000}, {"seconds": 315360000, "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00"},
+     {"seconds": 60, "start_date": "2026-12-01T09:00:00+01:00", "timezone": "Europe/Berlin"}),
+    ("interval", {"seconds": 60, "start_date": "2026-12-01T09:00Z"},
+     {"seconds": 60, "start_date": "2026-12-01T09:00Z", "timezone": "Europe/Berlin"}),
 )  # fmt: skip
 def test_a_good_config_is_stored_with_its_zone(schedule_type: str, config: dict[str, object], stored: dict[str, object]) -> None:
     assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored
@@ -1978,7 +1953,7 @@ BAD_SCHEDULE_CONFIGS: list[tuple[str, Any, dict[str, str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "config", "said"), BAD_SCHEDULE_CONFIGS)
+@each("kind config said", *BAD_SCHEDULE_CONFIGS)
 def test_a_refused_config_is_told_why_with_every_bad_field(kind: str, config: Any, said: dict[str, str]) -> None:
     assert errors_of(kind, config) == [(f"schedule_config{field}", message) for field, message in said.items()]
 
@@ -2003,7 +1978,7 @@ def test_jitter_is_the_same_each_time_differs_by_schedule_and_stays_within_the_g
     fires = [plan.fire_time(NOW + i * MINUTE) for i in range(500)]
     assert fires == [plan.fire_time(NOW + i * MINUTE) for i in range(500)]
     assert all(0 <= fire - (NOW + i * MINUTE) < MINUTE for i, fire in enumerate(fires))
-    assert all(earlier < later for earlier, later in pairwise(fires))
+    assert all(earlier < later for earlier, later in itertools.pairwise(fires))
     assert len({fire % MINUTE for fire in fires}) > 400
     assert Plan(plan.timing, 8, jitter=3600.0).fire_time(NOW) != fires[0]
     assert Plan(plan.timing, None, jitter=3600.0).fire_time(NOW) == NOW
@@ -2158,25 +2133,23 @@ def with_changes(base: dict[str, Any], changes: Any) -> Any:
     return {name: value for name, value in {**base, **changes}.items() if value is not ABSENT}
 
 
-@pytest.mark.parametrize(("kind", "message"), [(kind, message) for kind, of in BAD_CONFIGS.items() for message in of])
+@each("kind message", *((kind, message) for kind, of in BAD_CONFIGS.items() for message in of))
 def test_a_config_is_refused_with_what_would_be_accepted(kind: str, message: str) -> None:
     bad = BAD_CONFIGS[kind][message]
     for changes in bad if isinstance(bad, list) else [bad]:
         assert refusal(kind, with_changes({"url": "http://a/"} if kind == "http" else {"command": "a"}, changes)) == message
 
 
-@pytest.mark.parametrize(
+@each(
     "config",
-    [
-        *({"url": url} for url in ("https://user:pw@a.example:8443/p?q=1#f", "http://[::1]:8000/", "http://bücher.example/")),
-        *({"url": url} for url in ("${env:CHRONOTASK_SECRET_URL}", "https://${env:CHRONOTASK_SECRET_HOST}:8443/x")),
-        *({"timeout": timeout} for timeout in (1.5, 604800)),
-        {"expected_status": [200, "204", "300-399"]},
-        {"params": {"a": "x", "b": 1, "c": 1.5, "d": True, "e": ["x", 2, False]}},
-        *({"body": body} for body in ({"a": None, "b": [1, {"c": "é"}]}, [], "", "literal $HOME ${HOME} ${unknown:x}")),
-        {"headers": {"X-Tab": "a\tb", "X-Empty": "", "X-Umlaut": "ü"}},
-        {"auth": {"username": "u", "password": ""}},
-    ],
+    *({"url": url} for url in ("https://user:pw@a.example:8443/p?q=1#f", "http://[::1]:8000/", "http://bücher.example/")),
+    *({"url": url} for url in ("${env:CHRONOTASK_SECRET_URL}", "https://${env:CHRONOTASK_SECRET_HOST}:8443/x")),
+    *({"timeout": timeout} for timeout in (1.5, 604800)),
+    {"expected_status": [200, "204", "300-399"]},
+    {"params": {"a": "x", "b": 1, "c": 1.5, "d": True, "e": ["x", 2, False]}},
+    *({"body": body} for body in ({"a": None, "b": [1, {"c": "é"}]}, [], "", "literal $HOME ${HOME} ${unknown:x}")),
+    {"headers": {"X-Tab": "a\tb", "X-Empty": "", "X-Umlaut": "ü"}},
+    {"auth": {"username": "u", "password": ""}},
 )
 def test_an_http_config_is_accepted_as_it_is(config: dict[str, Any]) -> None:
     assert parse_config("http", {"url": "http://a/", **config}) == {"url": "http://a/", **config}
@@ -2190,9 +2163,12 @@ def test_a_deeply_nested_body_is_refused_without_recursion() -> None:
     assert refusal("http", {"url": "http://a/", "body": body}) == "config.body: must not be nested deeper than 64 levels"
 
 
-@pytest.mark.parametrize(
-    ("entry", "codes"),
-    [(204, (204, 204)), ("204", (204, 204)), ("200-299", (200, 299)), ("2xx", (0, 0)), (-200, (0, 0)), ("200-", (0, 0))],
+@each(
+    "entry codes",
+    (204, (204, 204)),
+    ("204", (204, 204)),
+    ("200-299", (200, 299)),
+    *((bad, (0, 0)) for bad in ("2xx", -200, "200-")),
 )
 def test_expected_status_entries_are_codes_or_ranges(entry: int | str, codes: tuple[int, int]) -> None:
     assert chronotask.status_range(entry) == codes
@@ -2230,9 +2206,9 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     assert masked["auth"]["password"] == "${file:/run/secrets/p}"
 
 
-@pytest.mark.parametrize(
-    ("url", "masked"),  # * is the mask
-    [line.split() for line in """
+@each(
+    "url masked",  # * is the mask
+    *(line.split() for line in """
         http://a/x                                  http://a/x
         http://a/x@y                                http://a/x@y
         http://u:p@a/x                              http://*@a/x
@@ -2250,7 +2226,7 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
         ${file:a/b}://u:pw@a/x                      *@a/x
         ${file:a/b}/users/@me                       ${file:a/b}/users/@me
         ftp://u:pw@a/x                              *@a/x
-    """.strip().splitlines()],
+    """.strip().splitlines()),
 )  # fmt: skip
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
     assert chronotask.mask_config("http", {"url": url})["url"] == masked.replace("*", MASK)
@@ -2291,7 +2267,7 @@ KEPT_OR_MOVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stored", KEPT_OR_MOVED)
+@each("stored", *KEPT_OR_MOVED)
 def test_a_mask_counts_only_while_it_is_sure_that_scheme_host_and_port_are_the_same(stored: str) -> None:
     kept, moved = (text.replace("*", MASK).split() for text in KEPT_OR_MOVED[stored])
     credentials = stored.rpartition("@")[0].rpartition("://")[2]
@@ -2345,29 +2321,27 @@ def test_all_slots_that_are_on_time_fire_oldest_first() -> None:
     assert due.catchup == [NOW + SECOND]
 
 
-@pytest.mark.parametrize(
+@each(
     # Minutes since NOW. The slot of minute 0 is settled; `down` is when the service looks again.
-    ("catchup", "window", "down", "missed", "caught_up", "on_time", "settled"),
-    [
-        ("latest", 86400, 1.5, [], [1], [], 1),
-        ("latest", 86400, 2.0, [], [1], [2], 2),
-        ("latest", 86400, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 60, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 29, 3.5, [(1, 3, 3)], [], [], 3),
-        ("latest", 30, 3.5, [(1, 2, 2)], [3], [], 3),
-        ("latest", 0, 4.0, [(1, 3, 3)], [], [4], 4),
-        ("latest", 86400, 1200.5, [(1, 1199, 1000)], [1200], [], 1200),
-        ("skip", 86400, 1.5, [(1, 1, 1)], [], [], 1),
-        ("skip", 86400, 4.0, [(1, 3, 3)], [], [4], 4),
-        ("all", 86400, 1.5, [], [1], [], 1),
-        ("all", 86400, 4.0, [], [1, 2, 3], [4], 4),
-        ("all", 120, 4.5, [(1, 2, 2)], [3, 4], [], 4),
-        ("all", 30, 4.5, [(1, 3, 3)], [4], [], 4),
-        ("all", 86400, 101.5, [(1, 1, 1)], list(range(2, 102)), [], 101),
-        ("all", 86400 * 365, 100000.5, [(1, 99900, 1000)], list(range(99901, 100001)), [], 100000),
-    ],
+    "catchup window down missed caught_up on_time settled",
+    ("latest", 86400, 1.5, [], [1], [], 1),
+    ("latest", 86400, 2.0, [], [1], [2], 2),
+    ("latest", 86400, 3.5, [(1, 2, 2)], [3], [], 3),
+    ("latest", 60, 3.5, [(1, 2, 2)], [3], [], 3),
+    ("latest", 29, 3.5, [(1, 3, 3)], [], [], 3),
+    ("latest", 30, 3.5, [(1, 2, 2)], [3], [], 3),
+    ("latest", 0, 4.0, [(1, 3, 3)], [], [4], 4),
+    ("latest", 86400, 1200.5, [(1, 1199, 1000)], [1200], [], 1200),
+    ("skip", 86400, 1.5, [(1, 1, 1)], [], [], 1),
+    ("skip", 86400, 4.0, [(1, 3, 3)], [], [4], 4),
+    ("all", 86400, 1.5, [], [1], [], 1),
+    ("all", 86400, 4.0, [], [1, 2, 3], [4], 4),
+    ("all", 120, 4.5, [(1, 2, 2)], [3, 4], [], 4),
+    ("all", 30, 4.5, [(1, 3, 3)], [4], [], 4),
+    ("all", 86400, 101.5, [(1, 1, 1)], list(range(2, 102)), [], 101),
+    ("all", 86400 * 365, 100000.5, [(1, 99900, 1000)], list(range(99901, 100001)), [], 100000),
 )  # fmt: skip
-@pytest.mark.parametrize("timing", [Interval(MINUTE, NOW, NOW, "UTC"), Cron("* * * * *", "Europe/Berlin")])
+@each("timing", Interval(MINUTE, NOW, NOW, "UTC"), Cron("* * * * *", "Europe/Berlin"))
 def test_missed_slots_fall_under_catchup(
     timing: chronotask.Timing, catchup: str, window: float, down: float, missed: list[tuple[int, int, int]],
     caught_up: list[int], on_time: list[int], settled: int,
@@ -2428,23 +2402,21 @@ def test_a_long_downtime_is_not_walked_slot_by_slot() -> None:
     assert due.missed == Missed(NOW - 3650 * DAY + SECOND, NOW - 7 * SECOND, 1000, "catchup=latest runs only the newest")
 
 
-@pytest.mark.parametrize(
+@each(
     # Minutes since NOW. `stood` is where the schedule stood when the clock was set to NOW, which had read `latest` before.
-    ("timing", "stood", "latest", "stands"),
-    [
-        (Cron("0 5 * * *", "UTC"), -5, 0, -5),
-        (Cron("0 5 * * *", "UTC"), 179, 179, 179),
-        (Cron("0-59 0-23 * * *", "UTC"), 60, 179, 60),
-        (Cron("0 5 * * *", "UTC"), 180, 180, 0),
-        (Cron("0 5 * * *", "UTC"), 60, 180, 0),
-        (Cron("0 5 * * *", "UTC"), -5, 999, -5),
-        (Once(NOW + HOUR, "UTC"), 60, 179, 60),
-        (Once(NOW + HOUR, "UTC"), 60, 180, 0),
-        (Cron("*/5 * * * *", "UTC"), 5, 5, 0),
-        (Cron("0 * * * *", "UTC"), 60, 60, 0),
-        (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
-        (Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
-    ],
+    "timing stood latest stands",
+    (Cron("0 5 * * *", "UTC"), -5, 0, -5),
+    (Cron("0 5 * * *", "UTC"), 179, 179, 179),
+    (Cron("0-59 0-23 * * *", "UTC"), 60, 179, 60),
+    (Cron("0 5 * * *", "UTC"), 180, 180, 0),
+    (Cron("0 5 * * *", "UTC"), 60, 180, 0),
+    (Cron("0 5 * * *", "UTC"), -5, 999, -5),
+    (Once(NOW + HOUR, "UTC"), 60, 179, 60),
+    (Once(NOW + HOUR, "UTC"), 60, 180, 0),
+    (Cron("*/5 * * * *", "UTC"), 5, 5, 0),
+    (Cron("0 * * * *", "UTC"), 60, 60, 0),
+    (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
+    (Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
 )  # fmt: skip
 def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_others_go_on_from_now(
     timing: chronotask.Timing, stood: int, latest: int, stands: int
@@ -2452,19 +2424,17 @@ def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_ot
     assert chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE) == NOW + stands * MINUTE
 
 
-@pytest.mark.parametrize(
+@each(
     # Minutes since NOW: the clock is right again at minute 1.5 after it was behind, and the schedule stands at -180.
-    ("dealt_with", "in_force_since", "ran", "missed", "catchup"),
-    [
-        (0, 0, [], [], [1]),
-        (-60, -60, [], [(-59, 0)], [1]),
-        (1, 0, [], [], []),
-        (1, -180, [], [], []),
-        (500, 1, [], [], []),  # it was ahead before: what the schedule was not there for is out, the rest was missed
-        (500, -2, [], [(-1, 0)], [1]),
-        (500, -180, [(-179, 0)], [], [1]),
-        (500, -180, [(-178, 1)], [], [-179]),
-    ],
+    "dealt_with in_force_since ran missed catchup",
+    (0, 0, [], [], [1]),
+    (-60, -60, [], [(-59, 0)], [1]),
+    (1, 0, [], [], []),
+    (1, -180, [], [], []),
+    (500, 1, [], [], []),  # it was ahead before: what the schedule was not there for is out, the rest was missed
+    (500, -2, [], [(-1, 0)], [1]),
+    (500, -180, [(-179, 0)], [], [1]),
+    (500, -180, [(-178, 1)], [], [-179]),
 )  # fmt: skip
 def test_what_was_dealt_with_is_not_made_up_for_when_the_clock_jumps_forward(
     dealt_with: int, in_force_since: int, ran: list[tuple[int, int]], missed: list[tuple[int, int]], catchup: list[int]
@@ -2569,7 +2539,7 @@ def claims() -> Iterator[tuple[str, str, str, str]]:
         yield from ((unfinished, catchup, overlap, text) for overlap, text in zip(OVERLAPS, expected, strict=True))
 
 
-@pytest.mark.parametrize(("unfinished", "catchup", "overlap", "expected"), [*claims()])
+@each("unfinished catchup overlap expected", *claims())
 def test_overlap_and_catchup_decide_what_becomes_of_due_slots(unfinished: str, catchup: str, overlap: str, expected: str) -> None:
     schedule = a_schedule(overlap=overlap, catchup=catchup)
     claim, text = claimed(schedule, unfinished, 183)
@@ -2664,7 +2634,7 @@ RESUMED: dict[str, tuple[dict[str, Any], float, float | None, float | None, bool
 }
 
 
-@pytest.mark.parametrize("what", RESUMED)
+@each("what", *RESUMED)
 def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
     changes, now, next_slot, row_at, active = RESUMED[what]
     schedule = a_schedule(**changes)
@@ -2684,7 +2654,7 @@ def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
 WAITS = [(1, 5, 2, 5), (2, 5, 2, 10), (3, 5, 2, 20), (4, 5, 1, 5), (3, 7, 1.5, 15.75), (1, 0, 2, 0)]
 
 
-@pytest.mark.parametrize(("attempt", "delay", "backoff", "seconds"), [*WAITS, (20, 5, 2, 3600), (100, 86400, 10, 3600)])
+@each("attempt delay backoff seconds", *WAITS, (20, 5, 2, 3600), (100, 86400, 10, 3600))
 def test_the_wait_before_a_retry_grows_and_is_capped(attempt: int, delay: float, backoff: float, seconds: float) -> None:
     run = dataclasses.replace(a_run(attempt, 100), retry_delay=delay, retry_backoff=backoff)
     for spread, times in ((0, 1), (1, 1.1), (-1, 0.9)):
@@ -2711,7 +2681,7 @@ def test_an_end_that_is_not_retryable_is_final_and_another_is_retried_while_atte
         assert decide_end(a_run(), outcome, START, 1).next_attempt_at == START + wait * S
 
 
-@pytest.mark.parametrize(("wall", "seconds", "ends"), [(5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0)])
+@each("wall seconds ends", (5, 5, 5), (-600, 3, 3), (7200, 3, 3), (9, None, 9), (-600, None, 0))
 def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_start(
     wall: int, seconds: float | None, ends: int
 ) -> None:
@@ -2766,12 +2736,12 @@ def test_a_step_of_the_wall_clock_is_told_once_and_time_that_just_passes_is_none
     assert clock.step() == 0
     clock.advance(86_400)
     assert clock.step() == 0
-    clock.set_wall(START + 90_000 * S)
+    clock.wall = START + 90_000 * S
     assert clock.step() == 3600 * S
     assert clock.step() == 0
-    clock.set_wall(START)
+    clock.wall = START
     assert clock.step() == -90_000 * S
-    clock.set_wall(clock.now() + 30 * S)  # a suspend, in which CLOCK_MONOTONIC stands still, looks the same
+    clock.wall = clock.now() + 30 * S  # a suspend, in which CLOCK_MONOTONIC stands still, looks the same
     assert clock.step() == 30 * S
 
 
@@ -2844,7 +2814,7 @@ def test_a_failing_migration_leaves_the_database_as_it_was_and_those_before_it_a
     assert (tmp_path / "c.db").read_bytes() == file_before
 
 
-@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+@each("version", *range(1, len(MIGRATIONS)))
 def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(tmp_path: Path, version: int) -> None:
     db = chronotask.connect(tmp_path / "old.db")
     migrate(db, MIGRATIONS[:version])
@@ -3002,21 +2972,19 @@ WAL = "the database {path} is %s, but {path}-wal holds data: bring the database 
 FUTURE = f"made by a newer ChronoTask; this one knows up to {len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
 
 
-@pytest.mark.parametrize(
+@each(
     # What is in the place of a database (None: nothing), and beside it; what is done to it; what opening it ends with.
-    ("content", "wal", "statements", "said"),
-    [
-        (new_database(), b"", ["PRAGMA user_version=99"], "{path} has schema version 99, " + FUTURE),
-        (b"", b"", ["CREATE TABLE theirs (x)"], ANOTHER),
-        (b"", b"", ["PRAGMA user_version=3"], ANOTHER),
-        (b"", b"", ["CREATE TABLE tasks (x)", "PRAGMA application_id=77"], ANOTHER),
-        *((content, b"", [], LEFT) for content in (b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192)),
-        (b"SQLite format 3\0" + b"\xff" * 8000, b"", [], LEFT),
-        (new_database()[: len(new_database()) // 2], b"", [], LEFT),
-        (None, b"precious", [], WAL % "missing"),
-        (b"", b"precious", [], WAL % "empty"),
-        (None, b"", [], ""),
-    ],
+    "content wal statements said",
+    (new_database(), b"", ["PRAGMA user_version=99"], "{path} has schema version 99, " + FUTURE),
+    (b"", b"", ["CREATE TABLE theirs (x)"], ANOTHER),
+    (b"", b"", ["PRAGMA user_version=3"], ANOTHER),
+    (b"", b"", ["CREATE TABLE tasks (x)", "PRAGMA application_id=77"], ANOTHER),
+    *((content, b"", [], LEFT) for content in (b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192)),
+    (b"SQLite format 3\0" + b"\xff" * 8000, b"", [], LEFT),
+    (new_database()[: len(new_database()) // 2], b"", [], LEFT),
+    (None, b"precious", [], WAL % "missing"),
+    (b"", b"precious", [], WAL % "empty"),
+    (None, b"", [], ""),
 )
 def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
     tmp_path: Path, content: bytes | None, wal: bytes, statements: list[str], said: str
@@ -3074,7 +3042,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may give a f
 
 
 @needs_root
-@pytest.mark.parametrize("name", ["", "c.db", "c.db-wal", "c.db-shm", "c.db-journal", "c.db.leader", "c.db.service"])
+@each("name", "", "c.db", "c.db-wal", "c.db-shm", "c.db-journal", "c.db.leader", "c.db.service")
 def test_a_file_or_folder_of_another_owner_is_refused(tmp_path: Path, name: str) -> None:
     open_database(tmp_path / "c.db").close()
     place = tmp_path / name
@@ -3100,7 +3068,7 @@ def test_a_link_that_somebody_else_made_is_refused_and_one_of_our_own_leads_to_a
     assert f"{real} belongs to another user (uid 4711)" in refusal_of(link)
 
 
-@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal", ".leader", ".service"])
+@each("suffix", "-wal", "-shm", "-journal", ".leader", ".service")
 def test_a_link_in_the_place_of_a_file_beside_the_database_is_refused(tmp_path: Path, suffix: str) -> None:
     link = tmp_path / f"c.db{suffix}"
     link.symlink_to(tmp_path / "elsewhere")
@@ -3140,9 +3108,7 @@ def test_a_folder_that_others_use_as_well_is_refused_and_not_closed_to_them(tmp_
 
 
 @needs_root
-@pytest.mark.parametrize(
-    ("gid", "mode", "trusted"), [(0, 0o775, True), (4711, 0o2775, True), (4711, 0o777, False), (1, 0o775, False)]
-)
+@each("gid mode trusted", (0, 0o775, True), (4711, 0o2775, True), (4711, 0o777, False), (1, 0o775, False))
 def test_root_s_folder_may_be_written_by_a_group_that_has_nobody_else(
     quick_disk: Path, gid: int, mode: int, trusted: bool
 ) -> None:
@@ -3262,14 +3228,12 @@ def changes_its_mind(db: sqlite3.Connection) -> None:
     raise Conflict("no")
 
 
-@pytest.mark.parametrize(
-    ("bad", "error", "words"),
-    [
-        (breaks_a_constraint, Unavailable, "UNIQUE"),
-        (changes_its_mind, Conflict, "no"),
-        (lambda db: db.execute("SELECT nonsense FROM nowhere"), Unavailable, "no such table"),
-        (lambda db: [][1], IndexError, ""),
-    ],
+@each(
+    "bad error words",
+    (breaks_a_constraint, Unavailable, "UNIQUE"),
+    (changes_its_mind, Conflict, "no"),
+    (lambda db: db.execute("SELECT nonsense FROM nowhere"), Unavailable, "no such table"),
+    (lambda db: [][1], IndexError, ""),
 )
 async def test_a_write_that_fails_is_undone_alone_and_told_to_its_caller(store: Store, bad: Any, error: Any, words: str) -> None:
     results = await in_one_batch(store, put("k1"), bad, put("k2"))
@@ -3447,7 +3411,7 @@ def some_task(name: str) -> chronotask.Task:
     return chronotask.Task(name=name, task_type="bash", config=config, max_retries=0, retry_delay=0, created_at=0, updated_at=0)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 300])
+@each("count", 0, 1, 2, 300)
 async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store, count: int) -> None:
     def write(db: sqlite3.Connection) -> list[int]:
         task = chronotask.insert(db, some_task("t"))
@@ -3622,7 +3586,7 @@ def masked(secret: str, data: bytes, step: int, *others: str) -> bytes:
 # ---- Output
 
 
-@pytest.mark.parametrize("step", [1, 3, 7, 64, 5000])
+@each("step", 1, 3, 7, 64, 5000)
 def test_the_clipper_keeps_the_first_quarter_and_the_last_three_quarters(step: int) -> None:
     data = b"".join(b"%04d\n" % number for number in range(1000))
     clipper = chronotask.Clipper(100)
@@ -3647,7 +3611,7 @@ def test_binary_output_is_decoded_with_replacement_and_output_of_exactly_the_lim
     assert clipper.text() == "é\ufffd\0"
 
 
-@pytest.mark.parametrize("charset", ["idna", "punycode", "unicode_escape", "utf-7", "base64", "rot13", "no-such"])
+@each("charset", "idna", "punycode", "unicode_escape", "utf-7", "base64", "rot13", "no-such")
 def test_odd_character_sets_are_read_as_utf_8(charset: str) -> None:
     live = LiveOutput(100)
     live.begin(("body",))
@@ -3664,7 +3628,7 @@ def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
     assert len(clipper.text()) == 65536 + len("\n[… 1073676288 bytes left out …]\n")
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 1000])
+@each("step", 1, 2, 5, 1000)
 def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
     data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
     shown = masked("hunter2!", data, step, "hunter2!more", "er2!xyz")
@@ -3672,26 +3636,24 @@ def test_secrets_are_masked_across_chunk_borders(step: int) -> None:
 
 
 # What other programs print for the secret sk/live+é=="1'.
-@pytest.mark.parametrize(
+@each(
     "echo",
-    [
-        r"sk\/live+\u00e9==\"1'",  # PHP's json_encode
-        r"sk/live\u002B\u00E9==\u00221\u0027",  # .NET's System.Text.Json
-        r"sk/live+é\u003d\u003d\"1\u0027",  # Gson
-        "sk%2flive%2b%c3%a9%3d%3d%221'",  # lower-case percent encoding
-        "sk/live+é==&quot;1&#39;",  # HTML
-        r"sk/live+\xc3\xa9==\"1\'",  # Python's repr of bytes
-        r"sk/live+é==\"1\'",  # bash's printf %q
-        "c2svbGl2ZSvDqT09IjEn",  # base64, of 15 bytes
-    ],
+    r"sk\/live+\u00e9==\"1'",  # PHP's json_encode
+    r"sk/live\u002B\u00E9==\u00221\u0027",  # .NET's System.Text.Json
+    r"sk/live+é\u003d\u003d\"1\u0027",  # Gson
+    "sk%2flive%2b%c3%a9%3d%3d%221'",  # lower-case percent encoding
+    "sk/live+é==&quot;1&#39;",  # HTML
+    r"sk/live+\xc3\xa9==\"1\'",  # Python's repr of bytes
+    r"sk/live+é==\"1\'",  # bash's printf %q
+    "c2svbGl2ZSvDqT09IjEn",  # base64, of 15 bytes
 )
-@pytest.mark.parametrize("step", [1, 4, 1000])
+@each("step", 1, 4, 1000)
 def test_a_secret_is_found_however_programs_escape_it(echo: str, step: int) -> None:
     assert masked("sk/live+é==\"1'", f"before {echo} after".encode(), step) == b"before ******** after"
 
 
-@pytest.mark.parametrize("user", ["", "a:", "an:", "ann:", "anna:"])
-@pytest.mark.parametrize("secret", ["wo?ds~", "wo?ds~1", "wo?ds~12"])
+@each("user", "", "a:", "an:", "ann:", "anna:")
+@each("secret", "wo?ds~", "wo?ds~1", "wo?ds~12")
 def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, secret: str) -> None:
     text = base64.b64encode(f"{user}{secret}".encode())
     for echo in (text, text.rstrip(b"="), text.translate(bytes.maketrans(b"+/", b"-_")), text.replace(b"/", b"\\/")):
@@ -3701,9 +3663,7 @@ def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, se
         assert len(shown.replace(b"[", b"").replace(b"********", b"")) <= len(user) * 8 // 6 + 2
 
 
-@pytest.mark.parametrize(
-    "secret", ["a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041", 'pä"ss/ word']
-)
+@each("secret", *["a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041", 'pä"ss/ word'])
 def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret: str) -> None:
     quoted = urllib.parse.quote_plus(secret), urllib.parse.quote(secret, safe="")
     for echo in (secret, json.dumps(secret), *quoted, html.escape(secret), repr(secret)):
@@ -3711,8 +3671,8 @@ def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret
             assert masked(secret, echo.encode(), step).strip(b"\"'") == b"********", echo
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037", "iso-8859-1", "shift_jis"])
-@pytest.mark.parametrize("secret", ["secret-value/1", "s\u00e9cret"])
+@each("encoding", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037", "iso-8859-1", "shift_jis")
+@each("secret", "secret-value/1", "s\u00e9cret")
 def test_a_secret_is_found_in_any_character_set_also_where_output_is_clipped(encoding: str, secret: str) -> None:
     with contextlib.suppress(UnicodeEncodeError):  # é in Shift JIS
         for filling in range(8):
@@ -3741,12 +3701,10 @@ def test_what_cannot_be_a_secret_is_shown_at_once() -> None:
     assert masker.feed(b"ond?") == b"second?"
 
 
-@pytest.mark.parametrize(
-    ("secret", "unit"),
-    [
-        ("a" * 30000 + "b", b"a" * 29999 + b"c"), ("secret/value", b"%41"), ("secret\\\\", b"\\"), ("secretx", b"&#x"),
-        ("secret\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), rb"\ud83d"), ("ababab", b"ab"),
-    ],
+@each(
+    "secret unit",
+    ("a" * 30000 + "b", b"a" * 29999 + b"c"), ("secret/value", b"%41"), ("secret\\\\", b"\\"), ("secretx", b"&#x"),
+    ("secret\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), rb"\ud83d"), ("ababab", b"ab"),
 )  # fmt: skip
 def test_masking_hostile_output_takes_time_in_proportion_to_it(secret: str, unit: bytes) -> None:
     def seconds(size: int) -> float:
@@ -3783,7 +3741,7 @@ def test_onlookers_see_masked_output_as_it_comes() -> None:
     assert live.recent() == [("stdout", 16, b"one ******** two"), ("stderr", 5, b"short")]
 
 
-@pytest.mark.parametrize("secret", ["aaaaaa", "-" * 3000 + "x", "abcabcabc"])
+@each("secret", "aaaaaa", "-" * 3000 + "x", "abcabcabc")
 def test_no_more_output_is_held_back_than_the_longest_secret(secret: str) -> None:
     masker = SecretMasker([secret])
     given = masker.feed((secret[:3] * 20_000).encode())
@@ -3816,23 +3774,21 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
     assert set(secrets) == {"value-a/b?c", "from-file"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "resolved"),
-    [
-        # A whole URL or host may be a secret.
-        ("http", {"url": "${env:CHRONOTASK_SECRET_URL}"}, {"url": "https://a.example:1/x?y=1"}),
-        ("http", {"url": "https://${env:CHRONOTASK_SECRET_HOST}/x"}, {"url": "https://a.example:1/x"}),
-        ("http", {"url": "${env:CHRONOTASK_SECRET_LIKE}/${cause:event}"}, {"url": "http://a/${cause:event}/a%2F"}),  # once
-        # What is in the name of a reference ends no authority.
-        ("http", {"url": "http://u:${file:a/b}@a.example/x"}, {"url": "http://u:p%40x%2Fy@a.example/x"}),
-        ("http", {"url": "http://${file:a/b}:w@a:8/x?${file:a/b}"}, {"url": "http://p%40x%2Fy:w@a:8/x?p%40x/y"}),
-        ("http", {"url": "http://a.example/${file:a/b}@c"}, {"url": "http://a.example/p%40x/y@c"}),
-        ("http", {"url": "http://a.example?u=${file:a/b}@c"}, {"url": "http://a.example?u=p%40x/y@c"}),
-        # A byte order mark is no part of a secret, links inside the folder are followed, as Kubernetes has them.
-        ("bash", {"env": {"A": "${file:windows}", "B": "${file:link}"}}, {"env": {"A": "from-file", "B": "from-file"}}),
-        # Of a bash task only env is resolved.
-        ("bash", {"command": "${file:a/b}", "env": {"A": "${file:a/b}"}}, {"command": "${file:a/b}", "env": {"A": "p@x/y"}}),
-    ],
+@each(
+    "kind config resolved",
+    # A whole URL or host may be a secret.
+    ("http", {"url": "${env:CHRONOTASK_SECRET_URL}"}, {"url": "https://a.example:1/x?y=1"}),
+    ("http", {"url": "https://${env:CHRONOTASK_SECRET_HOST}/x"}, {"url": "https://a.example:1/x"}),
+    ("http", {"url": "${env:CHRONOTASK_SECRET_LIKE}/${cause:event}"}, {"url": "http://a/${cause:event}/a%2F"}),  # once
+    # What is in the name of a reference ends no authority.
+    ("http", {"url": "http://u:${file:a/b}@a.example/x"}, {"url": "http://u:p%40x%2Fy@a.example/x"}),
+    ("http", {"url": "http://${file:a/b}:w@a:8/x?${file:a/b}"}, {"url": "http://p%40x%2Fy:w@a:8/x?p%40x/y"}),
+    ("http", {"url": "http://a.example/${file:a/b}@c"}, {"url": "http://a.example/p%40x/y@c"}),
+    ("http", {"url": "http://a.example?u=${file:a/b}@c"}, {"url": "http://a.example?u=p%40x/y@c"}),
+    # A byte order mark is no part of a secret, links inside the folder are followed, as Kubernetes has them.
+    ("bash", {"env": {"A": "${file:windows}", "B": "${file:link}"}}, {"env": {"A": "from-file", "B": "from-file"}}),
+    # Of a bash task only env is resolved.
+    ("bash", {"command": "${file:a/b}", "env": {"A": "${file:a/b}"}}, {"command": "${file:a/b}", "env": {"A": "p@x/y"}}),
 )
 def test_how_references_are_resolved(tmp_path: Path, kind: str, config: dict[str, Any], resolved: dict[str, Any]) -> None:
     environ = {"CHRONOTASK_SECRET_URL": "https://a.example:1/x?y=1", "CHRONOTASK_SECRET_HOST": "a.example:1"}
@@ -3858,26 +3814,24 @@ def secret_files(folder: Path) -> Path:
     return secrets
 
 
-@pytest.mark.parametrize(
-    ("reference", "reason"),
-    [
-        ("${env:HOME}", "only variables named CHRONOTASK_SECRET_… may be read"),
-        ("${env:CHRONOTASK_API_TOKEN}", "only variables named CHRONOTASK_SECRET_… may be read"),
-        ("${env:CHRONOTASK_SECRET_NO}", "the service has no such variable"),
-        ("${file:missing}", "cannot be read (no such file or directory)"),
-        ("${file:../outside}", "only files below"),
-        ("${file:sub/../../outside}", "only files below"),
-        ("${file:/etc/passwd}", "only files below"),
-        ("${file:link}", "only files below"),
-        ("${file:folder/outside}", "only files below"),
-        ("${file:loop}", "cannot be read"),
-        ("${file:.}", "cannot be read (is a directory)"),
-        ("${file:sub}", "cannot be read (is a directory)"),
-        ("${file:pipe}", "is not a regular file"),
-        ("${file:big}", "is larger than 65536 bytes"),
-        ("${file:binary}", "is not UTF-8 text"),
-        ("${file:a\0b}", "cannot be read"),
-    ],
+@each(
+    "reference reason",
+    ("${env:HOME}", "only variables named CHRONOTASK_SECRET_… may be read"),
+    ("${env:CHRONOTASK_API_TOKEN}", "only variables named CHRONOTASK_SECRET_… may be read"),
+    ("${env:CHRONOTASK_SECRET_NO}", "the service has no such variable"),
+    ("${file:missing}", "cannot be read (no such file or directory)"),
+    ("${file:../outside}", "only files below"),
+    ("${file:sub/../../outside}", "only files below"),
+    ("${file:/etc/passwd}", "only files below"),
+    ("${file:link}", "only files below"),
+    ("${file:folder/outside}", "only files below"),
+    ("${file:loop}", "cannot be read"),
+    ("${file:.}", "cannot be read (is a directory)"),
+    ("${file:sub}", "cannot be read (is a directory)"),
+    ("${file:pipe}", "is not a regular file"),
+    ("${file:big}", "is larger than 65536 bytes"),
+    ("${file:binary}", "is not UTF-8 text"),
+    ("${file:a\0b}", "cannot be read"),
 )
 async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path: Path, reference: str, reason: str) -> None:
     environ = {"PATH": PATH, "CHRONOTASK_API_TOKEN": "hidden-content"}
@@ -3887,8 +3841,8 @@ async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path
     assert "hidden-content" not in str(outcome.error_message)
 
 
-@pytest.mark.parametrize(
-    "name", ["token", "hard-link", "link", "sub/../token", "copy", "app.env", "rotated", "/proc/self/fd/{fd}", "{folder}/token"]
+@each(
+    "name", *["token", "hard-link", "link", "sub/../token", "copy", "app.env", "rotated", "/proc/self/fd/{fd}", "{folder}/token"]
 )
 async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
@@ -3911,7 +3865,7 @@ async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: 
     assert str(outcome.error_message).endswith(": holds the service's own token, which is not for tasks")
 
 
-@pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\0b"])
+@each("value", "a\r\nX-Evil: 1", "a\nb", "a\0b")
 def test_a_secret_cannot_inject_headers(value: str) -> None:
     config = {"url": "http://a/", "headers": {"X": "${env:CHRONOTASK_SECRET_A}"}}
     with pytest.raises(
@@ -3953,21 +3907,19 @@ async def test_a_command_succeeds_with_exit_status_0() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "message", "retryable"),
-    [
-        ("exit 3", "exit status 3", True),
-        ("echo first >&2; echo 'last \\x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
-        (r"printf 'a\033[31mb\n' >&2; exit 1", "exit status 1: a [31mb", True),
-        ("kill -KILL $$", "was killed by SIGKILL", True),
-        ("exit 126", "exit status 126", False),
-        ("exit 127", "exit status 127", False),
-        # The last line of stderr that can be read.
-        (r"printf 'why\n\0\n' >&2; exit 1", "exit status 1: why", True),
-        (r"printf 'why\n\t \001\033\n\r\n' >&2; exit 1", "exit status 1: why", True),
-        (r"printf '\0\n\n' >&2; exit 1", "exit status 1", True),
-        (r"printf 'a\0b' >&2; exit 1", "exit status 1: a b", True),
-    ],
+@each(
+    "command message retryable",
+    ("exit 3", "exit status 3", True),
+    ("echo first >&2; echo 'last \\x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
+    (r"printf 'a\033[31mb\n' >&2; exit 1", "exit status 1: a [31mb", True),
+    ("kill -KILL $$", "was killed by SIGKILL", True),
+    ("exit 126", "exit status 126", False),
+    ("exit 127", "exit status 127", False),
+    # The last line of stderr that can be read.
+    (r"printf 'why\n\0\n' >&2; exit 1", "exit status 1: why", True),
+    (r"printf 'why\n\t \001\033\n\r\n' >&2; exit 1", "exit status 1: why", True),
+    (r"printf '\0\n\n' >&2; exit 1", "exit status 1", True),
+    (r"printf 'a\0b' >&2; exit 1", "exit status 1: a b", True),
 )
 async def test_other_ends_are_failures(command: str, message: str, retryable: bool) -> None:
     outcome = await bash(command)
@@ -4084,7 +4036,7 @@ ENDS_OF_SOURCE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "end"), ENDS_OF_SOURCE)
+@each("source end", *ENDS_OF_SOURCE)
 def test_args_that_bash_would_not_take_for_arguments_are_refused(source: str, end: str) -> None:
     for command in (source, source + " \n\n"):
         try:
@@ -4103,7 +4055,7 @@ async def test_args_follow_the_last_line_that_is_not_blank_and_no_shell_knows_no
     assert out(await bash("echo a #b", args=["c"], settings=Settings(allowed_bash_commands=("echo",)))) == "a #b c\n"
 
 
-@pytest.mark.parametrize("unit", ["(", "`", "(`", "$(", '"$(', "<<a\n", "<<a ", "`# ", "a ", "# \n", "((", "\\\n", "'", "$'"])
+@each("unit", "(", "`", "(`", "$(", '"$(', "<<a\n", "<<a ", "`# ", "a ", "# \n", "((", "\\\n", "'", "$'")
 def test_the_end_of_a_hostile_source_is_found_without_delay(unit: str) -> None:
     start = time.process_time()
     with contextlib.suppress(InvalidInput):
@@ -4112,10 +4064,7 @@ def test_the_end_of_a_hostile_source_is_found_without_delay(unit: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("folder", "where"),
-    [("~", "{home}"), ("~/", "{home}"), ("~/in it", "{home}/in it"), ("/", "/"), ("{home}/~", "{home}/~")],
-)
+@each("folder where", ("~", "{home}"), ("~/", "{home}"), ("~/in it", "{home}/in it"), ("/", "/"), ("{home}/~", "{home}/~"))
 async def test_a_tilde_at_the_beginning_of_working_dir_is_the_home_of_the_service(
     tmp_path: Path, folder: str, where: str
 ) -> None:
@@ -4193,7 +4142,7 @@ async def begun(command: str, live: Watched) -> asyncio.Task[Outcome]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("reason", "retryable"), [("cancelled", False), ("interrupted", True)])
+@each("reason retryable", ("cancelled", False), ("interrupted", True))
 async def test_an_attempt_is_stopped_from_outside(reason: str, retryable: bool) -> None:
     live = Watched(1000)
     running = await begun("echo begun; setsid sleep 60 & sleep 60", live)
@@ -4240,14 +4189,12 @@ async def made(*paths: Path) -> list[bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@each(
     "command",
-    [
-        "(sleep 0.4; echo x >&2; touch mark) > log &",
-        "(sleep 0.4; echo x; touch mark) 2> log &",
-        "(sleep 0.4; printf %300000s x; printf %300000s x >&2; touch mark) &",
-        "setsid env -i bash -c 'sleep 0.4; echo x; echo x; touch mark' &",
-    ],
+    "(sleep 0.4; echo x >&2; touch mark) > log &",
+    "(sleep 0.4; echo x; touch mark) 2> log &",
+    "(sleep 0.4; printf %300000s x; printf %300000s x >&2; touch mark) &",
+    "setsid env -i bash -c 'sleep 0.4; echo x; echo x; touch mark' &",
 )
 async def test_a_background_child_may_write_when_the_command_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -4479,7 +4426,7 @@ def test_commands_of_bash_user_read_nothing_of_the_service_and_do_not_survive_it
 
 
 @only_as_root
-@pytest.mark.parametrize("right", [5, 7])
+@each("right", 5, 7)
 def test_without_the_right_to_become_or_to_signal_bash_user_nothing_starts(tmp_path: Path, right: int) -> None:
     program = wrapped(tmp_path, FEW_RIGHTS.replace("(5, 6, 7)", str(tuple({5, 6, 7} - {right}))))
     ended = ran(tmp_path, sys.executable, program, environ={"CHRONOTASK_BASH_USER": "nobody"})
@@ -4508,22 +4455,20 @@ LAUNCHERS = Settings(
 LOST = ", but the command never reported its end"
 
 
-@pytest.mark.parametrize(
-    ("launcher", "command", "result", "stdout"),
-    [
-        ("nice", "nice; exit 0", ("succeeded", None, False, 0), "1\n"),
-        ("nice", "echo a; exit 3", ("failed", "exit status 3", True, 3), "a\n"),
-        ("nice", "exit 127", ("failed", "exit status 127", False, 127), ""),
-        ("nice", "exec true 1>&-", ("succeeded", None, False, 0), ""),
-        ("nice", "exec 2>&-; kill -9 $PPID", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
-        ("liar", "true", ("failed", f"the launcher ended with 0{LOST}", True, 0), ""),
-        ("down", "true", ("failed", f"the launcher ended with 1{LOST}: no controller", True, 1), ""),
-        ("shot", "true", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
-        ("late", "echo a", ("failed", "exit status 4: epilog", True, 4), "a\n"),
-        ("late", "exit 5", ("failed", "exit status 5: epilog", True, 5), ""),
-        ("twice", "echo a; exit $((7 * !N))", ("failed", "exit status 7", True, 7), "a\na\n"),
-        ("tty", "echo a", ("succeeded", None, False, 0), "a\r\n"),
-    ],
+@each(
+    "launcher command result stdout",
+    ("nice", "nice; exit 0", ("succeeded", None, False, 0), "1\n"),
+    ("nice", "echo a; exit 3", ("failed", "exit status 3", True, 3), "a\n"),
+    ("nice", "exit 127", ("failed", "exit status 127", False, 127), ""),
+    ("nice", "exec true 1>&-", ("succeeded", None, False, 0), ""),
+    ("nice", "exec 2>&-; kill -9 $PPID", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
+    ("liar", "true", ("failed", f"the launcher ended with 0{LOST}", True, 0), ""),
+    ("down", "true", ("failed", f"the launcher ended with 1{LOST}: no controller", True, 1), ""),
+    ("shot", "true", ("failed", f"the launcher was killed by SIGKILL{LOST}", True, None), ""),
+    ("late", "echo a", ("failed", "exit status 4: epilog", True, 4), "a\n"),
+    ("late", "exit 5", ("failed", "exit status 5: epilog", True, 5), ""),
+    ("twice", "echo a; exit $((7 * !N))", ("failed", "exit status 7", True, 7), "a\na\n"),
+    ("tty", "echo a", ("succeeded", None, False, 0), "a\r\n"),
 )
 async def test_success_by_a_launcher_needs_the_word_of_the_far_side_and_no_other_word_against_it(
     launcher: str, command: str, result: tuple[Any, ...], stdout: str
@@ -4534,18 +4479,16 @@ async def test_success_by_a_launcher_needs_the_word_of_the_far_side_and_no_other
     assert out(outcome).startswith(stdout) and len(out(outcome)) <= len(stdout) + 1
 
 
-@pytest.mark.parametrize(
+@each(
     "command",
-    [
-        "true",
-        "echo",
-        r"printf 'a\n\n\n'; echo b >&2",
-        r"printf 'no line break'",
-        r"printf '\xff\x00\n\xfe\r\n'",
-        "printf %100000s x; printf '\n%s' {1..1000}",
-        r"for i in 0 1 20; do printf '\n%s %d\n' 0123456789abcdef0123456789abcdef $i; done; printf '\n0123456789abcdef '",
-        "tr '\\0' '\\n' </proc/$PPID/environ >/dev/null; echo $CHRONOTASK_RUN_ID 0",
-    ],
+    "true",
+    "echo",
+    r"printf 'a\n\n\n'; echo b >&2",
+    r"printf 'no line break'",
+    r"printf '\xff\x00\n\xfe\r\n'",
+    "printf %100000s x; printf '\n%s' {1..1000}",
+    r"for i in 0 1 20; do printf '\n%s %d\n' 0123456789abcdef0123456789abcdef $i; done; printf '\n0123456789abcdef '",
+    "tr '\\0' '\\n' </proc/$PPID/environ >/dev/null; echo $CHRONOTASK_RUN_ID 0",
 )
 async def test_the_output_of_a_command_is_the_same_with_and_without_a_launcher(command: str) -> None:
     here, there = await bash(command, settings=LAUNCHERS), await bash(command, settings=LAUNCHERS, launcher="nice")
@@ -4589,7 +4532,7 @@ async def test_env_stands_for_the_variables_of_the_task_as_words_and_name_for_th
     assert (outcome.retryable, output(outcome)["exit_code"]) == (False, 126)
 
 
-@pytest.mark.parametrize("how", ["timed_out", "cancelled", "interrupted"])
+@each("how", "timed_out", "cancelled", "interrupted")
 async def test_at_a_stop_the_launcher_gets_sigterm_first_and_takes_its_job_back(how: str) -> None:
     live, run = LiveOutput(1000), dataclasses.replace(SECOND_RUN, uuid=str(uuid.uuid4()))
     timeout = {"timeout": 0.5} if how == "timed_out" else {}
@@ -4843,32 +4786,27 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("address", "open_net", "private_blocked"),
-    [(address, *said) for said, addresses in ADDRESSES.items() for address in addresses.split()],
-)
+@each("address open_net private_blocked", *((one, *said) for said, addresses in ADDRESSES.items() for one in addresses.split()))
 def test_refused_addresses(address: str, open_net: str | None, private_blocked: str | None) -> None:
     for settings, expected in [(Settings(), open_net), (Settings(block_private_networks=True), private_blocked)]:
         refusal = refused_address(address, settings)
         assert (refusal and refusal.split()[0]) == expected
 
 
-@pytest.mark.parametrize(
-    ("allowed", "address", "refused"),
-    [
-        ("169.254.169.254/32", "169.254.169.254", False),
-        ("10.0.0.0/8", "::ffff:10.0.0.1", False),
-        ("fd00::/8", "fd00:ec2::254", False),
-        ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "169.254.169.253", True),
-        ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "192.168.0.1", True),
-        ("64:ff9b::/96", "64:ff9b::a9fe:a9fe", True),
-        ("64:ff9b::/96", "64:ff9b::7f00:1", True),
-        ("2002::/16", "2002:a9fe:a9fe::1", True),
-        ("::/0", "64:ff9b::a00:1", True),
-        ("169.254.0.0/16", "64:ff9b::a9fe:a9fe", True),
-        ("64:ff9b::/96 10.0.0.0/8", "64:ff9b::a00:1", False),
-        ("::/0 0.0.0.0/0", "2002:a9fe:a9fe::1", False),
-    ],
+@each(
+    "allowed address refused",
+    ("169.254.169.254/32", "169.254.169.254", False),
+    ("10.0.0.0/8", "::ffff:10.0.0.1", False),
+    ("fd00::/8", "fd00:ec2::254", False),
+    ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "169.254.169.253", True),
+    ("169.254.169.254/32 10.0.0.0/8 fd00::/8", "192.168.0.1", True),
+    ("64:ff9b::/96", "64:ff9b::a9fe:a9fe", True),
+    ("64:ff9b::/96", "64:ff9b::7f00:1", True),
+    ("2002::/16", "2002:a9fe:a9fe::1", True),
+    ("::/0", "64:ff9b::a00:1", True),
+    ("169.254.0.0/16", "64:ff9b::a9fe:a9fe", True),
+    ("64:ff9b::/96 10.0.0.0/8", "64:ff9b::a00:1", False),
+    ("::/0 0.0.0.0/0", "2002:a9fe:a9fe::1", False),
 )
 def test_allowed_networks_open_what_is_refused_an_address_inside_another_only_when_both_are_listed(
     allowed: str, address: str, refused: bool
@@ -5086,13 +5024,11 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch:
         assert ports[-3] == ports[-2] != ports[-1]
 
 
-@pytest.mark.parametrize(
-    ("body", "content_type", "sent"),
-    [
-        ({"a": [1, None, "é"]}, "application/json", '{"a": [1, null, "é"]}'),
-        ([], "application/json", "[]"),
-        ("plain é", "text/plain; charset=utf-8", "plain é"),
-    ],
+@each(
+    "body content_type sent",
+    ({"a": [1, None, "é"]}, "application/json", '{"a": [1, null, "é"]}'),
+    ([], "application/json", "[]"),
+    ("plain é", "text/plain; charset=utf-8", "plain é"),
 )
 async def test_a_body_is_sent_as_json_or_as_it_is(body: Any, content_type: str, sent: str) -> None:
     seen = await echoed(method="POST", body=body)
@@ -5101,14 +5037,12 @@ async def test_a_body_is_sent_as_json_or_as_it_is(body: Any, content_type: str, 
     assert (seen["headers"]["content-type"], seen["body"]) == ("application/x", sent)
 
 
-@pytest.mark.parametrize(
-    ("config", "authorization"),
-    [
-        ({"auth": {"username": "ü", "password": "p:w"}}, "ü:p:w"),
-        ({"userinfo": "u%40:p%2F@"}, "u@:p/"),
-        ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}}, "a:b"),
-        ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}, "headers": {"authorization": "Token abcdefgh"}}, None),
-    ],
+@each(
+    "config authorization",
+    ({"auth": {"username": "ü", "password": "p:w"}}, "ü:p:w"),
+    ({"userinfo": "u%40:p%2F@"}, "u@:p/"),
+    ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}}, "a:b"),
+    ({"userinfo": "u:p@", "auth": {"username": "a", "password": "b"}, "headers": {"authorization": "Token abcdefgh"}}, None),
 )
 async def test_a_header_wins_over_auth_and_auth_over_the_url(config: dict[str, Any], authorization: str | None) -> None:
     received = []
@@ -5132,22 +5066,20 @@ async def test_an_answer_is_kept_with_its_headers_and_parsed_json() -> None:
     assert rest == {"status_code": 200, "body": {"a": [1, 2]}, "body_bytes": 13, "truncated": False}
 
 
-@pytest.mark.parametrize(
-    ("content_type", "sent", "body"),
-    [
-        ("application/problem+json", '{"a": 1}', {"a": 1}),
-        ("text/plain", '{"a": 1}', '{"a": 1}'),
-        ("text/plain;charset=iso-8859-1", b"caf\xe9", "café"),
-        ("image/png", b"caf\xe9", "caf\ufffd"),
-        # What cannot be written again as JSON stays text.
-        *(("application/json", text, text) for text in ("{broken", "", "[NaN]", "[1e999]", '["\\ud800"]')),
-        *(("application/json", text, text) for text in ("[" * 66 + "]" * 66, "[" * 30000, "1" * 5000)),
-        # Behind a byte order mark JSON is JSON.
-        ("application/json", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
-        ("application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
-        ("application/json; charset=utf-16", '\ufeff{"a": 1}'.encode("utf-16-le"), {"a": 1}),
-        ("application/json; charset=utf-16be", '\ufeff{"a": 1}'.encode("utf-16-be"), {"a": 1}),
-    ],
+@each(
+    "content_type sent body",
+    ("application/problem+json", '{"a": 1}', {"a": 1}),
+    ("text/plain", '{"a": 1}', '{"a": 1}'),
+    ("text/plain;charset=iso-8859-1", b"caf\xe9", "café"),
+    ("image/png", b"caf\xe9", "caf\ufffd"),
+    # What cannot be written again as JSON stays text.
+    *(("application/json", text, text) for text in ("{broken", "", "[NaN]", "[1e999]", '["\\ud800"]')),
+    *(("application/json", text, text) for text in ("[" * 66 + "]" * 66, "[" * 30000, "1" * 5000)),
+    # Behind a byte order mark JSON is JSON.
+    ("application/json", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    ("application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    ("application/json; charset=utf-16", '\ufeff{"a": 1}'.encode("utf-16-le"), {"a": 1}),
+    ("application/json; charset=utf-16be", '\ufeff{"a": 1}'.encode("utf-16-be"), {"a": 1}),
 )
 async def test_json_is_parsed_and_other_bodies_are_text(content_type: str, sent: str | bytes, body: Any) -> None:
     raw = sent.encode() if isinstance(sent, str) else sent
@@ -5155,15 +5087,13 @@ async def test_json_is_parsed_and_other_bodies_are_text(content_type: str, sent:
     assert output(outcome)["body"] == body
 
 
-@pytest.mark.parametrize(
-    ("status", "expected", "success", "retryable"),
-    [
-        *((status, None, True, False) for status in (200, 204)),
-        *((status, None, False, False) for status in (302, 404)),
-        *((status, None, False, True) for status in (408, 425, 429, 500, 501)),
-        *((status, [expected], True, False) for status, expected in ((404, 404), (404, "400-499"), (503, 503))),
-        (200, ["400-499", 301], False, False),
-    ],
+@each(
+    "status expected success retryable",
+    *((status, None, True, False) for status in (200, 204)),
+    *((status, None, False, False) for status in (302, 404)),
+    *((status, None, False, True) for status in (408, 425, 429, 500, 501)),
+    *((status, [expected], True, False) for status, expected in ((404, 404), (404, "400-499"), (503, 503))),
+    (200, ["400-499", 301], False, False),
 )
 async def test_the_status_decides_about_success_and_retry(status: int, expected: Any, success: bool, retryable: bool) -> None:
     outcome = await answered(lambda: web.Response(status=status), **({"expected_status": expected} if expected else {}))
@@ -5180,39 +5110,35 @@ async def test_an_unexpected_status_is_explained() -> None:
         assert outcome.error_message == message
 
 
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"Retry-After": "7"}, 7.0),
-        ({"retry-after": "0"}, 0.0),
-        ({"Retry-After": "999999999999"}, 3600.0),
-        ({"Retry-After": "-5"}, None),
-        ({"Retry-After": "1.5"}, None),
-        ({"Retry-After": "soon"}, None),
-        ({}, None),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:30 GMT"}, 0.0),
-        ({"Retry-After": "Wed, 21 Oct 2026 10:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 3600.0),
-        ({"Retry-After": "Thu, 01 Jan 1970 00:00:42 GMT"}, 22.0),
-    ],
+@each(
+    "headers seconds",
+    ({"Retry-After": "7"}, 7.0),
+    ({"retry-after": "0"}, 0.0),
+    ({"Retry-After": "999999999999"}, 3600.0),
+    ({"Retry-After": "-5"}, None),
+    ({"Retry-After": "1.5"}, None),
+    ({"Retry-After": "soon"}, None),
+    ({}, None),
+    ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
+    ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:30 GMT"}, 0.0),
+    ({"Retry-After": "Wed, 21 Oct 2026 10:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 3600.0),
+    ({"Retry-After": "Thu, 01 Jan 1970 00:00:42 GMT"}, 22.0),
 )
 def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(headers: dict[str, str], seconds: float | None) -> None:
     assert chronotask.retry_after({name.lower(): value for name, value in headers.items()}, lambda: 20_000_000) == seconds
 
 
-@pytest.mark.parametrize(
-    ("status", "method", "then"),
-    [
-        (301, "POST", "GET"),
-        (302, "POST", "GET"),
-        (303, "POST", "GET"),
-        (303, "PUT", "GET"),
-        (303, "HEAD", "HEAD"),
-        (301, "PUT", "PUT"),
-        (302, "DELETE", "DELETE"),
-        (307, "POST", "POST"),
-        (308, "PATCH", "PATCH"),
-    ],
+@each(
+    "status method then",
+    (301, "POST", "GET"),
+    (302, "POST", "GET"),
+    (303, "POST", "GET"),
+    (303, "PUT", "GET"),
+    (303, "HEAD", "HEAD"),
+    (301, "PUT", "PUT"),
+    (302, "DELETE", "DELETE"),
+    (307, "POST", "POST"),
+    (308, "PATCH", "PATCH"),
 )
 async def test_the_method_changes_on_redirects_as_in_browsers(status: int, method: str, then: str) -> None:
     seen = []
@@ -5230,13 +5156,11 @@ async def test_the_method_changes_on_redirects_as_in_browsers(status: int, metho
     assert seen == [(then, "/next?x=1", "data" if kept else "", "text/plain; charset=utf-8" if kept else None)]
 
 
-@pytest.mark.parametrize(
-    ("location", "message"),
-    [
-        ("/again", "more than 10 redirects, the last one to 127.0.0.1"),
-        *((url, "no http or https URL") for url in ("file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)")),
-        ("http://169.254.169.254/", "169.254.169.254:80 may not be called"),
-    ],
+@each(
+    "location message",
+    ("/again", "more than 10 redirects, the last one to 127.0.0.1"),
+    *((url, "no http or https URL") for url in ("file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)")),
+    ("http://169.254.169.254/", "169.254.169.254:80 may not be called"),
 )
 async def test_a_redirect_that_is_not_followed_fails_for_good(location: str, message: str) -> None:
     outcome = await answered(lambda: web.Response(status=302, headers={"Location": location}))
@@ -5248,7 +5172,7 @@ CREDENTIALS = """Cookie Proxy-Authorization X-Api-Key X-Auth-Token X-Amz-Securit
     X-Session-Id X-Jwt-Assertion X-Pwd X-Tenant Referer""".split()
 
 
-@pytest.mark.parametrize("by", ["headers", "auth", "url"])
+@each("by", "headers", "auth", "url")
 async def test_credentials_are_not_sent_on_to_another_server(by: str) -> None:
     config: dict[str, Any] = {"headers": dict.fromkeys(CREDENTIALS, "a=b")}
     if by == "headers":
@@ -5369,7 +5293,7 @@ async def test_a_body_without_end_stops_at_the_timeout_with_what_came() -> None:
     assert outcome == Outcome("timed_out", "no answer within 0.1 s", None, retryable=True)
 
 
-@pytest.mark.parametrize(("reason", "retryable"), [("cancelled", False), ("interrupted", True)])
+@each("reason retryable", ("cancelled", False), ("interrupted", True))
 async def test_a_request_is_stopped_from_outside(reason: str, retryable: bool) -> None:
     live = Watched(1000)
 
@@ -5410,7 +5334,7 @@ async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_passwo
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-getaddrinfo")
 
 
-@pytest.mark.parametrize("url", ["http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/"])
+@each("url", "http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/")
 async def test_a_name_that_cannot_exist_is_named(url: str) -> None:
     outcome = await http_executors(url)
     assert outcome.status == "failed"
@@ -5422,7 +5346,7 @@ METADATA = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "0xa9fea
 PRIVATE = ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "127.1", "[::ffff:127.0.0.1]"]
 
 
-@pytest.mark.parametrize(("host", "blocked"), [*((host, False) for host in METADATA), *((host, True) for host in PRIVATE)])
+@each("host blocked", *((host, False) for host in METADATA), *((host, True) for host in PRIVATE))
 async def test_metadata_addresses_are_refused_and_private_ones_when_blocked_however_they_are_written(
     host: str, blocked: bool
 ) -> None:
@@ -5576,9 +5500,7 @@ def redirect(location: bytes, status: int = 302) -> bytes:
     return b"HTTP/1.1 %d Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % (status, location)
 
 
-@pytest.mark.parametrize(
-    ("status", "location"), [(303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next")]
-)
+@each("status location", (303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next"))
 async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: int, location: bytes) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
         return (OK, False) if request.endswith("/next") else (redirect(place, status), True)
@@ -5590,7 +5512,7 @@ async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: 
     assert seen == ["POST /", f"{'POST' if status == 307 else 'GET'} /next"] * 20
 
 
-@pytest.mark.parametrize("body", [None, "paid", "x" * 1_000_000])
+@each("body", None, "paid", "x" * 1_000_000)
 async def test_a_server_that_closes_behind_every_answer_without_saying_so(body: str | None) -> None:
     async with talking(lambda request, number: (OK, True)) as (url, seen):
         outcomes = await attempts(url, 20, method="POST", body=body)
@@ -5624,7 +5546,7 @@ async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it
     assert numbers == [0, 0, 0]
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "POST"])
+@each("method", "GET", "PUT", "DELETE", "POST")
 async def test_a_request_is_sent_once_when_a_kept_connection_breaks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr("chronotask.KEEP_SECONDS", 60)
     async with talking(lambda request, number: (OK if number == 0 else b"", number > 0)) as (url, seen):
@@ -5669,7 +5591,7 @@ BEHIND = [
 ]
 
 
-@pytest.mark.parametrize(("method", "answer", "body"), BEHIND)
+@each("method answer body", *BEHIND)
 async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext, method: str, answer: bytes, body: str) -> None:
     for context in (None, tls):
         async with talking(lambda request, number: (answer, False), context) as (url, seen):
@@ -5678,7 +5600,7 @@ async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext,
         assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("method", "answer", "body"), BEHIND)
+@each("method answer body", *BEHIND)
 async def test_it_does_not_matter_in_which_pieces_an_answer_comes(method: str, answer: bytes, body: str) -> None:
     whole = b""
     chronotask._ATTEMPT.set(LiveOutput(0))
@@ -5710,19 +5632,17 @@ BAD_DEFLATE = zlib.compress(b"x" * 1000)[:-8] + b"garbage!"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    ("answer", "message", "post_again"),
-    [
-        (b"", NO_ANSWER, True),
-        (NOT_HTTP, INVALID, False),
-        (b"HTTP/1.1 200 OK\r\nConte", "", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", BROKE_OFF, False),
-        (CHUNKED + b"5\r\nhel", "", False),
-        (CHUNKED + b"oops\r\n", "", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nhalf", BROKE_OFF, False),
-        (b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: 29\r\n\r\n" + BAD_DEFLATE, BROKE_OFF, False),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", INVALID, False),
-    ],
+@each(
+    "answer message post_again",
+    (b"", NO_ANSWER, True),
+    (NOT_HTTP, INVALID, False),
+    (b"HTTP/1.1 200 OK\r\nConte", "", False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", BROKE_OFF, False),
+    (CHUNKED + b"5\r\nhel", "", False),
+    (CHUNKED + b"oops\r\n", "", False),
+    (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nhalf", BROKE_OFF, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: 29\r\n\r\n" + BAD_DEFLATE, BROKE_OFF, False),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", INVALID, False),
 )
 async def test_what_cannot_be_read_is_retried_but_no_reason_to_post_again(answer: bytes, message: str, post_again: bool) -> None:
     outcomes = [await answered(answer, method=method) for method in ("GET", "PUT", "POST", "PATCH")]
@@ -5743,7 +5663,7 @@ async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> 
         assert [(outcome.status, outcome.retryable) for outcome in late] == [("timed_out", False), ("timed_out", True)]
 
 
-@pytest.mark.parametrize(("begin", "again"), [(b"", True), (b"HTTP/1.1 200 O", False)])
+@each("begin again", (b"", True), (b"HTTP/1.1 200 O", False))
 async def test_a_connection_that_is_reset_within_an_answer(tls: ssl.SSLContext, begin: bytes, again: bool) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -5759,18 +5679,16 @@ async def test_a_connection_that_is_reset_within_an_answer(tls: ssl.SSLContext, 
         assert [(outcome.status, outcome.retryable) for outcome in outcomes] == [("failed", True), ("failed", again)]
 
 
-@pytest.mark.parametrize(
-    ("url", "path"),
-    [
-        ("/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E", "/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E"),
-        ("/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;", "/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;"),
-        ("/a/../b/./c", "/a/../b/./c"),
-        ("?x=%41", "/?x=%41"),
-        ("/é?ü=%C3%A9", "/%C3%A9?%C3%BC=%C3%A9"),
-        ('/{"a"}|^`<>', '/{"a"}|^`<>'),
-        ("/a#fragment", "/a"),
-        ("", "/"),
-    ],
+@each(
+    "url path",
+    ("/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E", "/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E"),
+    ("/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;", "/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;"),
+    ("/a/../b/./c", "/a/../b/./c"),
+    ("?x=%41", "/?x=%41"),
+    ("/é?ü=%C3%A9", "/%C3%A9?%C3%BC=%C3%A9"),
+    ('/{"a"}|^`<>', '/{"a"}|^`<>'),
+    ("/a#fragment", "/a"),
+    ("", "/"),
 )
 async def test_a_url_is_sent_as_it_is_written(url: str, path: str) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
@@ -5783,16 +5701,14 @@ async def test_a_url_is_sent_as_it_is_written(url: str, path: str) -> None:
     assert seen == [f"GET {path}", "GET /away/to", f"GET {followed}"]
 
 
-@pytest.mark.parametrize(
-    ("location", "path"),
-    [
-        (b"/caf\xe9?a=\xe9", "/caf%E9?a=%E9"),
-        (b"/caf\xc3\xa9", "/caf%C3%A9"),
-        (b" next page ", "/next%20page"),
-        (b"?b=%2F", "/?b=%2F"),
-        (b"http://localhost:PORT/x%2Fy", "/x%2Fy"),
-        (b"//user:pass@localhost:PORT?q", "/?q"),
-    ],
+@each(
+    "location path",
+    (b"/caf\xe9?a=\xe9", "/caf%E9?a=%E9"),
+    (b"/caf\xc3\xa9", "/caf%C3%A9"),
+    (b" next page ", "/next%20page"),
+    (b"?b=%2F", "/?b=%2F"),
+    (b"http://localhost:PORT/x%2Fy", "/x%2Fy"),
+    (b"//user:pass@localhost:PORT?q", "/?q"),
 )
 async def test_a_redirect_is_followed_as_it_is_written(location: bytes, path: str) -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
@@ -5804,7 +5720,7 @@ async def test_a_redirect_is_followed_as_it_is_written(location: bytes, path: st
     assert (outcome.status, seen) == ("succeeded", ["GET /", f"GET {path}"])
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+@each("method", "GET", "POST", "PUT", "PATCH", "DELETE")
 async def test_a_content_type_is_sent_only_with_a_body_or_when_the_task_names_one(method: str) -> None:
     assert "content-type" not in (await echoed(method=method))["headers"]
     assert (await echoed(method=method, headers={"content-type": "a/b"}))["headers"]["content-type"] == "a/b"
@@ -5815,22 +5731,20 @@ def deflated(data: bytes, wbits: int) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-@pytest.mark.parametrize(
-    ("coding", "sent", "body"),
-    [
-        ("br", b"\x0b\x02\x80hello\x03", "\x0b\x02\ufffdhello\x03"),
-        ("zstd", b"hello", "hello"),
-        ("gzip, br", b"hello", "hello"),
-        ("x-unheard-of", b"hello", "hello"),
-        ("identity", b"hello", "hello"),
-        ("gzip", deflated(b"hello", 31), "hello"),
-        ("x-gzip", deflated(b"hello", 31), "hello"),
-        ("GZIP", deflated(b"hel", 31) + deflated(b"lo", 31), "hello"),
-        ("gzip", deflated(b"hello", 31) + b"\0\0padding", "hello"),
-        ("gzip", b"", ""),
-        ("deflate", deflated(b"hello", 15), "hello"),
-        ("deflate", deflated(b"hello", -15), "hello"),
-    ],
+@each(
+    "coding sent body",
+    ("br", b"\x0b\x02\x80hello\x03", "\x0b\x02\ufffdhello\x03"),
+    ("zstd", b"hello", "hello"),
+    ("gzip, br", b"hello", "hello"),
+    ("x-unheard-of", b"hello", "hello"),
+    ("identity", b"hello", "hello"),
+    ("gzip", deflated(b"hello", 31), "hello"),
+    ("x-gzip", deflated(b"hello", 31), "hello"),
+    ("GZIP", deflated(b"hel", 31) + deflated(b"lo", 31), "hello"),
+    ("gzip", deflated(b"hello", 31) + b"\0\0padding", "hello"),
+    ("gzip", b"", ""),
+    ("deflate", deflated(b"hello", 15), "hello"),
+    ("deflate", deflated(b"hello", -15), "hello"),
 )
 async def test_a_coding_is_undone_or_kept_and_the_status_decides(coding: str, sent: bytes, body: str) -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(sent)}\r\n\r\n"
@@ -5993,7 +5907,7 @@ async def tick_that_begins(rig: Rig, first: int) -> asyncio.Future[None]:
     return tick
 
 
-@pytest.mark.parametrize("kind", ["http", "bash"])
+@each("kind", "http", "bash")
 async def test_a_burst_begins_little_by_little_so_that_others_have_the_loop_too(
     open_rig: OpenRig, target: Target, kind: str
 ) -> None:
@@ -6059,13 +5973,11 @@ async def test_a_stop_while_a_tick_is_being_written_leaves_nothing_running(open_
 # --- Catch-up, overlap and pause, end to end --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("catchup", "expected"),
-    [
-        ("latest", [("schedule", "missed", 60), ("catchup", "succeeded", 180)]),
-        ("all", [("catchup", "succeeded", 60), ("catchup", "succeeded", 120), ("catchup", "succeeded", 180)]),
-        ("skip", [("schedule", "missed", 60)]),
-    ],
+@each(
+    "catchup expected",
+    ("latest", [("schedule", "missed", 60), ("catchup", "succeeded", 180)]),
+    ("all", [("catchup", "succeeded", 60), ("catchup", "succeeded", 120), ("catchup", "succeeded", 180)]),
+    ("skip", [("schedule", "missed", 60)]),
 )
 async def test_a_restart_catches_missed_slots_up_by_policy(
     rig: Rig, open_rig: OpenRig, catchup: str, expected: list[Any]
@@ -6088,13 +6000,11 @@ async def test_catchup_executions_of_one_schedule_run_one_after_the_other(rig: R
     assert slots == ["2026-01-01T00:01:00Z", "2026-01-01T00:02:00Z", "2026-01-01T00:03:00Z"]
 
 
-@pytest.mark.parametrize(
-    ("overlap", "meanwhile", "then", "why"),
-    [
-        ("skip", "running skipped skipped", "succeeded skipped skipped", "the previous execution is still running"),
-        ("queue", "running queued skipped", "succeeded succeeded skipped", "another execution is already waiting"),
-        ("allow", "running running running", "succeeded succeeded succeeded", ""),
-    ],
+@each(
+    "overlap meanwhile then why",
+    ("skip", "running skipped skipped", "succeeded skipped skipped", "the previous execution is still running"),
+    ("queue", "running queued skipped", "succeeded succeeded skipped", "another execution is already waiting"),
+    ("allow", "running running running", "succeeded succeeded succeeded", ""),
 )
 async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
     rig: Rig, target: Target, overlap: str, meanwhile: str, then: str, why: str
@@ -6213,19 +6123,17 @@ async def test_the_slots_of_a_day_that_is_excluded_in_its_zone_are_not_missed_ei
     assert row["error_message"].startswith("missed: 12 slots from 2025-12-31T20:00:00-05:00 to 2026-01-02T07:00:00-05:00")
 
 
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"exclude": ["2026-02-30"]}, "exclude[0]"),
-        ({"exclude": ["2026-01-05/2026-01-04"]}, "exclude[0]"),
-        ({"exclude": ["tomorrow"]}, "exclude[0]"),
-        ({"exclude": ["2026-01-02"] * 401}, "exclude"),
-        ({"exclude": ["2026-01-01/9999-12-31"]}, "exclude"),
-        ({"exclude": ["2026-01-02"], "schedule_type": "once", "schedule_config": {"datetime": "2026-01-02T09:00"}}, "exclude"),
-        ({"exclude": [], "schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}}, "exclude"),
-        ({"start_at": "2026-02-30"}, "start_at"),
-        ({"start_at": "2026-01-05", "end_at": "2026-01-04"}, "end_at"),
-    ],
+@each(
+    "fields field",
+    ({"exclude": ["2026-02-30"]}, "exclude[0]"),
+    ({"exclude": ["2026-01-05/2026-01-04"]}, "exclude[0]"),
+    ({"exclude": ["tomorrow"]}, "exclude[0]"),
+    ({"exclude": ["2026-01-02"] * 401}, "exclude"),
+    ({"exclude": ["2026-01-01/9999-12-31"]}, "exclude"),
+    ({"exclude": ["2026-01-02"], "schedule_type": "once", "schedule_config": {"datetime": "2026-01-02T09:00"}}, "exclude"),
+    ({"exclude": [], "schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}}, "exclude"),
+    ({"start_at": "2026-02-30"}, "start_at"),
+    ({"start_at": "2026-01-05", "end_at": "2026-01-04"}, "end_at"),
 )
 async def test_what_excludes_or_bounds_no_days_is_refused(rig: Rig, fields: Any, field: str) -> None:
     task_id = await rig.task()
@@ -6421,8 +6329,8 @@ async def set_pause(rig: Rig, what: str, on: bool, task_id: int = 1, schedule_id
         await rig.service.resume_scheduler()
 
 
-@pytest.mark.parametrize("what", PAUSES)
-@pytest.mark.parametrize("catchup", ["latest", "all", "skip"])
+@each("what", *PAUSES)
+@each("catchup", "latest", "all", "skip")
 async def test_a_pause_stops_slots_and_nothing_of_it_is_caught_up_or_recorded(rig: Rig, what: str, catchup: str) -> None:
     await rig.schedule(await rig.task(), catchup=catchup)
     await set_pause(rig, what, True)
@@ -6438,7 +6346,7 @@ async def test_a_pause_stops_slots_and_nothing_of_it_is_caught_up_or_recorded(ri
     assert await rig.brief() == [("schedule", "succeeded", 180)]
 
 
-@pytest.mark.parametrize("what", PAUSES)
+@each("what", *PAUSES)
 async def test_a_once_schedule_whose_time_passed_in_a_pause_gets_one_skipped_row_and_is_over(rig: Rig, what: str) -> None:
     await rig.schedule(await rig.task(), "once")
     await set_pause(rig, what, True)
@@ -6454,7 +6362,7 @@ async def test_a_once_schedule_whose_time_passed_in_a_pause_gets_one_skipped_row
     assert len(await rig.rows()) == 1
 
 
-@pytest.mark.parametrize("what", PAUSES)
+@each("what", *PAUSES)
 async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str) -> None:
     await rig.schedule(await rig.task())
     await set_pause(rig, what, True)
@@ -6466,7 +6374,7 @@ async def test_a_pause_survives_a_restart(rig: Rig, open_rig: OpenRig, what: str
     assert await later.brief() == [("schedule", "succeeded", 180)]
 
 
-@pytest.mark.parametrize("what", PAUSES)
+@each("what", *PAUSES)
 async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: OpenRig, target: Target, what: str) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
@@ -6634,7 +6542,7 @@ async def test_a_retry_that_waits_for_capacity_shows_each_attempt_once(open_rig:
     await rig.let_go(target)
 
 
-@pytest.mark.parametrize(("status", "low", "high"), [(429, 17, 17), (503, 17, 17), (500, 450, 550)])
+@each("status low high", (429, 17, 17), (503, 17, 17), (500, 450, 550))
 async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Target, status: int, low: int, high: int) -> None:
     target.answer(status, {"Retry-After": "17"})
     execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=500))
@@ -6754,14 +6662,12 @@ async def test_an_execution_that_fails_has_one_alert_with_its_cause(rig: Rig) ->
     assert (await rig.service.get_schedule(schedule))["run_count"] == 1
 
 
-@pytest.mark.parametrize(
-    ("config", "event", "status"),
-    [
-        ({"command": "true"}, "success", "succeeded"),
-        (FAIL, "failure", "failed"),
-        (HANG, "failure", "timed_out"),
-        ({"command": "true"}, "started", "running"),
-    ],
+@each(
+    "config event status",
+    ({"command": "true"}, "success", "succeeded"),
+    (FAIL, "failure", "failed"),
+    (HANG, "failure", "timed_out"),
+    ({"command": "true"}, "started", "running"),
 )
 async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, status: str) -> None:
     watched, alert = await pair(rig, event, config=config)
@@ -6770,15 +6676,13 @@ async def test_an_event_comes_with_its_end(rig: Rig, config: Json, event: str, s
     assert (await rig.rows(task_id=alert))[0]["cause"]["status"] == status
 
 
-@pytest.mark.parametrize(
-    ("printed", "why"),
-    [
-        ("disk full", "exit status 3: disk full"),
-        (r"10%%\rBcc: x", "exit status 3: Bcc: x"),
-        (r"\033[31mred\033[0m", "exit status 3: [31mred [0m"),
-        (r"two\nlines\xe2\x80\xa8and more\n\n", "exit status 3: and more"),
-        ("", "exit status 3"),
-    ],
+@each(
+    "printed why",
+    ("disk full", "exit status 3: disk full"),
+    (r"10%%\rBcc: x", "exit status 3: Bcc: x"),
+    (r"\033[31mred\033[0m", "exit status 3: [31mred [0m"),
+    (r"two\nlines\xe2\x80\xa8and more\n\n", "exit status 3: and more"),
+    ("", "exit status 3"),
 )
 async def test_the_sentence_of_a_cause_is_one_line_without_control_characters(rig: Rig, printed: str, why: str) -> None:
     watched, alert = await pair(rig, "failure", config={"command": f"printf '{printed}' >&2; exit 3"})
@@ -6951,7 +6855,7 @@ async def test_a_task_that_never_succeeded_is_overdue_also_while_it_is_paused_an
     assert len(await rig.rows(task_id=alert)) == 1
 
 
-@pytest.mark.parametrize("paused", PAUSES)
+@each("paused", *PAUSES)
 async def test_while_it_is_paused_nothing_is_recorded_or_made_up_for(rig: Rig, paused: str) -> None:
     watched = await rig.task(config=FAIL)
     alert = await listener(rig, "failure", task_ids=[watched])
@@ -7035,7 +6939,7 @@ AFTER_WORDS = {
 }
 
 
-@pytest.mark.parametrize("words", AFTER_WORDS)
+@each("words", *AFTER_WORDS)
 async def test_an_after_schedule_is_described_in_words(rig: Rig, words: str) -> None:
     await rig.task(name="a")
     await rig.task(name="b")
@@ -7043,28 +6947,26 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig, words: str) -> 
     assert (await chronotask.preview_schedule(rig.service, body))["description"] == words
 
 
-@pytest.mark.parametrize(
-    ("config", "field", "message"),
-    [
-        ({"on": ["failed"], "any": True}, "on[0]", "write failure, which covers them all"),
-        ({"on": ["timed_out"], "any": True}, "on[0]", "write failure, which covers them all"),
-        ({"on": ["fail"], "any": True}, "on[0]", "must be 'success', 'failure'"),
-        ({"on": [], "any": True}, "on", "must not be empty"),
-        ({"any": True}, "on", "is required"),
-        ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag and any, not none"),
-        ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag and any, not tag and any"),
-        ({"on": ["failure"], "any": False}, "any", "must be True"),
-        ({"on": ["failure"], "task_ids": []}, "task_ids", "must not be empty"),
-        ({"on": ["failure"], "task_ids": [99]}, "task_ids[0]", "there is no task 99"),
-        ({"on": ["failure"], "task_ids": ["key:none"]}, "task_ids[0]", "there is no task key:none"),
-        ({"on": ["failure"], "any": True, "threshold": 2}, "threshold", "is only for broke and recovered"),
-        ({"on": ["broke"], "any": True, "threshold": 101}, "threshold", "must be less than or equal to 100, not 101"),
-        ({"on": ["overdue"], "task_ids": [1]}, "seconds", "is required for overdue"),
-        ({"on": ["overdue"], "any": True, "seconds": 60}, "task_ids", "must be exactly one task"),
-        ({"on": ["overdue", "failure"], "task_ids": [1], "seconds": 60}, "on", "overdue must stand alone"),
-        ({"on": ["failure"], "any": True, "seconds": 60}, "seconds", "is only for overdue"),
-        ({"on": ["failure"], "any": True, "timezone": "UTC"}, "timezone", "unknown field"),
-    ],
+@each(
+    "config field message",
+    ({"on": ["failed"], "any": True}, "on[0]", "write failure, which covers them all"),
+    ({"on": ["timed_out"], "any": True}, "on[0]", "write failure, which covers them all"),
+    ({"on": ["fail"], "any": True}, "on[0]", "must be 'success', 'failure'"),
+    ({"on": [], "any": True}, "on", "must not be empty"),
+    ({"any": True}, "on", "is required"),
+    ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag and any, not none"),
+    ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag and any, not tag and any"),
+    ({"on": ["failure"], "any": False}, "any", "must be True"),
+    ({"on": ["failure"], "task_ids": []}, "task_ids", "must not be empty"),
+    ({"on": ["failure"], "task_ids": [99]}, "task_ids[0]", "there is no task 99"),
+    ({"on": ["failure"], "task_ids": ["key:none"]}, "task_ids[0]", "there is no task key:none"),
+    ({"on": ["failure"], "any": True, "threshold": 2}, "threshold", "is only for broke and recovered"),
+    ({"on": ["broke"], "any": True, "threshold": 101}, "threshold", "must be less than or equal to 100, not 101"),
+    ({"on": ["overdue"], "task_ids": [1]}, "seconds", "is required for overdue"),
+    ({"on": ["overdue"], "any": True, "seconds": 60}, "task_ids", "must be exactly one task"),
+    ({"on": ["overdue", "failure"], "task_ids": [1], "seconds": 60}, "on", "overdue must stand alone"),
+    ({"on": ["failure"], "any": True, "seconds": 60}, "seconds", "is only for overdue"),
+    ({"on": ["failure"], "any": True, "timezone": "UTC"}, "timezone", "unknown field"),
 )
 async def test_a_wrong_after_is_refused_by_field(rig: Rig, config: Json, field: str, message: str) -> None:
     task_id = await rig.task()
@@ -7075,7 +6977,7 @@ async def test_a_wrong_after_is_refused_by_field(rig: Rig, config: Json, field: 
     assert error.field == f"schedule_config.{field}".rstrip(".") and message in error.message and task_id
 
 
-@pytest.mark.parametrize(("field", "value"), [("catchup", "all"), ("catchup_window", 5), ("jitter", 1)])
+@each("field value", ("catchup", "all"), ("catchup_window", 5), ("jitter", 1))
 async def test_what_only_slots_have_is_refused_for_after_and_null_for_it_alone(rig: Rig, field: str, value: Any) -> None:
     watched, alert = await rig.task(), await rig.task()
     with pytest.raises(InvalidInput, match=f"{field}: must be null: a schedule of type after has none"):
@@ -7151,35 +7053,33 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 PLAIN_NAME = TOLD_NAME.replace("\u202e", "")
 
 
-@pytest.mark.parametrize(
-    ("headers", "body", "read", "expected"),
-    [
-        (
-            {},
-            {"text": "${cause:task_name}", "deep": [{"o": "<${cause:output}>"}], "n": "${cause:failures_in_a_row}"},
-            json.loads,
-            {"text": PLAIN_NAME, "deep": [{"o": f"<{TOLD_OUTPUT}>"}], "n": "1"},
-        ),
-        ({}, {"e": "${cause:url}"}, json.loads, {"e": ""}),
-        (
-            FORM,
-            "chat=7&text=${cause:output}&n=${cause:event}",
-            urllib.parse.parse_qs,
-            {"chat": ["7"], "text": [TOLD_OUTPUT], "n": ["failure"]},
-        ),
-        (  # an object is sent as a form
-            FORM,
-            {"text": "${cause:output}", "n": 7, "l": ["a", "b"]},
-            urllib.parse.parse_qs,
-            {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]},
-        ),
-        (
-            {"Content-Type": "text/plain; charset=utf-8"},
-            "${cause:task_name}: ${cause:output}",
-            str,
-            f"{PLAIN_NAME}: {TOLD_OUTPUT}",
-        ),
-    ],
+@each(
+    "headers body read expected",
+    (
+        {},
+        {"text": "${cause:task_name}", "deep": [{"o": "<${cause:output}>"}], "n": "${cause:failures_in_a_row}"},
+        json.loads,
+        {"text": PLAIN_NAME, "deep": [{"o": f"<{TOLD_OUTPUT}>"}], "n": "1"},
+    ),
+    ({}, {"e": "${cause:url}"}, json.loads, {"e": ""}),
+    (
+        FORM,
+        "chat=7&text=${cause:output}&n=${cause:event}",
+        urllib.parse.parse_qs,
+        {"chat": ["7"], "text": [TOLD_OUTPUT], "n": ["failure"]},
+    ),
+    (  # an object is sent as a form
+        FORM,
+        {"text": "${cause:output}", "n": 7, "l": ["a", "b"]},
+        urllib.parse.parse_qs,
+        {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]},
+    ),
+    (
+        {"Content-Type": "text/plain; charset=utf-8"},
+        "${cause:task_name}: ${cause:output}",
+        str,
+        f"{PLAIN_NAME}: {TOLD_OUTPUT}",
+    ),
 )
 async def test_facts_in_a_body_are_only_ever_text_in_their_field(
     rig: Rig, target: Target, headers: Json, body: Json, read: Callable[[str], Any], expected: Json
@@ -7222,24 +7122,22 @@ async def test_without_a_cause_a_reference_is_empty(rig: Rig, target: Target) ->
     assert (target.requests[0].path, json.loads(target.bodies[0])) == ("/x", {"t": "<>"})
 
 
-@pytest.mark.parametrize(
-    ("config", "field"),
-    [
-        ({"command": "echo ${cause:text}"}, "config.command"),
-        ({"command": "echo", "args": ["${cause:text}"]}, "config.args[0]"),
-        ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env.A"),
-        ({"url": "http://${cause:output}/"}, "config.url"),
-        ({"url": "${cause:url}"}, "config.url"),
-        ({"url": "http://u:${cause:text}@h/"}, "config.url"),
-        ({"url": "http://h/${cause:nothing}"}, "config.url"),
-        ({"url": "http://h/", "auth": {"username": "u", "password": "${cause:text}"}}, "config.auth.password"),
-        ({"url": "http://h/", "headers": {"Authorization": "${cause:text}"}}, "config.headers"),
-        ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
-        ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
-        ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
-        ({"url": "http://h/", "params": {"${cause:text}": 1}}, "config.params.${cause:text}"),
-        ({"url": "http://h/", "body": [{"a": {"x${cause:text}": 1}}]}, "config.body"),
-    ],
+@each(
+    "config field",
+    ({"command": "echo ${cause:text}"}, "config.command"),
+    ({"command": "echo", "args": ["${cause:text}"]}, "config.args[0]"),
+    ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env.A"),
+    ({"url": "http://${cause:output}/"}, "config.url"),
+    ({"url": "${cause:url}"}, "config.url"),
+    ({"url": "http://u:${cause:text}@h/"}, "config.url"),
+    ({"url": "http://h/${cause:nothing}"}, "config.url"),
+    ({"url": "http://h/", "auth": {"username": "u", "password": "${cause:text}"}}, "config.auth.password"),
+    ({"url": "http://h/", "headers": {"Authorization": "${cause:text}"}}, "config.headers"),
+    ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
+    ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
+    ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
+    ({"url": "http://h/", "params": {"${cause:text}": 1}}, "config.params.${cause:text}"),
+    ({"url": "http://h/", "body": [{"a": {"x${cause:text}": 1}}]}, "config.body"),
 )
 async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig, config: Json, field: str) -> None:
     assert await refused_fields(rig.task(task_type="http" if "url" in config else "bash", config=config)) == [field]
@@ -7363,7 +7261,7 @@ STORIES: dict[str, tuple[dict[str, Any], str, list[tuple[str, str, int]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", STORIES)
+@each("what", *STORIES)
 async def test_no_slot_runs_twice_nor_is_lost_when_the_clock_is_set(what: str, rig: Rig, open_rig: OpenRig) -> None:
     fields, story, expected = STORIES[what]
     schedule_id = await rig.schedule(await rig.task(), **fields)
@@ -7377,7 +7275,7 @@ async def test_no_slot_runs_twice_nor_is_lost_when_the_clock_is_set(what: str, r
         elif word == "start":
             rig = await open_rig(clock=FakeClock(rig.clock.wall))
         elif word.startswith("="):
-            rig.clock.set_wall(START + int(word[1:]) * S)
+            rig.clock.wall = START + int(word[1:]) * S
             rig.clock.steady += 2
         else:
             await rig.at(int(word))
@@ -7390,14 +7288,14 @@ async def test_a_skipped_slot_of_a_future_that_did_not_come_runs_when_it_comes(r
     schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), **FIXED_HOURS)
     run = await rig.execute(1)
     await rig.tick()
-    rig.clock.set_wall(START + 14_400 * S)
+    rig.clock.wall = START + 14_400 * S
     await rig.tick()
     assert await rig.brief(schedule_id=schedule_id) == [
         ("schedule", "missed", 3600),
         ("catchup", "skipped", 10_800),
         ("schedule", "skipped", 14_400),
     ]
-    rig.clock.set_wall(START + 2 * S)
+    rig.clock.wall = START + 2 * S
     await rig.tick()
     target.let_go.set()
     await rig.finish()
@@ -7409,7 +7307,7 @@ async def test_a_skipped_slot_of_a_future_that_did_not_come_runs_when_it_comes(r
     assert rig.sql("SELECT history_count FROM tasks") == [(6,)]
 
 
-@pytest.mark.parametrize("moved", [-7200, -600, 600, YEAR])
+@each("moved", -7200, -600, 600, YEAR)
 async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_the_wall_clock(
     rig: Rig, target: Target, moved: int
 ) -> None:
@@ -7417,7 +7315,7 @@ async def test_durations_are_those_of_the_monotonic_clock_and_last_run_follows_t
     await rig.tick()
     while not target.held:
         await asyncio.sleep(0.001)
-    rig.clock.set_wall(rig.clock.wall + moved * S)
+    rig.clock.wall += moved * S
     rig.clock.advance(3)
     target.let_go.set()
     await rig.finish()
@@ -7434,7 +7332,7 @@ async def test_an_execution_whose_clock_was_set_back_before_its_retry_took_no_ne
     target.answer(500)
     run = await rig.execute(await rig.task(**target.config(), max_retries=1, retry_delay=10))
     await rig.finish()
-    rig.clock.set_wall(START - 7200 * S)
+    rig.clock.wall = START - 7200 * S
     await rig.tick()
     await rig.run_at(-7180)
     view = await rig.service.get_execution(run)
@@ -7464,8 +7362,8 @@ BROKEN_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("at_start", [False, True])
-@pytest.mark.parametrize("what", BROKEN_CONFIGS)
+@each("at_start", False, True)
+@each("what", *BROKEN_CONFIGS)
 async def test_a_broken_schedule_row_is_switched_off_and_stops_neither_others_nor_a_start_nor_a_listing(
     rig: Rig, open_rig: OpenRig, what: str, at_start: bool
 ) -> None:
@@ -7490,7 +7388,7 @@ async def test_a_broken_schedule_row_is_switched_off_and_stops_neither_others_no
     await rig.service.delete_schedule(2)
 
 
-@pytest.mark.parametrize("config", ["{oops", "[]", '{"url": 5}', "{}"])
+@each("config", "{oops", "[]", '{"url": 5}', "{}")
 async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config: str) -> None:
     broken, good = await rig.task(max_retries=3), await rig.task()
     await rig.schedule(broken)
@@ -7500,7 +7398,7 @@ async def test_a_broken_task_row_fails_its_own_executions_only(rig: Rig, config:
     assert rig.sql("SELECT task_id, status FROM executions ORDER BY task_id") == [(broken, "failed"), (good, "succeeded")]
 
 
-@pytest.mark.parametrize("column", ["max_retries", "retry_delay"])
+@each("column", "max_retries", "retry_delay")
 async def test_a_task_row_with_broken_retries_loses_neither_its_own_end_nor_that_of_others_also_at_a_start(
     rig: Rig, open_rig: OpenRig, column: str
 ) -> None:
@@ -7633,7 +7531,7 @@ RETENTION: dict[str, tuple[dict[str, int], list[tuple[int, str, float]], dict[st
 }
 
 
-@pytest.mark.parametrize("what", RETENTION)
+@each("what", *RETENTION)
 async def test_what_retention_leaves(open_rig: OpenRig, what: str) -> None:
     chosen, planted, left = RETENTION[what]
     rig = await open_rig(**chosen)
@@ -7686,9 +7584,7 @@ async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig
 JUMP = [(0, 10), (3590, 10), (20, 0)]
 
 
-@pytest.mark.parametrize(
-    ("days", "at_start", "passed_and_kept"), [(1.01, True, JUMP), (365, True, JUMP), (365, False, JUMP), (0.99, True, [(0, 0)])]
-)
+@each("days at_start passed_and_kept", (1.01, True, JUMP), (365, True, JUMP), (365, False, JUMP), (0.99, True, [(0, 0)]))
 async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
     rig: Rig, open_rig: OpenRig, days: float, at_start: bool, passed_and_kept: list[tuple[int, int]]
 ) -> None:
@@ -7697,7 +7593,7 @@ async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_
     if at_start:
         rig = await restarted(rig, open_rig, days * 86400)
     else:
-        rig.clock.set_wall(START + round(days * 86400) * S)
+        rig.clock.wall = START + round(days * 86400) * S
         await rig.tick()
     for passed, kept in passed_and_kept:
         rig.clock.advance(passed)
@@ -7812,7 +7708,7 @@ async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 
     return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
 
 
-@pytest.mark.parametrize("max_retries", [0, 1])
+@each("max_retries", 0, 1)
 async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left_and_else_interrupted(
     rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path, max_retries: int
 ) -> None:
@@ -7912,7 +7808,7 @@ async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
     assert rig.sql("SELECT config FROM tasks") == [('{"command":"echo ü"}',)]
 
 
-@pytest.mark.parametrize("more", [{}, {"env": {"A": "1"}}])
+@each("more", {}, {"env": {"A": "1"}})
 async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig, more: dict[str, Any]) -> None:
     execution_id = await rig.executed(await rig.task(config={"command": "echo ${UNSET:-fallback}", **more}))
     assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
@@ -7981,8 +7877,8 @@ EDITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("jitter", [0, 60])
-@pytest.mark.parametrize("changes", EDITS)
+@each("jitter", 0, 60)
+@each("changes", *EDITS)
 async def test_an_edit_loses_no_slot_that_was_due_and_not_yet_claimed(rig: Rig, changes: dict[str, Any], jitter: int) -> None:
     config = {"expression": "1 0 * * *"}
     schedule_id = await rig.schedule(await rig.task(), "cron", schedule_config=config, jitter=jitter, catchup="skip")
@@ -8013,7 +7909,7 @@ async def test_a_slot_that_an_edit_finds_due_is_judged_by_the_rules_before_it(ri
     target.let_go.set()
 
 
-@pytest.mark.parametrize("what", ["schedule", "task", "scheduler"])
+@each("what", "schedule", "task", "scheduler")
 async def test_an_edit_in_a_pause_starts_nothing(rig: Rig, what: str) -> None:
     schedule_id = await rig.schedule(await rig.task())
     await set_pause(rig, what, True, 1, schedule_id)
@@ -8037,8 +7933,8 @@ ENDED: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize("switched_off", [False, True])
-@pytest.mark.parametrize(("fields", "changes", "active"), ENDED)
+@each("switched_off", False, True)
+@each("fields changes active", *ENDED)
 async def test_an_edit_that_gives_slots_again_makes_a_schedule_active_unless_somebody_switched_it_off(
     rig: Rig, fields: dict[str, Any], changes: dict[str, Any], active: bool, switched_off: bool
 ) -> None:
@@ -8217,7 +8113,7 @@ class Life:
                 assert sum(missed) + len(rows) - len(missed) == Plan(timing).count(START + 1, until, 10**6)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@each("seed", 1, 2, 3)
 async def test_in_a_random_life_every_slot_has_its_row(seed: int, open_rig: OpenRig, target: Target, tmp_path: Path) -> None:
     """And every count is right."""
     life = Life(seed, open_rig, target, tmp_path)
@@ -8308,7 +8204,7 @@ async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed_in", "left"), [("release_held", 0), ("insert_change", 0), ("close", 25)])
+@each("killed_in left", ("release_held", 0), ("insert_change", 0), ("close", 25))
 def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(tmp_path: Path, killed_in: str, left: int) -> None:
     """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
     program = f"""
@@ -8559,13 +8455,11 @@ async def test_what_has_no_key_is_taken_over_by_the_key_that_an_export_gave_it(r
     assert (await applied(rig, file))["changes"] == []
 
 
-@pytest.mark.parametrize(
-    ("prune", "action", "task", "schedules"),
-    [
-        (None, "orphaned", "active", [True, True]),
-        ("pause", "paused", "paused", [True, False]),
-        ("delete", "deleted", None, [True]),
-    ],
+@each(
+    "prune action task schedules",
+    (None, "orphaned", "active", [True, True]),
+    ("pause", "paused", "paused", [True, False]),
+    ("delete", "deleted", None, [True]),
 )
 async def test_what_a_file_no_longer_names_goes_on_or_is_pruned(
     rig: Rig, prune: str | None, action: str, task: str | None, schedules: list[bool]
@@ -8653,7 +8547,7 @@ async def test_an_after_schedule_names_tasks_by_their_keys_wherever_they_stand_i
     assert [error.field for error in caught.value.errors] == ["tasks.nightly.schedules.back.schedule_config.tasks"]
 
 
-@pytest.mark.parametrize(("first", "second"), [("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba")])  # ab: a after b
+@each("first second", ("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba"))  # ab: a after b
 async def test_a_file_may_turn_a_chain_round(rig: Rig, first: str, second: str) -> None:
     def file(chain: str) -> dict[str, Any]:
         tasks: dict[str, Any] = {key: {"task_type": "bash", "config": {"command": "true"}, "schedules": {}} for key in "abc"}
@@ -8711,7 +8605,7 @@ WRONG_IN_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "path", "message"), WRONG_IN_FILES)
+@each("old new path message", *WRONG_IN_FILES)
 async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(
     rig: Rig, tmp_path: Path, old: str, new: str, path: str, message: str
 ) -> None:
@@ -8802,7 +8696,7 @@ def random_file(rng: random.Random) -> dict[str, Any]:
     return {"chronotask": 1, "owner": "ops", "tasks": {f"t{n}": task() for n in range(rng.randrange(1, 6))}}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each("seed", *range(20))
 async def test_an_export_comes_back_equal_elsewhere_and_applied_again_changes_nothing(
     rig: Rig, tmp_path: Path, seed: int
 ) -> None:
@@ -8929,7 +8823,7 @@ CRON_DID = {
 }
 
 
-@pytest.mark.parametrize("line", CRON_DID)
+@each("line", *CRON_DID)
 async def test_a_job_of_a_crontab_does_what_it_did_under_cron(line: str, tmp_path: Path) -> None:
     text = NASTY + line.replace("OUT", str(tmp_path / "out")) + "\n"
     (task,) = read_crontab(text, False, ROOT, "UTC")[0].values()
@@ -10346,7 +10240,7 @@ SMUGGLING = {
 }
 
 
-@pytest.mark.parametrize("attack", SMUGGLING)
+@each("attack", *SMUGGLING)
 async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(api: Api, attack: str) -> None:
     answer = await raw_answer(api.client.port, SMUGGLING[attack])
     found = statuses_in(answer)
@@ -10439,7 +10333,7 @@ async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str
         assert await api.get(path), path
 
 
-@pytest.mark.parametrize("character", ["\\u0000", "\\ud800", "\\udfff\\ud800"])
+@each("character", "\\u0000", "\\ud800", "\\udfff\\ud800")
 async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, character: str) -> None:
     await api.task()
     http, cron = {"task_type": "http", "name": "t"}, {**EVERY_MINUTE, "schedule_type": "cron"}
@@ -10612,7 +10506,7 @@ async def test_a_tool_over_http_keeps_to_the_scope_of_its_token(open_api: OpenAp
     assert await refused(READER, "execute_task", task_id=1) and not await refused(READER, "list_tasks")
 
 
-@pytest.mark.parametrize("tool", list(chronotask.TOOLS))
+@each("tool", *list(chronotask.TOOLS))
 async def test_every_tool_keeps_to_the_scopes_before_it_looks_at_anything(rig: Rig, tool: str) -> None:
     needed = chronotask.TOOLS[tool].scope
     assert needed == "read" if "read_only" in chronotask.TOOLS[tool].tool else needed in ("run", "admin"), tool
@@ -10817,7 +10711,7 @@ WRITES: dict[str, tuple[str, Json, str]] = {
 }
 
 
-@pytest.mark.parametrize("call", [f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
+@each("call", *[f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
 async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
     path, body, change = WRITES[call]
     await api.rig.schedule(await api.task(config={"command": "sleep 20"}), "cron")
@@ -10899,9 +10793,7 @@ def test_listening_to_the_network_without_a_token_is_said_in_one_loud_line(
     assert said(allowed_hosts=("chronotask",), api_token=GOOD_TOKEN) == []
 
 
-@pytest.mark.parametrize(
-    ("host", "reached"), [("::", "127.0.0.1 ::1"), ("0::0", "127.0.0.1 ::1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1")]
-)
+@each("host reached", ("::", "127.0.0.1 ::1"), ("0::0", "127.0.0.1 ::1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1"))
 def test_the_ipv6_wildcard_listens_on_ipv4_too(host: str, reached: str) -> None:
     if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
@@ -10988,9 +10880,10 @@ async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, ca
 # --- Tasks made before a rule was set ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [({"allowed_bash_commands": ("echo",)}, "ALLOWED_BASH_COMMANDS"), ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS")],
+@each(
+    "rule words",
+    ({"allowed_bash_commands": ("echo",)}, "ALLOWED_BASH_COMMANDS"),
+    ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS"),
 )
 async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or_queue(
     open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
@@ -11235,23 +11128,21 @@ def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> 
     assert tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "errors"),
-    [
-        (
-            "create_task",
-            {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
-            [
-                ("max_retry", "unknown field (did you mean max_retries?)"),
-                ("name", "must not be empty"),
-                ("task_type", "must be 'http' or 'bash', not 'shell'"),
-                ("config", "must be a valid object, not 'ls'"),
-            ],
-        ),
-        ("get_task", {"id": 3}, [("id", "unknown field: use task_id"), ("task_id", "is required")]),
-        ("get_task", {"task_id": 0}, [("task_id", "must be greater than or equal to 1, not 0")]),
-        ("execute_task", {"task_id": 1, "wait": 60}, [("wait", "must be less than or equal to 50, not 60")]),
-    ],
+@each(
+    "name arguments errors",
+    (
+        "create_task",
+        {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
+        [
+            ("max_retry", "unknown field (did you mean max_retries?)"),
+            ("name", "must not be empty"),
+            ("task_type", "must be 'http' or 'bash', not 'shell'"),
+            ("config", "must be a valid object, not 'ls'"),
+        ],
+    ),
+    ("get_task", {"id": 3}, [("id", "unknown field: use task_id"), ("task_id", "is required")]),
+    ("get_task", {"task_id": 0}, [("task_id", "must be greater than or equal to 1, not 0")]),
+    ("execute_task", {"task_id": 1, "wait": 60}, [("wait", "must be less than or equal to 50, not 60")]),
 )
 def test_every_bad_argument_is_named_with_what_is_allowed(name: str, arguments: Json, errors: list[tuple[str, str]]) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -11517,19 +11408,17 @@ async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too
     assert len(line) < chronotask.MAX_BODY + 65536
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "number"),
-    [
-        (b"hello", -32700, None),
-        (b'{"jsonrpc":"2.0","id":3', -32700, None),
-        (b"\xff\xfe", -32700, None),
-        (b"[" * 100_000, -32700, None),
-        (b'{"jsonrpc":"2.0","id":3}', -32600, 3),
-        (b'{"id":"x","method":"ping"}', -32600, "x"),
-        (b'[{"jsonrpc":"2.0","id":3,"method":"ping"}]', -32600, None),
-        (b"null", -32600, None),
-        (b'{"id":true}', -32600, None),
-    ],
+@each(
+    "line code number",
+    (b"hello", -32700, None),
+    (b'{"jsonrpc":"2.0","id":3', -32700, None),
+    (b"\xff\xfe", -32700, None),
+    (b"[" * 100_000, -32700, None),
+    (b'{"jsonrpc":"2.0","id":3}', -32600, 3),
+    (b'{"id":"x","method":"ping"}', -32600, "x"),
+    (b'[{"jsonrpc":"2.0","id":3,"method":"ping"}]', -32600, None),
+    (b"null", -32600, None),
+    (b'{"id":true}', -32600, None),
 )
 def test_garbage_is_answered_with_the_reason_and_its_id_if_it_has_one(line: bytes, code: int, number: Json) -> None:
     with pytest.raises(MCPError) as caught:
@@ -11542,13 +11431,11 @@ def test_a_line_may_begin_with_a_byte_order_mark() -> None:
     assert chronotask.read_message(line, len(line)) == chronotask.read_message(line[3:], len(line) - 3)
 
 
-@pytest.mark.parametrize(
-    ("line", "number"),
-    [
-        (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"x"', 7),
-        (b'{"method":"tools/call","params":{"arguments":{"id":5}},"jsonrpc":"2.0","id":"a-1"}', "a-1"),
-        (b'{"method":"tools/call","params":{"id":5,"text":"', None),
-    ],
+@each(
+    "line number",
+    (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"x"', 7),
+    (b'{"method":"tools/call","params":{"arguments":{"id":5}},"jsonrpc":"2.0","id":"a-1"}', "a-1"),
+    (b'{"method":"tools/call","params":{"id":5,"text":"', None),
 )
 def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, number: Json) -> None:
     with pytest.raises(MCPError, match=r"^a message may have at most 1048576 bytes, not 1048577$") as caught:
@@ -11574,7 +11461,7 @@ META = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", OLD_VERSIONS)
+@each("version", *OLD_VERSIONS)
 def test_stdio_speaks_every_version_with_a_handshake(tmp_path: Path, version: str) -> None:
     server = Server(tmp_path, "mcp").start(ready=False)
     hello = server.hello(version)
@@ -11597,7 +11484,7 @@ def test_stdio_speaks_the_version_without_a_handshake(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["legacy", "auto"])
+@each("mode", "legacy", "auto")
 async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: str) -> None:
     environ = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{tmp_path}/c.db"}
     program = StdioServerParameters(command=sys.executable, args=[str(PROGRAM), "--mode", "mcp"], env=environ)
@@ -11631,7 +11518,7 @@ def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answere
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [False, True])
+@each("signalled", False, True)
 def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path, signalled: bool) -> None:
     server = session(tmp_path)
     server.send_call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=50)
@@ -11714,7 +11601,7 @@ def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", [False, True])
+@each("fails", False, True)
 def test_mode_http_imports_nothing_of_mcp_and_an_interface_that_cannot_be_closed_is_told(tmp_path: Path, fails: bool) -> None:
     planted = f"""
 async def stop(app):
@@ -12068,7 +11955,7 @@ def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["legacy", "auto"])
+@each("mode", "legacy", "auto")
 async def test_the_sdks_client_uses_every_tool_over_http(both: Server, mode: str) -> None:
     async with Client(both.mcp_url(), mode=mode) as client:
         await use_every_tool(Caller(client))
@@ -12076,7 +11963,7 @@ async def test_the_sdks_client_uses_every_tool_over_http(both: Server, mode: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", OLD_VERSIONS)
+@each("version", *OLD_VERSIONS)
 def test_http_speaks_every_version_with_a_handshake(both: Server, version: str) -> None:
     url, of_version = both.mcp_url(), {"MCP-Protocol-Version": version}
     hello = rpc("initialize", protocolVersion=version, capabilities={}, clientInfo={"name": "t", "version": "1"})
@@ -12216,7 +12103,7 @@ COMMAND_LINES = {
 }
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+@each("line", *COMMAND_LINES)
 def test_a_bad_option_or_variable_ends_with_status_2_and_one_line(
     line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -12252,15 +12139,13 @@ LINKED = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "status", "said"),
-    [
-        ("cd {top}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
-        ("$PYTHON {top}/chronotask.py --bad <&- >&- 2>&-", 2, ""),
-        (f"unset CHRONOTASK_DATABASE_URL; {LINKED}", 1, NO_DATABASE),
-        ("$PYTHON {top}/chronotask.py --backup - >&-", 2, "redirect the output to a file"),
-        ("$PYTHON {top}/chronotask.py --backup - >/dev/full", 1, "No space left"),
-    ],
+@each(
+    "command status said",
+    ("cd {top}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
+    ("$PYTHON {top}/chronotask.py --bad <&- >&- 2>&-", 2, ""),
+    (f"unset CHRONOTASK_DATABASE_URL; {LINKED}", 1, NO_DATABASE),
+    ("$PYTHON {top}/chronotask.py --backup - >&-", 2, "redirect the output to a file"),
+    ("$PYTHON {top}/chronotask.py --backup - >/dev/full", 1, "No space left"),
 )
 def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(
     tmp_path: Path, command: str, status: int, said: str
@@ -12292,7 +12177,7 @@ def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taken", ["API_PORT", "MCP_PORT", "both the same"])
+@each("taken", "API_PORT", "MCP_PORT", "both the same")
 def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path, taken: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -12311,7 +12196,7 @@ def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
     assert "128 open files are few for 100 runs at a time" in Server(tmp_path, program=program).start().log()
 
 
-@pytest.mark.parametrize("argv", ["--version", "--version --mode mcp", "--help"])
+@each("argv", "--version", "--version --mode mcp", "--help")
 def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         chronotask.main(argv.split())
@@ -12377,7 +12262,7 @@ async def test_a_backup_replaces_a_file_and_nothing_else(rig: Rig, tmp_path: Pat
     run_backup(rig.service.settings, f"{rig.path}.bak")
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x"])
+@each("suffix", "", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x")
 async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(rig: Rig, tmp_path: Path, suffix: str) -> None:
     await rig.task(name="kept")
     target = Path(f"{rig.path}{suffix}")
@@ -12531,7 +12416,7 @@ def test_every_seeded_bug_of_the_crash_harness_fits_the_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["--rounds 6", "--rounds 5 --bug all"])
+@each("run", "--rounds 6", "--rounds 5 --bug all")
 def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_bug_is_caught(tmp_path: Path, run: str) -> None:
     """.ci/crash has the load, the promises and the bugs."""
     command = [sys.executable, str(TOP / ".ci" / "crash"), *run.split(), "--keep", str(tmp_path)]
@@ -13397,8 +13282,8 @@ os.dup2(full, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("log", ["an unread stderr", "a FIFO without a reader"])
-@pytest.mark.parametrize("mode", ["http", "both"])
+@each("log", "an unread stderr", "a FIFO without a reader")
+@each("mode", "http", "both")
 def test_a_log_that_nobody_reads_stops_neither_schedules_nor_answers_nor_the_stop(tmp_path: Path, log: str, mode: str) -> None:
     if log == "an unread stderr":
         server = Server(tmp_path, mode=mode, program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
@@ -13428,7 +13313,7 @@ def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["http", "mcp"])
+@each("mode", "http", "mcp")
 def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: Path, mode: str) -> None:
     server = Server(tmp_path, mode=mode, SHUTDOWN_GRACE=0)
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM):
@@ -13808,7 +13693,7 @@ def test_the_program_is_hidden_from_tasks_before_it_imports_anything_and_keeps_n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["http", "both"])
+@each("mode", "http", "both")
 def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_service(tmp_path: Path, mode: str) -> None:
     program = wrapped(tmp_path, DROP_RIGHTS if os.geteuid() == 0 else "")
     secret = {"API_TOKEN": GOOD_TOKEN, "SECRET_X": "secret-of-the-service"}
@@ -13851,7 +13736,7 @@ def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["http", "both"])
+@each("mode", "http", "both")
 def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path: Path, mode: str) -> None:
     alone = "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # CLONE_NEWNET: no other network
     server = Server(tmp_path, mode, program=wrapped(tmp_path, alone), API_HOST="0.0.0.0").start(ready=False)
@@ -14003,7 +13888,7 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)", text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@each("page", *PAGES)
 def test_the_links_the_names_and_the_json_of_each_page_are_sound(page: str) -> None:
     text, folder = PAGES[page], TOP if page == "README.md" else TOP / "docs"
     for link in re.findall(r"(?:\]\(|src=\"|srcset=\")(?![a-z]+:)([^)\s\"]*)", text):
@@ -14029,7 +13914,7 @@ def test_every_tool_is_in_the_page_about_mcp() -> None:
     assert sorted(" ".join(rows).replace("`", "").split()) == sorted(chronotask.TOOLS)
 
 
-@pytest.mark.parametrize("expression", re.findall(r"^\| `([^`]+)`(?:,| \|)", section("Cron"), re.MULTILINE))
+@each("expression", *re.findall(r"^\| `([^`]+)`(?:,| \|)", section("Cron"), re.MULTILINE))
 def test_every_cron_example_is_accepted(expression: str) -> None:
     config = {"expression": expression}
     checked = chronotask.check_schedule_config("cron", config, "UTC", int(time.time() * 1_000_000))
@@ -14151,7 +14036,7 @@ def test_each_recipe_is_tried() -> None:
     assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") + 1 == 17
 
 
-@pytest.mark.parametrize("title", SENT)
+@each("title", *SENT)
 async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tmp_path: Path) -> None:
     hosts, programs, secrets = Hosts(), tmp_path / "bin", tmp_path / "secrets"
     app = web.Application()
