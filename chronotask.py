@@ -6540,9 +6540,8 @@ class Engine:
         self.timers = TimerQueue()  # schedule id → its next firing
         self.retries = TimerQueue()  # execution id → its next attempt
         self.pause_ends: int | None = None  # the next pause that ends by itself
-        self._timers_to: tuple[int, int] | None = (
-            None  # how far schedules are in `timers`: when the last fires, its id; None: all
-        )
+        # How far schedules are in `timers`: when the last fires, its id; None: all.
+        self._timers_to: tuple[int, int] | None = None
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -6592,17 +6591,12 @@ class Engine:
         self.last_tick = self.clock.monotonic()
         await self.tick()
         self._last_tick_end = self.clock.monotonic()
-        due = self._next_due()
+        timers = () if self.paused else (self.timers.next_due(), self._timers_to and self._timers_to[0])
+        times = (self.retries.next_due(), self.pause_ends, *timers) if self.leading and not self.stopping else ()
+        due = min((t for t in times if t is not None), default=None)
         if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
             await self.clock.wait(self._wake, due)
         # else the next claim goes to the writer before what was just started begins
-
-    def _next_due(self) -> int | None:
-        if not self.leading or self.stopping:
-            return None
-        timers = [self.timers.next_due(), self._timers_to and self._timers_to[0]]
-        times = [self.retries.next_due(), self.pause_ends, *([] if self.paused else timers)]
-        return min((t for t in times if t is not None), default=None)
 
     async def tick(self) -> None:
         """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
@@ -6641,9 +6635,14 @@ class Engine:
         retries: Sequence[int] = (),
         capacity: int = 0,
     ) -> Tick:
-        tick, over = Tick(), []
+        tick, over = Tick(), list[Ended]()
         if ended:
-            over = settle(db, ended)
+            over = finish_attempts(db, ended)
+            tasks = get_tasks(db, {end.task_id for end in over})
+            for end in over:
+                if task := tasks.get(end.task_id):
+                    count_end(task, end)
+            write_standings(db, tasks.values(), {end.task_id for end in over if end.paused})
         if slots:
             over += claim_due(db, slots, now, tick, self.settings)
         follow(db, over, now, tick, self.settings)
@@ -6731,8 +6730,20 @@ class Engine:
 
     async def follow_clock(self, moved: int) -> None:
         """The clock may have been set back: slots are looked for from now on, and the wait for a retry does not grow."""
-        seen = self._set_back
-        await self.store.write(partial(write_clock, now=self.clock.now(), moved=moved))
+        now, seen = self.clock.now(), self._set_back
+
+        def write(db: DB) -> None:
+            shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
+            latest = get_meta(db, "clock") or 0
+            for schedule in schedules_that(db, {"settled_until > ?": now, "(is_active OR over)": True}):  # not switched off
+                with contextlib.suppress(*DAMAGE):
+                    schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
+                    schedule.look_ahead()
+                    update(db, schedule)
+            if latest >= now + CORRECTION:
+                set_meta(db, "clock", now)
+
+        await self.store.write(write)
         self._set_back -= seen  # it may have been set again meanwhile
 
     async def load_timers(self, since_rev: int | None = None) -> None:
@@ -6815,17 +6826,6 @@ class Engine:
         return known
 
 
-def settle(db: DB, ended: Sequence[Finished]) -> list[Ended]:
-    """Finishes attempts, and counts for their tasks what is over by that."""
-    over = finish_attempts(db, ended)
-    tasks = get_tasks(db, {end.task_id for end in over})
-    for end in over:
-        if task := tasks.get(end.task_id):
-            count_end(task, end)
-    write_standings(db, tasks.values(), {end.task_id for end in over if end.paused})
-    return over
-
-
 def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, settings: Settings, early: bool = False) -> list[Ended]:
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
     schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
@@ -6885,7 +6885,13 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
         executions: dict[int, Execution] = {}
         for schedule in schedules:
             try:
-                told = _told(schedule, over, tasks, depths, now)
+                config, told = schedule.schedule_config, list[tuple[Ended, str]]()
+                for end in over if (schedule.start_at or now) <= now <= (schedule.end_at or now) else ():
+                    depth, task = depths.get(end.execution_id, 0), tasks.get(end.task_id)
+                    if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
+                        events = events_of(end, config.get("threshold", 1))
+                        told += [(end, event) for event in events if event in config["on"]]
+                told = told[: schedule.plan().remaining]  # as much as it may still fire
                 if missing := {end.execution_id for end, _ in told} - executions.keys():
                     executions |= {e.id: e for e in get_executions(db, missing, output=True)}
                 for end, event in told:
@@ -6894,32 +6900,13 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
                     claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                 before = schedule.next_slot
-                if "overdue" in schedule.schedule_config["on"]:
+                if "overdue" in config["on"]:
                     schedule.look_ahead()
                 if told or schedule.next_slot != before:
                     claim.schedules.append(schedule)
             except Exception:
                 logger.exception("schedule %d", schedule.id)
         over = write_claim(db, claim, tick)
-
-
-def _told(
-    schedule: Schedule, over: Sequence[Ended], tasks: Mapping[int, Task], depths: Mapping[int, int], now: int
-) -> list[tuple[Ended, str]]:
-    """Of what a schedule is told, with the event, as much as it may still fire."""
-    config, left = schedule.schedule_config, schedule.plan().remaining
-    if not (schedule.start_at or now) <= now <= (schedule.end_at or now):
-        return []
-    threshold, on = config.get("threshold", 1), config["on"]
-    told = [
-        (end, event)
-        for end in over
-        if end.task_id in tasks and depths.get(end.execution_id, 0) <= MOST_DEPTH
-        if watches(schedule, end.task_id, tasks[end.task_id].tags, end.execution_id in depths)
-        for event in events_of(end, threshold)
-        if event in on
-    ]
-    return told[:left]
 
 
 def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) -> None:
@@ -6936,19 +6923,6 @@ def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) 
         slot = None
     schedule.set_next(slot, plan)
     claim.schedules.append(schedule)
-
-
-def write_clock(db: DB, now: int, moved: int) -> None:
-    """Takes schedules, and with `moved` the waits for retries, back to a clock that was set back."""
-    shift_retries(db, moved, now + round(1.1 * MAX_RETRY_WAIT * SECOND))
-    latest = get_meta(db, "clock") or 0
-    for schedule in schedules_that(db, {"settled_until > ?": now, "(is_active OR over)": True}):  # nobody has switched them off
-        with contextlib.suppress(*DAMAGE):
-            schedule.stand(stands_at(schedule.plan().timing, schedule.settled_until, now, latest))
-            schedule.look_ahead()
-            update(db, schedule)
-    if latest >= now + CORRECTION:
-        set_meta(db, "clock", now)
 
 
 # ======================================================================================================================
