@@ -322,6 +322,7 @@ LAUNCHER_PREFIX = "CHRONOTASK_LAUNCHER_"
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
 # Settings that keep somebody out: who misspells one of them must not get a service that is open.
 PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS", "BASH_USER")
+SCOPES = ("read", "run", "admin")  # each may do what those before it may
 
 
 def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many: bool = False) -> Callable[[str], Any]:
@@ -526,9 +527,6 @@ def _read_token(path: Path, warnings: list[str]) -> str:
         return str(_token(text.strip()))
     except ValueError as error:
         raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
-
-
-SCOPES = ("read", "run", "admin")  # each may do what those before it may
 
 
 class Token(NamedTuple):
@@ -1246,9 +1244,6 @@ def _day_words(cron: _Expression) -> str:
     return f"every {weekdays} that is day {_listed(cron.days, link='or')} of {months or 'the month'}"
 
 
-# --- Plans ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)  # made for every slot: frozen, it would take four times as long
 class Plan:
     """All that decides when a schedule fires. Bounds are inclusive instants; jitter and catchup_window are seconds."""
@@ -1359,7 +1354,7 @@ class Outcome:
     """How one attempt ended. `output` is the `output_data` of answers, `retryable` says whether this kind of end allows a retry
     at all, `retry_after` for how many seconds the server asked."""
 
-    status: str
+    status: str  # succeeded, failed, timed_out, cancelled or interrupted
     error_message: str | None = None
     output: dict[str, Any] | None = None
     retryable: bool = False
@@ -1456,7 +1451,7 @@ def walk(value: Any) -> Iterator[tuple[int, Any, Any]]:
         depth += 1
 
 
-# --- The configuration of an http task --------------------------------------------------------------------------------
+# --- The configurations of tasks --------------------------------------------------------------------------------------
 
 
 class UrlParts(NamedTuple):
@@ -1618,9 +1613,6 @@ class HttpConfig(TypedDict, total=False):
     verify_tls: Annotated[bool, Field(json_schema_extra={"default": True})]
 
 
-# --- The configuration of a bash task ---------------------------------------------------------------------------------
-
-
 def bash_source(command: str, args: Sequence[str]) -> str:
     """The bash source of a task: `args` follow `command` as literal words, on its last line."""
     return " ".join([command.rstrip(), *map(shlex.quote, args)]) if args else command
@@ -1679,9 +1671,6 @@ class BashConfig(TypedDict, total=False):
     launcher: Annotated[str, Field(min_length=1, max_length=40, description="What runs it elsewhere; default: here.")] | None
 
 
-CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
-
-
 def parse_config(task_type: str, config: Any) -> dict[str, Any]:
     """`config` checked and in normal form, without nulls. Raises InvalidInput that lists every bad field as `config.…`."""
     return {name: value for name, value in _checked(CONFIGS[task_type], config, "config").items() if value is not None}
@@ -1708,6 +1697,7 @@ def _milliseconds(seconds: float) -> float:
     return plain_number(seconds)
 
 
+AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
 _Zone = Annotated[
     str, _read(lambda name, zone, now: load_zone(name).key), Field(description="IANA time zone; default: the service's")
 ]
@@ -1751,9 +1741,6 @@ class IntervalConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
-AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
-
-
 def _event(name: object) -> object:
     if name in ("failed", "timed_out", "interrupted"):
         raise ValueError("failed, timed_out and interrupted are one event: write failure, which covers them all")
@@ -1772,6 +1759,7 @@ class AfterConfig(TypedDict, total=False):
     seconds: Annotated[float, Field(ge=60, le=31622400), AfterValidator(_milliseconds)] | None
 
 
+CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
 SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig, "after": AfterConfig}
 
 
@@ -1816,12 +1804,11 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
     """An http configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret."""
     url, result = config.get("url") or "", dict(config)
     if "@" in url:
-        parts, begin, end = url_parts(url), 0, 0
-        if parts:
+        parts, begin = url_parts(url), 0
+        end = re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
+        if parts:  # else it is not sure where it begins: then it is all before the host
             begin = len(parts.scheme) + 3
             end = begin + len(parts.userinfo)
-        else:  # not sure where it begins: then it is all before the host
-            end = re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
         if begin < end:
             result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
     if config.get("auth"):
@@ -1924,6 +1911,8 @@ def _statuses(sent: Any) -> Any:
 
 _UNIQUE = AfterValidator(lambda entries: list(dict.fromkeys(entries)))
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
+Limit = Annotated[int, Field(ge=1, le=1000)]
 # The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
 TaskId = Annotated[
     Id,
@@ -2398,7 +2387,7 @@ class Finished:
 
 @dataclass(slots=True)
 class Ended:
-    """An execution that is over, or (`started`) begins, and the failures in a row of its task before and after that."""
+    """An execution that is over, or begins (`running`), and the failures in a row of its task before and after that."""
 
     execution_id: int
     task_id: int
@@ -2407,7 +2396,6 @@ class Ended:
     before: int | None = None  # None: it does not count
     after: int | None = None
     paused: bool = False
-    started: bool = False
 
 
 # --- What a client sends ----------------------------------------------------------------------------------------------
@@ -2490,10 +2478,6 @@ class Query(BaseModel):
         if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}|key:.*", value):
             raise ValueError(f"must be a whole number, not {shown(value)}")
         return value
-
-
-Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
-Limit = Annotated[int, Field(ge=1, le=1000)]
 
 
 class TaskQuery(Query):
@@ -2620,8 +2604,6 @@ PreviewView = Annotated[
     dict[str, Any],
     View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
 ]
-
-
 SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
 
 
@@ -2986,7 +2968,7 @@ def count_end(task: Task, end: Ended) -> None:
 def events_of(end: Ended, threshold: int) -> list[str]:
     """The events of `after` that this is."""
     before = -1 if end.before is None else end.before
-    if end.started:
+    if end.status == "running":
         return ["started"]
     if SUCCESS.get(end.status) is True:
         return ["success", "recovered"] if before >= threshold else ["success"]
@@ -3073,6 +3055,7 @@ def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, 
 # ======================================================================================================================
 
 POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so wait briefly, then look at the wall clock again
+R = TypeVar("R")
 
 
 class Clock:
@@ -3102,9 +3085,6 @@ class Clock:
                 await event.wait()
 
 
-R = TypeVar("R")
-
-
 async def in_daemon(call: Callable[..., R], *args: Any) -> R:
     """`call(*args)` on a thread of its own. It may block for ever: that holds up neither others nor the end of the program."""
     future: concurrent.futures.Future[R] = concurrent.futures.Future()
@@ -3121,10 +3101,8 @@ async def in_daemon(call: Callable[..., R], *args: Any) -> R:
 
 
 class TimerQueue:
-    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth.
-
-    A heap entry counts while `_due` still holds the same time for its key; others are dropped when they surface.
-    """
+    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth. A heap entry counts while `_due`
+    still holds the same time for its key; others are dropped when they surface."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int]] = []
@@ -6651,7 +6629,7 @@ class Engine:
         if capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
             first = [run for run in tick.runs if run.attempt == 1]
-            begun = [Ended(run.execution_id, run.task_id, "running", now, started=True) for run in first]
+            begun = [Ended(run.execution_id, run.task_id, "running", now) for run in first]
             follow(db, begun, now, tick, self.settings)
         note_clock(db, now)
         return tick
@@ -8196,7 +8174,6 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
 
 MAX_FILE = 8 * 2**20
 CONFIG_POLL = 0.5  # seconds
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def slug(text: str, taken: Collection[str], number: int = 2) -> str:
@@ -8265,7 +8242,7 @@ def _toml(value: Any, path: str) -> str:
 
 
 def _toml_key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False).replace("\x7f", r"\u007f")
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 # --- The model of a file ----------------------------------------------------------------------------------------------
@@ -8289,6 +8266,14 @@ DefinitionFile = Annotated[dict[str, Any], Body(Definitions, "DefinitionFile")]
 _Schedules = NotRequired[dict[Key, dict[str, Any]]]
 _FileTask = Annotated[dict[str, Any], Body(Task, "FileTask", without=("key",), name=NotRequired[Name], schedules=_Schedules)]
 _FileSchedule = Annotated[dict[str, Any], Body(Schedule, "FileSchedule", without=("key", "task_id"))]
+# `action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY.
+AppliedChange = Annotated[
+    dict[str, Any],
+    View(
+        None, "AppliedChange", action=str, kind=str, key=str, id=int | None, fields=dict[str, list[Any]], upcoming=list[Upcoming]
+    ),
+]
+Applied = Annotated[dict[str, Any], View(None, "Applied", changes=list[AppliedChange], warnings=list[str])]
 
 
 class ApplyQuery(Query):
@@ -8298,16 +8283,6 @@ class ApplyQuery(Query):
 
 class ExportQuery(Query):
     owner: Key | None = None
-
-
-# `action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY.
-AppliedChange = Annotated[
-    dict[str, Any],
-    View(
-        None, "AppliedChange", action=str, kind=str, key=str, id=int | None, fields=dict[str, list[Any]], upcoming=list[Upcoming]
-    ),
-]
-Applied = Annotated[dict[str, Any], View(None, "Applied", changes=list[AppliedChange], warnings=list[str])]
 
 
 def read_definitions(name: str, raw: bytes | None = None) -> Any:
@@ -8341,9 +8316,7 @@ def _refuse(errors: Sequence[FieldError]) -> None:
 
 def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
     """The tasks of a file by KEY and its schedules by TASK/KEY, as new ones would be, with the fields that the file names.
-
-    Raises InvalidInput that lists every bad field, with its path.
-    """
+    Raises InvalidInput that lists every bad field, with its path."""
     errors, found = list[FieldError](), dict[str, tuple[Any, Collection[str]]]()
     for key, body in file["tasks"].items():
         with told_at(_in_file(key), errors):
@@ -8484,7 +8457,7 @@ class _Apply:
 
 
 class _Undone(Exception):
-    """Takes a dry run back."""
+    """Takes a dry run back, and brings what it would have done."""
 
 
 @Operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
@@ -8494,18 +8467,18 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     {expression = "30 2 * * *"}. Tasks that it no longer names go on unless prune says otherwise. Try dry_run first."""
     file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
     wanted = await service.in_checks(partial(check_definitions, service, file, now))
-    held: list[_Apply] = []
 
-    def write(tx: Transaction) -> None:
-        held[:] = [_Apply(tx, file["owner"], file["adopt"], query.prune)]
-        held[0].run(wanted)
+    def write(tx: Transaction) -> _Apply:
+        made = _Apply(tx, file["owner"], file["adopt"], query.prune)
+        made.run(wanted)
         if query.dry_run:
-            raise _Undone
+            raise _Undone(made)
+        return made
 
-    with contextlib.suppress(_Undone):
-        await service.change(write)
-    (done,) = held
-    if query.dry_run:
+    try:
+        done = await service.change(write)
+    except _Undone as undone:
+        (done,) = undone.args
         for change in done.changes:
             change["id"] = None if change["action"] == "created" else change["id"]
     return {"changes": done.changes, "warnings": done.warnings}
@@ -8522,40 +8495,37 @@ def told(applied: Applied) -> str:
     return "\n".join([*lines, *(f"warning: {warning}" for warning in applied["warnings"])])
 
 
-# --- Export -----------------------------------------------------------------------------------------------------------
-
-
 @Operation("GET", "/export")
 async def export_definitions(service: Service, query: ExportQuery) -> DefinitionFile:
     """Show all tasks and schedules, or those of an owner, as a file that can be applied. Fields with their default are left
     out, and schedules that are over. Those without a key get one from their name."""
-    return await service.store.scan(partial(_export, owner=query.owner))
 
+    def export(db: DB) -> DefinitionFile:
+        found, tasks, warnings = _standing(db, True), dict[str, Any](), list[str]()
+        keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
+        for key, item in found.items():
+            task, _, name = key.partition("/")
+            if query.owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
+                continue
+            view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
+            defaults = dict(shape.defaults)
+            if name and item.schedule_type == "after":
+                left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
+                config = view["schedule_config"]
+                if ids := config.get("task_ids"):
+                    rest = {field: value for field, value in config.items() if field != "task_ids"}
+                    view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **rest}
+            said = {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
+            if name:
+                tasks[task].setdefault("schedules", {})[name] = said
+                continue
+            tasks[key] = said
+            if view["config"] != item.config:
+                warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
+        file = {"chronotask": 1, "owner": query.owner, "tasks": tasks, "warnings": warnings}
+        return {name: value for name, value in file.items() if value or name == "tasks"}
 
-def _export(db: DB, owner: str | None) -> DefinitionFile:
-    found, tasks, warnings = _standing(db, True), dict[str, Any](), list[str]()
-    keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
-    for key, item in found.items():
-        task, _, name = key.partition("/")
-        if owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
-            continue
-        view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
-        defaults = dict(shape.defaults)
-        if name and item.schedule_type == "after":
-            left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
-            config = view["schedule_config"]
-            if ids := config.get("task_ids"):
-                rest = {field: value for field, value in config.items() if field != "task_ids"}
-                view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **rest}
-        said = {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
-        if name:
-            tasks[task].setdefault("schedules", {})[name] = said
-            continue
-        tasks[key] = said
-        if view["config"] != item.config:
-            warnings.append(f"tasks.{key}.config: holds {MASK} instead of a secret: write ${{env:{SECRET_PREFIX}…}} for it")
-    file = {"chronotask": 1, "owner": owner, "tasks": tasks, "warnings": warnings}
-    return {name: value for name, value in file.items() if value or name == "tasks"}
+    return await service.store.scan(export)
 
 
 # --- --config: a file that is followed --------------------------------------------------------------------------------
@@ -8632,9 +8602,7 @@ _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +
 
 def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The tasks of a crontab of `user`, who with `system` must stand in its user column, and comments for `to_toml`.
-
-    Raises InvalidInput that names every line that cannot be read.
-    """
+    Raises InvalidInput that names every line that cannot be read."""
     tasks: dict[str, Any] = {}
     comments: dict[str, list[str]] = {"": []}
     mail: dict[str, list[str]] = {}
