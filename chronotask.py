@@ -691,12 +691,12 @@ def parse_instant(text: str, zone: str) -> int:
     raise ValueError(_INSTANT_RULE)
 
 
-def local_text(text: str, zone: str) -> str:
-    """An instant as clocks in `zone` show it, without an offset."""
-    if (found := _INSTANT.fullmatch(text)) and not found[3]:
+def start_text(text: str, zone: str, local: bool) -> str:
+    """A start as it is stored: with an offset, so that later rules of its zone can't move the phase; with `local` without one."""
+    found, t = _INSTANT.fullmatch(text), parse_instant(text, zone)
+    if found and bool(found[3]) != local:
         return text
-    t = parse_instant(text, zone)
-    return _clock_face(t + _offset(load_zone(zone), t)).isoformat()
+    return _clock_face(t + _offset(load_zone(zone), t)).isoformat() if local else format_local(t, zone)
 
 
 def parse_bound(text: str, zone: str, end: bool = False) -> int:
@@ -1130,25 +1130,17 @@ def make_timing(
     return Days(config["days"], parse_instant(start, "UTC"), anchor - 1, zone)
 
 
-def check_expression(text: str, zone: str, now: int) -> str:
-    """`text`, if it is a cron expression that will fire. Raises ValueError, saying what is allowed."""
+def check_expression(text: str, zone: str, now: int) -> None:
+    """Raises ValueError, saying what is allowed, unless this is a cron expression that will fire."""
     slot = Cron(text, zone).next_after(now)
     if slot is None or slot > now + NEVER:
         raise ValueError("must fire at least once in the next 50 years")
-    return text
 
 
-def check_datetime(text: str, zone: str, now: int) -> str:
-    """`text`, if it is an instant to come. Raises ValueError."""
+def check_datetime(text: str, zone: str, now: int) -> None:
+    """Raises ValueError unless this is an instant to come."""
     if parse_instant(text, zone) <= now:
         raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
-    return text
-
-
-def check_start_date(text: str, zone: str, now: int) -> str:
-    """`text`, an instant, with an offset: later rules of its zone can't move the phase. Raises ValueError."""
-    start, found = parse_instant(text, zone), _INSTANT.fullmatch(text)
-    return text if found and found[3] else format_local(start, zone)
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -1679,14 +1671,15 @@ def parse_config(task_type: str, config: Any) -> dict[str, Any]:
 # --- The configurations of schedules ----------------------------------------------------------------------------------
 
 
-def _read(check: Callable[[str, str, int], str]) -> AfterValidator:
-    """Text without blanks around it, as `check` reads it in a zone and at an instant. What is wrong is told with the text."""
+def _read(check: Callable[[str, str, int], object]) -> AfterValidator:
+    """Text without blanks around it that `check` accepts in a zone and at an instant. What is wrong is told with the text."""
 
     def run(text: str, info: ValidationInfo) -> str:
         try:
-            return check(text.strip(), *cast(Any, info.context))
+            check(text.strip(), *cast(Any, info.context))
         except ValueError as error:
             raise ValueError(f"{shown(text)}: {error}") from None
+        return text.strip()
 
     return AfterValidator(run)
 
@@ -1698,9 +1691,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
-_Zone = Annotated[
-    str, _read(lambda name, zone, now: load_zone(name).key), Field(description="IANA time zone; default: the service's")
-]
+_Zone = Annotated[str, _read(lambda name, *_: load_zone(name)), Field(description="IANA time zone; default: the service's")]
 
 
 @_config
@@ -1737,7 +1728,7 @@ class IntervalConfig(TypedDict, total=False):
 
     seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL), AfterValidator(_milliseconds)] | None
     days: Annotated[int, Field(ge=1, le=3650)] | None
-    start_date: Annotated[str, _read(check_start_date)] | None
+    start_date: Annotated[str, _read(lambda text, zone, _: parse_instant(text, zone))] | None
     timezone: _Zone | None
 
 
@@ -1792,8 +1783,8 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
         return sent
     if "in_seconds" in sent:
         sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
-    if "days" in sent and "start_date" in sent:  # a local time: no offset of one day may move it
-        sent["start_date"] = local_text(config["start_date"].strip(), zone)
+    if "start_date" in sent:  # of days a local time: no offset of one day may move it
+        sent["start_date"] = start_text(sent["start_date"], zone, "days" in sent)
     return {**sent, "timezone": zone}
 
 
@@ -1888,10 +1879,6 @@ def parsed(text: str) -> Any:
 
 def instant_or_none(t: int | None) -> str | None:
     return None if t is None else format_instant(t)
-
-
-def seconds_between(start: int | None, end: int | None) -> float | None:
-    return None if start is None or end is None else max(0, end - start) / SECOND
 
 
 def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
@@ -2168,7 +2155,9 @@ class Execution:
 
     @property
     def duration(self) -> float | None:
-        return seconds_between(self.started_at, self.finished_at)
+        return (
+            None if self.started_at is None or self.finished_at is None else max(0, self.finished_at - self.started_at) / SECOND
+        )
 
     @property
     def retry_count(self) -> int:
@@ -2188,9 +2177,7 @@ class Attempt:
     error_message: ReadOnly[str | None]
     output_data: ReadOnly[dict[str, Any] | None]
 
-    @property
-    def duration(self) -> float | None:
-        return seconds_between(self.started_at, self.finished_at)
+    duration = Execution.duration
 
 
 @dataclass(slots=True, kw_only=True)
