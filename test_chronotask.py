@@ -671,6 +671,24 @@ def kill_all() -> None:
             server.kill()
 
 
+NewServer = Callable[..., Server]
+
+
+# pytest gives the mark of a fixture's parameter to each test that asks for the fixture: who starts a process is slow.
+@pytest.fixture(params=[pytest.param(None, id="process", marks=pytest.mark.slow)])
+def new_server(tmp_path: Path) -> NewServer:
+    """Makes a `Server` with its files in `tmp_path`, from its other arguments."""
+    return partial(Server, tmp_path)
+
+
+@pytest.fixture
+def server(new_server: NewServer) -> Iterator[Server]:
+    """A service that runs with the usual settings, and ends well unless the test has ended it."""
+    server = new_server().start()
+    yield server
+    assert server.process.poll() is not None or server.stop() == 0
+
+
 def ran(folder: Path, *command: object, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A program that ends by itself, with a database in `folder`."""
     variables = {**CHILD_ENVIRON, "CHRONOTASK_DATABASE_URL": f"sqlite:///{folder}/c.db", **(environ or {})}
@@ -8496,43 +8514,61 @@ TASK_VIEW = json.loads("""
 """)
 
 
-async def test_a_task_is_created_with_all_its_fields(api: Api) -> None:
-    answer = await api("POST", "/tasks", {**BASH, "description": "words"})
-    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/tasks/1")
-    assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
-    assert answer.json == TASK_VIEW
-    assert await api.get("/tasks/1") == TASK_VIEW
+SCHEDULE_VIEW = json.loads("""
+    {"id": 1, "key": null, "task_id": 1, "task_name": "t", "managed_by": null,
+    "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
+    "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "is_active": true,
+    "overlap": "skip", "catchup": "latest", "catchup_window": 86400, "jitter": 0,
+    "start_at": null, "end_at": null, "max_runs": null, "exclude": [],
+    "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
+    "last_run": null, "next_run": "2026-01-01T00:01:00Z", "run_count": 0,
+    "upcoming": [{"utc": "2026-01-01T00:01:00Z", "local": "2026-01-01T00:01:00+00:00"},
+    {"utc": "2026-01-01T00:02:00Z", "local": "2026-01-01T00:02:00+00:00"},
+    {"utc": "2026-01-01T00:03:00Z", "local": "2026-01-01T00:03:00+00:00"},
+    {"utc": "2026-01-01T00:04:00Z", "local": "2026-01-01T00:04:00+00:00"},
+    {"utc": "2026-01-01T00:05:00Z", "local": "2026-01-01T00:05:00+00:00"}], "notes": []}
+""")
 
 
-async def test_tasks_are_listed_in_pages(api: Api) -> None:
-    for number in range(5):
-        await api.task(name=f"t{number}")
-    page = await api.get("/tasks?skip=1&limit=2")
-    names = [task["name"] for task in page.pop("tasks")]
-    assert (page, names) == ({"total": 5, "skip": 1, "limit": 2}, ["t1", "t2"])
-    page = await api.get("/tasks")
-    assert (page["skip"], page["limit"], len(page["tasks"])) == (0, 100, 5)
-    assert await api.get("/tasks?skip=99") == {"total": 5, "skip": 99, "limit": 100, "tasks": []}
+async def test_a_task_and_a_schedule_are_created_with_all_their_fields(api: Api) -> None:
+    made = (("/tasks", {**BASH, "description": "words"}, TASK_VIEW), ("/schedules", EVERY_MINUTE, SCHEDULE_VIEW))
+    for path, body, view in made:
+        answer = await api("POST", path, body)
+        assert (answer.status, answer.headers["Location"]) == (201, f"/api/v1{path}/1")
+        assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+        assert answer.json == view == await api.get(f"{path}/1")
+    problem_of(await api("POST", "/schedules", {**EVERY_MINUTE, "task_id": 99}), 404)
 
 
-async def test_tasks_can_be_filtered(api: Api) -> None:
+async def test_tasks_and_schedules_are_listed_in_pages_and_can_be_filtered(api: Api) -> None:
     await api.task(name="a_c", description="some Words")
     await api.task(name="b 100%", status="paused")
     await api.task(name="abc", task_type="http", config={"url": "http://127.0.0.1/"})
-    for query, names in {
-        "status=paused": ["b 100%"],
-        "status=active": ["a_c", "abc"],
-        "task_type=http": ["abc"],
-        "task_type=bash&status=active": ["a_c"],
-        "q=B": ["b 100%", "abc"],
-        "q=%25": ["b 100%"],
-        "q=a_c": ["a_c"],
-        "q=words": ["a_c"],
-        "q=nothing": [],
-        "q=\\": [],
-    }.items():
-        page = await api.get(f"/tasks?{query}")
-        assert ([task["name"] for task in page["tasks"]], page["total"]) == (names, len(names)), query
+    for task_id, active in ((1, True), (2, True), (1, False)):
+        await api.schedule(task_id, is_active=active)
+    for query, total, ids in (
+        ("tasks?", 3, [1, 2, 3]),
+        ("tasks?skip=1&limit=1", 3, [2]),
+        ("tasks?skip=99", 3, []),
+        ("tasks?status=paused", 1, [2]),
+        ("tasks?status=active", 2, [1, 3]),
+        ("tasks?task_type=http", 1, [3]),
+        ("tasks?task_type=bash&status=active", 1, [1]),
+        ("tasks?q=B", 2, [2, 3]),
+        ("tasks?q=%25", 1, [2]),
+        *((f"tasks?q={words}", 1, [1]) for words in ("a_c", "words")),
+        *((f"tasks?q={words}", 0, []) for words in ("nothing", "\\")),
+        ("schedules?limit=2", 3, [1, 2]),
+        ("schedules?skip=2", 3, [3]),
+        ("schedules?task_id=1", 2, [1, 3]),
+        ("schedules?task_id=99", 0, []),
+        ("schedules?is_active=true", 2, [1, 2]),
+        ("schedules?is_active=false", 1, [3]),
+    ):
+        page, (kind, _, asked) = await api.get(f"/{query}"), query.partition("?")
+        assert [one["id"] for one in page.pop(kind)] == ids, query
+        parameters = {name: int(value) for name, value in urllib.parse.parse_qsl(asked) if name in ("skip", "limit")}
+        assert page == {"total": total, "skip": 0, "limit": 100, **parameters}, query
 
 
 async def test_null_clears_nullable_fields_read_only_ones_are_ignored_and_unknown_ones_refused(api: Api) -> None:
@@ -8551,35 +8587,27 @@ async def test_null_clears_nullable_fields_read_only_ones_are_ignored_and_unknow
 async def test_deleting_answers_204_once_the_rows_are_gone(api: Api) -> None:
     task_id = await api.task(config={"command": "exec sleep 60"})
     gone, kept = await api.schedule(task_id), await api.schedule(task_id)
-    answer = await api("DELETE", f"/schedules/{gone}")
-    assert (answer.status, answer.text) == (204, "")
-    for method in ("GET", "DELETE"):
-        problem_of(await api(method, f"/schedules/{gone}"), 404)
     await api("POST", f"/tasks/{task_id}/execute")
     while not (run_ids := [active.run.run_id for active in api.rig.service.engine.running.values()]):
         await asyncio.sleep(0.002)
-    answer = await api("DELETE", f"/tasks/{task_id}")
-    assert (answer.status, answer.text) == (204, "")
+    for path in (f"/schedules/{gone}", f"/tasks/{task_id}"):
+        answer = await api("DELETE", path)
+        assert (answer.status, answer.text) == (204, "")
+        for method in ("GET", "DELETE"):
+            problem_of(await api(method, path), 404)
     assert of_run(run_ids[0]) == []
     for table in ("tasks", "schedules", "executions", "attempts"):
         assert api.rig.sql(f"SELECT count(*) FROM {table}") == [(0,)]
-    for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/history", f"/schedules/{kept}", "/executions/1"):
+    for path in (f"/tasks/{task_id}/history", f"/schedules/{kept}", "/executions/1"):
         problem_of(await api("GET", path), 404)
-    problem_of(await api("DELETE", f"/tasks/{task_id}"), 404)
 
 
 async def test_what_the_limits_of_a_task_allow(api: Api) -> None:
-    for name, values in {
-        "name": ["x" * 255, "ü" * 255],
-        "description": ["x" * 1000, None],
-        "max_retries": [0, 100],
-        "retry_delay": [0, 86400, 0.5],
-        "retry_backoff": [1, 10],
-        "status": ["disabled"],
-    }.items():
-        for value in values:
-            answer = await api("POST", "/tasks", {**BASH, name: value})
-            assert (answer.status, answer.json[name]) == (201, value), name
+    allowed: dict[str, list[Any]] = {"name": ["x" * 255, "ü" * 255], "description": ["x" * 1000, None], "max_retries": [0, 100]}
+    allowed |= {"retry_delay": [0, 86400, 0.5], "retry_backoff": [1, 10], "status": ["disabled"]}
+    for name, value in [(name, value) for name, values in allowed.items() for value in values]:
+        answer = await api("POST", "/tasks", {**BASH, name: value})
+        assert (answer.status, answer.json[name]) == (201, value), name
     made = await api("POST", "/tasks", {**BASH, "retry_delay": 5.0})
     for answer in (made, await api("GET", f"/tasks/{made.json['id']}")):
         assert '"retry_delay":5,' in answer.text, "numbers read the same in the first answer as in later ones"
@@ -8613,13 +8641,9 @@ async def test_a_wait_that_is_no_number_from_0_to_300_is_refused_and_a_stopping_
     for wait in ("-1", "301", "nan", "inf", "x", "", "1,5"):
         problem_of(await api("POST", f"/tasks/1/execute?wait={wait}"), 422, "wait")
     api.rig.service.engine.stopping = True
-    for call, body in {
-        "POST /tasks": BASH,
-        "POST /tasks/1/execute": None,
-        "POST /schedules": EVERY_MINUTE,
-        "DELETE /tasks/1": None,
-    }.items():
-        problem_of(await api(*call.split(), body), 503)
+    for path, body in (("/tasks", BASH), ("/tasks/1/execute", None), ("/schedules", EVERY_MINUTE)):
+        problem_of(await api("POST", path, body), 503)
+    problem_of(await api("DELETE", "/tasks/1"), 503)
     assert (await api("GET", "/tasks/1")).status == 200
     assert (await api.get("/executions"))["executions"] == []
     api.rig.service.engine.stopping = False
@@ -8633,18 +8657,15 @@ async def waiting_client(api: Api, target: Target) -> asyncio.Future[Answer]:
     return waiting
 
 
-async def test_a_waiting_client_hears_404_when_the_task_is_deleted_and_nothing_of_other_deletions(
-    api: Api, target: Target
-) -> None:
+async def test_a_waiting_client_hears_404_when_its_task_is_deleted_and_202_at_shutdown(open_api: OpenApi, target: Target) -> None:
+    api = await open_api(shutdown_grace=5.0)
     waiting, other = await waiting_client(api, target), await api.task()
     assert (await api("DELETE", f"/tasks/{other}")).status == 204
     done, _ = await asyncio.wait([waiting], timeout=0.1)
-    assert not done and (await api("DELETE", "/tasks/1")).status == 204
+    assert not done, "it hears nothing of other deletions"
+    assert (await api("DELETE", "/tasks/1")).status == 204
     problem_of(await waiting, 404)
-
-
-async def test_a_waiting_client_hears_202_at_shutdown(open_api: OpenApi, target: Target) -> None:
-    api = await open_api(shutdown_grace=5.0)
+    target.held = 0
     waiting = await waiting_client(api, target)
     stopping = asyncio.ensure_future(api.rig.close())
     answer = await waiting
@@ -8675,20 +8696,20 @@ async def test_an_execution_is_run_again_with_its_slot_and_its_override(rig: Rig
         await rig.service.rerun_execution(first["id"], chronotask.WaitQuery())
 
 
-async def test_one_run_replaces_single_fields_of_its_tasks_config(api: Api, target: Target) -> None:
-    task_id = await api.task(config={"command": "echo", "args": ["usual"], "env": {"A": "1"}}, max_retries=1, retry_delay=0)
+async def test_one_run_replaces_single_fields_of_its_tasks_config(api: Api) -> None:
+    usual = {"command": "echo", "args": ["usual"], "env": {"A": "1"}}
+    await api.task(config=usual, max_retries=1, retry_delay=0)
     for sent, stdout in (({"args": ["--since", "monday"]}, "--since monday\n"), ({"args": None}, "\n"), ({}, "usual\n")):
-        answer = await api("POST", f"/tasks/{task_id}/execute?wait=30", {"config": sent})
+        answer = await api("POST", "/tasks/1/execute?wait=30", {"config": sent})
         assert (answer.json["output_data"]["stdout"], answer.json["config"]) == (stdout, sent or None)
-    assert (await api.get(f"/tasks/{task_id}"))["config"] == {"command": "echo", "args": ["usual"], "env": {"A": "1"}}
+    assert (await api.get("/tasks/1"))["config"] == usual
     rerun = await api("POST", "/executions/1/rerun?wait=30")
-    assert (rerun.status, rerun.headers["Location"], rerun.json["output_data"]["stdout"]) == (
-        200, "/api/v1/executions/4", "--since monday\n",
-    )  # fmt: skip
+    assert (rerun.status, rerun.headers["Location"]) == (200, "/api/v1/executions/4")
+    assert rerun.json["output_data"]["stdout"] == "--since monday\n"
     for wrong, field in (({"arg": []}, "config.arg"), ({"command": None}, "config.command"), ({"timeout": 0}, "config.timeout")):
-        problem_of(await api("POST", f"/tasks/{task_id}/execute", {"config": wrong}), 422, field)
-    problem_of(await api("POST", f"/tasks/{task_id}/execute", {"conf": {}}), 422, "conf")
-    problem_of(await api("POST", f"/tasks/{task_id}/execute", raw=b"[]", headers={"Content-Type": "application/json"}), 422, "")
+        problem_of(await api("POST", "/tasks/1/execute", {"config": wrong}), 422, field)
+    problem_of(await api("POST", "/tasks/1/execute", {"conf": {}}), 422, "conf")
+    problem_of(await api("POST", "/tasks/1/execute", []), 422, "")
     assert len((await api.get("/executions"))["executions"]) == 4
 
 
@@ -8759,31 +8780,51 @@ async def test_an_idempotency_key_is_a_header_of_visible_characters(api: Api) ->
     problem_of(await api("POST", "/tasks/1/execute?idempotency_key=x"), 422, "idempotency_key")
 
 
-async def test_history_is_newest_first_and_can_be_filtered(api: Api) -> None:
-    task_id = await api.task()
-    ids = [await api.executed(task_id) for _ in range(2)]
-    await api("PATCH", f"/tasks/{task_id}", {"config": {"command": "exit 1"}})
-    failed = await api.executed(task_id)
-    await api.executed(await api.task())
-    for query, total, found in [
-        ("", 3, [failed, ids[1], ids[0]]),
-        ("success=true", 2, [ids[1], ids[0]]),
-        ("success=false", 1, [failed]),
-        ("status=failed", 1, [failed]),
+async def test_executions_and_a_tasks_history_are_newest_first_with_filters_and_a_cursor_or_pages(api: Api) -> None:
+    first, second = await api.task(), await api.task(config={"command": "exit 1"})
+    await api.schedule(first)
+    assert [await api.executed(task) for task in (first, second, first, second)] == [1, 2, 3, 4]
+    api.rig.clock.go(60)
+    while len(rows := (await api.get("/executions"))["executions"]) < 5 or rows[0]["status"] != "succeeded":
+        await asyncio.sleep(0.002)
+    await api("PATCH", f"/tasks/{first}", {"config": {"command": "exit 1"}})
+    assert await api.executed(first) == 6
+    for query, ids in {
+        "": [6, 5, 4, 3, 2, 1],
+        "task_id=2": [4, 2],
+        "schedule_id=1": [5],
+        "trigger=schedule": [5],
+        "trigger=manual&status=failed": [6, 4, 2],
+        "status=running": [],
+        "before_id=3": [2, 1],
+    }.items():
+        assert [row["id"] for row in (await api.get(f"/executions?{query}"))["executions"]] == ids, query
+    pages, before = [], ""
+    for _ in range(2):
+        page = await api.get(f"/executions?limit=4{before}")
+        assert set(page) == {"executions", "next_before_id"}
+        pages.append([row["id"] for row in page["executions"]])
+        before = f"&before_id={page['next_before_id']}"
+    assert (pages, page["next_before_id"]) == ([[6, 5, 4, 3], [2, 1]], None)
+    for query, total, ids in [
+        ("", 4, [6, 5, 3, 1]),
+        ("success=true", 3, [5, 3, 1]),
+        ("success=false", 1, [6]),
+        ("status=failed", 1, [6]),
         ("status=queued", 0, []),
         ("success=true&status=failed", 0, []),
-        ("status=failed,cancelled", 1, [failed]),
+        ("status=failed,cancelled", 1, [6]),
         ("status=unfinished", 0, []),
-        ("status=succeeded,unfinished,failed&limit=2", 3, [failed, ids[1]]),
+        ("status=succeeded,unfinished,failed&limit=2", 4, [6, 5]),
         ("until=2025-12-31T23:59:59Z", 0, []),
-        ("since=2026-01-01T00:00:00Z", 3, [failed, ids[1], ids[0]]),
+        ("since=2026-01-01T00:00:00Z", 4, [6, 5, 3, 1]),
         ("since=2026-01-02", 0, []),
-        ("since=2026-01-01&until=2026-01-01&status=succeeded", 2, [ids[1], ids[0]]),
-        ("skip=1&limit=1", 3, [ids[1]]),
+        ("since=2026-01-01&until=2026-01-01&status=succeeded", 3, [5, 3, 1]),
+        ("skip=1&limit=1", 4, [5]),
     ]:
-        page = await api.get(f"/tasks/{task_id}/history?{query}")
+        page = await api.get(f"/tasks/1/history?{query}")
         assert set(page) == {"total", "skip", "limit", "history"}
-        assert (page["total"], [row["id"] for row in page["history"]]) == (total, found), query
+        assert (page["total"], [row["id"] for row in page["history"]]) == (total, ids), query
     problem_of(await api("GET", "/tasks/99/history"), 404)
 
 
@@ -8837,32 +8878,6 @@ def test_what_comes_next_is_found_in_the_order_of_an_index(store: Store) -> None
     assert "SEARCH s USING INDEX schedules_next (next_fire<?)" in plan and not any("ORDER BY" in step for step in plan)
 
 
-async def test_executions_are_listed_newest_first_with_filters_and_a_cursor(api: Api) -> None:
-    first, second = await api.task(), await api.task(config={"command": "exit 1"})
-    await api.schedule(first)
-    assert [await api.executed(task) for task in (first, second, first, second)] == [1, 2, 3, 4]
-    api.rig.clock.go(60)
-    while len(rows := (await api.get("/executions"))["executions"]) < 5 or rows[0]["status"] != "succeeded":
-        await asyncio.sleep(0.002)
-    for query, ids in {
-        "": [5, 4, 3, 2, 1],
-        f"task_id={second}": [4, 2],
-        "schedule_id=1": [5],
-        "trigger=schedule": [5],
-        "trigger=manual&status=failed": [4, 2],
-        "status=running": [],
-        "before_id=3": [2, 1],
-    }.items():
-        assert [row["id"] for row in (await api.get(f"/executions?{query}"))["executions"]] == ids, query
-    pages, before = [], ""
-    for _ in range(3):
-        page = await api.get(f"/executions?limit=2{before}")
-        assert set(page) == {"executions", "next_before_id"}
-        pages.append([row["id"] for row in page["executions"]])
-        before = f"&before_id={page['next_before_id']}"
-    assert (pages, page["next_before_id"]) == ([[5, 4], [3, 2], [1]], None)
-
-
 async def test_cancelling_answers_200_when_it_is_over_and_409_afterwards(api: Api) -> None:
     await api.task(config={"command": "exec sleep 60"}, max_retries=3)
     await api("POST", "/tasks/1/execute")
@@ -8892,9 +8907,7 @@ async def test_texts_in_lists_are_cut_to_4096_characters(api: Api, target: Targe
     assert (await api.get(f"/executions/{large}"))["output_data"]["body"] == {"list": ["x" * 10] * 2000}
 
 
-async def test_the_output_is_given_as_plain_text_and_can_be_followed_until_the_execution_is_over(
-    api: Api, tmp_path: Path
-) -> None:
+async def test_the_output_is_plain_text_and_can_be_followed_until_the_execution_is_over(api: Api, tmp_path: Path) -> None:
     await api.task(config={"command": f"echo begun; mkfifo {tmp_path}/gate; cat {tmp_path}/gate"})
     await api("POST", "/tasks/1/execute")
     following = asyncio.ensure_future(api("GET", "/executions/1/output?follow=true"))
@@ -8911,42 +8924,6 @@ async def test_the_output_is_given_as_plain_text_and_can_be_followed_until_the_e
 
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
-
-SCHEDULE_VIEW = json.loads("""
-    {"id": 1, "key": null, "task_id": 1, "task_name": "t", "managed_by": null,
-    "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
-    "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "is_active": true,
-    "overlap": "skip", "catchup": "latest", "catchup_window": 86400, "jitter": 0,
-    "start_at": null, "end_at": null, "max_runs": null, "exclude": [],
-    "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
-    "last_run": null, "next_run": "2026-01-01T00:01:00Z", "run_count": 0,
-    "upcoming": [{"utc": "2026-01-01T00:01:00Z", "local": "2026-01-01T00:01:00+00:00"},
-    {"utc": "2026-01-01T00:02:00Z", "local": "2026-01-01T00:02:00+00:00"},
-    {"utc": "2026-01-01T00:03:00Z", "local": "2026-01-01T00:03:00+00:00"},
-    {"utc": "2026-01-01T00:04:00Z", "local": "2026-01-01T00:04:00+00:00"},
-    {"utc": "2026-01-01T00:05:00Z", "local": "2026-01-01T00:05:00+00:00"}], "notes": []}
-""")
-
-
-async def test_a_schedule_is_created_with_all_its_fields(api: Api) -> None:
-    await api.task()
-    answer = await api("POST", "/schedules", EVERY_MINUTE)
-    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/schedules/1")
-    assert answer.json == SCHEDULE_VIEW
-    assert await api.get("/schedules/1") == SCHEDULE_VIEW
-    problem_of(await api("POST", "/schedules", {**EVERY_MINUTE, "task_id": 99}), 404)
-
-
-async def test_schedules_are_listed_in_pages_with_filters(api: Api) -> None:
-    first, second = await api.task(), await api.task()
-    for task_id, active in ((first, True), (second, True), (first, False)):
-        await api.schedule(task_id, is_active=active)
-    page = await api.get("/schedules?limit=2")
-    assert set(page) == {"total", "skip", "limit", "schedules"}
-    assert (page["total"], [schedule["id"] for schedule in page["schedules"]]) == (3, [1, 2])
-    filters = {f"task_id={first}": [1, 3], "is_active=true": [1, 2], "is_active=false": [3], "task_id=99": [], "skip=2": [3]}
-    for query, ids in filters.items():
-        assert [schedule["id"] for schedule in (await api.get(f"/schedules?{query}"))["schedules"]] == ids, query
 
 
 async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
@@ -8967,7 +8944,8 @@ async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
 
 async def test_a_bad_key_or_tag_is_refused_by_name(api: Api) -> None:
     for field, value, message in (
-        *(("key", key, "must match [a-z0-9][a-z0-9._-]{0,99}") for key in ("", "Backup")),
+        ("key", "", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("key", "Backup", "must match [a-z0-9][a-z0-9._-]{0,99}"),
         ("key", "a" * 101, "must have at most 100 characters"),
         ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
         ("tags", ["a"] * 21, "must have at most 20 items after validation, not 21"),
@@ -9018,24 +8996,21 @@ async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api)
 async def test_a_preview_answers_words_and_slots(api: Api) -> None:
     body = {"schedule_type": "cron", "schedule_config": {"expression": "30 9 * * *", "timezone": "Europe/Berlin"}, "count": 2}
 
-    async def preview(**more: Any) -> Any:
+    async def preview(body: Any = body, **more: Any) -> Any:
         answer = await api("POST", "/schedules/preview", {**body, **more})
         assert answer.status == 200, answer.text
         return answer.json
 
     shown = await preview()
-    assert shown["upcoming"] == [
-        {"utc": "2026-01-01T08:30:00Z", "local": "2026-01-01T09:30:00+01:00"},
-        {"utc": "2026-01-02T08:30:00Z", "local": "2026-01-02T09:30:00+01:00"},
-    ]
+    winter = {"utc": "2026-01-01T08:30:00Z", "local": "2026-01-01T09:30:00+01:00"}
+    assert shown["upcoming"] == [winter, {"utc": "2026-01-02T08:30:00Z", "local": "2026-01-02T09:30:00+01:00"}]
     assert "Europe/Berlin" in shown["description"]
     summer = (await preview(after="2026-07-01T12:00:00"))["upcoming"][0]
     assert summer == {"utc": "2026-07-02T07:30:00Z", "local": "2026-07-02T09:30:00+02:00"}
     assert len((await preview(count=1000))["upcoming"]) == 1000
     jittered = await preview(jitter=60)
-    assert "jitter" in jittered["note"] and jittered["upcoming"][0]["utc"] == "2026-01-01T08:30:00Z"
-    as_created = await api("POST", "/schedules/preview", {**EVERY_MINUTE, "overlap": "queue"})
-    assert len(as_created.json["upcoming"]) == 5
+    assert "jitter" in jittered["note"] and jittered["upcoming"][0] == winter
+    assert len((await preview(EVERY_MINUTE, overlap="queue"))["upcoming"]) == 5
     assert (await api.get("/schedules"))["total"] == 0
 
 
@@ -9144,8 +9119,8 @@ async def test_openapi_names_every_route_of_the_contract(api: Api) -> None:
     document = await api.get("//openapi.json")
     assert document["openapi"].startswith("3.1")
     found = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    pages = {("GET", path) for path in ("/", "/health", "/metrics", "/openapi.json", "/docs")}
-    assert {(method, API + path) for path, methods in ROUTES.items() for method in methods} | pages <= found
+    asked = {path if path.startswith("//") else API + path: methods for path, methods in ROUTES.items()}
+    assert {(method, path.replace("//", "/")) for path, methods in asked.items() for method in methods} <= found
 
 
 async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Api) -> None:
@@ -9176,7 +9151,6 @@ GOOD_ARGUMENTS: dict[str, dict[str, Any]] = {
     "update_schedule": {"schedule_id": 1},
     "preview_schedule": {"schedule_type": "interval", "schedule_config": {"seconds": 60}},
 }
-BAD_BOUNDS = {"start_at": ["x"], "end_at": ["2026-13-01T00:00:00Z", "2025-01-01T00:00:00Z", "2026-01-01T00:00:30Z"]}
 REFUSED_VALUES: dict[str, dict[str, Sequence[Any]]] = {
     "create_task": {
         "name": ["", "x" * 256, 5, None, " ", "a\nb", "a\rb", "a\x00b", "a\x1b[2J", "\x7f", "\x9b2J", ABSENT],
@@ -9192,8 +9166,7 @@ REFUSED_VALUES: dict[str, dict[str, Sequence[Any]]] = {
     "update_schedule": dict.fromkeys(
         "task_id schedule_type schedule_config is_active overlap catchup catchup_window jitter".split(), (None,)
     ),
-    "create_schedule": BAD_BOUNDS,
-    "preview_schedule": {**BAD_BOUNDS, "count": [0, 1001, 2.5], "after": ["x", 5], "task": [1]},
+    "preview_schedule": {"count": [0, 1001, 2.5], "after": ["x", 5], "task": [1]},
 }
 # Configurations that section 2 refuses, with the fields that it complains about.
 BAD_TIMES: list[tuple[str, Any, str]] = [
@@ -9207,23 +9180,13 @@ BAD_TIMES: list[tuple[str, Any, str]] = [
     ("interval", {"seconds": 60, "start_date": "x"}, "start_date"),
     *(("interval", {"seconds": 60, "timezone": zone}, "timezone") for zone in (5, ["x"], "Mars")),
 ]
-BAD_ENV = {"command": "x", "timeout": 0, "env": {"CHRONOTASK_X": "1"}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *((tool, {name: value}, name) for tool, of in REFUSED_VALUES.items() for name, values in of.items() for value in values),
-    *(
-        (
-            tool,
-            {"schedule_type": kind, "schedule_config": config},
-            " ".join(f"schedule_config.{field}" for field in fields.split()),
-        )
-        for tool in ("create_schedule", "preview_schedule")
-        for kind, config, fields in BAD_TIMES
-    ),
     ("create_task", {"config": {"command": "true", "comand": "x"}}, "config.comand"),
-    ("create_task", {"name": "a\nb", "config": BAD_ENV}, "name config.timeout config.env.CHRONOTASK_X"),
-    *(
-        (tool, {"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at")
-        for tool in ("create_schedule", "preview_schedule")
+    (
+        "create_task",
+        {"name": "a\nb", "config": {"command": "x", "timeout": 0, "env": {"CHRONOTASK_X": "1"}}},
+        "name config.timeout config.env.CHRONOTASK_X",
     ),
     ("update_task", {"task_type": "http"}, "config"),
     ("update_schedule", {"schedule_type": "cron"}, "schedule_config"),
@@ -9235,6 +9198,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "schedule_config.seconds end_at after",
     ),
 ]
+
+
+for _tool in ("create_schedule", "preview_schedule"):
+    for _kind, _config, _fields in BAD_TIMES:
+        _named = " ".join(f"schedule_config.{field}" for field in _fields.split())
+        REFUSED.append((_tool, {"schedule_type": _kind, "schedule_config": _config}, _named))
+    REFUSED.append((_tool, {"start_at": "x"}, "start_at"))
+    for _end in ("2026-13-01T00:00:00Z", "2025-01-01T00:00:00Z", "2026-01-01T00:00:30Z"):
+        REFUSED.append((_tool, {"end_at": _end}, "end_at"))
+    REFUSED.append((_tool, {"start_at": "2026-03-01T00:00:00Z", "end_at": "2026-02-01T00:00:00Z"}, "end_at"))
 
 
 async def test_rest_and_mcp_refuse_the_same_and_name_the_same_fields_in_the_same_words(api: Api) -> None:
@@ -9251,16 +9224,12 @@ async def test_rest_and_mcp_refuse_the_same_and_name_the_same_fields_in_the_same
         answer = await chronotask.run_tool(api.rig.service, tool, arguments)
         assert (answer.is_error, answer.content[0].text) == (True, detail), (tool, more)
     assert ((await api.get("/tasks"))["total"], (await api.get("/schedules"))["total"]) == (1, 1)
-
-
-async def test_every_bad_field_is_listed_with_what_is_allowed_or_the_nearest_name(api: Api) -> None:
+    # All that is wrong is said at once, with what is allowed or the nearest name.
     bad = {"status": "on", "max_retries": 101, "retry_delay": -1, "retry_backoff": 0.5, "id": 5, "descripton": "x"}
     body = {"name": "", "task_type": "ftp", "config": [], **bad}
     detail = problem_of(await api("POST", "/tasks", body), 422, *body)
     assert "description" in detail and "'ftp'" in detail
-    problem_of(await api("POST", "/tasks", {}), 422, "name", "task_type", "config")
-    await api.task()
-    assert "task_type" in problem_of(await api("PATCH", "/tasks/1", {"task_type": "http"}), 422, "config")
+    problem_of(await api("POST", "/tasks", {}), 422, *BASH)
     bad = {"is_active": "yes", "overlap": "maybe", "catchup": "none", "catchup_window": -1, "jitter": 3601, "max_runs": 0}
     body = {"task_id": 0, "schedule_type": "hourly", "schedule_config": 5, "start_at": 5, "end_at": [], "ovrlap": "skip", **bad}
     assert "overlap" in problem_of(await api("POST", "/schedules", body), 422, *body)
@@ -9270,7 +9239,8 @@ ROUTES = {
     path: methods.split()
     for path, methods in re.findall(
         r"(/\S*) ([A-Z ]+\b)",
-        """/tasks GET POST, /tasks/{id} GET PUT PATCH DELETE, /tasks/{id}/execute POST, /tasks/{id}/history GET,
+        """// GET, //health GET, //metrics GET, //openapi.json GET, //docs GET,
+        /tasks GET POST, /tasks/{id} GET PUT PATCH DELETE, /tasks/{id}/execute POST, /tasks/{id}/history GET,
         /schedules GET POST, /schedules/preview POST, /schedules/{id} GET PUT PATCH DELETE, /executions GET, /executions/{id} GET,
         /executions/{id}/cancel POST, /executions/{id}/output GET, /scheduler/status GET, /scheduler/pause POST,
         /scheduler/resume POST, /events GET, /backup GET""",
@@ -9279,14 +9249,27 @@ ROUTES = {
 
 
 async def test_another_method_answers_405_and_names_the_allowed_ones(api: Api) -> None:
-    routes = {"//": ["GET"], "//health": ["GET"], "//metrics": ["GET"], **ROUTES}
-    for path, allowed in routes.items():
+    for path, allowed in ROUTES.items():
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {*allowed}:
-            if path != "/schedules/preview" or method in ("OPTIONS",):  # else it is a schedule with an odd id
+            if path != "/schedules/preview" or method == "OPTIONS":  # else it is a schedule with an odd id
                 answer = await api(method, path.replace("{id}", "1"))
                 problem_of(answer, 405)
                 assert {*answer.headers["Allow"].split(", ")} >= {*allowed}, path
                 assert method not in answer.headers["Allow"].split(", "), path
+
+
+async def test_a_body_is_declared_as_json_and_a_post_without_one_needs_no_content_type(api: Api) -> None:
+    calls = [("POST", "/tasks"), ("POST", "/schedules/preview"), ("PUT", "/tasks/1"), ("POST", "/scheduler/pause")]
+    for content_type, (method, path) in itertools.product(NOT_JSON.split("|"), calls):
+        problem_of(await api(method, path, BASH, headers={"Content-Type": content_type}), 415)
+    assert (await api.get("/scheduler/status"))["paused"] is False
+    assert (await api("POST", "/tasks", BASH, headers={"Content-Type": "application/json; charset=utf-8"})).status == 201
+    assert (await api("POST", "/scheduler/pause")).status == 200
+    assert (await api("POST", "/scheduler/resume", {})).status == 200
+    problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
+    for method, path, body in (("POST", "/tasks", json.dumps(BASH).encode()), ("PUT", "/tasks/1", b'{"name": "b"}')):
+        assert (await api(method, path, raw=codecs.BOM_UTF8 + body)).status in (200, 201), "behind a byte order mark"
+    assert (await api("POST", "/scheduler/pause", raw=codecs.BOM_UTF8)).status == 200
 
 
 async def test_what_is_not_there_answers_404(api: Api) -> None:
@@ -9311,39 +9294,17 @@ async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_
 NOT_JSON = "text/plain|application/x-www-form-urlencoded|multipart/form-data||application/jsonp|application/octet-stream"
 
 
-async def test_a_body_that_is_not_declared_as_json_answers_415(api: Api) -> None:
-    calls = [("POST", "/tasks"), ("POST", "/schedules/preview"), ("PUT", "/tasks/1"), ("POST", "/scheduler/pause")]
-    for content_type, (method, path) in itertools.product(NOT_JSON.split("|"), calls):
-        problem_of(await api(method, path, BASH, headers={"Content-Type": content_type}), 415)
-    assert (await api.get("/scheduler/status"))["paused"] is False
-
-
-async def test_json_with_a_charset_is_taken_and_a_post_without_a_body_needs_no_content_type(api: Api) -> None:
-    assert (await api("POST", "/tasks", BASH, headers={"Content-Type": "application/json; charset=utf-8"})).status == 201
-    assert (await api("POST", "/scheduler/pause")).status == 200
-    assert (await api("POST", "/scheduler/resume", {})).status == 200
-    problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
-    for method, path, body in (("POST", "/tasks", json.dumps(BASH).encode()), ("PUT", "/tasks/1", b'{"name": "b"}')):
-        assert (await api(method, path, raw=codecs.BOM_UTF8 + body)).status in (200, 201), "behind a byte order mark"
-    assert (await api("POST", "/scheduler/pause", raw=codecs.BOM_UTF8)).status == 200
-
-
-BAD_PARAMETERS = """
-    /tasks: limit=0 limit=1001 limit=x limit= limit=1.5 limit=1_0 skip=-1 skip=99999999999999999999 status=on task_type=x
-        stauts=active limit=1&limit=2
-    /schedules: is_active=maybe task_id=0
-    /executions: trigger=x before_id=0 skip=1 status=done
-    /tasks/1/history: success=2
-    /scheduler/status: x=1
-    /tasks/1: x=1
-"""
-
-
 async def test_a_bad_parameter_answers_422_with_its_name(api: Api) -> None:
     await api.task()
-    for path, queries in re.findall(r"(/\S*): ([^:]+?)\n(?=    /|$)", BAD_PARAMETERS):
-        for query in queries.split():
-            problem_of(await api("GET", f"{path}?{query}"), 422, query.partition("=")[0])
+    for path, query in (
+        *(("/tasks", f"limit={value}") for value in ("0", "1001", "x", "", "1.5", "1_0", "1&limit=2")),
+        *(("/tasks", query) for query in "skip=-1 skip=99999999999999999999 status=on task_type=x stauts=active".split()),
+        *(("/schedules", query) for query in ("is_active=maybe", "task_id=0")),
+        *(("/executions", query) for query in ("trigger=x", "before_id=0", "skip=1", "status=done")),
+        ("/tasks/1/history", "success=2"),
+        *((path, "x=1") for path in ("/scheduler/status", "/tasks/1")),
+    ):
+        problem_of(await api("GET", f"{path}?{query}"), 422, query.partition("=")[0])
     assert "status" in problem_of(await api("GET", "/tasks?stauts=active"), 422, "stauts")
     for limit in (1, 1000):
         assert (await api.get(f"/tasks?limit={limit}"))["limit"] == limit
@@ -9388,20 +9349,20 @@ async def test_which_hosts_and_origins_are_served_on_both_ports(open_api: OpenAp
 
 
 NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-NAVIGATED = {"Sec-Fetch-Site": "cross-site", **NAVIGATION}
-FETCHES: list[tuple[str, dict[str, str], int]] = [
-    *(("GET /tasks", {"Sec-Fetch-Site": site}, 200) for site in ("same-origin", "none")),
-    *(("GET /tasks", {"Sec-Fetch-Site": site}, 403) for site in ("cross-site", "same-site", "nonsense")),
-    *((call, NAVIGATED, 200) for call in ("GET //", "GET //docs")),
-    *((call, NAVIGATED, 403) for call in ("GET /tasks", "POST /scheduler/pause", "GET //openapi.json", "GET //metrics")),
-    ("GET //", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}, 403),
-    ("GET //", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, 403),
-]
 
 
 async def test_which_requests_of_a_browser_are_served(api: Api) -> None:
-    for call, headers, status in FETCHES:
-        assert (await api(*call.split(), headers=headers)).status == status, (call, headers)
+    navigated, image = {"Sec-Fetch-Site": "cross-site", **NAVIGATION}, {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+    for headers, status, calls in (
+        *(({"Sec-Fetch-Site": site}, 200, "GET /tasks") for site in ("same-origin", "none")),
+        *(({"Sec-Fetch-Site": site}, 403, "GET /tasks") for site in ("cross-site", "same-site", "nonsense")),
+        (navigated, 200, "GET //, GET //docs"),
+        (navigated, 403, "GET /tasks, POST /scheduler/pause, GET //openapi.json, GET //metrics"),
+        ({**navigated, **image}, 403, "GET //"),
+        ({**navigated, "Sec-Fetch-Dest": "iframe"}, 403, "GET //"),
+    ):
+        for call in calls.split(", "):
+            assert (await api(*call.split(), headers=headers)).status == status, (call, headers)
 
 
 GOOD_TOKEN = "correct-horse-battery"
@@ -9639,28 +9600,26 @@ NUMBERS += "1e999 -1e999 1e308 -9223372036854775809 18446744073709551616 1.79769
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
 async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str) -> None:
-    task_id = await api.task()
-    bash, http = {**BASH, "config": {"command": "true"}}, {"task_type": "http", "config": {"url": "http://127.0.0.1:9/"}}
-    places: dict[str, list[dict[str, Any]]] = {
-        "/tasks": [
-            *({**bash, name: "N"} for name in ("name", "task_type", "config", "max_retries", "retry_delay")),
-            {**bash, "config": {"command": "true", "timeout": "N"}},
-            *(
-                {**bash, **http, "config": {**http["config"], name: value}}
-                for name, value in {"body": {"a": ["N"]}, "params": {"a": "N"}, "expected_status": ["N"]}.items()
-            ),
-        ],
-        "/schedules": [
-            *({**EVERY_MINUTE, name: "N"} for name in ("task_id", "schedule_config", "jitter", "max_runs", "catchup_window")),
-            {**EVERY_MINUTE, "schedule_config": {"seconds": "N"}},
-        ],
-        "/schedules/preview": [{**EVERY_MINUTE, "count": "N"}],
-    }
-    for path, bodies in places.items():
-        for body in bodies:
-            answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
-            assert answer.status in (201, 400, 404, 422), (body, answer.text)
-            assert len(answer.text) < 20_000
+    task_id, url = await api.task(), {"url": "http://127.0.0.1:9/"}
+    bodies = [
+        *(("/tasks", {**BASH, name: "N"}) for name in ("name", "task_type", "config", "max_retries", "retry_delay")),
+        ("/tasks", {**BASH, "config": {"command": "true", "timeout": "N"}}),
+        *(
+            ("/tasks", {**BASH, "task_type": "http", "config": {**url, name: value}})
+            for name, value in {"body": {"a": ["N"]}, "params": {"a": "N"}, "expected_status": ["N"]}.items()
+        ),
+        *(
+            ("/schedules", {**EVERY_MINUTE, name: value})
+            for name, value in {
+                **dict.fromkeys(("task_id", "schedule_config", "jitter", "max_runs", "catchup_window"), "N"),
+                "schedule_config": {"seconds": "N"},
+            }.items()
+        ),
+        ("/schedules/preview", {**EVERY_MINUTE, "count": "N"}),
+    ]
+    for path, body in bodies:
+        answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
+        assert answer.status in (201, 400, 404, 422) and len(answer.text) < 20_000, (body, answer.text)
     for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
         assert (await api("GET", query)).status in (404, 422), query
     assert (await api("POST", f"/tasks/{task_id}/execute?wait={number}")).status == 422
@@ -9671,49 +9630,44 @@ async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str
 @each("character", "\\u0000", "\\ud800", "\\udfff\\ud800")
 async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, character: str) -> None:
     await api.task()
-    http, cron = {"task_type": "http", "name": "t"}, {**EVERY_MINUTE, "schedule_type": "cron"}
     bash = {"command": "X", "args": ["X"], "env": {"A": "X"}, "working_dir": "/X"}
-    auth = {"username": "X", "password": "X"}
-    for body, fields in (
-        ({**BASH, "name": "aX", "description": "X"}, "name description"),
-        ({**BASH, "config": bash}, "config.command config.args[0] config.env.A config.working_dir"),
-        ({**BASH, "config": {"command": "true", "env": {"AX": "a"}}}, r"config.env.'A\x00'"),
-        (
-            {**http, "config": {"url": "http://127.0.0.1:9/X", "headers": {"A": "X"}, "auth": auth}},
-            "config.url config.headers config.auth.username config.auth.password",
-        ),
-        ({**http, "config": {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}}, "config.url config.headers"),
-        (
-            {**cron, "schedule_config": {"expression": "* * * * *X", "timezone": "UTCX"}},
-            "schedule_config.expression schedule_config.timezone",
-        ),
-        ({**cron, "schedule_type": "once", "schedule_config": {"datetime": "2027-01-01X"}}, "schedule_config.datetime"),
+    http = {"url": "http://127.0.0.1:9/X", "headers": {"A": "X"}, "auth": {"username": "X", "password": "X"}}
+    for kind, config, fields in (
+        ("bash", bash, "command args[0] env.A working_dir"),
+        ("bash", {"command": "true", "env": {"AX": "a"}}, r"env.'A\x00'"),
+        ("http", http, "url headers auth.username auth.password"),
+        ("http", {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}, "url headers"),
+        ("cron", {"expression": "* * * * *X", "timezone": "UTCX"}, "expression timezone"),
+        ("once", {"datetime": "2027-01-01X"}, "datetime"),
+        ("", {"command": "true"}, "name description"),
     ):
-        path = "/schedules" if "schedule_type" in body else "/tasks"
+        body, path, before = {"name": "t", "task_type": kind, "config": config}, "/tasks", "config."
+        if kind in ("cron", "once"):
+            body = {"task_id": 1, "schedule_type": kind, "schedule_config": config}
+            path, before = "/schedules", "schedule_config."
+        elif not kind:
+            body, before = {**BASH, "name": "aX", "description": "X"}, ""
         answer = await api("POST", path, raw=json.dumps(body).replace("X", character).encode())
-        problem_of(answer, 422, *(fields.split() if character == "\\u0000" else [""]))  # a surrogate: the body as a whole
+        named = [before + field for field in fields.split()] if character == "\\u0000" else [""]
+        problem_of(answer, 422, *named)  # a surrogate: the body as a whole
     assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
 
 
 # --- The token --------------------------------------------------------------------------------------------------------
 
 
-def every_way_in() -> Iterator[tuple[str, str]]:
-    for operation in OPERATIONS:
-        for method in ("PATCH", "PUT") if operation.method == "PATCH" else (operation.method,):
-            yield method, API + operation.path.replace("{id}", "1")
-    yield from (("GET", page.path.replace("{id}", "1")) for page in chronotask.PAGES)
-    yield from itertools.product(("POST", "PUT", "DELETE", "OPTIONS", "PATCH"), ("/", "/docs"))
-    spellings = (
-        "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
-    )
-    yield from (("GET", path) for path in (*spellings.split(), f"/api/v1/tasks?token={GOOD_TOKEN}"))
-
-
 async def test_going_round_the_token_by_another_route_method_or_spelling(open_api: OpenApi) -> None:
     api = await open_api(api_token=GOOD_TOKEN)
     task_id = (await api("POST", "/tasks", BASH, headers=BEARER)).json["id"]
-    for method, path in every_way_in():
+    spellings = (
+        "//health /health/ /health/../metrics /health;x /health%2f..%2fmetrics /HEALTH /docs/../metrics /docs/x /docs/ /nothing"
+    )
+    ways = [("GET", path) for path in (*spellings.split(), f"/api/v1/tasks?token={GOOD_TOKEN}")]
+    ways += itertools.product(("POST", "PUT", "DELETE", "OPTIONS", "PATCH"), ("/", "/docs"))
+    ways += [("GET", page.path.replace("{id}", "1")) for page in chronotask.PAGES]
+    ways += [(operation.method, API + operation.path.replace("{id}", "1")) for operation in OPERATIONS]
+    ways += [("PUT", path) for method, path in ways if method == "PATCH"]
+    for method, path in ways:
         request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         answer = await raw_answer(api.client.port, request.encode())
         is_open = (method, path) in (("GET", "/health"), ("GET", "/docs"))
@@ -9721,6 +9675,22 @@ async def test_going_round_the_token_by_another_route_method_or_spelling(open_ap
         assert is_open or b'\r\nWWW-Authenticate: Bearer realm="ChronoTask"\r\n' in answer
     assert api.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
     assert api.rig.sql("SELECT count(*) FROM executions") == [(0,)]
+
+
+async def test_a_mask_does_not_follow_the_url_to_another_server_but_to_another_path(api: Api, target: Target) -> None:
+    task_id = await api.task(task_type="http", config=secret_config(target))
+    shown = (await api.get(f"/tasks/{task_id}"))["config"]
+    for host in ("127.0.0.2", "127.0.0.1:9", f"{target.url[7:]}.evil.example", f"{target.url[7:]}@127.0.0.2"):
+        answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": f"http://{MASK}@{host}/"}})
+        assert answer.status == 422, answer.text
+        fields = {error["field"] for error in answer.json["errors"]}
+        assert fields >= MASKED_FIELDS or fields == {"config.url"}, fields
+        assert not [secret for secret in SECRETS if secret in answer.text]
+    kept = json.loads(api.rig.sql("SELECT config FROM tasks WHERE id = ?", task_id)[0][0])
+    assert kept == secret_config(target)
+    assert (await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
+    await api.executed(task_id)
+    assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
 
 
 async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -> None:
@@ -9826,11 +9796,10 @@ async def test_a_tool_over_http_keeps_to_the_scope_of_its_token(open_api: OpenAp
 
     async def refused(token: str, tool: str, **arguments: Any) -> str:
         """What is said when the call is refused; else nothing."""
-        headers = {**bearer(token), **MCP_HEADERS, "MCP-Protocol-Version": "2025-06-18"}
-        answer = await api("POST", "//mcp", rpc("tools/call", name=tool, arguments=arguments), headers=headers)
-        assert answer.status == 200, answer.text
-        result = json.loads(answer.text.partition("data: ")[2] or answer.text)["result"]
-        return result["content"][0]["text"] if result.get("isError") else ""
+        headers = {**bearer(token), "MCP-Protocol-Version": "2025-06-18"}
+        status, answer, _ = await post(api, rpc("tools/call", name=tool, arguments=arguments), **headers)
+        assert status == 200, answer
+        return answer["result"]["content"][0]["text"] if answer["result"].get("isError") else ""
 
     needs_admin = "this needs the scope admin: the token ci has run"
     assert (await refused(RUNNER, "create_task", **BASH)).startswith(needs_admin)
@@ -10021,39 +9990,32 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
     assert some["next_before_id"] == some["changes"][-1]["id"]
 
 
-WRITES: dict[str, tuple[str, Json, str]] = {
-    "POST /tasks": ("/tasks", {"name": "n", "task_type": "bash", "config": {"command": "true"}}, "create task"),
-    "PATCH /tasks/{id}": ("/tasks/1", {"name": "n"}, "update task"),
-    "DELETE /tasks/{id}": ("/tasks/1", None, "delete task"),
-    "POST /schedules": ("/schedules", EVERY_MINUTE, "create schedule"),
-    "PATCH /schedules/{id}": ("/schedules/1", {"jitter": 1}, "update schedule"),
-    "DELETE /schedules/{id}": ("/schedules/1", None, "delete schedule"),
-    "POST /schedules/{id}/backfill": (
-        "/schedules/1/backfill",
-        {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"},
-        "backfill schedule",
-    ),
-    "POST /tasks/{id}/execute": ("/tasks/1/execute?wait=0.01", None, "execute execution"),
-    "POST /executions/{id}/rerun": ("/executions/2/rerun?wait=0.01", None, "rerun execution"),
-    "POST /executions/{id}/cancel": ("/executions/1/cancel", None, "cancel execution"),
-    "POST /scheduler/pause": ("/scheduler/pause", None, "pause scheduler"),
-    "POST /scheduler/resume": ("/scheduler/resume", None, "resume scheduler"),
-    "POST /apply": (
-        "/apply",
-        {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}},
-        "create task",
-    ),
+WRITES: dict[str, tuple[str, Json]] = {
+    "POST /tasks": ("create task", BASH),
+    "PATCH /tasks/{id}": ("update task", {"name": "n"}),
+    "DELETE /tasks/{id}": ("delete task", None),
+    "POST /schedules": ("create schedule", EVERY_MINUTE),
+    "PATCH /schedules/{id}": ("update schedule", {"jitter": 1}),
+    "DELETE /schedules/{id}": ("delete schedule", None),
+    "POST /schedules/{id}/backfill": ("backfill schedule", {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"}),
+    "POST /tasks/{id}/execute": ("execute execution", None),
+    "POST /executions/{id}/rerun": ("rerun execution", None),
+    "POST /executions/{id}/cancel": ("cancel execution", None),
+    "POST /scheduler/pause": ("pause scheduler", None),
+    "POST /scheduler/resume": ("resume scheduler", None),
+    "POST /apply": ("create task", {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}}),
 }
 
 
 @each("call", *[f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
 async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
-    path, body, change = WRITES[call]
+    change, body = WRITES[call]
     await api.rig.schedule(await api.task(config={"command": "sleep 20"}), "cron")
     await api("POST", "/tasks/1/execute")
     await api.executed(await api.task())
     before = api.rig.sql("SELECT count(*) FROM changes")[0][0]
-    answer = await api(call.partition(" ")[0], path, body)
+    method, path = call.replace("{id}", "2" if "rerun" in call else "1").split()
+    answer = await api(method, path, body)
     assert answer.status < 300, answer.text
     changes = (await api.get("/changes"))["changes"]
     assert len(changes) > before and f"{changes[0]['operation']} {changes[0]['kind']}" == change
@@ -10293,27 +10255,6 @@ async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks
     for secret, text in itertools.product(SECRETS, texts):
         assert secret not in text
         assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
-
-
-async def test_a_mask_does_not_follow_the_url_to_another_server(api: Api, target: Target) -> None:
-    task_id = await api.task(task_type="http", config=secret_config(target))
-    shown = (await api.get(f"/tasks/{task_id}"))["config"]
-    for host in ("127.0.0.2", "127.0.0.1:9", f"{target.url[7:]}.evil.example", f"{target.url[7:]}@127.0.0.2"):
-        answer = await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": f"http://{MASK}@{host}/"}})
-        assert answer.status == 422, answer.text
-        fields = {error["field"] for error in answer.json["errors"]}
-        assert fields >= MASKED_FIELDS or fields == {"config.url"}, fields
-        assert not [secret for secret in SECRETS if secret in answer.text]
-    kept = json.loads(api.rig.sql("SELECT config FROM tasks WHERE id = ?", task_id)[0][0])
-    assert kept == secret_config(target)
-
-
-async def test_the_path_and_query_may_change_while_the_masks_stay(api: Api, target: Target) -> None:
-    task_id = await api.task(task_type="http", config=secret_config(target))
-    shown = (await api("GET", f"/tasks/{task_id}")).json["config"]
-    assert (await api("PATCH", f"/tasks/{task_id}", {"config": {**shown, "url": shown["url"] + "/other?x=1"}})).status == 200
-    await api.executed(task_id)
-    assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
 
 
 # --- Output is data ---------------------------------------------------------------------------------------------------
@@ -10781,11 +10722,16 @@ def test_a_message_that_is_too_long_is_refused_under_its_own_id(line: bytes, num
 # --- Real processes: stdio --------------------------------------------------------------------------------------------
 
 
-def session(folder: Path, **settings: Json) -> Server:
-    """A process that speaks MCP on its standard streams, after the handshake."""
-    server = Server(folder, "mcp", **settings).start(ready=False)
-    server.hello()
-    return server
+@pytest.fixture
+def new_session(new_server: NewServer) -> NewServer:
+    """Makes processes that speak MCP on their standard streams, and have shaken hands."""
+
+    def open_one(**settings: Json) -> Server:
+        server = new_server("mcp", **settings).start(ready=False)
+        server.hello()
+        return server
+
+    return open_one
 
 
 META = {
@@ -10795,10 +10741,9 @@ META = {
 }
 
 
-@pytest.mark.slow
 @each("version", *OLD_VERSIONS)
-def test_stdio_speaks_every_version_with_a_handshake(tmp_path: Path, version: str) -> None:
-    server = Server(tmp_path, "mcp").start(ready=False)
+def test_stdio_speaks_every_version_with_a_handshake(new_server: NewServer, version: str) -> None:
+    server = new_server("mcp").start(ready=False)
     hello = server.hello(version)
     assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
     assert "by default UTC" in hello["instructions"]
@@ -10809,9 +10754,8 @@ def test_stdio_speaks_every_version_with_a_handshake(tmp_path: Path, version: st
     assert server.ended() == 0
 
 
-@pytest.mark.slow
-def test_stdio_speaks_the_version_without_a_handshake(tmp_path: Path) -> None:
-    server = Server(tmp_path, "mcp").start(ready=False)
+def test_stdio_speaks_the_version_without_a_handshake(new_server: NewServer) -> None:
+    server = new_server("mcp").start(ready=False)
     server.send("server/discover", 1, _meta=META)
     assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
     server.send("tools/call", 2, name="get_scheduler_status", arguments={}, _meta=META)
@@ -10828,9 +10772,8 @@ async def test_the_sdks_client_uses_every_tool_over_stdio(tmp_path: Path, mode: 
             await use_every_tool(Caller(client))
 
 
-@pytest.mark.slow
-async def test_mode_mcp_imports_aiohttp_only_for_the_first_http_task(tmp_path: Path, target: Target) -> None:
-    server = session(tmp_path, python=("-X", "importtime"))
+async def test_mode_mcp_imports_aiohttp_only_for_the_first_http_task(new_session: NewServer, target: Target) -> None:
+    server = new_session(python=("-X", "importtime"))
     server.bash("true")
     assert "mcp.server" in server.log(), "the imports are seen"
     assert "aiohttp.client" not in server.log()  # the log names the folder of this test
@@ -10840,9 +10783,8 @@ async def test_mode_mcp_imports_aiohttp_only_for_the_first_http_task(tmp_path: P
     assert "aiohttp.client" in server.log()
 
 
-@pytest.mark.slow
-def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answered(tmp_path: Path) -> None:
-    server = session(tmp_path)
+def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answered(new_session: NewServer) -> None:
+    server = new_session()
     for number in range(1, 6):
         server.send_call(number, "create_task", name="t", task_type="bash", config={"command": "true"})
     server.write(b'{"jsonrpc":"2.0","id":6,"method":"ping"}')  # the last line needs no newline
@@ -10852,10 +10794,11 @@ def test_the_end_of_input_ends_the_program_after_the_calls_in_flight_are_answere
     assert server.ended() == 0
 
 
-@pytest.mark.slow
 @each("signalled", False, True)
-def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: Path, signalled: bool) -> None:
-    server = session(tmp_path)
+def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(
+    new_session: NewServer, tmp_path: Path, signalled: bool
+) -> None:
+    server = new_session()
     server.send_call(1, "execute_task", task_id=server.bash(f"sleep 1.2; echo done > {tmp_path}/done"), wait=50)
     until(server.has_child)
     server.stdin.close()
@@ -10866,21 +10809,26 @@ def test_the_end_of_input_stops_a_wait_and_the_grace_lets_the_run_end(tmp_path: 
     assert (tmp_path / "done").read_text() == "done\n"
 
 
-@pytest.mark.slow
-def test_a_signal_answers_the_calls_that_wait(tmp_path: Path) -> None:
-    server = session(tmp_path, SHUTDOWN_GRACE=0)
+@each("how", "a signal", "the end of input after notifications/cancelled")
+def test_calls_that_wait_are_answered_by_a_signal_and_hold_up_no_end_when_cancelled(new_session: NewServer, how: str) -> None:
+    server = new_session(SHUTDOWN_GRACE=0)
     server.send_call(1, "execute_task", task_id=server.bash("sleep 60"), wait=50)
     until(server.has_child)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.answer()["id"] == 1
+    if how == "a signal":
+        server.process.send_signal(signal.SIGTERM)
+        assert server.answer()["id"] == 1
+    else:
+        server.send("notifications/cancelled", requestId=1)
+        server.call(8, "list_tasks")
+        server.stdin.close()
+        assert server.rest() == []
     assert server.ended(8) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False], ids=["closes its end", "does not read"])
-def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(tmp_path: Path, reads: bool) -> None:
+def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(new_server: NewServer, reads: bool) -> None:
     read_end, write_end = os.pipe()
-    server = Server(tmp_path, "mcp", stdout=write_end).start(ready=False)
+    server = new_server("mcp", stdout=write_end).start(ready=False)
     os.close(write_end)
     server.send("initialize", 0, protocolVersion="2025-11-25", capabilities={}, clientInfo={"name": "t", "version": "1"})
     for number in range(1, 2 if reads else 201):  # 200 answers are far more than a pipe holds
@@ -10895,9 +10843,8 @@ def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(tmp_path: Path,
         os.close(read_end)
 
 
-@pytest.mark.slow
-def test_a_session_goes_on_after_10_mb_garbage_loud_tasks_and_a_thousand_calls_at_once(tmp_path: Path) -> None:
-    server = session(tmp_path, LOG_LEVEL="DEBUG")
+def test_a_session_goes_on_after_10_mb_garbage_loud_tasks_and_a_thousand_calls_at_once(new_session: NewServer) -> None:
+    server = new_session(LOG_LEVEL="DEBUG")
     assert server.cpu() < 3.0, "the first answer comes soon: in processor time, which does not depend on what else runs"
     server.send_call(7, "create_task", name="t", task_type="bash", config={"command": "x" * 10_000_000})
     error = server.answer()
@@ -10917,18 +10864,6 @@ def test_a_session_goes_on_after_10_mb_garbage_loud_tasks_and_a_thousand_calls_a
     assert {server.answer()["id"] for _ in range(1000)} == {*range(1, 1001)}
     server.stdin.close()
     assert server.rest() == [], "nothing that a task prints or reads reaches the wire"
-    assert server.ended() == 0
-
-
-@pytest.mark.slow
-def test_a_call_that_was_cancelled_does_not_hold_up_the_end_of_input(tmp_path: Path) -> None:
-    server = session(tmp_path, SHUTDOWN_GRACE=0)
-    server.send_call(7, "execute_task", task_id=server.bash("sleep 60"), wait=50)
-    until(server.has_child)
-    server.send("notifications/cancelled", requestId=7)
-    server.call(8, "list_tasks")
-    server.stdin.close()
-    assert server.rest() == []
     assert server.ended() == 0
 
 
@@ -10960,11 +10895,6 @@ chronotask.main = lambda: run() or print(heavy & sys.modules.keys())
     assert not (tmp_path / "c.db-wal").exists(), "the database is closed all the same"
 
 
-def both_on_http(folder: Path, **settings: Json) -> Server:
-    """A process that serves REST and MCP over HTTP, and nobody on its standard streams."""
-    return Server(folder, "both", stdin=subprocess.DEVNULL, **settings).start()
-
-
 def first_tool(server: Server) -> str:
     async def ask_for_it() -> str:
         async with Client(server.mcp_url()) as client:
@@ -10973,9 +10903,8 @@ def first_tool(server: Server) -> str:
     return asyncio.run(ask_for_it())
 
 
-@pytest.mark.slow
-def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(tmp_path: Path) -> None:
-    server = Server(tmp_path, "both").start()
+def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(new_server: NewServer) -> None:
+    server = new_server("both").start()
     server.hello()
     assert server.call(1, "list_tasks")["isError"] is False
     server.stdin.close()
@@ -10984,11 +10913,10 @@ def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(tmp
     assert first_tool(server) == "create_task"
 
 
-@pytest.mark.slow
-def test_both_with_a_terminal_on_stdin_starts_no_session(tmp_path: Path) -> None:
+def test_both_with_a_terminal_on_stdin_starts_no_session(new_server: NewServer) -> None:
     master, slave = os.openpty()
     try:
-        server = Server(tmp_path, "both", stdin=slave).start()
+        server = new_server("both", stdin=slave).start()
         os.write(master, b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
         assert first_tool(server) == "create_task"
         assert server.lines.empty()
@@ -10998,17 +10926,15 @@ def test_both_with_a_terminal_on_stdin_starts_no_session(tmp_path: Path) -> None
         os.close(slave)
 
 
-@pytest.mark.slow
-def test_mcp_turned_off(tmp_path: Path) -> None:
-    server = Server(tmp_path, "both", MCP_ENABLED="false").start()
-    assert "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in server.log()
-    assert "MCP on" not in server.log()
+def test_mcp_turned_off(new_server: NewServer) -> None:
+    log = new_server("both", MCP_ENABLED="false").start().log()
+    assert "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in log and "MCP on" not in log
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(None, id="process", marks=pytest.mark.slow)])
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One process in mode `both` for all tests that leave it as it is."""
-    server = both_on_http(tmp_path_factory.mktemp("both"))
+    """A process in mode `both`, with nobody on its standard streams, for all tests that leave it as it is."""
+    server = Server(tmp_path_factory.mktemp("both"), "both", stdin=subprocess.DEVNULL).start()
     server.alive.remove(server)  # it outlives single tests
     yield server
     assert server.stop() == 0
@@ -11016,108 +10942,102 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 # --- What people ask for: the calls that a model makes who knows only tools/list -----------------------------------------
 
-# T is a task of the key `night-N` that fails (`false`), S its schedule (0 3 * * * in New York), E its failed execution.
-SENTENCES: list[tuple[str, list[tuple[str, Json]], str, Json]] = [
-    ("Back up /tmp/x every weekday at 9 in Berlin",
-     [("create_task", {"name": "b", "command": "tar -czf x.tgz x", "expression": "0 9 * * MON-FRI",
-         "timezone": "Europe/Berlin"})],
-     "/schedules?task_id={id}", {"schedules": [{"description": "Every weekday at 09:00 (Europe/Berlin)"}]}),
-    ("Call http://h/ping every 5 minutes, with the key k in a header",
-     [("create_task", {"name": "p", "url": "http://h/ping", "headers": ["X-Key: k"], "seconds": 300})],
-     "/tasks/{id}", {"task_type": "http", "config": {"url": "http://h/ping", "headers": {"X-Key": "k"}}}),
-    ("POST {\"a\": 1} there, user u, password p",
-     [("create_task", {"name": "p", "url": "http://h/", "method": "POST", "body": '{"a": 1}', "auth": {"username": "u",
-         "password": "p"}})],
-     "/tasks/{id}", {"config": {"method": "POST", "body": {"a": 1}, "auth": {"username": "u"}}}),
-    ("Search with q=1 and page=2; 404 is fine, too",
-     [("create_task", {"name": "p", "url": "http://h/", "params": ["q=1", "page=2"], "expected_status": ["200-299", "404"]})],
-     "/tasks/{id}", {"config": {"params": {"q": "1", "page": "2"}, "expected_status": ["200-299", "404"]}}),
-    ("Run make in /tmp with CI=1, give it an hour, never retry",
-     [("create_task", {"name": "m", "command": "make", "working_dir": "/tmp", "env": ["CI=1"], "timeout": 3600,
-         "max_retries": 0})],
-     "/tasks/{id}", {"config": {"working_dir": "/tmp", "env": {"CI": "1"}, "timeout": 3600}, "max_retries": 0}),
-    ("On the last day of each month at 18:00", [("create_schedule", {"task_id": "T", "expression": "0 18 L * *"})],
-     "/schedules/{id}", {"description": "On the last day of every month at 18:00 (Europe/Berlin)"}),
-    ("On each second Monday at 7", [("create_schedule", {"task_id": "T", "expression": "0 7 * * MON#2"})],
-     "/schedules/{id}", {"schedule_config": {"expression": "0 7 * * MON#2"}}),
-    ("Every two weeks, from Monday 4 January 2027 at 9 in Berlin",
-     [("create_schedule", {"task_id": "T", "days": 14, "start_date": "2027-01-04T09:00:00", "timezone": "Europe/Berlin"})],
-     "/schedules/{id}", {"upcoming": [{"local": "2027-01-04T09:00:00+01:00"}, {"local": "2027-01-18T09:00:00+01:00"}]}),
-    ("Once, on 1 June 2030 at noon in New York",
-     [("create_schedule", {"task_id": "T", "datetime": "2030-06-01T12:00:00", "timezone": "America/New_York"})],
-     "/schedules/{id}", {"schedule_type": "once", "upcoming": [{"utc": "2030-06-01T16:00:00Z"}]}),
-    ("In two hours", [("create_schedule", {"task_id": "T", "in_seconds": 7200})], "/schedules/{id}", {"schedule_type": "once"}),
-    ("Hourly, five times, not over Christmas",
-     [("create_schedule", {"task_id": "T", "expression": "@hourly", "max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]})],
-     "/schedules/{id}", {"max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]}),
-    ("Every 10 s; if it is slow let them queue", [("create_schedule", {"task_id": "T", "seconds": 10, "overlap": "queue",
-        "is_active": False})],
-     "/schedules/{id}", {"overlap": "queue", "schedule_config": {"seconds": 10}}),
-    ("Tell me on a webhook when it breaks and recovers",
-     [("create_task", {"name": "a", "url": "http://h/", "method": "POST",
-         "body": '{"text": "${{cause:text}}"}', "after_task_ids": ["T"],
-                       "on": ["broke", "recovered"]})],
-     "/schedules?task_id={id}", {"schedules": [{"schedule_type": "after", "schedule_config": {"on": ["broke", "recovered"]}}]}),
-    ("Run `true` when any task fails", [("create_task", {"name": "a", "command": "true", "after_any": True, "on": ["failure"],
-        "is_active": False})],
-     "/schedules?task_id={id}", {"schedules": [{"schedule_config": {"any": True}}]}),
-    ("Tell me if it had no success for a day",
-     [("create_task", {"name": "a", "command": "true", "after_task_ids": ["T"], "on": ["overdue"], "seconds": 86400,
-         "is_active": False})],
-     "/schedules?task_id={id}", {"schedules": [{"schedule_config": {"on": ["overdue"], "seconds": 86400}}]}),
-    ("What would 0 */2 * * * do?", [("preview_schedule", {"expression": "0 */2 * * *", "count": 3})], "",
-        {"upcoming": [str, str, str]}),
-    ("Move it to 4 o'clock", [("update_schedule", {"schedule_id": "S", "expression": "0 4 * * *"})],
-     "/schedules/{S}", {"schedule_config": {"expression": "0 4 * * *", "timezone": "America/New_York"}}),
-    ("Rather each hour", [("update_schedule", {"schedule_id": "S", "seconds": 3600})],
-     "/schedules/{S}", {"schedule_type": "interval", "schedule_config": {"seconds": 3600}}),
-    ("In Tokyo's time", [("update_schedule", {"schedule_id": "S", "timezone": "Asia/Tokyo"})],
-     "/schedules/{S}", {"schedule_config": {"expression": "0 3 * * *", "timezone": "Asia/Tokyo"}}),
-    ("Until the end of 2030; no, for ever",
-     [("update_schedule", {"schedule_id": "S", "end_at": "2030-12-31"}), ("update_schedule", {"schedule_id": "S",
-         "clear": ["end_at"]})],
-     "/schedules/{S}", {"end_at": None}),
-    ("Stop that schedule for now", [("update_schedule", {"schedule_id": "S", "is_active": False})], "/schedules/{S}",
-        {"is_active": False}),
-    ("Remove the schedule", [("delete_schedule", {"schedule_id": "S"})], "/schedules?task_id={T}", {"total": 0}),
-    ("It should run echo 7", [("update_task", {"task_id": "T", "command": "echo 7"})], "/tasks/{T}",
-        {"config": {"command": "echo 7"}}),
-    ("Give it the argument x", [("update_task", {"task_id": "T", "args": ["x"]})],
-     "/tasks/{T}", {"config": {"command": "false", "args": ["x"]}}),
-    ("Give it ten minutes; no, the default",
-     [("update_task", {"task_id": "T", "timeout": 600}), ("update_task", {"task_id": "T", "clear": ["timeout"]})],
-     "/tasks/{T}", {"config": {"command": "false"}}),
-    ("Make it a request to http://h/", [("update_task", {"task_id": "T", "url": "http://h/"})],
-     "/tasks/{T}", {"task_type": "http", "config": {"url": "http://h/"}}),
-    ("Tag it prod and db", [("update_task", {"task_id": "T", "tags": ["prod", "db"]})], "/tasks/{T}", {"tags": ["prod", "db"]}),
-    ("Pause it until 2030", [("update_task", {"task_id": "T", "status": "paused", "paused_until": "2030-01-01T00:00:00"})],
-     "/tasks/{T}", {"status": "paused", "paused_until": "2029-12-31T23:00:00Z"}),
-    ("Pause it after 3 failures in a row", [("update_task", {"task_id": "T", "pause_after": 3})], "/tasks/{T}",
-        {"pause_after": 3}),
-    ("Delete the task of the key night", [("delete_task", {"task_id": "key:night-{n}"})], "/tasks?key=night-{n}", {"total": 0}),
-    ("Which tasks are about night?", [("list_tasks", {"q": "night"})], "", {"tasks": [{"name": "night"}]}),
-    ("Run it", [("execute_task", {"task_id": "T"})], "/executions/{id}", {"status": "failed", "trigger": "manual"}),
-    ("Run it once with a longer command, and wait", [("execute_task", {"task_id": "T", "command": "sleep 0.2; echo done",
-        "wait": 20})],
-     "", {"status": "succeeded", "output_data": {"stdout": "done\n"}}),
-    ("Start it and tell me how it ended", [("execute_task", {"task_id": "T", "wait": 0}), ("get_execution",
-        {"execution_id": "id", "wait": 30})],
-     "", {"status": "failed", "output_data": {"exit_code": 1}}),
-    ("Run the failed one again", [("rerun_execution", {"execution_id": "E"})], "/executions/{id}", {"rerun_of": "E"}),
-    ("What failed since yesterday?", [("list_executions", {"status": "failed,timed_out,interrupted", "since": "2026-01-01"})],
-     "", {"executions": [{"status": "failed", "error_message": "exit status 1"}]}),
-    ("Is anything stuck?", [("get_scheduler_status", {})], "", {"running": True, "now": str}),
-    ("Stop what runs",
-     [("execute_task", {"task_id": "T", "command": "sleep 60", "wait": 0}), ("cancel_execution", {"execution_id": "id"})],
-     "/executions/{id}", {"status": "cancelled"}),
-    ("What comes in the next week?", [("list_upcoming", {"until": "2099-01-01", "task_id": "T"})], "",
-        {"upcoming": [{"schedule_id": "S"}]}),
-    ("Stop everything; go on", [("set_scheduler_paused", {"paused": True}), ("set_scheduler_paused", {"paused": False})],
-     "/scheduler/status", {"paused": False}),
-    ("Here is our file, apply it",
-     [("apply_definitions",
-         {"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'})],
-     "/tasks?key=of-{n}", {"total": 1}),
+# What a call of each tool also says, and where its effect is to be seen; else in its answer. T is a task of the key `night-N`
+# that fails (`false`), S its schedule (0 3 * * * in New York), E its failed execution, id what the call before has made.
+USUAL: dict[str, tuple[Json, str]] = {
+    "create_task": ({}, "/tasks/{id}"),
+    "update_task": ({"task_id": "T"}, "/tasks/{T}"),
+    "execute_task": ({"task_id": "T"}, "/executions/{id}"),
+    "create_schedule": ({"task_id": "T"}, "/schedules/{id}"),
+    "update_schedule": ({"schedule_id": "S"}, "/schedules/{S}"),
+}
+
+
+SCHEDULES = "/schedules?task_id={id}"
+# What people say, the tools, their arguments (of two calls a list), what is to be seen then, and where, unless it is the usual.
+SENTENCES: list[tuple[str, str, Json, Json] | tuple[str, str, Json, Json, str]] = [
+    ("Back up /tmp/x every weekday at 9 in Berlin", "create_task",
+     {"name": "b", "command": "tar -czf x.tgz x", "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"},
+     {"schedules": [{"description": "Every weekday at 09:00 (Europe/Berlin)"}]}, SCHEDULES),
+    ("Call http://h/ping every 5 minutes, with the key k in a header", "create_task",
+     {"name": "p", "url": "http://h/ping", "headers": ["X-Key: k"], "seconds": 300},
+     {"task_type": "http", "config": {"url": "http://h/ping", "headers": {"X-Key": "k"}}}),
+    ('POST {"a": 1} there, user u, password p', "create_task",
+     {"name": "p", "url": "http://h/", "method": "POST", "body": '{"a": 1}', "auth": {"username": "u", "password": "p"}},
+     {"config": {"method": "POST", "body": {"a": 1}, "auth": {"username": "u"}}}),
+    ("Search with q=1 and page=2; 404 is fine, too", "create_task",
+     {"name": "p", "url": "http://h/", "params": ["q=1", "page=2"], "expected_status": ["200-299", "404"]},
+     {"config": {"params": {"q": "1", "page": "2"}, "expected_status": ["200-299", "404"]}}),
+    ("Run make in /tmp with CI=1, give it an hour, never retry", "create_task",
+     {"name": "m", "command": "make", "working_dir": "/tmp", "env": ["CI=1"], "timeout": 3600, "max_retries": 0},
+     {"config": {"working_dir": "/tmp", "env": {"CI": "1"}, "timeout": 3600}, "max_retries": 0}),
+    ("On the last day of each month at 18:00", "create_schedule", {"expression": "0 18 L * *"},
+     {"description": "On the last day of every month at 18:00 (Europe/Berlin)"}),
+    ("On each second Monday at 7", "create_schedule", {"expression": "0 7 * * MON#2"},
+     {"schedule_config": {"expression": "0 7 * * MON#2"}}),
+    ("Every two weeks, from Monday 4 January 2027 at 9 in Berlin", "create_schedule",
+     {"days": 14, "start_date": "2027-01-04T09:00:00", "timezone": "Europe/Berlin"},
+     {"upcoming": [{"local": "2027-01-04T09:00:00+01:00"}, {"local": "2027-01-18T09:00:00+01:00"}]}),
+    ("Once, on 1 June 2030 at noon in New York", "create_schedule",
+     {"datetime": "2030-06-01T12:00:00", "timezone": "America/New_York"},
+     {"schedule_type": "once", "upcoming": [{"utc": "2030-06-01T16:00:00Z"}]}),
+    ("In two hours", "create_schedule", {"in_seconds": 7200}, {"schedule_type": "once"}),
+    ("Hourly, five times, not over Christmas", "create_schedule",
+     {"expression": "@hourly", "max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]},
+     {"max_runs": 5, "exclude": ["2026-12-24/2026-12-26"]}),
+    ("Every 10 s; if it is slow let them queue", "create_schedule", {"seconds": 10, "overlap": "queue", "is_active": False},
+     {"overlap": "queue", "schedule_config": {"seconds": 10}}),
+    ("Tell me on a webhook when it breaks and recovers", "create_task",
+     {"name": "a", "url": "http://h/", "method": "POST", "body": '{"text": "${{cause:text}}"}', "after_task_ids": ["T"],
+      "on": ["broke", "recovered"]},
+     {"schedules": [{"schedule_type": "after", "schedule_config": {"on": ["broke", "recovered"]}}]}, SCHEDULES),
+    ("Run `true` when any task fails", "create_task",
+     {"name": "a", "command": "true", "after_any": True, "on": ["failure"], "is_active": False},
+     {"schedules": [{"schedule_config": {"any": True}}]}, SCHEDULES),
+    ("Tell me if it had no success for a day", "create_task",
+     {"name": "a", "command": "true", "after_task_ids": ["T"], "on": ["overdue"], "seconds": 86400, "is_active": False},
+     {"schedules": [{"schedule_config": {"on": ["overdue"], "seconds": 86400}}]}, SCHEDULES),
+    ("What would 0 */2 * * * do?", "preview_schedule", {"expression": "0 */2 * * *", "count": 3}, {"upcoming": [str, str, str]}),
+    ("Move it to 4 o'clock", "update_schedule", {"expression": "0 4 * * *"},
+     {"schedule_config": {"expression": "0 4 * * *", "timezone": "America/New_York"}}),
+    ("Rather each hour", "update_schedule", {"seconds": 3600},
+     {"schedule_type": "interval", "schedule_config": {"seconds": 3600}}),
+    ("In Tokyo's time", "update_schedule", {"timezone": "Asia/Tokyo"},
+     {"schedule_config": {"expression": "0 3 * * *", "timezone": "Asia/Tokyo"}}),
+    ("Until the end of 2030; no, for ever", "update_schedule update_schedule", [{"end_at": "2030-12-31"}, {"clear": ["end_at"]}],
+     {"end_at": None}),
+    ("Stop that schedule for now", "update_schedule", {"is_active": False}, {"is_active": False}),
+    ("Remove the schedule", "delete_schedule", {"schedule_id": "S"}, {"total": 0}, "/schedules?task_id={T}"),
+    ("It should run echo 7", "update_task", {"command": "echo 7"}, {"config": {"command": "echo 7"}}),
+    ("Give it the argument x", "update_task", {"args": ["x"]}, {"config": {"command": "false", "args": ["x"]}}),
+    ("Give it ten minutes; no, the default", "update_task update_task", [{"timeout": 600}, {"clear": ["timeout"]}],
+     {"config": {"command": "false"}}),
+    ("Make it a request to http://h/", "update_task", {"url": "http://h/"},
+     {"task_type": "http", "config": {"url": "http://h/"}}),
+    ("Tag it prod and db", "update_task", {"tags": ["prod", "db"]}, {"tags": ["prod", "db"]}),
+    ("Pause it until 2030", "update_task", {"status": "paused", "paused_until": "2030-01-01T00:00:00"},
+     {"status": "paused", "paused_until": "2029-12-31T23:00:00Z"}),
+    ("Pause it after 3 failures in a row", "update_task", {"pause_after": 3}, {"pause_after": 3}),
+    ("Delete the task of the key night", "delete_task", {"task_id": "key:night-{n}"}, {"total": 0}, "/tasks?key=night-{n}"),
+    ("Which tasks are about night?", "list_tasks", {"q": "night"}, {"tasks": [{"name": "night"}]}),
+    ("Run it", "execute_task", {}, {"status": "failed", "trigger": "manual"}),
+    ("Run it once with a longer command, and wait", "execute_task", {"command": "sleep 0.2; echo done", "wait": 20},
+     {"status": "succeeded", "output_data": {"stdout": "done\n"}}, ""),
+    ("Start it and tell me how it ended", "execute_task get_execution", [{"wait": 0}, {"execution_id": "id", "wait": 30}],
+     {"status": "failed", "output_data": {"exit_code": 1}}),
+    ("Run the failed one again", "rerun_execution", {"execution_id": "E"}, {"rerun_of": "E"}, "/executions/{id}"),
+    ("What failed since yesterday?", "list_executions", {"status": "failed,timed_out,interrupted", "since": "2026-01-01"},
+     {"executions": [{"status": "failed", "error_message": "exit status 1"}]}),
+    ("Is anything stuck?", "get_scheduler_status", {}, {"running": True, "now": str}),
+    ("Stop what runs", "execute_task cancel_execution", [{"command": "sleep 60", "wait": 0}, {"execution_id": "id"}],
+     {"status": "cancelled"}, "/executions/{id}"),
+    ("What comes in the next week?", "list_upcoming", {"until": "2099-01-01", "task_id": "T"},
+     {"upcoming": [{"schedule_id": "S"}]}),
+    ("Stop everything; go on", "set_scheduler_paused set_scheduler_paused", [{"paused": True}, {"paused": False}],
+     {"paused": False}, "/scheduler/status"),
+    ("Here is our file, apply it", "apply_definitions",
+     {"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'},
+     {"total": 1}, "/tasks?key=of-{n}"),
 ]  # fmt: skip
 # What models get wrong, and the one text that puts it right.
 SLIPS: list[tuple[str, Json, str]] = [
@@ -11153,12 +11073,11 @@ def within(expected: Json, found: Json) -> bool:
     return isinstance(found, expected) if isinstance(expected, type) else bool(expected == found)
 
 
-@pytest.mark.slow
-def test_what_people_ask_for_is_done_by_the_calls_that_a_model_makes_at_once(tmp_path: Path) -> None:
-    server = Server(tmp_path, "both", SCHEDULER_TIMEZONE="Europe/Berlin").start()
+def test_what_people_ask_for_is_done_by_the_calls_that_a_model_makes_at_once(new_server: NewServer) -> None:
+    server = new_server("both", SCHEDULER_TIMEZONE="Europe/Berlin").start()
     server.hello()
     unset = {one["name"]: dict.fromkeys(one["inputSchema"]["properties"]) for one in tools()}
-    for number, (sentence, calls, path, expected) in enumerate(SENTENCES):
+    for number, (sentence, names, calls, expected, *path) in enumerate(SENTENCES):
         task = server.bash("false", name="night", key=f"night-{number}")
         made = {"n": number, "T": task, "E": server.execute(task, 10)["id"]}
         zone = {"expression": "0 3 * * *", "timezone": "America/New_York"}
@@ -11175,12 +11094,15 @@ def test_what_people_ask_for_is_done_by_the_calls_that_a_model_makes_at_once(tmp
             text = re.sub(r"(?<!\{)\{(n|T|S|E|id)\}", lambda match: str(made[match[1]]), value)
             return made.get(value, text.replace("{{", "{").replace("}}", "}"))
 
-        for tool, arguments in calls:  # with null for all else, as some clients send it
-            result = server.call(7, tool, **{**unset[tool], **filled(arguments)})
+        for tool, arguments in zip(names.split(), calls if isinstance(calls, list) else [calls], strict=True):
+            also, usual_path = USUAL.get(tool, ({}, ""))
+            # with null for all else, as some clients send it
+            result = server.call(7, tool, **{**unset[tool], **filled(also), **filled(arguments)})
             assert not result["isError"], (sentence, result["content"])
             made |= {"id": result["structuredContent"].get("id")}
             assert len(result["content"][0]["text"]) <= chronotask.MAX_ANSWER
-        found = server.get(filled(path)) if path else result["structuredContent"]
+        where = filled(path[0] if path else usual_path)
+        found = server.get(where) if where else result["structuredContent"]
         assert within(filled(expected), found), (sentence, found)
         server.ask("DELETE", f"/tasks/{task}")
     assert len(SENTENCES) >= 40 and "Traceback" not in server.log()
@@ -11258,7 +11180,6 @@ async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Ca
     assert len((await service.list_tasks(chronotask.TaskQuery(limit=100)))["tasks"]) == 100
 
 
-@pytest.mark.slow
 async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server) -> None:
     heard: list[float] = []
 
@@ -11272,24 +11193,20 @@ async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server)
     assert heard == [1, 2]
 
 
-def post(url: str, message: Json, headers: dict[str, str] | None = None, path: str = "/mcp") -> tuple[int, Json, dict[str, str]]:
-    """Status, the message in the answer (JSON or event stream), headers in lower case."""
-    connection = http.client.HTTPConnection(url.split("/")[2], timeout=30)
-    body = message if isinstance(message, bytes) else json.dumps(message).encode()
-    connection.request("POST", path, body, MCP_HEADERS | (headers or {}))
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    found = re.search(r"^data: (\{.*\})", text, re.MULTILINE)
-    parsed = json.loads(found[1]) if found else json.loads(text) if text.startswith("{") else text
-    return answer.status, parsed, {name.lower(): value for name, value in answer.getheaders()}
+async def post(mcp: Api, message: Json, path: str = "//mcp", **headers: str) -> tuple[int, Json, Mapping[str, str]]:
+    """Status, the message in the answer (JSON or event stream) and the headers."""
+    raw = message if isinstance(message, bytes) else None
+    answer = await mcp(
+        "POST", path, message, raw=raw, headers={**MCP_HEADERS, **{k.replace("_", "-"): v for k, v in headers.items()}}
+    )
+    text = answer.text.partition("data: ")[2] or answer.text
+    return answer.status, json.loads(text) if text.startswith("{") else text, answer.headers
 
 
 def rpc(method: str, number: int = 1, /, **params: Json) -> Json:
     return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
 
 
-@pytest.mark.slow
 @each("mode", "legacy", "auto")
 async def test_the_sdks_client_uses_every_tool_over_http(both: Server, mode: str) -> None:
     async with Client(both.mcp_url(), mode=mode) as client:
@@ -11297,41 +11214,33 @@ async def test_the_sdks_client_uses_every_tool_over_http(both: Server, mode: str
     assert "ERROR" not in both.log() and "Traceback" not in both.log()
 
 
-@pytest.mark.slow
-@each("version", *OLD_VERSIONS)
-def test_http_speaks_every_version_with_a_handshake(both: Server, version: str) -> None:
-    url, of_version = both.mcp_url(), {"MCP-Protocol-Version": version}
-    hello = rpc("initialize", protocolVersion=version, capabilities={}, clientInfo={"name": "t", "version": "1"})
-    status, answer, headers = post(url, hello)
-    assert (status, answer["result"]["protocolVersion"]) == (200, version)
-    assert "mcp-session-id" not in headers and headers["x-content-type-options"] == "nosniff"
-    assert post(url, {"jsonrpc": "2.0", "method": "notifications/initialized"}, of_version)[0] == 202
-    status, answer, _ = post(url, rpc("tools/call", 2, name="list_tasks", arguments={}), of_version)
-    assert (status, answer["id"], answer["result"]["isError"]) == (200, 2, False)
-
-
-@pytest.mark.slow
-def test_http_speaks_the_version_without_a_handshake(both: Server) -> None:
-    headers = {"MCP-Protocol-Version": NEW_VERSION, "Mcp-Method": "tools/call", "Mcp-Name": "list_tasks"}
-    status, answer, got = post(both.mcp_url(), rpc("tools/call", name="list_tasks", arguments={}, _meta=META), headers)
+async def test_http_speaks_every_version_with_and_without_a_handshake(mcp: Api) -> None:
+    call = rpc("tools/call", 2, name="list_tasks", arguments={})
+    for version in OLD_VERSIONS:
+        hello = rpc("initialize", protocolVersion=version, capabilities={}, clientInfo={"name": "t", "version": "1"})
+        status, answer, headers = await post(mcp, hello)
+        assert (status, answer["result"]["protocolVersion"]) == (200, version)
+        assert "mcp-session-id" not in headers and headers["x-content-type-options"] == "nosniff"
+        initialized = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert (await post(mcp, initialized, MCP_Protocol_Version=version))[0] == 202
+        status, answer, _ = await post(mcp, call, MCP_Protocol_Version=version)
+        assert (status, answer["id"], answer["result"]["isError"]) == (200, 2, False)
+    call["params"]["_meta"], names = META, {"Mcp_Method": "tools/call", "Mcp_Name": "list_tasks"}
+    status, answer, headers = await post(mcp, call, MCP_Protocol_Version=NEW_VERSION, **names)
     assert (status, answer["result"]["isError"]) == (200, False)
-    assert got["content-type"].startswith("application/json")
+    assert headers["Content-Type"].startswith("application/json")
 
 
-@pytest.mark.slow
-def test_http_refuses_what_is_too_large_or_no_message(both: Server) -> None:
-    url = both.mcp_url()
-    assert post(url, b"x" * (chronotask.MAX_BODY + 1))[0] == 413
-    assert post(url, b"garbage")[0] == 400
-    assert post(url, [rpc("ping")])[0] == 400
-    assert post(url, rpc("ping"), {"Accept": "text/html"})[0] == 406
-    assert post(url, rpc("ping"), path="/")[0] == 404
+async def test_http_refuses_what_is_too_large_or_no_message(mcp: Api) -> None:
+    for status, message in ((413, b"x" * (chronotask.MAX_BODY + 1)), (400, b"garbage"), (400, [rpc("ping")])):
+        assert (await post(mcp, message))[0] == status
+    assert (await post(mcp, rpc("ping"), Accept="text/html"))[0] == 406
+    assert (await post(mcp, rpc("ping"), "//"))[0] == 404
 
 
-@pytest.mark.slow
 def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Server, tmp_path: Path) -> None:
     arguments = {"task_id": both.bash(f"sleep 1; echo on > {tmp_path}/on"), "wait": 50}
-    connection = http.client.HTTPConnection(both.mcp_url().split("/")[2], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", both.mcp_port(), timeout=30)
     connection.request("POST", "/mcp", json.dumps(rpc("tools/call", name="execute_task", arguments=arguments)), MCP_HEADERS)
     answer = connection.getresponse()
     assert answer.getheader("Content-Type") == "text/event-stream"
@@ -11342,34 +11251,31 @@ def test_a_stream_is_open_at_once_and_a_client_that_leaves_ends_no_run(both: Ser
     until((tmp_path / "on").exists)
 
 
-@pytest.mark.slow
-def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_connection_open(tmp_path: Path) -> None:
-    server = both_on_http(tmp_path)
-    url, draw = server.mcp_url(), random.Random(5)
-    host, _, port = url.split("/")[2].partition(":")
-    post(url, rpc("ping"))
+def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_connection_open(new_server: NewServer) -> None:
+    server, draw = new_server("both", stdin=subprocess.DEVNULL).start(), random.Random(5)
+    assert first_tool(server) == "create_task"
     before = server.connections() if os.access(f"/proc/{server.process.pid}/fd", os.R_OK) else None
     body = json.dumps(rpc("tools/list")).encode()
     head = "".join(f"{name}: {value}\r\n" for name, value in {**MCP_HEADERS, "Content-Length": str(len(body))}.items())
     for _ in range(500):
-        with socket.create_connection((host, int(port)), 5) as client:
-            client.sendall(f"POST /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n{head}\r\n".encode() + body)
+        with connected(
+            server, f"POST /mcp HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode() + body, server.mcp_port()
+        ) as client:
             time.sleep(draw.choice((0, 0.001, 0.003)) * draw.random())
             if draw.random() < 0.3:
                 client.recv(100)
-    assert len(post(url, rpc("tools/list"))[1]["result"]["tools"]) == len(TOOL_NAMES)
+    assert first_tool(server) == "create_task"
     if before is not None:
         until(lambda: server.connections() <= before + 1)
     assert server.stop(8) == 0
     assert re.findall(r"ERROR|Traceback", server.log()) == []
 
 
-@pytest.mark.slow
-def test_both_without_a_client_on_stdin_serves_http_only_and_open_streams_do_not_hold_up_its_stop(tmp_path: Path) -> None:
-    server = both_on_http(tmp_path)
+def test_both_without_a_client_on_stdin_serves_http_only_and_open_streams_do_not_hold_up_its_stop(new_server: NewServer) -> None:
+    server = new_server("both", stdin=subprocess.DEVNULL).start()
     until(lambda: "client on stdio has gone" in server.log())
     assert first_tool(server) == "create_task"
-    streams = [http.client.HTTPConnection(server.mcp_url().split("/")[2], timeout=30) for _ in range(5)]
+    streams = [http.client.HTTPConnection("127.0.0.1", server.mcp_port(), timeout=30) for _ in range(5)]
     for stream in streams:
         stream.request("GET", "/mcp", headers={"Accept": "text/event-stream"})
     answers = [stream.getresponse() for stream in streams]
@@ -11423,7 +11329,7 @@ def test_options_win_over_variables_and_variables_over_defaults() -> None:
     assert chronotask.parse_command_line([]).mode == "http"
 
 
-# What ends the program, and what the line that says so holds.
+# What ends the program, its variables first, and what the line that says so holds.
 COMMAND_LINES = {
     "--mode x": ["--mode", "x", "http"],
     "--prot 1": ["--prot"],
@@ -11434,7 +11340,8 @@ COMMAND_LINES = {
     "--port ''": ["--port", "0 to 65535"],
     "--host 'a b'": ["--host", "a b", "host name or IP address"],
     "--port": ["--port"],
-    "": [r"chronotask: CHRONOTASK_API_PORT='x\ny': must be ", " 0 to 65535\n"],  # by the variable
+    "CHRONOTASK_API_PORT='x\ny'": [r"chronotask: CHRONOTASK_API_PORT='x\ny': must be ", " 0 to 65535\n"],
+    "CHRONOTASK_MCP_ENABLED=false --mode mcp": ["--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"],
 }
 
 
@@ -11442,20 +11349,13 @@ COMMAND_LINES = {
 def test_a_bad_option_or_variable_ends_with_status_2_and_one_line(
     line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CHRONOTASK_API_PORT", "8000" if line else "x\ny")
-    assert chronotask.main(shlex.split(line)) == 2
+    words = shlex.split(line)
+    while words[:1] and words[0].startswith("CHRONOTASK_"):
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    assert chronotask.main(words) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err.startswith("chronotask: ")) == ("", 1, True)
     assert all(text in err for text in COMMAND_LINES[line])
-
-
-def test_mcp_cannot_be_the_mode_when_it_is_turned_off(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CHRONOTASK_MCP_ENABLED", "false")
-    assert chronotask.main(["--mode", "mcp"]) == 2
-    told = "chronotask: --mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"
-    assert capsys.readouterr().err == told
 
 
 @pytest.mark.slow
@@ -11499,11 +11399,10 @@ def imports_something(pid: int) -> bool:
         return True
 
 
-@pytest.mark.slow
-def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path) -> None:
+def test_an_interrupt_during_the_start_leaves_no_trace(new_server: NewServer) -> None:
     """From the first imports on: before, Python reads and compiles the program, and no line of it has run."""
     for delay in (0, 0.05, 0.15, 0.3):
-        server = Server(tmp_path).start(ready=False)
+        server = new_server().start(ready=False)
         until(lambda pid=server.process.pid: imports_something(pid))
         time.sleep(delay)
         server.process.send_signal(signal.SIGINT)
@@ -11511,24 +11410,22 @@ def test_an_interrupt_during_the_start_leaves_no_trace(tmp_path: Path) -> None:
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.slow
 @each("taken", "API_PORT", "MCP_PORT", "both the same")
-def test_a_port_that_is_taken_is_said_before_anything_runs(tmp_path: Path, taken: str) -> None:
+def test_a_port_that_is_taken_is_said_before_anything_runs(new_server: NewServer, taken: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         if taken == "both the same":
             other.close()
         ports = {taken: port} if taken != "both the same" else {"API_PORT": port, "MCP_PORT": port}
-        server = Server(tmp_path, "both", **ports).start(ready=False)
+        server = new_server("both", **ports).start(ready=False)
         assert server.ended() == 1
         assert f"chronotask: cannot listen on 127.0.0.1 port {port}: " in server.log()
         assert "Traceback" not in server.log() and "leads" not in server.log()
 
 
-@pytest.mark.slow
-def test_few_open_files_are_warned_about(tmp_path: Path) -> None:
+def test_few_open_files_are_warned_about(new_server: NewServer, tmp_path: Path) -> None:
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))")
-    assert "128 open files are few for 100 runs at a time" in Server(tmp_path, program=program).start().log()
+    assert "128 open files are few for 100 runs at a time" in new_server(program=program).start().log()
 
 
 @each("argv", "--version", "--version --mode mcp", "--help")
@@ -11536,15 +11433,10 @@ def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys
     with pytest.raises(SystemExit, match=r"^0$"):
         chronotask.main(argv.split())
     text = capsys.readouterr().out
-    assert argv == "--help" or text == f"ChronoTask {chronotask.__version__}\n"
-    assert argv != "--help" or set(re.findall("--[a-z]+", text)) >= {
-        "--mode",
-        "--host",
-        "--port",
-        "--backup",
-        "--version",
-        "--help",
-    }
+    if argv == "--help":
+        assert set(re.findall("--[a-z]+", text)) >= set("--mode --host --port --backup --version --help".split())
+    else:
+        assert text == f"ChronoTask {chronotask.__version__}\n"
 
 
 async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_restores_as_a_database(
@@ -11580,21 +11472,29 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
 
 async def test_a_backup_replaces_a_file_and_nothing_else(rig: Rig, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    other = sqlite3.connect(tmp_path / "other.db")
+    other, own = sqlite3.connect(tmp_path / "other.db"), rig.service.settings
     other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
-    for name, said in (
-        *(
-            (name, "must be a regular file, or a name that is free")
-            for name in (str(tmp_path / "pipe"), str(tmp_path), "/dev/null")
-        ),
-        ("", "--backup='': must be a file, or - for standard output"),
-        (str(tmp_path / "other.db"), "not a database that is in use"),
-    ):
+    told = dict.fromkeys((tmp_path / "pipe", tmp_path, "/dev/null"), "must be a regular file, or a name that is free")
+    told |= {"": "--backup='': must be a file, or - for standard output", tmp_path / "other.db": "not a database that is in use"}
+    for name, said in told.items():
         with pytest.raises(StartupError, match=said):
-            run_backup(rig.service.settings, name)
+            run_backup(own, str(name))
     other.close()
-    run_backup(rig.service.settings, str(tmp_path / "other.db"))
-    run_backup(rig.service.settings, f"{rig.path}.bak")
+    run_backup(own, str(tmp_path / "other.db"))
+    run_backup(own, f"{rig.path}.bak")
+
+
+def notified(path: str) -> list[str]:
+    """What is sent to this socket by the protocol of sd_notify(3), as systemd hears it, while it comes."""
+    listener, heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), list[str]()
+    listener.bind(path)
+
+    def listen() -> None:
+        while heard[-1:] != ["STOPPING=1"]:
+            heard.append(listener.recv(4096).decode())
+
+    threading.Thread(target=listen, daemon=True).start()
+    return heard
 
 
 @each("suffix", "", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x")
@@ -11608,10 +11508,6 @@ async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(rig: R
             run_backup(rig.service.settings, str(name))
         assert caught.value.exit_status == 2
     assert (target.stat().st_ino if target.exists() else None) == before
-
-
-def test_a_log_line_cannot_be_forged() -> None:
-    assert chronotask.escape_controls("a\nb\x1b[2Jc\td") == "a\\nb\\x1b[2Jc\td"
 
 
 # --- Real processes ---------------------------------------------------------------------------------------------------
@@ -11680,56 +11576,33 @@ def loopback() -> Iterator[Web]:
 # --- systemd ----------------------------------------------------------------------------------------------------------
 
 
-class NotifySocket:
-    """A socket that speaks the protocol of sd_notify(3), as systemd does."""
-
-    def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(path)
-
-    def heard(self, seconds: float = 20) -> str:
-        self.socket.settimeout(patient(seconds) if seconds else 0)
-        return self.socket.recv(4096).decode()
-
-    def rest(self) -> list[str]:
-        """What was sent and not heard yet."""
-        found: list[str] = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                found.append(self.heard(0))
-        return found
-
-
-@pytest.mark.slow
-def test_systemd_hears_that_it_is_ready_lives_and_stops_and_tasks_do_not_see_it(tmp_path: Path) -> None:
-    systemd = NotifySocket(str(tmp_path / "notify"))
-    environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
-    server = Server(tmp_path, environ=environ).start()
-    assert systemd.heard() == "READY=1"
-    assert (systemd.heard(), systemd.heard()) == ("WATCHDOG=1", "WATCHDOG=1")
+def test_systemd_hears_that_it_is_ready_lives_and_stops_and_tasks_do_not_see_it(new_server: NewServer, tmp_path: Path) -> None:
+    heard = notified(str(tmp_path / "notify"))
+    server = new_server(environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}).start()
+    until(lambda: len(heard) > 2)
+    assert heard[:3] == ["READY=1", "WATCHDOG=1", "WATCHDOG=1"]
     assert re.search(rf"is up on 127.0.0.1 port {server.port}, database {server.database}; this process leads", server.log())
     shown_env = server.execute(server.bash("env"), wait=10)["output_data"]["stdout"]
     assert "NOTIFY_SOCKET" not in shown_env and "WATCHDOG" not in shown_env
     server.database.rename(tmp_path / "moved.db")  # now /health is 503: systemd shall start it anew
     until(lambda: server.ask("GET", "/health")[0] == 503, 20, "it is not healthy")
-    systemd.rest()
+    heard.clear()
     time.sleep(0.7)
-    assert systemd.rest() == []
+    assert heard == []
     (tmp_path / "moved.db").rename(server.database)
     server.healthy_again()
-    assert systemd.heard() == "WATCHDOG=1"
+    assert until(lambda: heard) == ["WATCHDOG=1"]
     assert server.stop() == 0
-    assert systemd.rest()[-1] == "STOPPING=1"
+    until(lambda: heard[-1] == "STOPPING=1")
 
 
 def test_systemd_is_told_through_an_abstract_socket_too_and_a_socket_that_is_gone_harms_nobody(tmp_path: Path) -> None:
     name = f"chronotask-test-{uuid.uuid4()}"
-    there = NotifySocket(f"\0{name}")
-    environ = {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "A": "b"}
-    chronotask.Systemd(environ).tell("READY=1")
-    assert (there.heard(), environ) == ("READY=1", {"A": "b"})
-    chronotask.Systemd({"NOTIFY_SOCKET": str(tmp_path / "gone")}).tell("READY=1")
-    chronotask.Systemd({}).tell("READY=1")
+    heard, environ = notified(f"\0{name}"), {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "A": "b"}
+    chronotask.Systemd(environ).tell("STOPPING=1")
+    assert (until(lambda: heard), environ) == (["STOPPING=1"], {"A": "b"})
+    for gone in ({"NOTIFY_SOCKET": str(tmp_path / "gone")}, {}):
+        chronotask.Systemd(gone).tell("READY=1")
 
 
 async def test_the_page_for_operators_names_only_metrics_that_there_are(api: Api) -> None:
@@ -11765,10 +11638,9 @@ def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_
 # --- A storm of alerts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_storm_of_failures_has_one_alert_each_and_makes_nothing_else_miss(tmp_path: Path, loopback: Web) -> None:
+def test_a_storm_of_failures_has_one_alert_each_and_makes_nothing_else_miss(new_server: NewServer, loopback: Web) -> None:
     """Whose server asks for a wait gets it."""
-    server, count = Server(tmp_path, MAX_CONCURRENT_RUNS=100, HISTORY_PER_TASK=0).start(), 1000 if LONG else 400
+    server, count = new_server(MAX_CONCURRENT_RUNS=100, HISTORY_PER_TASK=0).start(), 1000 if LONG else 400
     failing = server.http(loopback.url("/gone"))
     alert = server.http(loopback.url("/limit"), "POST", max_retries=3)
     told = {"task_ids": [failing], "on": ["failure"]}
@@ -11928,6 +11800,7 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
     left = service.bash("sleep 60", name="left-by-mcp")
     assistant = Server(tmp_path / "assistant", "mcp", database=database).start()
+    assistant.hello()
 
     def ran_by(server: Server) -> bool:
         return int(appended(file)[-1][1]) == server.process.pid
@@ -11936,7 +11809,8 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     assert ran_by(service)
     assert service.stop() == 0
     until(lambda: ran_by(assistant), 5, "mcp leads")
-    run, lost = run_by_the_leader(database, long), run_by_the_leader(database, left)
+    run, lost = (assistant.call(n, "execute_task", task_id=n, wait=0)["structuredContent"]["id"] for n in (long, left))
+    until(lambda: children_named("left-by-mcp"), 8, "both run")
     service.start()
     until(lambda: ran_by(service), 5, "the service leads")
     assert service.get(f"/executions/{run}")["status"] == "running"
@@ -11952,17 +11826,30 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     assert [row for row in service.rows(f"&schedule_id={schedule}") if row["status"] in wrong] == []
 
 
-def run_by_the_leader(database: Path, task: int) -> int:
-    """Queues an execution as a client of another process would, and waits until it is running; its id."""
-    row = "(task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', ?, lower(hex(randomblob(16))))"
-    [(run,)] = sql(database, f"INSERT INTO executions {row} RETURNING id", task, time.time_ns() // 1000)
-    status = "SELECT status FROM executions WHERE id = ?"
-    until(lambda: sql(database, status, run) == [("running",)], 8, "the leader runs it")
-    return int(run)
+def test_requests_during_a_stop_get_503_or_no_connection_work_may_finish_and_a_second_signal_ends_at_once(server: Server) -> None:
+    server.running(server.bash("sleep 1.5"))
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
+        assert server.ask("POST", "/tasks/1/execute")[0] == 503
+    assert server.ended(8) == 0
+    server.start()
+    assert [row["status"] for row in server.rows()] == ["succeeded"]
+    server.execute(server.bash("sleep 300", name="second-signal"))
+    until(lambda: children_named("second-signal"), 5, "it runs")
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    assert server.ended(5) != 0
+    assert time.monotonic() - start < 1
+    server.start()  # its left-over child is found and ended
+    until(lambda: not children_named("second-signal"), 5, "no child is left")
+    assert [row["status"] for row in server.rows()] == ["interrupted", "succeeded"]
 
 
-@pytest.mark.slow
-def test_a_killed_services_processes_are_ended_before_the_retry(tmp_path: Path) -> None:
+def test_a_killed_services_processes_are_ended_before_the_retry(server: Server, tmp_path: Path) -> None:
     """Both the child and what left its group by setsid: known by the attempt's CHRONOTASK_RUN_ID."""
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     command = f"""if [ "$CHRONOTASK_ATTEMPT" = 1 ]; then
@@ -11970,7 +11857,6 @@ def test_a_killed_services_processes_are_ended_before_the_retry(tmp_path: Path) 
     else for pid in $(cat {first}); do
         [ "$(tr -d '\\0' < /proc/$pid/cmdline)" ] && echo alive || echo gone
     done > {second}; fi"""
-    server = Server(tmp_path).start()
     run = server.execute(server.bash(command, max_retries=1))["id"]
     until(first.exists, 5, "the first attempt runs")
     server.kill()
@@ -12108,9 +11994,8 @@ def test_the_clock_reaches_a_gap_and_the_fixed_job_of_that_night_runs_once_right
     assert server.get("/schedules/1")["next_run"] == "2025-03-31T00:30:00Z"
 
 
-@pytest.mark.slow
-def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
-    server, file = Server(tmp_path).start(), tmp_path / "ran.txt"
+def test_a_suspended_process_catches_up_by_the_rule(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "ran.txt"
     schedule = server.every(1, server.bash(f"{APPEND} {file}"), overlap="allow")
     time.sleep(1.2)
     server.process.send_signal(signal.SIGSTOP)
@@ -12131,13 +12016,12 @@ def test_a_suspended_process_catches_up_by_the_rule(tmp_path: Path) -> None:
     assert repeated(words[0] for words in appended(file)) == []
 
 
-@pytest.mark.slow
-def test_zone_rules_that_change_between_two_starts_move_the_next_slot(tmp_path: Path) -> None:
+def test_zone_rules_that_change_between_two_starts_move_the_next_slot(new_server: NewServer, tmp_path: Path) -> None:
     zones, folder = Path(str(importlib.resources.files("tzdata"))) / "zoneinfo", tmp_path / "zoneinfo"
     for name in ("Europe/Berlin", "UTC"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(zones / name, folder / name)
-    server = Server(tmp_path, environ={"PYTHONTZPATH": str(folder)}).start()
+    server = new_server(environ={"PYTHONTZPATH": str(folder)}).start()
     config = {"expression": "0 12 1 1 *", "timezone": "Europe/Berlin"}
     server.create("schedule", task_id=server.bash("true"), schedule_type="cron", schedule_config=config)
     assert server.get("/schedules/1")["next_run"].endswith("-01-01T11:00:00Z")
@@ -12178,9 +12062,8 @@ def assert_unhealthy(server: Server, reason: str) -> None:
     assert status == 503 and reason in health["reason"]
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: Path, small_disk: Path) -> None:
-    server = Server(tmp_path, database=small_disk / "chronotask.db").start()
+def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(new_server: NewServer, small_disk: Path) -> None:
+    server = new_server(database=small_disk / "chronotask.db").start()
     every = server.every(1, server.bash("true"), overlap="allow", catchup="all")
     accepted, refusal = [server.bash("true") for _ in range(20)], ""
     fill(small_disk / "ballast")
@@ -12211,9 +12094,8 @@ def test_a_full_disk_is_told_reads_work_and_nothing_accepted_is_lost(tmp_path: P
     assert server.sql("PRAGMA integrity_check") == [("ok",)]
 
 
-@pytest.mark.slow
-def test_a_database_that_another_program_has_locked_is_told_and_waited_for_but_not_by_a_stop(tmp_path: Path) -> None:
-    server = Server(tmp_path, SHUTDOWN_GRACE=1).start()
+def test_a_database_that_another_program_has_locked_is_told_and_waited_for_but_not_by_a_stop(new_server: NewServer) -> None:
+    server = new_server(SHUTDOWN_GRACE=1).start()
     task = server.bash("true")
     schedule = server.every(1, task, overlap="allow", catchup="all")
     with locked(server.database):
@@ -12231,11 +12113,10 @@ def test_a_database_that_another_program_has_locked_is_told_and_waited_for_but_n
     assert server.get(f"/executions/{run}")["status"] == "interrupted"
 
 
-@pytest.mark.slow
 def test_a_stop_with_a_full_disk_ends_in_time_and_the_next_start_settles_what_could_not_be_written(
-    tmp_path: Path, small_disk: Path
+    new_server: NewServer, small_disk: Path
 ) -> None:
-    server = Server(tmp_path, database=small_disk / "chronotask.db", SHUTDOWN_GRACE=1).start()
+    server = new_server(database=small_disk / "chronotask.db", SHUTDOWN_GRACE=1).start()
     run = server.running(server.bash("sleep 60", name="full-disk"))
     fill(small_disk / "ballast")
     until(lambda: server.ask("POST", "/tasks/1/execute")[0] == 503, 20, "the disk is full")
@@ -12263,9 +12144,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.slow
-def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stays_as_it_is(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
+def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stays_as_it_is(
+    server: Server, tmp_path: Path
+) -> None:
     for number in range(60):
         server.bash("true", name=f"task {number}", description="x" * 500)
     assert server.stop() == 0
@@ -12282,9 +12163,8 @@ def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stay
     assert {file: after.get(file) for file in before} == before
 
 
-@pytest.mark.slow
-def test_a_read_only_file_system_stops_the_start_with_advice(tmp_path: Path, small_disk: Path) -> None:
-    server = Server(tmp_path, database=small_disk / "chronotask.db").start()
+def test_a_read_only_file_system_stops_the_start_with_advice(new_server: NewServer, small_disk: Path) -> None:
+    server = new_server(database=small_disk / "chronotask.db").start()
     assert server.stop() == 0
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     text = refusal_to_start(server)
@@ -12294,9 +12174,8 @@ def test_a_read_only_file_system_stops_the_start_with_advice(tmp_path: Path, sma
 # --- Shutdown ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(tmp_path: Path, loopback: Web) -> None:
-    server = Server(tmp_path, SHUTDOWN_GRACE=1, MAX_CONCURRENT_RUNS=30).start()
+def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(new_server: NewServer, loopback: Web) -> None:
+    server = new_server(SHUTDOWN_GRACE=1, MAX_CONCURRENT_RUNS=30).start()
     stubborn = "trap '' TERM; setsid sleep 300 & while true; do sleep 1; done"
     final = server.bash(stubborn, name="stubborn")
     retried = server.bash(stubborn, name="stubborn", max_retries=2)
@@ -12325,72 +12204,30 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, queued))})") == [(41,)]
 
 
-@pytest.mark.slow
-def test_requests_during_a_stop_get_503_or_no_connection_running_work_may_finish_and_a_second_signal_ends_at_once(
-    tmp_path: Path,
-) -> None:
-    server = Server(tmp_path, SHUTDOWN_GRACE=30).start()
-    server.running(server.bash("sleep 1.5"))
-    server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    with contextlib.suppress(ConnectionRefusedError, http.client.RemoteDisconnected):
-        assert server.ask("POST", "/tasks/1/execute")[0] == 503
-    assert server.ended(8) == 0
-    server.start()
-    assert [row["status"] for row in server.rows()] == ["succeeded"]
-    server.execute(server.bash("sleep 300", name="second-signal"))
-    until(lambda: children_named("second-signal"), 5, "it runs")
-    server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert server.process.poll() is None
-    start = time.monotonic()
-    server.process.send_signal(signal.SIGINT)
-    assert server.ended(5) != 0
-    assert time.monotonic() - start < 1
-    server.start()  # its left-over child is found and ended
-    until(lambda: not children_named("second-signal"), 5, "no child is left")
-    assert [row["status"] for row in server.rows()] == ["interrupted", "succeeded"]
-
-
 # --- Hostile tasks ----------------------------------------------------------------------------------------------------
 
 
-class Watcher(threading.Thread):
-    """Asks for /health and runs a quick task again and again; keeps the longest waits, and the most memory in use."""
+def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(server: Server, loopback: Web) -> None:
+    size = 1_000_000_000 if LONG else 100_000_000
+    base, quick, over = server.memory(), server.bash("true", name="quick"), threading.Event()
+    waits, most, errors = {"/health": 0.0, "start": 0.0}, 0, list[str]()
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.server, self.over = server, threading.Event()
-        self.quick = server.bash("true", name="quick")
-        self.health = self.started = 0.0
-        self.memory = 0
-        self.errors: list[str] = []
-
-    def run(self) -> None:
-        while not self.over.wait(0.05):
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.05):
             try:
                 start = time.monotonic()
-                status, answer = self.server.ask("GET", "/health", timeout=15)
-                self.health = max(self.health, time.monotonic() - start)
+                status, answer = server.ask("GET", "/health", timeout=15)
+                waits["/health"] = max(waits["/health"], time.monotonic() - start)
                 assert status == 200, answer
-                execution = self.server.execute(self.quick, wait=15)
+                execution = server.execute(quick, wait=15)
                 assert execution["status"] == "succeeded", execution
-                self.started = max(self.started, (micros(execution["started_at"]) - micros(execution["queued_at"])) / 1e6)
-                self.memory = max(self.memory, self.server.memory())
+                waits["start"] = max(waits["start"], (micros(execution["started_at"]) - micros(execution["queued_at"])) / S)
+                most = max(most, server.memory())
             except (OSError, http.client.HTTPException, AssertionError) as error:
-                self.errors.append(repr(error))
+                errors.append(repr(error))
 
-    def close(self) -> None:
-        self.over.set()
-        self.join(20)
-        print(f"/health {self.health:.3f} s, starts {self.started:.3f} s late, {self.memory >> 20} MiB at most")
-
-
-@pytest.mark.slow
-def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(tmp_path: Path, loopback: Web) -> None:
-    server = Server(tmp_path).start()
-    size = 1_000_000_000 if LONG else 100_000_000
-    base, watcher = server.memory(), Watcher(server)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     hostile = partial(server.bash, name="hostile")
     tasks = {
@@ -12406,18 +12243,17 @@ def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounde
     }
     runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
     ends = {name: server.finished(run, 90) for name, run in runs.items()}
-    watcher.close()
+    over.set()
+    watcher.join(20)
+    print(f"{waits} s at most, {most >> 20} MiB at most")
     statuses = {name: end["status"] for name, end in ends.items()}
     assert statuses.pop("much output") == "succeeded"
     assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
     assert set(statuses.values()) == {"timed_out"}
     assert ends["much output"]["output_data"]["stdout_bytes"] == size
     assert all(len(end["output_data"]["stdout"]) < 70_000 for end in ends.values() if "stdout" in end["output_data"])
-    assert watcher.errors == []
-    assert children_named("hostile") == []
-    assert watcher.health < 2 and watcher.started < 2
-    assert watcher.memory < base + 100 * 2**20
-    assert server.stop() == 0
+    assert errors == [] and children_named("hostile") == []
+    assert max(waits.values()) < 2 and most < base + 100 * 2**20
 
 
 async def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(api: Api) -> None:
@@ -12467,9 +12303,7 @@ def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_befo
     assert list(tmp_path.glob("live/.*")) == []  # nothing half-made is left
 
 
-@pytest.mark.slow
-def test_old_history_is_deleted_in_the_background_and_writes_go_on(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
+def test_old_history_is_deleted_in_the_background_and_writes_go_on(server: Server) -> None:
     task = server.bash("true")
     server.stop()
     count, now = 200_000 if LONG else 60_000, time.time_ns() // 1000
@@ -12518,14 +12352,14 @@ def logging_as_before() -> Iterator[None]:
 def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: Path) -> None:
     chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path / "log.txt"))
     logger = logging.getLogger("chronotask")
-    logger.warning("told: %s", "a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202e")
+    logger.warning("told: %s", "a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202ec\td")
     try:
         raise ValueError("x\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J")
     except ValueError:
         logger.exception("in %s", "a\nb")
     drain_log()
     lines = (tmp_path / "log.txt").read_text().split("\n")
-    assert lines[0].endswith(r"WARNING told: a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202e")
+    assert lines[0].endswith(r"WARNING told: a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202ec" + "\td")
     assert lines[1].endswith(r"ERROR in a\nb")
     assert all(line.startswith("    ") for line in lines[2:-1]) and any("forged" in line for line in lines[2:])
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
@@ -12616,16 +12450,17 @@ os.dup2(full, 2)
 """
 
 
-@pytest.mark.slow
 @each("log", "an unread stderr", "a FIFO without a reader")
 @each("mode", "http", "both")
-def test_a_log_that_nobody_reads_stops_neither_schedules_nor_answers_nor_the_stop(tmp_path: Path, log: str, mode: str) -> None:
+def test_a_log_that_nobody_reads_stops_neither_schedules_nor_answers_nor_the_stop(
+    new_server: NewServer, tmp_path: Path, log: str, mode: str
+) -> None:
     if log == "an unread stderr":
-        server = Server(tmp_path, mode=mode, program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
+        server = new_server(mode=mode, program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
         server.log_file = tmp_path / "log.txt"
     else:
         os.mkfifo(tmp_path / "fifo")
-        server = Server(tmp_path, mode=mode, LOG_FILE=tmp_path / "fifo")
+        server = new_server(mode=mode, LOG_FILE=tmp_path / "fifo")
     server.start()
     task = server.bash("false")
     server.every(1, task)
@@ -12638,19 +12473,17 @@ def test_a_log_that_nobody_reads_stops_neither_schedules_nor_answers_nor_the_sto
     assert time.monotonic() - start < 8
 
 
-@pytest.mark.slow
-def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(tmp_path: Path) -> None:
-    server = Server(tmp_path, mode="mcp", program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
+def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(new_server: NewServer, tmp_path: Path) -> None:
+    server = new_server(mode="mcp", program=wrapped(tmp_path, UNREAD_STDERR), LOG_FILE=tmp_path / "log.txt")
     server.log_file = tmp_path / "log.txt"
     server.start()
     server.stdin.close()
     assert server.ended(30) == 0 and "the MCP client on stdio has gone" in server.log()
 
 
-@pytest.mark.slow
 @each("mode", "http", "mcp")
-def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: Path, mode: str) -> None:
-    server = Server(tmp_path, mode=mode, SHUTDOWN_GRACE=0)
+def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(new_server: NewServer, tmp_path: Path, mode: str) -> None:
+    server = new_server(mode=mode, SHUTDOWN_GRACE=0)
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM):
         server.start().process.send_signal(number)
         assert server.ended(30) == 0
@@ -12658,19 +12491,17 @@ def test_a_closed_terminal_stops_the_service_cleanly_like_any_signal(tmp_path: P
         assert mode == "http" or server.rest() == []
 
 
-@pytest.mark.slow
-def test_a_hangup_is_ignored_where_it_was_ignored_at_the_start(tmp_path: Path) -> None:
+def test_a_hangup_is_ignored_where_it_was_ignored_at_the_start(new_server: NewServer, tmp_path: Path) -> None:
     program = wrapped(tmp_path, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does")
-    server = Server(tmp_path, program=program).start()
+    server = new_server(program=program).start()
     server.process.send_signal(signal.SIGHUP)
     assert server.execute(server.bash("true"), wait=10)["status"] == "succeeded"
     assert server.stop() == 0
 
 
-@pytest.mark.slow
-def test_clients_that_take_nothing_of_any_answer_are_dropped(tmp_path: Path) -> None:
+def test_clients_that_take_nothing_of_any_answer_are_dropped(new_server: NewServer, tmp_path: Path) -> None:
     program = wrapped(tmp_path, after="chronotask.SLOW_READER = 1.0")
-    server = Server(tmp_path, mode="both", program=program, API_TOKEN=GOOD_TOKEN).start()
+    server = new_server(mode="both", program=program, API_TOKEN=GOOD_TOKEN).start()
     common = b"Host: localhost\r\nAuthorization: Bearer %s\r\n" % GOOD_TOKEN.encode()
     listing = b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}'
     mcp = b"POST /mcp HTTP/1.1\r\n%sAccept: application/json, text/event-stream\r\n" % common
@@ -12697,9 +12528,8 @@ def test_clients_that_take_nothing_of_any_answer_are_dropped(tmp_path: Path) -> 
     assert server.log().count("\n") < 10, "nothing that the log has to tell"
 
 
-@pytest.mark.slow
-def test_no_answer_tells_the_versions_of_what_it_is_made_with(tmp_path: Path) -> None:
-    server = Server(tmp_path, mode="both").start()
+def test_no_answer_tells_the_versions_of_what_it_is_made_with(new_server: NewServer) -> None:
+    server = new_server(mode="both").start()
     requests = {
         b"GET / HTTP/1.1\r\nHost: localhost\r\n": 200,
         b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n": 404,
@@ -12719,10 +12549,9 @@ def test_no_answer_tells_the_versions_of_what_it_is_made_with(tmp_path: Path) ->
         assert status != 400 or json.loads(body)["title"] == "Malformed request"
 
 
-@pytest.mark.slow
-def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_out(tmp_path: Path) -> None:
+def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_out(new_server: NewServer, tmp_path: Path) -> None:
     program = wrapped(tmp_path, "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))")
-    server = Server(tmp_path, program=program, API_TOKEN=GOOD_TOKEN).start()
+    server = new_server(program=program, API_TOKEN=GOOD_TOKEN).start()
     task, before = server.bash("echo on"), server.memory()
     half_a_body = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{"
     idle: list[socket.socket] = []
@@ -12741,10 +12570,9 @@ def test_2000_idle_connections_to_a_service_with_1024_descriptors_keep_nobody_ou
     assert "out of system resource" not in server.log() and len(server.log()) < 20_000
 
 
-@pytest.mark.slow
-def test_slow_heads_and_slow_bodies_are_ended_while_others_are_served(tmp_path: Path) -> None:
+def test_slow_heads_and_slow_bodies_are_ended_while_others_are_served(new_server: NewServer, tmp_path: Path) -> None:
     program = wrapped(tmp_path, after="chronotask.SLOW_BODY = chronotask.IDLE_CONNECTION = 1.0")
-    server = Server(tmp_path, "both", program=program).start()
+    server = new_server("both", program=program).start()
     port = server.mcp_port()
     body = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
     accept = b"Accept: application/json, text/event-stream\r\n"
@@ -12782,9 +12610,8 @@ def growth(server: Server, attack: Any, rounds: int) -> int:
 UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-@pytest.mark.slow
-def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(tmp_path: Path) -> None:
-    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
+def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(new_server: NewServer) -> None:
+    server = new_server(API_TOKEN=GOOD_TOKEN, LOG_LEVEL="DEBUG").start()
     closing = UPLOAD + b"Connection: close\r\n"
     zipped = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb()) + bomb()
     token = b"Authorization: Bearer %s\r\n" % GOOD_TOKEN.encode()
@@ -12814,9 +12641,7 @@ def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or
     assert GOOD_TOKEN not in server.log() and server.log().count("\n") < 20
 
 
-@pytest.mark.slow
-def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are_bounded(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
+def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are_bounded(server: Server) -> None:
     one = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
     upgrade = b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
     piles = [(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n", one), (b"", one), (upgrade, b"a" * 100_000)]
@@ -12844,9 +12669,8 @@ HOSTILE_ANSWERS = (
 )
 
 
-@pytest.mark.slow
-def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(tmp_path: Path) -> None:
-    server = Server(tmp_path, LOG_LEVEL="DEBUG", LOG_FILE=tmp_path / "log" / "log.txt").start()
+def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(new_server: NewServer, tmp_path: Path) -> None:
+    server = new_server(LOG_LEVEL="DEBUG", LOG_FILE=tmp_path / "log" / "log.txt").start()
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
@@ -12879,14 +12703,15 @@ RESOLVED = {"ENV": "resolved-env-value-1", "FILE": "resolved-file-value-2", "URL
 STORED = ("stored-auth-value-4", "stored-header-value-5", "stored-cookie-value-6", "stored-userinfo-value-7")
 
 
-@pytest.mark.slow
-def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_line(tmp_path: Path, loopback: Web) -> None:
+def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_line(
+    new_server: NewServer, tmp_path: Path, loopback: Web
+) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "f").write_text(RESOLVED["FILE"] + "\n")
     (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
     chosen = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": RESOLVED["ENV"], "SECRET_URL": RESOLVED["URL"]}
     chosen |= {"LOG_LEVEL": "DEBUG", "LOG_FILE": tmp_path / "log.txt", "API_TOKEN_FILE": tmp_path / "token"}
-    server = Server(tmp_path, "both", **chosen).start()
+    server = new_server("both", **chosen).start()
     mcp, port = server.mcp_port(), loopback.server_address[1]
     told: dict[str, bytes] = {}
 
@@ -12957,13 +12782,12 @@ def test_no_secret_is_told_by_any_answer_log_stream_metric_message_or_command_li
     assert [value for value in (*RESOLVED.values(), GOOD_TOKEN) if value.encode() in rows] == []
 
 
-@pytest.mark.slow
-def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(tmp_path: Path) -> None:
+def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(new_server: NewServer, tmp_path: Path) -> None:
     data, logs, copy, token = (tmp_path / name for name in ("data", "logs", "copy.db", "token"))
     token.write_text(f"  {GOOD_TOKEN}\r\n")
     before = os.umask(0o000)
     try:
-        server = Server(tmp_path, database=data / "c.db", API_TOKEN_FILE=token, LOG_FILE=logs / "log.txt")
+        server = new_server(database=data / "c.db", API_TOKEN_FILE=token, LOG_FILE=logs / "log.txt")
         server.token = BEARER
         server.start()
         subprocess.run([sys.executable, str(PROGRAM), "--backup", str(copy)], env=server.environ, timeout=30, check=True)
@@ -13003,9 +12827,8 @@ if os.environ.pop("AGAIN", "yes") == "yes":
 """
 
 
-@pytest.mark.slow
 def test_the_program_is_hidden_from_tasks_before_it_imports_anything_and_keeps_no_secret_in_its_environment(
-    tmp_path: Path,
+    new_server: NewServer, tmp_path: Path
 ) -> None:
     watched = tmp_path / "watched.py"
     watched.write_text(
@@ -13019,7 +12842,7 @@ def test_the_program_is_hidden_from_tasks_before_it_imports_anything_and_keeps_n
     )
     seen = subprocess.run([sys.executable, str(watched)], capture_output=True, text=True, timeout=60).stderr.split()
     assert {"argparse", "asyncio", "pydantic"} <= set(seen[::2]) and set(seen[1::2]) == {"0"}
-    server = Server(tmp_path, API_TOKEN=GOOD_TOKEN, SECRET_X="secret-of-the-service").start()
+    server = new_server(API_TOKEN=GOOD_TOKEN, SECRET_X="secret-of-the-service").start()
     shown = Path(f"/proc/{server.process.pid}/environ")
     if os.access(shown, os.R_OK):  # as root, whose tasks could read it too
         entries = shown.read_bytes().split(b"\0")
@@ -13027,12 +12850,13 @@ def test_the_program_is_hidden_from_tasks_before_it_imports_anything_and_keeps_n
     assert server.ask("GET", "/tasks", **BEARER)[0] == 200
 
 
-@pytest.mark.slow
 @each("mode", "http", "both")
-def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_service(tmp_path: Path, mode: str) -> None:
+def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_service(
+    new_server: NewServer, tmp_path: Path, mode: str
+) -> None:
     program = wrapped(tmp_path, DROP_RIGHTS if os.geteuid() == 0 else "")
     secret = {"API_TOKEN": GOOD_TOKEN, "SECRET_X": "secret-of-the-service"}
-    server = Server(tmp_path, mode, program=program, LOG_FILE=tmp_path / "l.txt", **secret).start()
+    server = new_server(mode, program=program, LOG_FILE=tmp_path / "l.txt", **secret).start()
     if mode == "both":
         server.mcp_url()
     streams = [connected(server, EVENTS) for _ in range(3)]
@@ -13051,9 +12875,7 @@ def test_a_task_inherits_no_descriptor_or_setting_and_cannot_look_into_the_servi
         stream.close()
 
 
-@pytest.mark.slow
-def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(tmp_path: Path) -> None:
-    server = Server(tmp_path).start()
+def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(server: Server, tmp_path: Path) -> None:
     server.bash("true", name="secret-name")
     shared, copy = tmp_path / "shared", tmp_path / "shared" / "copy.db"
     shared.mkdir()
@@ -13070,11 +12892,10 @@ def test_a_backup_does_not_go_into_a_file_that_a_stranger_put_there(tmp_path: Pa
         assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
-@pytest.mark.slow
 @each("mode", "http", "both")
-def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path: Path, mode: str) -> None:
+def test_a_start_that_listens_to_the_network_without_a_token_warns_once(new_server: NewServer, tmp_path: Path, mode: str) -> None:
     alone = "import ctypes\nif ctypes.CDLL(None).unshare(0x40000000): sys.exit('no namespace')"  # CLONE_NEWNET: no other network
-    server = Server(tmp_path, mode, program=wrapped(tmp_path, alone), API_HOST="0.0.0.0").start(ready=False)
+    server = new_server(mode, program=wrapped(tmp_path, alone), API_HOST="0.0.0.0").start(ready=False)
     until(lambda: "REST on" in server.log() or server.process.poll() is not None)
     if "no namespace" in server.log():
         pytest.skip("a network namespace needs more rights")
@@ -13086,35 +12907,13 @@ def test_a_start_that_listens_to_the_network_without_a_token_warns_once(tmp_path
 # ======================================================================================================================
 
 
-DASHBOARD = TOP / "dashboard.html"
-
-
-def test_the_dashboard_is_one_small_file_that_fetches_nothing_from_elsewhere() -> None:
-    page = DASHBOARD.read_text(encoding="utf-8")
-    assert len(gzip.compress(page.encode())) < 60_000 and max(map(len, page.splitlines())) <= 140
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg|example\.org)\S+", page) == []
-    assert re.findall(r"""\son[a-z]+=["']|\sstyle=|<script src|<link rel="stylesheet""", page) == []
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page) == []
-    assert (page.count("<script>"), page.count("<style>")) == (1, 1)
-
-
-def test_the_policy_of_the_page_names_its_own_script_and_style_and_nothing_else() -> None:
-    policy = chronotask.page_policy(DASHBOARD.read_text(encoding="utf-8"))["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; ")
-    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", policy)) == 2
-    assert "unsafe" not in policy and "*" not in policy
-
-
 def browser_modules() -> Path:
     """The folder with playwright-core and axe-core; skips, and says so, where the browser's tools are missing."""
     modules = Path(os.environ.get("CHRONOTASK_TEST_NODE_MODULES") or "missing")
-    wanted = {
-        "node": shutil.which("node"),
-        "chromium": shutil.which("chromium") or shutil.which("chromium-browser"),
-        "playwright-core (CHRONOTASK_TEST_NODE_MODULES)": (modules / "playwright-core").exists(),
-        "axe-core (CHRONOTASK_TEST_NODE_MODULES)": (modules / "axe-core").exists(),
-    }
-    missing = [name for name, found in wanted.items() if not found]
+    missing = [] if shutil.which("node") else ["node"]
+    missing += [] if shutil.which("chromium") or shutil.which("chromium-browser") else ["chromium"]
+    wanted = ("playwright-core", "axe-core")
+    missing += [f"{name} (CHRONOTASK_TEST_NODE_MODULES)" for name in wanted if not (modules / name).exists()]
     if missing:
         pytest.skip(f"BROWSER TESTS DID NOT RUN: there is no {', no '.join(missing)} (.ci/run installs them)")
     return modules
@@ -13149,18 +12948,10 @@ def section(title: str, page: str = "README.md") -> str:
     return found[1]
 
 
-@pytest.fixture
-def tour(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path).start()
-    yield server
-    assert server.stop() == 0
-
-
-@pytest.mark.slow
-def test_every_command_of_the_tour_works_in_order(tour: Server) -> None:
+def test_every_command_of_the_tour_works_in_order(server: Server) -> None:
     answers: list[Any] = []
     for block in re.findall(r"^```sh\n(.*?)^```", section("Five minutes with curl"), re.MULTILINE | re.DOTALL):
-        script = block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{tour.port}")
+        script = block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}")
         for command in re.split(r"\n(?=curl |sleep )", script):
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, command
@@ -13169,13 +12960,11 @@ def test_every_command_of_the_tour_works_in_order(tour: Server) -> None:
     assert hello["id"] == 1 and first_run["status"] == "succeeded"
     assert first_run["output_data"]["stdout"].startswith("hello from ")
     assert cron["description"] == "Every weekday at 09:00 (Europe/Berlin)"
-    assert len(cron["upcoming"]) == 5
-    assert interval["schedule_config"]["seconds"] == 2 and len(once["upcoming"]) == 1
+    assert [len(one["upcoming"]) for one in (cron, once, preview)] == [5, 1, 3]
+    assert interval["schedule_config"]["seconds"] == 2
     assert health_run["output_data"]["status_code"] == 200
     assert [row["trigger"] for row in history["history"]] == ["schedule", "schedule"]
-    assert status["leader"] is True and status["tasks"] == 2
-    assert paused["status"] == "paused"
-    assert len(preview["upcoming"]) == 3
+    assert status["leader"] is True and status["tasks"] == 2 and paused["status"] == "paused"
 
 
 def test_no_advice_puts_the_services_own_token_where_tasks_read_their_secrets() -> None:
@@ -13190,32 +12979,27 @@ def test_every_setting_is_in_the_readme_with_its_default() -> None:
     fields = {field.name.upper(): field.default for field in dataclasses.fields(Settings) if field.metadata}
     assert rows.keys() == fields.keys()
     for name, default in fields.items():
-        if isinstance(default, bool):
-            assert rows[name] == f"`{str(default).lower()}`"
-        elif isinstance(default, (int, float)):
-            assert rows[name] == f"`{default:g}`"
-        elif isinstance(default, str):
-            assert rows[name] == f"`{default}`"
+        if isinstance(default, (bool, int, float, str)):
+            text = str(default).lower() if isinstance(default, bool) else default if isinstance(default, str) else f"{default:g}"
+            assert rows[name] == f"`{text}`"
 
 
-def test_every_route_is_in_the_readme() -> None:
+def test_every_route_field_status_and_tool_is_in_the_documentation() -> None:
     text = section("REST")
     for operation in chronotask.OPERATIONS:
-        methods = ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
-        for method in methods:
+        for method in ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,):
             path = re.escape(chronotask.API + operation.path)
             row = rf"^\|.*`{method}`.*{path}[`?]|{method} {path}[`?]"
             assert re.search(row, text, re.MULTILINE), f"{method} {operation.path}"
     for page in chronotask.PAGES:
         assert re.search(rf"GET {re.escape(page.path)}[`?]", text), page.path
-
-
-def test_every_field_and_every_status_is_in_the_readme() -> None:
     for kind, title in ((chronotask.Task, "Tasks"), (chronotask.Schedule, "Schedules")):
         for name in chronotask.shape_of(kind).shown:
             assert re.search(rf"\b{name}\b", section(title)), f"{title}: {name}"
     for status in (*chronotask.UNFINISHED, *chronotask.FINISHED):
         assert f"`{status}`" in section("Statuses"), status
+    rows = re.findall(r"^\| ((?:`[a-z_]+` ?)+)\|", section("What an assistant can do", "mcp.md"), re.MULTILINE)
+    assert sorted(" ".join(rows).replace("`", "").split()) == sorted(chronotask.TOOLS)
 
 
 def anchors(page: str) -> set[str]:
@@ -13244,11 +13028,6 @@ def test_the_links_the_names_and_the_json_of_each_page_are_sound(page: str) -> N
     assert text.count("\n") < (450 if page == "README.md" else 400)
 
 
-def test_every_tool_is_in_the_page_about_mcp() -> None:
-    rows = re.findall(r"^\| ((?:`[a-z_]+` ?)+)\|", section("What an assistant can do", "mcp.md"), re.MULTILINE)
-    assert sorted(" ".join(rows).replace("`", "").split()) == sorted(chronotask.TOOLS)
-
-
 @each("expression", *re.findall(r"^\| `([^`]+)`(?:,| \|)", section("Cron"), re.MULTILINE))
 def test_every_cron_example_is_accepted(expression: str) -> None:
     config = {"expression": expression}
@@ -13261,11 +13040,6 @@ def test_every_cron_example_is_accepted(expression: str) -> None:
 RECIPES = PAGES["recipes.md"]
 AS_JSON = {"Content-Type": "application/json"}
 TEAMS = "x.powerplatform.com/workflows/1/triggers/manual/paths/invoke?sig=x%2F"
-TEAMS_CARD = {
-    "type": "AdaptiveCard",
-    "version": "1.4",
-    "body": [{"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": 20000}]}],
-}
 # What the real servers take at `https://host/path`: method, headers, the form of the body, and how they answer. In a form a type
 # stands for any value of it, a number for text of at most so many characters, and None for any body.
 TAKEN: dict[str, tuple[str, dict[str, str], Any, int]] = {
@@ -13276,12 +13050,9 @@ TAKEN: dict[str, tuple[str, dict[str, str], Any, int]] = {
     "api.telegram.org/bot1:x-y/sendMessage": (
         "POST", AS_JSON, {"chat_id": int, "text": 4096, "link_preview_options": {"is_disabled": True}}, 200
     ),
-    TEAMS: (
-        "POST",
-        AS_JSON,
-        {"type": "message", "attachments": [{"contentType": "application/vnd.microsoft.card.adaptive", "content": TEAMS_CARD}]},
-        202,
-    ),
+    TEAMS: ("POST", AS_JSON, {"type": "message", "attachments": [{
+        "contentType": "application/vnd.microsoft.card.adaptive", "content": {"type": "AdaptiveCard", "version": "1.4", "body": [
+            {"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": 20000}]}]}}]}, 202),
     "ntfy.sh/": (
         "POST", {"Authorization": "Bearer tk_1"}, {"topic": 64, "title": 4096, "message": 4096, "priority": int}, 200
     ),
@@ -13292,13 +13063,10 @@ TAKEN: dict[str, tuple[str, dict[str, str], Any, int]] = {
         "POST", {"X-Postmark-Server-Token": "p1", **AS_JSON}, {"From": 99, "To": 99, "Subject": 2000, "TextBody": 9999}, 200
     ),
     "api.mailgun.net/v3/example.org/messages": (
-        "POST",
-        {"Authorization": "Basic YXBpOm0x", "Content-Type": "application/x-www-form-urlencoded"},
-        {"from": 99, "to": 99, "subject": 2000, "text": 9999},
-        200,
+        "POST", {"Authorization": "Basic YXBpOm0x", "Content-Type": "application/x-www-form-urlencoded"},
+        {"from": 99, "to": 99, "subject": 2000, "text": 9999}, 200,
     ),
-    "hc-ping.com/c0ffee/start": ("POST", {}, None, 200),
-    "hc-ping.com/c0ffee": ("POST", {}, None, 200),
+    **dict.fromkeys(("hc-ping.com/c0ffee/start", "hc-ping.com/c0ffee"), ("POST", {}, None, 200)),
     "hc-ping.com/c0ffee/fail": ("POST", {"Content-Type": "text/plain; charset=utf-8"}, None, 200),
     "ntfy.sh/my-tasks-4711": ("POST", {"Content-Type": "text/plain"}, None, 200),
     "hc-ping.com/beef": ("GET", {}, None, 200),
@@ -13331,9 +13099,20 @@ HOSTILE = 'it said "so" & <!channel> \\ ${cause:url} $(x)'
 def recipes_of(title: str) -> list[str]:
     if title == "README":
         return re.findall(r"-d '(\{.*?\})'$", section("An alert in five lines"), re.MULTILINE | re.DOTALL)
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", RECIPES, re.MULTILINE | re.DOTALL)
-    assert found, title
-    return re.findall(r"^ *```json\n(.*?)^ *```", found[1], re.MULTILINE | re.DOTALL)
+    return re.findall(r"^ *```json\n(.*?)^ *```", section(title, "recipes.md"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_dashboard_is_one_small_file_that_fetches_nothing_from_elsewhere_by_its_policy_too() -> None:
+    page = (TOP / "dashboard.html").read_text(encoding="utf-8")
+    assert len(gzip.compress(page.encode())) < 60_000 and max(map(len, page.splitlines())) <= 140
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg|example\.org)\S+", page) == []
+    assert re.findall(r"""\son[a-z]+=["']|\sstyle=|<script src|<link rel="stylesheet""", page) == []
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page) == []
+    assert (page.count("<script>"), page.count("<style>")) == (1, 1)
+    policy = chronotask.page_policy(page)["Content-Security-Policy"]  # it names these two, and nothing else
+    assert policy.startswith("default-src 'none'; ")
+    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", policy)) == 2
+    assert "unsafe" not in policy and "*" not in policy
 
 
 def is_of_form(value: Any, form: Any) -> bool:
@@ -13346,26 +13125,6 @@ def is_of_form(value: Any, form: Any) -> bool:
     return form is None or type(value) is form or bool(value == form)
 
 
-class Hosts:
-    """Stands for all hosts, their names being the first word of the path, and refuses what the real ones would refuse."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, str]] = []
-
-    async def take(self, request: web.Request) -> web.Response:
-        place, text = request.raw_path[1:], await request.text()
-        method, headers, form, status = TAKEN.get(place, ("", {}, None, 0))
-        is_form = request.content_type == chronotask.FORM
-        value = None if form is None else dict(urllib.parse.parse_qsl(text)) if is_form else json.loads(text)
-        fits = all(request.headers.get(name) == wanted for name, wanted in headers.items()) and is_of_form(value, form)
-        if request.method != method or not fits:
-            return web.Response(status=400)
-        self.sent.append(
-            (place, text if form is None else "\n".join(item for _, _, item in chronotask.walk(value) if isinstance(item, str)))
-        )
-        return web.Response(status=status)
-
-
 def test_each_recipe_is_tried() -> None:
     assert re.findall(r"^## (.+)", RECIPES, re.MULTILINE) == list(SENT)[1:]
     assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") + 1 == 17
@@ -13373,9 +13132,23 @@ def test_each_recipe_is_tried() -> None:
 
 @each("title", *SENT)
 async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tmp_path: Path) -> None:
-    hosts, programs, secrets = Hosts(), tmp_path / "bin", tmp_path / "secrets"
+    programs, secrets, sent = tmp_path / "bin", tmp_path / "secrets", list[tuple[str, str]]()
+
+    async def take(request: web.Request) -> web.Response:
+        """Stands for all hosts, their names being the first word of the path, and refuses what the real ones would refuse."""
+        place, text = request.raw_path[1:], await request.text()
+        method, headers, form, status = TAKEN.get(place, ("", {}, None, 0))
+        is_form = request.content_type == chronotask.FORM
+        value = None if form is None else dict(urllib.parse.parse_qsl(text)) if is_form else json.loads(text)
+        fits = all(request.headers.get(name) == wanted for name, wanted in headers.items()) and is_of_form(value, form)
+        if request.method != method or not fits:
+            return web.Response(status=400)
+        words = [text] if form is None else [item for _, _, item in chronotask.walk(value) if isinstance(item, str)]
+        sent.append((place, "\n".join(words)))
+        return web.Response(status=status)
+
     app = web.Application()
-    app.router.add_route("*", "/{tail:.*}", hosts.take)
+    app.router.add_route("*", "/{tail:.*}", take)
     async with TestServer(app) as running:
         here = str(running.make_url("")).rstrip("/")
         for folder in (programs, secrets):
@@ -13405,13 +13178,13 @@ async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tm
         ends = [row["error_message"] for row in await rig.rows() if row["task_id"] != backup]
     assert ends == [None] * len(SENT[title])
     ran = (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
-    assert sorted([place for place, _ in hosts.sent] + ran) == SENT[title]
+    assert sorted([place for place, _ in sent] + ran) == SENT[title]
     mails = dict(file.read_text().split("\n\n") for file in tmp_path.glob("*.mail"))
     usual = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: base64"
     head = f"To: ops@example.org\nFrom: chronotask@example.org\nSubject: backup: %s\n{usual}"
     assert sorted(mails) == ([head % "broke", head % "recovered"] if title == "Mail by sendmail" else [])
     tells = title not in ("B only after A", "It did not run", "I am alive", "Who watches ChronoTask")
-    texts = [base64.b64decode(body).decode() for body in mails.values()] + [text for _, text in hosts.sent]
+    texts = [base64.b64decode(body).decode() for body in mails.values()] + [text for _, text in sent]
     assert any(HOSTILE in text for text in texts) == tells
 
 
