@@ -323,9 +323,10 @@ TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDU
 # Settings that keep somebody out: who misspells one of them must not get a service that is open.
 PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS", "BASH_USER")
 SCOPES = ("read", "run", "admin")  # each may do what those before it may
+_Reader = Callable[[Any], Any]
 
 
-def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many: bool = False) -> Callable[[str], Any]:
+def _text(pattern: str, allowed: str, convert: _Reader = str, many: bool = False, accepts: _Reader = lambda _: True) -> _Reader:
     """What reads a setting, or with `many` a tuple of them. It raises ValueError that says what is `allowed`."""
     matches = re.compile(pattern).fullmatch
 
@@ -334,27 +335,16 @@ def _text(pattern: str, allowed: str, convert: Callable[[str], Any] = str, many:
         with contextlib.suppress(ValueError, KeyError):
             if text.isprintable() and all(map(matches, words)):
                 values = tuple(map(convert, words))
-                return values if many else values[0]
+                if all(map(accepts, values)):
+                    return values if many else values[0]
         raise ValueError(f"must be {'a comma-separated list ' if many else ''}{allowed}")
 
     return read
 
 
-def _number(low: int, high: int, kind: Callable[[str], float] = float) -> Callable[[str], Any]:
-    def within(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-
+def _number(low: int, high: int, kind: _Reader = float) -> _Reader:
     pattern, what = ("[0-9]{1,12}", "a whole number") if kind is int else (r"[0-9]{1,12}(\.[0-9]{1,6})?", "a number")
-    return _text(pattern, f"{what} from {low} to {high}", within)
-
-
-def _other_user(name: str) -> pwd.struct_passwd:
-    user = pwd.getpwnam(name)
-    if user.pw_uid in (0, os.geteuid()):
-        raise ValueError
-    return user
+    return _text(pattern, f"{what} from {low} to {high}", kind, accepts=lambda number: low <= number <= high)
 
 
 _path = _text(".+", "a path without control characters", lambda text: Path(text).absolute())
@@ -365,14 +355,15 @@ _token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
 _public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
-_user = _text(".+", "a user of this machine, neither root nor the service's own", _other_user)
+_user_rule = "a user of this machine, neither root nor the service's own"
+_user = _text(".+", _user_rule, pwd.getpwnam, accepts=lambda user: user.pw_uid not in (0, os.geteuid()))
 _words = _text(".+", "without empty entries or control characters", many=True)
 _launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
 _hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
 
 
-def _setting(parse: Callable[[str], Any], default: Any, meaning: str) -> Any:
+def _setting(parse: _Reader, default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
 
 
@@ -1357,11 +1348,7 @@ class Outcome:
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 _NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
-
-
-@functools.cache
-def adapter(model: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
+adapter = functools.cache(TypeAdapter[Any])
 
 
 def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> Any:
@@ -1400,11 +1387,11 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> An
 
 
 def _refused(wrong: Callable[[Any], object], why: str) -> AfterValidator:
-    """Refuses a value of which `wrong` is true."""
+    """Refuses a value of which `wrong` is true; it stands for `{}` in `why`."""
 
     def check(value: Any) -> Any:
         if wrong(value):
-            raise ValueError(why)
+            raise ValueError(why.replace("{}", shown(value)))
         return value
 
     return AfterValidator(check)
@@ -1557,6 +1544,7 @@ def plain_number(value: float) -> float:
 
 
 _PLAIN = AfterValidator(plain_number)
+_MILLISECONDS = _refused(lambda seconds: seconds != round(seconds, 3), "must have at most 3 decimals, not {}")
 _NO_NUL = _refused(lambda text: "\0" in text, "must not hold a NUL character")
 _NO_CONTROL = _refused(_CONTROL.search, "must not hold control characters")
 _NO_COLON = _refused(lambda text: ":" in SECRET_REFERENCE.sub("", text), "must not hold a colon (RFC 7617)")
@@ -1684,12 +1672,6 @@ def _read(check: Callable[[str, str, int], object]) -> AfterValidator:
     return AfterValidator(run)
 
 
-def _milliseconds(seconds: float) -> float:
-    if seconds != round(seconds, 3):
-        raise ValueError(f"must have at most 3 decimals, not {shown(seconds)}")
-    return plain_number(seconds)
-
-
 AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
 _Zone = Annotated[str, _read(lambda name, *_: load_zone(name)), Field(description="IANA time zone; default: the service's")]
 
@@ -1726,7 +1708,7 @@ class OnceConfig(TypedDict, total=False):
 class IntervalConfig(TypedDict, total=False):
     """For interval: every so many seconds, or days at a local time, from `start_date` on, else from its creation."""
 
-    seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL), AfterValidator(_milliseconds)] | None
+    seconds: Annotated[float, Field(ge=1, le=LONGEST_INTERVAL), _MILLISECONDS, _PLAIN] | None
     days: Annotated[int, Field(ge=1, le=3650)] | None
     start_date: Annotated[str, _read(lambda text, zone, _: parse_instant(text, zone))] | None
     timezone: _Zone | None
@@ -1747,7 +1729,7 @@ class AfterConfig(TypedDict, total=False):
     any: Literal[True] | None
     on: Required[Annotated[list[Annotated[AfterEvent, BeforeValidator(_event)]], Field(min_length=1, max_length=10), _UNIQUE]]
     threshold: Annotated[int, Field(ge=1, le=100)] | None
-    seconds: Annotated[float, Field(ge=60, le=31622400), AfterValidator(_milliseconds)] | None
+    seconds: Annotated[float, Field(ge=60, le=31622400), _MILLISECONDS, _PLAIN] | None
 
 
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
@@ -2155,9 +2137,9 @@ class Execution:
 
     @property
     def duration(self) -> float | None:
-        return (
-            None if self.started_at is None or self.finished_at is None else max(0, self.finished_at - self.started_at) / SECOND
-        )
+        if self.started_at is None or self.finished_at is None:
+            return None
+        return max(0, self.finished_at - self.started_at) / SECOND
 
     @property
     def retry_count(self) -> int:
@@ -2657,12 +2639,6 @@ def output_text(output: dict[str, Any] | None) -> str:
     stdout, stderr = output.get("stdout") or "", output.get("stderr") or ""
     break_line = "\n" if stdout and not stdout.endswith("\n") else ""
     return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
-
-
-def newest(recent: bytes, fresh: int) -> bytes:
-    """The last `fresh` bytes of a stream of which `recent` is the end; says how many of them are no longer kept."""
-    lost = fresh - len(recent)
-    return recent[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + recent
 
 
 def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
@@ -7711,7 +7687,8 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
             fresh = total - sent.get((execution.attempt, stream), 0)
             sent[execution.attempt, stream] = total
             if fresh > 0:
-                yield newest(data, fresh)
+                lost = fresh - len(data)  # of it no longer kept
+                yield data[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + data
         if over:
             if not sent:
                 yield output_text(execution.output_data).encode()
