@@ -4722,22 +4722,16 @@ def give_back_space(db: DB) -> None:
 
 TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from SIGTERM to SIGKILL; a stopping service has less
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
-REAP_SECONDS = 2.0  # between two looks for what tasks have left behind
-KILLED_DRAIN_SECONDS = 0.2  # and once all that could write to them was killed
-DISCARD_SECONDS = 0.05  # between two looks at a pipe that was left open: what it holds is then thrown away
 MAX_LEFT_PIPES = 200  # of them: each is an open file
-DNS_LOOKUPS = 64  # at once
 MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
-STALE_CONNECTIONS = 10  # kept ones that may have ended, of a request, before it fails
 KEEP_SECONDS = 0.5  # that a connection waits for the next request: enough for a burst; servers close idle ones after 1 s or more
 MAX_SECRET_BYTES = 65536
 MAX_SECRETS = 100  # of one configuration: each is a file to read and a text to look for in all output
 MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
-RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 
 
 # --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
@@ -4800,9 +4794,7 @@ def _unescaped(escape: bytes) -> bytes:
 
 class SecretMasker:
     """Replaces secrets in a byte stream, as they are and as programs escape them, also where the border of two chunks cuts one.
-
-    It holds back only what may still become a secret, so that a line is seen as soon as it is printed.
-    """
+    It holds back only what may still become a secret, so that a line is seen as soon as it is printed."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._forms = sorted({form for secret in secrets for form in _secret_forms(secret)})
@@ -4869,6 +4861,11 @@ class SecretMasker:
         return first
 
 
+def masker_of(secrets: Iterable[str]) -> SecretMasker | None:
+    long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+    return SecretMasker(long_enough) if long_enough else None
+
+
 def _secret_forms(secret: str) -> set[bytes]:
     """A secret as programs and servers echo it, once escapes are undone: plain, inside a form, in UTF-16, in base64."""
     plain = secret.encode("utf-8", "replace")
@@ -4889,10 +4886,8 @@ def _secret_forms(secret: str) -> set[bytes]:
 
 
 class Report:
-    """The line in which the far side of a launcher tells the exit status of the command: taken out of the output.
-
-    Only this attempt knows how it begins. Where several report (`srun --ntasks=2`), one failure is a failure.
-    """
+    """The line in which the far side of a launcher tells the exit status of the command: taken out of the output. Only this
+    attempt knows how it begins. Where several report (`srun --ntasks=2`), one failure is a failure."""
 
     def __init__(self) -> None:
         self.word = uuid.uuid4().hex
@@ -4937,11 +4932,8 @@ class _Stream:
 
 
 class LiveOutput:
-    """An attempt seen from outside while it runs: its output so far, and the way to stop it.
-
-    The service makes one for each attempt and hands it to the executor. Streams are stdout and stderr, or body. Secrets are
-    masked before anything is kept or shown.
-    """
+    """An attempt seen from outside while it runs: its output so far (stdout and stderr, or body), and the way to stop it.
+    Secrets are masked before anything is kept or shown."""
 
     __slots__ = ("_limit", "_masker", "_streams", "_timeout", "acted", "begun", "closed", "content_type", "facts", "reason")
 
@@ -4959,11 +4951,10 @@ class LiveOutput:
 
     # --- for the executor ---
 
-    def begin(self, streams: Iterable[str], secrets: Iterable[str] = (), report: Report | None = None) -> None:
-        if long_enough := [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]:
-            self._masker = SecretMasker(long_enough)
+    def begin(self, streams: Iterable[str], masker: SecretMasker | None = None, report: Report | None = None) -> None:
+        self._masker = masker
         for name in streams:
-            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(self._masker), report if name == "stdout" else None)
+            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(masker), report if name == "stdout" else None)
 
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
@@ -5041,7 +5032,7 @@ class StoredConfig(dict[str, Any]):
     @functools.cached_property
     def request(self) -> _Request:
         """What an http task without references asks for. Raises ChronoTaskError."""
-        return _http_request(self)
+        return _http_request(self, [])
 
 
 def stored_config(text: str) -> StoredConfig:
@@ -5057,10 +5048,8 @@ def resolve_secrets(
     task_type: str, config: dict[str, Any], environ: Mapping[str, str], settings: Settings, facts: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in. `facts` (JSON text) replace its
-    `${cause:…}`; without facts these are empty. What was put in is not looked at again.
-
-    Raises ChronoTaskError with the reason, never with a content.
-    """
+    `${cause:…}`; without facts these are empty. What was put in is not looked at again. Raises ChronoTaskError with the reason,
+    never with a content."""
     known = parsed(facts) if facts else {}
     secrets: list[str] = []
 
@@ -5140,26 +5129,21 @@ def _secret_file(name: str, settings: Settings) -> str:
             content = file.read(MAX_SECRET_BYTES + 1)
         if len(content) > MAX_SECRET_BYTES:
             raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
-        if _holds_own_token(status, content, settings):
+        # Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise.
+        own = settings.api_token is not None and settings.api_token.encode() in content
+        for file_of_own in (settings.api_token_file, settings.api_tokens_file):  # of whatever name; others may be in it by now
+            with contextlib.suppress(OSError):
+                own = own or (file_of_own is not None and os.path.samestat(status, os.stat(file_of_own)))
+        with contextlib.suppress(StartupError):
+            words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
+            own = own or any(token.digest in words for token in known_tokens(settings))
+        if own:
             raise ChronoTaskError(f"{label}: holds the service's own token, which is not for tasks")
         return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
-
-
-def _holds_own_token(status: os.stat_result, content: bytes, settings: Settings) -> bool:
-    """Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise."""
-    for own in (settings.api_token_file, settings.api_tokens_file):  # of whatever name or link; others may be in it by now
-        with contextlib.suppress(OSError):
-            if own is not None and os.path.samestat(status, os.stat(own)):
-                return True
-    with contextlib.suppress(StartupError):
-        words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
-        if any(token.digest in words for token in known_tokens(settings)):
-            return True
-    return settings.api_token is not None and settings.api_token.encode() in content
 
 
 def _reason(error: BaseException) -> str:
@@ -5183,7 +5167,6 @@ _REFUSED_ENV = re.compile(
     r"|GLIBC_TUNABLES|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|RES_OPTIONS|LOCALDOMAIN|NIS_PATH|TZDIR|OPENSSL_.*|SSLKEYLOGFILE"
     r"|GIT_.*|SSH_ASKPASS|SUDO_ASKPASS|LESSOPEN|LESSCLOSE|PAGER|MANPAGER|EDITOR|VISUAL|BROWSER|TERMINFO.*|TERMCAP|AWKPATH|AWKLIBPATH"
 )
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) -> None:
@@ -5228,7 +5211,7 @@ def bash_words(config: dict[str, Any], settings: Settings) -> list[str]:
     """The words that are executed without a shell, as ALLOWED_BASH_COMMANDS wants it. Raises InvalidInput."""
     command, args, allowed = config["command"], config.get("args", []), settings.allowed_bash_commands
     for place, text in [("config.command", command), *((f"config.args[{i}]", text) for i, text in enumerate(args))]:
-        if _CONTROL_CHARACTERS.search(text):
+        if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
             raise InvalidInput(FieldError(place, "must not hold control characters (CHRONOTASK_ALLOWED_BASH_COMMANDS is set)"))
     try:
         words = shlex.split(command)
@@ -5277,15 +5260,8 @@ def refused_address(address: str, settings: Settings) -> str | None:
 # --- Ends -------------------------------------------------------------------------------------------------------------
 
 
-_JSON_TYPE = re.compile(r"(application|text)/([a-z0-9.+-]+\+)?json", re.I)
-
-
-class _Failed(ChronoTaskError):
-    """Why there is no whole answer, in words that hold no URL, and whether trying again may help."""
-
-    def __init__(self, message: str, retryable: bool = True) -> None:
-        super().__init__(message)
-        self.retryable = retryable
+class _Passing(ChronoTaskError):
+    """Why there is no whole answer, where trying again may help."""
 
 
 def _output(live: LiveOutput) -> dict[str, Any] | None:
@@ -5294,7 +5270,11 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
     if not live.facts:
         return None
     output = live.snapshot()
-    if output.get("body") and not output["truncated"] and _JSON_TYPE.match(live.content_type):
+    if (
+        output.get("body")
+        and not output["truncated"]
+        and re.match(r"(?i)(application|text)/([a-z0-9.+-]+\+)?json", live.content_type)
+    ):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(output["body"].removeprefix("\ufeff"))
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
@@ -5305,15 +5285,20 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
 
 def _stopped(live: LiveOutput, timeout: float) -> Outcome:
     """How an attempt ended that was stopped, or ran out of time."""
-    messages = {"cancelled": "cancelled", "interrupted": "the service was stopped"}
-    if live.reason in messages:
-        return Outcome(live.reason, messages[live.reason], _output(live), retryable=live.reason == "interrupted")
-    return Outcome("timed_out", f"was still running after {timeout:g} s", _output(live), retryable=True)
+    output = _output(live)
+    if live.reason:
+        message = "the service was stopped" if live.reason == "interrupted" else live.reason
+        return Outcome(live.reason, message, output, retryable=live.reason == "interrupted")
+    message = "no answer within"
+    if output is not None:
+        status = output.get("status_code")
+        message = f"answered {status}, but not completely within" if status else "was still running after"
+    return Outcome("timed_out", f"{message} {timeout:g} s", output, retryable=not live.acted)
 
 
 def _failure(error: Exception, live: LiveOutput) -> Outcome:
     if isinstance(error, ChronoTaskError):
-        retryable = isinstance(error, _Failed) and error.retryable and not live.acted
+        retryable = isinstance(error, _Passing) and not live.acted
         return Outcome("failed", live.masked(error.detail), _output(live), retryable=retryable)
     # Not the error's text: it may hold a secret.
     logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -5361,11 +5346,8 @@ def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
 
 
 async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
-    """Run a bash task.
-
-    What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop everything
-    that carries the attempt's CHRONOTASK_RUN_ID is killed.
-    """
+    """Run a bash task. What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop
+    everything that carries the attempt's CHRONOTASK_RUN_ID is killed."""
     timeout, user = config.get("timeout", settings.bash_timeout), settings.bash_user
     try:
         check_allowed("bash", config, settings)
@@ -5375,7 +5357,7 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
         launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
         report = Report() if launcher else None
         words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
-        live.begin(("stdout", "stderr"), secrets, report)
+        live.begin(("stdout", "stderr"), masker_of(secrets), report)
         if live.reason:
             return _stopped(live, timeout)
         pipes: list[_Pipe] = []
@@ -5390,7 +5372,16 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
                 pipes.append((await connect)[1])
             process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
         except OSError as error:
-            return _not_started(error, words[0], folder)
+            _program.cache_clear()  # it may have been moved
+            reason = _reason(error)
+            if folder is not None and error.filename == folder:
+                return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
+            if error.errno == errno.ENOEXEC:
+                reason += "; a script needs a first line such as #!/bin/sh"
+            # Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
+            final = "ENOENT ENOTDIR EACCES EPERM ENOEXEC E2BIG ELOOP ENAMETOOLONG".split()
+            retryable = errno.errorcode.get(error.errno or 0) not in final
+            return Outcome("failed", f"{shown(words[0])} could not be started: {reason}", retryable=retryable)
         finally:
             for writer in writers:  # where nothing was started, that ends the pipes
                 os.close(writer)
@@ -5428,7 +5419,19 @@ def _command(
         words = bash_words(config, settings)
     else:
         words = ["bash", "-c", bash_source(config["command"], config.get("args", ()))]
-    env = _encoded(config.get("env", {})) | _run_variables(run)
+    values: dict[str, object] = {
+        "TASK_ID": run.task_id,
+        "TASK_NAME": run.task_name,
+        "EXECUTION_ID": run.execution_id,
+        "ATTEMPT": run.attempt,
+        "RUN_ID": run.run_id,
+    }
+    if run.schedule_id is not None and run.scheduled_for is not None:
+        values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
+    for name, value in (parsed(run.cause) if run.cause else {}).items():
+        values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
+    of_run = _encoded({ENV_PREFIX + name: str(value) for name, value in values.items()})
+    env = _encoded(config.get("env", {})) | of_run
     home, of_user = environ.get("HOME") or os.path.expanduser("~"), dict[str, str]()
     if user is not None:
         home, shell = user.pw_dir, user.pw_shell or "/bin/sh"
@@ -5436,9 +5439,9 @@ def _command(
     if report is not None:
         far = ["bash", "-c", _FAR_SIDE, "chronotask", report.word, folder or "", *words]
         variables = [os.fsdecode(name + b"=" + value) for name, value in env.items()]
-        name = f"chronotask-{run.run_id}"
-        words = [word for part in launcher for word in (variables if part == "{env}" else [part.replace("{name}", name)])] + far
-        env, folder = _run_variables(run) if "{env}" in launcher else env, None
+        job = f"chronotask-{run.run_id}"
+        words = [word for part in launcher for word in (variables if part == "{env}" else [part.replace("{name}", job)])] + far
+        env, folder = of_run if "{env}" in launcher else env, None
     elif folder is not None and folder.partition("/")[0] == "~":
         folder = home + folder[1:]
     words[0] = _program(words[0], path)
@@ -5457,27 +5460,9 @@ def _program(name: str, path: str) -> str:
     raise ChronoTaskError(f"the command {shown(name)} was not found on the service's PATH")
 
 
-def _run_variables(run: Run) -> dict[bytes, bytes]:
-    values: dict[str, object] = {
-        "TASK_ID": run.task_id,
-        "TASK_NAME": run.task_name,
-        "EXECUTION_ID": run.execution_id,
-        "ATTEMPT": run.attempt,
-        "RUN_ID": run.run_id,
-    }
-    if run.schedule_id is not None and run.scheduled_for is not None:
-        values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
-    for name, value in (parsed(run.cause) if run.cause else {}).items():
-        values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
-    return _encoded({ENV_PREFIX + name: str(value) for name, value in values.items()})
-
-
 class _Pipe(asyncio.Protocol):
-    """The end of a command's stdout or stderr that is read here.
-
-    It is read to its end, also when the attempt is over before: a process that writes to a pipe that nobody reads is killed
-    by SIGPIPE. What comes then goes nowhere, and no faster than so that the loop has better things to do.
-    """
+    """The end of a command's stdout or stderr that is read here, also when the attempt is over before: a process that writes to a
+    pipe that nobody reads is killed by SIGPIPE. What comes then goes nowhere, and so slowly that it holds up nothing."""
 
     transport: asyncio.ReadTransport
 
@@ -5494,7 +5479,7 @@ class _Pipe(asyncio.Protocol):
             self.live.feed(self._stream, data)
         else:
             self.transport.pause_reading()
-            self.over.get_loop().call_later(DISCARD_SECONDS, self.transport.resume_reading)
+            self.over.get_loop().call_later(0.05, self.transport.resume_reading)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.over.set_result(None)
@@ -5508,8 +5493,6 @@ def _spawn(
     options |= {"env": env, "start_new_session": True, "umask": environ.umask}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     given = soft if environ.open_files is None else environ.open_files
-    if given == soft:
-        return subprocess.Popen(words, **options)
     lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (given, hard))
     if stderr + 64 > given:  # numbers that high are in use here, and others could not be opened meanwhile
         return subprocess.Popen(words, preexec_fn=lower, **options)  # three times as slow
@@ -5577,7 +5560,7 @@ async def _watch(
             _sweeper, lambda: kill_leftovers({_to_sweep.pop() for _ in range(len(_to_sweep))}, user)
         )
     if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
-        await asyncio.wait(ends, timeout=KILLED_DRAIN_SECONDS if stopped else DRAIN_SECONDS)
+        await asyncio.wait(ends, timeout=0.2 if stopped else DRAIN_SECONDS)
     code = process.returncode
     if code is None or code >= 0:
         live.facts["exit_code"] = code
@@ -5615,16 +5598,14 @@ def reap() -> None:
 async def reap_for_ever() -> None:
     while True:
         reap()
-        await asyncio.sleep(REAP_SECONDS)
+        await asyncio.sleep(2)
 
 
 def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, looks: int = 0) -> int:
     """Kill every process of this user (with BASH_USER: of that one) whose environment holds one of these CHRONOTASK_RUN_IDs;
-    the number that was killed. With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back.
-
-    Finds what left its group by `setsid`, also after a crash of the service. Looks again until nothing is left, as they may fork
-    meanwhile. Reads /proc: does nothing where there is none.
-    """
+    the number that was killed. With `looks`, twenty a second, SIGTERM comes first: a launcher takes its job back. Finds what left
+    its group by `setsid`, also after a crash of the service. Looks again until nothing is left, as they may fork meanwhile. Reads
+    /proc: does nothing where there is none."""
     wanted = {f"{ENV_PREFIX}RUN_ID={run_id}".encode() for run_id in run_ids}
     killed: set[int] = set()
     libc = ctypes.CDLL(None)
@@ -5668,10 +5649,8 @@ def as_user(user: pwd.struct_passwd) -> dict[str, Any]:
 
 
 def check_bash_user(settings: Settings) -> list[str]:
-    """Tries to become BASH_USER and to signal what runs as it. Warns of what its commands can read or change all the same.
-
-    Raises StartupError (status 2).
-    """
+    """Tries to become BASH_USER and to signal what runs as it. Warns of what its commands can read or change all the same. Raises
+    StartupError (status 2)."""
     if (user := settings.bash_user) is None:
         return []
     script = 'test -w "$0" && echo "$0"; for f; do test -r "$f" && echo "$f"; done; echo; read -r x'
@@ -5704,21 +5683,6 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
                 advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
                 return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
     return []
-
-
-# Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
-_FINAL_ERRORS = {"ENOENT", "ENOTDIR", "EACCES", "EPERM", "ENOEXEC", "E2BIG", "ELOOP", "ENAMETOOLONG"}
-
-
-def _not_started(error: OSError, file: str, folder: str | None) -> Outcome:
-    _program.cache_clear()  # it may have been moved
-    reason = _reason(error)
-    if folder is not None and error.filename == folder:
-        return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
-    if error.errno == errno.ENOEXEC:
-        reason += "; a script needs a first line such as #!/bin/sh"
-    retryable = errno.errorcode.get(error.errno or 0) not in _FINAL_ERRORS
-    return Outcome("failed", f"{shown(file)} could not be started: {reason}", retryable=retryable)
 
 
 def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Report | None) -> Outcome:
@@ -5769,7 +5733,7 @@ class HttpClient:
 
     def __init__(self, settings: Settings) -> None:
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-        self._lookups = asyncio.Semaphore(DNS_LOOKUPS)
+        self._lookups = asyncio.Semaphore(64)
         self._shared: aiohttp.ClientSession | None = None
 
     async def shared(self) -> aiohttp.ClientSession:
@@ -5825,11 +5789,9 @@ class HttpClient:
 
 
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error.
-
-    Any request goes again, on another connection, as long as nothing of it was sent: one that was kept had ended.
-    """
-    live, left = _ATTEMPT.get(), STALE_CONNECTIONS
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error. Any
+    request goes again, on another connection, as long as nothing of it was sent: one that was kept had ended."""
+    live, left = _ATTEMPT.get(), 10  # kept connections that may have ended
     while True:
         live.begun = False
         try:
@@ -5841,30 +5803,29 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
             left -= 1
 
 
-def _connection_failed(error: Exception) -> _Failed:
+def _connection_failed(error: Exception) -> ChronoTaskError:
     """What a person can do about it. Never in aiohttp's own text: it has URLs."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
-        message = f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)"
-        return _Failed(message, retryable=False)
+        return ChronoTaskError(f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)")
     if isinstance(error, aiohttp.ClientConnectorError):
         place, cause = f"{error.host}:{error.port}", error.os_error
         # asyncio's own text of a refused connection names the address and not the reason.
         system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
         reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
         if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return _Failed(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
+            return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
         if cause.errno == REFUSED_ERRNO:
-            return _Failed(f"{place} may not be called: {reason}", retryable=False)
+            return ChronoTaskError(f"{place} may not be called: {reason}")
         tls = isinstance(error, aiohttp.ClientConnectorSSLError)
-        return _Failed(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}")
+        return _Passing(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}")
     if isinstance(error, aiohttp.ServerDisconnectedError):  # its message may be a part of an answer
-        return _Failed("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
+        return _Passing("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
     if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
-        return _Failed("config.url: is not a valid http or https URL", retryable=False)
+        return ChronoTaskError("config.url: is not a valid http or https URL")
     if isinstance(error, aiohttp.ClientResponseError):
-        return _Failed(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}")
-    return _Failed(f"the connection failed: {_reason(error)}")
+        return _Passing(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}")
+    return _Passing(f"the connection failed: {_reason(error)}")
 
 
 @functools.cache
@@ -5927,11 +5888,8 @@ _REQUEST_BEGINS = re.compile(rb"([A-Z]+) [^ ]+ HTTP/1\.1\r\n")
 
 
 class _OneAnswer:
-    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent.
-
-    Servers send bodies with 204, a line or a whole page behind an answer. aiohttp's parser would give up the answer for it, as
-    curl does not: so it never gets to see it.
-    """
+    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent. Servers send bodies with
+    204, a line or a whole page behind an answer: aiohttp's parser, which curl's is not like, would give up the answer for it."""
 
     _answer: Iterator[None] | None = None
     _over = False  # something else came: as if the server had closed the connection
@@ -6001,11 +5959,11 @@ async def run_http(
     """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
     timeout = config.get("timeout", settings.http_timeout)
     try:
-        resolved, secrets = (
-            resolve_secrets("http", config, environ, settings, run.cause) if config.names_secrets else (config, [])
-        )
-        live.begin(("body",), [*secrets, *_credentials(resolved)])
-        request = config.request if resolved is config else _http_request(resolved)
+        if config.names_secrets:
+            request = _http_request(*resolve_secrets("http", config, environ, settings, run.cause))
+        else:
+            request = config.request
+        live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
         async with live.timeout(timeout):
@@ -6021,29 +5979,13 @@ async def run_http(
         if 300 <= status < 400 and not config.get("follow_redirects", True):
             message += " (follow_redirects is false)"
         wait = retry_after(response.headers, now) if status in (429, 503) else None
-        return Outcome("failed", message, output, retryable=status in RETRIED_STATUS, retry_after=wait)
+        return Outcome("failed", message, output, retryable=status in (408, 425, 429) or 500 <= status < 600, retry_after=wait)
     except TimeoutError:
-        output = _output(live)
-        if live.reason:
-            return _stopped(live, timeout)
-        what = "no answer" if output is None else f"answered {output['status_code']}, but not completely"
-        return Outcome("timed_out", f"{what} within {timeout:g} s", output, retryable=not live.acted)
+        return _stopped(live, timeout)
     except Exception as error:
         return _failure(error, live)
     finally:
         live.close()
-
-
-def _credentials(config: dict[str, Any]) -> list[str]:
-    """What a server must not put into the history by echoing it, references or not."""
-    found = [value for name, value in config.get("headers", {}).items() if name.lower() in MASKED_HEADERS]
-    found += [value.partition(" ")[2] for value in found if " " in value]
-    if auth := config.get("auth"):
-        found += [auth["password"], f"{auth['username']}:{auth['password']}"]
-    if "@" in config["url"] and (parts := url_parts(config["url"])):
-        userinfo = urllib.parse.unquote(parts.userinfo)
-        found += [userinfo, userinfo.partition(":")[2]]
-    return found
 
 
 class _Request(NamedTuple):
@@ -6051,10 +5993,11 @@ class _Request(NamedTuple):
     url: yarl.URL
     headers: dict[str, str]  # but for those that tell this run from others
     body: bytes | None
+    masker: SecretMasker | None  # of what a server must not put into the history by echoing it, references or not
     left_behind: str | None = None  # the host whose headers were taken off at a redirect
 
 
-def _http_request(config: dict[str, Any]) -> _Request:
+def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     """What a configuration asks for whose references are filled in. Raises ChronoTaskError."""
     query = [
         (name, str(item).lower() if isinstance(item, bool) else str(item))
@@ -6062,16 +6005,19 @@ def _http_request(config: dict[str, Any]) -> _Request:
         for item in (value if isinstance(value, list) else [value])
     ]
     try:
-        url, authorization = _read_url(config["url"])
+        url, login = _read_url(config["url"])
         url = url.extend_query(query) if query else url
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
     headers = {"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
     own, body = config.get("headers", {}), config.get("body")
+    credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
+    credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
     if auth := config.get("auth"):
-        authorization = _basic_auth(auth["username"], auth["password"])
-    if authorization:
-        headers["Authorization"] = authorization
+        login = f"{auth['username']}:{auth['password']}"
+        credentials += [login, auth["password"]]
+    if login:
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
     if body is not None:
         headers["Content-Type"] = "text/plain; charset=utf-8" if isinstance(body, str) else "application/json"
         if isinstance(body, dict) and body_kind(own) == FORM:
@@ -6079,18 +6025,17 @@ def _http_request(config: dict[str, Any]) -> _Request:
             body = urllib.parse.urlencode(flat, doseq=True)
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
-    return _Request(config.get("method", "GET"), url, headers, body)
+    return _Request(config.get("method", "GET"), url, headers, body, masker_of([*secrets, *credentials]))
 
 
-def _read_url(text: str) -> tuple[yarl.URL, str | None]:
-    """The URL as it is written, without user and password, and these as an Authorization header. Raises ValueError."""
+def _read_url(text: str) -> tuple[yarl.URL, str]:
+    """The URL as it is written, but for `user:password`, and these. Raises ValueError."""
     parts = url_parts(text)
     origin = yarl.URL(f"{parts.scheme}://{parts.host}" if parts else "")
     if parts is None or not origin.host:
         raise ValueError
-    user, _, password = map(urllib.parse.unquote, parts.userinfo.partition(":"))
-    login = _basic_auth(user, password) if parts.userinfo else None
-    return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), login
+    login = parts.userinfo if ":" in parts.userinfo or not parts.userinfo else parts.userinfo + ":"
+    return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), urllib.parse.unquote(login)
 
 
 def _as_written(text: str) -> str:
@@ -6099,17 +6044,11 @@ def _as_written(text: str) -> str:
     return re.sub(rb"[^\x21-\x7e]", lambda found: b"%%%02X" % found[0][0], plain).decode()
 
 
-def _basic_auth(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-
-
 async def _exchange(
     client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput
 ) -> tuple[_Request, aiohttp.ClientResponse]:
-    """Send the request, follow redirects, read the body of the last answer into `live`. The last request and answer.
-
-    A redirect gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice.
-    """
+    """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
+    gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice."""
     _ATTEMPT.set(live)
     of_run = {
         "X-ChronoTask-Execution-Id": str(run.execution_id),
@@ -6166,7 +6105,7 @@ def _redirected(config: StoredConfig, request: _Request, response: aiohttp.Clien
     except ValueError:
         target = _one_line(mask_config("http", {"url": location})["url"], 100)
         raise ChronoTaskError(f"redirected to {target}, which is no http or https URL") from None
-    method, _, headers, body, left_behind = request
+    method, _, headers, body, masker, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
         method, body = "GET", None
         headers = {name: value for name, value in headers.items() if not name.lower().startswith("content-")}
@@ -6176,7 +6115,7 @@ def _redirected(config: StoredConfig, request: _Request, response: aiohttp.Clien
         secret = {name.lower() for name, value in config.get("headers", {}).items() if "${" in value}
         kept = {name: value for name, value in headers.items() if name.lower() in _HARMLESS_HEADERS - secret}
         headers, left_behind = kept, request.url.host if len(kept) < len(headers) else left_behind
-    return _Request(method, url, headers, body, left_behind)
+    return _Request(method, url, headers, body, masker, left_behind)
 
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
@@ -6217,9 +6156,9 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
         if unpacker is not None:
             live.feed("body", unpacker.flush())
             if not unpacker.eof:
-                raise _Failed(_BROKE_OFF)
+                raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
-        raise _Failed(_BROKE_OFF) from None
+        raise _Passing(_BROKE_OFF) from None
 
 
 def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:

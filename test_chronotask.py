@@ -3574,7 +3574,7 @@ def test_a_secret_is_found_in_any_character_set_also_where_output_is_clipped(enc
     with contextlib.suppress(UnicodeEncodeError):  # é in Shift JIS
         for filling in range(8):
             live = LiveOutput(64)
-            live.begin(("body",), [secret])
+            live.begin(("body",), chronotask.SecretMasker([secret]))
             live.expect(f"text/plain; charset={encoding}")
             data = ("." * filling + f"-{secret}-" * 20).encode(encoding)
             for at in range(0, len(data), 3):
@@ -3586,7 +3586,7 @@ def test_a_secret_is_found_in_any_character_set_also_where_output_is_clipped(enc
 
 def test_json_is_masked_again_once_it_is_parsed_keys_too() -> None:
     live = LiveOutput(1000)
-    live.begin(("body",), ["secret+value"])
+    live.begin(("body",), chronotask.SecretMasker(["secret+value"]))
     twice = json.loads(r'{"a": ["secret\\u002Bvalue", 1, null], "secret\\u002Bvalue": {"b": "no secret"}}')
     assert live.masked(twice) == {"a": ["********", 1, None], "********": {"b": "no secret"}}
 
@@ -3628,7 +3628,7 @@ class Watched(LiveOutput):
 
 def test_onlookers_see_masked_output_as_it_comes() -> None:
     live = LiveOutput(100)
-    live.begin(("stdout", "stderr"), ["secret-value", "short"])
+    live.begin(("stdout", "stderr"), chronotask.masker_of(["secret-value", "short"]))
     for stream, fed, out, err in (
         ("stdout", b"one secret-", b"one ", b""),
         ("stderr", b"short", b"one ", b"short"),
