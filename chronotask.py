@@ -2615,13 +2615,13 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     return notes
 
 
-def overview_view(task: Task, recent: Sequence[Recent]) -> OverviewTask:
+def overview_view(task: TaskView, recent: Sequence[Recent]) -> OverviewTask:
     """A task with its recent executions, which are given oldest first."""
     judged = [SUCCESS[e.status] for e in recent if e.status in SUCCESS]
     times = sorted(e.duration for e in recent if e.status == "succeeded" and e.duration is not None)
     real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
     return {
-        **view_of(task),
+        **task,
         "last_error": (real[-1].error_message or "")[:300] or None if real else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
@@ -3154,6 +3154,10 @@ def _counted_schedule(n: str, row: str) -> str:
     return f"UPDATE meta SET value = value + {n} * {live} WHERE key = 'firing'; {counted}"
 
 
+def _added(table: str, columns: str) -> Iterator[str]:
+    return (f"ALTER TABLE {table} ADD COLUMN {column.strip()}" for column in columns.split(","))
+
+
 _SCHEDULE_COLUMNS = ("schedules.id", "schedule_type", "is_active")
 _ALL_TAGS = "SELECT DISTINCT value, {0}.id FROM {1} json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
 
@@ -3234,34 +3238,22 @@ MIGRATIONS: list[tuple[str, ...]] = [
     ),
     # What a clock that is set must not touch. What ran before is taken for one stretch; a future that did not come is not.
     (
-        "ALTER TABLE schedules ADD COLUMN dealt_with INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE schedules ADD COLUMN in_force_since INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE schedules ADD COLUMN ran TEXT NOT NULL DEFAULT '[]'",
-        "ALTER TABLE schedules ADD COLUMN over INTEGER NOT NULL DEFAULT 0",
+        *_added("schedules", "dealt_with INTEGER NOT NULL DEFAULT 0, in_force_since INTEGER NOT NULL DEFAULT 0"),
+        *_added("schedules", "ran TEXT NOT NULL DEFAULT '[]', over INTEGER NOT NULL DEFAULT 0"),
         """UPDATE schedules SET dealt_with = settled_until, in_force_since = settled_until,
             over = NOT is_active AND next_slot IS NULL,
             ran = CASE WHEN settled_until > created_at THEN json_array(json_array(created_at, settled_until)) ELSE '[]' END""",
     ),
     # Names for programs and files, streaks, and what an execution was caused by.
     (
-        "ALTER TABLE tasks ADD COLUMN key TEXT",
-        "ALTER TABLE tasks ADD COLUMN tags TEXT NOT NULL DEFAULT '[]'",
-        "ALTER TABLE tasks ADD COLUMN status_reason TEXT",
-        "ALTER TABLE tasks ADD COLUMN pause_after INTEGER",
-        "ALTER TABLE tasks ADD COLUMN managed_by TEXT",
-        "ALTER TABLE tasks ADD COLUMN last_status TEXT",
-        "ALTER TABLE tasks ADD COLUMN last_success INTEGER",
-        "ALTER TABLE tasks ADD COLUMN last_success_id INTEGER",
-        "ALTER TABLE tasks ADD COLUMN failures_in_a_row INTEGER NOT NULL DEFAULT 0",
+        *_added("tasks", "key TEXT, tags TEXT NOT NULL DEFAULT '[]', status_reason TEXT, pause_after INTEGER, managed_by TEXT"),
+        *_added("tasks", "last_status TEXT, last_success INTEGER, last_success_id INTEGER"),
+        *_added("tasks", "failures_in_a_row INTEGER NOT NULL DEFAULT 0"),
         "CREATE UNIQUE INDEX tasks_key ON tasks (key) WHERE key IS NOT NULL AND deleted = 0",
-        "ALTER TABLE schedules ADD COLUMN key TEXT",
-        "ALTER TABLE schedules ADD COLUMN managed_by TEXT",
+        *_added("schedules", "key TEXT, managed_by TEXT"),
         "CREATE UNIQUE INDEX schedules_key ON schedules (task_id, key) WHERE key IS NOT NULL",
         "CREATE INDEX schedules_after ON schedules (is_active) WHERE schedule_type = 'after'",
-        "ALTER TABLE executions ADD COLUMN cause TEXT",
-        "ALTER TABLE executions ADD COLUMN caused_by INTEGER",
-        "ALTER TABLE executions ADD COLUMN event TEXT",
-        "ALTER TABLE executions ADD COLUMN depth INTEGER NOT NULL DEFAULT 0",
+        *_added("executions", "cause TEXT, caused_by INTEGER, event TEXT, depth INTEGER NOT NULL DEFAULT 0"),
         "CREATE UNIQUE INDEX executions_caused ON executions (caused_by, schedule_id, event) WHERE caused_by IS NOT NULL",
         """UPDATE tasks SET (last_success_id, last_success) = (SELECT id, finished_at FROM executions
             WHERE task_id = tasks.id AND status = 'succeeded' ORDER BY id DESC LIMIT 1)""",
@@ -3281,13 +3273,11 @@ MIGRATIONS: list[tuple[str, ...]] = [
     ),
     # Again, not then, not together; and what is rare is found without reading all rows.
     (
-        "ALTER TABLE tasks ADD COLUMN paused_until INTEGER",
-        "ALTER TABLE tasks ADD COLUMN concurrency_group TEXT",
+        *_added("tasks", "paused_until INTEGER, concurrency_group TEXT"),
         "CREATE INDEX tasks_paused ON tasks (paused_until) WHERE paused_until IS NOT NULL",
         "CREATE INDEX tasks_grouped ON tasks (concurrency_group) WHERE concurrency_group IS NOT NULL",
         "ALTER TABLE schedules ADD COLUMN exclude TEXT NOT NULL DEFAULT '[]'",
-        "ALTER TABLE executions ADD COLUMN config TEXT",
-        "ALTER TABLE executions ADD COLUMN rerun_of INTEGER",
+        *_added("executions", "config TEXT, rerun_of INTEGER"),
         "DROP INDEX executions_slot",
         """CREATE UNIQUE INDEX executions_slot ON executions (schedule_id, scheduled_for)
             WHERE scheduled_for IS NOT NULL AND trigger IN ('schedule', 'catchup')""",
@@ -3364,6 +3354,8 @@ MIGRATIONS: list[tuple[str, ...]] = [
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
 UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
+LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
+ENDING_SQL = f"(cancel_requested OR NOT {_NOT_DELETED})"  # whether an execution shall be cancelled, or its task is being deleted
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 
@@ -3403,11 +3395,12 @@ def storage_error(error: Exception) -> Exception:
     """A database error as what the caller hears; other exceptions stay as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
-    too_long = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
-    return Unavailable(_TOO_LONG if too_long else f"the database cannot do this now: {error}")
+    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+        return Unavailable(f"the database cannot do this now: {error}")
+    ended = f"it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
+    return Unavailable(f"this looks at too many rows: {ended}")
 
 
-_TOO_LONG = f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
 _REPLACED = "the database file is no longer the one that was opened"
 # Where the fault lies with the file or the disk, not with the statement.
 _FAULTS = {
@@ -3461,10 +3454,8 @@ class Store:
         return calls.turn[-1].future
 
     async def write(self, run: Callable[[DB], T], at_once: bool = False) -> T:
-        """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable.
-
-        With `at_once` the writer does not wait for what else the loop has to do in this turn.
-        """
+        """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable. With
+        `at_once` the writer does not wait for what else the loop has to do in this turn."""
         future = self._submit(self._writes, run)
         if at_once:
             self._writes.flush()
@@ -3502,17 +3493,16 @@ class Store:
 
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
-        version = await self.write(self._look)
-        changed, self._version = version != self._version, version
-        return changed
+        before, self._version = self._version, await self.write(self._look)
+        return before != self._version
 
     def _look(self, db: DB) -> int:
-        there, before = False, self._replaced
+        there = False
         with contextlib.suppress(OSError):
             there = os.path.samestat(self.path.stat(), self._file)
-        self._replaced = not there
-        if self._replaced and not before:
+        if not there and not self._replaced:
             logger.error("%s: what is written from now on may be lost", _REPLACED)
+        self._replaced = not there
         if self.failure:
             set_meta(db, "probe", self._monotonic())
         return _pragma(db, "data_version")
@@ -3659,22 +3649,17 @@ def open_database(path: Path) -> DB:
             stack.pop_all()
         return db
     except sqlite3.Error as error:
-        raise StartupError(f"the database {path} cannot be used: {error}; {_remedy(error, path)}") from None
+        closed = (
+            f"uid {os.getuid()} must be able to write {path.parent}, which belongs to uid {path.parent.stat().st_uid} (or is it "
+            f"read-only?): chown -R {os.getuid()} that folder, or run ChronoTask as its owner (in a container: --user)"
+        )
+        remedies = {"unable to open": closed, "readonly": closed, "read-only": closed}
+        remedies |= {"locked": "another program holds a lock on it", "full": "make room on its disk"}
+        remedy = next((remedy for word, remedy in remedies.items() if word in str(error)), _LEFT_ALONE)
+        raise StartupError(f"the database {path} cannot be used: {error}; {remedy}") from None
 
 
 _LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
-
-
-def _remedy(error: sqlite3.Error, path: Path) -> str:
-    text = str(error)
-    if "unable to open" in text or "readonly" in text or "read-only" in text:
-        uid, folder = os.getuid(), path.parent
-        return (
-            f"uid {uid} must be able to write {folder}, which belongs to uid {folder.stat().st_uid} (or is it read-only?): "
-            f"chown -R {uid} that folder, or run ChronoTask as its owner (in a container: --user)"
-        )
-    others = {"locked": "another program holds a lock on it", "full": "make room on its disk"}
-    return next((remedy for word, remedy in others.items() if word in text), _LEFT_ALONE)
 
 
 def _check_files(path: Path) -> None:
@@ -3760,10 +3745,8 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
 
 
 def refused_target(path: Path, target: Path) -> str | None:
-    """Why a backup of the database at `path` must not replace `target`, or None.
-
-    Whoever has a database open goes on writing to the file that was replaced; and a log of the old file spoils the new one.
-    """
+    """Why a backup of the database at `path` must not replace `target`, or None. Whoever has a database open goes on writing to
+    the file that was replaced; and a log of the old file spoils the new one."""
     own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", *BESIDE)]
     draining = str(target.resolve()).startswith(f"{path.resolve()}.drain-")
     if draining or target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
@@ -3776,10 +3759,8 @@ def refused_target(path: Path, target: Path) -> str | None:
 
 
 def backup(path: Path, target: Path) -> None:
-    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks.
-
-    Raises Unavailable; `target` then is as it was before.
-    """
+    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks. Raises
+    Unavailable; `target` then is as it was before."""
     try:
         # A folder of our own: a file that a stranger has put into the way would get all secrets.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -3813,10 +3794,8 @@ def zone_rules(name: str) -> str:
 
 
 class FileLock:
-    """An flock on a file: the kernel releases it when its holder dies, however it dies.
-
-    Not fcntl/lockf (any close in the process drops it), not a row with a lease (a clock step steals it).
-    """
+    """An flock on a file: the kernel releases it when its holder dies, however it dies. Not fcntl/lockf (any close in the process
+    drops it), not a row with a lease (a clock step steals it)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -3894,10 +3873,8 @@ _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 def load(
     db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), without: frozenset[str] = frozenset()
 ) -> list[Row]:
-    """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row.
-
-    Columns `without` are read as NULL. A damaged JSON value is read as NULL, too.
-    """
+    """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. Columns
+    `without`, and damaged JSON, are read as NULL."""
     shape = shape_of(kind)
     return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, without))]
 
@@ -3937,8 +3914,27 @@ def write_rows(db: DB, statement: str, names: tuple[str, ...], rows: Sequence[Se
     return db.execute(f"WITH rows AS (SELECT {columns} FROM json_each(?)) {statement}", (text,))
 
 
+def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """WHERE text and parameters from conditions whose value is not None; True adds one without a parameter, `IN ?` takes many."""
+    kept = {text: value for text, value in conditions.items() if value is not None and value is not False}
+    text = " AND ".join(kept).replace("IN ?", _THESE) or "TRUE"
+    values = [value for value in kept.values() if value is not True]
+    return f"WHERE {text}", [value if isinstance(value, (int, str)) else compact(list(value)) for value in values]
+
+
 def _ids(db: DB, query: str, parameters: Sequence[Any] = ()) -> list[int]:
     return [row[0] for row in db.execute(query, parameters)]
+
+
+def ids_of(db: DB, table: str, conditions: Mapping[str, Any], column: str = "id") -> list[int]:
+    """The ids, or another column, of the rows that meet `conditions`."""
+    where, values = _where(conditions)
+    return _ids(db, f"SELECT {column} FROM {table} {where}", values)
+
+
+def put_row(db: DB, table: str, *values: Any) -> None:
+    """Writes a row in the order of its columns, in place of one with the same key."""
+    db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(values))})", values)
 
 
 _NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
@@ -3950,12 +3946,7 @@ def get_meta(db: DB, key: str) -> Any:
 
 
 def set_meta(db: DB, key: str, value: Any) -> None:
-    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-
-def note_clock(db: DB, now: int) -> None:
-    """Remembers the latest reading of the clock at which anything was done."""
-    db.execute("INSERT INTO meta VALUES ('clock', ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)", (now,))
+    put_row(db, "meta", key, value)
 
 
 _TABLES: dict[type[Any], str] = {Task: "tasks", Schedule: "schedules"}
@@ -3992,7 +3983,7 @@ def delete_schedule(db: DB, schedule_id: int) -> None:
 
 def get_tasks(db: DB, ids: Collection[int]) -> dict[int, Task]:
     """Those of the tasks `ids` that exist, by id."""
-    return {task.id: task for task in load(db, Task, f"{_TASKS} WHERE id {_THESE} AND NOT deleted", (compact(list(ids)),))}
+    return {task.id: task for task in tasks_that(db, {"id IN ?": ids, "NOT deleted": True})}
 
 
 def tasks_that(db: DB, conditions: Mapping[str, Any]) -> list[Task]:
@@ -4007,22 +3998,7 @@ def get_task(db: DB, task_id: int) -> Task:
 
 def task_of_key(db: DB, key: str) -> int:
     """Raises NotFound."""
-    return int(existing(_ids(db, "SELECT id FROM tasks WHERE key = ? AND deleted = 0", (key,)), "task", f"key:{key}"))
-
-
-def check_key(db: DB, item: Task | Schedule) -> None:
-    """Raises Conflict if another task, or another schedule of the same task, has its key."""
-    others = {"deleted = 0": True} if isinstance(item, Task) else {"task_id = ?": item.task_id}
-    where, values = _where({"key = ?": item.key, "id <> ?": item.id, **others})
-    if item.key is not None and (taken := _ids(db, f"SELECT id FROM {_TABLES[type(item)]} {where}", values)):
-        raise Conflict(f"key: {type(item).__name__.lower()} {taken[0]} has the key {item.key} already")
-
-
-def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """WHERE text and parameters from conditions whose value is not None; True adds a condition without a parameter."""
-    kept = {text: value for text, value in conditions.items() if value is not None and value is not False}
-    text = " AND ".join(kept) or "TRUE"
-    return f"WHERE {text}", [value for value in kept.values() if value is not True]
+    return existing(ids_of(db, "tasks", {"key = ?": key, "deleted = 0": True}), "task", f"key:{key}")
 
 
 _COUNTED_BY = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
@@ -4031,16 +4007,13 @@ _COUNTED_BY = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("s
 def _page(
     db: DB, table: str, wanted: tuple[Any, Any], others: Mapping[str, Any], page: TaskQuery | ScheduleQuery
 ) -> tuple[int, str]:
-    """How many rows of `table` meet conditions, and the ids of a page of them, oldest first, as JSON.
-
-    By what is `wanted` of the two columns that are counted (None: all) a page is found without what lies before it; of what
-    meets `others`, too, all is found, and cut.
-    """
+    """How many rows of `table` meet conditions, and the ids of a page of them, oldest first, as JSON. By what is `wanted` of the
+    two columns that are counted (None: all) a page is found without what lies before it; of what meets `others`, all, and cut."""
     *columns, alive = _COUNTED_BY[table]
     unindexed = alive.replace("deleted = 0", "NOT deleted")  # the planner shall not go by this
     if any(value is not None for value in others.values()):
-        where, values = _where({unindexed: True, **{f"{name} = ?": v for name, v in zip(columns, wanted, strict=True)}, **others})
-        ids = sorted(_ids(db, f"SELECT id FROM {table} {where}", values))
+        these = {f"{name} = ?": value for name, value in zip(columns, wanted, strict=True)}
+        ids = sorted(ids_of(db, table, {unindexed: True, **these, **others}))
         return len(ids), compact(ids[page.skip : page.skip + page.limit])
     where, values = _where({"name = ?": table, "kind = ?": wanted[0], "state = ?": wanted[1]})
     groups = db.execute(f"SELECT kind, state, n FROM counts {where} AND size = 1 << 62 AND n > 0", values).fetchall()
@@ -4061,40 +4034,26 @@ def _page(
     return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
 
 
-def _asked(db: DB, query: TaskQuery) -> tuple[int, str]:
-    like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
-    found = r"""id IN (SELECT id FROM (SELECT ? AS words) CROSS JOIN tasks INDEXED BY tasks_words WHERE deleted = 0
-        AND (name LIKE words ESCAPE '\' OR description LIKE words ESCAPE '\'))"""  # an index that holds nothing else
-    others = {"key = ? AND deleted = 0": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
-    return _page(db, "tasks", (query.task_type, query.status), others, query)
-
-
 @functools.lru_cache(1000)
 def _shown_task(row: str) -> TaskView:
     """What a client sees of a row: of one that has not changed it need not be made again."""
     return view_of(shape_of(Task).make(parsed(row)))
 
 
-def show_tasks(db: DB, query: TaskQuery) -> tuple[int, list[TaskView]]:
-    """Like `list_tasks`, as clients see them."""
-    total, ids = _asked(db, query)
+def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[TaskView]]:
+    """A page of tasks as clients see them, oldest first, and how many there are in all."""
+    like = None if query.q is None else "%" + re.sub(r"([%_\\])", r"\\\1", query.q) + "%"
+    found = r"""id IN (SELECT id FROM (SELECT ? AS words) CROSS JOIN tasks INDEXED BY tasks_words WHERE deleted = 0
+        AND (name LIKE words ESCAPE '\' OR description LIKE words ESCAPE '\'))"""  # an index that holds nothing else
+    others = {"key = ? AND deleted = 0": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
+    total, ids = _page(db, "tasks", (query.task_type, query.status), others, query)
     rows = _as_text(db, "group_concat({}, char(10))", Task, f"{_TASKS} WHERE id {_THESE} ORDER BY id", (ids,))
     return total, [_shown_task(row) for row in rows.split("\n") if row]
 
 
-def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[Task]]:
-    """A page of tasks, oldest first, and how many there are in all."""
-    total, ids = _asked(db, query)
-    return total, load(db, Task, f"{_TASKS} WHERE id {_THESE} ORDER BY id", (ids,))
-
-
-LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
-
-
 def get_schedule(db: DB, schedule_id: int) -> Schedule:
     """Raises NotFound."""
-    rows = load(db, Schedule, f"{_SCHEDULES} WHERE s.id = ? AND NOT t.deleted", (schedule_id,))
-    return existing(rows, "schedule", schedule_id)
+    return existing(schedules_that(db, {"s.id = ?": schedule_id, "NOT t.deleted": True}), "schedule", schedule_id)
 
 
 def list_schedules(db: DB, query: ScheduleQuery) -> tuple[int, list[Schedule]]:
@@ -4139,31 +4098,25 @@ def known_zones(db: DB) -> dict[str, str]:
     return dict(db.execute("SELECT substr(key, 6), value FROM meta WHERE key LIKE 'zone:%'").fetchall())
 
 
-def task_ids(db: DB, conditions: Mapping[str, Any]) -> list[int]:
-    where, values = _where(conditions)
-    return _ids(db, f"SELECT id FROM tasks {where}", values)
-
-
-def changed_timers(db: DB, since_rev: int) -> list[tuple[int, int | None]]:
-    """Schedule id, and when it fires next or None, of those that were changed (or whose task was) after `since_rev`."""
+def changed_timers(db: DB, since_rev: int | None) -> tuple[list[tuple[int, int | None]], list[tuple[int, int]], int | None]:
+    """By id, when schedules fire next or None, and the next attempts of executions, of what was changed (or whose task was)
+    after `since_rev`; None: of no schedule and all executions. And when the next pause ends by itself, of a task or of all."""
     changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
         UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
-    return db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {changed}", (since_rev,)).fetchall()
+    timers = db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {changed}", (since_rev,))
+    of_changed = "task_id IN (SELECT id FROM tasks WHERE rev > ?)"
+    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, of_changed: since_rev})
+    retries = db.execute(f"SELECT id, next_attempt_at FROM executions {where}", values)
+    pauses = """SELECT paused_until FROM tasks INDEXED BY tasks_paused
+            WHERE paused_until IS NOT NULL AND status = 'paused' AND deleted = 0
+        UNION ALL SELECT value FROM meta WHERE key = 'paused_until' AND value IS NOT NULL ORDER BY 1 LIMIT 1"""
+    return timers.fetchall(), retries.fetchall(), next(iter(_ids(db, pauses)), None)
 
 
 def next_timers(db: DB, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
     """Schedule id, and when it fires next: the first `limit` behind one, which is given as when it fires and its id."""
     behind = "is_active AND (next_fire, id) > (?, ?) ORDER BY next_fire, id LIMIT ?"
     return db.execute(f"SELECT id, next_fire FROM schedules WHERE {behind}", (*after, limit)).fetchall()
-
-
-def pause_end(db: DB) -> int | None:
-    """When the next pause ends by itself, of a task or of all."""
-    paused = "paused_until IS NOT NULL AND status = 'paused' AND deleted = 0"
-    times = [*_ids(db, f"SELECT paused_until FROM tasks WHERE {paused} ORDER BY paused_until LIMIT 1")]
-    if get_meta(db, "paused") and (until := get_meta(db, "paused_until")) is not None:
-        times.append(until)
-    return min(times, default=None)
 
 
 _CLAIMED = ("id", "settled_until", "next_slot", "next_fire", "is_active", "run_count", "dealt_with", "ran", "over")
@@ -4178,7 +4131,6 @@ def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
 
 def mark_deleted(db: DB, task_id: int) -> None:
     """Makes a task invisible; the leader then ends its executions and removes its rows."""
-    get_task(db, task_id)
     db.execute(f"UPDATE tasks SET deleted = 1, rev = {_NEXT_REV} WHERE id = ?", (task_id,))
     hold_disabled(db, task_id, True)  # what a killed execution leaves free must not start the next one
     for schedule in load(db, Schedule, f"{_SCHEDULES} WHERE s.schedule_type = 'after' AND s.is_active"):
@@ -4217,11 +4169,8 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
 
 
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
-    """Writes the rows of slots that have none yet, and returns these rows with their ids.
-
-    A slot has a row already when the clock was set back. Only a slot that runs takes the place of a row which says that it
-    did not.
-    """
+    """Writes the rows of slots that have none yet, and returns these rows with their ids. A slot has a row already when the clock
+    was set back. Only a slot that runs takes the place of a row which says that it did not."""
     found = db.execute(
         """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
             ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')
@@ -4240,12 +4189,6 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     if replaced:
         db.execute(f"DELETE FROM executions WHERE id {_THESE}", (compact(replaced),))
     return free, insert_executions(db, free)
-
-
-def slots_that_ran(db: DB, schedule_id: int, first: int, last: int) -> set[int]:
-    """The slots from `first` to `last` that have an execution which ran, runs or will."""
-    ran = "scheduled_for BETWEEN ? AND ? AND (started_at IS NOT NULL OR finished_at IS NULL)"
-    return {*_ids(db, f"SELECT scheduled_for FROM executions WHERE schedule_id = ? AND {ran}", (schedule_id, first, last))}
 
 
 def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
@@ -4356,13 +4299,6 @@ def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
     )
 
 
-def retry_timers(db: DB, since_rev: int | None = None) -> list[tuple[int, int]]:
-    """Execution id and next attempt of all that are `retrying`, or of those whose task was changed after `since_rev`."""
-    changed = "task_id IN (SELECT id FROM tasks WHERE rev > ?)"
-    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, changed: since_rev})
-    return db.execute(f"SELECT id, next_attempt_at FROM executions {where}", values).fetchall()
-
-
 def shift_retries(db: DB, by: int, latest: int) -> None:
     """Moves every next attempt by so many microseconds, and to `latest` at most."""
     moved = "next_attempt_at = min(next_attempt_at + ?, ?)"
@@ -4407,12 +4343,6 @@ def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: s
     return found
 
 
-def cancel_requests(db: DB, ids: Collection[int]) -> list[int]:
-    """Those of the executions `ids` that shall be cancelled, or whose task is being deleted."""
-    asked = f"e.id {_THESE} AND (e.cancel_requested OR t.deleted)"
-    return _ids(db, f"SELECT e.id FROM executions e JOIN tasks t ON t.id = task_id WHERE {asked}", (compact(list(ids)),))
-
-
 def running_of_others(db: DB, owner: str) -> list[Run]:
     """Executions that are `running` under another owner: it has died, or is finishing them."""
     running = f"""{_RUNS}, attempt, attempt_started_at AS started_at, owner FROM executions e JOIN tasks t ON t.id = e.task_id
@@ -4453,22 +4383,6 @@ def execution_of_key(db: DB, task_id: int, key: str, body: str, now: int) -> int
     return row and int(row[1])
 
 
-def remember_key(db: DB, task_id: int, key: str, body: str, execution_id: int, now: int) -> None:
-    db.execute("INSERT INTO idempotency VALUES (?, ?, ?, ?, ?)", (task_id, key, now, body, execution_id))
-
-
-def caused_by(db: DB, execution_id: int) -> list[int]:
-    return _ids(db, "SELECT id FROM executions WHERE caused_by = ? ORDER BY id", (execution_id,))
-
-
-_RARE = "status <> 'succeeded' AND finished_at IS NOT NULL"  # to the letter, as the partial indexes
-
-
-def _served(status: str) -> str:
-    """The condition of the partial indexes that serve a status."""
-    return UNFINISHED_SQL if status in UNFINISHED else "TRUE" if status == "succeeded" else _RARE
-
-
 def list_executions(
     db: DB,
     query: ExecutionQuery | HistoryQuery,
@@ -4477,11 +4391,8 @@ def list_executions(
     until: int | None = None,
 ) -> tuple[int, list[Execution]]:
     """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
-
-    Those that lie at least partly between `since` and `until`, from `queued_at` to `finished_at`.
-
-    With their whole output (`full`), without (`none`), or with its texts cut (None).
-    """
+    Those that lie at least partly between `since` and `until`, from `queued_at` to `finished_at`; with their whole output
+    (`full`), without (`none`), or with its texts cut (None)."""
     asked, judged = query.model_dump(exclude_none=True), query.model_dump().get("success")
     statuses = [s for s in query.status or (SUCCESS if judged is not None else ()) if judged is None or SUCCESS.get(s) is judged]
     where, values = _where(
@@ -4498,11 +4409,13 @@ def list_executions(
         }
     )
     # One part for each status: each is in the order of an index, and they are merged as far as they are read.
-    # + for the index of the few, not the order of all rows.
-    parts = [
-        f"SELECT {'+' * (status in UNFINISHED)}id AS id FROM executions {where} AND status = '{status}' AND {_served(status)}"
-        for status in statuses
-    ]
+    # + for the index of the few, not the order of all rows. The conditions are those of the partial indexes, to the letter.
+    rare, parts = "status <> 'succeeded' AND finished_at IS NOT NULL", list[str]()
+    for status in statuses:
+        served = UNFINISHED_SQL if status in UNFINISHED else "TRUE" if status == "succeeded" else rare
+        parts.append(
+            f"SELECT {'+' * (status in UNFINISHED)}id AS id FROM executions {where} AND status = '{status}' AND {served}"
+        )
     found = " UNION ALL ".join(parts or [f"SELECT id FROM executions {where}"])
     values *= max(1, len(statuses))
     total = 0
@@ -4530,13 +4443,9 @@ def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
 
 def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
     """How many tasks, schedules and active schedules there are, and how many executions wait, run or will be retried."""
-    objects = dict(
-        db.execute(
-            f"SELECT name, sum(n) FROM counts WHERE name {_THESE} AND size = 1 << 62 GROUP BY name", ('["tasks","schedules"]',)
-        ).fetchall()
-    )
+    objects = db.execute("SELECT name, sum(n) FROM counts WHERE name IN ('tasks', 'schedules') AND size = 1 << 62 GROUP BY 1")
     rows = db.execute(f"SELECT status, count(*) FROM executions WHERE {UNFINISHED_SQL} GROUP BY status")
-    known = {"tasks": 0, "schedules": 0, **objects, "active_schedules": get_meta(db, "firing")}
+    known = {"tasks": 0, "schedules": 0, **dict(objects.fetchall()), "active_schedules": get_meta(db, "firing")}
     return known, {**dict.fromkeys(UNFINISHED, 0), **dict(rows.fetchall())}
 
 
@@ -4560,10 +4469,9 @@ def changed_objects(db: DB, revs: tuple[int, int]) -> tuple[list[Task], list[int
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
     """The highest execution id, and the statuses of unfinished executions."""
-    top = db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()[0]
-    return top, dict(
-        db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY +id DESC LIMIT 2000").fetchall()
-    )
+    [(top,)] = db.execute("SELECT coalesce(max(id), 0) FROM executions")
+    unfinished = db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY +id DESC LIMIT 2000")
+    return top, dict(unfinished.fetchall())
 
 
 def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[int]:
@@ -4585,16 +4493,12 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
     return found
 
 
-def measured_tasks(db: DB, limit: int) -> list[Task]:
-    """The `limit` tasks that ran last, without their configurations."""
+def measured_tasks(db: DB, limit: int) -> tuple[list[Task], dict[int, int]]:
+    """The `limit` tasks that ran last, without their configurations; and since when tasks run, by their ids."""
     ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # what is queried is of these alone
-    return load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), frozenset({"config"}))
-
-
-def running_since(db: DB) -> dict[int, int]:
-    """Since when tasks run, by their ids."""
+    tasks = load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), frozenset({"config"}))
     running = f"SELECT task_id, min(started_at) FROM executions WHERE {UNFINISHED_SQL} AND status = 'running' GROUP BY 1"
-    return dict(db.execute(running).fetchall())
+    return tasks, dict(db.execute(running).fetchall())
 
 
 def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> list[tuple[str, int, bytes]]:
@@ -4608,28 +4512,15 @@ def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> lis
     return db.execute(sql, (execution_id,)).fetchall()
 
 
-def wanted_output(db: DB, now: int) -> list[int]:
-    return _ids(db, "SELECT execution_id FROM live_output WHERE stream = '' AND wanted_until > ?", (now,))
-
-
 def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
     """Writes recent output for followers in other processes, and forgets what nobody asks for any more."""
     for execution_id, streams in recent.items():
         for stream, total, data in streams:
-            db.execute(
-                "INSERT OR REPLACE INTO live_output VALUES (?, ?, ?, ?, ?)",
-                (execution_id, stream, now + 10 * SECOND, total, data),
-            )
+            put_row(db, "live_output", execution_id, stream, now + 10 * SECOND, total, data)
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
 
 # --- Queries: changes -------------------------------------------------------------------------------------------------
-
-
-def insert_change(db: DB, row: Sequence[Any]) -> None:
-    """`row`: when, who, how, kind, id, operation, before and after."""
-    values = [None if value is None else compact(value) if isinstance(value, dict) else value for value in row]
-    db.execute("INSERT INTO changes (at, actor, via, kind, object_id, operation, before, after) VALUES (?,?,?,?,?,?,?,?)", values)
 
 
 def list_changes(db: DB, query: ChangeQuery) -> list[Change]:
@@ -4662,11 +4553,9 @@ def latest_known(db: DB) -> int:
 
 
 def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
-    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None.
-
-    Ids grow with time, also where the clock was wrong: what lies behind a young row is young, and what a clock that was
-    ahead has written is old when something behind it is.
-    """
+    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None. Ids
+    grow with time, also where the clock was wrong: what lies behind a young row is young, and what a clock that was ahead has
+    written is old when something behind it is."""
     where = {"after": after_id, "cutoff": cutoff, "now": now, "limit": limit}
     rows, last, young, old = db.execute(
         """SELECT count(*), max(id), min(CASE WHEN queued_at > :cutoff THEN id END),
@@ -4686,11 +4575,8 @@ def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int 
 
 def tasks_with_surplus(db: DB, keep: int, keep_skipped: int) -> list[int]:
     """The tasks with more rows than are kept, by their counters."""
-    return _ids(
-        db,
-        "SELECT id FROM tasks WHERE NOT deleted AND ((?1 AND history_count - marks > ?1) OR (?2 AND marks > ?2))",
-        (keep, keep_skipped),
-    )
+    more = "(?1 AND history_count - marks > ?1) OR (?2 AND marks > ?2)"
+    return _ids(db, f"SELECT id FROM tasks WHERE NOT deleted AND ({more})", (keep, keep_skipped))
 
 
 def delete_surplus(db: DB, task_id: int, keep: int, keep_skipped: int, now: int, limit: int) -> int:
@@ -6533,7 +6419,7 @@ class Engine:
             first = [run for run in tick.runs if run.attempt == 1]
             begun = [Ended(run.execution_id, run.task_id, "running", now) for run in first]
             follow(db, begun, now, tick, self.settings)
-        note_clock(db, now)
+        set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
 
     async def finish(self, ended: Sequence[Finished]) -> None:
@@ -6628,13 +6514,7 @@ class Engine:
 
     async def load_timers(self, since_rev: int | None = None) -> None:
         """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
-        timers, retries, self.pause_ends = await self.store.read(
-            lambda db: (
-                changed_timers(db, since_rev) if since_rev is not None else [],
-                retry_timers(db, since_rev),
-                pause_end(db),
-            )
-        )
+        timers, retries, self.pause_ends = await self.store.read(partial(changed_timers, since_rev=since_rev))
         if since_rev is None:
             self.timers.rebuild([])
             self.retries.rebuild(retries)
@@ -6902,9 +6782,12 @@ class Changes:
             await self.engine.feed.publish_foreign()
             self._stale = False
         engine, now = self.engine, self.engine.clock.now()
-        if engine.running and (wanted := await store.read(partial(wanted_output, now=now))):
-            recent = {key: active.live.recent() for key in wanted if (active := engine.running.get(key))}
-            await store.write(partial(show_output, recent=recent, now=now))
+        if engine.running:
+            asked = {"stream = ''": True, "wanted_until > ?": now}
+            wanted = partial(ids_of, table="live_output", conditions=asked, column="execution_id")
+            recent = {key: active.live.recent() for key in await store.read(wanted) if (active := engine.running.get(key))}
+            if recent:
+                await store.write(partial(show_output, recent=recent, now=now))
 
     async def take_up(self, everything: bool = False) -> None:
         """Takes up what has changed since the last look, or everything.
@@ -6924,14 +6807,15 @@ class Changes:
             rev = await self.load_state()
             if engine.leading:
                 await engine.load_timers(since)
-                for task_id in await store.read(partial(task_ids, conditions={"deleted = 1": True})):
+                for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     self.retention.purge(task_id)
             if engine.feed.wanted and since is not None:
                 await engine.feed.publish_changes((since, rev), engine.paused)
             if engine.paused != paused:
                 engine.feed.publish("scheduler", None, await self._status())
             if engine.running:
-                for execution_id in await store.read(partial(cancel_requests, ids=list(engine.running))):
+                ending = {"id IN ?": [*engine.running], ENDING_SQL: True}
+                for execution_id in await store.read(partial(ids_of, table="executions", conditions=ending)):
                     engine.stop_run(execution_id)
             await engine.feed.notify_of_others()
             if self._rev == since:  # else somebody wants everything to be looked at once more
@@ -7325,7 +7209,7 @@ class Service:
         pages = self._pages[1]
         if asked not in pages:
             look = self.store.read if query.q is query.tag is None else self.store.scan
-            total, tasks = await look(partial(show_tasks, query=query))
+            total, tasks = await look(partial(list_tasks, query=query))
             tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
             if len(pages) >= 10:
                 pages.clear()
@@ -7340,7 +7224,8 @@ class Service:
         """The id of another task with the same name and configuration, or None."""
         task = await self.store.read(partial(get_task, task_id=task_id))
         same = {"name = ?": task.name, "task_type = ?": task.task_type, "config = ?": compact(task.config), "id <> ?": task_id}
-        return next(iter(await self.store.scan(partial(task_ids, conditions={"deleted = 0": True, **same}))), None)
+        equal = await self.store.scan(partial(ids_of, table="tasks", conditions={"deleted = 0": True, **same}))
+        return next(iter(equal), None)
 
     @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
@@ -7368,7 +7253,7 @@ class Service:
         """Delete a task with its schedules and history. Kills what it is running. Cannot be undone; update_task with status
         paused stops it for a while."""
         await self.change(partial(remove_task, task_id=task_id))
-        there, end = partial(task_ids, conditions={"id = ?": task_id}), self.clock.monotonic() + DELETE_WAIT
+        there, end = partial(ids_of, table="tasks", conditions={"id = ?": task_id}), self.clock.monotonic() + DELETE_WAIT
         while await self.store.read(there) and not self.engine.stopping and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
@@ -7444,7 +7329,7 @@ class Service:
                 return get_execution(tx.db, known)[0]
             execution = queue_execution(tx, NewExecution(task_id, None, "manual", None, tx.now), override)
             if key is not None:
-                remember_key(tx.db, task_id, key, sent, execution.id, tx.now)
+                put_row(tx.db, "idempotency", task_id, key, tx.now, sent, execution.id)
             return execution
 
         return await self._begin(write, query.wait)
@@ -7478,7 +7363,7 @@ class Service:
         """Show an execution with its attempts and output. Of a running one, the output so far. It is over unless its status is
         queued, running or retrying."""
         (execution, past), caused = await self.store.read(
-            lambda db: (get_execution(db, execution_id), caused_by(db, execution_id))
+            lambda db: (get_execution(db, execution_id), sorted(ids_of(db, "executions", {"caused_by = ?": execution_id})))
         )
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
@@ -7640,13 +7525,13 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
 async def overview(service: Service, query: TaskQuery) -> OverviewPage:
     """List tasks with their recent executions."""
 
-    def read(db: DB) -> OverviewPage:  # in its thread: views of 30,000 executions are no work for the loop
-        total, rows = list_tasks(db, query)
-        recent = recent_executions(db, [task.id for task in rows], 30)
-        tasks = [overview_view(as_it_is(task, service.engine.paused), recent.get(task.id, [])) for task in rows]
-        return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
+    page = await service.list_tasks(query)
 
-    return await service.store.scan(read)
+    def read(db: DB) -> list[OverviewTask]:  # in its thread: views of 30,000 executions are no work for the loop
+        recent = recent_executions(db, [task["id"] for task in page["tasks"]], 30)
+        return [overview_view(task, recent.get(task["id"], [])) for task in page["tasks"]]
+
+    return {**page, "tasks": await service.store.scan(read)}
 
 
 @Operation("GET", "/upcoming", tool=("read_only",))
@@ -7701,9 +7586,7 @@ async def measure(service: Service) -> tuple[dict[str, int], dict[str, int], lis
     """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last, since when tasks
     run, bytes on disk."""
     path = service.store.path
-    (objects, executions), tasks, running = await service.store.scan(
-        lambda db: (counts(db), measured_tasks(db, 1000), running_since(db))
-    )
+    (objects, executions), (tasks, running) = await service.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
     size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
     return objects, executions, [as_it_is(task, service.engine.paused) for task in tasks], running, size
 
@@ -7835,14 +7718,18 @@ class Transaction:
 
     def put(self, item: Task | Schedule, seen: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes a task or schedule with its audit row, and returns its view. `seen` is its view before; None: it is new."""
-        check_key(self.db, item)
+        kind = type(item).__name__.lower()
+        others = {"deleted = 0": True} if isinstance(item, Task) else {"task_id = ?": item.task_id}
+        same = {"key = ?": item.key, "id <> ?": item.id, **others}
+        if item.key is not None and (taken := ids_of(self.db, f"{kind}s", same)):
+            raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
         if seen is None:
             insert(self.db, item)
         else:
             item.updated_at = self.now
             update(self.db, item)
         view = view_of(item)
-        self.note("create" if seen is None else "update", type(item).__name__.lower(), item.id, seen, view)
+        self.note("create" if seen is None else "update", kind, item.id, seen, view)
         return view
 
     def note(
@@ -7851,7 +7738,7 @@ class Transaction:
         """Writes who has changed what. `before` and `after` are views, so masked already."""
         old, new = _differences(before or {}, after or {})
         kept, by = (before and _kept(old), after and _kept(new)), self.caller
-        insert_change(self.db, (self.now, by.actor, by.via, kind, object_id, operation, *kept))
+        put_row(self.db, "changes", None, self.now, by.actor, by.via, kind, object_id, operation, *kept)
         what = f" ({', '.join({**old, **new})})" if before and after else ""
         self.lines.append(f"{operation} {kind} {object_id or ''}{what} by {by.actor} via {by.via}")
 
@@ -8057,7 +7944,8 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
         raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
     if schedule.is_active and schedule.live and not get_meta(db, "paused"):
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
-    ran = slots_that_ran(db, schedule.id, first, last)
+    span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
+    ran = {*ids_of(db, "executions", {**span, "(started_at IS NOT NULL OR finished_at IS NULL)": True}, "scheduled_for")}
     plan = dataclasses.replace(schedule.plan(), remaining=None, ran=spans_of(tuple(schedule.exclude), schedule.zone))
     slots, slot = list[int](), plan.next_slot(first - 1)
     while slot is not None and slot <= last:

@@ -2870,9 +2870,9 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     task = chronotask.insert(db, some_task("t"))
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
-    chronotask.retry_timers(db)
+    chronotask.changed_timers(db, None)
     chronotask.shift_retries(db, 1, 2)
-    chronotask.retry_timers(db, since_rev=0)
+    chronotask.changed_timers(db, since_rev=0)
     chronotask.running_of_others(db, "me")
     chronotask.finished_among(db, [1])
     chronotask.counts(db)
@@ -7479,7 +7479,7 @@ async def test_a_task_in_a_list_is_made_anew_only_when_it_has_changed(rig: Rig) 
 
 
 @pytest.mark.slow
-@each("killed_in left", ("release_held", 0), ("insert_change", 0), ("afterwards", 25))
+@each("killed_in left", ("release_held", 0), ("put_row", 0), ("afterwards", 25))
 async def test_a_backfill_that_is_killed_leaves_all_of_its_rows_or_none(rig: Rig, killed_in: str, left: int) -> None:
     """Between its rows and the end of its transaction, by a real kill; or once it was answered. Asked again it is whole."""
     task_id = await rig.task(status="paused")
