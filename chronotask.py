@@ -317,8 +317,7 @@ def load_zone(name: str) -> ZoneInfo:
 ENV_PREFIX = "CHRONOTASK_"
 SECRET_PREFIX = "CHRONOTASK_SECRET_"
 LAUNCHER_PREFIX = "CHRONOTASK_LAUNCHER_"
-# Names that a running task finds in its environment (section 7 sets them): a task that starts ChronoTask itself must
-# not be warned about them.
+# What a running task finds in its environment (section 7): one that starts ChronoTask itself must not be warned about it.
 TASK_VARIABLES = ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "SCHEDULE_ID", "SCHEDULED_FOR", "ATTEMPT", "RUN_ID")
 # Settings that keep somebody out: who misspells one of them must not get a service that is open.
 PROTECTIVE = ("API_TOKEN", "ALLOW_HOST_COMMANDS", "ALLOWED_", "BLOCK_PRIVATE_NETWORKS", "BASH_USER")
@@ -932,8 +931,6 @@ def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
 class Timing:
     """When something fires. Fixed local times wait when the clock is set back a little, others go on from now."""
 
-    __slots__ = ()
-
     @property
     def fixed(self) -> bool:
         return True
@@ -1347,7 +1344,7 @@ class Outcome:
 # --- What is refused, and why -----------------------------------------------------------------------------------------
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-_NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}
+_NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}  # what is in them may be secret
 adapter = functools.cache(TypeAdapter[Any])
 
 
@@ -2112,21 +2109,21 @@ class Execution:
     id: ReadOnly[int]
     task_id: ReadOnly[int]
     task_name: Queried[ReadOnly[str]]
-    schedule_id: ReadOnly[int | None]
+    schedule_id: ReadOnly[int | None] = None
     trigger: ReadOnly[str]
     status: ReadOnly[str]
-    scheduled_for: ReadOnly[Time | None]
+    scheduled_for: ReadOnly[Time | None] = None
     queued_at: ReadOnly[Time]
-    started_at: ReadOnly[Time | None]
-    finished_at: ReadOnly[Time | None]
+    started_at: ReadOnly[Time | None] = None
+    finished_at: ReadOnly[Time | None] = None
     attempt: ReadOnly[int]
-    next_attempt_at: ReadOnly[Time | None]
-    error_message: ReadOnly[str | None]
+    next_attempt_at: ReadOnly[Time | None] = None
+    error_message: ReadOnly[str | None] = None
     output_data: ReadOnly[dict[str, Any] | None] = None
     config: Annotated[dict[str, Any], Field(description="fields of its config, for this run alone")] | None = None
     cause: ReadOnly[dict[str, Any] | None] = None
     rerun_of: ReadOnly[int | None] = None
-    attempt_started_at: Internal[Time | None]
+    attempt_started_at: Internal[Time | None] = None
     output_size: Queried[Internal[int | None]] = None
     caused: Detail[list[int] | None] = None
     attempts: Detail[list[AttemptView] | None] = None
@@ -2625,7 +2622,7 @@ def overview_view(task: TaskView, recent: Sequence[Recent]) -> OverviewTask:
         "last_error": (real[-1].error_message or "")[:300] or None if real else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
-        "recent": [view_of(e) for e in recent],
+        "recent": [shape_of(Recent).view(e) for e in recent],
     }
 
 
@@ -2660,15 +2657,13 @@ def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
     return [{"utc": format_instant(t), "local": format_local(t, zone)} for t in fire_times]
 
 
-def clip_texts(output: dict[str, Any]) -> dict[str, Any]:
-    """Output as it stands in lists: each text is cut to 4,096 characters, and says so."""
-    clipped = dict(output)
+def clip_texts(output: dict[str, Any]) -> None:
+    """Makes output what it is in lists: each text is cut to 4,096 characters, and says so."""
     for name, value in output.items():
         text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
         if isinstance(text, str) and len(text) > LIST_TEXT_LIMIT:
             more = len(text) - LIST_TEXT_LIMIT
-            clipped[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
-    return clipped
+            output[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
 
 
 # ======================================================================================================================
@@ -3002,12 +2997,10 @@ def _cause_text(event: str, execution: Execution | None, task: Task, streak: int
 
 def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, Any]:
     """For a run by hand: what an alert may look like."""
-    output: dict[str, Any] = {"exit_code": 1, "stdout": "", "stderr": "an example of output\n"}
-    execution = Execution(
-        id=0, task_id=0, task_name="example", schedule_id=None, trigger="schedule", status="failed", scheduled_for=now,
-        queued_at=now, started_at=now, finished_at=now, attempt=1, next_attempt_at=None, error_message="exit status 1",
-        output_data=output, attempt_started_at=now,
-    )  # fmt: skip
+    execution = Execution(id=0, task_id=0, task_name="example", trigger="schedule", status="failed", queued_at=now, attempt=1)
+    execution.scheduled_for = execution.started_at = execution.finished_at = now
+    execution.error_message = "exit status 1"
+    execution.output_data = {"exit_code": 1, "stdout": "", "stderr": "an example of output\n"}
     example = Task(id=0, name="example", task_type="bash", config={}, created_at=now, updated_at=now)
     cause = cause_of("failure", execution, example, 1, zone, url)
     return {**cause, "event": "test", "text": f"This is a test of {task.name}. {cause['text']}"}
@@ -4430,7 +4423,7 @@ def list_executions(
     for execution in executions:
         # Only longer output can have a text that is too long.
         if query.output is None and execution.output_data and (execution.output_size or 0) > LIST_TEXT_LIMIT:
-            execution.output_data = clip_texts(execution.output_data)
+            clip_texts(execution.output_data)
     return total, executions
 
 
