@@ -7869,9 +7869,9 @@ async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: R
 
 def test_a_file_that_is_cut_short_too_large_or_not_there_is_refused(tmp_path: Path) -> None:
     for content, message in (
-        (None, "cannot be read: No such file or directory"),
+        (None, f"{tmp_path}/file: cannot be read: No such file or directory"),
         (b"chronotask = 1\n[tasks.a", "is no TOML: "),
-        (b"start_at = 2026-13", "is no TOML: "),
+        (b"start_at = 2026-13", f"{tmp_path}/file: is no TOML: "),
         (b'{"chronotask": 1, "tasks": {', "the body is not valid JSON"),
         (b'{"chronotask": NaN}', "NaN is no JSON number"),
         (b"\xff\xfe", "is no TOML: 'utf-8' codec"),
