@@ -4619,8 +4619,6 @@ MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 class Clipper:
     """Beginning and end of a byte stream of any length: the first quarter and the last three quarters of `limit` bytes."""
 
-    __slots__ = ("_kept", "_limit", "total")
-
     def __init__(self, limit: int) -> None:
         self.total = 0
         self._kept, self._limit = bytearray(), limit
@@ -4814,8 +4812,6 @@ class LiveOutput:
     """An attempt seen from outside while it runs: its output so far (stdout and stderr, or body), and the way to stop it.
     Secrets are masked before anything is kept or shown."""
 
-    __slots__ = ("_limit", "_masker", "_streams", "_timeout", "acted", "begun", "closed", "content_type", "facts", "reason")
-
     def __init__(self, limit: int) -> None:
         self.reason: str | None = None
         self.closed = False
@@ -4948,23 +4944,38 @@ def resolve_secrets(
             secrets.append(environ[name])
         return secrets[-1]
 
-    def filled(value: Any, escape: Callable[[str], str]) -> Any:
-        def put(found: re.Match[str]) -> str:
-            text = named(found[1], found[2])
-            return escape(text) if found[1] == "cause" else text
+    def put(found: re.Match[str], escape: Callable[[str], str] = lambda text: text.replace("\0", "")) -> str:
+        text = named(found[1], found[2])
+        return escape(text) if found[1] == "cause" else text
 
+    url = config.get("url", "")
+    parts = url_parts(url)
+    end = len(url) - len(parts.rest) if parts else 0
+    host = end - len(parts.host) if parts else 0
+
+    def put_in_url(found: re.Match[str]) -> str:
+        """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
+        text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
+        if is_secret and (at == 0 or host <= at < end):
+            return text
+        return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
+
+    def filled(value: Any, put: Callable[[re.Match[str]], str]) -> Any:
         if isinstance(value, str):
             return _FILLED.sub(put, value)
         if isinstance(value, dict):
-            return {key: filled(item, escape) for key, item in value.items()}
-        return [filled(item, escape) for item in value] if isinstance(value, list) else value
+            return {key: filled(item, put) for key, item in value.items()}
+        return [filled(item, put) for item in value] if isinstance(value, list) else value
 
-    escapes: dict[str, Callable[[str], str]] = {"headers": partial(_one_line, limit=512)}
+    puts: dict[str, Callable[[re.Match[str]], str]] = {
+        "url": put_in_url,
+        "headers": partial(put, escape=partial(_one_line, limit=512)),
+    }
     if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
-        escapes["body"] = urllib.parse.quote_plus
+        puts["body"] = partial(put, escape=urllib.parse.quote_plus)
     result = dict(config)
-    for field in config.keys() & ({"headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
-        result[field] = filled(config[field], escapes.get(field, lambda text: text.replace("\0", "")))
+    for field in config.keys() & ({"url", "headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
+        result[field] = filled(config[field], puts.get(field, put))
     # A secret must not smuggle in further headers, nor end an environment variable early.
     for name, value in (result.get("env") or {}).items():
         if "\0" in value:
@@ -4972,21 +4983,8 @@ def resolve_secrets(
     for name, value in result.get("headers", {}).items():
         if NOT_IN_HEADERS.search(value):
             raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
-    if task_type == "http":
-        parts = url_parts(config["url"])
-        end = len(config["url"]) - len(parts.rest) if parts else 0
-        host = end - len(parts.host) if parts else 0
-
-        def in_url(found: re.Match[str]) -> str:
-            """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
-            text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
-            if is_secret and (at == 0 or host <= at < end):
-                return text
-            return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
-
-        result["url"] = _FILLED.sub(in_url, config["url"])
-        if NOT_IN_URLS.search(result["url"]):
-            raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
+    if NOT_IN_URLS.search(result.get("url", "")):
+        raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
     return result, secrets
 
 
@@ -5149,11 +5147,8 @@ def _output(live: LiveOutput) -> dict[str, Any] | None:
     if not live.facts:
         return None
     output = live.snapshot()
-    if (
-        output.get("body")
-        and not output["truncated"]
-        and re.match(r"(?i)(application|text)/([a-z0-9.+-]+\+)?json", live.content_type)
-    ):
+    is_json = re.match(r"(?i)(application|text)/([a-z0-9.+-]+\+)?json", live.content_type)
+    if is_json and output["body"] and not output["truncated"]:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(output["body"].removeprefix("\ufeff"))
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again stays text
@@ -5608,9 +5603,11 @@ _ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its tas
 
 
 class HttpClient:
-    """The connections of all http tasks, and their resolver of names. aiohttp is imported with the first of them."""
+    """The connections of all http tasks, and their resolver of names. aiohttp is imported with the first of them. `now`
+    (microseconds) serves a Retry-After date of a server that sends no Date."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, now: Callable[[], int] | None = None) -> None:
+        self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(64)
         self._shared: aiohttp.ClientSession | None = None
@@ -5826,20 +5823,12 @@ class _TlsObject(_OneAnswer, ssl.SSLObject):
         return data if buffer is not None else self._answered(data)
 
 
-async def run_http(
-    config: StoredConfig,
-    run: Run,
-    settings: Settings,
-    client: HttpClient,
-    environ: Mapping[str, str],
-    live: LiveOutput,
-    now: Callable[[], int] | None = None,
-) -> Outcome:
-    """Make the request of an http task. `now` (microseconds) serves a Retry-After date of a server that sends no Date."""
-    timeout = config.get("timeout", settings.http_timeout)
+async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
+    """Make the request of an http task."""
+    timeout = config.get("timeout", client.settings.http_timeout)
     try:
         if config.names_secrets:
-            request = _http_request(*resolve_secrets("http", config, environ, settings, run.cause))
+            request = _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
         else:
             request = config.request
         live.begin(("body",), request.masker)
@@ -5857,7 +5846,7 @@ async def run_http(
             message += f" (credentials for {request.left_behind} were not sent on to {request.url.host})"
         if 300 <= status < 400 and not config.get("follow_redirects", True):
             message += " (follow_redirects is false)"
-        wait = retry_after(response.headers, now) if status in (429, 503) else None
+        wait = retry_after(response.headers, client.now) if status in (429, 503) else None
         return Outcome("failed", message, output, retryable=status in (408, 425, 429) or 500 <= status < 600, retry_after=wait)
     except TimeoutError:
         return _stopped(live, timeout)
@@ -6009,7 +5998,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate")
     unpacker: Any = None
     begun = False
-    read = kept = 0
+    read = 0
     try:
         while data := await response.content.readany():
             while data:
@@ -6027,8 +6016,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                         data, unpacker = unpacker.unused_data, None
                 live.feed("body", part)
                 read += len(part)
-                if read - kept > 262144:  # a body that always has more never waits: let others have the loop
-                    kept = read
+                if read > 262144:  # a body that always has more never waits: let others have the loop
                     await asyncio.sleep(0)
                 if read >= MAX_BODY_BYTES:
                     return
@@ -6293,7 +6281,7 @@ class Engine:
         self.clock = clock
         self.feed = Feed(store)
         self.stats = Stats()
-        self.http = HttpClient(settings)
+        self.http = HttpClient(settings, clock.now)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
         self.timers = TimerQueue()  # schedule id → its next firing
@@ -6466,7 +6454,7 @@ class Engine:
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:
-                outcome = await run_http(config, run, self.settings, self.http, self._environ, active.live, self.clock.now)
+                outcome = await run_http(config, run, self.http, self._environ, active.live)
         except InvalidInput as error:
             outcome = Outcome("failed", f"the config of this execution no longer fits its task: {error.detail}")
         except Exception as error:

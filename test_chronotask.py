@@ -4638,8 +4638,8 @@ async def http_executors(
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    async with contextlib.nullcontext(client) if client else http_client(settings) as used:
-        return await chronotask.run_http(StoredConfig(url=url, **config), run, settings, used, environ or {}, live, now)
+    async with contextlib.nullcontext(client) if client else http_client(settings, now) as used:
+        return await chronotask.run_http(StoredConfig(url=url, **config), run, used, environ or {}, live)
 
 
 async def hang(writer: asyncio.StreamWriter) -> None:
@@ -4667,8 +4667,8 @@ async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None,
 
 
 @contextlib.asynccontextmanager
-async def http_client(settings: Settings) -> AsyncIterator[chronotask.HttpClient]:
-    client = chronotask.HttpClient(settings)
+async def http_client(settings: Settings, now: Callable[[], int] | None = None) -> AsyncIterator[chronotask.HttpClient]:
+    client = chronotask.HttpClient(settings, now)
     try:
         yield client
     finally:
@@ -4714,7 +4714,7 @@ async def test_runs_share_a_configuration_but_not_secrets_nor_what_tells_them_ap
         for number, secret in ((1, "one"), (2, "two")):
             run = dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number)
             environ = {"CHRONOTASK_SECRET_A": secret}
-            outcome = await chronotask.run_http(stored_config(text), run, Settings(), client, environ, LiveOutput(10000))
+            outcome = await chronotask.run_http(stored_config(text), run, client, environ, LiveOutput(10000))
             seen.append(output(outcome)["body"]["headers"])
     names = ("x-chronotask-execution-id", "x-chronotask-attempt", "x-a", "content-type")
     assert [[one[name] for name in names] for one in seen] == [
@@ -5144,7 +5144,7 @@ async def test_an_address_that_does_not_answer_is_not_waited_for(monkeypatch: py
                     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
                     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found: found)
                     task = StoredConfig(url=f"http://{name}:{port}/", timeout=10, headers={"Connection": "close"})
-                    outcome = await chronotask.run_http(task, SECOND_RUN, Settings(), client, {}, LiveOutput(1000))
+                    outcome = await chronotask.run_http(task, SECOND_RUN, client, {}, LiveOutput(1000))
                     assert outcome.status == ("succeeded" if name == "many" else "failed")
     assert outcome.error_message == f"could not connect to one:{port}: connection refused"
 
