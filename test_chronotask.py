@@ -4355,8 +4355,9 @@ LISTED = Settings(
 # With a Cyrillic e, in full width, with a zero width space and with an accent, too.
 OTHER_WORDS = """touch env command exec busybox ech echo.exe echo,ls ECHO /bin/echo ./echo ../planted/echo //bin/echo
     {planted}/echo \u0435cho \uff45\uff43\uff48\uff4f echo\u200b echo\u0301""".split()
-OTHER_VARIABLES = """PATH={planted} LD_PRELOAD={planted}/x.so LD_AUDIT={planted}/x.so LD_LIBRARY_PATH={planted} ANYTHING=1
-    ENV={planted}/rc GCONV_PATH={planted} GLIBC_TUNABLES=x BASH_ENV={planted}/rc PYTHONPATH={planted} PERL5OPT=-M NODE_OPTIONS=-r""".split()
+OTHER_VARIABLES = """PATH={planted} PYTHONPATH={planted} LD_PRELOAD={planted}/x.so LD_AUDIT={planted}/x.so ANYTHING=1
+    LD_LIBRARY_PATH={planted} ENV={planted}/rc BASH_ENV={planted}/rc GCONV_PATH={planted} GLIBC_TUNABLES=x PERL5OPT=-Mx
+    NODE_OPTIONS=-r""".split()
 # Each of over 60: a name, the configuration, and what may come of it: "refused", or the exact output of the harmless command.
 # {marker} is a file that must never appear, {planted} a folder of programs that would make it.
 ATTACKS: list[tuple[str, dict[str, Any], str]] = [
