@@ -3459,8 +3459,7 @@ class Store:
         return cast(T, await self._submit(self._reads, run))
 
     async def scan(self, run: Callable[[DB], T]) -> T:
-        """Like `read`, for what may look at many rows: beside everything else, and for SCAN_TIMEOUT seconds at most.
-        Raises Unavailable then."""
+        """Like `read`, for what may look at many rows: beside everything else. Raises Unavailable after SCAN_TIMEOUT seconds."""
         self._scanning += 1
         try:
             if self._scanning > len(self._threads) - 2 < SCANNERS:
@@ -3847,17 +3846,16 @@ def locks_work(path: Path) -> bool:
 
 
 Row = TypeVar("Row")
-_NEXT_RUN = "(SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active)"
 # The rows of resources, with what their declarations mark as queried.
-_TASKS = f"SELECT *, {_NEXT_RUN} AS next_run FROM tasks"
+_TASKS = "SELECT *, (SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active) AS next_run FROM tasks"
 _S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
 _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_config) THEN (SELECT
     json_group_array(json_array(w.id, w.name, w.last_success, w.last_success_id))
     FROM json_each(s.schedule_config, '$.task_ids') j
     CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
-_TASK_NAME = "(SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name"
-_EXECUTIONS = f"SELECT *, {_TASK_NAME}, length(output_data) AS output_size FROM executions e"
+_EXECUTIONS = """SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name,
+    length(output_data) AS output_size FROM executions e"""
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _OUTPUT = frozenset({"output_data", "output_size"})
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
@@ -4239,8 +4237,7 @@ def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
 
 
 def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
-    """Writes how attempts ended, and returns the executions that are over by that. A retry that somebody has cancelled
-    meanwhile becomes `cancelled`."""
+    """Writes how attempts ended, and returns what is over by that. A retry that was cancelled meanwhile becomes `cancelled`."""
     columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
     fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
     ends = [fields(s) for s in ended]
@@ -4495,8 +4492,7 @@ def measured_tasks(db: DB, limit: int) -> tuple[list[Task], dict[int, int]]:
 
 
 def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> list[tuple[str, int, bytes]]:
-    """Stream, bytes in all and the last of them, as the process that runs the execution has shown them. It is asked to go on
-    showing them until `ask_until`."""
+    """Stream, bytes in all and the last, as the process that runs it shows them; it is asked to do so until `ask_until`."""
     if ask_until is not None:
         wanted = """INSERT INTO live_output VALUES (?, '', ?, 0, x'')
             ON CONFLICT DO UPDATE SET wanted_until = excluded.wanted_until"""
@@ -6713,23 +6709,19 @@ class Retention:
         await self.engine.store.write(give_back_space)
         await asyncio.sleep(0.01)
 
-    def purge(self, task_id: int) -> None:
-        """Removes what belongs to a deleted task, in the background."""
-        if task_id not in self.purges:
-            self.purges[task_id] = self.engine.spawn(self._purge(task_id))
-
-    async def _purge(self, task_id: int) -> None:
+    async def purge(self, task_id: int) -> None:
+        """Removes what belongs to a deleted task."""
         engine = self.engine
         try:
             while running := [key for key, active in engine.running.items() if active.run.task_id == task_id]:
                 for execution_id in running:
                     engine.stop_run(execution_id)
                 await asyncio.sleep(0.02)
-            gone = False
-            while not gone:
+            while True:
                 try:
-                    if not (gone := await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS))):
-                        await self._leave_room()
+                    if await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS)):
+                        break
+                    await self._leave_room()
                 except Unavailable:  # nobody else tries again, and somebody may be waiting for it
                     await asyncio.sleep(0.25)
             engine.feed.notify()
@@ -6738,10 +6730,8 @@ class Retention:
 
 
 class Changes:
-    """Takes up what was written, by this process or another: timers, deleted tasks, cancels, who waits, the feed.
-
-    `status` tells the scheduler's state, for the feed.
-    """
+    """Takes up what was written, by this process or another: timers, deleted tasks, cancels, who waits, the feed. `status` tells
+    the scheduler's state, for the feed."""
 
     def __init__(self, engine: Engine, retention: Retention, status: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
         self.engine = engine
@@ -6771,10 +6761,8 @@ class Changes:
                 await store.write(partial(show_output, recent=recent, now=now))
 
     async def take_up(self, everything: bool = False) -> None:
-        """Takes up what has changed since the last look, or everything.
-
-        Callers that come while a look is waiting for its turn share it: it will see what each of them wrote.
-        """
+        """Takes up what has changed since the last look, or everything. Callers that come while a look is waiting for its turn
+        share it: it will see what each of them wrote."""
         if everything:
             self._rev = None
         if self._next_look is None:
@@ -6785,14 +6773,16 @@ class Changes:
         async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
             self._next_look = None
             engine, store, since, paused = self.engine, self.engine.store, self._rev, self.engine.paused
-            rev = await self.load_state()
+            rev, now_paused = await store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
+            engine.paused = bool(now_paused)
             if engine.leading:
                 await engine.load_timers(since)
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
-                    self.retention.purge(task_id)
+                    if task_id not in self.retention.purges:
+                        self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
             if engine.feed.wanted and since is not None:
                 await engine.feed.publish_changes((since, rev), engine.paused)
-            if engine.paused != paused:
+            if engine.feed.wanted and engine.paused != paused:
                 engine.feed.publish("scheduler", None, await self._status())
             if engine.running:
                 ending = {"id IN ?": [*engine.running], ENDING_SQL: True}
@@ -6802,12 +6792,6 @@ class Changes:
             if self._rev == since:  # else somebody wants everything to be looked at once more
                 self._rev = rev
             engine.wake()  # what it waits for may have changed
-
-    async def load_state(self) -> int:
-        """Whether all is paused; returns the number of the latest change."""
-        rev, paused = await self.engine.store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
-        self.engine.paused = bool(paused)
-        return int(rev)
 
 
 # ======================================================================================================================
@@ -6874,7 +6858,10 @@ class Leadership:
     async def look(self) -> None:
         """Takes over, yields, and finishes what processes left behind that are gone."""
         engine = self.engine
-        yielding = self.kind == "mcp" and await self._must_yield()
+        yielding = self.kind == "mcp" and is_locked(self._service_lock.path)
+        if yielding:  # asked twice: another `mcp` process may have been looking at the same moment
+            await asyncio.sleep(0.01)
+            yielding = is_locked(self._service_lock.path)
         held = self._leader_lock.held()
         if (held and yielding) or (engine.leading and not held):  # held, too, where a take-over has failed half-way
             await self._step_down()
@@ -6886,13 +6873,6 @@ class Leadership:
         elif not engine.leading and not engine.running:
             self._drain_lock.release()
             self._drain_lock.path.unlink(missing_ok=True)
-
-    async def _must_yield(self) -> bool:
-        """Whether a service is alive. Asked twice: another `mcp` process may have been looking at the same moment."""
-        if not is_locked(self._service_lock.path):
-            return False
-        await asyncio.sleep(0.01)
-        return is_locked(self._service_lock.path)
 
     async def _step_down(self) -> None:
         """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
@@ -6915,11 +6895,7 @@ class Leadership:
         await self._finish_orphans()
         if known > engine.clock.now():
             await engine.follow_clock(0)
-        await store.write(partial(set_meta, key="boot", value=_boot_id()))
-        for zone, rules in (await store.read(known_zones)).items():
-            with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
-                if (rules_now := zone_rules(zone)) != rules:
-                    await store.write(partial(_adopt_zone_rules, zone=zone, rules=rules_now))
+        await store.write(_adopt_this_machine)
         engine.leading = True
         await self.changes.take_up(everything=True)
         logger.info("this process leads: it fires schedules and runs executions")
@@ -6952,17 +6928,22 @@ class Leadership:
         await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
 
 
-def _adopt_zone_rules(db: DB, zone: str, rules: str) -> None:
-    """Computes the next slots of a zone's schedules anew."""
-    set_meta(db, f"zone:{zone}", rules)
+def _adopt_this_machine(db: DB) -> None:
+    """Notes which start of the machine it is, and computes the next slots of schedules anew whose zones have other rules now."""
+    set_meta(db, "boot", _boot_id())
     in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
-    for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
-        before = schedule.next_fire
-        with contextlib.suppress(*DAMAGE):
-            if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
-                schedule.look_ahead()
-        if schedule.next_fire != before:
-            update(db, schedule)
+    for zone, rules in known_zones(db).items():
+        with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
+            if (rules_now := zone_rules(zone)) == rules:
+                continue
+            set_meta(db, f"zone:{zone}", rules_now)
+            for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
+                before = schedule.next_fire
+                with contextlib.suppress(*DAMAGE):
+                    if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
+                        schedule.look_ahead()
+                if schedule.next_fire != before:
+                    update(db, schedule)
 
 
 def _boot_id() -> str:
@@ -7066,8 +7047,7 @@ class Operation:
 
 
 class Service:
-    """The use cases that change something, lists and single things. One per process; `kind` is "mcp" for a process that yields to
-    services."""
+    """The use cases that change something, lists and single things. One per process; of kind "mcp" it yields to services."""
 
     def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ, kind: str = "service") -> None:
         self.settings = settings
@@ -7086,7 +7066,7 @@ class Service:
 
     async def start(self) -> None:
         """Becomes leader if nobody is, and starts the jobs."""
-        await self.changes.load_state()
+        await self.changes.take_up()
         await self.leadership.begin()
         self._loop = self.engine.spawn(self.keep("scheduler loop", self._step))
         self.engine.spawn(self.keep("poll", self.leadership.step))
@@ -7392,8 +7372,7 @@ class Service:
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
         rows = await self.store.scan(partial(list_changes, query=query))
-        more = rows[-1].id if len(rows) == query.limit else None
-        return dict(changes=[view_of(row) for row in rows], next_before_id=more)
+        return dict(changes=[view_of(row) for row in rows], next_before_id=rows[-1].id if len(rows) == query.limit else None)
 
     @Operation("POST", "/scheduler/pause")
     async def pause_scheduler(self, body: PauseBody) -> StatusView:
@@ -7468,11 +7447,8 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
 
 
 async def follow_output(service: Service, execution_id: int) -> AsyncIterator[bytes]:
-    """What an execution prints, as it comes, until it is over; what was kept, if it is over already.
-
-    Looks four times a second at the bounded output: a slow reader misses some of it, and is told so, but is never
-    buffered for. Raises NotFound.
-    """
+    """What an execution prints, as it comes, until it is over; what was kept, if it is over already. Looks four times a second at
+    the bounded output: a slow reader misses some of it, and is told so, but is never buffered for. Raises NotFound."""
     engine, store = service.engine, service.store
     live: LiveOutput | None = None
     sent: dict[tuple[int, str], int] = {}
@@ -7483,11 +7459,10 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
         over = execution.status in FINISHED or engine.stopping
         if live is not None:
             recent = live.recent()
-        elif execution.status == "running":  # in another process
-            until = service.clock.now() + 5 * SECOND
-            recent = await store.write(partial(shown_output, execution_id=execution_id, ask_until=until))
-        else:
-            recent = await store.read(partial(shown_output, execution_id=execution_id))
+        else:  # a process that runs it is asked to go on showing it
+            elsewhere, until = execution.status == "running", service.clock.now() + 5 * SECOND
+            look = partial(shown_output, execution_id=execution_id, ask_until=until if elsewhere else None)
+            recent = await (store.write(look) if elsewhere else store.read(look))
         for stream, total, data in recent:
             fresh = total - sent.get((execution.attempt, stream), 0)
             sent[execution.attempt, stream] = total
@@ -7564,8 +7539,7 @@ async def status_of(service: Service) -> StatusView:
 
 
 async def measure(service: Service) -> tuple[dict[str, int], dict[str, int], list[Task], dict[int, int], int]:
-    """What /metrics shows of the database: numbers of objects, executions by status, the tasks that ran last, since when tasks
-    run, bytes on disk."""
+    """For /metrics: numbers of objects, executions by status, the tasks that ran last, since when tasks run, bytes on disk."""
     path = service.store.path
     (objects, executions), (tasks, running) = await service.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
     size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
@@ -7884,8 +7858,7 @@ def end_pauses(tx: Transaction) -> None:
     tx.caller = Caller(via="timer")
     for task in tasks_that(tx.db, {"paused_until <= ?": tx.now, "status = 'paused'": True, "deleted = 0": True}):
         change_task(tx, task, {"status": "active"}, at=task.paused_until)
-    until = get_meta(tx.db, "paused_until")
-    if get_meta(tx.db, "paused") and until is not None and until <= tx.now:
+    if (until := get_meta(tx.db, "paused_until")) is not None and until <= tx.now:
         pause_all(tx, False, at=until)
 
 
