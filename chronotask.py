@@ -287,9 +287,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {hint}?)" if hint else ""
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+
+
 def printable(text: str) -> str:
-    """On one line, without control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    """On one line, without control characters and a terminal's colours."""
+    return " ".join("".join(char if char.isprintable() else " " for char in _COLOUR.sub("", text)).split())
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -5025,7 +5028,7 @@ def _reason(error: BaseException) -> str:
 
 def _one_line(text: str, limit: int) -> str:
     """`text` for a message: printable, on one line, of bounded length."""
-    clean = "".join(char if char.isprintable() else " " for char in text[: 4 * limit]).strip()
+    clean = printable(text[: 4 * limit])
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 

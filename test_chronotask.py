@@ -1000,6 +1000,7 @@ _UNITS = (
     " cookie :// http://a a. a+ <script> </script> 2026-01-01 1- mon# LD_ Bearer text/ é #! | application/ /a %2 [a 0. ,a"
 ).split()
 _UNITS += [" ", "\t", "\n", "\r\n", "\0", "a ", " \\", '"id" ', "; ", ";charset ", "Bearer ", ": command not found", "a: "]
+_UNITS += ["\x1b[0;"]
 
 
 async def test_every_pattern_is_linear_in_hostile_text() -> None:
@@ -3739,7 +3740,7 @@ async def test_a_command_succeeds_with_exit_status_0_and_other_ends_are_failures
     for command, message, retryable in (
         ("exit 3", "exit status 3", True),
         ("echo first >&2; echo 'last \\x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
-        (r"printf 'a\033[31mb\n' >&2; exit 1", "exit status 1: a [31mb", True),
+        (r"printf 'a\033[1;31mb\033[m\033[2Kc\n' >&2; exit 1", "exit status 1: ab [2Kc", True),
         ("kill -KILL $$", "was killed by SIGKILL", True),
         ("exit 126", "exit status 126", False),
         ("exit 127", "exit status 127", False),
@@ -6094,7 +6095,7 @@ async def test_the_sentence_of_a_cause_is_one_line_without_control_characters(ri
     for printed, why in {
         "disk full": "exit status 3: disk full",
         r"10%%\rBcc: x": "exit status 3: Bcc: x",
-        r"\033[31mred\033[0m": "exit status 3: [31mred [0m",
+        r"\033[31mred\033[0m": "exit status 3: red",
         r"two\nlines\xe2\x80\xa8and more\n\n": "exit status 3: and more",
         "": "exit status 3",
     }.items():
