@@ -133,19 +133,7 @@ import weakref
 import zlib
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -3773,6 +3761,16 @@ def backup(path: Path, target: Path) -> None:
         raise Unavailable(f"the backup of {path} to {target} failed: {error}") from None
 
 
+def open_backup(path: Path) -> BinaryIO:
+    """A copy of the database at `path`, as an open file without a name. Blocks. Raises Unavailable."""
+    target = path.with_name(f".download-{uuid.uuid4().hex}.db")
+    try:
+        backup(path, target)
+        return target.open("rb")
+    finally:
+        target.unlink(missing_ok=True)
+
+
 @functools.lru_cache(1024)
 def zone_rules(name: str) -> str:
     """A digest of the zone's rules: it changes when a tzdata release changes them."""
@@ -6303,9 +6301,9 @@ class Engine:
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Awaitable[None]) -> asyncio.Task[None]:
         """Starts a job that ends with the engine at the latest."""
-        job = asyncio.create_task(coroutine)
+        job = asyncio.ensure_future(coroutine)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
         return job
@@ -7392,12 +7390,7 @@ class Service:
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
-        target = self.store.path.with_name(f".download-{uuid.uuid4().hex}.db")
-        try:
-            await self.in_checks(partial(backup, self.store.path, target))
-            return target.open("rb")
-        finally:
-            target.unlink(missing_ok=True)
+        return await self.in_checks(partial(open_backup, self.store.path))
 
 
 # --- Use cases that only look, and those of a schedule's slots -------------------------------------------------------
@@ -8427,17 +8420,15 @@ def _mail_advice(address: str, keys: list[str], key: str) -> list[str]:
 # ======================================================================================================================
 
 API = "/api/v1"
-KEEPALIVE = 10.0  # seconds between comments on a stream of events that has nothing to tell
 SLOW_BODY = 30.0  # seconds that a body may take to arrive
 SLOW_READER = 30.0  # seconds after which the kernel drops a client that takes nothing of its answer
 MAX_BODY = 1024 * 1024  # bytes
 WRONG_TOKENS = 10  # a second, from one address
 TOKENS_POLL = 1.0  # seconds between looks at the files of tokens
-PROBLEM = "application/problem+json"
+PROBLEM = "application/problem+json"  # RFC 9457
 # Answers are data: never sniffed as something else, never kept by a cache.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Server": "ChronoTask"}
 DASHBOARD = Path(__file__).resolve().parent / "dashboard.html"
-BROWSER_PAGES = ("/", "/docs")  # static pages without data: a browser may navigate there without a token
 BUSY: dict[Any, Token | None] = {}  # connections whose request is being answered, and the token that it came with
 
 
@@ -8446,7 +8437,6 @@ def json_answer(value: Any, status: int = 200, content_type: str = "application/
 
 
 def problem_answer(error: ChronoTaskError) -> web.Response:
-    """An error as RFC 9457 problem+json."""
     errors = [{"field": field, "message": message} for field, message in error.errors]
     body = {"type": "about:blank", "title": error.title, "status": error.status, "detail": error.detail, "errors": errors}
     answer = json_answer(body, error.status, PROBLEM)
@@ -8467,7 +8457,7 @@ def split_host(text: str) -> tuple[str, int | None, bool]:
     name, is_address = (match[1] or match[2]).lower().rstrip("."), False
     with contextlib.suppress(ValueError):
         is_address = bool(ipaddress.ip_address(name))
-    return name, None if match[3] is None else int(match[3]), is_address
+    return name, int(match[3]) if match[3] else None, is_address
 
 
 class Tokens:
@@ -8478,11 +8468,6 @@ class Tokens:
         self._known, self._error = known_tokens(settings), ""
         self._second, self._wrong = 0.0, Counter[str]()  # since then, from which addresses
 
-    async def step(self) -> None:
-        """Takes up what is changed in the files."""
-        await asyncio.sleep(TOKENS_POLL)
-        self.take_up(*await in_daemon(self.read))
-
     def read(self) -> tuple[list[Token], str]:
         """The tokens, and what is wrong with the files: then those that were known."""
         try:
@@ -8490,8 +8475,10 @@ class Tokens:
         except StartupError as error:
             return self._known, error.detail
 
-    def take_up(self, known: list[Token], error: str) -> None:
-        """From now on only these tokens are known: streams and calls of others end here."""
+    async def step(self) -> None:
+        """From now on only the tokens that are in the files are known: streams and calls of others end here."""
+        await asyncio.sleep(TOKENS_POLL)
+        known, error = await in_daemon(self.read)
         if error and error != self._error:
             logger.error("the tokens that were known stay valid: %s", error)
         if known != self._known:
@@ -8519,13 +8506,11 @@ class Tokens:
 
 
 def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> bool:
-    """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if there are
-    any. `/health` is open to any Host and needs no token."""
-    if path == "/health":
+    """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if any does."""
+    if path == "/health":  # is open to any Host
         return False
-    hosts = headers.getall("Host", [])
     try:
-        name, port, is_address = split_host(hosts[0] if len(hosts) == 1 else "")
+        name, port, is_address = split_host(",".join(headers.getall("Host", [])))
     except ValueError:
         raise Forbidden("the Host header is missing or malformed") from None
     # A hostile page cannot have made an address point here (DNS rebinding).
@@ -8540,46 +8525,12 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
             if same or origin_name in settings.allowed_hosts:
                 continue
         raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
-    navigates = method in ("GET", "HEAD") and path in BROWSER_PAGES
+    # Static pages without data: a browser may navigate there without a token.
+    navigates = method in ("GET", "HEAD") and path in ("/", "/docs")
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
             raise Forbidden("requests from pages of another site are refused")
-    return not (navigates and (path != "/" or wants_html(headers)))
-
-
-def wants_html(headers: CIMultiDictProxy[str]) -> bool:
-    return "text/html" in headers.get("Accept", "")
-
-
-def _http_problem(error: web.HTTPException) -> web.Response:
-    """The framework's own errors in our words."""
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        answer = problem_answer(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
-        answer.headers["Allow"] = allowed
-        return answer
-    if error.status == 413:
-        return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
-    if error.status == 404:
-        return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
-    return problem_answer(MalformedBody(error.reason or "the request is malformed"))
-
-
-@functools.cache
-def connection_type() -> type[web.RequestHandler]:
-    class Connection(web.RequestHandler):
-        def handle_error(
-            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-        ) -> web.StreamResponse:
-            """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
-            if status != 400:
-                return super().handle_error(request, status, exc, message)
-            reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
-            answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
-            answer.force_close()
-            return answer
-
-    return Connection
+    return not (navigates and (path != "/" or "text/html" in headers.get("Accept", "")))
 
 
 def gated_app(service: Service, way: str) -> web.Application:
@@ -8599,8 +8550,17 @@ def gated_app(service: Service, way: str) -> web.Application:
             return await handler(request)
         except ChronoTaskError as error:
             return problem_answer(error)
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            answer = problem_answer(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
+            answer.headers["Allow"] = allowed
+            return answer
+        except web.HTTPRequestEntityTooLarge:
+            return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
+        except web.HTTPNotFound:
+            return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
         except web.HTTPException as error:
-            return _http_problem(error)
+            return problem_answer(MalformedBody(error.reason or "the request is malformed"))
         except ConnectionError:  # the client has gone, or was dropped because it took nothing: there is nobody to answer
             return web.Response(status=503)
         except Exception:
@@ -8609,18 +8569,17 @@ def gated_app(service: Service, way: str) -> web.Application:
         finally:
             del BUSY[request.protocol]
 
-    if settings.needs_token:
-        service.engine.spawn(service.keep("tokens", tokens.step))
-
     async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
         answer.headers["Server"] = HEADERS["Server"]  # else aiohttp's and Python's: also where MCP answers, or nothing does
 
+    if settings.needs_token:
+        service.engine.spawn(service.keep("tokens", tokens.step))
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
     app.on_response_prepare.append(hide_versions)
     return app
 
 
-# --- Bodies and queries -----------------------------------------------------------------------------------------------
+# --- Requests ---------------------------------------------------------------------------------------------------------
 
 
 async def json_bytes(request: web.Request) -> bytes:
@@ -8641,19 +8600,6 @@ async def json_bytes(request: web.Request) -> bytes:
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
     return raw.removeprefix(codecs.BOM_UTF8)
-
-
-async def read_body(request: web.Request, model: Any) -> Any:
-    """The body as `model`; without one, only an empty body (or {}) is taken."""
-    raw = await json_bytes(request) if request.body_exists else b""
-    if not raw.strip() and model is not None and not mark_of(model).optional:
-        raise MalformedBody("a JSON body is needed")
-    value = load_json(raw) if raw.strip() else {}
-    if model is None and value != {}:
-        raise InvalidInput(FieldError("", "this takes no body"))
-    if not isinstance(value, dict):
-        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
-    return None if model is None else parse(model, value)
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
@@ -8679,30 +8625,30 @@ def path_id(request: web.Request) -> int | str:
     return int(text)
 
 
-# --- Routes -----------------------------------------------------------------------------------------------------------
-
-
-def operation_handler(service: Service, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
-    made = mark_of(operation.result) if operation.status in (201, 202) else None
-
-    async def handle(request: web.Request) -> web.Response:
-        require(operation.scope)  # before anything is read
-        number, query = path_id(request), read_query(request, operation.query)
-        result = await operation.call(service, number, query, await read_body(request, operation.body))
-        if result is None:
-            return web.Response(status=204, headers=HEADERS)
-        goes_on = result["executions"] if "executions" in result else result.get("status") in UNFINISHED
-        answer = json_answer(result, 200 if operation.status == 202 and not goes_on else operation.status)
-        if made is not None and made.resource:
-            answer.headers["Location"] = f"{API}/{made.resource.__name__.lower()}s/{result['id']}"
-        return answer
-
-    return handle
+async def answer_operation(service: Service, operation: Operation, request: web.Request) -> web.Response:
+    require(operation.scope)  # before anything is read
+    number, query, model = path_id(request), read_query(request, operation.query), operation.body
+    raw = await json_bytes(request) if request.body_exists else b""
+    if not raw.strip() and model is not None and not mark_of(model).optional:
+        raise MalformedBody("a JSON body is needed")
+    value = load_json(raw) if raw.strip() else {}
+    if model is None and value != {}:
+        raise InvalidInput(FieldError("", "this takes no body"))
+    if not isinstance(value, dict):
+        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
+    result = await operation.call(service, number, query, None if model is None else parse(model, value))
+    if result is None:
+        return web.Response(status=204, headers=HEADERS)
+    goes_on = result["executions"] if "executions" in result else result.get("status") in UNFINISHED
+    answer = json_answer(result, 200 if operation.status == 202 and not goes_on else operation.status)
+    if operation.status in (201, 202) and (made := mark_of(operation.result).resource):
+        answer.headers["Location"] = f"{API}/{made.__name__.lower()}s/{result['id']}"
+    return answer
 
 
 async def show_root(service: Service, request: web.Request) -> web.StreamResponse:
     """What this is; the dashboard to a browser."""
-    if wants_html(request.headers):
+    if "text/html" in request.headers.get("Accept", ""):
         return await show_docs(service, request)
     status = "healthy" if service.problem() is None else "unhealthy"
     links = {"api": API, "status": f"{API}/scheduler/status", "health": "/health", "metrics": "/metrics"}
@@ -8711,15 +8657,14 @@ async def show_root(service: Service, request: web.Request) -> web.StreamRespons
 
 
 async def show_docs(_service: Service, request: web.Request) -> web.Response:
-    """This document to read and to try. It is dashboard.html, at `/` too. Its only scripts and styles are its own: their hashes
-    are the policy."""
+    """This document to read and to try. It is dashboard.html, at `/` too."""
     try:
         page = DASHBOARD.read_text(encoding="utf-8")
     except OSError:
         text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
         return web.Response(text=text, headers=HEADERS)
-    about = {**HEADERS, **page_policy(page), "Vary": "Accept-Encoding"}
-    answer = web.Response(text=page, content_type="text/html", headers=about)
+    headers = {**HEADERS, **page_policy(page), "Vary": "Accept-Encoding"}
+    answer = web.Response(text=page, content_type="text/html", headers=headers)
     answer.enable_compression()
     return answer
 
@@ -8776,7 +8721,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
         await answer.write(b": hello\n\n" if missed is not None else b"event: reset\ndata: {}\n\n")
         while True:
             try:
-                async with asyncio.timeout(KEEPALIVE):
+                async with asyncio.timeout(10):
                     event = to_come.popleft() if to_come else await reader.get()
             except TimeoutError:
                 await answer.write(b": still here\n\n")
@@ -8873,6 +8818,26 @@ PAGES = (
 )
 
 
+def _methods(operation: Operation) -> tuple[str, ...]:
+    return ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
+
+
+def _route(path: str) -> str:
+    path = path.replace("tasks/{id}", "tasks/{id:[0-9]+|key:[a-z0-9._-]+}")
+    return path.replace("{id}", "{id:[0-9]+}")  # else /schedules/{id} would take /schedules/preview, too
+
+
+def make_app(service: Service) -> web.Application:
+    app = gated_app(service, "rest")
+    for operation in OPERATIONS:
+        for method in (*_methods(operation), *(["HEAD"] if operation.method == "GET" else [])):
+            app.router.add_route(method, _route(API + operation.path), partial(answer_operation, service, operation))
+    for page in PAGES:
+        head = not page.path.startswith(API)  # no HEAD of a stream
+        app.router.add_get(_route(page.path), partial(page.handler, service), allow_head=head)
+    return app
+
+
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
 
 _CRON = {"schedule_type": "cron", "schedule_config": {"expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}}
@@ -8889,14 +8854,14 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {  # what /docs offers to send
     ExecuteBody: {},
 }
 _TEXT = {"type": "string"}
-_REFUSED = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
-_ERRORS = {"type": "array", "items": _REFUSED}
-_PROBLEM = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT, "errors": _ERRORS}
 
 
 @functools.cache
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document of everything that can be asked, from the operations, their models and the pages."""
+    refused = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
+    problem: dict[str, Any] = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
+    problem["errors"] = {"type": "array", "items": refused}
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
     adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
@@ -8905,7 +8870,7 @@ def openapi() -> dict[str, Any]:
         for body in _EXAMPLES:
             if field in (properties := schemas[mark_of(body).name]["properties"]):
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
-    schemas["Problem"] = {"type": "object", "required": list(_PROBLEM), "properties": _PROBLEM}
+    schemas["Problem"] = {"type": "object", "required": list(problem), "properties": problem}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
@@ -8921,13 +8886,10 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
-        good, wrong = (
-            {200: content},
-            {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())},
-        )
-        document = _document(page, page.handler.__name__, good, wrong)
+        wrong = {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
+        document = _document(page, page.handler.__name__, {200: content}, wrong)
         if page.path == "/health":  # which takes any Host, and needs no token
-            document = {**_document(page, "show_health", {**good, 503: content}, {400}), "security": []}
+            document = {**_document(page, "show_health", {200: content, 503: content}, {400}), "security": []}
         paths[page.path] = {"get": document}
     about = {"title": "ChronoTask", "version": __version__, "description": "A task scheduler: HTTP requests and bash commands."}
     components = {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
@@ -8960,33 +8922,6 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
     return {"operationId": name, "summary": summary, "parameters": parameters, "responses": answers}
 
 
-# --- The application --------------------------------------------------------------------------------------------------
-
-
-def _methods(operation: Operation) -> tuple[str, ...]:
-    return ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
-
-
-def _route(path: str) -> str:
-    path = path.replace("tasks/{id}", "tasks/{id:[0-9]+|key:[a-z0-9._-]+}")
-    return path.replace("{id}", "{id:[0-9]+}")  # else /schedules/{id} would take /schedules/preview, too
-
-
-def make_app(service: Service) -> web.Application:
-    app = gated_app(service, "rest")
-    for operation in OPERATIONS:
-        handler, path = operation_handler(service, operation), _route(API + operation.path)
-        for method in _methods(operation):
-            if method == "GET":
-                app.router.add_get(path, handler)  # answers HEAD too
-            else:
-                app.router.add_route(method, path, handler)
-    for page in PAGES:
-        head = not page.path.startswith(API)  # no HEAD of a stream
-        app.router.add_get(_route(page.path), partial(page.handler, service), allow_head=head)
-    return app
-
-
 # ======================================================================================================================
 # 14. MCP
 # ======================================================================================================================
@@ -9003,9 +8938,7 @@ TOOL_TEXT = 8000  # characters of each output text in an answer about one execut
 TOOL_LIST_TEXT = 500  # the same in lists
 MAX_ANSWER = 40_000  # characters of an answer
 LIFETIME = 3_600_000  # milliseconds for which a client may keep lists: only another version changes them
-MAX_PENDING = 256  # calls that one client on stdio may have under way; further ones stay in its pipe
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
-LAST_CALLS = 1.5  # seconds that calls in flight get after the end of stdin
 
 
 class PauseQuery(Query):
@@ -9043,7 +8976,6 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
     # Some models take no tool without arguments.
     "get_scheduler_status": {"limit": (Annotated[int, Field(ge=0, le=5, description="of what comes next")], 5)},
 }
-HINTS = ("read_only", "destructive", "idempotent", "open_world")
 # Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
 UNTOLD = {
     *("config", "schedule_config", "task_type", "schedule_type", "schedules", "update_schedule.task_id"),
@@ -9084,10 +9016,7 @@ def tool_query(operation: Operation) -> type[Query]:
 
 @functools.cache
 def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any], bool]]:
-    """Of each argument its part, its schema, and whether it is required.
-
-    The part is query, body, schedule (one made with its task), or the configuration of which it is a field.
-    """
+    """Of each argument its part (query, body, a task's schedule, or a configuration), its schema, and whether it is required."""
     models: list[tuple[str, Any, str | None]] = [("query", tool_query(operation), None)]
     found: dict[str, tuple[str, dict[str, Any], bool]] = {}
     if operation.name == "apply_definitions":
@@ -9108,10 +9037,8 @@ def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any],
 
 
 def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int | str, Any, Any]:
-    """The id, the query and the body of a call, by the rules of REST.
-
-    The body of an update is a function of the object as it stands. Raises InvalidInput that lists every bad argument.
-    """
+    """The id, the query and the body of a call, by the rules of REST; the body of an update is a function of the object as it
+    stands. Raises InvalidInput that lists every bad argument."""
     known, errors = tool_arguments(operation), list[FieldError]()
     parts: dict[str, dict[str, Any]] = {part: {} for part in ("query", "body", "schedule", *FLAT)}
     update = operation.method == "PATCH"
@@ -9171,41 +9098,34 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         body["schedules"] = [made]
         targets.insert(0, ("schedule_config", mark_of(NestedSchedule), made))
     for holder, of, target in targets:
-        with told_at("", errors):
-            cleared = [name for name in clear if known[name][0] == holder]
-            _set_config(holder, of, parts[holder], target, cleared, before)
+        type_name, kinds = FLAT[holder]
+        given, cleared = parts[holder], [name for name in clear if known[name][0] == holder]
+        typed, stood = type_name in of.fields, before.get(type_name)
+        if not given and not cleared and (of.update or not typed or {holder, type_name} & target.keys()):
+            continue
+        if holder in target:
+            which = ", ".join(given or cleared)
+            errors.append(FieldError(holder, f"is given too: say it either there or by {which}, not both"))
+            continue
+        fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
+        if not fitting:
+            which = " and ".join(f"{name} ({' or '.join(kind for kind in kinds if name in KINDS[kind])})" for name in given)
+            errors.append(FieldError(which, "do not go together: give those of one kind"))
+            continue
+        told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
+        kind = target.get(type_name) or (stood if stood in fitting else next(iter(told), None))
+        if kind is None and typed:
+            errors.append(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
+            continue
+        names = KINDS.get(kind or fitting[0], {})
+        config = {names.get(argument, argument): value for argument, value in given.items()}
+        if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
+            gone = {"timezone", *(names.get(one, one) for one in cleared)}.union(*(one for one in EITHER if one & config.keys()))
+            config = {name: value for name, value in before[holder].items() if name not in gone} | config
+        target |= {holder: config, type_name: kind} if typed else {holder: config}
     if errors:
         raise InvalidInput(*errors)
     return parse(operation.body, body)
-
-
-def _set_config(
-    holder: str, mark: Body, given: dict[str, Any], body: dict[str, Any], cleared: list[str], before: Mapping[str, Any]
-) -> None:
-    """Puts the arguments that are fields of a configuration into `body`, with their type. Raises InvalidInput."""
-    type_name, kinds = FLAT[holder]
-    typed, stood = type_name in mark.fields, before.get(type_name)
-    if not given and not cleared and (mark.update or not typed or {holder, type_name} & body.keys()):
-        return
-    if holder in body:
-        raise InvalidInput(FieldError(holder, f"is given too: say it either there or by {', '.join(given or cleared)}, not both"))
-    fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
-    if not fitting:
-        which = (f"{name} ({' or '.join(kind for kind in kinds if name in KINDS[kind])})" for name in given)
-        raise InvalidInput(FieldError(" and ".join(which), "do not go together: give those of one kind"))
-    told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
-    kind = body.get(type_name) or (stood if stood in fitting else next(iter(told), None))
-    if kind is None and typed:
-        raise InvalidInput(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
-    names = KINDS.get(kind or fitting[0], {})
-    config = {names.get(argument, argument): value for argument, value in given.items()}
-    if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
-        gone = {"timezone", *(names.get(name, name) for name in cleared)}.union(*(one for one in EITHER if one & config.keys()))
-        config = {name: value for name, value in before[holder].items() if name not in gone} | config
-    body |= {holder: config, type_name: kind} if typed else {holder: config}
-
-
-# --- Schemas ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -9250,17 +9170,18 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
 def make_tools() -> types.ListToolsResult:
     from mcp import types
 
-    def tool(name: str, operation: Operation) -> types.Tool:
-        hints: Any = {f"{word}_hint": word in (operation.tool or ()) for word in HINTS}
-        return types.Tool(
+    tools, words = [], ("read_only", "destructive", "idempotent", "open_world")
+    for name, operation in TOOLS.items():
+        hints: Any = {f"{word}_hint": word in (operation.tool or ()) for word in words}
+        tool = types.Tool(
             name=name,
             title=name.replace("_", " ").capitalize(),
             description=f"{operation.summary}. {operation.description}",
             input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
             annotations=types.ToolAnnotations(**hints),
         )
-
-    return types.ListToolsResult(tools=[tool(*item) for item in TOOLS.items()], ttl_ms=LIFETIME)
+        tools.append(tool)
+    return types.ListToolsResult(tools=tools, ttl_ms=LIFETIME)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -9272,10 +9193,8 @@ FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "managed_by", 
 
 
 def clip(value: Any, limit: int, where: str) -> Any:
-    """`value` with a long text cut to `limit` characters, the first quarter and the last three; an object as JSON text.
-
-    The cut says how many bytes are left out, and `where` they are.
-    """
+    """`value` with a long text cut to `limit` characters, the first quarter and the last three; an object as JSON text. The cut
+    says how many bytes are left out, and `where` they are."""
     text = compact(value) if isinstance(value, (dict, list)) else value
     if not isinstance(text, str) or len(text) <= limit:
         return value
@@ -9461,18 +9380,14 @@ def make_server(service: Service) -> Server[Any]:
 
     status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **JSON_TEXT)
     about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    templates = [
-        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **JSON_TEXT)
-        for name, text in about.items()
-    ]
+    kinds = [(f"{SCHEME}{name}/{{id}}", name, text) for name, text in about.items()]
+    shown_by = [types.ResourceTemplate(uri_template=uri, name=name, description=text, **JSON_TEXT) for uri, name, text in kinds]
+    templates = types.ListResourceTemplatesResult(resource_templates=shown_by, ttl_ms=LIFETIME)
     task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
     prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
 
-    def always(result: Any) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def answer(_: Any, params: Any) -> Any:
-            return result
-
-        return answer
+    async def always(result: Any, _: Any, params: Any) -> Any:
+        return result
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         caller, client = CALLER.get(), context.session.client_params
@@ -9512,24 +9427,22 @@ def make_server(service: Service) -> Server[Any]:
         "chronotask",
         version=__version__,
         instructions=INSTRUCTIONS.format(zone=service.settings.scheduler_timezone),
-        on_list_tools=always(make_tools()),
+        on_list_tools=partial(always, make_tools()),
         on_call_tool=call_tool,
-        on_list_resources=always(types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
-        on_list_resource_templates=always(types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)),
+        on_list_resources=partial(always, types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
+        on_list_resource_templates=partial(always, templates),
         on_read_resource=read_resource,
-        on_list_prompts=always(types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
+        on_list_prompts=partial(always, types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
         on_get_prompt=get_prompt,
     )
 
 
-# --- stdio ------------------------------------------------------------------------------------------------------------
+# --- Transports -------------------------------------------------------------------------------------------------------
 
 
 def take_stdio() -> tuple[int, int]:
-    """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr.
-
-    Called before anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire.
-    """
+    """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr. Called before
+    anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire."""
     wire = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -9577,22 +9490,19 @@ def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
         match = _ID.search(head) or (_ID.search(tail) if nested and line.endswith(b"}") else None)
         number = json.loads(match[1]) if match else None
         raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
-    number = None
     try:
         value = load_json(line.removeprefix(codecs.BOM_UTF8))  # PowerShell begins what it pipes with one
-        number = value.get("id") if isinstance(value, dict) else None
         return types.jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ChronoTaskError as error:
         raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}") from None
     except ValidationError:
-        number = number if type(number) in (int, str) else None
-        raise MCPError(
-            types.INVALID_REQUEST, "this line is no JSON-RPC 2.0 message (one object a line, no batches)", number
-        ) from None
+        number = value["id"] if isinstance(value, dict) and type(value.get("id")) in (int, str) else None
+        text = "this line is no JSON-RPC 2.0 message (one object a line, no batches)"
+        raise MCPError(types.INVALID_REQUEST, text, number) from None
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
-    """Serves one client until it closes its end of `source` (calls in flight get `LAST_CALLS` seconds) or of `sink`."""
+    """Serves one client until it closes its end of `source` (calls in flight then get 1.5 s) or of `sink`."""
     import anyio
     from mcp import MCPError, types
     from mcp.shared.message import SessionMessage
@@ -9616,7 +9526,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
                 about = types.ErrorData(code=error.code, message=error.message)
                 await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
                 continue
-            await at_most(MAX_PENDING)
+            await at_most(256)  # further ones stay in the client's pipe
             if isinstance(message, types.JSONRPCRequest):
                 calls.add(str(message.id))
             elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
@@ -9629,6 +9539,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
             await in_daemon(write_all, sink, line.encode())
             calls.discard(str(getattr(outgoing.message, "id", None)))
 
+    logger.info("MCP on stdio")
     serving = asyncio.ensure_future(server.run(inbox, outbox, server.create_initialization_options()))
     writing = asyncio.ensure_future(give_out())
     jobs = [serving, writing, asyncio.ensure_future(take_in())]
@@ -9637,7 +9548,10 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
         for job in done - {writing}:  # which ends by an error when the client no longer listens
             job.result()
         jobs.append(asyncio.ensure_future(at_most(0)))
-        await asyncio.wait({writing, jobs[-1]}, timeout=LAST_CALLS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({writing, jobs[-1]}, timeout=1.5, return_when=asyncio.FIRST_COMPLETED)
+        logger.info("the MCP client on stdio has gone")
+    except Exception:
+        logger.exception("MCP on stdio")
     finally:
         await into.aclose()  # the server cancels what is left, and says so to the client
         await refusals.aclose()
@@ -9645,9 +9559,6 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-
-
-# --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
 async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request) -> web.StreamResponse:
@@ -9687,10 +9598,8 @@ async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request
 
 
 def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
-    """MCP over streamable HTTP at `/mcp`. Without sessions: abandoned ones cost memory, and they die with a restart.
-
-    Run it with `handler_cancellation=True`, so that a stream ends with its client.
-    """
+    """MCP over streamable HTTP at `/mcp`. Without sessions: abandoned ones cost memory, and they die with a restart. Run it with
+    `handler_cancellation=True`, so that a stream ends with its client."""
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.server.transport_security import TransportSecuritySettings
 
@@ -9722,11 +9631,9 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 # 15. Main
 # ======================================================================================================================
 
-MAX_CONNECTIONS = 4096  # of REST, and of MCP over HTTP
 IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the head of a request
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
-LAST_LINES = 0.5  # seconds that the end of the program waits for each output of the log
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9774,10 +9681,8 @@ _LINES = _Lines("%(asctime)s %(levelname)s %(message)s")
 
 
 class LogStream(io.TextIOBase):
-    """Text on its way to stderr or to a file. Nobody who writes waits: a thread does, for a reader or a disk.
-
-    What finds the buffer full, or cannot be written, is lost. The lines are counted, and said when it flows again.
-    """
+    """Text on its way to stderr or to a file. Nobody who writes waits: a thread does, for a reader or a disk. What finds the
+    buffer full, or cannot be written, is lost. The lines are counted, and said when it flows again."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -9799,9 +9704,9 @@ class LogStream(io.TextIOBase):
         return len(text)
 
     def drain(self) -> None:
-        """Waits until all is written, but no longer than `LAST_LINES`."""
+        """Waits until all is written, but not for ever."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._size, LAST_LINES)
+            self._changed.wait_for(lambda: not self._size, 0.5)
 
     def _write_on(self) -> None:
         fd = 2 if self._path is None else os.open(os.devnull, os.O_WRONLY)
@@ -9815,7 +9720,7 @@ class LogStream(io.TextIOBase):
                 self._waiting.clear()
                 self._lost, written = 0, len(text)
             if lost:
-                about = {"levelname": "WARNING", "msg": "%d lines of the log were lost here: nobody took them", "args": (lost,)}
+                about = {"levelname": "WARNING", "msg": f"{lost} lines of the log were lost here: nobody took them"}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
             try:
                 if self._path is not None:  # opened anew, as it may have been moved away
@@ -9833,10 +9738,7 @@ def _open_log(path: Path) -> int:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """To stderr, and to LOG_FILE, which is opened anew when it was moved away (rotation is the operator's).
-
-    All that anybody prints goes the same way from now on, warnings and tracebacks of threads too.
-    """
+    """To stderr, and to LOG_FILE. All that anybody prints goes the same way from now on, tracebacks of threads too."""
     sys.stdout = sys.stderr = LogStream()
     streams = [sys.stderr]
     if settings.log_file is not None:
@@ -9858,12 +9760,9 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def hide_from_tasks() -> None:
-    """Tasks run as the same user: they shall read neither the memory of this process nor its environment.
-
-    PR_SET_DUMPABLE (4) to 0: /proc/PID belongs to root and ptrace is refused, until the next exec. A program has done this
-    before its imports; here the values of secrets also go from what the kernel shows as the environment, because tasks of root
-    may read that all the same. `os.environ` is a copy.
-    """
+    """Tasks run as the same user: they shall read neither the memory of this process nor its environment. PR_SET_DUMPABLE (4) to
+    0: /proc/PID belongs to root and ptrace is refused, until the next exec. A program has done this before its imports; here the
+    values of secrets also go from what the kernel shows as the environment, because tasks of root may read that all the same."""
     with contextlib.suppress(OSError, AttributeError, ValueError):  # no Linux
         libc, number = ctypes.CDLL(None), 0
         libc.prctl(4, 0, 0, 0, 0)
@@ -9878,9 +9777,8 @@ def hide_from_tasks() -> None:
 class Systemd:
     """What systemd hears of this process, by the protocol of sd_notify(3), if that has started it."""
 
-    def __init__(self, environ: MutableMapping[str, str]) -> None:
-        self._path = environ.pop("NOTIFY_SOCKET", "")
-        span, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+    def __init__(self, path: str, span: str, pid: str) -> None:
+        self._path = path
         self._watchdog = int(span) / SECOND if span.isdigit() and pid in ("", str(os.getpid())) else 0.0
 
     def tell(self, state: str) -> None:
@@ -9946,7 +9844,9 @@ async def serve(
                 await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)
             # A terminal starts no session in `both`: reading it from the background would stop the whole process.
             if wire is not None and (mode == "mcp" or not os.isatty(wire[0])):
-                jobs.append(loop.create_task(_serve_stdio(server, wire, stop if mode == "mcp" else None)))
+                jobs.append(loop.create_task(serve_stdio(server, *wire)))
+                if mode == "mcp":
+                    jobs[-1].add_done_callback(lambda _: stop.set())
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
         at = ", ".join("{} port {}".format(*sock.getsockname()) for sock in sockets) or "stdio"
@@ -9989,6 +9889,18 @@ async def _open(
     runners.append(runner)
     listeners: list[asyncio.Server] = []
 
+    class Connection(web.RequestHandler):
+        def handle_error(
+            self, request: Any, status: int = 500, exc: Any = None, message: str | None = None
+        ) -> web.StreamResponse:
+            """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            reason = (message or "").partition(":")[0].strip()  # what follows are bytes of the request
+            answer = problem_answer(MalformedBody(f"this is no valid HTTP request ({reason})"))
+            answer.force_close()
+            return answer
+
     async def stop_listening(_app: web.Application) -> None:
         for listener in listeners:
             listener.close()
@@ -9996,18 +9908,15 @@ async def _open(
     app.on_shutdown.append(stop_listening)
     await runner.setup()
     loop, server = asyncio.get_running_loop(), cast(web.Server, runner.server)
-    limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def connect() -> asyncio.Protocol:
-        """A new connection. With `limit` others open, the oldest that asks for nothing is closed for it.
-
-        Else a stranger's idle connections would take all file descriptors from clients and tasks.
-        """
+        # Else a stranger's idle connections would take all file descriptors from clients and tasks.
         if len(server.connections) >= limit:
             idle = (other for other in server.connections if other.transport is not None and other not in BUSY)
             if (oldest := next(idle, None)) is not None:
                 oldest.force_close()
-        return connection_type()(server, loop=loop, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
+        return Connection(server, loop=loop, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
 
     for sock in sockets:
         backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
@@ -10017,27 +9926,14 @@ async def _open(
         logger.info(what, f"[{host}]" if ":" in host else host, port)
 
 
-async def _serve_stdio(server: Server[Any], wire: tuple[int, int], stop: asyncio.Event | None) -> None:
-    logger.info("MCP on stdio")
-    try:
-        await serve_stdio(server, *wire)
-        logger.info("the MCP client on stdio has gone")
-    except Exception:
-        logger.exception("MCP on stdio")
-    finally:
-        if stop is not None:
-            stop.set()
-
-
 def bind(host: str, port: int) -> list[socket.socket]:
     """Sockets for all addresses of `host`, bound before anything runs: a port that is taken must not start a scheduler."""
     sockets = []
     try:
         for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
             # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
-            sock = socket.create_server(
-                address, family=family, backlog=1024, dualstack_ipv6=address[0] == "::" and socket.has_dualstack_ipv6()
-            )
+            dual = address[0] == "::" and socket.has_dualstack_ipv6()
+            sock = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual)
             sockets.append(sock)
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
@@ -10064,18 +9960,6 @@ def warn_if_open(settings: Settings) -> None:
             logger.warning("CHRONOTASK_ALLOWED_HOSTS: DNS can be made to answer for %s: set CHRONOTASK_API_TOKEN", name)
 
 
-def allow_files(runs: int) -> int:
-    """Room for thousands of idle connections beside the runs: the usual soft limit is 1024. Returns the one before."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if (limit := max(soft, wanted)) < 8 * runs + 64:
-        advice = "raise `ulimit -n`, or lower CHRONOTASK_MAX_CONCURRENT_RUNS"
-        logger.warning("%d open files are few for %d runs at a time: %s", limit, runs, advice)
-    return soft
-
-
 def run_backup(settings: Settings, target: str) -> None:
     """Writes a copy of the database to a file, or to standard output. Raises StartupError, Unavailable."""
     source = settings.database_url
@@ -10089,12 +9973,9 @@ def run_backup(settings: Settings, target: str) -> None:
         return
     if sys.stdout is None or sys.stdout.isatty():
         raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".backup-") as folder:
-        copied = Path(folder) / "copy.db"
-        backup(source, copied)
+    with open_backup(source) as copy:
         try:
-            with copied.open("rb") as copy:
-                shutil.copyfileobj(copy, sys.stdout.buffer)
+            shutil.copyfileobj(copy, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer cannot be written either
@@ -10160,7 +10041,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.mode == "mcp" and not settings.mcp_enabled:
             raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
         hide_from_tasks()
-        systemd = Systemd(os.environ)  # before tasks inherit it
+        # Taken away, before tasks inherit it.
+        systemd = Systemd(*(os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")))
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
         if options.backup is not None:
@@ -10175,7 +10057,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(settings)
         for warning in [*warnings, *check_bash_user(settings), *(exposed_secrets(os.environ) if not settings.bash_user else ())]:
             logger.warning("%s", warning)
-        environ.open_files = allow_files(settings.max_concurrent_runs)
+        environ.open_files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # Room for thousands of idle connections beside the runs: the usual soft limit is 1024.
+        limit = max(environ.open_files, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < 8 * (runs := settings.max_concurrent_runs) + 64:
+            advice = "raise `ulimit -n`, or lower CHRONOTASK_MAX_CONCURRENT_RUNS"
+            logger.warning("%d open files are few for %d runs at a time: %s", limit, runs, advice)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0

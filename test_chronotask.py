@@ -9570,32 +9570,33 @@ def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tm
         assert said in detail and READER not in detail and "short" not in detail
 
 
-def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tokens_file(tmp_path)
     tokens = chronotask.Tokens(settings(tmp_path, api_tokens_file=path), time.monotonic)
+    monkeypatch.setattr(chronotask, "TOKENS_POLL", 0)
 
-    def scopes(*given: str) -> list[str | None]:
+    async def scopes(*given: str) -> list[str | None]:
         found: list[str | None] = []
         for token in given:
-            tokens.take_up(*tokens.read())
+            await tokens.step()
             try:
                 found.append((tokens.find([f"Bearer {token}"], "127.0.0.1") or pytest.fail("open")).scope)
             except chronotask.Unauthorized:
                 found.append(None)
         return found
 
-    assert scopes(READER, RUNNER, "nobody-knows") == ["read", "run", None]
+    assert await scopes(READER, RUNNER, "nobody-knows") == ["read", "run", None]
     path.write_text(f"prom admin {READER}\n")
-    assert scopes(READER, RUNNER) == ["admin", None]
+    assert await scopes(READER, RUNNER) == ["admin", None]
     path.write_text("half wri")
-    assert scopes(READER, READER) == ["admin", "admin"]
+    assert await scopes(READER, READER) == ["admin", "admin"]
     path.unlink()
-    assert scopes(READER, READER) == ["admin", "admin"]
+    assert await scopes(READER, READER) == ["admin", "admin"]
     assert len([r for r in caplog.records if "the tokens that were known stay valid" in r.getMessage()]) == 2
     tokens_file(tmp_path)
-    assert scopes(READER, ADMIN) == ["read", "admin"]
+    assert await scopes(READER, ADMIN) == ["read", "admin"]
 
 
 def test_wrong_tokens_are_slowed_down_and_never_lock_out_a_right_one(tmp_path: Path) -> None:
@@ -11155,7 +11156,7 @@ async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_resto
             assert copy.execute("SELECT name FROM tasks").fetchall() == [("kept",)]
             assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert stat.S_ISREG((tmp_path / "copy.db").stat().st_mode)
-    assert not list(rig.path.parent.glob(".backup-*"))
+    assert not list(rig.path.parent.glob(".download-*"))
     other = await open_rig(database_url=tmp_path / "copy.db")
     assert (await other.service.get_task(1))["next_run"] == "2026-01-01T00:01:00Z"
 
@@ -11300,11 +11301,11 @@ def test_systemd_hears_that_it_is_ready_lives_and_stops_and_tasks_do_not_see_it(
 
 def test_systemd_is_told_through_an_abstract_socket_too_and_a_socket_that_is_gone_harms_nobody(tmp_path: Path) -> None:
     name = f"chronotask-test-{uuid.uuid4()}"
-    heard, environ = notified(f"\0{name}"), {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "A": "b"}
-    chronotask.Systemd(environ).tell("STOPPING=1")
-    assert (until(lambda: heard), environ) == (["STOPPING=1"], {"A": "b"})
-    for gone in ({"NOTIFY_SOCKET": str(tmp_path / "gone")}, {}):
-        chronotask.Systemd(gone).tell("READY=1")
+    heard = notified(f"\0{name}")
+    chronotask.Systemd(f"@{name}", "1", "1").tell("STOPPING=1")
+    assert until(lambda: heard) == ["STOPPING=1"]
+    for gone in (str(tmp_path / "gone"), ""):
+        chronotask.Systemd(gone, "", "").tell("READY=1")
 
 
 async def test_the_page_for_operators_names_only_metrics_that_there_are(api: Api) -> None:
