@@ -4898,7 +4898,6 @@ class StoredConfig(dict[str, Any]):
 
     @functools.cached_property
     def names_secrets(self) -> bool:
-        """Whether a reference is in it."""
         return "${" in str(self)
 
     @functools.cached_property
@@ -5102,9 +5101,7 @@ _METADATA = [
     *map(ipaddress.ip_network, "fd00:ec2::/32 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:a9fe:a9fe::1 fd00:42::42".split()),
     *map(ipaddress.ip_network, "100.100.100.200 168.63.129.16 192.0.0.192".split()),
 ]
-_IPV6_INTERNET, _NAT64, _NAT64_LOCAL, _IPV4_COMPATIBLE = map(
-    ipaddress.IPv6Network, ("2000::/3", "64:ff9b::/96", "64:ff9b:1::/48", "::/96")
-)
+_IPV6_INTERNET, _NAT64, _NAT64_LOCAL = map(ipaddress.IPv6Network, ("2000::/3", "64:ff9b::/96", "64:ff9b:1::/48"))
 
 
 def refused_address(address: str, settings: Settings) -> str | None:
@@ -5115,7 +5112,7 @@ def refused_address(address: str, settings: Settings) -> str | None:
     public = ip.is_global and not ip.is_multicast
     if isinstance(ip, ipaddress.IPv6Address):
         seen += [inner for inner in (ip.sixtofour, *(ip.teredo or ())) if inner is not None]
-        if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _IPV4_COMPATIBLE and int(ip) > 1):
+        if ip in _NAT64 or ip in _NAT64_LOCAL or 1 < int(ip) < 1 << 32:  # the last: IPv4-compatible
             # The local one may be cut into prefixes of 48, 56, 64 and 96 bits, around eight zeros (RFC 6052, 2.2).
             packed = ip.packed[:8] + ip.packed[9:]
             seen += [ipaddress.IPv4Address(packed[at : at + 4]) for at in ((6, 7, 8, 11) if ip in _NAT64_LOCAL else (11,))]
@@ -5543,11 +5540,8 @@ def check_bash_user(settings: Settings) -> list[str]:
 
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
     """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
-    secrets = {
-        os.fsencode(f"{name}={value}"): name
-        for name, value in environ.items()
-        if value and (name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX))
-    }
+    names = [name for name in environ if name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX)]
+    secrets = {os.fsencode(f"{name}={environ[name]}"): name for name in names if environ[name]}
     for pid in _processes_of(None) if secrets else ():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
             if name := next(filter(None, map(secrets.get, file.read().split(b"\0"))), None):
