@@ -1298,8 +1298,8 @@ class Plan:
 DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
 MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
-# The client library writes these itself: a task's own value would contradict the message that is really sent (RFC 9112, 6).
-REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
+# The client library writes these itself, or waits for an answer to them: a task's own would contradict what is sent (RFC 9112).
+REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "expect"})
 FORM = "application/x-www-form-urlencoded"
 MAX_NESTING = 64
 MAX_ARGUMENT_BYTES = 131071  # Linux: MAX_ARG_STRLEN, with the terminating NUL

@@ -1999,7 +1999,7 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
         "config.follow_redirects: must be a valid boolean, not 'yes'": {"follow_redirects": "yes"},
         **{
             f"config.headers: {name} cannot be set: it follows from the url and the body": {"headers": {name: "1"}}
-            for name in ("Host", "content-LENGTH", "Transfer-Encoding")
+            for name in ("Host", "content-LENGTH", "Transfer-Encoding", "Expect")
         },
         **{f"config.headers: '{name}' is not a valid header name": {"headers": {name: "1"}} for name in ("X Y", "X:", "")},
         "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters": [
