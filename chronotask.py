@@ -3592,8 +3592,7 @@ def _deliver(batch: list[_Call]) -> None:
 
 def connect(path: Path, read_only: bool = False) -> DB:
     """A connection in autocommit mode: transactions are begun by hand, with BEGIN IMMEDIATE for writes."""
-    mode = "ro" if read_only else "rwc"
-    uri = f"file:{urllib.parse.quote(str(path))}?mode={mode}"
+    uri = f"file:{urllib.parse.quote(str(path))}?mode={'ro' if read_only else 'rwc'}"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA foreign_keys=ON")
     return db
@@ -3833,14 +3832,12 @@ def is_locked(path: Path) -> bool:
 
 def locks_work(path: Path) -> bool:
     """Whether flock excludes a second holder on this file system (some network file systems pretend). Raises OSError."""
-    probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
-    first, second = FileLock(probe), FileLock(probe)
+    probe = FileLock(path.with_name(f"{path.name}.{os.getpid()}.probe"))
     try:
-        return first.acquire() and not second.acquire()
+        return probe.acquire() and is_locked(probe.path)
     finally:
-        first.release()
-        second.release()
-        probe.unlink(missing_ok=True)
+        probe.release()
+        probe.path.unlink(missing_ok=True)
 
 
 # --- Queries: tasks and schedules -------------------------------------------------------------------------------------
@@ -3993,15 +3990,13 @@ def task_of_key(db: DB, key: str) -> int:
     return existing(ids_of(db, "tasks", {"key = ?": key, "deleted = 0": True}), "task", f"key:{key}")
 
 
-_COUNTED_BY = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
-
-
 def _page(
     db: DB, table: str, wanted: tuple[Any, Any], others: Mapping[str, Any], page: TaskQuery | ScheduleQuery
 ) -> tuple[int, str]:
     """How many rows of `table` meet conditions, and the ids of a page of them, oldest first, as JSON. By what is `wanted` of the
     two columns that are counted (None: all) a page is found without what lies before it; of what meets `others`, all, and cut."""
-    *columns, alive = _COUNTED_BY[table]
+    counted = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
+    *columns, alive = counted[table]
     unindexed = alive.replace("deleted = 0", "NOT deleted")  # the planner shall not go by this
     if any(value is not None for value in others.values()):
         these = {f"{name} = ?": value for name, value in zip(columns, wanted, strict=True)}
@@ -4070,14 +4065,9 @@ def after_schedules(db: DB) -> list[Schedule]:
 
 def after_edges(db: DB, without: int) -> dict[int, list[int]]:
     """Which tasks are fired after which, by the ids that `after` schedules name; but for one schedule."""
-    edges: dict[int, list[int]] = {}
-    for watched, fired in db.execute(
-        """SELECT DISTINCT j.value, s.task_id FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
-            WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ?""",
-        (without,),
-    ):
-        edges.setdefault(watched, []).append(fired)
-    return edges
+    edges = """SELECT j.value, json_group_array(DISTINCT s.task_id) FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
+        WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ? GROUP BY 1"""
+    return {watched: parsed(fired) for watched, fired in db.execute(edges, (without,))}
 
 
 def remember_zone(db: DB, zone: str) -> None:
@@ -6681,18 +6671,17 @@ class Retention:
 
     async def delete(self, now: int) -> None:
         """One pass: by age over all rows, by count over the tasks that have more than is kept."""
-        engine, settings, after = self.engine, self.engine.settings, 0
+        engine, settings = self.engine, self.engine.settings
+        after: int | None = 0
         cutoff = now - settings.history_days * DAY
         by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
-        while by_age and engine.leading:
+        while by_age and engine.leading and after is not None:
             step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
-            if (reached := await engine.store.write(step)) is None:
-                break
-            after = reached
+            after = await engine.store.write(step)
             await self._leave_room()
-        while by_age and engine.leading:
-            if await engine.store.write(partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)) < RETENTION_ROWS:
-                break
+        changes = partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)
+        while by_age and engine.leading and await engine.store.write(changes) > 0:
+            await self._leave_room()
         keep, skipped = settings.history_per_task, KEEP_SKIPPED
         for task_id in await engine.store.scan(partial(tasks_with_surplus, keep=keep, keep_skipped=skipped)):
             surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_skipped=skipped, now=now, limit=RETENTION_ROWS)
@@ -7257,7 +7246,7 @@ class Service:
             sent = given(view_of(schedule)) if callable(given) else given
             sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
-            done = await self.change(partial(change_read, read=schedule, changes=changes))
+            done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
         view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
@@ -7751,10 +7740,15 @@ def add_schedule(tx: Transaction, schedule: Schedule) -> None:
         update(tx.db, schedule)
 
 
-def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False) -> None:
-    """Raises InvalidInput if nothing is left to fire, unless that may be."""
+def change_schedule(
+    tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False, read: Schedule | None = None
+) -> bool:
+    """Raises InvalidInput if nothing is left to fire, unless that may be. False if somebody else was quicker, where the changes
+    follow from the schedule as it was `read`."""
     db, now, wanted = tx.db, tx.now, changes.get("is_active")
     schedule = get_schedule(db, schedule_id)
+    if read is not None and any(getattr(schedule, name) != getattr(read, name) for name in shape_of(Schedule).written):
+        return False
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
@@ -7778,14 +7772,7 @@ def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any
         raise InvalidInput(_nothing_left(schedule))
     tx.put(schedule, seen)
     remember_zone(db, schedule.zone)
-
-
-def change_read(tx: Transaction, read: Schedule, changes: Mapping[str, Any]) -> bool:
-    """As change_schedule. False if somebody else was quicker: the changes follow from the schedule as it was read."""
-    stands = get_schedule(tx.db, read.id)
-    if unchanged := all(getattr(stands, name) == getattr(read, name) for name in shape_of(Schedule).written):
-        change_schedule(tx, read.id, changes)
-    return unchanged
+    return True
 
 
 def remove_schedule(tx: Transaction, schedule_id: int) -> int:
