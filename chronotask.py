@@ -4153,21 +4153,18 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
     """Writes the rows of slots that have none yet, and returns these rows with their ids. A slot has a row already when the clock
     was set back. Only a slot that runs takes the place of a row which says that it did not."""
-    found = db.execute(
-        """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
-            ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')
-                AND trigger IN ('schedule', 'catchup')""",
-        (compact([[row.schedule_id, row.scheduled_for] for row in rows]),),
-    )
+    there_already = """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
+        ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')
+            AND trigger IN ('schedule', 'catchup')"""
+    found = db.execute(there_already, (compact([[row.schedule_id, row.scheduled_for] for row in rows]),))
     taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
     free, replaced = [], []
     for row in rows:
         there, status = taken.get((row.schedule_id, row.scheduled_for), (None, None))
-        if there is not None and row.status not in NEVER_STARTED and status in NEVER_STARTED:
-            replaced.append(there)
-            there = None
-        if there is None:
+        replaces = status in NEVER_STARTED and row.status not in NEVER_STARTED
+        if there is None or replaces:
             free.append(row)
+            replaced += [there] if replaces else []
     if replaced:
         db.execute(f"DELETE FROM executions WHERE id {_THESE}", (compact(replaced),))
     return free, insert_executions(db, free)
@@ -4273,11 +4270,9 @@ def write_standings(db: DB, tasks: Collection[Task], paused: Collection[int]) ->
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
     """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled."""
-    db.execute(
-        """UPDATE executions SET status = 'queued' WHERE id IN (SELECT value FROM json_each(?)) AND status = 'retrying'
-            AND next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'""",
-        (compact(ids), now),
-    )
+    due = "next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'"
+    queued = f"UPDATE executions SET status = 'queued' WHERE id {_THESE} AND status = 'retrying' AND {due}"
+    db.execute(queued, (compact(ids), now))
 
 
 def shift_retries(db: DB, by: int, latest: int) -> None:
@@ -4292,11 +4287,9 @@ def release_held(db: DB, task_ids: Collection[int]) -> None:
         return
     ahead = f"SELECT 1 FROM executions a WHERE a.task_id = held.task_id AND a.id < held.id AND a.{UNFINISHED_SQL}"
     for bit, extra in ((Hold.OVERLAP, ""), (Hold.CATCHUP, "AND a.trigger = held.trigger AND a.schedule_id = held.schedule_id")):
-        db.execute(
-            f"""UPDATE executions AS held SET hold = hold & ~{bit:d} WHERE status = 'queued' AND hold > 0 AND hold & {bit:d}
-                AND held.task_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS ({ahead} {extra})""",
-            (compact(list(task_ids)),),
-        )
+        free = f"hold & {bit:d} AND held.task_id {_THESE} AND NOT EXISTS ({ahead} {extra})"
+        lift = f"UPDATE executions AS held SET hold = hold & ~{bit:d} WHERE status = 'queued' AND hold > 0 AND {free}"
+        db.execute(lift, (compact(list(task_ids)),))
 
 
 def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
@@ -4358,9 +4351,8 @@ def execution_of_key(db: DB, task_id: int, key: str, body: str, now: int) -> int
     if row is not None and row[0] != body:
         raise InvalidInput(FieldError("Idempotency-Key", "was sent with another body within the last 24 h: take another key"))
     if row is not None and row[2] is None:
-        raise Conflict(
-            f"this Idempotency-Key has started execution {row[1]}, which the history no longer holds: it is not run again"
-        )
+        gone = f"execution {row[1]}, which the history no longer holds"
+        raise Conflict(f"this Idempotency-Key has started {gone}: it is not run again")
     return row and int(row[1])
 
 
@@ -4393,10 +4385,8 @@ def list_executions(
     # + for the index of the few, not the order of all rows. The conditions are those of the partial indexes, to the letter.
     rare, parts = "status <> 'succeeded' AND finished_at IS NOT NULL", list[str]()
     for status in statuses:
-        served = UNFINISHED_SQL if status in UNFINISHED else "TRUE" if status == "succeeded" else rare
-        parts.append(
-            f"SELECT {'+' * (status in UNFINISHED)}id AS id FROM executions {where} AND status = '{status}' AND {served}"
-        )
+        plus, served = ("+", UNFINISHED_SQL) if status in UNFINISHED else ("", "TRUE" if status == "succeeded" else rare)
+        parts.append(f"SELECT {plus}id AS id FROM executions {where} AND status = '{status}' AND {served}")
     found = " UNION ALL ".join(parts or [f"SELECT id FROM executions {where}"])
     values *= max(1, len(statuses))
     total = 0
@@ -4417,9 +4407,7 @@ def list_executions(
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
     """Those of the executions `ids` that are over, or gone with their task."""
-    over = f"""SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM executions e JOIN tasks t ON t.id = e.task_id
-        WHERE e.id = value AND e.{UNFINISHED_SQL} AND NOT t.deleted)"""
-    return _ids(db, over, (compact(ids),))
+    return list({*ids}.difference(ids_of(db, "executions", {"id IN ?": ids, UNFINISHED_SQL: True, _NOT_DELETED: True})))
 
 
 def counts(db: DB) -> tuple[dict[str, int], dict[str, int]]:
