@@ -6029,14 +6029,11 @@ BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
 TIMERS = 10_000  # loaded at a time
-DISTRUST = 3600.0  # seconds without deleting by age after the clock went on by more than a day
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
+K = TypeVar("K", Task, Schedule)
 
 
 # --- The feed of events -----------------------------------------------------------------------------------------------
-
-
-K = TypeVar("K", Task, Schedule)
 
 
 def as_it_is(entity: K, paused: bool) -> K:
@@ -6059,8 +6056,7 @@ class Event:
 
 
 class Feed:
-    """Recent events, who reads them, and who waits for an end. A reader that falls too far behind is dropped, never buffered
-    without bound."""
+    """Recent events, who reads them, and who waits for an end. No buffer is unbounded: a reader too far behind is dropped."""
 
     KEPT = 2000
     BEHIND = 1000
@@ -6075,8 +6071,7 @@ class Feed:
         self._shown: dict[int, str] = {}  # unfinished executions as readers know them
         self._shown_up_to = 0
         self._closed = False
-        # Execution id → the event that whoever waits for its end holds.
-        self._waiting: weakref.WeakValueDictionary[int, asyncio.Event] = weakref.WeakValueDictionary()
+        self.waiting = weakref.WeakValueDictionary[int, asyncio.Event]()  # execution id → what whoever waits for its end holds
 
     @property
     def wanted(self) -> bool:
@@ -6093,11 +6088,9 @@ class Feed:
         event = Event(f"{self._boot}-{self._count}", kind, task_id, data)
         self._recent.append(event)
         for reader in list(self._readers):
-            if reader.qsize() >= self.BEHIND:
+            if behind := reader.qsize() >= self.BEHIND:
                 self._readers.discard(reader)
-                reader.put_nowait(None)
-            else:
-                reader.put_nowait(event)
+            reader.put_nowait(None if behind else event)
 
     async def open(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
         """A queue of events to come (None: dropped), and those after `last_id`; None if they are no longer known."""
@@ -6121,7 +6114,10 @@ class Feed:
         self._closed = True
         self.notify()
 
-    async def publish_executions(self, ids: Collection[int]) -> None:
+    async def publish_executions(self, ids: Collection[int] | None = None) -> None:
+        """Those with these ids; None: those that other processes queued, started or ended since the last look."""
+        if self.wanted and ids is None:
+            ids = await self._store.read(partial(changed_executions, after_id=self._shown_up_to, shown=self._shown))
         if not ids or not self.wanted:
             return
         for execution in await self._store.read(partial(get_executions, ids=set(ids))):
@@ -6131,42 +6127,21 @@ class Feed:
             if execution.status in FINISHED:
                 del self._shown[execution.id]
 
-    async def publish_foreign(self) -> None:
-        """Executions that other processes queued, started or ended since the last look."""
-        if self.wanted:
-            changed = partial(changed_executions, after_id=self._shown_up_to, shown=self._shown)
-            await self.publish_executions(await self._store.read(changed))
-
-    async def publish_changes(self, revs: tuple[int, int], paused: bool) -> None:
-        """What was changed after the first of `revs`, up to the second: each change once."""
-        tasks, gone, schedules = await self._store.read(partial(changed_objects, revs=revs))
-        for task in tasks:
-            self.publish("task", task.id, view_of(as_it_is(task, paused)))
-        for task_id in gone:
-            self.publish("task", task_id, {"id": task_id, "deleted": True})
-        for schedule in schedules:
-            self.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
-
     async def wait_for(self, execution_id: int, seconds: float) -> None:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._closed:
-                    ended = self._waiting.setdefault(execution_id, asyncio.Event())
+                    ended = self.waiting.setdefault(execution_id, asyncio.Event())
                     if await self._store.read(partial(finished_among, ids=[execution_id])):
                         return
                     await ended.wait()  # for an attempt, too, that is retried
 
     def notify(self, execution_ids: Iterable[int] | None = None) -> None:
         """Wakes who waits for these executions (None: for any): they look whether it is over."""
-        for execution_id in list(self._waiting) if execution_ids is None else execution_ids:
-            if ended := self._waiting.pop(execution_id, None):
+        for execution_id in list(self.waiting) if execution_ids is None else execution_ids:
+            if ended := self.waiting.pop(execution_id, None):
                 ended.set()
-
-    async def notify_of_others(self) -> None:
-        """Wakes who waits for what another process has finished or deleted."""
-        if self._waiting:
-            self.notify(await self._store.read(partial(finished_among, ids=list(self._waiting))))
 
 
 # --- Ticks ------------------------------------------------------------------------------------------------------------
@@ -6239,10 +6214,8 @@ class Tick:
 
 
 class Engine:
-    """Fires slots, starts what is ready, finishes what has ended: one transaction a tick, then its effects.
-
-    What it knows is an index over the store, rebuilt when this process begins to lead.
-    """
+    """Fires slots, starts what is ready, finishes what has ended: one transaction a tick, then its effects. What it knows is an
+    index over the store, rebuilt when this process begins to lead."""
 
     def __init__(self, settings: Settings, store: Store, clock: Clock, environ: Environ) -> None:
         self.settings = settings
@@ -6256,8 +6229,7 @@ class Engine:
         self.timers = TimerQueue()  # schedule id → its next firing
         self.retries = TimerQueue()  # execution id → its next attempt
         self.pause_ends: int | None = None  # the next pause that ends by itself
-        # How far schedules are in `timers`: when the last fires, its id; None: all.
-        self._timers_to: tuple[int, int] | None = None
+        self._timers_to: tuple[int, int] | None = None  # when the last schedule in `timers` fires, its id; None: all are
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -6268,7 +6240,7 @@ class Engine:
         self._ended: list[Finished] = []  # of attempts, for the next tick
         self._queued = False  # something may be waiting for capacity
         self._ticking = False  # a tick's write is under way
-        self._ending = False  # the grace of a stop is over
+        self.ending = False  # the grace of a stop is over
         self._wake = asyncio.Event()
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
@@ -6408,7 +6380,7 @@ class Engine:
                 late = max(0.0, (run.started_at - run.fire_at) / SECOND)
                 self.stats.recent_late.append(late)
                 self.stats.lateness.add(late)
-            if self._ending:
+            if self.ending:
                 active.live.stop("interrupted")
             active.job = asyncio.create_task(self._attempt(active))
             if number % TURN == 0:
@@ -6489,7 +6461,7 @@ class Engine:
 
     def distrust_clock(self) -> None:
         """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
-        self.distrust_until = self.clock.monotonic() + DISTRUST
+        self.distrust_until = self.clock.monotonic() + 3600
         logger.warning("the clock went on by more than a day: for an hour no history is deleted by age")
 
     # --- stopping ---
@@ -6500,7 +6472,7 @@ class Engine:
         self._wake.set()
         self.feed.close_all()
         await self._until_idle(self.clock.monotonic() + grace)
-        self._ending = True
+        self.ending = True
         for active in self.running.values():
             active.live.stop("interrupted")
 
@@ -6639,8 +6611,6 @@ def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) 
 # 9. Changes
 # ======================================================================================================================
 
-KEEP_SKIPPED = 100  # skipped and missed rows kept of each task
-RETENTION_PAUSE = 600.0  # seconds between two passes of the retention
 PURGE_ROWS = 250  # of a deleted task in one delete
 RETENTION_ROWS = 1000  # rows in one delete: a larger one holds up other writes
 
@@ -6655,7 +6625,7 @@ class Retention:
     async def step(self) -> None:
         if self.engine.leading:
             await self.delete(self.engine.clock.now())
-        await asyncio.sleep(RETENTION_PAUSE if self.engine.leading else 5.0)
+        await asyncio.sleep(600.0 if self.engine.leading else 5.0)
 
     async def delete(self, now: int) -> None:
         """One pass: by age over all rows, by count over the tasks that have more than is kept."""
@@ -6664,13 +6634,12 @@ class Retention:
         cutoff = now - settings.history_days * DAY
         by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
         while by_age and engine.leading and after is not None:
-            step = partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
-            after = await engine.store.write(step)
+            after = await engine.store.write(partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS))
             await self._leave_room()
         changes = partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)
         while by_age and engine.leading and await engine.store.write(changes) > 0:
             await self._leave_room()
-        keep, skipped = settings.history_per_task, KEEP_SKIPPED
+        keep, skipped = settings.history_per_task, 100  # of what ran, and of what was skipped or missed
         for task_id in await engine.store.scan(partial(tasks_with_surplus, keep=keep, keep_skipped=skipped)):
             surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_skipped=skipped, now=now, limit=RETENTION_ROWS)
             while engine.leading and await engine.store.write(surplus) > 0:
@@ -6702,8 +6671,7 @@ class Retention:
 
 
 class Changes:
-    """Takes up what was written, by this process or another: timers, deleted tasks, cancels, who waits, the feed. `status` tells
-    the scheduler's state, for the feed."""
+    """Takes up what was written, by this process or another. `status` tells the scheduler's state, for the feed."""
 
     def __init__(self, engine: Engine, retention: Retention, status: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
         self.engine = engine
@@ -6716,25 +6684,23 @@ class Changes:
 
     async def poll(self) -> None:
         """Takes up what other processes wrote, and shows them the output that they follow."""
-        store = self.engine.store
+        engine, store = self.engine, self.engine.store
         self._stale = await store.foreign_changes() or self._stale
         # The number tells what no use case has taken up: a clock that was set, a look that failed.
         if self._stale or await store.read(partial(get_meta, key="rev")) != self._rev:
-            self.engine.wake()
+            engine.wake()
             await self.take_up()
-            await self.engine.feed.publish_foreign()
+            await engine.feed.publish_executions()
             self._stale = False
-        engine, now = self.engine, self.engine.clock.now()
         if engine.running:
-            asked = {"stream = ''": True, "wanted_until > ?": now}
+            asked = {"stream = ''": True, "wanted_until > ?": (now := engine.clock.now())}
             wanted = partial(ids_of, table="live_output", conditions=asked, column="execution_id")
             recent = {key: active.live.recent() for key in await store.read(wanted) if (active := engine.running.get(key))}
             if recent:
                 await store.write(partial(show_output, recent=recent, now=now))
 
     async def take_up(self, everything: bool = False) -> None:
-        """Takes up what has changed since the last look, or everything. Callers that come while a look is waiting for its turn
-        share it: it will see what each of them wrote."""
+        """What has changed since the last look, or everything. Callers share a look that has not begun: it sees their writes."""
         if everything:
             self._rev = None
         if self._next_look is None:
@@ -6744,23 +6710,31 @@ class Changes:
     async def _look(self) -> None:
         async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
             self._next_look = None
-            engine, store, since, paused = self.engine, self.engine.store, self._rev, self.engine.paused
-            rev, now_paused = await store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
-            engine.paused = bool(now_paused)
+            engine, store, since, before = self.engine, self.engine.store, self._rev, self.engine.paused
+            rev, paused = await store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
+            engine.paused = paused = bool(paused)
             if engine.leading:
                 await engine.load_timers(since)
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     if task_id not in self.retention.purges:
                         self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
-            if engine.feed.wanted and since is not None:
-                await engine.feed.publish_changes((since, rev), engine.paused)
-            if engine.feed.wanted and engine.paused != paused:
-                engine.feed.publish("scheduler", None, await self._status())
+            feed = engine.feed
+            if feed.wanted and since is not None:
+                tasks, gone, schedules = await store.read(partial(changed_objects, revs=(since, rev)))
+                for task in tasks:
+                    feed.publish("task", task.id, view_of(as_it_is(task, paused)))
+                for task_id in gone:
+                    feed.publish("task", task_id, {"id": task_id, "deleted": True})
+                for schedule in schedules:
+                    feed.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
+            if feed.wanted and paused != before:
+                feed.publish("scheduler", None, await self._status())
             if engine.running:
                 ending = {"id IN ?": [*engine.running], ENDING_SQL: True}
                 for execution_id in await store.read(partial(ids_of, table="executions", conditions=ending)):
                     engine.stop_run(execution_id)
-            await engine.feed.notify_of_others()
+            if feed.waiting:  # perhaps for what another process has finished or deleted
+                feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
             if self._rev == since:  # else somebody wants everything to be looked at once more
                 self._rev = rev
             engine.wake()  # what it waits for may have changed
@@ -6929,9 +6903,7 @@ def _boot_id() -> str:
 # 11. Service
 # ======================================================================================================================
 
-TICK_LIMIT = 10.0  # seconds without a tick after which /health fails
 DELETE_WAIT = 5.0  # seconds that a delete waits for its rows to be gone: those of a long history follow
-CANCEL_WAIT = 5.0  # seconds that a cancel waits for the end
 MOST_BACKFILL = 1000  # slots
 CHANGE_TEXT = 4096  # characters kept of one field before and after a change
 S = TypeVar("S", bound=Schedule)
@@ -7032,7 +7004,6 @@ class Service:
         self.started_at = clock.now()
         self._pages: tuple[Any, dict[str, TaskPage]] = (None, {})  # of tasks, as long as nothing has been written since
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
-        self._closed = False
         self._loop: asyncio.Task[None] | None = None
         self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
 
@@ -7051,7 +7022,7 @@ class Service:
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
-        while not self._closed:
+        while not self.engine.ending:
             try:
                 await step()
             except Exception as error:
@@ -7063,7 +7034,6 @@ class Service:
         """Lets running executions finish for the grace, ends the others, finishes all, releases the locks."""
         await self.engine.drain(self.settings.shutdown_grace)
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
-        self._closed = True
         known = await self.engine.close(self._loop, end)
         self._checks.shutdown(wait=False, cancel_futures=True)
         if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
@@ -7072,7 +7042,7 @@ class Service:
     def problem(self) -> str | None:
         """Why the service is not healthy, or None."""
         silent = self.clock.monotonic() - self.engine.last_tick
-        if silent > TICK_LIMIT:
+        if silent > 10:
             return f"the scheduling job has not ticked for {silent:.0f} s"
         return self.store.problem()
 
@@ -7337,7 +7307,7 @@ class Service:
             return before
 
         if await self.change(write) == "running":
-            await self.engine.feed.wait_for(execution_id, CANCEL_WAIT)
+            await self.engine.feed.wait_for(execution_id, 5)
         return await self.get_execution(execution_id)
 
     @Operation("GET", "/changes")
@@ -7447,7 +7417,6 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
 @Operation("GET", "/overview")
 async def overview(service: Service, query: TaskQuery) -> OverviewPage:
     """List tasks with their recent executions."""
-
     page = await service.list_tasks(query)
 
     def read(db: DB) -> list[OverviewTask]:  # in its thread: views of 30,000 executions are no work for the loop
@@ -7564,7 +7533,7 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
 def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settings, may_be_over: bool = False) -> S:
     """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
     own = {"overlap": "allow"} if body["schedule_type"] == "after" else {}
-    fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings)
+    fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
     at = now if fields.get("after") is None else fields["after"]
     schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
     if schedule.schedule_type != "after":  # which looks at other tasks first
@@ -7580,18 +7549,16 @@ def checked_changes(schedule: Schedule, sent: ScheduleUpdate, now: int, settings
         raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
     if sent.get("schedule_type", schedule.schedule_type) != schedule.schedule_type and "schedule_config" not in sent:
         raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {sent['schedule_type']}"))
-    fields = _fields_of(Schedule, sent, schedule, now, settings)
+    fields = _fields_of(Schedule, sent, schedule, now, settings.scheduler_timezone)
     changes = {name: value for name, value in fields.items() if value != getattr(schedule, name)}
     if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
         changes["is_active"] = False
     return changes
 
 
-def _fields_of(
-    kind: type[Schedule], sent: dict[str, Any], stored: Schedule | None, now: int, settings: Settings
-) -> dict[str, Any]:
+def _fields_of(kind: type[Schedule], sent: dict[str, Any], stored: Schedule | None, now: int, zone: str) -> dict[str, Any]:
     """What was sent of a schedule, new or `stored`, as the store keeps it. Raises InvalidInput that lists every bad field."""
-    errors, zone = list[FieldError](), settings.scheduler_timezone
+    errors = list[FieldError]()
     was: tuple[Any, dict[str, Any]] = (None, {}) if stored is None else (stored.schedule_type, stored.schedule_config)
     schedule_type, config = asked = sent.get("schedule_type", was[0]), sent.get("schedule_config", was[1])
     fields, after = dict(sent), schedule_type == "after"
@@ -7685,11 +7652,9 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[st
 
 def _kept(view: dict[str, Any]) -> str:
     """JSON text in which long fields are cut."""
-    if len(text := compact(view)) > CHANGE_TEXT:
-        sizes = {name: len(compact(value)) for name, value in view.items()}
-        cut = {n: f"{compact(view[n])[:CHANGE_TEXT]}… ({size} characters)" for n, size in sizes.items() if size > CHANGE_TEXT}
-        text = compact({**view, **cut})
-    return text
+    texts = {name: compact(value) for name, value in view.items()}
+    cut = {n: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for n, text in texts.items() if len(text) > CHANGE_TEXT}
+    return compact({**view, **cut})
 
 
 def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int | None = None) -> None:
@@ -7905,10 +7870,9 @@ def load_json(raw: bytes) -> Any:
         raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise MalformedBody(f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise MalformedBody("the body is not acceptable JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise MalformedBody(f"the body is not acceptable JSON: {str(error)[:100]}") from None
+    except (RecursionError, ValueError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        raise MalformedBody(f"the body is not acceptable JSON: {why}") from None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -8246,8 +8210,7 @@ class ConfigFile:
 
     def __init__(self, service: Service, path: Path) -> None:
         self.service, self.path = service, path
-        self.state: dict[str, str | None] = {"path": str(path), "applied_at": None, "error": None}
-        service.config_file = self.state
+        self.state = service.config_file = {"path": str(path), "applied_at": None, "error": None}
         self._seen: Any = None
         self._dealt_with: Any = None
 
