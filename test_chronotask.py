@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import grp
 import gzip
-import hashlib
 import html
 import http.client
 import http.server
@@ -8320,14 +8319,14 @@ async def test_deleting_answers_204_once_the_rows_are_gone(api: Api) -> None:
     task_id = await api.task(config={"command": "exec sleep 60"})
     gone, kept = await api.schedule(task_id), await api.schedule(task_id)
     await api("POST", f"/tasks/{task_id}/execute")
-    while not (run_ids := [active.run.run_id for active in api.rig.service.engine.running.values()]):
-        await asyncio.sleep(0.002)
+    await until_true(lambda: api.rig.service.engine.running)
+    [run_id] = [active.run.run_id for active in api.rig.service.engine.running.values()]
     for path in (f"/schedules/{gone}", f"/tasks/{task_id}"):
         answer = await api("DELETE", path)
         assert (answer.status, answer.text) == (204, "")
         for method in ("GET", "DELETE"):
             problem_of(await api(method, path), 404)
-    assert of_run(run_ids[0]) == []
+    assert of_run(run_id) == []
     for table in ("tasks", "schedules", "executions", "attempts"):
         assert api.rig.sql(f"SELECT count(*) FROM {table}") == [(0,)]
     for path in (f"/tasks/{task_id}/history", f"/schedules/{kept}", "/executions/1"):
@@ -8384,8 +8383,7 @@ async def test_a_wait_that_is_no_number_from_0_to_300_is_refused_and_a_stopping_
 async def waiting_client(api: Api, target: Target) -> asyncio.Future[Answer]:
     """Somebody who waits for the end of an execution that has begun, of a task that calls `target`."""
     waiting = asyncio.ensure_future(api("POST", f"/tasks/{await api.task(**target.config('/hold'))}/execute?wait=30"))
-    while not target.held:
-        await asyncio.sleep(0.002)
+    await until_true(lambda: target.held)
     return waiting
 
 
@@ -8643,8 +8641,7 @@ async def test_the_output_is_plain_text_and_can_be_followed_until_the_execution_
     await api.task(config={"command": f"echo begun; mkfifo {tmp_path}/gate; cat {tmp_path}/gate"})
     await api("POST", "/tasks/1/execute")
     following = asyncio.ensure_future(api("GET", "/executions/1/output?follow=true"))
-    while not (tmp_path / "gate").exists():
-        await asyncio.sleep(0.002)
+    await until_true((tmp_path / "gate").exists)
     await asyncio.to_thread((tmp_path / "gate").write_text, "ended\n")
     answer = await following
     assert (answer.status, answer.text.split()) == (200, ["begun", "ended"])
@@ -8847,14 +8844,6 @@ async def test_every_task_has_its_series_before_anything_has_happened(api: Api) 
     assert lines <= set(after)
 
 
-async def test_openapi_names_every_route_of_the_contract(api: Api) -> None:
-    document = await api.get("//openapi.json")
-    assert document["openapi"].startswith("3.1")
-    found = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    asked = {path if path.startswith("//") else API + path: methods for path, methods in ROUTES.items()}
-    assert {(method, path.replace("//", "/")) for path, methods in asked.items() for method in methods} <= found
-
-
 async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Api) -> None:
     async with api.client.get(f"{API}/events") as stream:
         assert stream.status == 200 and stream.headers["Content-Type"].startswith("text/event-stream")
@@ -8980,8 +8969,11 @@ ROUTES = {
 }
 
 
-async def test_another_method_answers_405_and_names_the_allowed_ones(api: Api) -> None:
+async def test_each_route_is_in_openapi_and_another_method_answers_405_and_names_the_allowed_ones(api: Api) -> None:
+    document = await api.get("//openapi.json")
+    assert document["openapi"].startswith("3.1")
     for path, allowed in ROUTES.items():
+        assert {*map(str.lower, allowed)} <= {*document["paths"][path[1:] if path.startswith("//") else API + path]}, path
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {*allowed}:
             if path != "/schedules/preview" or method == "OPTIONS":  # else it is a schedule with an odd id
                 answer = await api(method, path.replace("{id}", "1"))
@@ -9180,21 +9172,18 @@ async def test_no_bytes_at_all_make_the_server_fail(api: Api) -> None:
 # --- Malformed requests: smuggling, duplicates, what no client sends --------------------------------------------------
 
 
-async def raw_answer(port: int, data: bytes, seconds: float = 10) -> bytes:
+async def raw_answer(port: int, data: bytes) -> bytes:
     """All that a server says to these bytes until it closes, or has been silent for a moment."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     got = b""
     with contextlib.suppress(OSError, TimeoutError):
         writer.write(data)
         await writer.drain()
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(10) as limit:
             while piece := await reader.read(65536):
                 got += piece
-                if b"Connection: close" not in data and got.count(b"\r\n\r\n"):
-                    async with asyncio.timeout(0.2):
-                        while piece := await reader.read(65536):
-                            got += piece
-                    break
+                if b"Connection: close" not in data and b"\r\n\r\n" in got:
+                    limit.reschedule(asyncio.get_running_loop().time() + 0.2)
     writer.close()
     return got
 
@@ -9203,13 +9192,13 @@ def statuses_in(answer: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/\d\.\d (\d\d\d) ", answer)]
 
 
-HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
+UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps(BASH).encode()
-SMUGGLED = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+SMUGGLED = UPLOAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
 def posted(headers: bytes, body: bytes = BODY) -> bytes:
-    return b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + headers + b"\r\n" + body
+    return UPLOAD + headers + b"\r\n" + body
 
 
 SMUGGLING = {
@@ -9277,15 +9266,14 @@ async def test_a_malformed_request_is_refused_and_smuggles_no_second_one(api: Ap
 
 async def test_a_body_that_breaks_off_or_has_broken_chunks_changes_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "SLOW_BODY", 0.3)
-    post = b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"%s\r\n\r\n%s"
     for header, body, status in ((b"Content-Length: 500", BODY, 408), (b"Transfer-Encoding: chunked", b"2\r\n{}\r\nzz\r\n", 400)):
-        assert statuses_in(await raw_answer(api.client.port, post % (header, body)))[:1] == [status]
+        assert statuses_in(await raw_answer(api.client.port, posted(header + b"\r\n", body)))[:1] == [status]
     assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
 async def test_a_body_without_end_is_refused_at_1_mib(api: Api) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
-    writer.write(b"POST /api/v1/tasks HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    writer.write(UPLOAD + b"Transfer-Encoding: chunked\r\n\r\n")
     answer = asyncio.ensure_future(reader.read(2000))
     for _ in range(400):  # 25 MB
         if answer.done():
@@ -9313,23 +9301,16 @@ NUMBERS += "1e999 -1e999 1e308 -9223372036854775809 18446744073709551616 1.79769
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:12])
 async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str) -> None:
-    task_id, url = await api.task(), {"url": "http://127.0.0.1:9/"}
-    bodies = [
-        *(("/tasks", {**BASH, name: "N"}) for name in ("name", "task_type", "config", "max_retries", "retry_delay")),
-        ("/tasks", {**BASH, "config": {"command": "true", "timeout": "N"}}),
-        *(
-            ("/tasks", {**BASH, "task_type": "http", "config": {**url, name: value}})
-            for name, value in {"body": {"a": ["N"]}, "params": {"a": "N"}, "expected_status": ["N"]}.items()
-        ),
-        *(
-            ("/schedules", {**EVERY_MINUTE, name: value})
-            for name, value in {
-                **dict.fromkeys(("task_id", "schedule_config", "jitter", "max_runs", "catchup_window"), "N"),
-                "schedule_config": {"seconds": "N"},
-            }.items()
-        ),
-        ("/schedules/preview", {**EVERY_MINUTE, "count": "N"}),
-    ]
+    task_id = await api.task()
+    http = {**BASH, "task_type": "http"}
+    bodies = [("/tasks", {**BASH, name: "N"}) for name in "name task_type config max_retries retry_delay".split()]
+    for more in ({"body": {"a": ["N"]}}, {"params": {"a": "N"}}, {"expected_status": ["N"]}):
+        bodies.append(("/tasks", {**http, "config": {"url": "http://127.0.0.1:9/", **more}}))
+    for name in "task_id jitter max_runs catchup_window".split():
+        bodies.append(("/schedules", {**EVERY_MINUTE, name: "N"}))
+    bodies.append(("/schedules", {**EVERY_MINUTE, "schedule_config": {"seconds": "N"}}))
+    bodies.append(("/tasks", {**BASH, "config": {"command": "true", "timeout": "N"}}))
+    bodies.append(("/schedules/preview", {**EVERY_MINUTE, "count": "N"}))
     for path, body in bodies:
         answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
         assert answer.status in (201, 400, 404, 422) and len(answer.text) < 20_000, (body, answer.text)
@@ -9860,7 +9841,7 @@ async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, ca
         assert (await mcp("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200, garbage
 
 
-# --- Tasks made before a rule was set ---------------------------------------------------------------------------------
+# --- What is stored: a rule that came later, masks, output that is data -----------------------------------------------
 
 
 @each(
@@ -9890,9 +9871,6 @@ async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or
     assert found == {(made, "failed", 1), (failing, "failed", 2)}
     assert all(words in row["error_message"] for row in await later.rows())
     assert not marker.exists()
-
-
-# --- Masks ------------------------------------------------------------------------------------------------------------
 
 
 def secret_config(target: Target) -> dict[str, Any]:
@@ -9956,8 +9934,6 @@ async def test_a_mask_does_not_follow_the_url_to_another_server_but_to_another_p
     assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
 
 
-# --- Output is data ---------------------------------------------------------------------------------------------------
-
 FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
 FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
 
@@ -10017,10 +9993,6 @@ def tools() -> list[Json]:
     return [tool.model_dump(by_alias=True, exclude_none=True, mode="json") for tool in chronotask.make_tools().tools]
 
 
-def tool(name: str) -> Json:
-    return next(tool for tool in tools() if tool["name"] == name)
-
-
 # --- What tools/list says ---------------------------------------------------------------------------------------------
 
 
@@ -10057,9 +10029,9 @@ def test_schemas_are_what_strict_clients_take() -> None:
             assert isinstance(schema.get("type", ""), str) and ("type" in schema or len(schema["anyOf"]) == 2), one["name"]
             assert schema.get("type") != "object" or schema["properties"], one["name"]
             assert schema.get("type") != "array" or schema["items"], one["name"]
-    limit = tool("get_task_history")["inputSchema"]["properties"]["limit"]
-    assert limit == {"type": "integer", "default": 5, "maximum": 100}
-    wait = tool("execute_task")["inputSchema"]["properties"]["wait"]
+    properties = {one["name"]: one["inputSchema"]["properties"] for one in tools()}
+    assert properties["get_task_history"]["limit"] == {"type": "integer", "default": 5, "maximum": 100}
+    wait = properties["execute_task"]["wait"]
     assert (wait["default"], wait["maximum"]) == (4, 50), "some clients give a call up after 5 s"
 
 
@@ -10148,16 +10120,8 @@ def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    """A service as it runs, with the real clock."""
-    chosen = settings(tmp_path)
-    clock = Clock()
-    store = Store(chosen.database_url, clock.monotonic)
-    service = Service(chosen, store, clock, Environ(CHILD_ENVIRON))
-    await service.start()
-    yield service
-    await service.stop()
-    store.close()
+async def service(open_rig: OpenRig) -> Service:
+    return (await open_rig(clock=FakeClock(free=True))).service
 
 
 class Caller:
@@ -10350,8 +10314,7 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
         os.mkfifo(f"{service.store.path}.gate")
         task_id = await bash_mcp(call, f"read line < {service.store.path}.gate; echo $line")
         waiting = asyncio.ensure_future(client.call_tool("execute_task", {"task_id": task_id, "wait": 50}))
-        while not service.engine.running:
-            await asyncio.sleep(0.005)
+        await until_true(lambda: service.engine.running)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
@@ -10370,7 +10333,7 @@ async def test_a_bug_is_answered_without_a_trace(open_rig: OpenRig) -> None:
     assert "Traceback" not in text and "Error" not in text
 
 
-# --- Lines ------------------------------------------------------------------------------------------------------------
+# --- Stdio: lines, and real processes ---------------------------------------------------------------------------------
 
 
 async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
@@ -10378,17 +10341,14 @@ async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
     source, sink = os.pipe()
 
     def write() -> None:
-        for piece in pieces:
-            os.write(sink, piece)
-        os.close(sink)
+        with open(sink, "wb", buffering=0) as file:
+            file.writelines(pieces)
 
-    try:
+    with open(source, "rb"):
         writing = asyncio.ensure_future(asyncio.to_thread(write))
         found = [line async for line in chronotask.read_lines(source)]
         await writing
         return found
-    finally:
-        os.close(source)
 
 
 async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too_long_both_ends() -> None:
@@ -10402,9 +10362,6 @@ async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too
 def test_a_line_may_begin_with_a_byte_order_mark() -> None:
     line = codecs.BOM_UTF8 + b'{"jsonrpc":"2.0","id":3,"method":"ping"}'
     assert chronotask.read_message(line, len(line)) == chronotask.read_message(line[3:], len(line) - 3)
-
-
-# --- Real processes: stdio --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -10584,16 +10541,6 @@ def first_tool(server: Server) -> str:
             return str((await client.list_tools()).tools[0].name)
 
     return asyncio.run(ask_for_it())
-
-
-def test_both_serves_stdio_and_http_and_goes_on_when_the_stdio_client_leaves(new_server: NewServer) -> None:
-    server = new_server("both").start()
-    server.hello()
-    assert server.call(1, "list_tasks")["isError"] is False
-    server.stdin.close()
-    until(lambda: "client on stdio has gone" in server.log())
-    assert server.process.poll() is None
-    assert first_tool(server) == "create_task"
 
 
 def test_both_with_a_terminal_on_stdin_starts_no_session(new_server: NewServer) -> None:
@@ -10944,8 +10891,11 @@ def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_conne
     assert re.findall(r"ERROR|Traceback", server.log()) == []
 
 
-def test_both_without_a_client_on_stdin_serves_http_only_and_open_streams_do_not_hold_up_its_stop(new_server: NewServer) -> None:
-    server = new_server("both", stdin=subprocess.DEVNULL).start()
+def test_both_goes_on_when_the_stdio_client_leaves_and_open_streams_do_not_hold_up_its_stop(new_server: NewServer) -> None:
+    server = new_server("both").start()
+    server.hello()
+    assert server.call(1, "list_tasks")["isError"] is False
+    server.stdin.close()
     until(lambda: "client on stdio has gone" in server.log())
     assert first_tool(server) == "create_task"
     streams = [http.client.HTTPConnection("127.0.0.1", server.mcp_port(), timeout=30) for _ in range(5)]
@@ -11226,9 +11176,6 @@ def loopback() -> Iterator[Web]:
     server.server_close()
 
 
-# --- systemd ----------------------------------------------------------------------------------------------------------
-
-
 def test_systemd_hears_that_it_is_ready_lives_and_stops_and_tasks_do_not_see_it(new_server: NewServer, tmp_path: Path) -> None:
     heard = notified(str(tmp_path / "notify"))
     server = new_server(environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}).start()
@@ -11268,7 +11215,7 @@ async def test_the_page_for_operators_names_only_metrics_that_there_are(api: Api
         assert option in text
 
 
-# --- Crashes ----------------------------------------------------------------------------------------------------------
+# --- Crashes, and a storm of alerts -----------------------------------------------------------------------------------
 
 
 def test_every_seeded_bug_of_the_crash_harness_fits_the_code() -> None:
@@ -11286,9 +11233,6 @@ def test_nothing_is_lost_or_doubled_by_kill_9_at_random_moments_and_each_seeded_
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     accepted = [int(number) for number in re.findall(r"(\d+) answered with 202", done.stdout)]
     assert sum(accepted) > 10 * len(accepted)
-
-
-# --- A storm of alerts ------------------------------------------------------------------------------------------------
 
 
 def test_a_storm_of_failures_has_one_alert_each_and_makes_nothing_else_miss(new_server: NewServer, loopback: Web) -> None:
@@ -11687,7 +11631,7 @@ def test_zone_rules_that_change_between_two_starts_move_the_next_slot(new_server
     assert server.rows() == []
 
 
-# --- Storage faults ---------------------------------------------------------------------------------------------------
+# --- Storage faults, and a stop under load ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -11789,12 +11733,6 @@ def refusal_to_start(server: Server) -> str:
     return text
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """What the files of a database hold; SQLite may always make its index of the log anew."""
-    files = (file for file in folder.iterdir() if file.is_file() and ".log" not in file.name and "-shm" not in file.name)
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stays_as_is(server: Server, tmp_path: Path) -> None:
     for number in range(60):
         server.bash("true", name=f"task {number}", description="x" * 500)
@@ -11805,11 +11743,11 @@ def test_a_clean_stop_leaves_one_file_and_a_damaged_one_stops_the_start_and_stay
     with server.database.open("r+b") as file:
         file.seek((root - 1) * 4096)
         file.write(b"\xa5" * 4096)
-    before = contents(tmp_path)
+    # SQLite may always make its index of the log anew
+    before = {file: file.read_bytes() for file in tmp_path.glob("chronotask.db*") if "-shm" not in file.name}
     text = refusal_to_start(server)
     assert all(word in text for word in ("damaged", "left as it", "backup")), text
-    after = contents(tmp_path)
-    assert {file: after.get(file) for file in before} == before
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_a_read_only_file_system_stops_the_start_with_advice(new_server: NewServer, small_disk: Path) -> None:
@@ -11818,9 +11756,6 @@ def test_a_read_only_file_system_stops_the_start_with_advice(new_server: NewServ
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     text = refusal_to_start(server)
     assert "chronotask.db" in text and ("writable" in text or "read-only" in text.lower()), text
-
-
-# --- Shutdown ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(new_server: NewServer, loopback: Web) -> None:
@@ -11851,68 +11786,6 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     assert found.get(f"{retried} retrying") == 4 and found.get(f"{hanging} retrying") == 4, found
     assert server.sql("SELECT count(*) FROM executions WHERE status = 'running'") == [(0,)]
     assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, queued))})") == [(41,)]
-
-
-# --- Hostile tasks ----------------------------------------------------------------------------------------------------
-
-
-def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(server: Server, loopback: Web) -> None:
-    size = 1_000_000_000 if LONG else 100_000_000
-    base, quick, over = server.memory(), server.bash("true", name="quick"), threading.Event()
-    waits, most, errors = {"/health": 0.0, "start": 0.0}, 0, list[str]()
-
-    def watch() -> None:
-        nonlocal most
-        while not over.wait(0.05):
-            try:
-                start = time.monotonic()
-                status, answer = server.ask("GET", "/health", timeout=15)
-                waits["/health"] = max(waits["/health"], time.monotonic() - start)
-                assert status == 200, answer
-                execution = server.execute(quick, wait=15)
-                assert execution["status"] == "succeeded", execution
-                waits["start"] = max(waits["start"], (micros(execution["started_at"]) - micros(execution["queued_at"])) / S)
-                most = max(most, server.memory())
-            except (OSError, http.client.HTTPException, AssertionError) as error:
-                errors.append(repr(error))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    hostile = partial(server.bash, name="hostile")
-    tasks = {
-        "much output": hostile(f"head -c {size} /dev/zero | tr '\\0' x"),
-        "endless output": hostile("yes", 3),
-        "no newline": hostile("cat /dev/zero", 3),
-        "both streams": hostile("yes >&2 & yes", 3),
-        "children": hostile("for i in $(seq 300); do sleep 60 & done; wait", 4),
-        "ignores TERM": hostile("trap '' TERM; while true; do sleep 1; done", 1),
-        "daemons": hostile("setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60", 1),
-        "drip": server.http(loopback.url("/drip"), timeout=3),
-        "endless body": server.http(loopback.url("/endless"), timeout=3),
-    }
-    runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
-    ends = {name: server.finished(run, 90) for name, run in runs.items()}
-    over.set()
-    watcher.join(20)
-    print(f"{waits} s at most, {most >> 20} MiB at most")
-    statuses = {name: end["status"] for name, end in ends.items()}
-    assert statuses.pop("much output") == "succeeded"
-    assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
-    assert set(statuses.values()) == {"timed_out"}
-    assert ends["much output"]["output_data"]["stdout_bytes"] == size
-    assert all(len(end["output_data"]["stdout"]) < 70_000 for end in ends.values() if "stdout" in end["output_data"])
-    assert errors == [] and children_named("hostile") == []
-    assert max(waits.values()) < 2 and most < base + 100 * 2**20
-
-
-async def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(api: Api) -> None:
-    command = f"""exec 3<>/dev/tcp/127.0.0.1/{api.client.port}
-        printf 'DELETE /api/v1/tasks/%s HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n' "$CHRONOTASK_TASK_ID" >&3; sleep 60"""
-    await api.schedule(await api.task(config={"command": command}, name="suicidal"))
-    problem_of(await api("POST", "/tasks/1/execute?wait=10"), 404)
-    until(lambda: not children_named("suicidal"), 4, "its process is gone")
-    for table in ("tasks", "schedules", "executions"):
-        assert (await api.get(f"/{table}"))[table] == []
 
 
 # --- Backup and retention ---------------------------------------------------------------------------------------------
@@ -12050,6 +11923,65 @@ def test_a_log_file_that_was_moved_is_opened_anew_one_that_cannot_be_is_said_and
 
 
 # --- Hostile clients and tasks ----------------------------------------------------------------------------------------
+
+
+def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounded(server: Server, loopback: Web) -> None:
+    size = 1_000_000_000 if LONG else 100_000_000
+    base, quick, over = server.memory(), server.bash("true", name="quick"), threading.Event()
+    waits, most, errors = {"/health": 0.0, "start": 0.0}, 0, list[str]()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.05):
+            try:
+                start = time.monotonic()
+                status, answer = server.ask("GET", "/health", timeout=15)
+                waits["/health"] = max(waits["/health"], time.monotonic() - start)
+                assert status == 200, answer
+                execution = server.execute(quick, wait=15)
+                assert execution["status"] == "succeeded", execution
+                waits["start"] = max(waits["start"], (micros(execution["started_at"]) - micros(execution["queued_at"])) / S)
+                most = max(most, server.memory())
+            except (OSError, http.client.HTTPException, AssertionError) as error:
+                errors.append(repr(error))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    hostile = partial(server.bash, name="hostile")
+    tasks = {
+        "much output": hostile(f"head -c {size} /dev/zero | tr '\\0' x"),
+        "endless output": hostile("yes", 3),
+        "no newline": hostile("cat /dev/zero", 3),
+        "both streams": hostile("yes >&2 & yes", 3),
+        "children": hostile("for i in $(seq 300); do sleep 60 & done; wait", 4),
+        "ignores TERM": hostile("trap '' TERM; while true; do sleep 1; done", 1),
+        "daemons": hostile("setsid sleep 300 & (setsid bash -c 'trap \"\" TERM; sleep 300' &) ; sleep 60", 1),
+        "drip": server.http(loopback.url("/drip"), timeout=3),
+        "endless body": server.http(loopback.url("/endless"), timeout=3),
+    }
+    runs = {name: server.execute(task)["id"] for name, task in tasks.items()}
+    ends = {name: server.finished(run, 90) for name, run in runs.items()}
+    over.set()
+    watcher.join(20)
+    print(f"{waits} s at most, {most >> 20} MiB at most")
+    statuses = {name: end["status"] for name, end in ends.items()}
+    assert statuses.pop("much output") == "succeeded"
+    assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
+    assert set(statuses.values()) == {"timed_out"}
+    assert ends["much output"]["output_data"]["stdout_bytes"] == size
+    assert all(len(end["output_data"]["stdout"]) < 70_000 for end in ends.values() if "stdout" in end["output_data"])
+    assert errors == [] and children_named("hostile") == []
+    assert max(waits.values()) < 2 and most < base + 100 * 2**20
+
+
+async def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(api: Api) -> None:
+    command = f"""exec 3<>/dev/tcp/127.0.0.1/{api.client.port}
+        printf 'DELETE /api/v1/tasks/%s HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n' "$CHRONOTASK_TASK_ID" >&3; sleep 60"""
+    await api.schedule(await api.task(config={"command": command}, name="suicidal"))
+    problem_of(await api("POST", "/tasks/1/execute?wait=10"), 404)
+    until(lambda: not children_named("suicidal"), 4, "its process is gone")
+    for table in ("tasks", "schedules", "executions"):
+        assert (await api.get(f"/{table}"))[table] == []
 
 
 def connected(server: Server, data: bytes = b"", port: int = 0) -> socket.socket:
@@ -12231,9 +12163,6 @@ def growth(server: Server, attack: Any, rounds: int) -> int:
         assert server.ask("GET", "/health", timeout=10)[0] == 200
         sizes.append(server.memory())
     return sizes[-1] - min(sizes[: rounds // 2])
-
-
-UPLOAD = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_broken_and_refused_uploads_bombs_and_garbage_leave_nothing_in_memory_or_log(new_server: NewServer) -> None:
@@ -12527,23 +12456,17 @@ def test_a_start_that_listens_to_the_network_without_a_token_warns_once(new_serv
 # ======================================================================================================================
 
 
-def browser_modules() -> Path:
-    """The folder with playwright-core and axe-core; skips, and says so, where the browser's tools are missing."""
-    modules = Path(os.environ.get("CHRONOTASK_TEST_NODE_MODULES") or "missing")
+@pytest.mark.slow
+def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_pages(tmp_path: Path) -> None:
+    """.ci/browser.mjs has the facts; it prints `ok NAME` or `FAILED NAME` for each."""
+    modules = Path(os.environ.get("CHRONOTASK_TEST_NODE_MODULES") or "missing")  # with playwright-core and axe-core
     missing = [] if shutil.which("node") else ["node"]
     missing += [] if shutil.which("chromium") or shutil.which("chromium-browser") else ["chromium"]
     wanted = ("playwright-core", "axe-core")
     missing += [f"{name} (CHRONOTASK_TEST_NODE_MODULES)" for name in wanted if not (modules / name).exists()]
     if missing:
         pytest.skip(f"BROWSER TESTS DID NOT RUN: there is no {', no '.join(missing)} (.ci/run installs them)")
-    return modules
-
-
-@pytest.mark.slow
-def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_pages(tmp_path: Path) -> None:
-    """.ci/browser.mjs has the facts; it prints `ok NAME` or `FAILED NAME` for each."""
-    script = TOP / ".ci" / "browser.mjs"
-    command = ["node", str(script), sys.executable, chronotask.__file__, str(tmp_path), str(browser_modules())]
+    command = ["node", str(TOP / ".ci" / "browser.mjs"), sys.executable, chronotask.__file__, str(tmp_path), str(modules)]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CHRONOTASK_")}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1500)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
@@ -12558,7 +12481,6 @@ def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_p
 
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (TOP / "README.md", *sorted((TOP / "docs").glob("*.md")))}
-CHANGELOG = (TOP / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def section(title: str, page: str = "README.md") -> str:
@@ -12654,7 +12576,6 @@ def test_every_cron_example_is_accepted(expression: str) -> None:
 
 # ---- Recipes
 
-RECIPES = PAGES["recipes.md"]
 AS_JSON = {"Content-Type": "application/json"}
 TEAMS = "x.powerplatform.com/workflows/1/triggers/manual/paths/invoke?sig=x%2F"
 # What the real servers take at `https://host/path`: method, headers, the form of the body, and how they answer. In a form a type
@@ -12738,8 +12659,9 @@ def is_of_form(value: Any, form: Any) -> bool:
 
 
 def test_each_recipe_is_tried() -> None:
-    assert re.findall(r"^## (.+)", RECIPES, re.MULTILINE) == list(SENT)[1:]
-    assert sum(len(recipes_of(title)) for title in SENT) == RECIPES.count("```json\n") + 1 == 17
+    page = PAGES["recipes.md"]
+    assert re.findall(r"^## (.+)", page, re.MULTILINE) == list(SENT)[1:]
+    assert sum(len(recipes_of(title)) for title in SENT) == page.count("```json\n") + 1 == 17
 
 
 @each("title", *SENT)
@@ -12804,7 +12726,8 @@ async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tm
 
 
 def test_the_changelog_begins_with_this_version() -> None:
-    assert re.findall(r"^## (\S+)", CHANGELOG, re.MULTILINE)[0] == chronotask.__version__
+    text = (TOP / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", text, re.MULTILINE)[0] == chronotask.__version__
 
 
 def test_each_requirement_gives_its_reason_and_the_inline_script_block_asks_for_those_at_run_time() -> None:
