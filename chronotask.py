@@ -7290,8 +7290,7 @@ class Service:
         between. Older: before_id. Rows with status skipped or missed are slots that ran nothing."""
         times = read_times(dict(query), ("since", "until"), self.settings.scheduler_timezone)
         _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
-        more = rows[-1].id if len(rows) == query.limit else None
-        return dict(executions=list(map(view_of, rows)), next_before_id=more)
+        return dict(executions=list(map(view_of, rows)), next_before_id=rows[-1].id if len(rows) == query.limit else None)
 
     @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
@@ -7514,8 +7513,7 @@ def check_pause(task: Task, now: int) -> None:
 
 
 def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool = False) -> Task:
-    """A task as `body` describes it, with the masks that stand in its configuration. With `may_be_over` a pause may have ended.
-    Raises InvalidInput, Forbidden."""
+    """A task as `body` describes it, masks kept; with `may_be_over` a pause may have ended. Raises InvalidInput, Forbidden."""
     config = parse_config(body["task_type"], body["config"])
     check_allowed(body["task_type"], config, settings)
     fields = {"max_retries": settings.max_retries, "retry_delay": plain_number(settings.retry_delay), **body, "config": config}
@@ -7960,8 +7958,7 @@ class ExportQuery(Query):
 
 
 def read_definitions(name: str, raw: bytes | None = None) -> Any:
-    """A file, TOML or JSON, not checked yet: the one of this name (- is standard input), or `raw`, to which errors give the name.
-    Raises InvalidInput, MalformedBody."""
+    """A file, TOML or JSON, not checked: `raw`, or that of this name (-: standard input). Raises InvalidInput, MalformedBody."""
     try:
         if raw is None:
             with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
@@ -7989,8 +7986,7 @@ def _refuse(errors: Sequence[FieldError]) -> None:
 
 
 def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
-    """The tasks of a file by KEY and its schedules by TASK/KEY, as new ones would be, with the fields that the file names.
-    Raises InvalidInput that lists every bad field, with its path."""
+    """New tasks by KEY and schedules by TASK/KEY, with the fields that the file names. Raises InvalidInput with all bad paths."""
     errors, found = list[FieldError](), dict[str, tuple[Any, Collection[str]]]()
     for key, body in file["tasks"].items():
         with told_at(_in_file(key), errors):
@@ -8274,8 +8270,7 @@ _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +
 
 
 def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The tasks of a crontab of `user`, who with `system` must stand in its user column, and comments for `to_toml`.
-    Raises InvalidInput that names every line that cannot be read."""
+    """Tasks of a crontab of `user` (with `system`: in its user column), comments for `to_toml`. InvalidInput names bad lines."""
     tasks: dict[str, Any] = {}
     comments: dict[str, list[str]] = {"": []}
     mail: dict[str, list[str]] = {}
