@@ -2208,13 +2208,11 @@ class Shape:
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
         repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == (bool,)}
         repairs |= {n: partial(_sound, arms[n][0]) for n in self.json if len(arms[n]) == 1 or n in marked[Mark.OR_NULL]}
-        # Generated, these two take half of what loops over the fields take.
+        # Of a row of what is loaded, and what is shown. Generated, they take half of what loops over the fields take.
         values = [f"{name}={name if name in repairs else ''}(row[{at}])" for at, name in enumerate(self.loaded)]
         views = [f"{name!r}: {'text' if name in self.times else ''}(item.{name})" for name in shown]
-        self.make: Callable[[Sequence[Any]], Any]  # of a row of what is loaded
-        self.make = eval(f"lambda row: kind({', '.join(values)})", {"kind": resource, **repairs})
-        self.view: Callable[[Any], dict[str, Any]]  # what is shown
-        self.view = eval(f"lambda item: {{{', '.join(views)}}}", {"text": instant_or_none})
+        self.make: Callable[[Sequence[Any]], Any] = eval(f"lambda row: kind({', '.join(values)})", {"kind": resource, **repairs})
+        self.view: Callable[[Any], dict[str, Any]] = eval(f"lambda item: {{{', '.join(views)}}}", {"text": instant_or_none})
 
 
 shape_of = functools.cache(Shape)
@@ -2418,9 +2416,8 @@ def mark_of(kind: Any) -> Any:
 
 def field_names(model: Any) -> Collection[str]:
     """Of a configuration, a body or a query."""
-    if (mark := mark_of(model)) is not None:
-        return cast(Collection[str], mark.fields)
-    return cast(Collection[str], model.__annotations__ if is_typeddict(model) else model.model_fields)
+    mark = mark_of(model)
+    return cast(Collection[str], mark.fields if mark else model.__annotations__ if is_typeddict(model) else model.model_fields)
 
 
 class Query(BaseModel):
@@ -2527,7 +2524,6 @@ def parse(model: Any, data: Any) -> Any:
 
 
 # --- What a client gets -----------------------------------------------------------------------------------------------
-
 
 Upcoming = Annotated[dict[str, Any], View(None, "Upcoming", utc=str, local=str)]
 Firing = Annotated[dict[str, Any], View(None, "Firing", utc=str, local=str, schedule_id=int, task_id=int, task_name=str)]
@@ -8637,8 +8633,7 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def show_events(service: Service, request: web.Request) -> web.StreamResponse:
-    """Changes as server-sent events: execution, task, schedule, scheduler, reset. Each `data` is one line of JSON, so that
-    nothing in it can forge an event."""
+    """Changes as server-sent events: execution, task, schedule, scheduler, reset. Each `data` is one line: none is forged."""
     query = read_query(request, EventQuery)
     only = query.task_id and await service.task_id(query.task_id)
     reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
@@ -8866,6 +8861,8 @@ TOOL_LIST_TEXT = 500  # the same in lists
 MAX_ANSWER = 40_000  # characters of an answer
 LIFETIME = 3_600_000  # milliseconds for which a client may keep lists: only another version changes them
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
+_ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")')
+_CALLS: set[asyncio.Task[Any]] = set()
 
 
 class PauseQuery(Query):
@@ -9232,14 +9229,10 @@ def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collectio
     return answer, {name: size for name, size in sizes.items() if len(lists[name]) < size}
 
 
-_CALLS: set[asyncio.Task[Any]] = set()
-
-
 async def run_tool(
     service: Service, name: str, arguments: Mapping[str, Any], progress: Callable[[float], Awaitable[None]] | None = None
 ) -> types.CallToolResult:
-    """Calls a tool, and `progress` each second with the number of seconds. What is wrong with the call is in the result, for
-    the model to put right; only an unknown name raises."""
+    """Calls a tool, and `progress` with each second. An error is in the result, for the model to mend; an unknown name raises."""
     from mcp import MCPError, types
 
     if (operation := TOOLS.get(name)) is None:
@@ -9402,9 +9395,6 @@ async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
             if len(line) > MAX_BODY:
                 del line[LINE_ENDS:-LINE_ENDS]
     yield bytes(line), size
-
-
-_ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")')
 
 
 def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
@@ -9752,16 +9742,14 @@ async def serve(
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
     jobs = [loop.create_task(reap_for_ever())] if os.getpid() == 1 else []
-    reload: Callable[[], None] = lambda: None  # noqa: E731 - tokens are looked at anew by themselves
     try:
         await service.start()
-        if config is not None:
-            followed = ConfigFile(service, Path(config))
+        followed = None if config is None else ConfigFile(service, Path(config))
+        if followed is not None:
             await followed.begin()
-            reload = followed.reload
         renewed = config or settings.api_token_file or settings.api_tokens_file
-        if renewed and loop.remove_signal_handler(signal.SIGHUP):
-            loop.add_signal_handler(signal.SIGHUP, reload)  # unless it was ignored
+        if renewed and loop.remove_signal_handler(signal.SIGHUP):  # unless it was ignored; tokens are looked at by themselves
+            loop.add_signal_handler(signal.SIGHUP, (lambda: None) if followed is None else followed.reload)
         if sockets:
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
         if mode != "http" and settings.mcp_enabled:
