@@ -8153,10 +8153,9 @@ class Api:
         self.client, self.rig = client, rig
 
     async def __call__(self, method: str, path: str, body: Any = None, **more: Any) -> Answer:
-        """`path` below /api/v1; one that begins with // is taken from the root. `raw=` sends bytes as they are."""
+        """`path` below /api/v1; one that begins with // is taken from the root. A body of bytes is sent as it is."""
         url = path[1:] if path.startswith("//") else API + path
-        raw = more.pop("raw", None)
-        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {**({} if data is None else {"Content-Type": "application/json"}), **more.pop("headers", {})}
         request = self.client.request(method, url, data=data, headers=headers, allow_redirects=False, **more)
         async with request as response:
@@ -8652,7 +8651,7 @@ async def test_the_output_is_plain_text_and_can_be_followed_until_the_execution_
     problem_of(await api("GET", "/executions/1/output?follow=perhaps"), 422, "follow")
 
 
-# --- Schedules --------------------------------------------------------------------------------------------------------
+# --- Schedules and the scheduler --------------------------------------------------------------------------------------
 
 
 async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
@@ -8741,9 +8740,6 @@ async def test_a_preview_answers_words_and_slots(api: Api) -> None:
     assert "jitter" in jittered["note"] and jittered["upcoming"][0] == winter
     assert len((await preview(EVERY_MINUTE, overlap="queue"))["upcoming"]) == 5
     assert (await api.get("/schedules"))["total"] == 0
-
-
-# --- The scheduler ----------------------------------------------------------------------------------------------------
 
 
 async def test_the_status_of_the_scheduler_and_its_pause_which_stops_all_firing(api: Api) -> None:
@@ -8956,23 +8952,21 @@ async def test_rest_and_mcp_refuse_the_same_and_name_the_same_fields_in_the_same
     assert "overlap" in problem_of(await api("POST", "/schedules", body), 422, *body)
 
 
-ROUTES = {
-    path: methods.split()
-    for path, methods in re.findall(
-        r"(/\S*) ([A-Z ]+\b)",
-        """// GET, //health GET, //metrics GET, //openapi.json GET, //docs GET,
-        /tasks GET POST, /tasks/{id} GET PUT PATCH DELETE, /tasks/{id}/execute POST, /tasks/{id}/history GET,
-        /schedules GET POST, /schedules/preview POST, /schedules/{id} GET PUT PATCH DELETE, /executions GET, /executions/{id} GET,
-        /executions/{id}/cancel POST, /executions/{id}/output GET, /scheduler/status GET, /scheduler/pause POST,
-        /scheduler/resume POST, /events GET, /backup GET""",
-    )
-}
-
-
 async def test_each_route_is_in_openapi_and_another_method_answers_405_and_names_the_allowed_ones(api: Api) -> None:
+    routes = {
+        path: methods.split()
+        for path, methods in re.findall(
+            r"(/\S*) ([A-Z ]+\b)",
+            """// GET, //health GET, //metrics GET, //openapi.json GET, //docs GET, /tasks GET POST,
+            /tasks/{id} GET PUT PATCH DELETE, /tasks/{id}/execute POST, /tasks/{id}/history GET, /schedules GET POST,
+            /schedules/preview POST, /schedules/{id} GET PUT PATCH DELETE, /executions GET, /executions/{id} GET,
+            /executions/{id}/cancel POST, /executions/{id}/output GET, /scheduler/status GET, /scheduler/pause POST,
+            /scheduler/resume POST, /events GET, /backup GET""",
+        )
+    }
     document = await api.get("//openapi.json")
     assert document["openapi"].startswith("3.1")
-    for path, allowed in ROUTES.items():
+    for path, allowed in routes.items():
         assert {*map(str.lower, allowed)} <= {*document["paths"][path[1:] if path.startswith("//") else API + path]}, path
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {*allowed}:
             if path != "/schedules/preview" or method == "OPTIONS":  # else it is a schedule with an odd id
@@ -8992,8 +8986,8 @@ async def test_a_body_is_declared_as_json_and_a_post_without_one_needs_no_conten
     assert (await api("POST", "/scheduler/resume", {})).status == 200
     problem_of(await api("POST", "/scheduler/resume", {"a": 1}), 422, "")
     for method, path, body in (("POST", "/tasks", json.dumps(BASH).encode()), ("PUT", "/tasks/1", b'{"name": "b"}')):
-        assert (await api(method, path, raw=codecs.BOM_UTF8 + body)).status in (200, 201), "behind a byte order mark"
-    assert (await api("POST", "/scheduler/pause", raw=codecs.BOM_UTF8)).status == 200
+        assert (await api(method, path, codecs.BOM_UTF8 + body)).status in (200, 201), "behind a byte order mark"
+    assert (await api("POST", "/scheduler/pause", codecs.BOM_UTF8)).status == 200
 
 
 async def test_what_is_not_there_answers_404(api: Api) -> None:
@@ -9008,11 +9002,11 @@ async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_
         b"{", b"", b"   ", b"{'a': 1}", b'{"a": 1,}', b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b"\xff\xfe{}",
         b'{"name": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000, b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"nonsense", b"\x00",
     ):  # fmt: skip
-        problem_of(await api("POST", "/tasks", raw=raw), 400)
+        problem_of(await api("POST", "/tasks", raw), 400)
     for raw in (b"[]", b'"x"', b"5", b"true", b'[{"name": "t"}]', b"null"):
-        problem_of(await api("POST", "/tasks", raw=raw), 422, "")
-    assert (await api("POST", "/tasks", raw=json.dumps(BASH).encode().ljust(1_048_576))).status == 201
-    assert "1048576" in problem_of(await api("POST", "/tasks", raw=json.dumps(BASH).encode().ljust(1_048_577)), 413)
+        problem_of(await api("POST", "/tasks", raw), 422, "")
+    assert (await api("POST", "/tasks", json.dumps(BASH).encode().ljust(1_048_576))).status == 201
+    assert "1048576" in problem_of(await api("POST", "/tasks", json.dumps(BASH).encode().ljust(1_048_577)), 413)
 
 
 NOT_JSON = "text/plain|application/x-www-form-urlencoded|multipart/form-data||application/jsonp|application/octet-stream"
@@ -9287,7 +9281,7 @@ async def test_a_body_without_end_is_refused_at_1_mib(api: Api) -> None:
 async def test_a_compressed_body_is_not_unpacked_with_and_without_the_token(open_api: OpenApi) -> None:
     api = await open_api(api_token=GOOD_TOKEN)
     for headers, status in ((BEARER, 415), ({}, 401)):
-        problem_of(await api("POST", "/tasks", raw=bomb(), headers={**headers, "Content-Encoding": "gzip"}), status)
+        problem_of(await api("POST", "/tasks", bomb(), headers={**headers, "Content-Encoding": "gzip"}), status)
 
 
 @functools.cache
@@ -9312,7 +9306,7 @@ async def test_a_huge_number_anywhere_is_a_4xx_or_harmless(api: Api, number: str
     bodies.append(("/tasks", {**BASH, "config": {"command": "true", "timeout": "N"}}))
     bodies.append(("/schedules/preview", {**EVERY_MINUTE, "count": "N"}))
     for path, body in bodies:
-        answer = await api("POST", path, raw=json.dumps(body).replace('"N"', number).encode())
+        answer = await api("POST", path, json.dumps(body).replace('"N"', number).encode())
         assert answer.status in (201, 400, 404, 422) and len(answer.text) < 20_000, (body, answer.text)
     for query in (f"/tasks?limit={number}", f"/executions?before_id={number}", f"/tasks/{number}"):
         assert (await api("GET", query)).status in (404, 422), query
@@ -9341,13 +9335,13 @@ async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, chara
             path, before = "/schedules", "schedule_config."
         elif not kind:
             body, before = {**BASH, "name": "aX", "description": "X"}, ""
-        answer = await api("POST", path, raw=json.dumps(body).replace("X", character).encode())
+        answer = await api("POST", path, json.dumps(body).replace("X", character).encode())
         named = [before + field for field in fields.split()] if character == "\\u0000" else [""]
         problem_of(answer, 422, *named)  # a surrogate: the body as a whole
     assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
 
 
-# --- The token --------------------------------------------------------------------------------------------------------
+# --- Tokens, and tokens with names and scopes -------------------------------------------------------------------------
 
 
 async def test_going_round_the_token_by_another_route_method_or_spelling(open_api: OpenApi) -> None:
@@ -9375,7 +9369,7 @@ async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -
     assert "API_TOKEN" in problem_of(await (await open_api())("GET", "/backup"), 403), "nor to all, where there is none"
     api = await open_api(api_token=GOOD_TOKEN)
     assert (await api("POST", "/tasks", {**BASH, "name": "geheim-name"}, headers=BEARER)).status == 201
-    problem_of(await api("POST", "/tasks", raw=b"{"), 401)
+    problem_of(await api("POST", "/tasks", b"{"), 401)
     assert api.rig.sql("SELECT count(*) FROM tasks") == [(1,)]
     assert (await api("GET", "//health")).text == '{"status":"healthy"}'
     for path in ("//", "//docs"):
@@ -9384,23 +9378,21 @@ async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -
     assert [(await api("GET", "//", headers=headers)).status for headers in ({}, BEARER)] == [401, 200]
 
 
-# What may stand behind `Authorization: `, G being the token; then what may not.
-LET_IN = [b"Bearer G", b"bearer  G ", b"BEARER G"]
-KEPT_OUT = [
-    b"G", b"Basic G", b"Bearer", b"Bearer ", b"Bearer  ", b"Bearer \tx", b"Bearer null", b"Bearer \\u0063", b"Bearer prom",
-    b"Bearer Gx", b"Bearer G,", b"Bearer G G", b"Bearer G, Bearer G", b"Bearer G\r\nAuthorization: Bearer G",
-    b"Bearer wrong-horse\r\nAuthorization: Bearer G", b"Bearer correct-horse-batter", b"Bearer correct-horse-batter\xc3\xa4",
-    b"Bearer CORRECT-HORSE-BATTERY", b"Bearer \xc3\xa4\xc3\xb6", b"Bearer \xff\xfe", b"Bearer " + b"x" * 8000,
-]  # fmt: skip
-
-
 async def test_a_token_counts_alone_in_one_header_of_its_scheme_and_odd_ones_are_wrong(open_api: OpenApi, tmp_path: Path) -> None:
+    # What may stand behind `Authorization: `, G being the token; then what may not.
+    let_in = [b"Bearer G", b"bearer  G ", b"BEARER G"]
+    kept_out = [
+        b"G", b"Basic G", b"Bearer", b"Bearer ", b"Bearer  ", b"Bearer \tx", b"Bearer null", b"Bearer \\u0063", b"Bearer prom",
+        b"Bearer Gx", b"Bearer G,", b"Bearer G G", b"Bearer G, Bearer G", b"Bearer G\r\nAuthorization: Bearer G",
+        b"Bearer wrong-horse\r\nAuthorization: Bearer G", b"Bearer correct-horse-batter", b"Bearer correct-horse-batter\xc3\xa4",
+        b"Bearer CORRECT-HORSE-BATTERY", b"Bearer \xc3\xa4\xc3\xb6", b"Bearer \xff\xfe", b"Bearer " + b"x" * 8000,
+    ]  # fmt: skip
     api = await open_api(api_tokens_file=tokens_file(tmp_path, f"prom read {GOOD_TOKEN}\n"))
-    for credentials in (*LET_IN, *KEPT_OUT):
+    for credentials in (*let_in, *kept_out):
         header = b"Authorization: " + credentials.replace(b"G", GOOD_TOKEN.encode()) + b"\r\n\r\n"
         for method, path in (("GET", "/api/v1/tasks"), ("HEAD", "/api/v1/tasks"), ("HEAD", "/metrics"), ("GET", "/docs/")):
             head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            status = 401 if credentials in KEPT_OUT else 404 if path == "/docs/" else 200
+            status = 401 if credentials in kept_out else 404 if path == "/docs/" else 200
             assert statuses_in(await raw_answer(api.client.port, head.encode() + header)) == [status], (method, path, credentials)
             api.rig.clock.go(1)  # ten wrong tokens a second are counted
 
@@ -9422,8 +9414,6 @@ def test_guessing_the_token_by_time_meets_a_comparison_in_constant_time(monkeypa
     assert [b for _, b in compared] == [chronotask.token_digest(guess) for guess in guesses]
     assert {a for a, _ in compared} == {chronotask.token_digest(GOOD_TOKEN)}
 
-
-# --- Tokens with names and scopes -------------------------------------------------------------------------------------
 
 READER, RUNNER, ADMIN = "reader-token-1", "runner-token-2", "admin-token-3"
 SCOPED = f"# who\nprom read {READER}\n\nci run {RUNNER} # builds\nops admin {ADMIN}\n"
@@ -9662,26 +9652,24 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
     assert some["next_before_id"] == some["changes"][-1]["id"]
 
 
-WRITES: dict[str, tuple[str, Json]] = {
-    "POST /tasks": ("create task", BASH),
-    "PATCH /tasks/{id}": ("update task", {"name": "n"}),
-    "DELETE /tasks/{id}": ("delete task", None),
-    "POST /schedules": ("create schedule", EVERY_MINUTE),
-    "PATCH /schedules/{id}": ("update schedule", {"jitter": 1}),
-    "DELETE /schedules/{id}": ("delete schedule", None),
-    "POST /schedules/{id}/backfill": ("backfill schedule", {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"}),
-    "POST /tasks/{id}/execute": ("execute execution", None),
-    "POST /executions/{id}/rerun": ("rerun execution", None),
-    "POST /executions/{id}/cancel": ("cancel execution", None),
-    "POST /scheduler/pause": ("pause scheduler", None),
-    "POST /scheduler/resume": ("resume scheduler", None),
-    "POST /apply": ("create task", {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}}),
-}
-
-
 @each("call", *[f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
 async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
-    change, body = WRITES[call]
+    writes: dict[str, tuple[str, Json]] = {
+        "POST /tasks": ("create task", BASH),
+        "PATCH /tasks/{id}": ("update task", {"name": "n"}),
+        "DELETE /tasks/{id}": ("delete task", None),
+        "POST /schedules": ("create schedule", EVERY_MINUTE),
+        "PATCH /schedules/{id}": ("update schedule", {"jitter": 1}),
+        "DELETE /schedules/{id}": ("delete schedule", None),
+        "POST /schedules/{id}/backfill": ("backfill schedule", {"from": "2025-12-31T23:57", "to": "2025-12-31T23:58"}),
+        "POST /tasks/{id}/execute": ("execute execution", None),
+        "POST /executions/{id}/rerun": ("rerun execution", None),
+        "POST /executions/{id}/cancel": ("cancel execution", None),
+        "POST /scheduler/pause": ("pause scheduler", None),
+        "POST /scheduler/resume": ("resume scheduler", None),
+        "POST /apply": ("create task", {"chronotask": 1, "tasks": {"k": {"task_type": "bash", "config": {"command": "true"}}}}),
+    }
+    change, body = writes[call]
     await api.rig.schedule(await api.task(config={"command": "sleep 20"}), "cron")
     await api("POST", "/tasks/1/execute")
     await api.executed(await api.task())
@@ -9833,7 +9821,7 @@ MCP_GARBAGE = {
 
 async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, caplog: pytest.LogCaptureFixture) -> None:
     for garbage, raw in MCP_GARBAGE.items():
-        answer = await mcp("POST", "//mcp", raw=raw, headers=MCP_HEADERS)
+        answer = await mcp("POST", "//mcp", raw, headers=MCP_HEADERS)
         assert answer.status < 500 and len(answer.text) < 10_000, (garbage, answer)
         assert "\x1b" not in answer.text
         assert mcp.rig.sql("SELECT count(*) FROM tasks") == [(0,)], garbage
@@ -9849,9 +9837,7 @@ async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, ca
     ({"allowed_bash_commands": ("echo",)}, "ALLOWED_BASH_COMMANDS"),
     ({"allow_host_commands": False}, "ALLOW_HOST_COMMANDS"),
 )
-async def test_a_task_made_before_the_rule_was_set_does_not_run_by_slot_retry_or_queue(
-    open_rig: OpenRig, tmp_path: Path, rule: dict[str, Any], words: str
-) -> None:
+async def test_a_later_rule_stops_a_task_by_slot_retry_or_queue(open_rig: OpenRig, tmp_path: Path, rule: Any, words: str) -> None:
     rig = await open_rig()
     marker = tmp_path / "marker"
     made = await rig.task(config={"command": f"touch {marker}"}, max_retries=3)
@@ -9934,13 +9920,11 @@ async def test_a_mask_does_not_follow_the_url_to_another_server_but_to_another_p
     assert [(r.path, r.headers["Authorization"]) for r in target.requests] == [("/other", "Bearer header-secret-3")]
 
 
-FORGED = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
-FORGED += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
-
-
 async def test_what_a_task_prints_forges_no_event_and_no_header(api: Api) -> None:
-    forged = json.dumps(FORGED).replace("'", "")
-    command = f"python3 -c 'import sys; sys.stdout.write({forged}); sys.stderr.write({forged}); sys.exit(3)'"
+    forged = '\n\nevent: forged\ndata: {"x":1}\n\nid: 9\r\n\r\nHTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\n\r\n'
+    forged += "<script>alert(1)</script>\u2028\u2029\x85\x1b[2J\x1b]0;owned\x07"
+    quoted = json.dumps(forged).replace("'", "")
+    command = f"python3 -c 'import sys; sys.stdout.write({quoted}); sys.stderr.write({quoted}); sys.exit(3)'"
     async with api.client.get(f"{API}/events") as stream:
         await stream.content.readuntil(b"\n\n")
         task_id = await api.task(name="a\u00e4<script>", description="event: forged\ndata: 1\n\n", config={"command": command})
@@ -9956,7 +9940,7 @@ async def test_what_a_task_prints_forges_no_event_and_no_header(api: Api) -> Non
                 statuses.append(json.loads(lines[2].removeprefix("data: ")).get("status"))
     for path in (f"/executions/{execution_id}/output", f"/executions/{execution_id}/output?follow=true"):
         answer = await api("GET", path)
-        assert FORGED in answer.text and "Set-Cookie" not in answer.headers
+        assert forged in answer.text and "Set-Cookie" not in answer.headers
         assert answer.headers["Content-Type"].startswith("text/plain") and answer.headers["X-Content-Type-Options"] == "nosniff"
     for path in (f"/executions/{execution_id}", f"/tasks/{task_id}/history", "/executions", "/overview"):
         answer = await api("GET", path)
@@ -10060,7 +10044,7 @@ def test_every_field_of_a_body_or_of_a_configuration_is_an_argument_of_its_own()
             assert fields - unsaid <= offered[operation.name], operation.name
 
 
-# --- Arguments --------------------------------------------------------------------------------------------------------
+# --- Arguments and answers --------------------------------------------------------------------------------------------
 
 
 def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> None:
@@ -10107,9 +10091,6 @@ def test_garbage_and_what_is_too_long_are_refused_with_reason_and_id(line: bytes
     with pytest.raises(MCPError, match=too_long if size == TOO_LONG else None) as caught:
         chronotask.read_message(line, size)
     assert (caught.value.code, caught.value.data) == (code, number)
-
-
-# --- Answers ----------------------------------------------------------------------------------------------------------
 
 
 def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
@@ -10324,8 +10305,7 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
         assert (await call("get_execution", execution_id=run["id"]))["output_data"]["stdout"] == "on and on\n"
 
 
-async def test_a_bug_is_answered_without_a_trace(open_rig: OpenRig) -> None:
-    rig: Rig = await open_rig()
+async def test_a_bug_is_answered_without_a_trace(rig: Rig) -> None:
     async with Client(chronotask.make_server(rig.service), mode="legacy") as client:
         task_id = await rig.task()
         rig.sql("UPDATE tasks SET task_type = 'http', config = ? WHERE id = ?", '{"headers": 5}', task_id)
@@ -10351,17 +10331,14 @@ async def lines_of(*pieces: bytes) -> list[tuple[bytes, int]]:
         return found
 
 
-async def test_lines_come_whole_however_the_stream_is_cut_and_of_one_that_is_too_long_both_ends() -> None:
+async def test_lines_come_whole_however_they_are_cut_or_marked_and_of_one_that_is_too_long_both_ends() -> None:
     assert await lines_of(b'{"a"', b":1}\n\n{", b"}\nrest") == [(b'{"a":1}', 7), (b"", 0), (b"{}", 2), (b"rest", 4)]
     assert await lines_of(b"") == [(b"", 0)]
     [(line, size), _] = await lines_of(b"start", *[b"x" * 60_000] * 50, b"end\n")
     assert (size, line[:6], line[-4:]) == (3_000_008, b"startx", b"xend")
     assert len(line) < chronotask.MAX_BODY + 65536
-
-
-def test_a_line_may_begin_with_a_byte_order_mark() -> None:
-    line = codecs.BOM_UTF8 + b'{"jsonrpc":"2.0","id":3,"method":"ping"}'
-    assert chronotask.read_message(line, len(line)) == chronotask.read_message(line[3:], len(line) - 3)
+    marked = codecs.BOM_UTF8 + b'{"jsonrpc":"2.0","id":3,"method":"ping"}'
+    assert chronotask.read_message(marked, len(marked)) == chronotask.read_message(marked[3:], len(marked) - 3)
 
 
 @pytest.fixture
@@ -10556,8 +10533,10 @@ def test_both_with_a_terminal_on_stdin_starts_no_session(new_server: NewServer) 
         os.close(slave)
 
 
-def test_mcp_turned_off(new_server: NewServer) -> None:
-    log = new_server("both", MCP_ENABLED="false").start().log()
+def test_mcp_turned_off_and_few_open_files_are_told_at_the_start(new_server: NewServer) -> None:
+    few = "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
+    log = new_server("both", before=few, MCP_ENABLED="false").start().log()
+    assert "128 open files are few for 100 runs at a time" in log
     assert "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in log and "MCP on" not in log
 
 
@@ -10817,8 +10796,7 @@ async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server)
 async def post(mcp: Api, message: Json, path: str = "//mcp", **headers: str) -> tuple[int, Json, Mapping[str, str]]:
     """Status, the message in the answer (JSON or event stream) and the headers."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    raw = message if isinstance(message, bytes) else None
-    answer = await mcp("POST", path, message, raw=raw, headers={**MCP_HEADERS, **named})
+    answer = await mcp("POST", path, message, headers={**MCP_HEADERS, **named})
     text = answer.text.partition("data: ")[2] or answer.text
     return answer.status, json.loads(text) if text.startswith("{") else text, answer.headers
 
@@ -11029,11 +11007,6 @@ def test_a_port_that_is_taken_is_said_before_anything_runs(new_server: NewServer
         assert "Traceback" not in server.log() and "leads" not in server.log()
 
 
-def test_few_open_files_are_warned_about(new_server: NewServer) -> None:
-    log = new_server(before="resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))").start().log()
-    assert "128 open files are few for 100 runs at a time" in log
-
-
 @each("argv", "--version", "--version --mode mcp", "--help")
 def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -11043,25 +11016,6 @@ def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys
         assert set(re.findall("--[a-z]+", text)) >= set("--mode --host --port --backup --version --help".split())
     else:
         assert text == f"ChronoTask {chronotask.__version__}\n"
-
-
-async def test_a_backup_is_a_consistent_single_file_or_standard_output_and_restores_as_a_database(
-    open_rig: OpenRig, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    rig = await open_rig()
-    await rig.schedule(await rig.task(name="kept"))
-    run_backup(rig.service.settings, str(tmp_path / "copy.db"))
-    run_backup(rig.service.settings, "-")
-    await rig.task(name="later")
-    (tmp_path / "out.db").write_bytes(capfdbinary.readouterr().out)
-    for name in ("copy.db", "out.db"):
-        with contextlib.closing(sqlite3.connect(f"file:{tmp_path}/{name}?mode=ro&immutable=1", uri=True)) as copy:
-            assert copy.execute("SELECT name FROM tasks").fetchall() == [("kept",)]
-            assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert stat.S_ISREG((tmp_path / "copy.db").stat().st_mode)
-    assert not list(rig.path.parent.glob(".download-*"))
-    other = await open_rig(database_url=tmp_path / "copy.db")
-    assert (await other.service.get_task(1))["next_run"] == "2026-01-01T00:01:00Z"
 
 
 async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, tmp_path: Path) -> None:
@@ -11270,12 +11224,6 @@ def repeated(items: Iterable[Any]) -> list[Any]:
     return [item for item, times in Counter(items).items() if times > 1]
 
 
-def leader_of(servers: Sequence[Server], seconds: float = 5) -> Server:
-    found = until(lambda: next((server for server in servers if server.is_leader()), None), seconds, "somebody leads")
-    assert isinstance(found, Server)
-    return found
-
-
 def slots_of(server: Server, schedule: int) -> tuple[int, list[int]]:
     """When the schedule was made, and the slots that have a row, in order: microseconds since the epoch."""
     slots = sorted(micros(row["scheduled_for"]) for row in server.rows(f"&schedule_id={schedule}"))
@@ -11313,7 +11261,7 @@ def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path:
     end, kills, takeovers = time.monotonic() + (60 if LONG else 0), 0, list[float]()
     while kills < 3 or time.monotonic() < end:
         time.sleep(1.5)
-        leader = leader_of(pair)
+        leader = until(lambda: next((server for server in pair if server.is_leader()), None), 5, "somebody leads")
         follower = pair[1 - pair.index(leader)]
         start = time.monotonic()
         leader.kill()
@@ -11322,20 +11270,17 @@ def test_the_leader_is_killed_again_and_again_and_every_slot_runs_once(tmp_path:
             until(lambda: any(int(words[1]) == third.process.pid for words in appended(once)), 6, "mcp leads")
             pair[0].start()
         else:
-            leader_of([follower])
+            until(follower.is_leader, 5, "the other leads")
             takeovers.append(time.monotonic() - start)
         kills += 1
         for server in pair:
             if server.process.poll() is not None:
                 server.start()
     time.sleep(1.5)
-    asked, count = time.time_ns() // 1000, 0
+    asked = time.time_ns() // 1000
     for schedule in (most_once, at_least):
         made, slots = slots_of(pair[0], schedule)
-        expected = range(made + S, asked - 5 * S, S)
-        assert [slot for slot in expected if slots.count(slot) != 1] == []
-        count += len(expected)
-    print(f"{kills} times killed, takeovers in {', '.join(f'{t:.2f}' for t in takeovers)} s, {count} slots")
+        assert [slot for slot in range(made + S, asked - 5 * S, S) if slots.count(slot) != 1] == []
     rows = [pair[0].rows(f"&schedule_id={schedule}") for schedule in (most_once, at_least)]
     assert [row for row in rows[0] + rows[1] if row["status"] in ("missed", "skipped")] == []
     assert repeated(words[0] for words in appended(once)) == []
@@ -11467,17 +11412,16 @@ def test_a_killed_services_processes_are_ended_before_the_retry(server: Server, 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
 
-FAKETIME = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
-
 
 class Stepped(Server):
     """A service with a wall clock of its own, which `step` sets. (Its tasks have it too, and cannot sleep: a libfaketime bug.)"""
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
-        if FAKETIME is None:
+        library = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+        if library is None:
             pytest.skip("needs libfaketime (Debian: apt-get install faketime)")
         self._offset_file = folder / "offset"
-        fake = {"LD_PRELOAD": FAKETIME, "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        fake = {"LD_PRELOAD": library, "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         super().__init__(folder, environ={**fake, "FAKETIME_TIMESTAMP_FILE": str(self._offset_file)})
         self.step(offset)
 
@@ -11488,10 +11432,6 @@ class Stepped(Server):
         part.rename(self._offset_file)
         self.offset = offset
 
-    def clock(self) -> float:
-        """What its wall clock reads."""
-        return time.time() + self.offset
-
 
 @pytest.mark.slow
 def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path) -> None:
@@ -11501,11 +11441,11 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
 
     def goes_on(more: int = 0) -> None:
         """Slots run again: of now, but for at most `more`, and two that were on their way."""
-        before, start = len(appended(file)), server.clock()
+        before, start = len(appended(file)), time.time() + server.offset
         until(lambda: len(appended(file)) > before, 10, "the next slot runs")
         time.sleep(1.5)
         slots = [datetime.fromisoformat(words[0]).timestamp() for words in appended(file)[before:]]
-        assert len([slot for slot in slots if not start - 1.5 <= slot <= server.clock()]) <= more + 2
+        assert len([slot for slot in slots if not start - 1.5 <= slot <= time.time() + server.offset]) <= more + 2
 
     goes_on()
     first = time.time()
@@ -11788,7 +11728,7 @@ def test_a_stop_under_load_ends_in_time_with_all_rows_settled_and_no_child_left(
     assert server.sql(f"SELECT count(*) FROM executions WHERE id IN ({','.join(map(str, queued))})") == [(41,)]
 
 
-# --- Backup and retention ---------------------------------------------------------------------------------------------
+# --- Backup, retention and the log ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -11810,7 +11750,8 @@ def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_befo
         for kind in ("file", "stdout", "api"):
             restored, before = Server(tmp_path / kind), list(accepted)
             if kind == "file":
-                assert backed_up_to(restored.database) == b"" and restored.database.stat().st_mode & 0o777 == 0o600
+                assert backed_up_to(restored.database) == b"" and restored.database.stat().st_mode == stat.S_IFREG | 0o600
+                assert [*restored.folder.iterdir()] == [restored.database]
             else:
                 restored.database.write_bytes(server.get("/backup") if kind == "api" else backed_up_to("-"))
             assert restored.sql("PRAGMA integrity_check") == [("ok",)]
@@ -11850,28 +11791,25 @@ def test_old_history_is_deleted_in_the_background_and_writes_go_on(server: Serve
     assert server.database.stat().st_size < size / 2
 
 
-# --- The log ----------------------------------------------------------------------------------------------------------
-
-
-def drain_log() -> None:
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, chronotask.LogStream):
-            handler.stream.drain()
-
-
 @pytest.fixture
-def logging_as_before() -> Iterator[None]:
+def drain_log() -> Iterator[Callable[[], None]]:
+    """Brings the log to its file at once. After the test logging is as before."""
     root, before = logging.getLogger(), logging.getLogger().handlers[:]
     level, standard = root.level, (sys.stdout, sys.stderr)
-    yield
+
+    def drain() -> None:
+        for handler in set(root.handlers) - set(before):
+            if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, chronotask.LogStream):
+                handler.stream.drain()
+
+    yield drain
     sys.stdout, sys.stderr = standard
     for handler in set(root.handlers) - set(before):
         handler.close()
     root.handlers[:], root.level = before, level
 
 
-@pytest.mark.usefixtures("logging_as_before")
-def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: Path) -> None:
+def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: Path, drain_log: Any) -> None:
     chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path / "log.txt"))
     logger = logging.getLogger("chronotask")
     logger.warning("told: %s", "a\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85b\u202ec\td")
@@ -11887,7 +11825,7 @@ def test_a_message_with_line_breaks_or_escapes_is_one_line_in_the_log(tmp_path: 
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
 
 
-@pytest.mark.usefixtures("logging_as_before")
+@pytest.mark.usefixtures("drain_log")
 def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_how_much_was_lost(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.txt")
     chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path / "log.txt"))
@@ -11905,8 +11843,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_how_much_was_los
     assert 1000 < len(lines) < 1100
 
 
-@pytest.mark.usefixtures("logging_as_before")
-def test_a_log_file_that_was_moved_is_opened_anew_one_that_cannot_be_is_said_and_a_print_never_waits(tmp_path: Path) -> None:
+def test_a_log_file_that_was_moved_is_opened_anew_a_bad_one_is_said_and_prints_never_wait(tmp_path: Path, drain_log: Any) -> None:
     with pytest.raises(StartupError, match=r"CHRONOTASK_LOG_FILE=.*: cannot be written: Is a directory"):
         chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path))
     chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path / "a" / "log.txt"))
@@ -11963,7 +11900,6 @@ def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounde
     ends = {name: server.finished(run, 90) for name, run in runs.items()}
     over.set()
     watcher.join(20)
-    print(f"{waits} s at most, {most >> 20} MiB at most")
     statuses = {name: end["status"] for name, end in ends.items()}
     assert statuses.pop("much output") == "succeeded"
     assert statuses.pop("endless body") in ("timed_out", "succeeded")  # a gigabyte of it may come before the timeout
@@ -11971,7 +11907,7 @@ def test_hostile_tasks_hold_up_neither_health_nor_others_and_memory_stays_bounde
     assert ends["much output"]["output_data"]["stdout_bytes"] == size
     assert all(len(end["output_data"]["stdout"]) < 70_000 for end in ends.values() if "stdout" in end["output_data"])
     assert errors == [] and children_named("hostile") == []
-    assert max(waits.values()) < 2 and most < base + 100 * 2**20
+    assert max(waits.values()) < 2 and most < base + 100 * 2**20, (waits, most)
 
 
 async def test_a_task_that_deletes_itself_while_it_runs_is_gone_with_its_process(api: Api) -> None:
@@ -12215,21 +12151,19 @@ def test_requests_piled_up_behind_an_endless_answer_and_answers_nobody_reads_are
     assert server.memory() - before < 40_000_000
 
 
-# Status lines, headers and bodies that try to break out of whatever they are written to.
-HOSTILE_ANSWERS = (
-    b"HTTP/1.1 500 \x1b[2Jforged\r\nX: a\r\nContent-Length: 2\r\n\r\nno",
-    b"HTTP/1.1 200 OK\r\nX\x1b[2J: a\r\n\r\n",
-    b"\x1b[2J\n2026-01-01 00:00:00,000 ERROR forged\r\n\r\n",
-    b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\x1b[2J%0a\r\nContent-Length: 0\r\n\r\n",
-)
-
-
 def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(new_server: NewServer, tmp_path: Path) -> None:
+    # Status lines, headers and bodies that try to break out of whatever they are written to.
+    answers = (
+        b"HTTP/1.1 500 \x1b[2Jforged\r\nX: a\r\nContent-Length: 2\r\n\r\nno",
+        b"HTTP/1.1 200 OK\r\nX\x1b[2J: a\r\n\r\n",
+        b"\x1b[2J\n2026-01-01 00:00:00,000 ERROR forged\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\x1b[2J%0a\r\nContent-Length: 0\r\n\r\n",
+    )
     server = new_server(LOG_LEVEL="DEBUG", LOG_FILE=tmp_path / "log" / "log.txt").start()
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
-        for reply in HOSTILE_ANSWERS:
+        for reply in answers:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):
                 client.settimeout(5)
@@ -12240,7 +12174,7 @@ def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(new_s
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     task = server.http(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=5, name="h")
-    assert [server.execute(task, wait=20)["status"] for _ in HOSTILE_ANSWERS] == ["failed"] * 4
+    assert [server.execute(task, wait=20)["status"] for _ in answers] == ["failed"] * 4
     thread.join(10)
     text = r"'\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J'"
     server.execute(server.bash(f"printf {text}; printf {text} >&2; exit 1"), wait=20)
@@ -12254,15 +12188,13 @@ def test_nothing_that_comes_from_outside_breaks_out_of_its_line_in_the_log(new_s
         assert "\n2026-01-01" not in log
 
 
-RESOLVED = {"ENV": "resolved-env-value-1", "FILE": "resolved-file-value-2", "URL": "resolved-url-value-3"}
-STORED = ("stored-auth-value-4", "stored-header-value-5", "stored-cookie-value-6", "stored-userinfo-value-7")
-
-
 def test_no_secret_is_told_by_any_answer_log_metric_or_command_line(new_server: NewServer, tmp_path: Path, loopback: Web) -> None:
+    resolved = {"ENV": "resolved-env-value-1", "FILE": "resolved-file-value-2", "URL": "resolved-url-value-3"}
+    stored = ("stored-auth-value-4", "stored-header-value-5", "stored-cookie-value-6", "stored-userinfo-value-7")
     (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "f").write_text(RESOLVED["FILE"] + "\n")
+    (tmp_path / "secrets" / "f").write_text(resolved["FILE"] + "\n")
     (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
-    chosen = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": RESOLVED["ENV"], "SECRET_URL": RESOLVED["URL"]}
+    chosen = {"SECRETS_DIR": tmp_path / "secrets", "SECRET_ENV": resolved["ENV"], "SECRET_URL": resolved["URL"]}
     chosen |= {"LOG_LEVEL": "DEBUG", "LOG_FILE": tmp_path / "log.txt", "API_TOKEN_FILE": tmp_path / "token"}
     server = new_server("both", **chosen).start()
     mcp, port = server.mcp_port(), loopback.server_address[1]
@@ -12283,15 +12215,15 @@ def test_no_secret_is_told_by_any_answer_log_metric_or_command_line(new_server: 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     everywhere = "${env:CHRONOTASK_SECRET_ENV} ${file:f}"
-    url = f"http://anna:{STORED[3]}@127.0.0.1:{port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}"
+    url = f"http://anna:{stored[3]}@127.0.0.1:{port}/${{env:CHRONOTASK_SECRET_URL}}?k=${{file:f}}"
     config = {
         "url": url,
         "method": "POST",
-        "headers": {"Authorization": f"Bearer {STORED[1]}", "Cookie": f"s={STORED[2]}", "X-Api-Key": everywhere},
+        "headers": {"Authorization": f"Bearer {stored[1]}", "Cookie": f"s={stored[2]}", "X-Api-Key": everywhere},
         "params": {"p": everywhere},
         "body": {"deep": [everywhere]},
         "timeout": 5,
-        "auth": {"username": "anna", "password": STORED[0]},
+        "auth": {"username": "anna", "password": stored[0]},
     }
     command = 'echo "$S"; echo "$S" >&2; echo -n "$S" | base64; (printf %s "${S:0:9}"; sleep 0.3; echo "${S:9}"); exit 1'
     configs: list[dict[str, Any]] = [
@@ -12328,11 +12260,11 @@ def test_no_secret_is_told_by_any_answer_log_metric_or_command_line(new_server: 
     listener.join(10)
     told["log"], told["stderr"] = (tmp_path / "log.txt").read_bytes(), server.log().encode()
     assert len(told["events"]) > 1000 and b"succeeded" in told["events"]
-    assert all(value.encode() in b"".join(loopback.told) for value in RESOLVED.values())  # the tasks had them
-    secrets = [*RESOLVED.values(), *STORED, GOOD_TOKEN]
-    secrets += [base64.b64encode(f"anna:{password}".encode()).decode() for password in (STORED[0], STORED[3])]
+    assert all(value.encode() in b"".join(loopback.told) for value in resolved.values())  # the tasks had them
+    secrets = [*resolved.values(), *stored, GOOD_TOKEN]
+    secrets += [base64.b64encode(f"anna:{password}".encode()).decode() for password in (stored[0], stored[3])]
     assert [(what, secret) for what, text in told.items() for secret in secrets if secret.encode() in text] == []
-    assert [value for value in (*RESOLVED.values(), GOOD_TOKEN) if value.encode() in rows] == []
+    assert [value for value in (*resolved.values(), GOOD_TOKEN) if value.encode() in rows] == []
 
 
 def test_other_users_can_read_no_file_of_the_service_and_children_keep_their_umask(new_server: NewServer, tmp_path: Path) -> None:
@@ -12452,7 +12384,7 @@ def test_a_start_that_listens_to_the_network_without_a_token_warns_once(new_serv
 
 
 # ======================================================================================================================
-# The browser
+# The browser and the documentation
 # ======================================================================================================================
 
 
@@ -12473,11 +12405,6 @@ def test_the_dashboard_and_the_docs_in_a_real_browser_and_the_attacks_of_other_p
     print(done.stdout)
     assert failed == [] and done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert done.stdout.count("\nok ") >= 20
-
-
-# ======================================================================================================================
-# The documentation
-# ======================================================================================================================
 
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (TOP / "README.md", *sorted((TOP / "docs").glob("*.md")))}
@@ -12574,6 +12501,44 @@ def test_every_cron_example_is_accepted(expression: str) -> None:
     assert checked == {"expression": expression, "timezone": "UTC"}
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    text = (TOP / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", text, re.MULTILINE)[0] == chronotask.__version__
+
+
+def test_each_requirement_gives_its_reason_and_the_inline_script_block_asks_for_those_at_run_time() -> None:
+    at_run_time, for_tests = (TOP / "requirements.txt").read_text().split("# --- tests ---")
+    lines = [[line for line in part.splitlines() if line and line[0] != "#"] for part in (at_run_time, for_tests)]
+    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for part in lines for line in part), lines
+    [block] = re.findall(r"^# /// script\n(.*?)^# ///$", MODULE, re.MULTILINE | re.DOTALL)
+    needed = [line.split("#")[0].strip() for line in lines[0]]
+    assert tomllib.loads(re.sub(r"(?m)^# ?", "", block)) == {"requires-python": ">=3.11", "dependencies": needed}
+
+
+def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
+    allowed = {
+        "chronotask.py", "test_chronotask.py", "bench_chronotask.py", "dashboard.html", "Dockerfile", "docker-compose.yml",
+        "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "docs",
+    }  # fmt: skip
+    listed = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True)
+    names = listed.stdout.splitlines() if listed.returncode == 0 else os.listdir(TOP)
+    tops = {name.split("/")[0] for name in names} - {"__pycache__", "data"}
+    assert {name for name in tops if not name.startswith(".")} <= allowed
+
+
+def test_the_dashboard_is_one_small_file_that_fetches_nothing_from_elsewhere_by_its_policy_too() -> None:
+    page = (TOP / "dashboard.html").read_text(encoding="utf-8")
+    assert len(gzip.compress(page.encode())) < 60_000 and max(map(len, page.splitlines())) <= 140
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg|example\.org)\S+", page) == []
+    assert re.findall(r"""\son[a-z]+=["']|\sstyle=|<script src|<link rel="stylesheet""", page) == []
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page) == []
+    assert (page.count("<script>"), page.count("<style>")) == (1, 1)
+    policy = chronotask.page_policy(page)["Content-Security-Policy"]  # it names these two, and nothing else
+    assert policy.startswith("default-src 'none'; ")
+    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", policy)) == 2
+    assert "unsafe" not in policy and "*" not in policy
+
+
 # ---- Recipes
 
 AS_JSON = {"Content-Type": "application/json"}
@@ -12633,19 +12598,6 @@ def recipes_of(title: str) -> list[str]:
     if title == "README":
         return re.findall(r"-d '(\{.*?\})'$", section("An alert in five lines"), re.MULTILINE | re.DOTALL)
     return re.findall(r"^ *```json\n(.*?)^ *```", section(title, "recipes.md"), re.MULTILINE | re.DOTALL)
-
-
-def test_the_dashboard_is_one_small_file_that_fetches_nothing_from_elsewhere_by_its_policy_too() -> None:
-    page = (TOP / "dashboard.html").read_text(encoding="utf-8")
-    assert len(gzip.compress(page.encode())) < 60_000 and max(map(len, page.splitlines())) <= 140
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg|example\.org)\S+", page) == []
-    assert re.findall(r"""\son[a-z]+=["']|\sstyle=|<script src|<link rel="stylesheet""", page) == []
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page) == []
-    assert (page.count("<script>"), page.count("<style>")) == (1, 1)
-    policy = chronotask.page_policy(page)["Content-Security-Policy"]  # it names these two, and nothing else
-    assert policy.startswith("default-src 'none'; ")
-    assert len(re.findall(r"'sha256-[A-Za-z0-9+/]{43}='", policy)) == 2
-    assert "unsafe" not in policy and "*" not in policy
 
 
 def is_of_form(value: Any, form: Any) -> bool:
@@ -12720,31 +12672,3 @@ async def test_a_recipe_works_as_it_is_written(title: str, open_rig: OpenRig, tm
     tells = title not in ("B only after A", "It did not run", "I am alive", "Who watches ChronoTask")
     texts = [base64.b64decode(body).decode() for body in mails.values()] + [text for _, text in sent]
     assert any(HOSTILE in text for text in texts) == tells
-
-
-# ---- The rest
-
-
-def test_the_changelog_begins_with_this_version() -> None:
-    text = (TOP / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\S+)", text, re.MULTILINE)[0] == chronotask.__version__
-
-
-def test_each_requirement_gives_its_reason_and_the_inline_script_block_asks_for_those_at_run_time() -> None:
-    at_run_time, for_tests = (TOP / "requirements.txt").read_text().split("# --- tests ---")
-    lines = [[line for line in part.splitlines() if line and line[0] != "#"] for part in (at_run_time, for_tests)]
-    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+(,<[0-9]+)? +# \S.*", line) for part in lines for line in part), lines
-    [block] = re.findall(r"^# /// script\n(.*?)^# ///$", MODULE, re.MULTILINE | re.DOTALL)
-    needed = [line.split("#")[0].strip() for line in lines[0]]
-    assert tomllib.loads(re.sub(r"(?m)^# ?", "", block)) == {"requires-python": ">=3.11", "dependencies": needed}
-
-
-def test_the_top_of_the_repository_holds_what_design_md_lists_and_nothing_else() -> None:
-    allowed = {
-        "chronotask.py", "test_chronotask.py", "bench_chronotask.py", "dashboard.html", "Dockerfile", "docker-compose.yml",
-        "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "docs",
-    }  # fmt: skip
-    listed = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True)
-    names = listed.stdout.splitlines() if listed.returncode == 0 else os.listdir(TOP)
-    tops = {name.split("/")[0] for name in names} - {"__pycache__", "data"}
-    assert {name for name in tops if not name.startswith(".")} <= allowed
