@@ -45,6 +45,7 @@ import threading
 import time
 import tomllib
 import tracemalloc
+import types
 import urllib.parse
 import urllib.request
 import uuid
@@ -80,7 +81,6 @@ from chronotask import (
     Conflict,
     Cron,
     Environ,
-    Forbidden,
     InvalidInput,
     LiveOutput,
     Outcome,
@@ -88,7 +88,6 @@ from chronotask import (
     ScheduleQuery,
     Service,
     Settings,
-    StartupError,
     Store,
     StoredConfig,
     Unavailable,
@@ -105,7 +104,6 @@ from chronotask import (
     set_meta,
     shown,
     to_toml,
-    tool_args,
 )
 
 # ======================================================================================================================
@@ -1007,7 +1005,7 @@ NEW_FIELDS: list[tuple[str, str, str, str, Any]] = [
 ]
 
 
-async def test_a_field_is_added_in_two_places(tmp_path: Path) -> None:
+async def test_a_field_is_added_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its declaration and a migration: then it is in POST, PATCH, GET, the list, OpenAPI and the MCP tool."""
     source = MODULE
     for table, behind, declaration, column, _ in NEW_FIELDS:
@@ -1016,41 +1014,36 @@ async def test_a_field_is_added_in_two_places(tmp_path: Path) -> None:
         for place, line in ((declared, declaration), (r"^MIGRATIONS: .*= \[\n(?:.*\n)*?(?=\]\n)", migration)):
             source, places = re.subn(place, rf"\g<0>    {line}\n", source, count=1, flags=re.MULTILINE)
             assert places == 1
-    (tmp_path / "copied.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("copied", tmp_path / "copied.py")
-    assert spec is not None and spec.loader is not None
-    copied: Any = importlib.util.module_from_spec(spec)
-    sys.modules["copied"] = copied
-    try:
-        spec.loader.exec_module(copied)
-        store = copied.Store(tmp_path / "c.db", FakeClock().monotonic)
-        service = copied.Service(copied.Settings(database_url=tmp_path / "c.db"), store, FakeClock(), {})
-        async with TestClient(TestServer(copied.make_app(service))) as client:
+    copied: Any = types.ModuleType("copied")
+    copied.__file__ = chronotask.__file__
+    monkeypatch.setitem(sys.modules, "copied", copied)
+    exec(source, vars(copied))
+    store = copied.Store(tmp_path / "c.db", FakeClock().monotonic)
+    service = copied.Service(copied.Settings(database_url=tmp_path / "c.db"), store, FakeClock(), {})
+    async with TestClient(TestServer(copied.make_app(service))) as client:
 
-            async def ask(method: str, path: str, body: Any = None) -> Any:
-                async with client.request(method, f"/api/v1{path}", json=body) as answer:
-                    assert answer.status in (200, 201), await answer.text()
-                    return await answer.json()
+        async def ask(method: str, path: str, body: Any = None) -> Any:
+            async with client.request(method, f"/api/v1{path}", json=body) as answer:
+                assert answer.status in (200, 201), await answer.text()
+                return await answer.json()
 
-            await ask("POST", "/tasks", BASH)
-            for table, _, declaration, _, value in NEW_FIELDS:
-                name, kind = declaration.partition(":")[0], table[:-1]
-                body = BASH if table == "tasks" else EVERY_MINUTE
-                default = (await ask("POST", f"/{table}", body))[name]
-                made = await ask("POST", f"/{table}", {**body, name: value})
-                assert made[name] == value != default
-                path = f"/{table}/{made['id']}"
-                assert (await ask("GET", path))[name] == (await ask("GET", f"/{table}"))[table][-1][name] == value
-                assert (await ask("PATCH", path, {name: default}))[name] == default == (await ask("GET", path))[name]
-                schemas = copied.openapi()["components"]["schemas"]
-                assert all(name in schemas[kind.capitalize() + of]["properties"] for of in ("Create", "Update", "View"))
-                tools = [copied.input_schema(copied.TOOLS[f"{verb}_{kind}"]) for verb in ("create", "update")]
-                assert all(name in tool["properties"] for tool in tools)
-                called = await copied.run_tool(service, f"update_{kind}", {f"{kind}_id": made["id"], name: value})
-                assert called.structured_content[name] == value, called.content
-        store.close()
-    finally:
-        del sys.modules["copied"]
+        await ask("POST", "/tasks", BASH)
+        for table, _, declaration, _, value in NEW_FIELDS:
+            name, kind = declaration.partition(":")[0], table[:-1]
+            body = BASH if table == "tasks" else EVERY_MINUTE
+            default = (await ask("POST", f"/{table}", body))[name]
+            made = await ask("POST", f"/{table}", {**body, name: value})
+            assert made[name] == value != default
+            path = f"/{table}/{made['id']}"
+            assert (await ask("GET", path))[name] == (await ask("GET", f"/{table}"))[table][-1][name] == value
+            assert (await ask("PATCH", path, {name: default}))[name] == default == (await ask("GET", path))[name]
+            schemas = copied.openapi()["components"]["schemas"]
+            assert all(name in schemas[kind.capitalize() + of]["properties"] for of in ("Create", "Update", "View"))
+            tools = [copied.input_schema(copied.TOOLS[f"{verb}_{kind}"]) for verb in ("create", "update")]
+            assert all(name in tool["properties"] for tool in tools)
+            called = await copied.run_tool(service, f"update_{kind}", {f"{kind}_id": made["id"], name: value})
+            assert called.structured_content[name] == value, called.content
+    store.close()
 
 
 # ======================================================================================================================
@@ -1311,7 +1304,6 @@ CRON_CASES = """
 */30 12 1 1,7 * | America/New_York | 2024-02-01T05:00 | 2024-07-01T16:00 T16:30 2025-01-01T17:00 T17:30 07-01T16:00
 0 1 * * 0 | America/New_York | 2024-10-20T04:00 | 2024-10-20T05:00 27T05:00 11-03T05:00 10T06:00 17T06:00
 0 6 1 */2 * | Australia/Sydney | 2024-01-14T13:00 | 2024-02-29T19:00 04-30T20:00 06-30T20:00 08-31T20:00 10-31T19:00
-0 0 0 1 1 * | Europe/London | 2025-01-01T00:00 | 2026-01-01T00:00 2027 2028 2029 2030 | New Year
 30 * * * * * | Europe/London | 2025-01-01T00:00:30 | 2025-01-01T00:01:30 T00:02:30 T00:03:30 T00:04:30 T00:05:30 | later
 0 0 12 * * 7 | UTC | 2025-01-01T00:00 | 2025-01-05T12:00 12T12:00 19T12:00 26T12:00 02-02T12:00 | Sunday as 7 with seconds
 0 30 1 * * * | America/New_York | 2024-11-02T16:00 | 2024-11-03T05:30 04T06:30 05T06:30 06T06:30 07T06:30
@@ -1333,7 +1325,6 @@ CRON_CASES = """
 0 0 13 * *,5 | UTC | 2025-01-01T00:00 | 2025-01-13T00:00 02-13T00:00 | starts with *, so: and
 0 0 31 2 1 | UTC | 2025-01-01T00:00 | 2025-02-03T00:00 10T00:00
 0 0 * * 1#1,L5 | UTC | 2025-01-01T00:00 | 2025-01-06T00:00 31T00:00 02-03T00:00
-0 0 * * MON#1,L1 | UTC | 2025-01-01T00:00 | 2025-01-06T00:00 27T00:00 02-03T00:00
 0 0 * * l7 | UTC | 2025-01-01T00:00 | 2025-01-26T00:00
 0 0 29 2 */7 | UTC | 2080-01-01T00:00 | 2088-02-29T00:00 2128 | 40 years apart
 59 59 23 31 12 * | UTC | 2025-12-31T23:59:58.5 | 2025-12-31T23:59:59 2026
@@ -1360,8 +1351,6 @@ ISO_RULE = (
     "must be an ISO 8601 date and time from 1970 to 9999, such as "
     "2026-12-01T09:00:00, 2026-12-01T08:00:00Z or 2026-12-01T09:00:00+01:00"
 )
-
-
 # Text, zone of the service, and the instant.
 DATE_TIMES = """
     2026-11-24T05:00:00Z             | Europe/Berlin | 2026-11-24T05:00:00Z
@@ -1399,9 +1388,7 @@ def test_what_is_no_date_time_is_refused_with_what_is_allowed(text: str) -> None
         chronotask.parse_instant(text, "UTC")
 
 
-def test_an_instant_has_decimals_only_when_it_is_no_whole_second() -> None:
-    assert format_instant(1_795_000_000_000_000) == "2026-11-18T11:06:40Z"
-    assert format_instant(1_795_000_000_000_001) == "2026-11-18T11:06:40.000001Z"
+def test_a_local_time_is_shown_with_its_offset_and_in_utc_where_it_would_be_after_9999() -> None:
     assert chronotask.format_local(1_795_000_000_000_000, "Asia/Kathmandu") == "2026-11-18T16:51:40+05:45"
     assert chronotask.format_local(at("9999-12-31T23:00:00Z"), "Asia/Tokyo") == "9999-12-31T23:00:00Z"
 
@@ -1441,8 +1428,6 @@ def test_slots_end_with_the_year_9999() -> None:
 
 
 # The oracle: Debian's rule, minute by minute, with nothing from the module but the clock of the zone.
-
-
 class Fields:
     """A random expression and the sets that it means, drawn together, so that no parser is needed to know them."""
 
@@ -1796,7 +1781,6 @@ def test_a_good_config_is_stored_with_its_zone() -> None:
         ("cron", {"expression": " 5-5 9 * * * "}, {"expression": "5-5 9 * * *"}),
         ("cron", {"expression": "@daily", "timezone": None}, {"expression": "@daily"}),
         ("once", {"datetime": "2026-12-01T09:00"}, {"datetime": "2026-12-01T09:00"}),
-        ("interval", {"seconds": 60}, {"seconds": 60}),
         ("interval", {"seconds": 60.0, "start_date": None}, {"seconds": 60}),
         ("interval", {"seconds": 1.125}, {"seconds": 1.125}),
         ("interval", {"seconds": 315360000}, {"seconds": 315360000}),
@@ -2769,10 +2753,9 @@ def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
     path = tmp_path / "c.db"
     if content is not None:
         path.write_bytes(content)
-    if statements:
-        for statement in statements:
-            sql(path, statement)
-    elif content in (None, b""):
+    for statement in statements:
+        sql(path, statement)
+    if not statements and not content:
         (tmp_path / "c.db-wal").write_bytes(wal)
     if not said:  # an empty -wal does no harm
         open_database(path).close()
@@ -2801,7 +2784,7 @@ def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_or_written_is_told_with_the_setting(tmp_path: Path) -> None:
     for place in ("/proc/nowhere/c.db", "/dev/null/c.db"):
-        with pytest.raises(StartupError, match=r"cannot be used.*CHRONOTASK_DATABASE_URL"):
+        with pytest.raises(chronotask.StartupError, match=r"cannot be used.*CHRONOTASK_DATABASE_URL"):
             open_database(Path(place))
     assert refused(open_database, TOP).detail == f"{TOP} is a folder: set CHRONOTASK_DATABASE_URL to a file"
     if os.getuid() != 0:  # root may write everywhere
@@ -2884,7 +2867,7 @@ def test_roots_folder_may_be_written_by_a_group_of_nobody_else(quick_disk: Path,
     quick_disk.chmod(mode)
     os.seteuid(65534)
     try:
-        with contextlib.nullcontext() if trusted else pytest.raises(StartupError, match="may be written by others"):
+        with contextlib.nullcontext() if trusted else pytest.raises(chronotask.StartupError, match="may be written by others"):
             chronotask.check_owners(quick_disk / "c.db")
     finally:
         os.seteuid(0)
@@ -2896,7 +2879,7 @@ def test_a_database_that_another_program_holds_is_told(tmp_path: Path, monkeypat
     with contextlib.closing(sqlite3.connect(tmp_path / "c.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode=EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(StartupError, match="locked; another program holds a lock on it"):
+        with pytest.raises(chronotask.StartupError, match="locked; another program holds a lock on it"):
             open_database(tmp_path / "c.db")
 
 
@@ -4319,7 +4302,7 @@ async def test_what_is_refused_says_what_is_allowed() -> None:
     assert chronotask.bash_words({"command": "/bin/echo a 'b c'", "args": ["d"]}, settings) == ["/bin/echo", "a", "b c", "d"]
     refused(chronotask.bash_words, {"command": "echo a"}, settings)
     none = Settings(allow_host_commands=False)
-    assert isinstance(refused(chronotask.check_allowed, "bash", {"command": "true"}, none), Forbidden)
+    assert isinstance(refused(chronotask.check_allowed, "bash", {"command": "true"}, none), chronotask.Forbidden)
     chronotask.check_allowed("http", {"url": "http://a/"}, none)
     outcome = await bash("true", settings=none)
     assert (outcome.status, outcome.retryable) == ("failed", False)
@@ -9733,10 +9716,10 @@ async def test_a_later_rule_stops_a_task_by_slot_retry_or_queue(open_rig: OpenRi
     await rig.executed(failing)
     assert await rig.statuses() == ["retrying"]
     later = await restarted(rig, open_rig, 61, **rule)
-    with pytest.raises((Forbidden, InvalidInput), match=words):
+    with pytest.raises((chronotask.Forbidden, InvalidInput), match=words):
         await later.task(config={"command": "id"})
     if "allow_host_commands" in rule:
-        with pytest.raises(Forbidden, match=words):
+        with pytest.raises(chronotask.Forbidden, match=words):
             await later.execute(made)
     await later.finish()
     await later.run_at(62)
@@ -9935,12 +9918,12 @@ def test_every_field_of_a_body_or_of_a_configuration_is_an_argument_of_its_own()
 
 
 def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> None:
-    assert tool_args(TOOLS["get_task"], {"task_id": "7"})[0] == 7
-    task_id, _, body_for = tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x", "timeout": 9})
+    assert chronotask.tool_args(TOOLS["get_task"], {"task_id": "7"})[0] == 7
+    task_id, _, body_for = chronotask.tool_args(TOOLS["update_task"], {"task_id": "7", "name": "x", "timeout": 9})
     stands = {"task_type": "bash", "config": {"command": "true"}}
     assert (task_id, body_for(stands)) == (7, {"name": "x", "task_type": "bash", "config": {"command": "true", "timeout": 9}})
     sent = {"task_id": 1, "schedule_type": "cron", "schedule_config": json.dumps(WEEKDAYS)}
-    assert tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
+    assert chronotask.tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
 
 
 def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
@@ -9952,7 +9935,7 @@ def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
         ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
         ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
     ):
-        assert refused(tool_args, TOOLS[name], arguments).detail == said
+        assert refused(chronotask.tool_args, TOOLS[name], arguments).detail == said
 
 
 TOO_LONG = chronotask.MAX_BODY + 1
@@ -10912,7 +10895,7 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
     for chosen, target in ((rig.service.settings, tmp_path / "no" / "such" / "folder.db"), (other, tmp_path / "target")):
         with pytest.raises(Unavailable, match=r"the backup of .* failed"):
             run_backup(chosen, str(target))
-    with pytest.raises(StartupError, match="there is no database"):
+    with pytest.raises(chronotask.StartupError, match="there is no database"):
         run_backup(settings(tmp_path), str(tmp_path / "copy.db"))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"other.db": "no database", "target": "before"}
 
@@ -10924,7 +10907,7 @@ async def test_a_backup_replaces_a_file_and_nothing_else(rig: Rig, tmp_path: Pat
     told = dict.fromkeys((tmp_path / "pipe", tmp_path, "/dev/null"), "must be a regular file, or a name that is free")
     told |= {"": "--backup='': must be a file, or - for standard output", tmp_path / "other.db": "not a database that is in use"}
     for name, said in told.items():
-        with pytest.raises(StartupError, match=said):
+        with pytest.raises(chronotask.StartupError, match=said):
             run_backup(own, str(name))
     other.close()
     run_backup(own, str(tmp_path / "other.db"))
@@ -10951,7 +10934,7 @@ async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(rig: R
         before = target.stat().st_ino if target.exists() else None
         link.symlink_to(target)
         for name in (target, link, rig.path.parent / "." / ".." / rig.path.parent.name / target.name):
-            with pytest.raises(StartupError, match=r"must be a file of its own, not one of the database") as caught:
+            with pytest.raises(chronotask.StartupError, match=r"must be a file of its own, not one of the database") as caught:
                 run_backup(rig.service.settings, str(name))
             assert caught.value.exit_status == 2
         assert (target.stat().st_ino if target.exists() else None) == before
@@ -11731,7 +11714,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_how_much_was_los
 
 
 def test_a_log_file_that_was_moved_is_opened_anew_a_bad_one_is_said_and_prints_never_wait(tmp_path: Path, drain_log: Any) -> None:
-    with pytest.raises(StartupError, match=r"CHRONOTASK_LOG_FILE=.*: cannot be written: Is a directory"):
+    with pytest.raises(chronotask.StartupError, match=r"CHRONOTASK_LOG_FILE=.*: cannot be written: Is a directory"):
         chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path))
     chronotask.set_up_logging(settings(tmp_path, log_file=tmp_path / "a" / "log.txt"))
     for i, moved in enumerate(("one.txt", "two.txt")):
