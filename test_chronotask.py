@@ -3265,11 +3265,9 @@ async def bash(
     run: chronotask.Run = SECOND_RUN,
     **config: Any,
 ) -> Outcome:
-    settings = settings or Settings()
+    settings, used = settings or Settings(), Environ(environ or {"PATH": PATH})
     live = live or LiveOutput(settings.output_limit)
-    return await chronotask.run_bash(
-        StoredConfig(command=command, **config), run, settings, Environ(environ or {"PATH": PATH}), live
-    )
+    return await chronotask.run_bash(StoredConfig(command=command, **config), run, settings, used, live)
 
 
 def output(outcome: Outcome) -> dict[str, Any]:
@@ -3350,9 +3348,6 @@ def test_secrets_are_masked_across_chunk_borders() -> None:
 def test_a_secret_is_found_however_programs_escape_it(echo: str) -> None:
     for step in (1, 4, 1000):
         assert masked("sk/live+é==\"1'", f"before {echo} after".encode(), step) == b"before ******** after"
-
-
-# What other programs print for the secret sk/live+é=="1'.
 
 
 @each("user", "", "a:", "an:", "ann:", "anna:")
@@ -3488,6 +3483,7 @@ def test_secrets_are_resolved_where_they_may_stand(tmp_path: Path) -> None:
     # A byte order mark is no part of a secret, links inside the folder are followed, as Kubernetes has them.
     ("bash", {"env": {"A": "${file:windows}", "B": "${file:link}"}}, {"env": {"A": "from-file", "B": "from-file"}}),
     # Of a bash task only env is resolved.
+    ("bash", {"command": "echo ${UNSET:-a}"}, {"command": "echo ${UNSET:-a}"}),
     ("bash", {"command": "${file:a/b}", "env": {"A": "${file:a/b}"}}, {"command": "${file:a/b}", "env": {"A": "p@x/y"}}),
 )
 def test_how_references_are_resolved(tmp_path: Path, kind: str, config: dict[str, Any], resolved: dict[str, Any]) -> None:
@@ -3529,9 +3525,7 @@ async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path
         assert "hidden-content" not in str(outcome.error_message)
 
 
-@each(
-    "name", *["token", "hard-link", "link", "sub/../token", "copy", "app.env", "rotated", "/proc/self/fd/{fd}", "{folder}/token"]
-)
+@each("name", *"token hard-link link sub/../token copy app.env rotated /proc/self/fd/{fd} {folder}/token".split())
 async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
     for file, content in [
@@ -3646,8 +3640,8 @@ async def test_the_umask_and_the_limit_of_open_files_are_those_that_were_handed_
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
-# Sources, and what is at their end. "" is a place where words are arguments.
-ENDS_OF_SOURCE = [
+@each(
+    "source end",  # "" is a place where words are arguments
     ("backup.sh", ""),
     ("echo a#b", ""),
     ("echo $# ${#x} ${x#y} ${x##*/} $((16#ff))", ""),
@@ -3684,10 +3678,7 @@ ENDS_OF_SOURCE = [
     ("cat <<END\na", "a here-document"),
     ("cat <<END\na\\\nEND\n", "a here-document"),
     ("echo a \\", "a backslash"),
-]  # fmt: skip
-
-
-@each("source end", *ENDS_OF_SOURCE)
+)  # fmt: skip
 def test_args_that_bash_would_not_take_for_arguments_are_refused(source: str, end: str) -> None:
     for command in (source, source + " \n\n"):
         chronotask.check_allowed("bash", {"command": command}, Settings())
@@ -3731,9 +3722,7 @@ async def test_an_attempt_that_was_stopped_before_it_began_starts_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_neither_a_task_nor_a_relative_folder_on_the_services_path_replaces_a_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_neither_a_task_nor_a_relative_folder_replaces_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     planted_programs(tmp_path, "echo planted")
     assert out(await bash("echo real", env={"PATH": str(tmp_path)}, working_dir=str(tmp_path))) == "real\n"
@@ -3760,9 +3749,7 @@ async def test_what_is_missing_is_named_and_final(tmp_path: Path) -> None:
     assert str(outcome.error_message).endswith("command not found; the file is in the working directory: use ./backup.sh")
 
 
-async def test_a_timeout_ends_the_group_and_daemons_that_left_it_and_keeps_the_output_to_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_timeout_ends_the_group_and_who_left_it_and_keeps_all_output(monkeypatch: pytest.MonkeyPatch) -> None:
     for command, printed, by in (
         ("echo before; sleep 60 & sleep 60", "before\n", "SIGTERM"),
         ("trap 'echo bye; exit 0' TERM; sleep 60 & wait", "bye\n", None),
@@ -3804,9 +3791,7 @@ async def test_an_attempt_is_stopped_from_outside_and_a_cancelled_job_kills_ever
 
 async def made(*paths: Path) -> list[bool]:
     """Which of these files there are, once the last one is there."""
-    async with asyncio.timeout(20):
-        while not paths[-1].exists():
-            await asyncio.sleep(0.02)
+    await until_true(paths[-1].exists, 20)
     return [path.exists() for path in paths]
 
 
@@ -3817,9 +3802,7 @@ async def made(*paths: Path) -> list[bool]:
     "(sleep 0.4; printf %300000s x; printf %300000s x >&2; touch mark) &",
     "setsid env -i bash -c 'sleep 0.4; echo x; echo x; touch mark' &",
 )
-async def test_a_background_child_may_write_when_the_command_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
+async def test_a_background_child_may_write_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(chronotask, "DRAIN_SECONDS", 0.05)
     threads = threading.active_count()
     run = dataclasses.replace(SECOND_RUN, uuid=str(uuid.uuid4()))  # other tests end what belongs to theirs
@@ -3837,12 +3820,10 @@ async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the
     for name, task_id in [("other", 8), ("oldest", 7), ("older", 7), ("newest", 7)]:
         source = f"(while [ ! -e go ]; do sleep 0.02; done; echo x; echo x; touch {name}) 2> /dev/null &"
         run = dataclasses.replace(SECOND_RUN, task_id=task_id, uuid=str(uuid.uuid4()))
-        await chronotask.run_bash(
-            StoredConfig(command=source, working_dir=str(tmp_path)), run, Settings(), environ, LiveOutput(1000)
-        )
-    assert [record.getMessage() for record in caplog.records] == [
-        "task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"
-    ]
+        task = StoredConfig(command=source, working_dir=str(tmp_path))
+        await chronotask.run_bash(task, run, Settings(), environ, LiveOutput(1000))
+    said = "task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"
+    assert caplog.messages == [said]
     (tmp_path / "go").touch()
     assert await made(tmp_path / "other") and await made(tmp_path / "older")
     assert await made(tmp_path / "oldest", tmp_path / "newest") == [False, True]
@@ -4106,16 +4087,13 @@ def test_the_report_is_found_and_taken_out_wherever_output_is_cut_into_pieces() 
     assert (unseen.feed(b"line\n"), unseen.feed(b"next"), unseen.status) == (b"line", b"\nnext", None)
 
 
-NASTY_ENV = {"A": "a b\n'\"$(id)`id`;*\\", "B": "", "C": "-x=1", "D": "{name} {env}", "E": "ü😀", "F": "--"}
-
-
 async def test_env_stands_for_the_variables_of_the_task_as_words_and_name_for_the_attempt(tmp_path: Path) -> None:
-    names = set()
+    names, nasty = set(), {"A": "a b\n'\"$(id)`id`;*\\", "B": "", "C": "-x=1", "D": "{name} {env}", "E": "ü😀", "F": "--"}
     for attempt in (1, 2, 10**4 - 1):
         run = dataclasses.replace(SECOND_RUN, attempt=attempt)
-        outcome = await bash("env -0", settings=LAUNCHERS, launcher="env", env=NASTY_ENV, run=run)
+        outcome = await bash("env -0", settings=LAUNCHERS, launcher="env", env=nasty, run=run)
         found = dict(line.split("=", 1) for line in out(outcome).rstrip("\0").split("\0"))
-        assert NASTY_ENV.items() <= found.items() and found["CHRONOTASK_TASK_NAME"] == "näme"
+        assert nasty.items() <= found.items() and found["CHRONOTASK_TASK_NAME"] == "näme"
         assert re.fullmatch("[a-z0-9-]{1,63}", found["NAME"])
         names.add(found["NAME"])
     assert len(names) == 3
@@ -4201,61 +4179,35 @@ OTHER_WORDS = """touch env command exec busybox ech echo.exe echo,ls ECHO /bin/e
 OTHER_VARIABLES = """PATH={planted} PYTHONPATH={planted} LD_PRELOAD={planted}/x.so LD_AUDIT={planted}/x.so ANYTHING=1
     LD_LIBRARY_PATH={planted} ENV={planted}/rc BASH_ENV={planted}/rc GCONV_PATH={planted} GLIBC_TUNABLES=x PERL5OPT=-Mx
     NODE_OPTIONS=-r""".split()
+REFUSED = [
+    *("; touch {marker}", "echo a\ntouch {marker}", "echo a\rtouch {marker}", "echo a\x85touch {marker}"),
+    *("echo a\u2028touch {marker}", "echo\x0btouch {marker}", "echo\ta", "echo \x1b[2J", "echo\u00a0a"),  # line breaks and blanks
+    *("$(echo touch) {marker}", "`echo touch` {marker}", "echo$IFS{marker}", "touch${IFS}{marker}", "{touch,{marker}}"),
+    *("$SHELL -c 'touch {marker}'", "bash -c 'touch {marker}'", ">{marker} echo a", "PATH={planted} echo a"),
+    *("'echo a; touch {marker}'", "echo 'a", "echo a\\", "$'touch' {marker}", "''", "   ", "'' echo"),
+    *(f"{word} touch {{marker}}" for word in OTHER_WORDS),
+]
+ECHOED = [
+    *("a; touch {marker}", "a;touch {marker}", "a && touch {marker}", "a || touch {marker}", "a & touch {marker}"),
+    *("a | tee {marker}", "a > {marker}", "a >{marker}", "a 3>{marker}", "a # touch {marker}"),
+    *("$(touch {marker})", "`touch {marker}`", "$0", "$((1+1))", "!!"),
+]
 # Each of over 60: a name, the configuration, and what may come of it: "refused", or the exact output of the harmless command.
 # {marker} is a file that must never appear, {planted} a folder of programs that would make it.
 ATTACKS: list[tuple[str, dict[str, Any], str]] = [
-    *((f"{word} as command", {"command": f"{word} touch {{marker}}"}, "refused") for word in OTHER_WORDS),
-    ("semicolon", {"command": "echo a; touch {marker}"}, "a; touch {marker}\n"),
-    ("semicolon without blanks", {"command": "echo a;touch {marker}"}, "a;touch {marker}\n"),
-    ("semicolon first", {"command": "; touch {marker}"}, "refused"),
-    ("pipe", {"command": "echo a | tee {marker}"}, "a | tee {marker}\n"),
-    ("and", {"command": "echo a && touch {marker}"}, "a && touch {marker}\n"),
-    ("or", {"command": "echo a || touch {marker}"}, "a || touch {marker}\n"),
-    ("background", {"command": "echo a & touch {marker}"}, "a & touch {marker}\n"),
-    ("newline", {"command": "echo a\ntouch {marker}"}, "refused"),
-    ("carriage return", {"command": "echo a\rtouch {marker}"}, "refused"),
-    ("line separator", {"command": "echo a\u2028touch {marker}"}, "refused"),
-    ("vertical tab", {"command": "echo\x0btouch {marker}"}, "refused"),
-    ("tab", {"command": "echo\ta"}, "refused"),
-    ("escape character", {"command": "echo \x1b[2J"}, "refused"),
-    ("next line control", {"command": "echo a\x85touch {marker}"}, "refused"),
+    *((command, {"command": command}, "refused") for command in REFUSED),
+    *((words, {"command": f"echo {words}"}, f"{words}\n") for words in ECHOED),
     ("newline in args", {"command": "echo", "args": ["a\ntouch {marker}"]}, "refused"),
     ("NUL in args", {"command": "echo", "args": ["a\0touch {marker}"]}, "refused"),
-    ("command substitution", {"command": "echo $(touch {marker})"}, "$(touch {marker})\n"),
     ("quoted substitution", {"command": 'echo "$(touch {marker})"'}, "$(touch {marker})\n"),
-    ("backticks", {"command": "echo `touch {marker}`"}, "`touch {marker}`\n"),
     ("process substitution", {"command": "cat <(touch {marker})"}, "cat: "),
-    ("substitution as command", {"command": "$(echo touch) {marker}"}, "refused"),
-    ("backticks as command", {"command": "`echo touch` {marker}"}, "refused"),
-    ("IFS", {"command": "echo$IFS{marker}"}, "refused"),
-    ("braced IFS", {"command": "touch${IFS}{marker}"}, "refused"),
-    ("brace expansion", {"command": "{touch,{marker}}"}, "refused"),
-    ("variable as command", {"command": "$SHELL -c 'touch {marker}'"}, "refused"),
-    ("positional variable", {"command": "echo $0"}, "$0\n"),
-    ("arithmetic", {"command": "echo $((1+1))"}, "$((1+1))\n"),
-    ("history expansion", {"command": "echo !!"}, "!!\n"),
-    ("redirection out", {"command": "echo a > {marker}"}, "a > {marker}\n"),
-    ("redirection without blank", {"command": "echo a >{marker}"}, "a >{marker}\n"),
-    ("redirection first", {"command": ">{marker} echo a"}, "refused"),
     ("here string", {"command": "cat <<< {marker}"}, "cat: "),
-    ("file descriptor", {"command": "echo a 3>{marker}"}, "a 3>{marker}\n"),
     ("quotes inside the word", {"command": "e''cho a"}, "a\n"),
     ("backslash inside the word", {"command": "e\\cho a"}, "a\n"),
-    ("quoted word with arguments", {"command": "'echo a; touch {marker}'"}, "refused"),
-    ("open quote", {"command": "echo 'a"}, "refused"),
-    ("trailing backslash", {"command": "echo a\\"}, "refused"),
-    ("ANSI-C quoting", {"command": "$'touch' {marker}"}, "refused"),
-    ("comment", {"command": "echo a # touch {marker}"}, "a # touch {marker}\n"),
-    ("empty command", {"command": "''"}, "refused"),
-    ("only blanks", {"command": "   "}, "refused"),
-    ("empty first word", {"command": "'' echo"}, "refused"),
-    ("assignment first", {"command": "PATH={planted} echo a"}, "refused"),
-    ("bash as command", {"command": "bash -c 'touch {marker}'"}, "refused"),
-    ("no-break space", {"command": "echo\u00a0a"}, "refused"),
     ("planted in the working directory", {"command": "echo a", "working_dir": "{planted}"}, "a\n"),
     ("option of the list", {"command": "ls -d /"}, "/\n"),
     *((line, {"command": "echo a", "env": dict([line.split("=")])}, "refused") for line in OTHER_VARIABLES),
-    ("exported function", {"command": "echo a", "env": {"BASH_FUNC_echo%%": "() {{ touch {marker}; }}"}}, "refused"),
+    ("exported function", {"command": "echo a", "env": {"BASH_FUNC_echo%%": "() { touch {marker}; }"}}, "refused"),
     ("listed variable", {"command": "echo a", "env": {"LANG": "C"}}, "a\n"),
     ("args with separators", {"command": "echo", "args": ["a; touch {marker}"]}, "a; touch {marker}\n"),
     ("args with substitution", {"command": "echo", "args": ["$(touch {marker})"]}, "$(touch {marker})\n"),
@@ -4264,19 +4216,13 @@ ATTACKS: list[tuple[str, dict[str, Any], str]] = [
 
 
 def filled(value: Any, marker: Path, planted: Path) -> Any:
-    if isinstance(value, str):
-        return value.replace("{marker}", str(marker)).replace("{planted}", str(planted)).replace("{{", "{").replace("}}", "}")
-    if isinstance(value, dict):
-        return {name: filled(item, marker, planted) for name, item in value.items()}
-    return [filled(item, marker, planted) for item in value]
+    return json.loads(json.dumps(value).replace("{marker}", str(marker)).replace("{planted}", str(planted)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [{}, {"launcher": "nice"}], ids=["here", "launched"])
 @pytest.mark.parametrize(("config", "result"), [(config, result) for _, config, result in ATTACKS], ids=[a[0] for a in ATTACKS])
-async def test_an_attack_on_the_list_of_commands_runs_nothing_else(
-    tmp_path: Path, config: dict[str, Any], result: str, launcher: dict[str, str]
-) -> None:
+async def test_an_attack_on_allowed_commands_runs_nothing_else(tmp_path: Path, config: Json, result: str, launcher: Json) -> None:
     marker, planted = tmp_path / "marker", tmp_path / "planted"
     planted.mkdir()
     planted_programs(planted, f"touch {marker}")
@@ -4312,25 +4258,21 @@ async def test_what_is_refused_says_what_is_allowed() -> None:
 # ---- Addresses
 
 
-# What is said of an address, and when private networks are blocked: None when it may be called.
-ADDRESSES = {
-    (None, None): "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808",
-    (None, "private"): """
-        127.0.0.1 127.8.9.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 100.64.0.1 224.0.0.1 255.255.255.255 ::1 ::
-        fd12:3456::1 fec0::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::
-        64:ff9b:1::808:808 2002:808:808::1 4000::1 1000::1 5f00::1 100::1 2001:db8::1
-    """,
-    ("link-local", "link-local"): """
-        169.254.169.254 169.254.0.1 fe80::1 fe80::1%2 ::ffff:169.254.169.254 64:ff9b::a9fe:a9fe
-        2002:a9fe:a9fe::1 fd00:ec2::254 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::23 fd20:ce::254
-        fd00:c1::a9fe:a9fe fd00:42::42 fd00:a9fe:a9fe::1 64:ff9b::6464:64c8 64:ff9b:1::a9fe:a9fe
-        64:ff9b:1:a9fe:a9:fe00:: 64:ff9b:1:a9:fe:a9fe:: 64:ff9b:1:0:a9:fea9:fe00:0
-    """,
-}
-
-
 def test_refused_addresses() -> None:
-    for (open_net, private_blocked), addresses in ADDRESSES.items():
+    for (open_net, private_blocked), addresses in {  # what is said of it then: None when it may be called
+        (None, None): "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808",
+        (None, "private"): """
+            127.0.0.1 127.8.9.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 100.64.0.1 224.0.0.1 255.255.255.255 ::1 ::
+            fd12:3456::1 fec0::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::
+            64:ff9b:1::808:808 2002:808:808::1 4000::1 1000::1 5f00::1 100::1 2001:db8::1
+        """,
+        ("link-local", "link-local"): """
+            169.254.169.254 169.254.0.1 fe80::1 fe80::1%2 ::ffff:169.254.169.254 64:ff9b::a9fe:a9fe
+            2002:a9fe:a9fe::1 fd00:ec2::254 100.100.100.200 168.63.129.16 192.0.0.192 fd00:ec2::23 fd20:ce::254
+            fd00:c1::a9fe:a9fe fd00:42::42 fd00:a9fe:a9fe::1 64:ff9b::6464:64c8 64:ff9b:1::a9fe:a9fe
+            64:ff9b:1:a9fe:a9:fe00:: 64:ff9b:1:a9:fe:a9fe:: 64:ff9b:1:0:a9:fea9:fe00:0
+        """,
+    }.items():
         for address in addresses.split():
             found = [chronotask.refused_address(address, Settings(block_private_networks=blocked)) for blocked in (False, True)]
             assert [said and said.split()[0] for said in found] == [open_net, private_blocked], address
@@ -4369,9 +4311,8 @@ async def serving(handler: Handler, ssl_context: ssl.SSLContext | None = None) -
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context)
     await site.start()
-    scheme = "https" if ssl_context else "http"
     try:
-        yield f"{scheme}://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"{'https' if ssl_context else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -4403,13 +4344,12 @@ async def http_executors(
     environ: dict[str, str] | None = None,
     live: LiveOutput | None = None,
     run: chronotask.Run = SECOND_RUN,
-    now: Callable[[], int] | None = None,
     client: chronotask.HttpClient | None = None,
     **config: Any,
 ) -> Outcome:
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
-    async with contextlib.nullcontext(client) if client else http_client(settings, now) as used:
+    async with contextlib.nullcontext(client) if client else http_client(settings) as used:
         return await chronotask.run_http(StoredConfig(url=url, **config), run, used, environ or {}, live)
 
 
@@ -4438,8 +4378,8 @@ async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None,
 
 
 @contextlib.asynccontextmanager
-async def http_client(settings: Settings, now: Callable[[], int] | None = None) -> AsyncIterator[chronotask.HttpClient]:
-    client = chronotask.HttpClient(settings, now)
+async def http_client(settings: Settings) -> AsyncIterator[chronotask.HttpClient]:
+    client = chronotask.HttpClient(settings)
     try:
         yield client
     finally:
@@ -4461,15 +4401,11 @@ async def echoed(url: str = "/", **config: Any) -> dict[str, Any]:
 
 async def test_a_get_has_the_documented_headers_and_without_a_slot_none_of_it_and_a_tasks_own_ones_win() -> None:
     seen = await echoed("/a?b=c")
-    headers = seen["headers"]
     assert (seen["method"], seen["path"], seen["body"]) == ("GET", "/a?b=c", "")
-    assert headers["user-agent"] == f"ChronoTask/{chronotask.__version__}"
-    assert headers["x-chronotask-execution-id"] == "8"
-    assert headers["x-chronotask-scheduled-for"] == "2023-11-14T22:13:20.250000Z"
-    assert headers["x-chronotask-attempt"] == "2"
-    assert headers["idempotency-key"] == RUN_UUID
-    assert "authorization" not in headers
-    assert "cookie" not in headers
+    ours = {"execution-id": "8", "scheduled-for": "2023-11-14T22:13:20.250000Z", "attempt": "2"}
+    named = {"user-agent": f"ChronoTask/{chronotask.__version__}", "idempotency-key": RUN_UUID}
+    assert seen["headers"].items() >= (named | {f"x-chronotask-{name}": value for name, value in ours.items()}).items()
+    assert not {"authorization", "cookie"} & seen["headers"].keys()
     seen = await echoed("/p?a=1", run=MANUAL_RUN, params={"b": "x y&z", "c": [1, 2.5, True], "d": False})
     assert seen["path"] == "/p?a=1&b=x+y%26z&c=1&c=2.5&c=true&d=false"
     assert "x-chronotask-scheduled-for" not in seen["headers"]
@@ -4547,20 +4483,13 @@ async def test_a_body_is_sent_as_json_or_as_it_is_and_only_with_one_a_content_ty
         assert (await echoed(method=method, headers={"content-type": "a/b"}))["headers"]["content-type"] == "a/b"
 
 
-async def test_a_header_wins_over_auth_and_auth_over_the_url() -> None:
-    received = []
-
-    async def handler(request: web.Request) -> web.Response:
-        received.append(request.headers["Authorization"])
-        return web.Response()
-
+async def test_a_header_wins_over_auth_and_auth_over_the_url(target: Target) -> None:
     auth, own = {"auth": {"username": "a", "password": "b"}}, {"headers": {"authorization": "Token abcdefgh"}}
     odd = {"auth": {"username": "ü", "password": "p:w"}}
-    async with serving(handler) as base:
-        for userinfo, config in (("", odd), ("u%40:p%2F@", {}), ("u:p@", auth), ("u:p@", auth | own)):
-            assert (await http_executors(base.replace("//", f"//{userinfo}"), **config)).status == "succeeded"
+    for userinfo, config in (("", odd), ("u%40:p%2F@", {}), ("u:p@", auth), ("u:p@", auth | own)):
+        assert (await http_executors(target.url.replace("//", f"//{userinfo}"), **config)).status == "succeeded"
     basic = [f"Basic {base64.b64encode(text.encode()).decode()}" for text in ("ü:p:w", "u@:p/", "a:b")]
-    assert received == [*basic, "Token abcdefgh"]
+    assert [request.headers["Authorization"] for request in target.requests] == [*basic, "Token abcdefgh"]
 
 
 async def test_an_answer_is_kept_with_its_headers_and_parsed_json_and_a_long_one_is_clipped_in_the_middle() -> None:
@@ -4603,9 +4532,7 @@ def deflated(data: bytes, wbits: int = 31) -> bytes:
     ("Encoding: gzip", b"", ""),
     *(("Encoding: deflate", deflated(b"hello", wbits), "hello") for wbits in (15, -15)),
 )
-async def test_json_is_parsed_other_bodies_are_text_codings_are_undone_and_the_status_decides(
-    header: str, sent: bytes, body: Any
-) -> None:
+async def test_json_is_parsed_other_bodies_are_text_and_codings_are_undone(header: str, sent: bytes, body: Any) -> None:
     outcome = await answered(f"HTTP/1.1 200 OK\r\nContent-{header}\r\nContent-Length: {len(sent)}\r\n\r\n".encode() + sent)
     assert (outcome.status, output(outcome)["body"]) == ("succeeded", body)
 
@@ -4643,21 +4570,17 @@ def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(sent: str | None, d
     assert chronotask.retry_after(headers, lambda: 20_000_000) == seconds
 
 
-async def test_the_method_changes_on_redirects_as_in_browsers() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        if request.path == "/":
-            return web.Response(status=status, headers={"Location": "next?x=1"})
-        seen.append((request.method, request.raw_path, await request.text(), request.headers.get("Content-Type")))
-        return web.Response()
-
+async def test_the_method_changes_on_redirects_as_in_browsers(target: Target) -> None:
     changes = "301 POST GET, 302 POST GET, 303 POST GET, 303 PUT GET, 303 HEAD HEAD, 301 PUT PUT, 302 DELETE DELETE"
-    async with serving(handler) as url:
-        for change in f"{changes}, 307 POST POST, 308 PATCH PATCH".split(", "):
-            code, method, then = change.split()
-            status, seen = int(code), list[Any]()
-            assert (await http_executors(url + "/", method=method, body="data")).status == "succeeded"
-            kept = ("data", "text/plain; charset=utf-8") if then == method else ("", None)
-            assert seen == [(then, "/next?x=1", *kept)], change
+    for number, change in enumerate(f"{changes}, 307 POST POST, 308 PATCH PATCH".split(", "), 1):
+        status, method, then = change.split()
+        target.answer(int(status), {"Location": "next?x=1"})
+        assert (await http_executors(target.url + "/", method=method, body="data")).status == "succeeded"
+        kept = (b"data", "text/plain; charset=utf-8") if then == method else (b"", None)
+        last = target.requests[-1]
+        assert (last.method, last.raw_path) == (then, "/next?x=1"), change
+        assert (target.bodies[-1], last.headers.get("Content-Type")) == kept, change
+        assert len(target.requests) == 2 * number, change
 
 
 async def test_a_redirect_that_is_not_followed_fails_for_good() -> None:
@@ -4670,17 +4593,16 @@ async def test_a_redirect_that_is_not_followed_fails_for_good() -> None:
         assert (outcome.status, outcome.retryable, message in str(outcome.error_message)) == ("failed", False, True), location
 
 
-CREDENTIALS = """Cookie Proxy-Authorization X-Api-Key X-Auth-Token X-Amz-Security-Token X-Hub-Signature My-Password Client-Secret
-    X-Session-Id X-Jwt-Assertion X-Pwd X-Tenant Referer""".split()
-
-
-@each("by", "headers", "auth", "url")
-async def test_credentials_are_not_sent_on_to_another_server_and_its_refusal_says_so(by: str) -> None:
-    config: dict[str, Any] = {"headers": dict.fromkeys(CREDENTIALS, "a=b")}
-    if by == "headers":
-        config["headers"]["Authorization"] = "Bearer 1"
-    elif by == "auth":
-        config["auth"] = {"username": "u", "password": "p"}
+@each(
+    "userinfo more",
+    ("", {"headers": {"Authorization": "Bearer 1"}}),
+    ("", {"auth": {"username": "u", "password": "p"}}),
+    ("u:p@", {}),
+)
+async def test_credentials_are_not_sent_on_to_another_server_and_its_refusal_says_so(userinfo: str, more: Json) -> None:
+    credentials = """Cookie Proxy-Authorization X-Api-Key X-Auth-Token X-Amz-Security-Token X-Hub-Signature My-Password
+        Client-Secret X-Session-Id X-Jwt-Assertion X-Pwd X-Tenant Referer""".split()
+    config = {**more, "headers": dict.fromkeys(credentials, "a=b") | more.get("headers", {})}
 
     async def handler(request: web.Request) -> web.Response:
         if request.path in ("/here", "/there"):
@@ -4690,9 +4612,9 @@ async def test_credentials_are_not_sent_on_to_another_server_and_its_refusal_say
         return web.Response(status=307, headers={"Location": "/here" if request.path == "/same" else other + "/there"})
 
     async with serving(handler) as other, serving(handler) as url:
-        base = url.replace("//", "//u:p@") if by == "url" else url
+        base = url.replace("//", f"//{userinfo}")
         same, away = [await http_executors(base + path, **config) for path in ("/same", "/away")]
-    secret = {name.lower() for name in CREDENTIALS} | {"authorization"}
+    secret = {name.lower() for name in credentials} | {"authorization"}
     assert secret <= set(output(same)["body"]["headers"])
     assert not secret & set(output(away)["body"]["headers"])
     assert "idempotency-key" in output(away)["body"]["headers"]
@@ -4710,18 +4632,11 @@ async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -
     assert body.error_message == "redirected to 127.0.0.1, which must not get the secret in the body"
 
 
-async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the_next_one() -> None:
-    seen = []
-
-    async def handler(request: web.Request) -> web.Response:
-        seen.append(request.headers.get("Cookie"))
-        response = web.Response(status=302 if request.path == "/" else 200, headers={"Location": "/next"})
-        response.set_cookie("sid", "1")
-        return response
-
-    async with serving(handler) as url:
-        await attempts(url + "/", 2)
-    assert seen == [None, "sid=1", None, "sid=1"]
+async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the_next_one(target: Target) -> None:
+    for status in (302, 200, 302, 200):
+        target.answer(status, {"Location": "/next", "Set-Cookie": "sid=1; Path=/"})
+    await attempts(target.url + "/", 2)
+    assert [request.headers.get("Cookie") for request in target.requests] == [None, "sid=1", None, "sid=1"]
 
 
 async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
@@ -4850,9 +4765,7 @@ def tls(tmp_path: Path) -> ssl.SSLContext:
     return context
 
 
-async def test_an_untrusted_certificate_is_refused_unless_verify_tls_is_false_and_no_tls_is_explained(
-    tls: ssl.SSLContext,
-) -> None:
+async def test_an_untrusted_certificate_is_refused_unless_verify_tls_is_false_and_no_tls_is_said(tls: ssl.SSLContext) -> None:
     async with serving(echo, tls) as url, serving(echo) as plain:
         outcomes = [await http_executors(url), await http_executors(plain.replace("http:", "https:"))]
         assert (await http_executors(url, verify_tls=False)).status == "succeeded"
@@ -4869,12 +4782,9 @@ async def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.Monke
 
 
 async def test_more_requests_than_a_connection_pool_holds_run_at_once() -> None:
-    all_here, arrived = asyncio.Event(), []
+    all_here = asyncio.Barrier(150)
 
     async def handler(request: web.Request) -> web.Response:
-        arrived.append(request)
-        if len(arrived) == 150:
-            all_here.set()
         await all_here.wait()
         return web.Response()
 
@@ -4950,10 +4860,7 @@ def redirect(location: bytes, status: int = 302) -> bytes:
 
 @each("status location", (303, b"/next"), (302, b"/next"), (307, b"/next"), (303, b"//127.0.0.1:PORT/next"))
 async def test_a_server_that_closes_behind_a_redirect_without_saying_so(status: int, location: bytes) -> None:
-    def answer(request: str, number: int) -> tuple[bytes, bool]:
-        return (OK, False) if request.endswith("/next") else (redirect(place, status), True)
-
-    async with talking(answer) as (url, seen):
+    async with talking(lambda to, _: (OK, False) if to[-5:] == "/next" else (redirect(place, status), True)) as (url, seen):
         place = location.replace(b"PORT", url.rpartition(":")[2].encode())
         outcomes = await attempts(url + "/", 20, method="POST", body="paid")
     assert [outcome.status for outcome in outcomes] == ["succeeded"] * 20
@@ -5002,19 +4909,15 @@ async def test_a_request_is_sent_once_when_a_kept_connection_breaks(monkeypatch:
 
 
 async def test_an_answer_before_the_end_of_a_request_counts_and_is_no_reason_to_send_it_again() -> None:
-    asked = list[str]()
-
-    async def for_ever(writer: asyncio.StreamWriter) -> None:
-        asked.append("once")
-        await hang(writer)
-
-    too_large = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
-    outcome = await answered(too_large, for_ever, method="POST", body="x" * 1_000_000)
+    asked, too_large = list[str](), b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
+    post = {"method": "POST", "body": "x" * 1_000_000}
+    outcome = await answered(too_large, lambda writer: asked.append("once") or hang(writer), **post)
     assert (outcome.error_message, outcome.retryable) == ("answered 413 Too Large; expected 200-299", False)
     assert asked == ["once"]
 
 
-BEHIND = [
+@each(
+    "method answer body",
     ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", ""),
     ("GET", b"HTTP/1.1 204 No Content\r\n\r\n{}\n", ""),
     ("GET", b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", ""),
@@ -5031,13 +4934,8 @@ BEHIND = [
     ("GET", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length:2\r\n\r\nokgarbage", "ok"),
     ("GET", b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 60_000 + b"\r\nContent-Length: 2\r\n\r\nok", "ok"),
     ("GET", b"HTTP/1.1 200 OK\r\n" + b"Set-Cookie: a=b\r\n" * 2_000 + b"Content-Length: 2\r\n\r\nok", "ok"),
-]
-
-
-@each("method answer body", *BEHIND)
-async def test_a_complete_answer_stands_whatever_follows_it_and_in_which_pieces_it_comes(
-    tls: ssl.SSLContext, method: str, answer: bytes, body: str
-) -> None:
+)
+async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext, method: str, answer: bytes, body: str) -> None:
     for context in (None, tls):
         async with talking(lambda request, number: (answer, False), context) as (url, seen):
             outcomes = await attempts(url, 3, method=method, expected_status=["200-399"], verify_tls=False)
@@ -5090,10 +4988,7 @@ async def test_what_cannot_be_read_is_retried_but_no_reason_to_post_again(answer
 
 
 async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> None:
-    def answer(request: str, number: int) -> tuple[bytes, bool]:
-        return (b"", True) if request[-2:] == "/x" else (redirect(b"/x", int(request[-3:])), False)
-
-    async with talking(answer) as (url, _):
+    async with talking(lambda to, _: (b"", True) if to[-2:] == "/x" else (redirect(b"/x", int(to[-3:])), False)) as (url, _):
         moved = [await http_executors(url + path, method="POST") for path in ("/303", "/307")]
     assert [outcome.retryable for outcome in moved] == [False, True]
     for begin in (b"HTTP/1.1 200 OK\r\n\r\nbegin", b"HTTP/1.1 200 O"):
@@ -5276,20 +5171,21 @@ async def test_each_tick_claims_a_batch_that_grows_with_what_runs_and_starts_wha
     assert Counter(await rig.statuses()) == {"succeeded": 300}
 
 
-async def tick_that_begins(rig: Rig, first: int) -> asyncio.Future[None]:
-    """A tick under way: the attempts are `running` on disk, and the `first` of them has a job."""
+async def burst(open_rig: OpenRig, count: int, **fields: Any) -> tuple[Rig, list[int], asyncio.Future[None]]:
+    """Executions that a tick under way begins: they are `running` on disk, and the first of them has a job."""
+    rig = await open_rig(max_concurrent_runs=count)
+    task_id = await rig.task(**fields)
+    ids = [await rig.execute(task_id) for _ in range(count)]
     tick = asyncio.ensure_future(rig.service.engine.tick())
-    while (active := rig.service.engine.running.get(first)) is None or active.job is None:
+    while (active := rig.service.engine.running.get(ids[0])) is None or active.job is None:
         await asyncio.sleep(0)
-    return tick
+    return rig, ids, tick
 
 
 @each("kind", "http", "bash")
 async def test_a_burst_begins_little_by_little_so_that_others_have_the_loop(open_rig: OpenRig, target: Target, kind: str) -> None:
-    rig = await open_rig(max_concurrent_runs=12)
-    task_id = await rig.task(**(target.config("/hold") if kind == "http" else {"config": {"command": "sleep 30"}}))
-    ids = [await rig.execute(task_id) for _ in range(12)]
-    tick = await tick_that_begins(rig, ids[0])
+    fields = target.config("/hold") if kind == "http" else {"config": {"command": "sleep 30"}}
+    rig, _, tick = await burst(open_rig, 12, **fields)
     for begun in (4, 8, 12):
         assert sum(active.job is not None for active in rig.service.engine.running.values()) == begun
         await asyncio.sleep(0)
@@ -5297,10 +5193,8 @@ async def test_a_burst_begins_little_by_little_so_that_others_have_the_loop(open
 
 
 async def test_what_is_cancelled_before_it_has_begun_starts_nothing(open_rig: OpenRig, tmp_path: Path) -> None:
-    rig = await open_rig(max_concurrent_runs=20)
-    task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 0.1"})
-    ids = [await rig.execute(task_id) for _ in range(20)]
-    tick = await tick_that_begins(rig, ids[0])
+    config = {"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 0.1"}
+    rig, ids, tick = await burst(open_rig, 20, config=config)
     assert rig.service.engine.running[ids[-1]].job is None
     rig.service.engine.stop_run(ids[-1])
     await tick
@@ -5310,10 +5204,8 @@ async def test_what_is_cancelled_before_it_has_begun_starts_nothing(open_rig: Op
 
 
 async def test_a_stop_begins_nothing_more(open_rig: OpenRig, tmp_path: Path) -> None:
-    rig = await open_rig(max_concurrent_runs=40)
-    task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"}, max_retries=1)
-    ids = [await rig.execute(task_id) for _ in range(40)]
-    tick = await tick_that_begins(rig, ids[0])
+    config = {"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"}
+    rig, _, tick = await burst(open_rig, 40, config=config, max_retries=1)
     await rig.close()
     await tick
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("retrying", 40)]
@@ -5362,18 +5254,16 @@ async def test_missed_slots_are_caught_up_by_policy_and_one_by_one(rig: Rig, ope
 
 
 @each(
-    "overlap meanwhile then why",
+    "overlap first then why",
     ("skip", "running skipped skipped", "succeeded skipped skipped", "the previous execution is still running"),
     ("queue", "running queued skipped", "succeeded succeeded skipped", "another execution is already waiting"),
     ("allow", "running running running", "succeeded succeeded succeeded", ""),
 )
-async def test_overlap_skips_queues_or_allows_and_a_skipped_row_says_why(
-    rig: Rig, target: Target, overlap: str, meanwhile: str, then: str, why: str
-) -> None:
+async def test_overlap_skips_queues_or_allows(rig: Rig, target: Target, overlap: str, first: str, then: str, why: str) -> None:
     schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), overlap=overlap)
     for seconds in (60, 120, 180):
         await rig.at(seconds)
-    assert await rig.statuses() == meanwhile.split()
+    assert await rig.statuses() == first.split()
     await rig.let_go(target)
     assert await rig.statuses() == then.split()
     if why:
@@ -5614,19 +5504,17 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
 
 @each(
     "overlap at_the_slot then",
-    ("queue", ["retrying", "queued"], ["succeeded", "succeeded"]),
-    ("cancel", ["cancelled", "running"], ["cancelled", "succeeded"]),
+    ("queue", "retrying queued", "succeeded succeeded"),
+    ("cancel", "cancelled running", "cancelled succeeded"),
 )
-async def test_overlap_queue_waits_for_executions_that_are_retrying_and_cancel_ends_them(
-    rig: Rig, target: Target, overlap: str, at_the_slot: list[str], then: list[str]
-) -> None:
+async def test_a_retrying_one_is_waited_for_or_ended(rig: Rig, target: Target, overlap: str, at_the_slot: str, then: str) -> None:
     target.answer(500)
     await rig.schedule(await rig.task(**target.config(), max_retries=1, retry_delay=70), overlap=overlap)
     await rig.run_at(60)
     await rig.at(120)
-    assert await rig.statuses() == at_the_slot
+    assert await rig.statuses() == at_the_slot.split()
     await rig.run_at(138)
-    assert await rig.statuses() == then
+    assert await rig.statuses() == then.split()
     assert len(target.requests) == 1 + then.count("succeeded")
 
 
@@ -5651,17 +5539,13 @@ async def set_pause(rig: Rig, what: str, on: bool, task_id: int = 1, schedule_id
         await rig.patch_task(task_id, status="paused" if on else "active")
     elif what == "schedule":
         await rig.patch_schedule(schedule_id, is_active=not on)
-    elif on:
-        await rig.service.pause_scheduler({})
     else:
-        await rig.service.resume_scheduler()
+        await (rig.service.pause_scheduler({}) if on else rig.service.resume_scheduler())
 
 
 @each("what", *PAUSES)
 @each("catchup", "latest", "all", "skip")
-async def test_a_pause_stops_slots_also_of_an_edit_or_after_a_restart_and_nothing_of_it_is_caught_up_or_recorded(
-    rig: Rig, open_rig: OpenRig, what: str, catchup: str
-) -> None:
+async def test_slots_of_a_pause_are_neither_caught_up_nor_recorded(rig: Rig, open_rig: OpenRig, what: str, catchup: str) -> None:
     await rig.schedule(await rig.task(), catchup=catchup)
     for pauses in (1, 2):
         await set_pause(rig, what, True)
@@ -5715,9 +5599,7 @@ async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: 
 
 
 @each("status", "active", "paused")
-async def test_a_disabled_task_is_not_executed_and_holds_back_queued_and_retrying_ones_also_across_a_restart(
-    open_rig: OpenRig, target: Target, status: str
-) -> None:
+async def test_a_disabled_task_holds_back_what_waits_across_restarts_too(open_rig: OpenRig, target: Target, status: str) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
@@ -5759,7 +5641,8 @@ async def test_when_capacity_is_short_no_slot_is_skipped_and_the_oldest_goes_fir
 
 
 async def test_a_success_has_all_its_fields(rig: Rig) -> None:
-    execution_id = await rig.execute(await rig.task(config={"command": "echo hello"}))
+    config = {"command": "echo ${UNSET:-hello}", "env": {"A": "1"}}  # an expansion of the shell is no reference
+    execution_id = await rig.execute(await rig.task(config=config))
     rig.clock.advance(1)
     await rig.tick()
     rig.clock.advance(2)
@@ -5989,9 +5872,7 @@ async def test_a_task_is_paused_after_failures_in_a_row_and_counts_anew_when_it_
     assert (await rig.service.get_task(watched))["status"] == "active" and schedule
 
 
-async def test_a_cancelled_and_a_skipped_and_a_missed_one_are_causes_and_what_did_not_run_is_a_warning(
-    rig: Rig, target: Target, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_cancelled_skipped_or_missed_ones_are_causes(rig: Rig, target: Target, caplog: pytest.LogCaptureFixture) -> None:
     watched = await rig.task(name="held", **target.config("/hold"))
     await rig.schedule(watched)
     alert, _ = await listener(rig, "cancelled", "skipped", "missed", task_ids=[watched])
@@ -6479,9 +6360,7 @@ async def test_a_retry_waits_for_no_future_that_did_not_come_after_a_restart(rig
 
 
 @each("at_start", False, True)
-async def test_broken_schedules_stop_neither_others_nor_a_start_nor_a_listing(
-    rig: Rig, open_rig: OpenRig, at_start: bool
-) -> None:
+async def test_broken_schedules_stop_no_others_no_start_and_no_listing(rig: Rig, open_rig: OpenRig, at_start: bool) -> None:
     unknown = ['{"expression": "nonsense", "timezone": "UTC"}', '{"expression": "* * * * *", "timezone": "Mars/Phobos"}']
     broken = dict(enumerate([*unknown, "{}", "[1, 2]", "{oops"], 2))
     for _ in range(7):
@@ -6668,9 +6547,7 @@ async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig
 
 
 @each("days at_start waits", (1.01, True, True), (365, True, True), (365, False, True), (0.99, True, False))
-async def test_after_a_jump_of_more_than_a_day_nothing_is_deleted_by_age_for_an_hour(
-    rig: Rig, open_rig: OpenRig, days: float, at_start: bool, waits: bool
-) -> None:
+async def test_after_a_jump_deletion_by_age_waits(rig: Rig, open_rig: OpenRig, days: float, at_start: bool, waits: bool) -> None:
     await rig.task()
     plant_rows(rig, 10, "succeeded", 29.5)
     if at_start:
@@ -6720,9 +6597,7 @@ def test_retention_visits_only_tasks_with_more_rows_than_are_kept(store: Store) 
     assert chronotask.tasks_with_surplus(db, keep=0, keep_skipped=0) == []
 
 
-async def test_a_deleted_task_is_gone_at_once_its_rows_follow_in_pieces_also_after_a_restart_and_no_id_is_used_again(
-    rig: Rig, open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_deleted_task_is_gone_at_once_and_for_good(rig: Rig, open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "PURGE_ROWS", 1)
     monkeypatch.setattr(chronotask, "DELETE_WAIT", 0.0)
     task_id, other = await rig.task(), await rig.task()
@@ -6787,9 +6662,7 @@ async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 
     return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
 
 
-async def test_after_a_crash_a_running_execution_is_retried_while_attempts_are_left_and_else_interrupted(
-    rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path
-) -> None:
+async def test_a_crashed_execution_is_retried_or_interrupted(rig: Rig, open_rig: OpenRig, target: Target, tmp_path: Path) -> None:
     for max_retries in (0, 1):
         await rig.begun(await rig.task(**target.config("/hold"), max_retries=max_retries, retry_delay=10))
     later = await crashed(rig, open_rig, tmp_path)
@@ -6869,17 +6742,6 @@ async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_r
         await rig.finish()
     await rig.run_at(120)
     assert await rig.brief() == [("schedule", "succeeded", 60), ("schedule", "succeeded", 120)]
-
-
-async def test_json_in_rows_is_utf8_and_compact(rig: Rig) -> None:
-    await rig.task(name="ünï", config={"command": "echo ü"})
-    assert rig.sql("SELECT config FROM tasks") == [('{"command":"echo ü"}',)]
-
-
-async def test_a_command_with_a_shell_expansion_and_no_reference_runs(rig: Rig) -> None:
-    for more in ({}, {"env": {"A": "1"}}):
-        execution_id = await rig.executed(await rig.task(config={"command": "echo ${UNSET:-fallback}", **more}))
-        assert (await rig.service.get_execution(execution_id))["output_data"]["stdout"] == "fallback\n"
 
 
 # ======================================================================================================================
@@ -6969,7 +6831,7 @@ async def test_a_slot_that_an_edit_finds_due_is_judged_by_the_rules_before_it(ri
     target.let_go.set()
 
 
-@each("switched_off", False, True)
+@each("off", False, True)
 @each(
     "fields changes active",  # how it came to its end, what is changed then, and whether that makes it active again
     ({"schedule_type": "once"}, {"schedule_config": {"in_seconds": 60}}, True),
@@ -6982,24 +6844,23 @@ async def test_a_slot_that_an_edit_finds_due_is_judged_by_the_rules_before_it(ri
     ({"max_runs": 1, "jitter": 0}, {"max_runs": 1, "overlap": "allow"}, False),
     ({"schedule_type": "once"}, {"schedule_config": {"in_seconds": 60}, "is_active": False}, False),
 )
-async def test_an_edit_that_gives_slots_again_makes_a_schedule_active_unless_somebody_switched_it_off(
-    rig: Rig, fields: dict[str, Any], changes: dict[str, Any], active: bool, switched_off: bool
-) -> None:
+async def test_new_slots_activate_unless_switched_off(rig: Rig, fields: Json, changes: Json, active: bool, off: bool) -> None:
     schedule_id = await rig.schedule(await rig.task(), **fields)
     await rig.at(60)
     await rig.run_at(100)
     assert (await rig.service.get_schedule(schedule_id))["is_active"] is False
-    if switched_off:
+    if off:
         await rig.patch_schedule(schedule_id, is_active=False)
     view = await rig.patch_schedule(schedule_id, **changes)
-    assert (view["is_active"], view["next_run"] is not None) == ((active and not switched_off,) * 2)
-    if switched_off and active:
+    assert (view["is_active"], view["next_run"] is not None) == ((active and not off,) * 2)
+    if off and active:
         assert (await rig.patch_schedule(schedule_id, is_active=True))["next_run"] is not None
 
 
 async def test_configurations_are_replaced_as_a_whole_a_new_type_with_its_own_in_the_same_request(rig: Rig) -> None:
     task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
-    assert (await rig.patch_task(task_id, config={"command": "false"}))["config"] == {"command": "false"}
+    assert (await rig.patch_task(task_id, config={"command": "echo ü"}))["config"] == {"command": "echo ü"}
+    assert rig.sql("SELECT config FROM tasks") == [('{"command":"echo ü"}',)], "UTF-8, and compact"
     schedule_id = await rig.schedule(task_id, schedule_config={"seconds": 60, "start_date": "2026-01-01T00:00:30Z"})
     view = await rig.patch_schedule(schedule_id, schedule_config={"seconds": 60})
     assert view["schedule_config"] == {"seconds": 60, "timezone": "UTC"}
@@ -7067,10 +6928,6 @@ class Life:
                 bounds = {"catchup_window": pick([86400, 100, 0]), "max_runs": pick([None, None, 3, 10])}
                 more = {"schedule_config": config, "jitter": pick([0, 0, 1, 20]), **policies, **bounds}
                 self.schedules[await self.rig.schedule(task_id, kind, **more)] = task_id
-
-    async def goes_on(self) -> None:
-        weights = {self.time: 50, self.failures: 8, self.let_go: 10, self.hand: 8, self.pause: 8, self.cancel: 5, self.again: 8}
-        await self.draw.choices(list(weights), list(weights.values()))[0]()
 
     async def time(self) -> None:
         self.rig.clock.advance(self.draw.choice([0.5, 1, 2, 5, 10, 60, 60, 300, 5000]))
@@ -7151,8 +7008,9 @@ async def test_in_a_random_life_every_slot_has_its_row(seed: int, open_rig: Open
     """And every count is right."""
     life = Life(seed, open_rig, target, tmp_path)
     await life.begin()
-    for _ in range(40):
-        await life.goes_on()
+    weights = {life.time: 50, life.failures: 8, life.let_go: 10, life.hand: 8, life.pause: 8, life.cancel: 5, life.again: 8}
+    for event in life.draw.choices(list(weights), list(weights.values()), k=40):
+        await event()
     await life.ends()
     for task_id in set(life.schedules.values()):
         await life.check_task(task_id)
@@ -7465,9 +7323,7 @@ async def test_what_has_no_key_is_taken_over_by_the_key_that_an_export_gave_it(r
     ("pause", "paused", "paused", [True, False]),
     ("delete", "deleted", None, [True]),
 )
-async def test_what_a_file_no_longer_names_goes_on_or_is_pruned(
-    rig: Rig, prune: str | None, action: str, task: str | None, schedules: list[bool]
-) -> None:
+async def test_what_a_file_leaves_out_goes_on_or_is_pruned(rig: Rig, prune: Any, action: str, task: Any, schedules: Any) -> None:
     gone = '\n[tasks.gone]\ntask_type = "bash"\nconfig = { command = "true" }\n'
     second = "[tasks.nightly.schedules.noon]\nschedule_type = 'cron'\nschedule_config = { expression = '0 12 * * *' }\n"
     await applied(rig, NIGHTLY + second + gone)
@@ -7597,10 +7453,8 @@ async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(rig
         ('"cron"', '"cron"\ntask_id = 1', f"{NIGHT}.task_id", "unknown field"),
         ('"cron"', '"cron"\nstart_at = "soon"', f"{NIGHT}.start_at", "'soon': must be"),
     ):
-        with pytest.raises(InvalidInput) as caught:
-            await applied(rig, NIGHTLY.replace(old, new))
-        found = {error.field: error.message for error in caught.value.errors}
-        assert found[path].startswith(message), found
+        said = await why_refused(applied(rig, NIGHTLY.replace(old, new)))
+        assert f"{path}: {message}" in said, new
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
@@ -7783,33 +7637,33 @@ LOGNAME=nobody
 HOME=/tmp
 PATH=/bin:/usr/bin:/sbin
 """.replace("|", "")
+
+
 # What the cron of Debian 12 (3.0pl1-162) wrote to OUT when its spool held these lines, under NASTY.
-CRON_DID = {
-    r"""* * * * * echo 'c\d' "e\%f" back\\slash > OUT""": "c\\d e%f backslash\n",
-    r"""* * * * * cat > OUT%line one%line \% two\\%x\y%""": "line one\nline % two\\%x\\y\n",
-    r"""* * * * * cat > OUT; echo end >> OUT%""": "end\n",
-    "*\t*  * * *\t \tcat > OUT; date +\\%Y | tr 0-9 9 >> OUT": "9999\n",
-    r"""* * * * * echo {a,b} $0 "$SHELL" "$HOME" > OUT; pwd >> OUT""": "{a,b} /bin/sh /bin/sh /tmp\n/tmp\n",
-    r"""  * * * * * env | grep -E '^(FOO|BAR|QUX|BAZ|EMPTY|DQ|HASH|TZ|LOGNAME|PATH|HOME|SHELL|A)=' | sort > OUT""": (
+@each(
+    "line written",
+    (r"""* * * * * echo 'c\d' "e\%f" back\\slash > OUT""", "c\\d e%f backslash\n"),
+    (r"""* * * * * cat > OUT%line one%line \% two\\%x\y%""", "line one\nline % two\\%x\\y\n"),
+    (r"""* * * * * cat > OUT; echo end >> OUT%""", "end\n"),
+    ("*\t*  * * *\t \tcat > OUT; date +\\%Y | tr 0-9 9 >> OUT", "9999\n"),
+    (r"""* * * * * echo {a,b} $0 "$SHELL" "$HOME" > OUT; pwd >> OUT""", "{a,b} /bin/sh /bin/sh /tmp\n/tmp\n"),
+    (
+        r"""  * * * * * env | grep -E '^(FOO|BAR|QUX|BAZ|EMPTY|DQ|HASH|TZ|LOGNAME|PATH|HOME|SHELL|A)=' | sort > OUT""",
         "A==b\nBAR=  quoted\nBAZ=$HOME/x\nDQ=inner\nEMPTY=\nFOO=a b  c\nHASH=a#b # no comment\nHOME=/tmp\nLOGNAME=root\n"
-        'PATH=/bin:/usr/bin:/sbin\nQUX=it"s\nSHELL=/bin/sh\nTZ=Asia/Tokyo\n'
+        'PATH=/bin:/usr/bin:/sbin\nQUX=it"s\nSHELL=/bin/sh\nTZ=Asia/Tokyo\n',
     ),
-    r"""* * * * * echo "it's" 'a "b"' \$HOME `echo sub` # no comment > OUT; echo never > OUT""": None,
-    r"""* * * Jan-Dec sun-Sat echo \\\% \\\\\\\\ > OUT""": "% \\\n",
-    r"""0-59/1 */1 1-31,1 1-12/1 0-7/1 read x; read y; echo "$y/$x" > OUT% first%second%%""": "second/first\n",
-    'SHELL=/bin/bash\n* * * * * echo {a,b} $0 "$SHELL" > OUT; exit 3': "a b /bin/bash /bin/bash\n",
-    "* * * * * /bin/sh -c pwd > OUT 2>&1": "/tmp\n",
-}
-
-
-@each("line", *CRON_DID)
-async def test_a_job_of_a_crontab_does_what_it_did_under_cron(line: str, tmp_path: Path) -> None:
+    (r"""* * * * * echo "it's" 'a "b"' \$HOME `echo sub` # no comment > OUT; echo never > OUT""", None),
+    (r"""* * * Jan-Dec sun-Sat echo \\\% \\\\\\\\ > OUT""", "% \\\n"),
+    (r"""0-59/1 */1 1-31,1 1-12/1 0-7/1 read x; read y; echo "$y/$x" > OUT% first%second%%""", "second/first\n"),
+    ('SHELL=/bin/bash\n* * * * * echo {a,b} $0 "$SHELL" > OUT; exit 3', "a b /bin/bash /bin/bash\n"),
+    ("* * * * * /bin/sh -c pwd > OUT 2>&1", "/tmp\n"),
+)
+async def test_a_job_of_a_crontab_does_what_it_did_under_cron(tmp_path: Path, line: str, written: str | None) -> None:
     text = NASTY + line.replace("OUT", str(tmp_path / "out")) + "\n"
     (task,) = read_crontab(text, False, ROOT, "UTC")[0].values()
     outcome = await bash(**task["config"])
     assert output(outcome)["exit_code"] == (3 if "exit 3" in line else 0)
-    written = (tmp_path / "out").read_text() if (tmp_path / "out").exists() else None
-    assert written == CRON_DID[line]
+    assert ((tmp_path / "out").read_text() if (tmp_path / "out").exists() else None) == written
 
 
 def cron_task(name: str, expression: str, zone: str, env: dict[str, str], **config: Any) -> dict[str, Any]:
@@ -7865,18 +7719,15 @@ def test_every_line_that_cannot_be_read_is_named() -> None:
         "0 0 30 2 * /bin/a": "schedule_config.expression: '0 0 30 2 *': must fire at least once",
         "0 0 * * * \udcff": "config.args[0]: must be a valid string, unable to parse raw data as a unicode string",
     }.items():
-        with pytest.raises(InvalidInput) as caught:
-            read_crontab(f"{line}\n* * * * * /bin/fine\n{line}\n", False, ROOT, "UTC")
-        assert caught.value.detail.startswith(f"line 1: {said}"), caught.value.detail
-        assert [error.field[:6] for error in caught.value.errors] == ["line 1", "line 3"]
+        error = refused(read_crontab, f"{line}\n* * * * * /bin/fine\n{line}\n", False, ROOT, "UTC")
+        assert error.detail.startswith(f"line 1: {said}"), line
+        assert [found.field[:6] for found in error.errors] == ["line 1", "line 3"], line
 
 
 def test_a_system_crontab_has_a_user_who_must_be_the_services() -> None:
     tasks, _ = read_crontab("17 *\t* * *\troot  /bin/a b\n@daily root /bin/c\n", True, ROOT, "UTC")
     assert [task["config"]["command"] for task in tasks.values()] == ["/bin/a b", "/bin/c"]
-    with pytest.raises(InvalidInput) as caught:
-        read_crontab("* * * * * www-data /bin/a\n* * * * * root\n", True, ROOT, "UTC")
-    assert caught.value.errors == (
+    assert refused(read_crontab, "* * * * * www-data /bin/a\n* * * * * root\n", True, ROOT, "UTC").errors == (
         ("line 1", "is run as 'www-data', ChronoTask as root: import it where ChronoTask runs as that user"),
         ("line 2", "must be five time fields or an @word, a user and a command, or NAME = VALUE"),
     )
