@@ -7453,8 +7453,8 @@ async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(rig
         ('"cron"', '"cron"\ntask_id = 1', f"{NIGHT}.task_id", "unknown field"),
         ('"cron"', '"cron"\nstart_at = "soon"', f"{NIGHT}.start_at", "'soon': must be"),
     ):
-        said = await why_refused(applied(rig, NIGHTLY.replace(old, new)))
-        assert f"{path}: {message}" in said, new
+        error = await refusal(applied(rig, NIGHTLY.replace(old, new)))
+        assert f"{path}: {message}" in error.detail, new
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
