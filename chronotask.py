@@ -9206,9 +9206,10 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
     answer, cut = _fitting(resource, view, full if output == "full" else short, without)
     for page, total in cut.items():
-        notes.append(f"only the first {len(view[page])} of {total} fit into an answer: ask for the others, or for less of each")
+        first = f"only the first {len(answer.get(page, ()))} of {total} fit into an answer"
+        notes.append(f"{first}: ask for the others, or for less of each")
     for page in ROWS.keys() & view.keys() if "total" in view else ():
-        if (seen := view["skip"] + len(view[page])) < view["total"]:
+        if (seen := view["skip"] + len(answer.get(page, ()))) < view["total"]:
             notes.append(f"{view['total'] - seen} more: ask with skip={seen}, or with a higher limit")
     return answer | ({"notes": notes} if notes else {})
 
