@@ -10497,7 +10497,8 @@ async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Ca
     for _ in range(100):
         await call("create_task", name="t", command="x" * 450)
     short = [await call("list_tasks", limit=100) for _ in range(2)]
-    assert short[0] == short[1] and (n := len(short[0]["tasks"])) < short[0]["total"] == 100
+    n = len(short[0]["tasks"])
+    assert short[0] == short[1] and n < short[0]["total"] == 100
     why = f"only the first {n} of 100 fit into an answer: ask for the others, or for less of each"
     assert short[0]["notes"] == [why, f"{100 - n} more: ask with skip={n}, or with a higher limit"]
     assert (await call("list_tasks", limit=100, skip=n))["tasks"][0]["id"] == short[0]["tasks"][-1]["id"] + 1
