@@ -1657,7 +1657,7 @@ def test_times_that_are_given_twice_or_not_at_all_are_refused_and_once_in_so_man
         ("once", {"in_seconds": 0}, "in_seconds"),
         ("cron", {"expression": "*/100000 * * * *"}, "expression"),
     ):
-        assert [found for found, _ in errors_of(kind, config)] == [f"schedule_config.{field}"]
+        assert [found for found, _ in errors_of(kind, config)] == [f"schedule_config.{field}"], config
     stored = check_schedule_config("once", {"in_seconds": 90.5, "timezone": "Europe/Berlin"}, "UTC", at("2026-01-01T00:00Z"))
     assert stored == {"datetime": "2026-01-01T01:01:30.500000+01:00", "timezone": "Europe/Berlin"}
 
@@ -1684,7 +1684,7 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean(rig: Rig) -> Non
         body = {"task_id": task_id, "schedule_type": schedule_type, "schedule_config": config}
         preview = await chronotask.preview_schedule(rig.service, parse(chronotask.SchedulePreview, body))
         made = await rig.service.create_schedule(parse(chronotask.ScheduleCreate, body))
-        assert preview["notes"] == made["notes"] == notes
+        assert preview["notes"] == made["notes"] == notes, config
     assert not any("notes" in row for row in (await rig.service.list_schedules(ScheduleQuery()))["schedules"])
 
 
@@ -1768,7 +1768,7 @@ def test_other_schedules_in_words() -> None:
         ("interval", {"seconds": 172800}, f"Every 48 hours {since}"),
     ):
         timing = make_timing(schedule_type, {**config, "timezone": "Europe/Berlin"}, NOW)
-        assert timing.describe() == f"{words} (Europe/Berlin)"
+        assert timing.describe() == f"{words} (Europe/Berlin)", config
 
 
 # -- Configurations ----------------------------------------------------------------------------------------------------
@@ -1788,7 +1788,7 @@ def test_a_good_config_is_stored_with_its_zone() -> None:
         ("interval", {"seconds": 60, "start_date": f"{nine}Z"}, {"seconds": 60, "start_date": f"{nine}Z"}),
     ):
         stored = {"timezone": "Europe/Berlin", **stored}
-        assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored
+        assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored, config
         assert check_schedule_config(schedule_type, stored, "Asia/Tokyo", NOW) == stored
 
 
@@ -2187,7 +2187,7 @@ def test_missed_slots_say_why_they_did_not_run() -> None:
         ("all", 120.0, "older than the catchup_window of 120 s"),
     ):
         due = due_slots(minutely(catchup=catchup, catchup_window=window), NOW, NOW + 500 * MINUTE)
-        assert due.missed is not None and due.missed.reason == reason
+        assert due.missed is not None and due.missed.reason == reason, (catchup, window)
     for last, count, zone, message in (
         (NOW, 1, "UTC", "1 slot, 2026-11-24T05:00:00+00:00 (UTC)"),
         (NOW + MINUTE, 2, "Europe/Berlin", "2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin)"),
@@ -2227,7 +2227,7 @@ def test_a_clock_that_is_set_back_lets_fixed_times_wait_up_to_3_hours_and_all_ot
         (Cron("* * * * * *", "UTC"), 525600, 525600, 0),
         (chronotask.Interval(MINUTE, NOW, NOW, "UTC"), 1, 1, 0),
     ):
-        assert in_minutes(chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE)) == [stands]
+        assert in_minutes(chronotask.stands_at(timing, NOW + stood * MINUTE, NOW, NOW + latest * MINUTE)) == [stands], stood
 
 
 @each(
