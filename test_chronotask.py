@@ -3308,7 +3308,7 @@ def test_binary_output_is_decoded_with_replacement_and_output_of_exactly_the_lim
         clipper = chronotask.Clipper(limit)
         for piece in pieces:
             clipper.feed(piece)
-        assert (clipper.truncated, clipper.text()) == (truncated, text)
+        assert (clipper.truncated, clipper.text()) == (truncated, text), pieces
 
 
 def test_odd_character_sets_are_read_as_utf_8() -> None:
@@ -3591,7 +3591,7 @@ async def test_a_command_succeeds_with_exit_status_0_and_other_ends_are_failures
         (r"printf 'a\0b' >&2; exit 1", "exit status 1: a b", True),
     ):
         outcome = await bash(command)
-        assert (outcome.status, outcome.error_message, outcome.retryable) == ("failed", message, retryable)
+        assert (outcome.status, outcome.error_message, outcome.retryable) == ("failed", message, retryable), command
     killed = output(await bash("echo before; kill -TERM $$"))
     assert (killed["exit_code"], killed["signal"], killed["stdout"]) == (None, "SIGTERM", "before\n")
 
@@ -3718,7 +3718,7 @@ async def test_an_attempt_that_was_stopped_before_it_began_starts_nothing(tmp_pa
         live = LiveOutput(1000)
         live.stop(how)
         outcome = await bash(f"touch {tmp_path}/marker", live=live)
-        assert (outcome.status, outcome.error_message, outcome.output) == (how, said, None)
+        assert (outcome.status, outcome.error_message, outcome.output) == (how, said, None), how
     assert list(tmp_path.iterdir()) == []
 
 
@@ -5030,7 +5030,7 @@ async def test_a_url_is_sent_as_it_is_written() -> None:
             outcomes = [await http_executors(base + url), await http_executors(base + "/away/to")]
         assert [outcome.status for outcome in outcomes] == ["succeeded"] * 2
         followed = {"/a/../b/./c": "/b/c", "/?x=%41": "/away/to?x=%41"}.get(path, path)
-        assert seen == [f"GET {path}", "GET /away/to", f"GET {followed}"]
+        assert seen == [f"GET {path}", "GET /away/to", f"GET {followed}"], url
 
 
 async def test_a_redirect_is_followed_as_it_is_written() -> None:
@@ -5048,7 +5048,7 @@ async def test_a_redirect_is_followed_as_it_is_written() -> None:
         async with talking(answer) as (url, seen):
             place = location.replace(b"PORT", url.rpartition(":")[2].encode())
             outcome = await http_executors(url)
-        assert (outcome.status, seen) == ("succeeded", ["GET /", f"GET {path}"])
+        assert (outcome.status, seen) == ("succeeded", ["GET /", f"GET {path}"]), location
 
 
 # ======================================================================================================================
