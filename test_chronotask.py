@@ -7985,9 +7985,9 @@ async def test_a_task_and_a_schedule_are_created_with_all_their_fields(api: Api)
     made = (("/tasks", {**BASH, "description": "words"}, TASK_VIEW), ("/schedules", EVERY_MINUTE, SCHEDULE_VIEW))
     for path, body, view in made:
         answer = await api("POST", path, body)
-        assert (answer.status, answer.headers["Location"]) == (201, f"/api/v1{path}/1")
+        assert (answer.status, answer.headers["Location"]) == (201, f"/api/v1{path}/1"), path
         assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
-        assert answer.json == view == await api.get(f"{path}/1")
+        assert answer.json == view == await api.get(f"{path}/1"), path
     problem_of(await api("POST", "/schedules", {**EVERY_MINUTE, "task_id": 99}), 404)
 
 
@@ -8043,12 +8043,12 @@ async def test_deleting_answers_204_once_the_rows_are_gone(api: Api) -> None:
     [run_id] = [active.run.run_id for active in api.rig.service.engine.running.values()]
     for path in (f"/schedules/{gone}", f"/tasks/{task_id}"):
         answer = await api("DELETE", path)
-        assert (answer.status, answer.text) == (204, "")
+        assert (answer.status, answer.text) == (204, ""), path
         for method in ("GET", "DELETE"):
             problem_of(await api(method, path), 404)
     assert of_run(run_id) == []
     for table in ("tasks", "schedules", "executions", "attempts"):
-        assert api.rig.sql(f"SELECT count(*) FROM {table}") == [(0,)]
+        assert api.rig.sql(f"SELECT count(*) FROM {table}") == [(0,)], table
     for path in (f"/tasks/{task_id}/history", f"/schedules/{kept}", "/executions/1"):
         problem_of(await api("GET", path), 404)
 
@@ -8080,7 +8080,7 @@ async def test_executing_answers_202_and_with_wait_200_once_it_is_over_or_202_at
             api.rig.clock.go(1)  # to the retries
             await asyncio.sleep(0.005)
         answer = waiting.result()
-        assert (answer.status, answer.json["status"], answer.json["success"]) == (200, status, success)
+        assert (answer.status, answer.json["status"], answer.json["success"]) == (200, status, success), task_id
         assert len(answer.json["attempts"]) == attempts
     answer = await api("POST", f"/tasks/{await api.task(**target.config('/hold'))}/execute?wait=0.05")
     assert (answer.status, answer.json["status"]) == (202, "running")
@@ -8151,7 +8151,7 @@ async def test_one_run_replaces_single_fields_of_its_tasks_config(api: Api) -> N
     await api.task(config=usual, max_retries=1, retry_delay=0)
     for sent, stdout in (({"args": ["--since", "monday"]}, "--since monday\n"), ({"args": None}, "\n"), ({}, "usual\n")):
         answer = await api("POST", "/tasks/1/execute?wait=30", {"config": sent})
-        assert (answer.json["output_data"]["stdout"], answer.json["config"]) == (stdout, sent or None)
+        assert (answer.json["output_data"]["stdout"], answer.json["config"]) == (stdout, sent or None), sent
     assert (await api.get("/tasks/1"))["config"] == usual
     rerun = await api("POST", "/executions/1/rerun?wait=30")
     assert (rerun.status, rerun.headers["Location"]) == (200, "/api/v1/executions/4")
@@ -8170,7 +8170,7 @@ async def test_an_override_is_masked_and_sends_no_secret_of_the_task_elsewhere(a
     shown = {"url": target.url + "/other", "headers": {"Authorization": MASK, "X-A": "1"}}
     assert (answer.json["config"], target.requests[0].headers["Authorization"]) == (shown, "Bearer 0ther")
     for page in ("/executions", "/tasks/1/history"):
-        assert "0ther" not in (await api("GET", page)).text
+        assert "0ther" not in (await api("GET", page)).text, page
     await api("POST", "/executions/1/rerun?wait=30")
     assert target.requests[1].headers["Authorization"] == "Bearer 0ther"
     answer = await api("POST", "/tasks/1/execute", {"config": {"url": target.url.replace("127.0.0.1", "localhost")}})
@@ -8344,9 +8344,9 @@ async def test_texts_in_lists_are_cut_to_4096_characters(api: Api, target: Targe
     for path, key in (("/tasks/1/history", "history"), ("/executions", "executions")):
         output = (await api.get(path))[key][0]["output_data"]
         assert (output["stdout"][:4096], len(output["stdout"]) < 4300, output["stderr"]) == ("x" * 4096, True, "short\n")
-        assert "904 more" in output["stdout"]
+        assert "904 more" in output["stdout"], path
         assert (await api.get(f"{path}?output=full"))[key][0]["output_data"]["stdout"] == "x" * 5000
-        assert (await api.get(f"{path}?output=none"))[key][0]["output_data"] is None
+        assert (await api.get(f"{path}?output=none"))[key][0]["output_data"] is None, path
         problem_of(await api("GET", f"{path}?output=some"), 422, "output")
     assert (await api.get("/executions/1"))["output_data"]["stdout"] == "x" * 5000
     await api.executed(await api.task(config={"command": "head -c 4096 /dev/zero | tr '\\0' x"}))
@@ -8431,7 +8431,7 @@ async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api)
     first, second = await api.task(key="a"), await api.task(key="b")
     for call in (("POST", "/tasks", {**BASH, "key": "a"}), ("PATCH", f"/tasks/{second}", {"key": "a"})):
         answer = await api(*call)
-        assert (answer.status, answer.json["detail"]) == (409, "key: task 1 has the key a already")
+        assert (answer.status, answer.json["detail"]) == (409, "key: task 1 has the key a already"), call
     assert (await api("PATCH", f"/tasks/{first}", {"key": "a", "name": "n"})).status == 200
     assert (await api("DELETE", f"/tasks/{first}")).status == 204
     await api.task(key="a")
@@ -8525,7 +8525,7 @@ async def test_the_root_tells_what_this_is_and_health_is_200_and_503_with_the_re
     await api.task()
     for path in ("/tasks", "/tasks/1", "/scheduler/status", "//", "//health"):
         answer = await api("HEAD", path)
-        assert (answer.status, answer.text) == (200, "")
+        assert (answer.status, answer.text) == (200, ""), path
     assert (await api.get("//health"))["status"] == "healthy"
     api.rig.clock.steady += 11
     answer = await api("GET", "//health")
@@ -9081,7 +9081,7 @@ async def test_going_round_the_token_by_another_route_method_or_spelling(open_ap
         answer = await raw_answer(api.client.port, request.encode())
         is_open = (method, path) in (("GET", "/health"), ("GET", "/docs"))
         assert statuses_in(answer) == [200 if is_open else 401], (method, path, answer)
-        assert is_open or b'\r\nWWW-Authenticate: Bearer realm="ChronoTask"\r\n' in answer
+        assert is_open or b'\r\nWWW-Authenticate: Bearer realm="ChronoTask"\r\n' in answer, (method, path)
     assert api.rig.sql("SELECT id, deleted FROM tasks") == [(task_id, 0)]
     assert api.rig.sql("SELECT count(*) FROM executions") == [(0,)]
 
@@ -9095,7 +9095,7 @@ async def test_what_is_open_without_the_token_tells_nothing(open_api: OpenApi) -
     assert (await api("GET", "//health")).text == '{"status":"healthy"}'
     for path in ("//", "//docs"):
         answer = await api("GET", path, headers={"Accept": "text/html"})
-        assert answer.status == 200 and "geheim-name" not in answer.text
+        assert answer.status == 200 and "geheim-name" not in answer.text, path
     assert [(await api("GET", "//", headers=headers)).status for headers in ({}, BEARER)] == [401, 200]
 
 
@@ -9219,7 +9219,7 @@ def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tm
         path = tokens_file(tmp_path, text)
         path.chmod(mode)
         detail = refused_start({"CHRONOTASK_API_TOKENS_FILE": str(path)})
-        assert said in detail and READER not in detail and "short" not in detail
+        assert said in detail and READER not in detail and "short" not in detail, said
 
 
 async def test_a_changed_file_of_tokens_is_taken_up_and_a_bad_one_changes_nothing(
@@ -9457,9 +9457,9 @@ def test_listening_to_the_network_without_a_token_is_said_in_one_line(tmp_path: 
     for host in ("0.0.0.0", "::", "192.0.2.7", "tasks.example.com", "fe80::1"):
         (line,) = said(api_host=host)
         assert host in line and "CHRONOTASK_API_TOKEN" in line and "ANYONE" in line
-        assert said(api_host=host, api_token=GOOD_TOKEN) == []
+        assert said(api_host=host, api_token=GOOD_TOKEN) == [], host
     for local in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        assert said(api_host=local) == []
+        assert said(api_host=local) == [], local
     # What DNS can be made to answer for is said as well.
     lines = said(allowed_hosts=("chronotask", "tasks.example.com", "localhost", "::1", "10.0.0.7", "nas"))
     assert [line.partition(" answer for ")[2].partition(":")[0] for line in lines] == ["chronotask", "nas"]
@@ -9503,7 +9503,7 @@ async def test_going_round_the_token_on_the_mcp_port(open_api: OpenApi) -> None:
         answer = await api(method, path, PING if method in ("POST", "PUT") else None, headers=MCP_HEADERS)
         static = method == "GET" and path == "//docs"  # nothing is there on this port
         assert answer.status == (404 if static else 401), (method, path)
-        assert static or answer.headers["WWW-Authenticate"] == 'Bearer realm="ChronoTask"'
+        assert static or answer.headers["WWW-Authenticate"] == 'Bearer realm="ChronoTask"', (method, path)
     assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, "Authorization": "Bearer wrong-horse"})).status == 401
     assert (await api("GET", "//health")).status == 404
     assert (await api("POST", "//mcp", PING, headers={**MCP_HEADERS, **BEARER})).status == 200
@@ -9517,7 +9517,7 @@ async def test_a_preflight_gets_no_cors_headers_on_either_port(api: Api, mcp: Ap
         for origin, method in itertools.product(("https://evil.example", "null", same), ("OPTIONS", "HEAD", "DELETE")):
             answer = await api(method, path, headers={"Origin": origin, **asked})
             assert not [name for name in answer.headers if name.lower().startswith("access-control")], (path, origin, method)
-            assert answer.status >= 400 or (origin == same and method == "HEAD")
+            assert answer.status >= 400 or (origin == same and method == "HEAD"), (path, origin, method)
 
 
 CREATE_TASK = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"create_task","arguments":{%s}}}'
@@ -9544,7 +9544,7 @@ async def test_garbage_on_the_mcp_port_is_bounded_and_makes_no_task(mcp: Api, ca
     for garbage, raw in MCP_GARBAGE.items():
         answer = await mcp("POST", "//mcp", raw, headers=MCP_HEADERS)
         assert answer.status < 500 and len(answer.text) < 10_000, (garbage, answer)
-        assert "\x1b" not in answer.text
+        assert "\x1b" not in answer.text, garbage
         assert mcp.rig.sql("SELECT count(*) FROM tasks") == [(0,)], garbage
         assert not [record for record in caplog.records if record.exc_info], garbage
         assert (await mcp("POST", "//mcp", PING, headers=MCP_HEADERS)).status == 200, garbage
@@ -9620,7 +9620,7 @@ async def test_stored_secrets_are_masked_in_every_answer_and_kept_when_the_masks
     for tool, arguments in (("get_task", {"task_id": task_id}), ("list_tasks", {}), ("get_execution", {"execution_id": 1})):
         texts.append(str((await chronotask.run_tool(api.rig.service, tool, arguments)).model_dump()))
     for secret, text in itertools.product(SECRETS, texts):
-        assert secret not in text
+        assert secret not in text, secret
         assert base64.b64encode(f"anna:{secret}".encode()).decode() not in text
 
 
@@ -9675,8 +9675,8 @@ async def test_what_a_server_answers_sets_no_header_of_ours(api: Api, target: Ta
     execution_id = await api.executed(await api.task(**target.config()))
     for path in (f"/executions/{execution_id}", f"/executions/{execution_id}/output"):
         headers = (await api("GET", path)).headers
-        assert not {*evil} & {*headers}
-        assert "html" not in headers["Content-Type"]
+        assert not {*evil} & {*headers}, path
+        assert "html" not in headers["Content-Type"], path
 
 
 # ======================================================================================================================
@@ -10649,7 +10649,7 @@ def test_options_win_over_variables_and_variables_over_defaults() -> None:
     ):
         options = chronotask.parse_command_line(argv.split())
         found = Settings.from_env(given, options.port, options.host)[0]
-        assert (found.api_port, found.api_host) == (port, host)
+        assert (found.api_port, found.api_host) == (port, host), argv
     assert chronotask.parse_command_line([]).mode == "http"
 
 
