@@ -5509,7 +5509,9 @@ def check_bash_user(settings: Settings) -> list[str]:
     except (OSError, AttributeError) as error:
         why = f"({error}): start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
         raise StartupError(f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user {why}", 2) from None
-    return [f"{shown(path)} can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)" for path in found]
+    return [
+        f"{shown(path, 4096)} can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)" for path in found
+    ]
 
 
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
