@@ -305,6 +305,7 @@ fact('forms say what is wrong beside the field, and keep what nobody touched', a
   await page.keyboard.press('Tab');
   await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked once it is left');
   await field.fill('62 * * * *');
+  await until(async () => (await text('#preview')).includes("'62'"), 'the preview is of this: it moves nothing any more');
   await button('Save').click();
   await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked');
   holds((await text('.grid .wrong:not(:empty)')).includes('0 to 59'), 'the message');
