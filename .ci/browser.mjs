@@ -305,7 +305,6 @@ fact('forms say what is wrong beside the field, and keep what nobody touched', a
   await page.keyboard.press('Tab');
   await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked once it is left');
   await field.fill('62 * * * *');
-  await until(async () => (await text('#preview')).includes("'62'"), 'the preview is of this: it moves nothing any more');
   await button('Save').click();
   await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked');
   holds((await text('.grid .wrong:not(:empty)')).includes('0 to 59'), 'the message');
@@ -353,6 +352,38 @@ fact('forms say what is wrong beside the field, and keep what nobody touched', a
   const { follow_redirects, ...rest } = after.config;
   equal([name, { ...after, config: rest }], ['All fields, renamed', (({ updated_at: _, name: __, ...old }) => old)(before)]);
   equal(follow_redirects ?? true, true);
+});
+
+fact('a press on Save counts, though a preview that moves it is answered just then', async () => {
+  for (const [when, typed] of [['between press and release', '62 * * * *'], ['just before the press', '*/90 0 1 * MON']]) {
+    await open(service, '#/tasks/1/schedules/new');
+    const field = page.getByLabel('Cron expression');
+    await field.fill('61 * * * *');
+    await page.keyboard.press('Tab');
+    await until(async () => await field.getAttribute('aria-invalid') === 'true', 'the field is marked once it is left');
+    let answer;
+    await page.route('**/schedules/preview', route => { answer = () => route.continue(); });
+    await page.route('**/api/v1/schedules', route => route.abort());
+    await field.fill(typed);
+    await until(() => answer, 'the preview is asked');
+    const place = () => button('Save').boundingBox();
+    const { x, y, width, height } = await place();
+    await page.mouse.move(x + width / 2, y + height / 2);
+    const pressed = when.startsWith('between');
+    if (pressed) await page.mouse.down();
+    await Promise.all([page.waitForResponse('**/schedules/preview'), answer()]);
+    await sleep(0.1);
+    if (!pressed) await page.mouse.down();
+    const sent = page.waitForRequest('**/api/v1/schedules', { timeout: 5000 });
+    await page.mouse.up();
+    await sent.catch(() => { throw Error(`nothing was sent: the answer came ${when}`); });
+    await until(async () => (await place()).y > y + 10, 'the answer shows, and has moved the button');
+    await page.unrouteAll();
+    await page.getByRole('link', { name: 'Cancel' }).click();
+    await sure('Leave');
+  }
+  forgive('ERR_FAILED');
+  forgive('422');
 });
 
 fact('a managed task says by whom, and all is exported as a file', async () => {
