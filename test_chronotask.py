@@ -1729,7 +1729,7 @@ async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: 
     ("0 9-17 * * MON-FRI", "Every hour from 09:00 to 17:00, every weekday"),
     ("*/10 8-18 * * *", "Every 10 minutes from 08:00 to 18:50"),
     ("0 9 * * MON-FRI", "Every weekday at 09:00"),
-    ("0 9,17 * * *", "Every day at 09:00 and 17:00"),
+    ("0 8,12,17 * * *", "Every day at 08:00, 12:00 and 17:00"),
     ("30 8 * * 1,3,0", "Every Monday, Wednesday and Sunday at 08:30"),
     ("0 0 * 6-8 *", "Every day in June to August at 00:00"),
     ("@monthly", "On day 1 of every month at 00:00"),
@@ -2992,13 +2992,80 @@ async def test_commits_of_other_processes_are_noticed_and_own_ones_are_not(store
     assert await store.foreign_changes() is False
 
 
-async def test_only_a_leader_checkpoints(store: Store) -> None:
+async def test_only_a_leader_checkpoints_and_makes_a_log_that_grew_large_small_again(store: Store) -> None:
     pages: list[int] = []
     for leading in (None, True, False):
         if leading is not None:
             await store.set_leading(leading)
         pages.append(await store.write(lambda db: int(db.execute("PRAGMA wal_autocheckpoint").fetchone()[0])))
     assert pages == [0, 1000, 0]
+    await store.set_leading(True)
+    sizes: list[int] = []
+    for value in ("x" * 20_000_000, 1, 1):  # the last is the first write after a checkpoint
+        await store.write(put("k1", value))
+        sizes.append(Path(f"{store.path}-wal").stat().st_size)
+    assert sizes[0] > 20_000_000 and sizes[2] <= 8 * 2**20
+
+
+async def test_a_database_file_that_is_no_longer_the_one_that_was_opened_is_told(store: Store) -> None:
+    aside = store.path.with_name("aside.db")
+    for then in ("moved", "replaced", "deleted"):
+        await store.foreign_changes()
+        assert store.problem() is None, then
+        store.path.rename(aside)
+        if then == "replaced":
+            shutil.copy(aside, store.path)
+        elif then == "deleted":
+            aside.unlink()
+        await store.foreign_changes()
+        assert store.problem() == "the database file is no longer the one that was opened", then
+        if then != "deleted":
+            aside.rename(store.path)
+
+
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def test_no_read_waits_for_scans_each_is_ended_and_one_that_fails_or_is_given_up_harms_no_other(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = Store(tmp_path / "c.db", clock.monotonic)
+    scans = [asyncio.ensure_future(store.scan(lambda db: db.execute(ENDLESS).fetchone())) for _ in range(20)]
+    async with asyncio.timeout(10):
+        assert await store.write(put("k1", 7)) == "k1"
+        assert await store.read(lambda db: chronotask.get_meta(db, "k1")) == 7
+        assert not any(scan.done() for scan in scans)
+        scans.pop().cancel()
+        clock.steady += chronotask.SCAN_TIMEOUT + 0.1  # also of those that wait for a free thread
+        results = await asyncio.gather(*scans, return_exceptions=True)
+    ended = "this looks at too many rows: it was ended after 3 s; ask for less (fewer pages back, other filters)"
+    assert [(type(result), str(result)) for result in results] == [(Unavailable, ended)] * 19
+    for bad, why in ((lambda db: db.execute("SELECT x FROM nowhere"), "no such table"), (put("k2"), "readonly")):
+        with pytest.raises(Unavailable, match=why):
+            await store.scan(bad)
+    assert await asyncio.gather(*(store.scan(lambda db: chronotask.get_meta(db, "k1")) for _ in range(30))) == [7] * 30
+    store.close()
+
+
+async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(rig: Rig) -> None:
+    task, service = await rig.task(), rig.service
+    rig.sql("ALTER TABLE executions RENAME TO few")
+    rig.sql(f"CREATE VIEW executions AS SELECT few.* FROM few JOIN ({ENDLESS})")
+    rig.sql("INSERT INTO few (task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', 0, 'u')", task)
+    asks: dict[str, Callable[[], Awaitable[Any]]] = {
+        "executions": lambda: service.list_executions(chronotask.ExecutionQuery()),
+        "history": lambda: service.get_task_history(1, chronotask.HistoryQuery(success=False)),
+        "overview": lambda: chronotask.overview(service, chronotask.TaskQuery()),
+        "metrics": lambda: chronotask.measure(service),
+        "status": lambda: chronotask.get_scheduler_status(service),
+    }
+    for name, ask in asks.items():
+        asked = [asyncio.ensure_future(ask()) for _ in range(3)]
+        async with asyncio.timeout(10):
+            assert (await service.get_task(task))["id"] == task, name
+            while not all(job.done() for job in asked):
+                rig.clock.steady += 4
+                await asyncio.sleep(0.01)
+        assert [getattr(job.exception(), "status", job) for job in asked] == [503] * 3, name
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
