@@ -175,6 +175,7 @@ fact('a schedule and a task are paused and resumed', async () => {
   await page.locator('.top button', { hasText: 'Pause' }).first().click();
   await until(async () => (await text('.top')).includes('paused'), 'the mark of a paused task');
   equal((await service.ask('GET', '/tasks/1')).status, 'paused');
+  await until(async () => (await text('#plans')).includes('No next run.'), 'its schedule has no next run');
 });
 
 fact('all schedules are paused after a question, and a banner says so on every view', async () => {
@@ -185,8 +186,12 @@ fact('all schedules are paused after a question, and a banner says so on every v
   await shot('question');
   await sure('No, go back');
   equal((await service.ask('GET', '/scheduler/status')).paused, false, 'after a no');
+  const hourly = await service.bash('Hourly', 'true', { schedules: [{ schedule_type: 'interval', schedule_config: { seconds: 3600 } }] });
+  const nextOfHourly = wanted => until(async () => wanted.test(await rows('Tasks', 'Hourly').locator('[data-label=Next]').innerText()), `the next run is ${wanted}`);
+  await nextOfHourly(/^in \d+ min/);
   await more('Pause all schedules…');
   await sure('Pause all');
+  await nextOfHourly(/–/);
   const banner = page.getByRole('status', { name: 'Firing is paused' });
   for (const hash of ['#/', '#/executions', '#/upcoming', '#/changes', '#/tasks/1', '#/tasks/new']) {
     await open(service, hash);
@@ -195,8 +200,11 @@ fact('all schedules are paused after a question, and a banner says so on every v
   await axeFinds('a view with the banner');
   await shot('paused');
   equal((await service.ask('GET', '/scheduler/status')).paused, true);
+  await open(service);
   await button('Resume all schedules').click();
   await banner.waitFor({ state: 'detached' });
+  await nextOfHourly(/^in \d+ min/);
+  await service.ask('DELETE', '/tasks/' + hourly);
   equal((await service.ask('GET', '/scheduler/status')).paused, false);
 });
 
