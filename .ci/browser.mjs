@@ -932,7 +932,7 @@ fact('an execution shows the end of long output, coloured, searched, copied; att
   await open(service, '#/executions/' + run.id);
   const out = page.getByRole('region', { name: 'Standard output', exact: true });
   holds(await out.evaluate(box => box.scrollTop + box.clientHeight >= box.scrollHeight - 2), 'the end is what shows');
-  await sees('The last 400 of 902 lines.');
+  await sees('The last 400 of 901 lines.');
   equal(await out.locator('.ansi-bold.ansi-1').innerText(), 'error');
   equal((await page.getByRole('region', { name: 'Standard error', exact: true }).innerText()).split('\n').slice(0, 2), ['{', '  "failed": ['], 'JSON is indented');
   await page.getByRole('searchbox', { name: 'Search in Standard output', exact: true }).fill('LINE 12');
