@@ -298,7 +298,7 @@ def load_zone(name: str) -> ZoneInfo:
             raise ValueError
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        city, known = name.lower().replace(" ", "_").rpartition("/")[2], sorted(zoneinfo.available_timezones())
+        city, known = name.lower().replace(" ", "_").rpartition("/")[2], sorted(zoneinfo.available_timezones() - {"localtime"})
         same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
         hint = same_city[0] if same_city else nearest(name, known)
         example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
@@ -612,7 +612,7 @@ def format_local(t: int, zone: str) -> str:
 
 
 def _offset(zone: ZoneInfo, t: int) -> int:
-    return (datetime.fromtimestamp(min(t, _LAST_LOCAL) // SECOND, zone).utcoffset() or _ZERO) // _TICK
+    return 0 if t > _LAST_LOCAL else (datetime.fromtimestamp(t // SECOND, zone).utcoffset() or _ZERO) // _TICK
 
 
 def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
@@ -627,16 +627,15 @@ def _change(zone: ZoneInfo, local: int) -> int:
     """The instant at which the clocks of `zone` change, for a local time that lies in a gap or comes twice."""
     offsets = _readings(zone, local)
     before, after = (local - max(offsets)) // SECOND, (local - min(offsets)) // SECOND
-    old, seconds = _offset(zone, before * SECOND), range(before + 1, after)
-    unchanged = bisect.bisect_left(seconds, True, key=lambda second: _offset(zone, second * SECOND) != old)
-    return (before + 1 + unchanged) * SECOND
+    old, seconds = _offset(zone, before * SECOND), range(before + 1, after + 1)
+    return seconds[bisect.bisect_left(seconds, True, key=lambda second: _offset(zone, second * SECOND) != old)] * SECOND
 
 
-def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT) -> int | None:
-    """The instant of a local time: right after a gap, or None in one of `longest_gap` or more; the first if it comes twice."""
+def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT, now: int = -1) -> int | None:
+    """The instant of a local time: right after a gap, or None in one of `longest_gap`; of two the first later than `now`."""
     first, second = _readings(zone, local)
     if first >= second:
-        return local - first
+        return local - (second if local - first <= now < local - second else first)
     return None if second - first >= longest_gap else _change(zone, local)
 
 
@@ -653,9 +652,9 @@ _INSTANT_RULE = (
 
 
 @functools.lru_cache(maxsize=1024)  # a schedule's times are asked for at each of its slots and in each list
-def parse_instant(text: str, zone: str) -> int:
+def parse_instant(text: str, zone: str, now: int = -1) -> int:
     """The instant that an ISO 8601 date-time means; without an offset it is read in `zone`: one in a gap is right after it, one
-    that comes twice is the first. Raises ValueError, saying what is allowed."""
+    that comes twice is the first that is later than `now`. Raises ValueError, saying what is allowed."""
     found = _INSTANT.fullmatch(text)
     if found is None:
         raise ValueError(_INSTANT_RULE)
@@ -666,15 +665,15 @@ def parse_instant(text: str, zone: str) -> int:
     local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
     if 0 <= local <= LAST_INSTANT:
         shift = moment.utcoffset()
-        t = _instant_of(load_zone(zone), local) if shift is None else local - shift // _TICK
+        t = _instant_of(load_zone(zone), local, now=now) if shift is None else local - shift // _TICK
         if t is not None and 0 <= t <= LAST_INSTANT:
             return t
     raise ValueError(_INSTANT_RULE)
 
 
-def start_text(text: str, zone: str, local: bool) -> str:
+def start_text(text: str, zone: str, now: int, local: bool) -> str:
     """A start as it is stored: with an offset, so that later rules of its zone can't move the phase; with `local` without one."""
-    found, t = _INSTANT.fullmatch(text), parse_instant(text, zone)
+    found, t = _INSTANT.fullmatch(text), parse_instant(text, zone, now)
     if found and bool(found[3]) != local:
         return text
     return _clock_face(t + _offset(load_zone(zone), t)).isoformat() if local else format_local(t, zone)
@@ -824,7 +823,7 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
         if field.highest == 7 and high == 0 < low:
             high = 7  # Sunday may end a range
         if last and high < low:
-            end, begin = ("sat", "sun") if field.highest == 7 and not last.isdigit() else (field.high, field.low)
+            end, begin = ("sat", "sun") if field.highest == 7 and not last.isdigit() else (field.highest, field.low)
             wrapped = f"{first}-{end},{begin}-{last}"
             raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
         if int(step or 1) == 0:
@@ -850,9 +849,8 @@ def timing_notes(schedule_type: str, config: Mapping[str, Any], now: int) -> lis
                 seconds = {"second": 1, "minute": 60, "hour": 3600}.get(field.name)
                 words = f": every {step} {field.name}s is an interval of {step * seconds} s" if seconds else ""
                 words = f": every {step} days is an interval of {step} days" if field.name == "day-of-month" else words
-                notes.append(
-                    f"The step {step} is larger than the {field.name} field, of which only the first value is left{words}."
-                )
+                larger = f"The step {step} is larger than the {field.name} field, of which only the first value is left"
+                notes.append(f"{larger}{words}.")
     if not _parse_cron(config["expression"]).both:
         notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
     return notes
@@ -934,7 +932,6 @@ class Timing:
 
     def last_at_or_before(self, t: int) -> int | None:
         """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
-        t = min(t, _LAST_LOCAL)
         upcoming = self.next_after(t)
         following = None if upcoming is None else self.next_after(upcoming)
         back = HOUR if upcoming is None or following is None else following - upcoming
@@ -1111,14 +1108,13 @@ def make_timing(
 
 def check_expression(text: str, zone: str, now: int) -> None:
     """Raises ValueError, saying what is allowed, unless this is a cron expression that will fire."""
-    slot = Cron(text, zone).next_after(now)
-    if slot is None or slot > now + NEVER:
+    if (Cron(text, zone).next_after(now) or LAST_INSTANT) > now + NEVER:
         raise ValueError("must fire at least once in the next 50 years")
 
 
 def check_datetime(text: str, zone: str, now: int) -> None:
     """Raises ValueError unless this is an instant to come."""
-    if parse_instant(text, zone) <= now:
+    if parse_instant(text, zone, now) <= now:
         raise ValueError(f"must be in the future (it is now {format_local(now, zone)})")
 
 
@@ -1754,7 +1750,9 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
     if "in_seconds" in sent:
         sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
     if "start_date" in sent:  # of days a local time: no offset of one day may move it
-        sent["start_date"] = start_text(sent["start_date"], zone, "days" in sent)
+        sent["start_date"] = start_text(sent["start_date"], zone, now, "days" in sent)
+    if "datetime" in sent and (t := parse_instant(sent["datetime"], zone, now)) != parse_instant(sent["datetime"], zone):
+        sent["datetime"] = format_local(t, zone)
     return {**sent, "timezone": zone}
 
 
@@ -7584,6 +7582,8 @@ def _nothing_left(schedule: Schedule) -> FieldError:
         return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")
     if schedule.exclude:
         return FieldError("exclude", "no slot is left after now: exclude fewer days")
+    if schedule.schedule_type != "once":
+        return FieldError("schedule_config", "no slot is left before the year 10000")
     return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
 
 

@@ -1555,6 +1555,7 @@ BAD_EXPRESSIONS = {
     "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , - and /",
     "0 22-2 * * *": "hour range '22-2' must run upwards: write 22-23,0-2 for one that wraps around",
     "0 0 * * FRI-MON": "day-of-week range 'fri-mon' must run upwards: write fri-sat,sun-mon for one that wraps around",
+    "0 0 * * 7-1": "day-of-week range '7-1' must run upwards: write 7-7,0-1 for one that wraps around",
     "*/0 * * * *": "minute '*/0' needs a step of at least 1",
     "0 0 13 * FRI#2": NO_MIX,
     "0 0 L * FRI": NO_MIX,
@@ -1759,8 +1760,8 @@ def test_a_cron_schedule_in_words(expression: str, words: str) -> None:
 def test_other_schedules_in_words() -> None:
     since = "since 2026-11-24 06:00:00"
     for schedule_type, config, words in (
-        ("once", {"datetime": "2026-12-01T09:00"}, "Once at 2026-12-01 09:00:00"),
         ("once", {"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00+01:00"),  # comes twice
+        ("once", {"datetime": "9999-12-31T23:59:59Z"}, "Once at 9999-12-31 23:59:59"),
         ("interval", {"seconds": 90}, f"Every 90 seconds {since}"),
         ("interval", {"seconds": 1.5}, f"Every 1.5 seconds {since}"),
         ("interval", {"seconds": 900, "start_date": "2027-01-01T00:00Z"}, "Every 15 minutes from 2027-01-01 01:00:00 on"),
@@ -1790,6 +1791,12 @@ def test_a_good_config_is_stored_with_its_zone() -> None:
         stored = {"timezone": "Europe/Berlin", **stored}
         assert check_schedule_config(schedule_type, config, "Europe/Berlin", NOW) == stored, config
         assert check_schedule_config(schedule_type, stored, "Asia/Tokyo", NOW) == stored
+
+
+def test_a_local_time_that_comes_twice_is_the_first_that_is_still_to_come() -> None:
+    half_past = {"datetime": "2026-10-25T02:30", "timezone": "Europe/Berlin"}
+    for now, stored in {"00:29": half_past, "00:30": {**half_past, "datetime": "2026-10-25T02:30:00+01:00"}}.items():
+        assert check_schedule_config("once", half_past, "UTC", at(f"2026-10-25T{now}Z")) == stored
 
 
 def errors_of(schedule_type: str, config: object) -> list[tuple[str, str]]:
@@ -5441,6 +5448,7 @@ async def test_what_excludes_or_bounds_no_days_is_refused(rig: Rig) -> None:
         ({"exclude": ["tomorrow"]}, "exclude[0]"),
         ({"exclude": ["2026-01-02"] * 401}, "exclude"),
         ({"exclude": ["2026-01-01/9999-12-31"]}, "exclude"),
+        ({"schedule_config": {"days": 1, "start_date": "9999-12-31T00:00:00Z"}}, "schedule_config"),
         ({"exclude": ["2026-01-02"], "schedule_type": "once", "schedule_config": {"datetime": "2026-01-02T09:00"}}, "exclude"),
         ({"exclude": [], "schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}}, "exclude"),
         ({"start_at": "2026-02-30"}, "start_at"),
