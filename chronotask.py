@@ -693,7 +693,7 @@ def check_dates(text: str) -> str:
     """`text`, if it is a date or a range of dates. Raises ValueError."""
     found = _DATES.fullmatch(text)
     if found is None or (found[2] or found[1]) < found[1]:
-        raise ValueError(f"{shown(text)} must be a date such as 2026-12-24, or a range such as 2026-12-24/2026-12-26")
+        raise ValueError(f"{shown(text)} must be a date (2026-12-24), or a range that runs upwards (2026-12-24/2026-12-26)")
     for date in filter(None, found.groups()):
         parse_bound(date, "UTC")
     return text

@@ -508,6 +508,11 @@ fact('an alert is made in words, tried, and linked with what it watches and what
 fact('a task is deleted after a question that says what goes with it', async () => {
   const id = await service.bash('Short life', 'true');
   await open(service, '#/tasks/' + id);
+  await tabTo('.top summary');
+  await page.keyboard.press('Enter');
+  await page.keyboard.press('Tab');
+  await page.keyboard.press('Escape');
+  equal([await page.locator('.menu[open]').count(), await page.evaluate(() => document.activeElement.localName)], [0, 'summary'], 'Escape closes the menu, and its button has the focus');
   await more('Delete…');
   await sees('Its 0 schedules and the history of its 0 runs go with it');
   await sure('No, go back');
