@@ -4717,12 +4717,13 @@ def _secret_forms(secret: str) -> set[bytes]:
     plain = secret.encode("utf-8", "replace")
     forms = {plain, plain.strip(), plain.replace(b" ", b"+")}
     forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
+    quoted = {plain, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}  # as a shell and shlex write an apostrophe
     for kind in (b"\\%&", b"%&", b"\\&", b"\\%"):
         # What looks like an escape in it is undone too, but for the kind that the program has escaped.
         def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
             return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
 
-        forms.add(_ESCAPE.sub(undone, plain))
+        forms |= {_ESCAPE.sub(undone, text) for text in quoted}
     for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
         text = base64.b64encode(bytes(before) + plain)
         whole = (before + len(plain)) * 8 // 6  # characters that the secret alone determines, behind those that it does not

@@ -3417,6 +3417,8 @@ def test_secrets_are_masked_across_chunk_borders() -> None:
     "sk/live+é==&quot;1&#39;",  # HTML
     r"sk/live+\xc3\xa9==\"1\'",  # Python's repr of bytes
     r"sk/live+é==\"1\'",  # bash's printf %q
+    r"""sk/live+é=="1'\''""",  # bash's set -x
+    """sk/live+é=="1'"'"'""",  # Python's shlex
     "c2svbGl2ZSvDqT09IjEn",  # base64, of 15 bytes
 )
 def test_a_secret_is_found_however_programs_escape_it(echo: str) -> None:
