@@ -5693,8 +5693,7 @@ def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
     if _TRANSFER_CHUNKED.search(head):
         while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END.search))):
             if int(size[0], 16) == 0:
-                while (yield from _taken(came, _LINE_END.search)).strip():  # trailers
-                    pass
+                yield from _taken(came, _TRAILERS_END.search)  # all together, as aiohttp keeps them
                 return
             yield from _skipped(came, int(size[0], 16) + 2)
     elif length := _CONTENT_LENGTH.search(head):
@@ -5722,7 +5721,7 @@ def _skipped(came: bytearray, left: float) -> Generator[None, None, None]:
     del came[: int(left)]
 
 
-_HEAD_END, _LINE_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n")
+_HEAD_END, _LINE_END, _TRAILERS_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n"), re.compile(rb"(?:\A|\n)\r?\n")
 _STATUS, _CHUNK_SIZE = re.compile(rb"http/1\.[0-9] ([0-9]{3})"), re.compile(rb"[0-9A-Fa-f]{1,15}")
 _CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
 _TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
@@ -5954,8 +5953,7 @@ def _redirected(config: StoredConfig, request: _Request, response: aiohttp.Clien
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
     live.expect(response.headers.get("Content-Type", ""))
-    headers: dict[str, str] = {}
-    names: dict[str, str] = {}
+    headers, names = dict[str, str](), dict[str, str]()
     for plain, value in response.headers.items():
         text = live.masked(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         name = names.setdefault(plain.lower(), live.masked(str(plain)))  # aiohttp's own kind of string is slow to write as JSON
@@ -5966,7 +5964,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     begun = False
     read = 0
     try:
-        while data := await response.content.readany():
+        while data := await _more(response):
             while data:
                 if not packed:
                     part, data = data, b""
@@ -5994,6 +5992,17 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
         raise _Passing(_BROKE_OFF) from None
 
 
+async def _more(response: aiohttp.ClientResponse) -> bytes:
+    """What has come of the body; nothing at its end. Of chunks that it cannot read aiohttp tells nobody: it just hangs up."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                return await response.content.readany()
+        transport = response.connection and response.connection.transport
+        if transport is None or transport.is_closing():
+            raise _Passing(_BROKE_OFF)
+
+
 def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
     text = headers.get("retry-after", "")
@@ -6006,11 +6015,10 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None
 
 
 def _http_date(text: str) -> float | None:
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         moment = email.utils.parsedate_to_datetime(text)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return None
 
 
 # ======================================================================================================================

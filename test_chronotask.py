@@ -5027,8 +5027,9 @@ async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext,
         assert (taken, connection._answered(b"more")) == (whole, b"")
 
 
-async def test_an_endless_head_is_given_up() -> None:
+async def test_an_endless_head_or_trailer_and_lines_that_are_no_chunks_are_given_up() -> None:
     async def endless(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)  # until what was before has been read
         while True:
             writer.write(b"X-A: " + b"a" * 60_000 + b"\r\n")
             await writer.drain()
@@ -5036,6 +5037,8 @@ async def test_an_endless_head_is_given_up() -> None:
     said = "the connection failed: the head of the answer is larger than 307200 bytes"
     outcomes = [await answered(b"HTTP/1.1 200 OK\r\n", endless, method=method) for method in ("GET", "POST")]
     assert [(one.error_message, one.retryable) for one in outcomes] == [(said, True), (said, False)]
+    for begin in (b"0\r\n", b"2\r\nok\r\n"):
+        assert (await answered(CHUNKED + begin, endless)).error_message == BROKE_OFF, begin
 
 
 INVALID = "the server's answer is not valid HTTP: "
