@@ -5192,9 +5192,7 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
     timeout, user = config.get("timeout", settings.bash_timeout), settings.bash_user
     try:
         check_allowed("bash", config, settings)
-        resolved, secrets = (
-            resolve_secrets("bash", config, environ, settings, run.cause) if config.names_secrets else (config, [])
-        )
+        resolved, secrets = resolve_secrets("bash", config, environ, settings, run.cause)
         launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
         report = Report() if launcher else None
         words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
@@ -5260,13 +5258,8 @@ def _command(
         words = bash_words(config, settings)
     else:
         words = ["bash", "-c", bash_source(config["command"], config.get("args", ()))]
-    values: dict[str, object] = {
-        "TASK_ID": run.task_id,
-        "TASK_NAME": run.task_name,
-        "EXECUTION_ID": run.execution_id,
-        "ATTEMPT": run.attempt,
-        "RUN_ID": run.run_id,
-    }
+    told = ("task_id", "task_name", "execution_id", "attempt", "run_id")
+    values: dict[str, object] = {name.upper(): getattr(run, name) for name in told}
     if run.schedule_id is not None and run.scheduled_for is not None:
         values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
     for name, value in (parsed(run.cause) if run.cause else {}).items():
@@ -5412,11 +5405,10 @@ async def _watch(
 
 def _signal_group(group: int, number: int) -> bool:
     """Send a signal; whether the group still has a member that may be signalled."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _group_lives(group: int, user: pwd.struct_passwd | None) -> bool:
@@ -5543,9 +5535,9 @@ def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Rep
     message = ": ".join([message, *itertools.islice(filter(None, lines), 1)])
     if code == 127 and report is None:  # often the command lies in the working directory, which no PATH holds
         said, found, _ = stderr.rpartition(": command not found")
-        name = re.split(r"[\s:/]", said)[-1] if found else source.split(None, 1)[0]
+        name = said.rpartition(": ")[2] if found else source.split(None, 1)[0]
         if name and "/" not in name and os.path.isfile(os.path.join(folder or "", name)):
-            message += f"; the file is in the working directory: use ./{_one_line(name, 100)}"
+            message += f"; the file is in the working directory: use {_one_line(shlex.quote(f'./{name}'), 100)}"
     return Outcome("failed", message, output, retryable=lost or code not in (126, 127))
 
 
@@ -5651,7 +5643,8 @@ def _connection_failed(error: Exception) -> ChronoTaskError:
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
         return ChronoTaskError(f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)")
     if isinstance(error, aiohttp.ClientConnectorError):
-        place, cause = f"{error.host}:{error.port}", error.os_error
+        host, cause = f"[{error.host}]" if ":" in error.host else error.host, error.os_error
+        place = f"{host}:{error.port}"
         # asyncio's own text of a refused connection names the address and not the reason.
         system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
         reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
@@ -5792,10 +5785,8 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
     """Make the request of an http task."""
     timeout = config.get("timeout", client.settings.http_timeout)
     try:
-        if config.names_secrets:
-            request = _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
-        else:
-            request = config.request
+        filled = resolve_secrets("http", config, environ, client.settings, run.cause) if config.names_secrets else None
+        request = _http_request(*filled) if filled else config.request
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
@@ -5854,8 +5845,8 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     if body is not None:
         headers["Content-Type"] = "text/plain; charset=utf-8" if isinstance(body, str) else "application/json"
         if isinstance(body, dict) and body_kind(own) == FORM:
-            flat = {name: value if isinstance(value, (str, list)) else compact(value) for name, value in body.items()}
-            body = urllib.parse.urlencode(flat, doseq=True)
+            fields = [(name, item) for name, value in body.items() for item in (value if isinstance(value, list) else [value])]
+            body = urllib.parse.urlencode([(name, item if isinstance(item, str) else compact(item)) for name, item in fields])
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
     return _Request(config.get("method", "GET"), url, headers, body, masker_of([*secrets, *credentials]))

@@ -3819,10 +3819,11 @@ async def test_what_is_missing_is_named_and_final(tmp_path: Path) -> None:
         (await bash("no-such-program", settings=listed), "the command 'no-such-program' was not found on the service's PATH"),
     ):
         assert outcome == Outcome("failed", said)
-    (tmp_path / "backup.sh").write_text("true")
-    outcome = await bash("backup.sh --full", working_dir=str(tmp_path))
-    assert outcome.retryable is False
-    assert str(outcome.error_message).endswith("command not found; the file is in the working directory: use ./backup.sh")
+    for name, command, use in (("b.sh", "A=1 b.sh --full", "./b.sh"), ("my b.sh", "'my b.sh'", "'./my b.sh'")):
+        (tmp_path / name).write_text("true")
+        outcome = await bash(command, working_dir=str(tmp_path))
+        hint = str(outcome.error_message).partition(": command not found; ")[2]
+        assert (outcome.retryable, hint) == (False, f"the file is in the working directory: use {use}")
 
 
 async def test_a_timeout_ends_the_group_and_who_left_it_and_keeps_all_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4793,6 +4794,7 @@ async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_passwo
         assert (await http_executors(url.replace("127.0.0.1", "localhost"))).status == "succeeded"
     outcome = await http_executors(f"http://user:geheim@127.0.0.1:{port}/geheim")
     assert outcome == Outcome("failed", f"could not connect to 127.0.0.1:{port}: connection refused", None, retryable=True)
+    assert "connect to [::1]:1: " in str((await http_executors("http://[::1]:1/")).error_message)
     outcome = await http_executors("http://user:geheim@no-such-host.invalid/")
     assert (outcome.status, outcome.retryable) == ("failed", True)
     assert str(outcome.error_message).startswith("the name no-such-host.invalid could not be resolved: ")
@@ -6208,7 +6210,7 @@ async def test_facts_in_a_body_are_only_ever_text_in_their_field(rig: Rig, targe
         ("", {"e": "${cause:url}"}, json.loads, {"e": ""}),
         (form, "n=7&text=${cause:output}&e=${cause:event}", query, {"n": ["7"], "text": [TOLD_OUTPUT], "e": ["failure"]}),
         # an object is sent as a form
-        (form, {"text": "${cause:output}", "n": 7, "l": ["a", "b"]}, query, {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["a", "b"]}),
+        (form, {"text": "${cause:output}", "n": 7, "l": [True]}, query, {"text": [TOLD_OUTPUT], "n": ["7"], "l": ["true"]}),
         ("text/plain; charset=utf-8", "${cause:task_name}: ${cause:output}", str, f"{PLAIN_NAME}: {TOLD_OUTPUT}"),
     ]
     for content_type, body, read, expected in reads:
