@@ -8799,7 +8799,7 @@ def openapi() -> dict[str, Any]:
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
         good = {operation.status: content, **({200: content} if operation.status == 202 else {})}
-        wrong = {400, 401, 403, 422, 503, *operation.errors, *((404,) if operation.id_name else ())}
+        wrong = {400, 401, 403, 422, 429, 503, *operation.errors, *((404,) if operation.id_name else ())}
         for method in _methods(operation):
             name = operation.name if method != "PUT" else operation.name.replace("update", "put")
             document = _document(operation, name, good, wrong | ({408, 413, 415} if method != "GET" else set()))
@@ -8810,7 +8810,7 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
-        wrong = {400, 401, 403, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
+        wrong = {400, 401, 403, 429, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
         document = _document(page, page.handler.__name__, {200: content}, wrong)
         if page.path == "/health":  # which takes any Host, and needs no token
             document = {**_document(page, "show_health", {200: content, 503: content}, {400}), "security": []}
