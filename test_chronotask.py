@@ -8768,8 +8768,7 @@ async def test_each_route_is_in_openapi_and_another_method_answers_405_and_names
         )
     }
     document = await api.get("//openapi.json")
-    assert document["openapi"].startswith("3.1")
-    assert "429" in document["paths"][API + "/tasks"]["get"]["responses"]  # too many wrong tokens
+    assert (document["openapi"][:3], "429" in document["paths"][API + "/tasks"]["get"]["responses"]) == ("3.1", True)
     for path, allowed in routes.items():
         assert {*map(str.lower, allowed)} <= {*document["paths"][path[1:] if path.startswith("//") else API + path]}, path
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - {*allowed}:
