@@ -2797,7 +2797,7 @@ class Claim:
         if due.missed is not None:
             self.record(schedule, due.missed.first, "missed", due.missed.message(schedule.zone))
         left = math.inf if plan.remaining is None else plan.remaining
-        before = None if due.missed else schedule.settled_until
+        before = schedule.settled_until if schedule.next_slot in due.catchup + due.on_time else None  # else others lie between
         for slot in [*due.catchup, *due.on_time] if left > 0 else ():
             trigger = "schedule" if slot in due.on_time else "catchup"
             if self._add(schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, self.now)):
