@@ -1449,8 +1449,9 @@ def url_parts(url: str) -> UrlParts | None:
 def _url(text: str) -> str:
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
-    parts = url_parts(text)
-    _references(text[: len(text) - len(parts.rest)] if parts else text.partition("}")[0] + "}")
+    parts, begin = url_parts(text), len(re.split("[/?#]", _neutral(text).replace("//", "xx", 1), maxsplit=1)[0])
+    end = len(_neutral(text).partition("#")[0])
+    _references(text[:begin] + text[end:])
     if SECRET_REFERENCE.match(_references(text, cause=True)):
         return text  # the whole beginning is a secret: checked when it is known
     try:
@@ -2076,7 +2077,8 @@ class Schedule:
         self.next_fire = None if next_slot is None else plan.fire_time(next_slot)
         left = next_slot is not None
         if self.schedule_type == "after":  # one without a slot waits for what comes
-            left = plan.remaining != 0 and bool("task_ids" not in self.schedule_config or self.watched)
+            left = bool("task_ids" not in self.schedule_config or self.watched)
+            left = left and plan.remaining != 0 and (self.end_at or LAST_INSTANT) >= self.settled_until
         self.is_active, self.over = wanted and left, wanted and not left
 
 
@@ -2276,7 +2278,7 @@ class NewExecution:
     config: str | None = None  # JSON text: what it overrides
     rerun_of: int | None = None
     cause: str | None = None  # JSON text
-    caused_by: int | None = None  # an execution; 0: none, but an event all the same
+    caused_by: int | None = None  # an execution; or -task_id: that there is none
     event: str | None = None
     depth: int = 0  # of these, how many `after` has fired one because of the other
 
@@ -2588,7 +2590,7 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     notes = timing_notes(schedule.schedule_type, schedule.schedule_config, now)
     if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
         notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
-    elif schedule.over:
+    elif schedule.over or (schedule.end_at or now) < now:
         notes.append("Nothing will fire: no slot is left.")
     elif not schedule.is_active:
         notes.append("Nothing will fire: is_active is false.")
@@ -2812,7 +2814,7 @@ class Claim:
         self.schedules.append(schedule)
 
     def after(self, schedule: Schedule, cause: dict[str, Any], caused_by: int, depth: int) -> None:
-        """The execution that an `after` schedule fires because of the execution `caused_by` (0: none)."""
+        """The execution that an `after` schedule fires because of `caused_by`."""
         row = NewExecution(schedule.task_id, schedule.id, "after", None, self.now)
         row.cause, row.caused_by, row.event, row.depth = compact(cause), caused_by, cause["event"], depth + 1
         if depth < MOST_DEPTH:
@@ -2886,8 +2888,6 @@ def decide_end(run: Run, outcome: Outcome, now: int, spread: float, seconds: flo
 
 MOST_DEPTH = 10  # executions that `after` fires one because of the other
 TOO_DEEP = f"skipped: {MOST_DEPTH} executions have followed each other already; is it a circle?"
-MOST_CAUSE_OUTPUT = 2000  # characters
-MOST_CAUSE_BYTES = 6144
 
 
 def count_end(task: Task, end: Ended) -> None:
@@ -2946,11 +2946,11 @@ def cause_of(event: str, execution: Execution | None, task: Task, streak: int, z
     output = view.get("output_data") or {}
     cause = {name: output.get(name) if name in ("exit_code", "status_code") else view.get(name) for name in CAUSE_NAMES}
     cause |= {"event": event, "execution_id": view.get("id"), "task_id": task.id, "task_key": task.key, "task_name": task.name}
-    cause |= {"failures_in_a_row": streak, "output": output_text(output)[-MOST_CAUSE_OUTPUT:]}
+    cause |= {"failures_in_a_row": streak, "output": output_text(output)[-2000:]}
     cause["error_message"] = (view.get("error_message") or "")[:500] or None
     cause["text"] = _cause_text(event, execution, task, streak, zone)
     cause["url"] = f"{url}#/executions/{execution.id}" if url and execution else url
-    while (surplus := len(to_json(cause)) - MOST_CAUSE_BYTES) > 0 and cause["output"]:
+    while (surplus := len(to_json(cause)) - 6144) > 0 and cause["output"]:
         cause["output"] = cause["output"][max(1, surplus // 6) :]
     return cause
 
@@ -6334,8 +6334,7 @@ class Engine:
             queue_retries(db, retries, now)
         if capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
-            first = [run for run in tick.runs if run.attempt == 1]
-            begun = [Ended(run.execution_id, run.task_id, "running", now) for run in first]
+            begun = [Ended(run.execution_id, run.task_id, "running", now) for run in tick.runs if run.attempt == 1]
             follow(db, begun, now, tick, self.settings)
         set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
@@ -6550,8 +6549,7 @@ def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
 
 def cancelled_of(found: Iterable[tuple[int, int, str]], now: int) -> list[Ended]:
     """Those of `cancel_executions` that are over by it."""
-    waiting = ("queued", "retrying")
-    return [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before in waiting]
+    return [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before != "running"]
 
 
 def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settings) -> None:
@@ -6578,9 +6576,11 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
                     claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                 before = schedule.next_slot
-                if "overdue" in config["on"]:
+                if past := (schedule.end_at or now) < now:
+                    schedule.stand(now)
+                if past or "overdue" in config["on"]:
                     schedule.look_ahead()
-                if told or schedule.next_slot != before:
+                if past or told or schedule.next_slot != before:
                     claim.schedules.append(schedule)
             except Exception:
                 logger.exception("schedule %d", schedule.id)
@@ -6593,10 +6593,12 @@ def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) 
     slot = plan.next_slot(schedule.settled_until)
     if slot is not None and slot <= claim.now:
         [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
-        last = get_executions(db, [task.last_success_id or 0], output=True)
-        zone, url = settings.scheduler_timezone, settings.public_url
-        cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
-        claim.after(schedule, cause, task.last_success_id or 0, 0)
+        by, zone, url = task.last_success_id or -task.id, settings.scheduler_timezone, settings.public_url
+        # A longer `seconds`, or a clock that was set back, brings a time again that was told.
+        if not ids_of(db, "executions", {"caused_by = ?": by, "schedule_id = ?": schedule.id, "event = 'overdue'": True}):
+            last = get_executions(db, [by], output=True)
+            cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
+            claim.after(schedule, cause, by, 0)
         schedule.stand(claim.now)
         slot = None
     schedule.set_next(slot, plan)
@@ -7076,8 +7078,9 @@ class Service:
             task.config = unmask_config(task.task_type, task.config, {})
         for number, part in enumerate(body.get("schedules", ())):
             with told_at(f"schedules[{number}].", errors):
-                new = partial(new_schedule, Schedule, {**part, "task_id": 0}, now, self.settings)
-                schedules.append(await self.in_checks(new))
+                new = await self.in_checks(partial(new_schedule, Schedule, {**part, "task_id": 0}, now, self.settings))
+                await self.store.read(partial(check_watched, schedule=new))
+                schedules.append(new)
         if errors:
             raise InvalidInput(*errors)
 
@@ -7530,7 +7533,7 @@ def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settin
     fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
     at = now if fields.get("after") is None else fields["after"]
     schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
-    if schedule.schedule_type != "after":  # which looks at other tasks first
+    if schedule.schedule_type != "after" or (schedule.end_at or at) < at:  # else it looks at other tasks first
         schedule.look_ahead()
         if schedule.next_slot is None and not may_be_over:
             raise InvalidInput(_nothing_left(schedule))
@@ -7576,7 +7579,7 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     """Why a schedule has no slot to come, told at the field that would change it."""
     if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
-    if schedule.schedule_type == "after":
+    if schedule.schedule_type == "after" and (schedule.end_at or LAST_INSTANT) >= schedule.settled_until:
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
     if bounds := [name for name in ("end_at", "start_at") if getattr(schedule, name) is not None]:
         return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")
@@ -7806,7 +7809,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
         check_allowed(task.task_type, config, settings)
         row.config = compact({name: config.get(name) for name in override})
     of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
-    if row.trigger == "manual" and ("${cause:" in compact(task.config) or schedules_that(tx.db, of_after)):
+    if row.trigger == "manual" and ("${cause:" in f"{task.config} {row.config}" or schedules_that(tx.db, of_after)):
         row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
     execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
     tx.tick.new_ids.append(execution.id)
@@ -7989,7 +7992,6 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
     for key, body in file["tasks"].items():
         with told_at(_in_file(key), errors):
             fields = {"name": key, "key": key, **parse(_FileTask, body)}
-            fields.pop("schedules", None)
             found[key] = new_task(fields, now, service.settings, may_be_over=True), body
         parts = body.get("schedules")
         for name, part in parts.items() if isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values()) else ():
@@ -7997,9 +7999,9 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
                 config = part.get("schedule_config")
                 if isinstance(config, dict) and "in_seconds" in config:
                     raise InvalidInput(FieldError("schedule_config.in_seconds", "is no fixed time in a file: write a datetime"))
-                if isinstance(config, dict) and isinstance(config.get("tasks"), list):  # keys, where REST has ids
-                    config = {"task_ids": [f"key:{task}" for task in config["tasks"]], **config}
-                    part = {**part, "schedule_config": {field: value for field, value in config.items() if field != "tasks"}}
+                if isinstance(config, dict) and "tasks" in config and "task_ids" not in config:  # keys, where REST has ids
+                    keys = [f"key:{key}" for key in config["tasks"]] if isinstance(config["tasks"], list) else config["tasks"]
+                    part = {**part, "schedule_config": {"task_ids": keys, **{n: v for n, v in config.items() if n != "tasks"}}}
                 fields = {"key": name, "task_id": 0, **parse(_FileSchedule, part)}
                 found[f"{key}/{name}"] = new_schedule(Schedule, fields, now, service.settings, may_be_over=True), part
     _refuse(errors)
@@ -8075,6 +8077,7 @@ class _Apply:
             item.config = unmask_config(item.task_type, item.config, stored.config if same else {})
         else:
             item.task_id = self.ids[key.partition("/")[0]]
+            check_watched(self.tx.db, item)
         wanted = {name: getattr(item, name) for name in shape_of(cast(Any, type(item))).written if name != "task_id"}
         if stored is None and not task and item.over:
             self.warnings.append(f"{path}: its time has passed: it is over, and not created")
@@ -8085,9 +8088,6 @@ class _Apply:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
         else:
-            if not task:
-                check_watched(self.tx.db, item)
-                wanted |= {"schedule_config": item.schedule_config, "is_active": item.is_active}
             left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
             if not task and item.is_active == (stored.is_active or stored.over):
                 left.add("is_active")
@@ -8263,6 +8263,7 @@ _CRON_SETTING = re.compile(
     r"""(?:'([^'=]*)'|"([^"=]*)"|([^\s='"][^\s=]*))\s*=\s*(?:'([^']*)'\s*|"([^"]*)"\s*|([^\s'"].*))""", re.ASCII | re.DOTALL
 )
 _CRON_COMMAND = re.compile(r"((?:[^\\%]|\\.?)*)(?:%(.*))?", re.DOTALL)
+_NOT_OF_CRON = re.compile(r"(?:^|[ ,])(?:l|[0-9a-z]+/)|#|(?<!0)-0+(?![0-9])|(?<!sun)-sun", re.IGNORECASE)
 # What bash and every /bin/sh do alike: a program, its words, files for its output.
 _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +(?:2>&1|2?>>? *[A-Za-z0-9_./-]+))*")
 
@@ -8289,8 +8290,7 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             times = 1 if line.startswith("@") else 5
             fields = re.split("[ \t]+", line, maxsplit=times + system)
             if len(fields) <= times + system or fields[-1].startswith("*"):
-                column = ", a user" if system else ""
-                raise ValueError(f"must be five time fields or an @word{column} and a command, or NAME = VALUE")
+                raise ValueError(f"must be five time fields or an @word{', a user' * system} and a command, or NAME = VALUE")
             if not system and fields[-1].startswith("root "):
                 raise ValueError("has a user before its command: --system reads it")
             if system and fields[-2] != user.pw_name:
@@ -8299,14 +8299,18 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             found = cast(re.Match[str], _CRON_COMMAND.fullmatch(fields[-1]))
             command, data = re.sub(r"\\([\\%])", r"\1", found[1]), found[2]
             config: dict[str, Any] = {"command": command}
-            if data or not _PLAIN_COMMAND.fullmatch(command):
+            if data or env["SHELL"] not in ("/bin/sh", "/bin/bash") or not _PLAIN_COMMAND.fullmatch(command):
                 text_in = re.sub(r"(?<!\\)%", "\n", data or "").replace(r"\%", "%").removesuffix("\n")
                 here = "" if not data else f" <<< {shlex.quote(text_in)}"
                 config = {"command": f'exec "$SHELL"{here} -c', "args": [command]}
             config = parse_config("bash", config | {"env": env, "working_dir": env["HOME"], "timeout": 86400})
-            task = {"name": printable(command)[:100], "task_type": "bash", "config": config, "max_retries": 0}
-            if fields[0] != "@reboot":
-                when = check_schedule_config("cron", {"expression": " ".join(fields[:times]), "timezone": zone}, zone, 0)
+            task = {"name": printable(command)[:100] or f"line {number}", "task_type": "bash", "config": config, "max_retries": 0}
+            if _NOT_OF_CRON.search(expression := " ".join(fields[:times])):
+                raise ValueError(
+                    f"{shown(expression)} is none that cron reads, or not as you do (no day for SAT-SUN, MON for MON#2)"
+                )
+            if expression != "@reboot":
+                when = check_schedule_config("cron", {"expression": expression, "timezone": zone}, zone, 0)
                 kept = {"overlap": "allow", "catchup": "skip"}
                 task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": when, **kept}}
         except (InvalidInput, ValueError) as error:
@@ -8324,20 +8328,14 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
         raise InvalidInput(*errors)
     if text and not text.endswith("\n"):
         comments[""].append("The last line has no end: cron itself would refuse the whole crontab.")
-    for address, keys in mail.items():
-        comments[""] += _mail_advice(address, keys, slug("mail", tasks))
+    for address, keys in mail.items():  # what does what MAILTO does, as lines of TOML
+        send = f'printf \'%s\\n\' "$CHRONOTASK_CAUSE_OUTPUT" | mail -s "$CHRONOTASK_CAUSE_TEXT" {shlex.quote(address)}'
+        mailer: dict[str, Any] = {"task_type": "bash", "config": {"command": f'[ -z "$CHRONOTASK_CAUSE_OUTPUT" ] || {send}'}}
+        watching = {"schedule_type": "after", "schedule_config": {"tasks": keys, "on": ["success", "failure"]}}
+        lines = to_toml({"tasks": {slug(f"mail {address}", tasks): {**mailer, "schedules": {"end": watching}}}}, {})
+        advice = f"MAILTO={address}: output is kept in the history here. To get it by mail as well, take the # away from:"
+        comments[""] += [printable(advice), *lines.split("\n")[1:-1]]
     return tasks, comments
-
-
-def _mail_advice(address: str, keys: list[str], key: str) -> list[str]:
-    """What does what MAILTO does, as lines of TOML."""
-    send = f'printf \'%s\\n\' "$CHRONOTASK_CAUSE_OUTPUT" | mail -s "$CHRONOTASK_CAUSE_TEXT" {shlex.quote(address)}'
-    config = {"tasks": keys, "on": ["success", "failure"]}
-    after = {"end": {"schedule_type": "after", "schedule_config": config}}
-    command = f'[ -z "$CHRONOTASK_CAUSE_OUTPUT" ] || {send}'
-    lines = to_toml({"tasks": {key: {"task_type": "bash", "config": {"command": command}, "schedules": after}}}, {})
-    advice = f"MAILTO={address}: output is kept in the history here. To get it by mail as well, take the # away from:"
-    return [printable(advice), *lines.split("\n")[1:-1]]
 
 
 # ======================================================================================================================

@@ -6016,8 +6016,10 @@ async def test_an_overdue_task_is_told_once_for_each_success(rig: Rig) -> None:
     assert cause["finished_at"] == "2026-01-01T00:30:00Z"
     assert cause["text"] == "backup is overdue (last success: 2026-01-01 00:30 UTC)"
     await rig.executed(watched)
-    await rig.run_at(60_000)
-    assert len(await fired(rig, alert)) == 2
+    for seconds, longer in ((60_000, 50_000), (120_000, 3600)):  # the longer one comes again: it was told
+        await rig.run_at(seconds)
+        assert len(await fired(rig, alert)) == 2
+        await rig.patch_schedule(schedule, **after("overdue", task_ids=[watched], seconds=longer))
 
 
 async def test_a_task_that_never_succeeded_is_overdue_also_while_paused_or_after_a_time_down(rig: Rig, open_rig: OpenRig) -> None:
@@ -6051,10 +6053,13 @@ async def test_bounds_and_max_runs_hold_for_after(rig: Rig) -> None:
     watched = await rig.task()
     limited, schedule = await listener(rig, "success", task_ids=[watched], fields={"max_runs": 2})
     later, _ = await listener(rig, "success", task_ids=[watched], fields={"start_at": "2026-01-01T01:00:00Z"})
+    ended, end = await listener(rig, "success", task_ids=[watched], fields={"end_at": "2026-01-01T00:00:20Z"})
     for seconds in (10, 20, 30, 3600):
         await rig.at(seconds)
         await rig.executed(watched)
-    assert (len(await fired(rig, limited)), len(await fired(rig, later))) == (2, 1)
+    assert [len(await fired(rig, alert)) for alert in (limited, later, ended)] == [2, 1, 2]
+    assert [(await rig.service.get_schedule(one))["is_active"] for one in (schedule, end)] == [False, False]
+    assert await refused_fields(rig.schedule(later, **after("success", any=True), end_at="2026-01-01T00:59Z")) == ["end_at"]
     view = await rig.service.get_schedule(schedule)
     assert (view["is_active"], view["run_count"]) == (False, 2)
     assert await refused_fields(rig.patch_schedule(schedule, is_active=True)) == ["max_runs"]
@@ -6127,8 +6132,10 @@ async def test_a_wrong_after_is_refused_by_field(rig: Rig) -> None:
         ({"on": ["failure"], "any": True, "seconds": 60}, ".seconds", "is only for overdue"),
         ({"on": ["failure"], "any": True, "timezone": "UTC"}, ".timezone", "unknown field"),
     ):
-        error = (await refusal(rig.schedule(alert, "after", schedule_config=config))).detail
-        assert error.startswith(f"schedule_config{field}: ") and message in error
+        body = {"schedule_type": "after", "schedule_config": config}
+        for call, path in ((rig.schedule(alert, **body), ""), (rig.task(schedules=[body]), "schedules[0].")):
+            error = (await refusal(call)).detail
+            assert error.startswith(f"{path}schedule_config{field}: ") and message in error
 
 
 async def test_what_only_slots_have_is_refused_for_after_and_null_for_it_alone(rig: Rig) -> None:
@@ -6258,6 +6265,8 @@ async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig)
         ({"command": "true", "env": {"A": "${cause:txet}"}}, "config.env.A"),
         ({"url": "http://${cause:output}/"}, "config.url"),
         ({"url": "${cause:url}"}, "config.url"),
+        ({"url": "${file:base}${cause:event}"}, "config.url"),
+        ({"url": "http://h/${cause:event}#${cause:text}"}, "config.url"),
         ({"url": "http://u:${cause:text}@h/"}, "config.url"),
         ({"url": "http://h/${cause:nothing}"}, "config.url"),
         ({"url": "http://h/", "auth": {"username": "u", "password": "${cause:text}"}}, "config.auth.password"),
@@ -7739,6 +7748,7 @@ PATH=/bin:/usr/bin:/sbin
     (r"""0-59/1 */1 1-31,1 1-12/1 0-7/1 read x; read y; echo "$y/$x" > OUT% first%second%%""", "second/first\n"),
     ('SHELL=/bin/bash\n* * * * * echo {a,b} $0 "$SHELL" > OUT; exit 3', "a b /bin/bash /bin/bash\n"),
     ("* * * * * /bin/sh -c pwd > OUT 2>&1", "/tmp\n"),
+    ("SHELL=/bin/echo\n* * * * * /bin/sh -c pwd > OUT", None),
 )
 async def test_a_job_of_a_crontab_does_what_it_did_under_cron(tmp_path: Path, line: str, written: str | None) -> None:
     text = NASTY + line.replace("OUT", str(tmp_path / "out")) + "\n"
@@ -7784,7 +7794,7 @@ def test_what_a_crontab_has_and_chronotask_has_not_is_told_with_its_line_and_wha
         "MAILTO=ops@example.org: output is kept in the history here. To get it by mail as well, take the # away from:",
     ]
     told = {"schedule_type": "after", "schedule_config": {"tasks": ["a", "a-2"], "on": ["success", "failure"]}}
-    assert tomllib.loads("\n".join(comments[""][2:]))["tasks"]["mail"]["schedules"]["end"] == told
+    assert tomllib.loads("\n".join(comments[""][2:]))["tasks"]["mail-ops-example-org"]["schedules"]["end"] == told
     assert read_crontab('MAILTO=""\n* * * * * /bin/a\n', False, ROOT, "UTC")[1][""] == []
 
 
@@ -7792,6 +7802,7 @@ def test_every_line_that_cannot_be_read_is_named() -> None:
     no_job = "must be five time fields or an @word and a command, or NAME = VALUE"
     for line, said in {
         **dict.fromkeys(("* * * * *", "@hourly", "* * * * * * /bin/a", "FOO="), no_job),
+        **{f"{t} /bin/a": f"'{t}' is none that cron reads" for t in ("5/9 * * * *", "0 0 L * *", "0 0 * * MON#2", "0 0 * * 5-0")},
         "@weekdays /bin/a": "schedule_config.expression: '@weekdays': ",
         "61 * * * * /bin/a": "schedule_config.expression: '61 * * * *': ",
         "CRON_TZ=Berlin": "must be an IANA time zone (did you mean Europe/Berlin?)",
@@ -7863,13 +7874,13 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
 @pytest.mark.slow
 def test_a_crontab_is_printed_as_a_file_that_can_be_applied(tmp_path: Path) -> None:
     crontab, jobs, says = tmp_path / "crontab", tmp_path / "jobs.toml", partial(chronotask_says, tmp_path)
-    crontab.write_text("MAILTO=root\n0 5 * * * tar -zcf /var/backups/home.tgz /home/ # weekly\n@reboot /bin/a\n")
+    crontab.write_text("MAILTO=root\n0 5 * * * tar -zcf /var/backups/home.tgz /home/ # weekly\n@reboot /bin/a\n* * * * * %in\n")
     status, printed, errors = says("--import-crontab", crontab)
     assert (status, errors) == (0, "")
     jobs.write_text(printed)
     assert says("--apply", jobs)[0] == 0
     jobs.write_text(re.sub("(?m)^# (?=\\[tasks.mail|task_type|config|schedule_)", "", printed))
-    assert says("--apply", jobs)[:2] == (0, "created task mail\ncreated schedule mail/end\n")
+    assert says("--apply", jobs)[:2] == (0, "created task mail-root\ncreated schedule mail-root/end\n")
     crontab.write_text("0 5 * *\n61 * * * * x\n")
     status, printed, errors = says("--import-crontab", crontab)
     assert (status, printed, len(errors.splitlines())) == (2, "", 2)
