@@ -344,7 +344,7 @@ _host = _text(r"[A-Za-z0-9._:-]+", "a host name or IP address to listen on")
 _token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
-_public_url = _text(r"https?://[^\s?#$]+", "a URL that starts with http:// or https://", lambda text: text.rstrip("/") + "/")
+_public_url = _text(r"https?://(?!/)[^\s?#$]+", "a URL beginning with http:// or https://", lambda text: text.rstrip("/") + "/")
 _user_rule = "a user of this machine, neither root nor the service's own"
 _user = _text(".+", _user_rule, pwd.getpwnam, accepts=lambda user: user.pw_uid not in (0, os.geteuid()))
 _words = _text(".+", "without empty entries or control characters", many=True)
@@ -407,7 +407,7 @@ class Settings:
         given |= {} if host is None else {"API_HOST": ("--host", host)}
         for word, (name, text) in sorted(given.items()):
             launcher = word.removeprefix("LAUNCHER_")
-            if word in TASK_VARIABLES or name.startswith(SECRET_PREFIX):
+            if word in TASK_VARIABLES or word.startswith(("CAUSE_", "SECRET_")):
                 continue
             try:
                 if word in fields and (text or name[0] == "-"):
@@ -418,7 +418,7 @@ class Settings:
                 elif launcher != word and text:
                     launchers[launcher.lower()] = _launcher_words(launcher, text)
                 elif launcher == word and word not in fields:
-                    hint = nearest(word, fields)  # without the prefix, which would make everything alike
+                    hint = nearest(word.upper(), fields)  # without the prefix, which would make everything alike
                     warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
                     if hint is not None and hint.startswith(PROTECTIVE):
                         text = f"{warnings[-1]} That one protects the service: correct or remove this one"
@@ -3639,11 +3639,11 @@ _LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABA
 
 
 def _check_files(path: Path) -> None:
-    if os.path.isdir(path):  # Path.is_dir raises when the folder above may not be entered
-        raise StartupError(f"{path} is a folder: set CHRONOTASK_DATABASE_URL to a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # Path.exists raises when the folder above may not be entered
+        raise StartupError(f"{path} is a folder or a device: set CHRONOTASK_DATABASE_URL to a file", exit_status=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size if path.exists() else None
+        size = path.stat().st_size if path.exists() else 0
         wal = Path(f"{path}-wal")
         wal_size = wal.stat().st_size if wal.exists() else 0
     except OSError as error:
@@ -3654,10 +3654,7 @@ def _check_files(path: Path) -> None:
     if size and size < 512:  # SQLite takes what is shorter than a page for a database that is empty, and writes over it
         raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
     if not size and wal_size:
-        what = "missing" if size is None else "empty"
-        raise StartupError(
-            f"the database {path} is {what}, but {wal} holds data: bring the database file back, or move the -wal file away"
-        )
+        raise StartupError(f"{path} is missing or empty, but {wal} holds data: bring the database back, or move that away")
 
 
 BESIDE = ("-wal", "-shm", "-journal", ".leader", ".service")  # the files of the database beside it
@@ -3826,7 +3823,7 @@ def is_locked(path: Path) -> bool:
 
 def locks_work(path: Path) -> bool:
     """Whether flock excludes a second holder on this file system (some network file systems pretend). Raises OSError."""
-    probe = FileLock(path.with_name(f"{path.name}.{os.getpid()}.probe"))
+    probe = FileLock(path.with_name(f"{path.name}.{uuid.uuid4()}.probe"))
     try:
         return probe.acquire() and is_locked(probe.path)
     finally:
@@ -7005,10 +7002,12 @@ class Service:
         self._loop: asyncio.Task[None] | None = None
         self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
 
-    async def start(self) -> None:
-        """Becomes leader if nobody is, and starts the jobs."""
+    async def start(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Becomes leader if nobody is, does what `prepare` is to do before anything fires, and starts the jobs."""
         await self.changes.take_up()
         await self.leadership.begin()
+        if prepare is not None:
+            await prepare()
         self._loop = self.engine.spawn(self.keep("scheduler loop", self._step))
         self.engine.spawn(self.keep("poll", self.leadership.step))
         self.engine.spawn(self.keep("retention", self.retention.step))
@@ -9565,13 +9564,14 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("http", "mcp", "both"), default="http", help="what to serve (default: http)")
     parser.add_argument("--host", help="address to listen on (CHRONOTASK_API_HOST, default 127.0.0.1)")
     parser.add_argument("--port", help="port of REST and the dashboard (CHRONOTASK_API_PORT, default 8000)")
-    parser.add_argument("--backup", metavar="FILE", help="write a consistent copy of the database to FILE (-: stdout), and end")
-    parser.add_argument("--config", metavar="FILE", help="definitions (TOML or JSON) to apply at the start and when they change")
-    parser.add_argument("--apply", metavar="FILE", help="make tasks and schedules what FILE (-: stdin) says, and end")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--backup", metavar="FILE", help="write a consistent copy of the database to FILE (-: stdout), and end")
+    one.add_argument("--config", metavar="FILE", help="definitions (TOML or JSON) to apply at the start and when they change")
+    one.add_argument("--apply", metavar="FILE", help="make tasks and schedules what FILE (-: stdin) says, and end")
     parser.add_argument("--dry-run", action="store_true", help="with --apply: only print what would change (status 3)")
     parser.add_argument("--prune", choices=("pause", "delete"), help="with --apply: what becomes of what FILE no longer names")
-    parser.add_argument("--export", metavar="FILE", help="write definitions to FILE (.toml: as TOML; -: JSON to stdout), and end")
-    parser.add_argument("--import-crontab", metavar="FILE", help="print a crontab (-: stdin) as definitions in TOML, and end")
+    one.add_argument("--export", metavar="FILE", help="write definitions to FILE (.toml: as TOML; -: JSON to stdout), and end")
+    one.add_argument("--import-crontab", metavar="FILE", help="print a crontab (-: stdin) as definitions in TOML, and end")
     parser.add_argument("--system", action="store_true", help="with --import-crontab: it has a column of users")
     parser.add_argument("--version", action="version", version=f"ChronoTask {__version__}")
     options = parser.parse_args(argv)
@@ -9744,10 +9744,8 @@ async def serve(
     runners: list[web.AppRunner] = []
     jobs = [loop.create_task(reap_for_ever())] if os.getpid() == 1 else []
     try:
-        await service.start()
         followed = None if config is None else ConfigFile(service, Path(config))
-        if followed is not None:
-            await followed.begin()
+        await service.start(None if followed is None else followed.begin)
         renewed = config or settings.api_token_file or settings.api_tokens_file
         if renewed and loop.remove_signal_handler(signal.SIGHUP):  # unless it was ignored; tokens are looked at by themselves
             loop.add_signal_handler(signal.SIGHUP, (lambda: None) if followed is None else followed.reload)
@@ -9835,6 +9833,8 @@ async def _open(
         return Connection(server, loop=loop, keepalive_timeout=IDLE_CONNECTION, auto_decompress=False)
 
     for sock in sockets:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
         backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
         listeners.append(await loop.create_server(connect, sock=sock, backlog=backlog))
         sock.listen(1024)  # the kernel's queue may be longer than what is accepted in one turn
@@ -9844,20 +9844,20 @@ async def _open(
 
 def bind(host: str, port: int) -> list[socket.socket]:
     """Sockets for all addresses of `host`, bound before anything runs: a port that is taken must not start a scheduler."""
-    sockets = []
-    try:
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+    sockets: list[socket.socket] = []
+    with contextlib.suppress(socket.gaierror, UnicodeError):  # it is no name of anything
+        for family, _, _, _, address in dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
             # `::` is all addresses, IPv4 too. Any other name's IPv4 address has a socket of its own.
             dual = address[0] == "::" and socket.has_dualstack_ipv6()
-            sock = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual)
-            sockets.append(sock)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
-        return sockets
-    except socket.gaierror as error:
-        raise StartupError(f"cannot listen on {host}: must be an address of this machine ({error.strerror})", 2) from None
-    except (OSError, OverflowError) as error:
-        raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
+            try:
+                sockets.append(socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual))
+            except OSError as error:
+                # `localhost` has an IPv6 address, too, also where the kernel has none.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise StartupError(f"cannot listen on {host} port {port}: {error}") from None
+    if not sockets:
+        raise StartupError(f"--host or CHRONOTASK_API_HOST={shown(host)}: must be an address of this machine", exit_status=2)
+    return sockets
 
 
 def warn_if_open(settings: Settings) -> None:

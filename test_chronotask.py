@@ -1097,7 +1097,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "API_TOKEN": (None, {"0123456789abcdef": "0123456789abcdef"}, []),
     "API_TOKEN_FILE": (None, {}, []),
     "API_TOKENS_FILE": (None, {}, []),
-    "PUBLIC_URL": (None, {"https://example.org/x//": "https://example.org/x/"}, ["example.org", "ftp://x/", "https://a b/"]),
+    "PUBLIC_URL": (None, {"https://example.org/x//": "https://example.org/x/"}, ["x", "ftp://x/", "https:///x", "http://a b/"]),
     "ALLOWED_HOSTS": ((), {"Tasks.Example.com,other": ("tasks.example.com", "other")}, ["http://x", "a b", "x:80/"]),
     "SECRETS_DIR": (Path("/run/secrets"), {"/etc/secrets": Path("/etc/secrets")}, []),
     "BLOCK_PRIVATE_NETWORKS": (False, {"true": True}, ["perhaps"]),
@@ -1144,7 +1144,7 @@ def test_a_typo_in_what_keeps_others_out_ends_the_program_and_shows_no_value() -
     typos = """API_TOKN: API_TOKEN, TOKEN: API_TOKEN, API_TOKENFILE: API_TOKEN_FILE, API_TOKENS_FILES: API_TOKENS_FILE,
         BASH_USR: BASH_USER, ALLOW_HOST_COMANDS: ALLOW_HOST_COMMANDS, ALLOWED_COMMANDS: ALLOWED_BASH_COMMANDS,
         ALLOWED_ENV: ALLOWED_BASH_ENV, ALLOWED_HOST: ALLOWED_HOSTS, NETWORKS: ALLOWED_NETWORKS,
-        BLOCK_PRIVATE_NETWORK: BLOCK_PRIVATE_NETWORKS"""
+        BLOCK_PRIVATE_NETWORK: BLOCK_PRIVATE_NETWORKS, api_token: API_TOKEN"""
     for typo, meant in re.findall(r"(\w+): (\w+)", typos):
         detail = refused_start({f"CHRONOTASK_{typo}": "hidden value"})
         assert f"'CHRONOTASK_{typo}': did you mean CHRONOTASK_{meant}?" in detail and "hidden value" not in detail
@@ -1159,7 +1159,7 @@ def test_an_unknown_variable_that_is_like_no_protective_setting_is_warned_about_
     for name in ("VERSION", "PORT", "SERVICE_HOST", "PORT_8000_TCP_ADDR", "FOO"):
         (warning,) = Settings.from_env({f"CHRONOTASK_{name}": "1"})[1]
         assert warning.startswith(f"unknown variable 'CHRONOTASK_{name}'")
-    given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID SECRET_X SECRET_API_PROT LAUNCHER_X"
+    given = "TASK_ID TASK_NAME EXECUTION_ID SCHEDULE_ID SCHEDULED_FOR ATTEMPT RUN_ID CAUSE_URL SECRET_API_PROT LAUNCHER_X"
     assert Settings.from_env({f"CHRONOTASK_{name}": "1" for name in given.split()})[1] == []
 
 
@@ -2736,7 +2736,7 @@ def refusal_of(path: Path) -> str:
 
 ANOTHER = "{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file"
 LEFT = "…it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
-WAL = "the database {path} is %s, but {path}-wal holds data: bring the database file back, or move the -wal file away"
+WAL = "{path} is missing or empty, but {path}-wal holds data: bring the database back, or move that away"
 FUTURE = "made by a newer ChronoTask; this one knows up to {known}: upgrade ChronoTask, or restore an older backup"
 
 
@@ -2750,8 +2750,7 @@ FUTURE = "made by a newer ChronoTask; this one knows up to {known}: upgrade Chro
     *((content, b"", [], LEFT) for content in (b"A letter to my aunt.\n" * 200, b"x", b"\0" * 8192)),
     (b"SQLite format 3\0" + b"\xff" * 8000, b"", [], LEFT),
     (new_database()[: len(new_database()) // 2], b"", [], LEFT),
-    (None, b"precious", [], WAL % "missing"),
-    (b"", b"precious", [], WAL % "empty"),
+    *((content, b"precious", [], WAL) for content in (None, b"")),
     (None, b"", [], ""),
 )
 def test_what_is_no_database_of_ours_is_refused_and_left_as_it_is(
@@ -2790,10 +2789,9 @@ def test_a_database_with_a_bad_page_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_told_with_the_setting(tmp_path: Path) -> None:
-    for place in ("/proc/nowhere/c.db", "/dev/null/c.db"):
-        with pytest.raises(chronotask.StartupError, match=r"cannot be used.*CHRONOTASK_DATABASE_URL"):
+    for place in ("/proc/nowhere/c.db", "/dev/null/c.db", "/dev/full", TOP):
+        with pytest.raises(chronotask.StartupError, match=r"(cannot be used|is a folder or a device).*CHRONOTASK_DATABASE_URL"):
             open_database(Path(place))
-    assert refused(open_database, TOP).detail == f"{TOP} is a folder: set CHRONOTASK_DATABASE_URL to a file"
     if os.getuid() != 0:  # root may write everywhere
         tmp_path.chmod(0o500)
         assert "must be writable" in refused(open_database, tmp_path / "c.db").detail
@@ -7914,6 +7912,12 @@ def test_a_service_follows_its_file_and_takes_it_and_its_tokens_up_anew_on_sighu
     file.write_text(NIGHTLY.replace("max_retries = 0", "max_retries = 5"))
     until(lambda: b"chronotask_config_file_ok 1" in server.get("/metrics"), 5, "the metrics say that it is good again")
     assert server.get("/tasks/key:nightly")["max_retries"] == 5
+    server.expect(201, "POST", "/schedules", {"task_id": 1, "schedule_type": "interval", "schedule_config": {"seconds": 1}})
+    assert server.stop() == 0
+    file.write_text("x")
+    ran_before = sql(server.database, "SELECT count(*) FROM executions")
+    assert server.start(ready=False).process.wait(20) == 2
+    assert sql(server.database, "SELECT count(*) FROM executions") == ran_before
 
 
 @pytest.mark.slow
@@ -10753,9 +10757,9 @@ COMMAND_LINES = {
     "--por 1": ["--por"],
     "serve": ["serve"],
     "--port eighty": ["--port", "eighty", "0 to 65535"],
-    "--port 70000": ["--port", "70000", "0 to 65535"],
     "--port ''": ["--port", "0 to 65535"],
     "--host 'a b'": ["--host", "a b", "host name or IP address"],
+    "--backup x --apply y": ["--apply", "not allowed with argument --backup"],
     "--port": ["--port"],
     "CHRONOTASK_API_PORT='x\ny'": [r"chronotask: CHRONOTASK_API_PORT='x\ny': must be ", " 0 to 65535\n"],
     "CHRONOTASK_MCP_ENABLED=false --mode mcp": ["--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false\n"],
@@ -10791,6 +10795,8 @@ def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: 
     for command, status, said in (
         (f"cd {TOP}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
         (f"$PYTHON {PROGRAM} --bad <&- >&- 2>&-", 2, ""),
+        (f"$PYTHON {PROGRAM} --host a..b", 2, "--host or CHRONOTASK_API_HOST='a..b': must be an address of this machine"),
+        (f"CHRONOTASK_API_HOST=192.0.2.1 $PYTHON {PROGRAM}", 2, "CHRONOTASK_API_HOST='192.0.2.1': must be an address"),
         (f"unset CHRONOTASK_DATABASE_URL; {linked}", 1, f"there is no database {tmp_path}/real/data/chronotask.db to back up\n"),
         (f"$PYTHON {PROGRAM} --backup - >&-", 2, "redirect the output to a file"),
         (f"$PYTHON {PROGRAM} --backup - >/dev/full", 1, "No space left"),
