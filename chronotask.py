@@ -2426,10 +2426,10 @@ class Query(BaseModel):
     headers: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
-    @field_validator("skip", "limit", "task_id", "schedule_id", "before_id", "id", mode="before", check_fields=False)
+    @field_validator("skip", "limit", "schedule_id", "execution_id", "before_id", mode="before", check_fields=False)
     @classmethod
     def _digits(cls, value: Any) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}|key:.*", value):
+        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value):
             raise ValueError(f"must be a whole number, not {shown(value)}")
         return value
 
@@ -2483,7 +2483,7 @@ class UpcomingQuery(Query):
 
 class ChangeQuery(Query):
     kind: Literal["task", "schedule", "execution", "scheduler"] | None = None
-    id: Id | None = None
+    id: TaskId | None = None  # of whatever kind
     before_id: Id | None = None
     limit: Limit = 100
 
@@ -4867,13 +4867,9 @@ class StoredConfig(dict[str, Any]):
     """A task's configuration, shared by all its runs: not to be changed. What can be told from it alone is told once."""
 
     @functools.cached_property
-    def names_secrets(self) -> bool:
-        return "${" in str(self)
-
-    @functools.cached_property
-    def request(self) -> _Request:
-        """What an http task without references asks for. Raises ChronoTaskError."""
-        return _http_request(self, [])
+    def request(self) -> _Request | None:
+        """What an http task asks for; None if it has references, which each run fills in. Raises ChronoTaskError."""
+        return None if "${" in str(self) else _http_request(self, [])
 
 
 def stored_config(text: str) -> StoredConfig:
@@ -5782,8 +5778,7 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
     """Make the request of an http task."""
     timeout = config.get("timeout", client.settings.http_timeout)
     try:
-        filled = resolve_secrets("http", config, environ, client.settings, run.cause) if config.names_secrets else None
-        request = _http_request(*filled) if filled else config.request
+        request = config.request or _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
@@ -7310,6 +7305,10 @@ class Service:
     @Operation("GET", "/changes")
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
+        if isinstance(query.id, str):
+            if query.kind != "task":
+                raise InvalidInput(FieldError("id", "key:NAME is only for kind=task"))
+            query.id = await self.task_id(query.id)
         rows = await self.store.scan(partial(list_changes, query=query))
         return dict(changes=[view_of(row) for row in rows], next_before_id=rows[-1].id if len(rows) == query.limit else None)
 

@@ -3602,12 +3602,9 @@ async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path
 @each("name", *"token hard-link link sub/../token copy app.env rotated /proc/self/fd/{fd} {folder}/token".split())
 async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
-    for file, content in [
-        ("token", GOOD_TOKEN),
-        ("copy", f"{GOOD_TOKEN}\r\n"),
-        ("app.env", f"CHRONOTASK_API_TOKEN={GOOD_TOKEN}\n"),
-    ]:
-        (tmp_path / file).write_text(content)
+    (tmp_path / "token").write_text(GOOD_TOKEN)
+    (tmp_path / "copy").write_text(f"{GOOD_TOKEN}\r\n")
+    (tmp_path / "app.env").write_text(f"CHRONOTASK_API_TOKEN={GOOD_TOKEN}\n")
     (tmp_path / "link").symlink_to("token")
     os.link(tmp_path / "token", tmp_path / "hard-link")
     settings = Settings(secrets_dir=Path("/"), api_token=GOOD_TOKEN, api_token_file=tmp_path / "token")
@@ -8483,6 +8480,8 @@ async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
     for name, query in (("schedules", f"task_id={key}"), ("executions", f"task_id={key}"), ("tasks", "key=nightly.backup-1")):
         assert len((await api.get(f"/{name}?{query}"))[name]) == len((await api.get(f"/{name}?tag=db:main"))[name]) == 1, name
         assert (await api.get(f"/{name}?tag=db"))[name] == [], name
+    assert {change["object_id"] for change in (await api.get(f"/changes?kind=task&id={key}"))["changes"]} == {task_id}
+    problem_of(await api("GET", f"/changes?kind=schedule&id={key}"), 422, "id")
     assert (await api("GET", "/tasks/key:none")).status == 404
     assert (await api("PATCH", f"/tasks/{key}", {"key": None})).json["key"] is None
     assert (await api("GET", f"/tasks/{key}")).json["detail"] == f"there is no task {key}"
@@ -10477,7 +10476,7 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_schedule", {"datetime": "2020-01-01T09:00:00"},
      r"datetime: '2020-01-01T09:00:00': must be in the future \(it is now .*\)"),
     ("create_schedule", {"expression": "0 9 * * FRI#L"}, r"expression: '0 9 \* \* FRI#L': .* L5 for the last Friday"),
-    ("create_schedule", {"task_id": "night", "expression": "0 9 * * *"},
+    ("get_task", {"task_id": "night"},
      "task_id: must be the id of a task, or key:NAME, not 'night': list_tasks shows those that exist"),
     ("create_schedule", {"expression": "0 9 * * *", "seconds": 60},
      r"expression \(cron\) and seconds \(interval or after\): do not go together: give those of one kind"),
