@@ -1925,13 +1925,14 @@ Exclude = Annotated[
     list[Annotated[str, AfterValidator(check_dates)]],
     Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
 ]
-Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone")]
+_READABLE = _refused(lambda text: parse_bound(text, "UTC") < 0, "")  # it says itself what is wrong
+Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone"), _READABLE]
 IdempotencyKey = Annotated[
     str,
     Field(min_length=1, max_length=255, description="asked again with it, no second run"),
     _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
 ]
-Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day")]
+Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day"), _READABLE]
 Statuses = Annotated[
     tuple[str, ...],
     BeforeValidator(_statuses),
@@ -2390,7 +2391,7 @@ class Body(View):
         fields = dict[str, Any]()
         for name, kind in shape_of(self.resource).written.items() if self.resource else ():
             default = shape_of(self.resource).defaults.get(name, ...)
-            if not self.update and default is not ...:
+            if not self.update and default not in (None, ...):
                 kind = Annotated[kind, Field(json_schema_extra={"default": default})]
             fields[name] = NotRequired[kind] if self.update or default is not ... else kind
         return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
@@ -2502,7 +2503,9 @@ class FollowQuery(Query):
 
 
 class EventQuery(Query):
+    headers = {"last_event_id": "Last-Event-ID"}
     task_id: TaskId | None = None
+    last_event_id: str | None = None
 
 
 def parse(model: Any, data: Any) -> Any:
@@ -2513,7 +2516,7 @@ def parse(model: Any, data: Any) -> Any:
         data = {name: value for name, value in data.items() if name not in read_only}
     with told_at("", errors):
         return _checked(model, data)
-    if body is not None and not body.update and isinstance(data, dict):
+    if body is not None and isinstance(data, dict):
         # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
         with told_at("", errors):
             if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
@@ -2623,6 +2626,13 @@ def output_text(output: dict[str, Any] | None) -> str:
     stdout, stderr = output.get("stdout") or "", output.get("stderr") or ""
     break_line = "\n" if stdout and not stdout.endswith("\n") else ""
     return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
+
+
+def kept_bytes(output: dict[str, Any]) -> list[tuple[str, int, bytes]]:
+    """Of each stream of kept output its name, its bytes in all, and those that were kept."""
+    texts = {"body": output_text(output)} if "body" in output else {name: output.get(name) or "" for name in ("stdout", "stderr")}
+    kept = {name: text.encode() for name, text in texts.items()}
+    return [(name, output[f"{name}_bytes"] if output.get("truncated") else len(data), data) for name, data in kept.items()]
 
 
 def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
@@ -4461,21 +4471,18 @@ def measured_tasks(db: DB, limit: int) -> tuple[list[Task], dict[int, int]]:
     return tasks, dict(db.execute(running).fetchall())
 
 
-def shown_output(db: DB, execution_id: int, ask_until: int | None = None) -> list[tuple[str, int, bytes]]:
-    """Stream, bytes in all and the last, as the process that runs it shows them; it is asked to do so until `ask_until`."""
-    if ask_until is not None:
-        wanted = """INSERT INTO live_output VALUES (?, '', ?, 0, x'')
-            ON CONFLICT DO UPDATE SET wanted_until = excluded.wanted_until"""
-        db.execute(wanted, (execution_id, ask_until))
-    sql = "SELECT stream, total, recent FROM live_output WHERE execution_id = ? AND stream <> ''"
-    return db.execute(sql, (execution_id,)).fetchall()
+def shown_output(db: DB, execution_id: int, attempt: int, now: int) -> list[tuple[str, int, bytes]]:
+    """Stream, bytes in all and the last, as the process that runs an attempt shows them; it is asked to go on for 5 s."""
+    put_row(db, "live_output", execution_id, "", now + 5 * SECOND, 0, b"")
+    sql = "SELECT stream, total, recent FROM live_output WHERE execution_id = ? AND stream LIKE '% ' || ?"
+    return [(stream.partition(" ")[0], *rest) for stream, *rest in db.execute(sql, (execution_id, attempt))]
 
 
-def show_output(db: DB, recent: Mapping[int, Sequence[tuple[str, int, bytes]]], now: int) -> None:
-    """Writes recent output for followers in other processes, and forgets what nobody asks for any more."""
-    for execution_id, streams in recent.items():
+def show_output(db: DB, recent: Mapping[tuple[int, int], Sequence[tuple[str, int, bytes]]], now: int) -> None:
+    """Writes recent output of attempts for followers in other processes, and forgets what nobody asks for any more."""
+    for (execution_id, attempt), streams in recent.items():
         for stream, total, data in streams:
-            put_row(db, "live_output", execution_id, stream, now + 10 * SECOND, total, data)
+            put_row(db, "live_output", execution_id, f"{stream} {attempt}", now + 10 * SECOND, total, data)
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
 
 
@@ -6684,8 +6691,8 @@ class Changes:
             self._stale = False
         if engine.running:
             asked = {"stream = ''": True, "wanted_until > ?": (now := engine.clock.now())}
-            wanted = partial(ids_of, table="live_output", conditions=asked, column="execution_id")
-            recent = {key: active.live.recent() for key in await store.read(wanted) if (active := engine.running.get(key))}
+            wanted = await store.read(partial(ids_of, table="live_output", conditions=asked, column="execution_id"))
+            recent = {(key, one.run.attempt): one.live.recent() for key in wanted if (one := engine.running.get(key))}
             if recent:
                 await store.write(partial(show_output, recent=recent, now=now))
 
@@ -6952,6 +6959,7 @@ class Operation:
         kinds = get_type_hints(use_case, include_extras=True)
         kinds.pop("service", None)
         self.use_case: Any = use_case
+        self.methods = ("PUT", "PATCH") if self.method == "PATCH" else (self.method,)
         self.name = use_case.__name__
         self.summary, self.description = words_of(use_case)
         self.scope = self.scope or ("read" if self.method == "GET" else "admin")
@@ -7060,7 +7068,7 @@ class Service:
         """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, run)
 
-    @Operation("POST", "/tasks", 201, tool=())
+    @Operation("POST", "/tasks", 201, tool=(), errors=(409,))
     async def create_task(self, body: TaskCreate) -> TaskView:
         """Create a task: what to run. A bash command on ChronoTask's machine, or a request to a url; by arguments of
         create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
@@ -7123,7 +7131,7 @@ class Service:
         equal = await self.store.scan(partial(ids_of, table="tasks", conditions={"deleted = 0": True, **same}))
         return next(iter(equal), None)
 
-    @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
+    @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"), errors=(409,))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
         """Change the fields of a task that are sent. What is not given stays. Fields as in create_task. status paused pauses
         it."""
@@ -7153,7 +7161,7 @@ class Service:
         while await self.store.read(there) and not self.engine.stopping and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    @Operation("POST", "/schedules", 201, tool=(), errors=(404,))
+    @Operation("POST", "/schedules", 201, tool=(), errors=(404, 409))
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
         """Create a schedule: when a task fires. By expression (cron), once at datetime, every so many seconds, or after other
         tasks. Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when
@@ -7180,14 +7188,14 @@ class Service:
 
         return await self.store.read(read)
 
-    @Operation("GET", "/schedules", tool=("read_only",))
+    @Operation("GET", "/schedules", tool=("read_only",), errors=(404,))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
         """List schedules. Of all tasks or of one, with words, time zone and next slots."""
         total, rows = await self.store.scan(partial(list_schedules, query=query))
         schedules = [view_of(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return dict(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
-    @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
+    @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"), errors=(409,))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
         """Change the fields of a schedule that are sent. What is not given stays, the timezone too. Fields as in create_schedule.
         is_active false pauses it."""
@@ -7277,7 +7285,7 @@ class Service:
         total, rows = await self.store.scan(lambda db: list_executions(db, query, task_id, **times))
         return dict(total=total, skip=query.skip, limit=query.limit, history=list(map(view_of, rows)))
 
-    @Operation("GET", "/executions", tool=("read_only",))
+    @Operation("GET", "/executions", tool=("read_only",), errors=(404,))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first. Over all tasks: what failed, ran or is unfinished. since and until choose what ran in
         between. Older: before_id. Rows with status skipped or missed are slots that ran nothing."""
@@ -7380,33 +7388,32 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
 
 
 async def follow_output(service: Service, execution_id: int) -> AsyncIterator[bytes]:
-    """What an execution prints, as it comes, until it is over; what was kept, if it is over already. Looks four times a second at
-    the bounded output: a slow reader misses some of it, and is told so, but is never buffered for. Raises NotFound."""
+    """What the attempts of an execution print, as it comes, until it is over. Looks four times a second at bounded output, and
+    yields b"": a slow reader misses some of it, and is told so, but is never buffered for. Raises NotFound."""
     engine, store = service.engine, service.store
-    live: LiveOutput | None = None
-    sent: dict[tuple[int, str], int] = {}
+    number, live, sent = 0, cast(LiveOutput | None, None), Counter[str]()  # of the attempt that is shown
     while True:
-        execution, _ = await store.read(partial(get_execution, execution_id=execution_id))
-        if active := engine.running.get(execution_id):
-            live = active.live
-        over = execution.status in FINISHED or engine.stopping
-        if live is not None:
-            recent = live.recent()
-        else:  # a process that runs it is asked to go on showing it
-            elsewhere, until = execution.status == "running", service.clock.now() + 5 * SECOND
-            look = partial(shown_output, execution_id=execution_id, ask_until=until if elsewhere else None)
-            recent = await (store.write(look) if elsewhere else store.read(look))
-        for stream, total, data in recent:
-            fresh = total - sent.get((execution.attempt, stream), 0)
-            sent[execution.attempt, stream] = total
-            if fresh > 0:
-                lost = fresh - len(data)  # of it no longer kept
-                yield data[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + data
-        if over:
-            if not sent:
-                yield output_text(execution.output_data).encode()
+        execution, past = await store.read(partial(get_execution, execution_id=execution_id))
+        yield b""
+        for attempt in [one for one in list[Any]([*past, execution]) if one.attempt >= number]:
+            if attempt.attempt > number:
+                number, live, sent = attempt.attempt, None, Counter[str]()
+            if (active := engine.running.get(execution_id)) and active.run.attempt == number:
+                live = active.live
+            if live is not None:
+                recent = live.recent()
+            elif attempt.status == "running":  # the process that runs it is asked to go on showing it
+                look = partial(shown_output, execution_id=execution_id, attempt=number, now=service.clock.now())
+                recent = await store.write(look)
+            else:
+                recent = kept_bytes(attempt.output_data or {})
+            for stream, total, data in recent:
+                fresh, sent[stream] = total - sent[stream], total
+                if fresh > 0:
+                    lost = fresh - len(data)  # of it no longer kept
+                    yield data[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + data
+        if execution.status in FINISHED or engine.stopping:
             return
-        live = None if execution.status == "retrying" else live
         await asyncio.sleep(POLL)
 
 
@@ -7422,7 +7429,7 @@ async def overview(service: Service, query: TaskQuery) -> OverviewPage:
     return {**page, "tasks": await service.store.scan(read)}
 
 
-@Operation("GET", "/upcoming", tool=("read_only",))
+@Operation("GET", "/upcoming", tool=("read_only",), errors=(404,))
 async def list_upcoming(service: Service, query: UpcomingQuery) -> UpcomingPage:
     """List what fires next, over all tasks. In order, each schedule as often as it fires, until `until` (default: in 24 h)."""
     now, sent = service.clock.now(), {"until": query.until}
@@ -8527,23 +8534,23 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     if model is None and not request.query_string:  # as most are
         return None
     model, given = model or Query, dict(request.query)
-    if wrong := [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]:
+    wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
+    wrong += [FieldError(name, f"must be sent as the header {header}") for name, header in model.headers.items() if name in given]
+    if wrong:
         raise InvalidInput(*wrong)
-    for name, header in model.headers.items():
-        if name in given:
-            raise InvalidInput(FieldError(name, f"must be sent as the header {header}"))
-        if header in request.headers:
-            given[name] = request.headers[header]
-    return parse(model, given)
+    given |= {name: ", ".join(request.headers.getall(of)) for name, of in model.headers.items() if of in request.headers}
+    try:
+        return parse(model, given)
+    except InvalidInput as error:
+        raise InvalidInput(*(FieldError(model.headers.get(name, name), why) for name, why in error.errors)) from None
 
 
 def path_id(request: web.Request) -> int | str:
     text = request.match_info.get("id", "0")
-    if text.startswith("key:"):
-        return text
-    if len(text) > 19 or int(text) > MAX_ID:  # its route lets only digits through
+    named = text.startswith("key:")
+    if not named and (len(text) > 19 or int(text) > MAX_ID):  # its route lets only digits through
         raise NotFound(f"{shown(text)} is no id")
-    return int(text)
+    return text if named else int(text)
 
 
 async def answer_operation(service: Service, operation: Operation, request: web.Request) -> web.Response:
@@ -8555,8 +8562,6 @@ async def answer_operation(service: Service, operation: Operation, request: web.
     value = load_json(raw) if raw.strip() else {}
     if model is None and value != {}:
         raise InvalidInput(FieldError("", "this takes no body"))
-    if not isinstance(value, dict):
-        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
     result = await operation.call(service, number, query, None if model is None else parse(model, value))
     if result is None:
         return web.Response(status=204, headers=HEADERS)
@@ -8621,11 +8626,12 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     if not query.follow:
         return web.Response(text=output_text((await service.get_execution(execution_id))["output_data"]), headers=HEADERS)
     pieces = follow_output(service, execution_id)
-    first = await anext(pieces, b"")  # raises what is to be answered
+    await anext(pieces)  # raises what is to be answered
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
     await answer.prepare(request)
-    await answer.write(first)
     async for piece in pieces:
+        if request.transport is None:  # the client has gone
+            break
         await answer.write(piece)
     return answer
 
@@ -8634,7 +8640,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
     """Changes as server-sent events: execution, task, schedule, scheduler, reset. Each `data` is one line: none is forged."""
     query = read_query(request, EventQuery)
     only = query.task_id and await service.task_id(query.task_id)
-    reader, missed = await service.engine.feed.open(request.headers.get("Last-Event-ID"))
+    reader, missed = await service.engine.feed.open(query.last_event_id)
     answer, to_come = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"}), deque(missed or ())
     try:
         await answer.prepare(request)
@@ -8723,7 +8729,6 @@ class Page(NamedTuple):
     path: str
     media: str  # of its answer
     query: type[Query] | None = None
-    header: str | None = None
 
 
 PAGES = (
@@ -8733,13 +8738,9 @@ PAGES = (
     Page(show_openapi, "/openapi.json", "application/json"),
     Page(show_docs, "/docs", "text/html"),
     Page(send_output, API + "/executions/{id}/output", "text/plain", FollowQuery),
-    Page(show_events, API + "/events", "text/event-stream", EventQuery, "Last-Event-ID"),
+    Page(show_events, API + "/events", "text/event-stream", EventQuery),
     Page(show_backup, API + "/backup", "application/vnd.sqlite3"),
 )
-
-
-def _methods(operation: Operation) -> tuple[str, ...]:
-    return ("PUT", "PATCH") if operation.method == "PATCH" else (operation.method,)
 
 
 def _route(path: str) -> str:
@@ -8750,7 +8751,7 @@ def _route(path: str) -> str:
 def make_app(service: Service) -> web.Application:
     app = gated_app(service, "rest")
     for operation in OPERATIONS:
-        for method in (*_methods(operation), *(["HEAD"] if operation.method == "GET" else [])):
+        for method in (*operation.methods, *(["HEAD"] if operation.method == "GET" else [])):
             app.router.add_route(method, _route(API + operation.path), partial(answer_operation, service, operation))
     for page in PAGES:
         head = not page.path.startswith(API)  # no HEAD of a stream
@@ -8769,9 +8770,7 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {  # what /docs offers to send
     ScheduleUpdate: {"is_active": False},
     DefinitionFile: {"chronotask": 1, "owner": "ops", "tasks": {"nightly-backup": {**_BACKUP, "schedules": {"night": _CRON}}}},
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
-    PauseBody: {},
     BackfillBody: {"from": "2026-11-20", "to": "2026-11-22", "dry_run": True},
-    ExecuteBody: {},
 }
 _TEXT = {"type": "string"}
 
@@ -8786,27 +8785,30 @@ def openapi() -> dict[str, Any]:
     adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = found["$defs"]
-    for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
-        for body in _EXAMPLES:
-            if field in (properties := schemas[mark_of(body).name]["properties"]):
+    for body in map(mark_of, _EXAMPLES):
+        properties = schemas[body.name]["properties"]
+        for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
+            if field in properties:
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
+        more = shape_of(body.resource).shown.keys() - properties if body.update else ()
+        properties |= {name: {"readOnly": True} for name in sorted(more)}  # what GET gave can be sent back
     schemas["Problem"] = {"type": "object", "required": list(problem), "properties": problem}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
         good = {operation.status: content, **({200: content} if operation.status == 202 else {})}
         wrong = {400, 401, 403, 422, 429, 503, *operation.errors, *((404,) if operation.id_name else ())}
-        for method in _methods(operation):
+        for method in operation.methods:
             name = operation.name if method != "PUT" else operation.name.replace("update", "put")
             document = _document(operation, name, good, wrong | ({408, 413, 415} if method != "GET" else set()))
             if operation.body is not None:
-                sent = {"schema": refs[operation.body, "validation"], "example": _EXAMPLES[operation.body]}
+                sent = {"schema": refs[operation.body, "validation"], "example": _EXAMPLES.get(operation.body, {})}
                 required = not mark_of(operation.body).optional
                 document["requestBody"] = {"required": required, "content": {"application/json": sent}}
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for page in PAGES:
         content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
-        wrong = {400, 401, 403, 429, 503, *((404,) if "{id}" in page.path else ()), *((422,) if page.query else ())}
+        wrong = {400, 401, 403, 429, 503, *((404, 422) if page.query else ())}
         document = _document(page, page.handler.__name__, {200: content}, wrong)
         if page.path == "/health":  # which takes any Host, and needs no token
             document = {**_document(page, "show_health", {200: content, 503: content}, {400}), "security": []}
@@ -8828,12 +8830,10 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
     for field, schema in query.model_json_schema().get("properties", {}).items():
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
-        schema = lean | (arms[0] if len(arms) == 1 else {})
+        schema = lean | ({"anyOf": arms} if len(arms) > 1 else arms[0] if arms else {})
         listed = {"explode": False} if schema.get("type") == "array" else {}  # comma-separated
         header = query.headers.get(field)
         parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema, **listed})
-    if isinstance(route, Page) and route.header is not None:
-        parameters.append({"name": route.header, "in": "header", "schema": _TEXT})
     summary, _ = words_of(route.handler if isinstance(route, Page) else route.use_case)
     answers = {str(code): {"description": summary} | ({"content": what} if what else {}) for code, what in good.items()}
     titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
