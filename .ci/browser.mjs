@@ -362,6 +362,27 @@ fact('forms say what is wrong beside the field, and keep what nobody touched', a
   equal(follow_redirects ?? true, true);
 });
 
+fact('an edit changes what was touched, a unit alone too; what was changed elsewhere meanwhile stays', async () => {
+  const { id, schedules: [schedule] } = await service.ask('POST', '/tasks', { name: 'Of two', task_type: 'bash', config: { command: 'true', timeout: 120 }, schedules: [{ schedule_type: 'interval', schedule_config: { seconds: 7200 } }] });
+  await open(service, `#/tasks/${id}/edit`);
+  await service.ask('PATCH', '/tasks/' + id, { status: 'paused', max_retries: 7 });
+  if (!await page.getByLabel('Give up after').first().isVisible()) await page.getByText('Arguments, environment, timeout').click();
+  await page.getByLabel('Unit of time').locator('visible=true').first().selectOption('hours');
+  await button('Save').click();
+  await until(async () => await text('h1') === 'Of two', 'saved');
+  const { status, max_retries: retries, config } = await service.ask('GET', '/tasks/' + id);
+  equal([status, retries, config], ['paused', 7, { command: 'true', timeout: 7200 }]);
+  await open(service, '#/schedules/' + schedule.id);
+  await service.ask('PATCH', '/schedules/' + schedule.id, { is_active: false, overlap: 'queue' });
+  await page.getByLabel('Unit of time').locator('visible=true').first().selectOption('minutes');
+  await until(async () => (await text('#preview')).startsWith('Every 2 minutes'), 'the preview of the other unit');
+  await button('Save').click();
+  await until(async () => await text('h1') === 'Of two', 'saved, too');
+  const after = await service.ask('GET', '/schedules/' + schedule.id);
+  equal([after.is_active, after.overlap, after.schedule_config.seconds], [false, 'queue', 120]);
+  await service.ask('DELETE', '/tasks/' + id);
+});
+
 fact('a press on Save counts, though a preview that moves it is answered just then', async () => {
   for (const [when, typed] of [['between press and release', '62 * * * *'], ['just before the press', '*/90 0 1 * MON']]) {
     await open(service, '#/tasks/1/schedules/new');
