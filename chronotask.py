@@ -6506,7 +6506,7 @@ def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, settings: Sett
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
     schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
     claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules}))
-    for schedule in schedules:
+    for schedule in sorted(schedules, key=lambda schedule: schedule.next_slot or 0):
         try:
             if schedule.schedule_type == "after":
                 claim_overdue(db, claim, schedule, settings)

@@ -2303,10 +2303,8 @@ UNFINISHED = {
 
 
 def claimed(schedule: chronotask.Schedule, unfinished: str, now: float) -> tuple[chronotask.Claim, str]:
-    """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued).
-
-    A queued one may wait behind o(verlap) and behind c(atch-up).
-    """
+    """What the slots turn into at START + now: their seconds, then m(issed), s(kipped), x (cancelled) or q(ueued), which may wait
+    behind o(verlap) and behind c(atch-up)."""
     others = {task: list(groups) for task, groups in itertools.groupby(UNFINISHED[unfinished], lambda group: group.task_id)}
     claim = chronotask.Claim(START + round(now * S), others)
     claim.slots(schedule)
@@ -5445,9 +5443,7 @@ async def test_the_slots_of_a_day_that_is_excluded_in_its_zone_are_not_missed_ei
 async def test_what_excludes_or_bounds_no_days_is_refused(rig: Rig) -> None:
     task_id = await rig.task()
     for fields, field in (
-        ({"exclude": ["2026-02-30"]}, "exclude[0]"),
-        ({"exclude": ["2026-01-05/2026-01-04"]}, "exclude[0]"),
-        ({"exclude": ["tomorrow"]}, "exclude[0]"),
+        *(({"exclude": [wrong]}, "exclude[0]") for wrong in ("2026-02-30", "2026-01-05/2026-01-04", "tomorrow")),
         ({"exclude": ["2026-01-02"] * 401}, "exclude"),
         ({"exclude": ["2026-01-01/9999-12-31"]}, "exclude"),
         ({"schedule_config": {"days": 1, "start_date": "9999-12-31T00:00:00Z"}}, "schedule_config"),
@@ -5489,11 +5485,8 @@ async def test_a_pause_with_an_end_ends_by_itself_as_by_a_resume(rig: Rig, open_
 
 async def test_an_end_is_only_for_a_pause_and_goes_with_it(rig: Rig) -> None:
     task_id, soon = await rig.task(), "2026-01-01T00:01:00Z"
-    for fields in (
-        {"paused_until": soon},
-        {"status": "disabled", "paused_until": soon},
-        {"status": "paused", "paused_until": "2026-01-01T00:00:00Z"},
-    ):
+    for status, until in ("active", soon), ("disabled", soon), ("paused", "2026-01-01T00:00:00Z"):
+        fields = {"status": status, "paused_until": until}
         assert await refused_fields(rig.patch_task(task_id, **fields)) == ["paused_until"]
         assert await refused_fields(rig.task(**fields)) == ["paused_until"]
     view = await rig.patch_task(task_id, status="paused", paused_until=soon)
@@ -5566,6 +5559,14 @@ async def test_a_killed_holder_frees_its_group(rig: Rig, open_rig: OpenRig, targ
     await later.tick()
     assert await later.statuses() == ["interrupted", "running"]
     await later.let_go(target)
+
+
+async def test_of_slots_that_are_claimed_together_the_oldest_goes_first(rig: Rig) -> None:
+    task_id = await rig.task()
+    for seconds in (3, 1):
+        await rig.schedule(task_id, "once", schedule_config={"in_seconds": seconds})
+    await rig.run_at(4)
+    assert await rig.brief() == [("schedule", "succeeded", 1), ("schedule", "skipped", 3)]
 
 
 async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig: Rig, target: Target) -> None:
