@@ -1851,11 +1851,11 @@ def instant_or_none(t: int | None) -> str | None:
 
 
 def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
-    if not isinstance(sent, str) or re.fullmatch("[0-9]{1,19}", sent):
-        return check(sent)
-    if not KEY_OF_TASK.fullmatch(sent):
+    if isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent):
+        return sent
+    if isinstance(sent, bool) or (isinstance(sent, str) and not re.fullmatch("[0-9]{1,19}", sent)):
         raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
-    return sent
+    return check(sent)
 
 
 def _statuses(sent: Any) -> Any:
@@ -2430,7 +2430,7 @@ class Query(BaseModel):
     @field_validator("skip", "limit", "schedule_id", "execution_id", "before_id", mode="before", check_fields=False)
     @classmethod
     def _digits(cls, value: Any) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value):
+        if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value)):
             raise ValueError(f"must be a whole number, not {shown(value)}")
         return value
 
@@ -7440,8 +7440,8 @@ async def list_upcoming(service: Service, query: UpcomingQuery) -> UpcomingPage:
 
 @Operation("GET", "/scheduler/status", tool=("read_only",))
 async def get_scheduler_status(service: Service) -> StatusView:
-    """Show the scheduler's state and what comes next. With its time zone, the number of tasks and of executions in each status,
-    and the next five runs."""
+    """Show the scheduler's state and what comes next. With its time zone, the number of tasks and of unfinished executions, and
+    the next five runs."""
     status, caller = await status_of(service), CALLER.get()
     return {**status, "caller": {"name": caller.actor, "scope": caller.scope}} if service.settings.needs_token else status
 
@@ -7475,14 +7475,6 @@ async def status_of(service: Service) -> StatusView:
         config_file=service.config_file,
         defaults={name: getattr(settings, name) for name in SHOWN_DEFAULTS},
     )
-
-
-async def measure(service: Service) -> tuple[dict[str, int], dict[str, int], list[Task], dict[int, int], int]:
-    """For /metrics: numbers of objects, executions by status, the tasks that ran last, since when tasks run, bytes on disk."""
-    path = service.store.path
-    (objects, executions), (tasks, running) = await service.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
-    size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
-    return objects, executions, [as_it_is(task, service.engine.paused) for task in tasks], running, size
 
 
 # --- What a client sent, as the store keeps it ------------------------------------------------------------------------
@@ -7527,8 +7519,6 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
     if may_be_over and task.status == "paused" and (task.paused_until or LAST_INSTANT) <= now:
         task.status, task.paused_until = "active", None
     check_pause(task, now)
-    if task.status != "active":
-        task.status_reason = f"{task.status} on request, {format_second(now)}"
     return task
 
 
@@ -7616,6 +7606,9 @@ class Transaction:
         same = {"key = ?": item.key, "id <> ?": item.id, **others}
         if item.key is not None and (taken := ids_of(self.db, f"{kind}s", same)):
             raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
+        if isinstance(item, Task) and item.status != (seen or {"status": "active"})["status"]:
+            by = "on request" if self.caller.actor == "-" else f"by {self.caller.actor}"
+            item.status_reason = None if item.status == "active" else f"{item.status} {by}, {format_second(self.now)}"
         if seen is None:
             insert(self.db, item)
         else:
@@ -7663,17 +7656,17 @@ def _kept(view: dict[str, Any]) -> str:
 
 def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int | None = None) -> None:
     """`at`: when a pause has ended that this ends; now, if nothing is said."""
-    before, until, seen = task.status, task.paused_until, view_of(task)
+    before, until, seen, config = task.status, task.paused_until, view_of(task), task.config
     for name, value in changes.items():
         setattr(task, name, value)
     if task.paused_until != until:
         check_pause(task, tx.now)
     elif task.status != "paused":
         task.paused_until = None
-    if task.status != before:
-        task.status_reason = f"{task.status} on request, {format_second(tx.now)}"
-        if task.status == "active":
-            task.status_reason, task.failures_in_a_row = None, 0
+    if task.status == "active" != before:
+        task.failures_in_a_row = 0
+    if task.config != config and view_of(task)["config"] == seen["config"]:
+        seen["config"] = MASK  # only what is masked differs: the audit row names the configuration all the same
     tx.put(task, seen)
     if task.status != before and "disabled" in (before, task.status):
         hold_disabled(tx.db, task.id, task.status == "disabled")
@@ -7688,7 +7681,7 @@ def remove_task(tx: Transaction, task_id: int) -> None:
 
 
 def add_schedule(tx: Transaction, schedule: Schedule) -> None:
-    get_task(tx.db, schedule.task_id)
+    schedule.task_name = get_task(tx.db, schedule.task_id).name
     check_watched(tx.db, schedule)
     tx.put(schedule)
     remember_zone(tx.db, schedule.zone)
@@ -8396,17 +8389,13 @@ class Tokens:
         self._known, self._error = known_tokens(settings), ""
         self._second, self._wrong = 0.0, Counter[str]()  # since then, from which addresses
 
-    def read(self) -> tuple[list[Token], str]:
-        """The tokens, and what is wrong with the files: then those that were known."""
-        try:
-            return known_tokens(self._settings), ""
-        except StartupError as error:
-            return self._known, error.detail
-
     async def step(self) -> None:
         """From now on only the tokens that are in the files are known: streams and calls of others end here."""
         await asyncio.sleep(TOKENS_POLL)
-        known, error = await in_daemon(self.read)
+        try:
+            known, error = await in_daemon(known_tokens, self._settings), ""
+        except StartupError as failure:
+            known, error = self._known, failure.detail
         if error and error != self._error:
             logger.error("the tokens that were known stay valid: %s", error)
         if known != self._known:
@@ -8671,8 +8660,9 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
     """Metrics in Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
-    objects, executions, tasks, running, size = await measure(service)
-    engine, stats, lines = service.engine, service.engine.stats, list[str]()
+    engine, stats, path, lines = service.engine, service.engine.stats, service.store.path, list[str]()
+    (objects, executions), (tasks, running) = await service.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
+    tasks = [as_it_is(task, engine.paused) for task in tasks]
 
     def family(name: str, text: str, samples: Iterable[tuple[str, float]] | float, kind: str = "gauge") -> None:
         lines.append(f"# HELP chronotask_{name} {text}\n# TYPE chronotask_{name} {kind}")
@@ -8690,6 +8680,7 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("executions_running_here", "Executions that this process runs.", len(engine.running))
     family("tasks", "Tasks.", objects["tasks"])
     family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
+    size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
     family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
     family("loop_lag_seconds", "How late the event loop was last seen.", round(stats.loop_lag, 6))
@@ -8859,7 +8850,7 @@ TOOL_LIST_TEXT = 500  # the same in lists
 MAX_ANSWER = 40_000  # characters of an answer
 LIFETIME = 3_600_000  # milliseconds for which a client may keep lists: only another version changes them
 LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
-_ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,18}|"[^"\\]{0,200}")')
+_ID = re.compile(rb'"id"\s*:\s*(-?(?:0|[1-9][0-9]{0,17})|"[ !#-\[\]-~]{0,200}")(?=\s*(?:[,}]|\Z))')
 _CALLS: set[asyncio.Task[Any]] = set()
 
 
@@ -9007,7 +8998,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     if operation.name == "apply_definitions":
         if (text := body.get("definitions")) is None:
             raise InvalidInput(FieldError("definitions", "is required"))
-        return parse(operation.body, read_definitions("definitions", text.encode()) if isinstance(text, str) else text)
+        return parse(operation.body, text if isinstance(text, dict) else read_definitions("definitions", str(text).encode()))
     mark, clear = mark_of(operation.body), body.pop("clear", [])
     if not isinstance(clear, list) or any(name not in [*known] or name in parts[known[name][0]] for name in clear):
         may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*UNTOLD, "clear", "task_id"}]
@@ -9145,7 +9136,8 @@ def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collectio
         elif name == "changes":
             value = [brief(None, {**row, "upcoming": row["upcoming"][:1]}, limit) for row in value]
         elif name == "attempts":  # the last one is the execution's
-            value = [brief(Attempt, {**row, "id": view["id"]}, min(limit, TOOL_LIST_TEXT), {"id"}) for row in value[:-1]]
+            texts = min(limit, TOOL_LIST_TEXT)
+            value = [brief(Attempt, {**row, "id": view["id"]}, texts, {"id", *without}) for row in value[:-1]]
         elif name in ("upcoming", "next_runs"):
             rows = [{k: v for k, v in row.items() if k != "utc"} | {"local": re.sub(r"\.\d+", "", row["local"])} for row in value]
             value = [row if len(row) > 1 else row["local"] for row in rows]
@@ -9178,7 +9170,8 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
         return {"id": number, "deleted": True}
     resource, output = getattr(mark_of(operation.result), "resource", None), getattr(query, "output", "short")
     notes = [*view.pop("notes", ())]
-    if before and all(before[field] == view[field] for field in shape_of(mark_of(operation.body).resource).written):
+    hidden = MASK in str(view.get("config")) and arguments.keys() & {"config", "url", "headers", "auth"}  # it may differ
+    if before and not hidden and all(before[n] == view[n] for n in shape_of(mark_of(operation.body).resource).written):
         notes.append(f"nothing was changed: {'all is so already' if len(arguments) > 1 else 'no field was given'}")
     if name in ("create_task", "get_task"):
         if not (await service.list_schedules(ScheduleQuery(task_id=view["id"], limit=1)))["total"]:
@@ -9188,7 +9181,10 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     elif resource is Execution and view["status"] in UNFINISHED:
         notes.append(f"not over: get_execution with execution_id {view['id']} and wait shows its end, cancel_execution ends it")
     elif name == "list_upcoming" and not view["upcoming"]:
-        notes.append("nothing fires by then" + ("" if query.until else ": until looks further than 24 h"))
+        so_far = "by then" + ("" if query.until else ": until looks further than 24 h")
+        notes.append(f"nothing fires {'while the scheduler is paused' if service.engine.paused else so_far}")
+    elif name == "list_upcoming" and len(view["upcoming"]) == query.limit:
+        notes.append("there may be more: ask for a task_id or a tag, or with a higher limit (at most 100)")
     elif name == "list_schedules":
         for schedule in view["schedules"]:
             with contextlib.suppress(NotFound):  # deleted a moment ago
@@ -9204,20 +9200,19 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
     answer, cut = _fitting(resource, view, full if output == "full" else short, without)
     for page, total in cut.items():
-        first = f"only the first {len(answer.get(page, ()))} of {total} fit into an answer"
-        notes.append(f"{first}: ask for the others, or for less of each")
+        rest = "ask for the others, or for less of each" if {"total", "next_before_id"} & view.keys() else "REST has all"
+        notes.append(f"only the first {len(answer.get(page, ()))} of {total} fit into an answer: {rest}")
     for page in ROWS.keys() & view.keys() if "total" in view else ():
         if (seen := view["skip"] + len(answer.get(page, ()))) < view["total"]:
-            notes.append(f"{view['total'] - seen} more: ask with skip={seen}, or with a higher limit")
+            higher = "" if page in cut or view["limit"] == 100 else ", or with a higher limit"
+            notes.append(f"{view['total'] - seen} more: ask with skip={seen}{higher}")
     return answer | ({"notes": notes} if notes else {})
 
 
 def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """The view in brief, with room for notes, and how many rows those lists had that were made shorter for it."""
-    view = {name: list(value) if isinstance(value, list) else value for name, value in view.items()}  # it may be kept for others
-    lists = {name: rows for name, rows in view.items() if isinstance(rows, list)}
-    sizes = {name: len(rows) for name, rows in lists.items()}
-    while len(compact(answer := brief(resource, view, limit, without))) > MAX_ANSWER - 1000:
+    lists = {name: [*rows] for name, rows in view.items() if isinstance(rows, list)}  # the view may be kept for others
+    while len(compact(answer := brief(resource, view | lists, limit, without))) > MAX_ANSWER - 1000:
         longest = max(lists, key=lambda name: len(lists[name]), default="")
         if len(lists.get(longest, ())) > 1 and (resource is None or limit < 200):
             del lists[longest][len(lists[longest]) * 3 // 4 :]
@@ -9225,7 +9220,7 @@ def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collectio
                 view["next_before_id"] = lists[longest][-1]["id"]
         else:
             limit //= 2
-    return answer, {name: size for name, size in sizes.items() if len(lists[name]) < size}
+    return answer, {name: len(view[name]) for name, rows in lists.items() if len(rows) < len(view[name])}
 
 
 async def run_tool(
@@ -9248,7 +9243,7 @@ async def run_tool(
         view = await asyncio.shield(job)  # which goes on when the client goes away: a use case is never left half done
         text = compact(view)
     except ChronoTaskError as error:
-        text = _said(error, arguments)
+        text = clip(_said(error, arguments), TOOL_TEXT, "correct what is named here first")
     except Exception:
         logger.exception("tool %s", name)
         text = "something went wrong here; the log has the details"
@@ -9263,6 +9258,7 @@ def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
         inside = re.match(r"(config|schedule_config)\.(\w+)", name)
         if inside and arguments.get(inside[1]) is None:
             name = AFTER.get(inside[2], inside[2]) + name[inside.end() :]
+        name = "idempotency_key" if name == "Idempotency-Key" else name
         fields.append(FieldError(name, message.replace("task_ids, tag and any", ", ".join(AFTER.values()))))
     text = InvalidInput(*fields).detail if isinstance(error, InvalidInput) else error.detail
     looked_for = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", text)
@@ -9310,20 +9306,22 @@ def make_server(service: Service) -> Server[Any]:
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         caller, client = CALLER.get(), context.session.client_params
-        if caller.actor == "-" and client is not None:  # without tokens it is the client that says who it is
-            name = "".join(char for char in client.client_info.name if char.isprintable())[:64]
+        if caller.actor == "-":  # without tokens it is the client that says who it is, before 2026-07-28 on stdio alone
+            name = printable(client.client_info.name if client else "")[:64]
             CALLER.set(Caller(name or "-", caller.via.replace("cli", "mcp"), caller.scope))
         progress = partial(context.session.report_progress, message="waiting for the end")  # nothing, unless the client asks
         return await run_tool(service, params.name, params.arguments or {}, progress)
 
     async def read_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
-        match = re.fullmatch(SCHEME + r"(?:status|(tasks|executions)/([0-9]{1,18}))", params.uri)
+        name = rf"status|(tasks|executions)/([0-9]{{1,18}}|(?<=tasks/){KEY_OF_TASK.pattern})"
+        match = re.fullmatch(f"{SCHEME}(?:{name})", params.uri.replace("%3A", ":"))  # as a template is filled in
         try:
             if match is None:
-                known = "known are status, tasks/ID and executions/ID"
+                known = "known are status, tasks/ID, tasks/key:NAME and executions/ID"
                 raise NotFound(f"there is no resource {shown(params.uri)}; {known} below {SCHEME}")
             shows: Any = {"tasks": service.get_task, "executions": service.get_execution}.get(match[1])
-            text = compact(await (shows(int(match[2])) if shows else get_scheduler_status(service)))
+            number = await service.task_id(int(match[2]) if match[2].isdigit() else match[2]) if shows else 0
+            text = compact(await (shows(number) if shows else get_scheduler_status(service)))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
         return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])
@@ -9336,7 +9334,7 @@ def make_server(service: Service) -> Server[Any]:
             number = await service.task_id(named)
             facts = {"task": brief(Task, await service.get_task(number), TOOL_LIST_TEXT)}
             facts |= brief(None, dict(await service.list_schedules(ScheduleQuery(task_id=number, limit=20))), TOOL_LIST_TEXT)
-            facts |= brief(None, dict(await service.get_task_history(number, query)), 4 * TOOL_LIST_TEXT)
+            facts |= brief(None, await TOOLS["get_task_history"].call(service, number, query, None), 4 * TOOL_LIST_TEXT)
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, _said(error, {})) from None
         text = types.TextContent(text=DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1))
@@ -9396,25 +9394,32 @@ async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
     yield bytes(line), size
 
 
+def _own_id(line: bytes) -> Any:
+    """Of a message that cannot be read: before its first nested object, or after the last one, an "id" is its own."""
+    line = line.strip()
+    head, (_, nested, tail) = line.partition(b"{")[2].partition(b"{")[0], line.removesuffix(b"}").rpartition(b"}")
+    match = _ID.search(head) or (_ID.search(tail) if nested and line.endswith(b"}") else None)
+    return json.loads(match[1]) if match else None
+
+
 def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
     """A line as a message. Raises MCPError for one that is none, with its id (or None) as data."""
     from mcp import MCPError, types
 
     if size > MAX_BODY:
-        line = line.strip()  # before the first nested object, or after the last one, an "id" is the message's own
-        head, (_, nested, tail) = line.partition(b"{")[2].partition(b"{")[0], line.removesuffix(b"}").rpartition(b"}")
-        match = _ID.search(head) or (_ID.search(tail) if nested and line.endswith(b"}") else None)
-        number = json.loads(match[1]) if match else None
-        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", number)
+        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", _own_id(line))
     try:
         value = load_json(line.removeprefix(codecs.BOM_UTF8))  # PowerShell begins what it pipes with one
-        return types.jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ChronoTaskError as error:
-        raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}") from None
-    except ValidationError:
-        number = value["id"] if isinstance(value, dict) and type(value.get("id")) in (int, str) else None
-        text = "this line is no JSON-RPC 2.0 message (one object a line, no batches)"
-        raise MCPError(types.INVALID_REQUEST, text, number) from None
+        number = _own_id(line) if line.rstrip().endswith(b"}") else None  # nobody waits for an answer to half a line
+        raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}", number) from None
+    with contextlib.suppress(ValidationError):
+        message = types.jsonrpc_message_adapter.validate_python(value, by_name=False)
+        if not isinstance(message, types.JSONRPCNotification) or "id" not in value:  # else its client waits for an answer
+            return message
+    number = value["id"] if isinstance(value, dict) and type(value.get("id")) in (int, str) else None
+    text = "this line is no JSON-RPC 2.0 message (one object a line, no batches, as id a text or a whole number)"
+    raise MCPError(types.INVALID_REQUEST, text, number)
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
@@ -9498,15 +9503,9 @@ async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request
         except ConnectionError:  # the SDK would log it: let the end of the connection end the call
             await asyncio.Event().wait()
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": request.method,
-        "path": request.path,
-        "query_string": request.query_string.encode(),
-        "headers": [(name.lower(), value) for name, value in request.raw_headers],
-    }
+    scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method}
+    scope |= {"path": request.path, "query_string": request.query_string.encode()}
+    scope["headers"] = [(name.lower(), value) for name, value in request.raw_headers]
     await manager.handle_request(scope, receive, send)
     with contextlib.suppress(ConnectionResetError):  # many clients leave as soon as they have their answer
         await answer.write_eof()

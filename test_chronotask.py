@@ -9450,6 +9450,7 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
     for token, method, path, body in (
         (ADMIN, "POST", "/tasks", {"name": "t", "task_type": "http", "config": secret, "status": "disabled"}),
         (ADMIN, "PATCH", "/tasks/1", {"name": "u", "status": "active"}),
+        (ADMIN, "PATCH", "/tasks/1", {"config": {**secret, "headers": {"Authorization": "Bearer s3cr3t-too"}}}),
         (ADMIN, "POST", "/schedules", {**EVERY_MINUTE, "is_active": False}),
         (ADMIN, "PATCH", "/schedules/1", {"jitter": 5}),
         (ADMIN, "POST", "/scheduler/pause", None),
@@ -9461,13 +9462,14 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
         assert answer.status < 300, answer.text
     changes = (await api("GET", "/changes?limit=1000", headers=bearer(READER))).json["changes"][::-1]
     assert [f"{c['operation']} {c['kind']} {c['object_id']} {c['actor']}" for c in changes] == [
-        "create task 1 ops", "update task 1 ops", "create schedule 1 ops", "update schedule 1 ops", "pause scheduler None ops",
-        "execute execution 1 ci", "delete schedule 1 ops", "delete task 1 ops",
+        "create task 1 ops", "update task 1 ops", "update task 1 ops", "create schedule 1 ops", "update schedule 1 ops",
+        "pause scheduler None ops", "execute execution 1 ci", "delete schedule 1 ops", "delete task 1 ops",
     ]  # fmt: skip
     assert {c["via"] for c in changes} == {"rest 127.0.0.1"}
     assert "s3cr3t" not in json.dumps(changes) and changes[0]["before"] is None and changes[-1]["after"] is None
     assert changes[1]["before"].keys() == changes[1]["after"].keys() == {"name", "status", "status_reason"}
-    assert (changes[3]["before"]["jitter"], changes[3]["after"]["jitter"]) == (0, 5)
+    assert changes[0]["after"]["status_reason"].startswith("disabled by ops, ") and "config" in changes[2]["after"]
+    assert (changes[3]["after"]["task_name"], changes[4]["before"]["jitter"], changes[4]["after"]["jitter"]) == ("u", 0, 5)
     some = (await api("GET", "/changes?kind=task&id=1&limit=2", headers=bearer(READER))).json
     assert [c["operation"] for c in some["changes"]] == ["delete", "update"]
     assert some["next_before_id"] == some["changes"][-1]["id"]
@@ -9885,6 +9887,7 @@ def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
         ("get_task", {"id": 3}, "id: unknown field: use task_id; task_id: is required"),
         ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
         ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
+        ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
     ):
         assert refused(chronotask.tool_args, TOOLS[name], arguments).detail == said
 
@@ -9902,10 +9905,12 @@ TOO_LONG = chronotask.MAX_BODY + 1
     (b'{"id":"x","method":"ping"}', 26, -32600, "x"),
     (b'[{"jsonrpc":"2.0","id":3,"method":"ping"}]', 42, -32600, None),
     (b"null", 4, -32600, None),
-    (b'{"id":true}', 11, -32600, None),
+    (b'{"jsonrpc":"2.0","id":1.0,"method":"ping"}', 42, -32600, None),
+    (b'{"jsonrpc":"2.0","id":3,"params":{"id":4,"text":"\\ud83d"}}', 58, -32700, 3),
     (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"x"', TOO_LONG, -32600, 7),
     (b'{"method":"tools/call","params":{"arguments":{"id":5}},"jsonrpc":"2.0","id":"a-1"}', TOO_LONG, -32600, "a-1"),
     (b'{"method":"tools/call","params":{"id":5,"text":"', TOO_LONG, -32600, None),
+    (b'{"id":007,"method":"tools/call","params":{"text":"', TOO_LONG, -32600, None),
 )
 def test_garbage_and_what_is_too_long_are_refused_with_reason_and_id(line: bytes, size: int, code: int, number: Json) -> None:
     too_long = "^a message may have at most 1048576 bytes, not 1048577$"
@@ -10010,7 +10015,8 @@ async def use_every_tool(call: Caller) -> None:
         assert re.fullmatch(r"....-..-..T09:00:00\+0[12]:00", slot)
     [listed_schedule] = (await use("list_schedules", task_id=task["id"]))["schedules"]
     assert len(made["upcoming"]) == 5 and listed_schedule["upcoming"] == made["upcoming"][:2]
-    assert (await use("list_upcoming", until="2099-01-01", limit=1))["upcoming"][0]["local"] == made["upcoming"][0]
+    first = await use("list_upcoming", until="2099-01-01", limit=1)
+    assert first["upcoming"][0]["local"] == made["upcoming"][0] and first["notes"][0].startswith("there may be more: ")
     assert (await use("set_scheduler_paused", paused=True))["paused"] is True
     assert (await use("set_scheduler_paused", paused=False))["paused"] is False
     assert (await use("apply_definitions", definitions="chronotask = 1", dry_run=True))["changes"] == []
@@ -10062,10 +10068,7 @@ async def test_history_is_short_and_says_how_to_get_more_and_the_resource_has_al
     page = await call("get_task_history", task_id=task_id)
     assert (len(page["history"]), page["notes"]) == (5, ["1 more: ask with skip=5, or with a higher limit"])
     last = runs[-1]["id"]
-    for run, left_out, limit in (
-        (runs[-1], 42_000, chronotask.TOOL_TEXT),
-        (page["history"][0], 49_500, chronotask.TOOL_LIST_TEXT),
-    ):
+    for run, left_out, limit in ((runs[-1], 42_000, 8000), (page["history"][0], 49_500, 500)):
         assert run["id"] == last and len(run["output_data"]["stdout"]) < limit + 110
         where = f"resource chronotask://executions/{last} has all that was kept"
         assert f"\n[… {left_out} bytes left out: {where} …]\n" in run["output_data"]["stdout"]
@@ -10488,6 +10491,7 @@ SLIPS: list[tuple[str, Json, str]] = [
      r"url \(http\) and command \(bash\): do not go together: give those of one kind"),
     ("create_task", {"name": "n", "command": None, "url": None, "key": None}, "url or command: is required"),
     ("update_task", {"task_id": 1, "clear": ["name_"]}, "clear: must be a list of fields, not given themselves, of key, .*"),
+    ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True: .*"),
     ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be NAME=VALUE, not 'CI'"),
 ]  # fmt: skip
 
@@ -10600,7 +10604,7 @@ async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Ca
     n = len(short[0]["tasks"])
     assert short[0] == short[1] and n < short[0]["total"] == 100
     why = f"only the first {n} of 100 fit into an answer: ask for the others, or for less of each"
-    assert short[0]["notes"] == [why, f"{100 - n} more: ask with skip={n}, or with a higher limit"]
+    assert short[0]["notes"] == [why, f"{100 - n} more: ask with skip={n}"]
     assert (await call("list_tasks", limit=100, skip=n))["tasks"][0]["id"] == short[0]["tasks"][-1]["id"] + 1
     assert len((await service.list_tasks(chronotask.TaskQuery(limit=100)))["tasks"]) == 100
 
