@@ -380,6 +380,21 @@ fact('an edit changes what was touched, a unit alone too; what was changed elsew
   await until(async () => await text('h1') === 'Of two', 'saved, too');
   const after = await service.ask('GET', '/schedules/' + schedule.id);
   equal([after.is_active, after.overlap, after.schedule_config.seconds], [false, 'queue', 120]);
+  // What is emptied has its default again.
+  await service.ask('PATCH', '/schedules/' + schedule.id, { schedule_type: 'cron', schedule_config: { expression: '0 5 * * *', timezone: 'Asia/Tokyo' }, exclude: ['2030-12-24'], jitter: 60, max_runs: 3 });
+  await open(service, '#/schedules/' + schedule.id);
+  for (const label of ['Time zone', 'Not on these days', 'Spread the starts over', 'Runs at most']) await page.getByLabel(label, { exact: true }).locator('visible=true').fill('');
+  await button('Save').click();
+  await until(async () => await text('h1') === 'Of two', 'saved with defaults');
+  const emptied = await service.ask('GET', '/schedules/' + schedule.id);
+  equal([emptied.schedule_config.timezone, emptied.exclude, emptied.jitter, emptied.max_runs], ['UTC', [], 0, null]);
+  await service.ask('PATCH', '/tasks/' + id, { config: { command: 'echo', args: ['--full'] } });
+  await open(service, `#/tasks/${id}/run`);
+  await page.getByLabel('Arguments', { exact: true }).fill('');
+  await button('Run').click();
+  await sees('Standard output');
+  const [{ config: own }] = (await service.ask('GET', '/executions?task_id=' + id)).executions;
+  equal(own, { args: null }, 'what this run alone has');
   await service.ask('DELETE', '/tasks/' + id);
 });
 
