@@ -2438,7 +2438,7 @@ class Query(BaseModel):
 class TaskQuery(Query):
     status: TaskStatus | None = None
     task_type: TaskType | None = None
-    q: Annotated[str, Field(max_length=255)] | None = None
+    q: Annotated[str, Field(max_length=255), _NO_NUL] | None = None
     tag: Tag | None = None
     key: Key | None = None
     skip: Skip = 0
