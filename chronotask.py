@@ -9935,7 +9935,8 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
         changed = any(change["action"] != "orphaned" for change in applied["changes"])
         return 3 if options.dry_run and changed else 0
     except OSError as error:
-        raise StartupError(f"--export={shown(options.export)}: cannot be written: {error.strerror}") from None
+        what = "standard output" if options.export in (None, "-") else f"--export={shown(options.export)}"
+        raise StartupError(f"{what}: cannot be written: {error.strerror}") from None
     finally:
         store.close()
 
@@ -9959,6 +9960,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         systemd = Systemd(*(os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")))
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
+        if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
+            print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
@@ -9976,8 +9979,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = max(environ.open_files, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         if limit < 8 * (runs := settings.max_concurrent_runs) + 64:
-            advice = "raise `ulimit -n`, or lower CHRONOTASK_MAX_CONCURRENT_RUNS"
-            logger.warning("%d open files are few for %d runs at a time: %s", limit, runs, advice)
+            logger.warning(
+                "%d open files are few for CHRONOTASK_MAX_CONCURRENT_RUNS=%d: raise `ulimit -n`, or lower it", limit, runs
+            )
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0

@@ -10360,7 +10360,7 @@ def test_both_with_a_terminal_on_stdin_starts_no_session(new_server: NewServer) 
 def test_mcp_turned_off_and_few_open_files_are_told_at_the_start(new_server: NewServer) -> None:
     few = "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
     log = new_server("both", before=few, MCP_ENABLED="false").start().log()
-    assert "128 open files are few for 100 runs at a time" in log
+    assert "128 open files are few for CHRONOTASK_MAX_CONCURRENT_RUNS=100" in log
     assert "CHRONOTASK_MCP_ENABLED is false: serving HTTP only" in log and "MCP on" not in log
 
 
@@ -10807,6 +10807,7 @@ def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: 
         (f"unset CHRONOTASK_DATABASE_URL; {linked}", 1, f"there is no database {tmp_path}/real/data/chronotask.db to back up\n"),
         (f"$PYTHON {PROGRAM} --backup - >&-", 2, "redirect the output to a file"),
         (f"$PYTHON {PROGRAM} --backup - >/dev/full", 1, "No space left"),
+        (f"CHRONOTASK_FOO=1 $PYTHON {PROGRAM} --import-crontab /dev/null", 0, "warning: unknown variable 'CHRONOTASK_FOO'"),
     ):
         done = ran(tmp_path, "sh", "-c", command, environ={"PYTHON": sys.executable})
         assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (status, 1 if said else 0, True), done.stderr
