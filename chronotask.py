@@ -9035,6 +9035,8 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
             gone = {"timezone", *(names.get(one, one) for one in cleared)}.union(*(one for one in EITHER if one & config.keys()))
             config = {name: value for name, value in before[holder].items() if name not in gone} | config
+        elif "timezone" in names and "timezone" in before.get(holder, ()):  # of another kind: at least that stays
+            config = {"timezone": before[holder]["timezone"], **config}
         target |= {holder: config, type_name: kind} if typed else {holder: config}
     if errors:
         raise InvalidInput(*errors)

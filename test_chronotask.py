@@ -10080,12 +10080,12 @@ async def test_history_is_short_and_says_how_to_get_more_and_the_resource_has_al
 
 
 async def test_resources_can_be_read_and_the_prompt_brings_the_facts_about_a_failing_task(call: Caller) -> None:
-    task_id = await bash_mcp(call, "echo no space left >&2; exit 3")
+    task_id = await bash_mcp(call, "echo no space left >&2; exit 3", key="k")
     listed = [str(one.uri) for one in (await call.client.list_resources()).resources]
     templates = [one.uri_template for one in (await call.client.list_resource_templates()).resource_templates]
     assert listed == ["chronotask://status"]
     assert templates == ["chronotask://tasks/{id}", "chronotask://executions/{id}"]
-    read = (await call.client.read_resource(f"chronotask://tasks/{task_id}")).contents[0]
+    read = (await call.client.read_resource("chronotask://tasks/key%3Ak")).contents[0]
     assert read.mime_type == "application/json" and json.loads(read.text)["name"] == "t"
     for uri in ("chronotask://tasks/99", "chronotask://nothing", "file:///etc/passwd", "chronotask://tasks/1/../2"):
         with pytest.raises(MCPError) as caught:
@@ -10434,7 +10434,7 @@ SENTENCES: list[tuple[str, str, Json, Json] | tuple[str, str, Json, Json, str]] 
     ("Move it to 4 o'clock", "update_schedule", {"expression": "0 4 * * *"},
      {"schedule_config": {"expression": "0 4 * * *", "timezone": "America/New_York"}}),
     ("Rather each hour", "update_schedule", {"seconds": 3600},
-     {"schedule_type": "interval", "schedule_config": {"seconds": 3600}}),
+     {"schedule_type": "interval", "schedule_config": {"seconds": 3600, "timezone": "America/New_York"}}),
     ("In Tokyo's time", "update_schedule", {"timezone": "Asia/Tokyo"},
      {"schedule_config": {"expression": "0 3 * * *", "timezone": "Asia/Tokyo"}}),
     ("Until the end of 2030; no, for ever", "update_schedule update_schedule", [{"end_at": "2030-12-31"}, {"clear": ["end_at"]}],
