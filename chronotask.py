@@ -5836,6 +5836,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     own, body = config.get("headers", {}), config.get("body")
     credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
     credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
+    credentials += [parts.rest for parts in map(url_parts, secrets) if parts]  # a page for 404 shows the path alone
     if auth := config.get("auth"):
         login = f"{auth['username']}:{auth['password']}"
         credentials += [login, auth["password"]]

@@ -4721,8 +4721,10 @@ async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> N
     }
     async with serving(handler) as url:
         shown = output(await http_executors(url, environ={"CHRONOTASK_SECRET_A": 'va"lue/1'}, **config))
+        environ = {"CHRONOTASK_SECRET_U": f"{url}/hook/1234"}
+        hook = await http_executors("${env:CHRONOTASK_SECRET_U}", environ=environ, headers={"X-Key": "k"})
     echoed = {"X-Key": MASK, "Cookie": MASK, "Authorization": f"Basic {MASK}", "path": f"/?q={MASK}"}
-    assert shown["headers"]["X-Echo"] == MASK and shown["body"].items() >= echoed.items()
+    assert shown["headers"]["X-Echo"] == output(hook)["body"]["path"] == MASK and shown["body"].items() >= echoed.items()
 
 
 @pytest.mark.slow
