@@ -7865,14 +7865,8 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
     exported = server.get("/export")
     assert tomllib.loads((tmp_path / "out.toml").read_text()) == exported == json.loads(says("--export", "-")[1])
     assert "must be a file of its own" in says("--export", tmp_path / "c.db")[2]
-    for wrong in (
-        "--dry-run",
-        "--prune pause",
-        "--system",
-        "--apply none",
-        "--apply jobs.toml --export x",
-        "--prune x --apply jobs.toml",
-    ):
+    wrong_calls = "--dry-run|--prune pause|--system|--apply none|--apply jobs.toml --export x|--prune x --apply jobs.toml"
+    for wrong in wrong_calls.split("|"):
         assert says(*wrong.split())[0] == 2
 
 
