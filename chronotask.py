@@ -7999,7 +7999,7 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
                 if isinstance(config, dict) and "in_seconds" in config:
                     raise InvalidInput(FieldError("schedule_config.in_seconds", "is no fixed time in a file: write a datetime"))
                 if isinstance(config, dict) and "tasks" in config and "task_ids" not in config:  # keys, where REST has ids
-                    keys = [f"key:{key}" for key in config["tasks"]] if isinstance(config["tasks"], list) else config["tasks"]
+                    keys = [f"key:{task}" for task in config["tasks"]] if isinstance(config["tasks"], list) else config["tasks"]
                     part = {**part, "schedule_config": {"task_ids": keys, **{n: v for n, v in config.items() if n != "tasks"}}}
                 fields = {"key": name, "task_id": 0, **parse(_FileSchedule, part)}
                 found[f"{key}/{name}"] = new_schedule(Schedule, fields, now, service.settings, may_be_over=True), part

@@ -7540,7 +7540,7 @@ async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(rig
         ('"cron"', '"corn"', f"{NIGHT}.schedule_type", "must be 'cron', 'once', "),
         (', timezone = "Europe/Berlin"', ", in_seconds = 5", f"{NIGHT}.schedule_config.in_seconds", "is no fixed time"),
         ('"cron"', '"cron"\ntask_id = 1', f"{NIGHT}.task_id", "unknown field"),
-        ('"cron"', '"cron"\nstart_at = "soon"', f"{NIGHT}.start_at", "'soon': must be"),
+        ('"cron"', '"cron"\nstart_at = "soon"', f"{NIGHT}.start_at", "must be an ISO 8601 date and time"),
     ):
         error = await refusal(applied(rig, NIGHTLY.replace(old, new)))
         assert f"{path}: {message}" in error.detail, new
