@@ -170,6 +170,7 @@ fact('a schedule and a task are paused and resumed', async () => {
   await page.locator('#plans button', { hasText: 'Pause' }).click();
   await sees('No next run.');
   equal((await service.ask('GET', '/schedules/1')).is_active, false);
+  await until(async () => (await text('.stats')).endsWith('Next run\n–'), 'neither has the task');
   await page.locator('#plans button', { hasText: 'Resume' }).click();
   await until(async () => (await service.ask('GET', '/schedules/1')).is_active, 'active again');
   await page.locator('.top button', { hasText: 'Pause' }).first().click();
