@@ -8985,11 +8985,12 @@ def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
             value = load_json(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, list) and name == "after_task_ids":
         return [_as_sent("task_id", one, schema) for one in value]
-    if isinstance(value, list) and name in PAIRS:
-        pairs = [str(one).partition(PAIRS[name]) for one in value]
-        if wrong := [key for key, separator, _ in pairs if not separator]:
-            raise InvalidInput(FieldError(name, f"must be NAME{PAIRS[name]}VALUE, not {shown(wrong[0])}"))
-        return {key: text.strip() if name == "headers" else text for key, _, text in pairs}
+    if name in PAIRS and not isinstance(value, dict):
+        pairs = [str(one).partition(PAIRS[name]) for one in (value if isinstance(value, list) else [""])]
+        named = {key: text.strip() if name == "headers" else text for key, separator, text in pairs if separator}
+        if len(named) < len(pairs):
+            raise InvalidInput(FieldError(name, f"must be a list of NAME{PAIRS[name]}VALUE with each name once, or an object"))
+        return named
     return value
 
 
@@ -9122,10 +9123,8 @@ def clip(value: Any, limit: int, where: str) -> Any:
 def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
     """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
     defaults, times = (shape_of(resource).defaults, shape_of(resource).times) if resource else ({}, ())
-    where = "REST has all"
-    if resource in (Task, Execution, Attempt):
-        of, kept = ("tasks", "") if resource is Task else ("executions", " that was kept")
-        where = f"resource {SCHEME}{of}/{view['id']} has all{kept}"
+    of = {Task: "tasks", Execution: "executions", Attempt: "executions"}.get(resource)
+    where = f"resource {SCHEME}{of}/{view['id']} has all that was kept" if of else "REST has all"
     known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
     short = dict[str, Any]()
     for name, value in view.items():

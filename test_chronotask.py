@@ -10086,8 +10086,7 @@ async def test_resources_can_be_read_and_the_prompt_brings_the_facts_about_a_fai
     task_id = await bash_mcp(call, "echo no space left >&2; exit 3", key="k")
     listed = [str(one.uri) for one in (await call.client.list_resources()).resources]
     templates = [one.uri_template for one in (await call.client.list_resource_templates()).resource_templates]
-    assert listed == ["chronotask://status"]
-    assert templates == ["chronotask://tasks/{id}", "chronotask://executions/{id}"]
+    assert [*listed, *templates] == ["chronotask://status", "chronotask://tasks/{id}", "chronotask://executions/{id}"]
     read = (await call.client.read_resource("chronotask://tasks/key%3Ak")).contents[0]
     assert read.mime_type == "application/json" and json.loads(read.text)["name"] == "t"
     for uri in ("chronotask://tasks/99", "chronotask://nothing", "file:///etc/passwd", "chronotask://tasks/1/../2"):
@@ -10495,7 +10494,8 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_task", {"name": "n", "command": None, "url": None, "key": None}, "url or command: is required"),
     ("update_task", {"task_id": 1, "clear": ["name_"]}, "clear: must be a list of fields, not given themselves, of key, .*"),
     ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True: .*"),
-    ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be NAME=VALUE, not 'CI'"),
+    ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be a list of NAME=VALUE with each name once, or an object"),
+    ("create_task", {"name": "n", "url": "http://h/", "params": ["a=1", "b=2", "a=3"]}, "params: must be a list of .*"),
 ]  # fmt: skip
 
 
