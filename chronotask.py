@@ -3606,7 +3606,7 @@ def open_database(path: Path) -> DB:
     """The writer's connection, its schema up to date. Raises StartupError; never overwrites what is no database of ours."""
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
-    _check_files(path)
+    _check_files(Path(os.path.realpath(path)))
     check_owners(path)
     try:
         if path.exists() and path.stat().st_size:
@@ -6756,7 +6756,7 @@ class Leadership:
         self.engine = engine
         self.changes = changes
         self.kind = kind
-        path = engine.store.path
+        path = self._path = Path(os.path.realpath(engine.store.path))  # who opens the database by a link leads no other one
         self._leader_lock = FileLock(Path(f"{path}.leader"))
         self._service_lock = FileLock(Path(f"{path}.service"))
         self._drain_lock = FileLock(Path(f"{path}.drain-{engine.owner}"))
@@ -6764,7 +6764,7 @@ class Leadership:
 
     async def begin(self) -> None:
         """Says that this process is alive, and leads if nobody does. Raises StartupError where file locks do not work."""
-        path = self.engine.store.path
+        path = self._path
         try:
             working = locks_work(path)
         except OSError as error:
@@ -6850,7 +6850,7 @@ class Leadership:
         others = await engine.store.read(partial(running_of_others, owner=engine.owner))
         living = set()
         for owner in {run.owner for run in others}:
-            drain = Path(f"{engine.store.path}.drain-{owner}")
+            drain = Path(f"{self._path}.drain-{owner}")
             if is_locked(drain):
                 living.add(owner)
             else:
@@ -8681,7 +8681,7 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("executions_running_here", "Executions that this process runs.", len(engine.running))
     family("tasks", "Tasks.", objects["tasks"])
     family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
-    size = sum(file.stat().st_size for file in (path, Path(f"{path}-wal")) if file.exists())
+    size = sum(file.stat().st_size for file in (path, Path(f"{os.path.realpath(path)}-wal")) if file.exists())
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
     family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
     family("loop_lag_seconds", "How late the event loop was last seen.", round(stats.loop_lag, 6))
@@ -9981,9 +9981,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = max(environ.open_files, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         if limit < 8 * (runs := settings.max_concurrent_runs) + 64:
-            logger.warning(
-                "%d open files are few for CHRONOTASK_MAX_CONCURRENT_RUNS=%d: raise `ulimit -n`, or lower it", limit, runs
-            )
+            logger.warning("%d open files are few for CHRONOTASK_MAX_CONCURRENT_RUNS=%d: raise `ulimit -n`", limit, runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0

@@ -6795,10 +6795,12 @@ async def test_what_a_tick_starts_while_its_process_steps_down_is_not_that_of_a_
     await follower.service.leadership._step_down()
 
 
-async def test_a_process_that_yields_gives_back_the_lock_of_a_take_over_that_failed(open_rig: OpenRig) -> None:
+async def test_a_process_that_yields_gives_back_the_lock_of_a_take_over_that_failed(open_rig: OpenRig, tmp_path: Path) -> None:
     process = await open_rig(kind="mcp")
     process.service.engine.leading = False  # as a take-over leaves it that the database has refused
-    service = await open_rig(database_url=process.path)
+    (link := tmp_path / "link.db").symlink_to(process.path)  # which is the same database
+    service = await open_rig(database_url=link)
+    assert not service.service.engine.leading
     await until_true(lambda: service.service.engine.leading)
 
 
