@@ -934,7 +934,8 @@ fact('all executions are filtered in the address, what comes is a timeline, chan
   await until(async () => (await rows('Executions').allInnerTexts()).every(one => /failed|skipped/.test(one)), 'only those');
   await page.getByRole('link', { name: 'last day' }).click();
   await until(() => /since=\d{4}/.test(page.url()), 'since when in the address');
-  const since = new Date(Math.floor(Date.now() / 60e3) * 60e3 - 86400e3).toISOString();
+  const since = await page.evaluate(() => new Date(new URLSearchParams(location.hash.split('?')[1]).get('since')).toISOString());
+  holds(Math.abs(Date.now() - 86400e3 - Date.parse(since)) < 300e3, 'a day ago, to the minute');
   const expected = (await month.ask('GET', `/executions?status=failed,skipped&since=${since}`)).executions.length;
   await until(async () => await rows('Executions').count() === expected, `the ${expected} of the last day`);
   await page.reload();
