@@ -2599,6 +2599,8 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
         notes.append("Nothing will fire: is_active is false.")
     elif paused or not schedule.live:
         notes.append(f"Nothing will fire: {'the scheduler is paused' if paused else 'its task is not active'}.")
+    elif schedule.next_slot is None and "overdue" in schedule.schedule_config.get("on", ()):
+        notes.append("Nothing will fire before the next success.")
     return notes
 
 
@@ -7964,7 +7966,7 @@ def read_definitions(name: str, raw: bytes | None = None) -> Any:
             with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
                 raw = file.read(MAX_FILE + 1)
         if len(raw := raw.removeprefix(codecs.BOM_UTF8)) > MAX_FILE:
-            raise ValueError(f"is larger than {MAX_FILE >> 20} MiB")
+            raise InvalidInput(FieldError(name, f"is larger than {MAX_FILE >> 20} MiB"))
         if not raw.lstrip().startswith(b"{"):
             raw = json.dumps(tomllib.loads(raw.decode()), default=lambda time: time.isoformat()).encode()
         return load_json(raw)
@@ -8178,10 +8180,8 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
             defaults = dict(shape.defaults)
             if name and item.schedule_type == "after":
                 left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
-                config = view["schedule_config"]
-                if ids := config.get("task_ids"):
-                    rest = {field: value for field, value in config.items() if field != "task_ids"}
-                    view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **rest}
+                if ids := view["schedule_config"].pop("task_ids", None):
+                    view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **view["schedule_config"]}
             said = {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
             if name:
                 tasks[task].setdefault("schedules", {})[name] = said
