@@ -3046,7 +3046,7 @@ async def in_daemon(call: Callable[..., R], *args: Any) -> R:
         future.set_running_or_notify_cancel()
         try:
             future.set_result(call(*args))
-        except OSError as error:
+        except Exception as error:
             future.set_exception(error)
 
     threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
