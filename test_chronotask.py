@@ -6132,8 +6132,8 @@ async def test_a_wrong_after_is_refused_by_field(rig: Rig) -> None:
     ):
         error = (await refusal(rig.schedule(alert, "after", schedule_config=config))).detail
         assert error.startswith(f"schedule_config{field}: ") and message in error
-    nested = rig.task(schedules=[after("failure", any=True), after("failure", task_ids=[99])])
-    assert await refused_fields(nested) == ["schedules[1].schedule_config.task_ids[0]"]
+    nested = await refused_fields(rig.task(schedules=[after("failure", task_ids=[9])]))
+    assert nested == ["schedules[0].schedule_config.task_ids[0]"]
 
 
 async def test_what_only_slots_have_is_refused_for_after_and_null_for_it_alone(rig: Rig) -> None:
