@@ -421,8 +421,7 @@ class Settings:
                     hint = nearest(word.upper(), fields)  # without the prefix, which would make everything alike
                     warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
                     if hint is not None and hint.startswith(PROTECTIVE):
-                        text = f"{warnings[-1]} That one protects the service: correct or remove this one"
-                        raise StartupError(text, exit_status=2)
+                        raise StartupError(f"{warnings[-1]} That one protects the service: correct or remove this one", 2)
             except ValueError as error:
                 value = "(hidden)" if text and word.endswith("_TOKEN") else shown(text)
                 raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
@@ -3655,9 +3654,8 @@ def _check_files(path: Path) -> None:
         raise StartupError(f"{path} is a folder or a device: set CHRONOTASK_DATABASE_URL to a file", exit_status=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size if path.exists() else 0
         wal = Path(f"{path}-wal")
-        wal_size = wal.stat().st_size if wal.exists() else 0
+        size, wal_size = (file.stat().st_size if file.exists() else 0 for file in (path, wal))
     except OSError as error:
         raise StartupError(
             f"the database folder {path.parent} cannot be used by uid {os.getuid()}: {error.strerror}; "
@@ -6766,13 +6764,12 @@ class Leadership:
 
     async def begin(self) -> None:
         """Says that this process is alive, and leads if nobody does. Raises StartupError where file locks do not work."""
-        path = self._path
+        folder = self._path.parent
         try:
-            working = locks_work(path)
+            if not locks_work(self._path):
+                raise StartupError(f"file locks do not work in {folder}: put the database on a local file system")
         except OSError as error:
-            raise StartupError(f"no file can be made in {path.parent}: {error.strerror}") from None
-        if not working:
-            raise StartupError(f"file locks do not work in {path.parent}: put the database on a local file system")
+            raise StartupError(f"no file can be made in {folder}: {error.strerror}") from None
         while self.kind == "service" and not self._service_lock.acquire(shared=True):
             await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
         try:
@@ -7048,6 +7045,10 @@ class Service:
         if silent > 10:
             return f"the scheduling job has not ticked for {silent:.0f} s"
         return self.store.problem()
+
+    async def measured(self) -> tuple[tuple[dict[str, int], dict[str, int]], tuple[list[Task], dict[int, int]]]:
+        """For /metrics: numbers of objects, executions by status; the tasks that ran last, since when tasks run."""
+        return await self.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
 
     async def change(self, write: Callable[[Transaction], T], take_up: bool = True) -> T:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
@@ -8662,7 +8663,7 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
     """Metrics in Prometheus text format. Labels never hold a command; tasks are those that ran last, at most 1000."""
     engine, stats, path, lines = service.engine, service.engine.stats, service.store.path, list[str]()
-    (objects, executions), (tasks, running) = await service.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
+    (objects, executions), (tasks, running) = await service.measured()
     tasks = [as_it_is(task, engine.paused) for task in tasks]
 
     def family(name: str, text: str, samples: Iterable[tuple[str, float]] | float, kind: str = "gauge") -> None:
@@ -9737,8 +9738,6 @@ async def serve(
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
-    if sockets:
-        warn_if_open(settings)
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
@@ -9750,6 +9749,7 @@ async def serve(
         if renewed and loop.remove_signal_handler(signal.SIGHUP):  # unless it was ignored; tokens are looked at by themselves
             loop.add_signal_handler(signal.SIGHUP, (lambda: None) if followed is None else followed.reload)
         if sockets:
+            warn_if_open(settings)
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
         if mode != "http" and settings.mcp_enabled:
             server = make_server(service)
