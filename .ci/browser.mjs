@@ -676,6 +676,31 @@ fact('a lost connection shows, and comes back with what happened meanwhile', asy
   forgive('ERR_');
 });
 
+fact('many tabs do not take each other the connections, and one that shows again has what happened', async () => {
+  const others = [];
+  try {
+    for (let i = 0; i < 8; i++) {
+      const tab = watch(await context.newPage());
+      others.push(tab);
+      await tab.addInitScript(() => {
+        window.away = true; // as a tab in the background is: here all would count as shown
+        Object.defineProperty(document, 'hidden', { get: () => window.away });
+      });
+      await tab.goto(service.base + '/#/executions');
+      await until(async () => await tab.locator('#link').innerText() === 'Live', `tab ${i} is live`, 30);
+    }
+    await open(service);
+    await service.bash('Made behind a tab', 'true');
+    await others[0].evaluate(() => {
+      window.away = false;
+      location.hash = '#/';
+      document.dispatchEvent(new Event('visibilitychange'));
+    });
+    await until(async () => (await others[0].locator('main').innerText()).includes('Made behind a tab'), 'what was made meanwhile', 10);
+  } finally { for (const tab of others) await tab.close(); }
+  forgive('ERR_');
+});
+
 fact('a service that hangs is noticed, too', async () => {
   const before = page;
   page = watch(await browser.newPage()); // with a clock of its own, which is moved on
