@@ -6308,7 +6308,7 @@ class Engine:
         finally:
             self._ticking = False
         self._queued = len(tick.runs) == capacity
-        await self._after_write(tick, ended)
+        await self.after_write(tick, ended)
 
     def _write(
         self,
@@ -6342,10 +6342,10 @@ class Engine:
     async def finish(self, ended: Sequence[Finished]) -> None:
         """Finishes attempts of a process that is gone, as a tick does with those of this one."""
         tick = await self.store.write(partial(self._write, now=self.clock.now(), ended=ended))
-        await self._after_write(tick, ended)
+        await self.after_write(tick, ended)
         self.wake()
 
-    async def _after_write(self, tick: Tick, ended: Sequence[Finished]) -> None:
+    async def after_write(self, tick: Tick, ended: Sequence[Finished] = ()) -> None:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
         for task, row in tick.noted:
@@ -7063,9 +7063,9 @@ class Service:
         done = await self.store.write(run)
         for line in held[0].lines:
             logger.info("%s", line)
+        await self.engine.after_write(held[0].tick)
         if take_up:
             await self.changes.take_up()
-        await self.engine.feed.publish_executions([*held[0].tick.new_ids, *held[0].tick.cancelled])
         return done
 
     async def in_checks(self, run: Callable[[], T]) -> T:

@@ -5655,7 +5655,7 @@ async def test_a_once_schedule_whose_time_passed_in_a_pause_gets_one_skipped_row
     await rig.tick()
     (row,) = await rig.rows()
     assert (row["status"], row["scheduled_for"], row["success"]) == ("skipped", "2026-01-01T00:01:00Z", None)
-    assert "paused" in str(row["error_message"])
+    assert "paused" in str(row["error_message"]) and rig.service.engine.stats.ended["bash", "skipped"] == 1
     assert (await rig.service.get_schedule(1))["is_active"] is False
     await set_pause(rig, "scheduler", True)
     await set_pause(rig, "scheduler", False)
