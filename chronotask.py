@@ -3773,14 +3773,14 @@ def open_backup(path: Path) -> BinaryIO:
 
 @functools.lru_cache(1024)
 def zone_rules(name: str) -> str:
-    """A digest of the zone's rules: it changes when a tzdata release changes them."""
+    """A digest of the zone's rules: it changes when a tzdata release changes them; "" for a zone that is gone."""
     for folder in zoneinfo.TZPATH:
         if (file := Path(folder, name)).is_file():
             return hashlib.sha256(file.read_bytes()).hexdigest()
     import importlib.resources  # seldom needed, and takes as long as the rest of the standard library together
 
     packaged = importlib.resources.files("tzdata").joinpath("zoneinfo", *name.split("/"))
-    return hashlib.sha256(packaged.read_bytes()).hexdigest()
+    return hashlib.sha256(packaged.read_bytes()).hexdigest() if packaged.is_file() else ""
 
 
 # --- File locks -------------------------------------------------------------------------------------------------------
@@ -6876,17 +6876,16 @@ def _adopt_this_machine(db: DB) -> None:
     set_meta(db, "boot", _boot_id())
     in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
     for zone, rules in known_zones(db).items():
-        with contextlib.suppress(OSError):  # a zone that is gone: the claims of its schedules will say so
-            if (rules_now := zone_rules(zone)) == rules:
-                continue
-            set_meta(db, f"zone:{zone}", rules_now)
-            for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
-                before = schedule.next_fire
-                with contextlib.suppress(*DAMAGE):
-                    if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
-                        schedule.look_ahead()
-                if schedule.next_fire != before:
-                    update(db, schedule)
+        if (rules_now := zone_rules(zone)) == rules:
+            continue
+        set_meta(db, f"zone:{zone}", rules_now)
+        for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
+            before = schedule.next_fire
+            with contextlib.suppress(*DAMAGE):  # of a zone that is gone: the claims of its schedules will say so
+                if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
+                    schedule.look_ahead()
+            if schedule.next_fire != before:
+                update(db, schedule)
 
 
 def _boot_id() -> str:
@@ -7132,8 +7131,7 @@ class Service:
         """The id of another task with the same name and configuration, or None."""
         task = await self.store.read(partial(get_task, task_id=task_id))
         same = {"name = ?": task.name, "task_type = ?": task.task_type, "config = ?": compact(task.config), "id <> ?": task_id}
-        equal = await self.store.scan(partial(ids_of, table="tasks", conditions={"deleted = 0": True, **same}))
-        return next(iter(equal), None)
+        return next(iter(await self.store.scan(partial(ids_of, table="tasks", conditions={"deleted = 0": True, **same}))), None)
 
     @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"), errors=(409,))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
@@ -7209,7 +7207,10 @@ class Service:
             sent = given(view_of(schedule)) if callable(given) else given
             sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
-            done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
+            try:
+                done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
+            except (LookupError, TypeError, ValueError) as error:  # as of a zone that is gone
+                raise InvalidInput(FieldError("schedule_config", f"cannot be evaluated ({error}): send another one")) from error
         view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
@@ -7314,7 +7315,7 @@ class Service:
             await self.engine.feed.wait_for(execution_id, 5)
         return await self.get_execution(execution_id)
 
-    @Operation("GET", "/changes")
+    @Operation("GET", "/changes", errors=(404,))
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
         if isinstance(query.id, str):
@@ -7353,7 +7354,8 @@ async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewVi
     schedule = await service.in_checks(partial(new_schedule, Preview, body, now, service.settings))
     await service.store.read(partial(check_watched, schedule=schedule))
     plan = dataclasses.replace(schedule.plan(), schedule_id=None)
-    upcoming = upcoming_view(plan.upcoming(schedule.settled_until, schedule.count), schedule.zone)
+    slots = partial(list[int], plan.upcoming(schedule.settled_until, schedule.count))
+    upcoming = upcoming_view(await service.in_checks(slots), schedule.zone)
     view: PreviewView = dict(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
     if schedule.jitter:
         view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
@@ -8522,8 +8524,6 @@ async def json_bytes(request: web.Request) -> bytes:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    if model is None and not request.query_string:  # as most are
-        return None
     model, given = model or Query, dict(request.query)
     wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
     wrong += [FieldError(name, f"must be sent as the header {header}") for name, header in model.headers.items() if name in given]
@@ -8815,9 +8815,7 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
     """One call. `good` are the statuses of its answers with their content, `wrong` those of its errors."""
     parameters: list[dict[str, Any]] = []
     if "{id}" in route.path:
-        schema: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
-        if "/tasks/" in route.path:
-            schema = {"anyOf": [schema, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}
+        schema = adapter(TaskId if "/tasks/" in route.path else Id).json_schema()
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
     query = route.query or Query
     for field, schema in query.model_json_schema().get("properties", {}).items():

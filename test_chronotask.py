@@ -6471,6 +6471,7 @@ async def test_broken_schedules_stop_no_others_no_start_and_no_listing(rig: Rig,
     for schedule_id in broken:
         (row,) = await rig.rows(schedule_id=schedule_id)
         assert "switched off" in str(row["error_message"])
+        assert await refused_fields(rig.patch_schedule(schedule_id, is_active=True)) == ["schedule_config"]
         await rig.service.delete_schedule(schedule_id)
 
 
@@ -8546,7 +8547,9 @@ async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api)
     assert (await api("PATCH", "/schedules/3", {"key": "night"})).status == 409
 
 
-async def test_a_preview_answers_words_and_slots(api: Api) -> None:
+async def test_a_preview_answers_words_and_slots_that_are_looked_for_off_the_loop(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = {"schedule_type": "cron", "schedule_config": {"expression": "30 9 * * *", "timezone": "Europe/Berlin"}, "count": 2}
 
     async def preview(body: Any = body, **more: Any) -> Any:
@@ -8564,6 +8567,8 @@ async def test_a_preview_answers_words_and_slots(api: Api) -> None:
     jittered = await preview(jitter=60)
     assert "jitter" in jittered["note"] and jittered["upcoming"][0] == winter
     assert len((await preview(EVERY_MINUTE, overlap="queue"))["upcoming"]) == 5
+    monkeypatch.setattr(chronotask.Plan, "upcoming", lambda *_: (threading.get_ident() for _ in "1"))
+    assert (await preview())["upcoming"][0]["utc"] != format_instant(threading.get_ident())
     assert (await api.get("/schedules"))["total"] == 0
 
 
