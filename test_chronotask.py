@@ -3049,7 +3049,11 @@ async def test_no_read_waits_for_scans_each_is_ended_and_one_that_fails_or_is_gi
     store.close()
 
 
-async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(rig: Rig) -> None:
+async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(
+    open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronotask, "POLL", 60)  # else the engine looks at the endless view, too
+    rig = await open_rig()
     task, service = await rig.task(), rig.service
     rig.sql("ALTER TABLE executions RENAME TO few")
     rig.sql(f"CREATE VIEW executions AS SELECT few.* FROM few JOIN ({ENDLESS})")
@@ -3063,7 +3067,7 @@ async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(rig: Rig
     }
     for name, ask in asks.items():
         asked = [asyncio.ensure_future(ask()) for _ in range(3)]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             assert (await service.get_task(task))["id"] == task, name
             while not all(job.done() for job in asked):
                 rig.clock.steady += 4
