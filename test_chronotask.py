@@ -3049,23 +3049,20 @@ async def test_no_read_waits_for_scans_each_is_ended_and_one_that_fails_or_is_gi
     store.close()
 
 
-async def test_a_long_question_holds_up_nobody_and_is_answered_with_503(
-    open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_long_question_holds_up_nobody_and_is_ended(open_rig: OpenRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chronotask, "POLL", 60)  # else the engine looks at the endless view, too
     rig = await open_rig()
     task, service = await rig.task(), rig.service
     rig.sql("ALTER TABLE executions RENAME TO few")
     rig.sql(f"CREATE VIEW executions AS SELECT few.* FROM few JOIN ({ENDLESS})")
     rig.sql("INSERT INTO few (task_id, trigger, status, queued_at, uuid) VALUES (?, 'manual', 'queued', 0, 'u')", task)
-    asks: dict[str, Callable[[], Awaitable[Any]]] = {
+    for name, ask in {
         "executions": lambda: service.list_executions(chronotask.ExecutionQuery()),
         "history": lambda: service.get_task_history(1, chronotask.HistoryQuery(success=False)),
         "overview": lambda: chronotask.overview(service, chronotask.TaskQuery()),
         "metrics": service.measured,
         "status": lambda: chronotask.get_scheduler_status(service),
-    }
-    for name, ask in asks.items():
+    }.items():
         asked = [asyncio.ensure_future(ask()) for _ in range(3)]
         async with asyncio.timeout(10):
             assert (await service.get_task(task))["id"] == task, name
@@ -4329,9 +4326,6 @@ async def test_what_is_refused_says_what_is_allowed() -> None:
     assert "CHRONOTASK_ALLOW_HOST_COMMANDS=false" in str(outcome.error_message)
 
 
-# ---- Addresses
-
-
 def test_refused_addresses() -> None:
     for (open_net, private_blocked), addresses in {  # what is said of it then: None when it may be called
         (None, None): "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808",
@@ -4375,11 +4369,8 @@ def test_allowed_networks_open_what_is_refused_an_address_inside_another_only_wh
 # ---- http
 
 
-Handler = Callable[[Any], Awaitable[web.StreamResponse]]
-
-
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+async def serving(handler: Callable[[Any], Awaitable[Any]], ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A loopback server; the URL without the last slash."""
     runner = web.ServerRunner(web.Server(handler), shutdown_timeout=0.1)
     await runner.setup()
@@ -8060,28 +8051,20 @@ def problem_of(answer: Answer, status: int, *fields: str) -> str:
 
 TASK_VIEW = json.loads("""
     {"id": 1, "key": null, "name": "t", "description": "words", "tags": [], "task_type": "bash", "status": "active",
-    "status_reason": null, "paused_until": null, "concurrency_group": null,
-    "config": {"command": "true"}, "max_retries": 3, "retry_delay": 5, "retry_backoff": 2,
-    "pause_after": null, "managed_by": null, "last_status": null, "failures_in_a_row": 0,
-    "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "last_run": null, "next_run": null,
-    "run_count": 0, "success_count": 0, "failure_count": 0}
+    "status_reason": null, "paused_until": null, "concurrency_group": null, "config": {"command": "true"}, "max_retries": 3,
+    "retry_delay": 5, "retry_backoff": 2, "pause_after": null, "managed_by": null, "last_status": null,
+    "failures_in_a_row": 0, "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "last_run": null,
+    "next_run": null, "run_count": 0, "success_count": 0, "failure_count": 0}
 """)
-
-
 SCHEDULE_VIEW = json.loads("""
-    {"id": 1, "key": null, "task_id": 1, "task_name": "t", "managed_by": null,
-    "schedule_type": "interval", "schedule_config": {"seconds": 60, "timezone": "UTC"},
-    "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "is_active": true,
-    "overlap": "skip", "catchup": "latest", "catchup_window": 86400, "jitter": 0,
-    "start_at": null, "end_at": null, "max_runs": null, "exclude": [],
-    "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
-    "last_run": null, "next_run": "2026-01-01T00:01:00Z", "run_count": 0,
-    "upcoming": [{"utc": "2026-01-01T00:01:00Z", "local": "2026-01-01T00:01:00+00:00"},
-    {"utc": "2026-01-01T00:02:00Z", "local": "2026-01-01T00:02:00+00:00"},
-    {"utc": "2026-01-01T00:03:00Z", "local": "2026-01-01T00:03:00+00:00"},
-    {"utc": "2026-01-01T00:04:00Z", "local": "2026-01-01T00:04:00+00:00"},
-    {"utc": "2026-01-01T00:05:00Z", "local": "2026-01-01T00:05:00+00:00"}], "notes": []}
+    {"id": 1, "key": null, "task_id": 1, "task_name": "t", "managed_by": null, "schedule_type": "interval",
+    "schedule_config": {"seconds": 60, "timezone": "UTC"}, "is_active": true,
+    "description": "Every minute since 2026-01-01 00:00:00 (UTC)", "overlap": "skip", "catchup": "latest",
+    "catchup_window": 86400, "jitter": 0, "start_at": null, "end_at": null, "max_runs": null, "exclude": [],
+    "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "last_run": null,
+    "next_run": "2026-01-01T00:01:00Z", "run_count": 0, "notes": []}
 """)
+SCHEDULE_VIEW["upcoming"] = [{"utc": f"2026-01-01T00:0{n}:00Z", "local": f"2026-01-01T00:0{n}:00+00:00"} for n in range(1, 6)]
 
 
 async def test_a_task_and_a_schedule_are_created_with_all_their_fields(api: Api) -> None:
@@ -8551,9 +8534,7 @@ async def test_a_key_belongs_to_one_task_and_to_one_schedule_of_a_task(api: Api)
     assert (await api("PATCH", "/schedules/3", {"key": "night"})).status == 409
 
 
-async def test_a_preview_answers_words_and_slots_that_are_looked_for_off_the_loop(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_preview_answers_words_and_slots_found_off_the_loop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"schedule_type": "cron", "schedule_config": {"expression": "30 9 * * *", "timezone": "Europe/Berlin"}, "count": 2}
 
     async def preview(body: Any = body, **more: Any) -> Any:
