@@ -599,10 +599,6 @@ def format_instant(t: int) -> str:
     return _clock_face(t).isoformat() + "Z"
 
 
-def format_second(t: int) -> str:
-    return format_instant(t - t % SECOND)
-
-
 def format_local(t: int, zone: str) -> str:
     """`t` as ISO 8601 in `zone`, with its offset: `2026-11-24T06:00:00+01:00`."""
     if t > _LAST_LOCAL:
@@ -2517,11 +2513,13 @@ def parse(model: Any, data: Any) -> Any:
         return _checked(model, data)
     if body is not None and isinstance(data, dict):
         # What is wrong inside the configuration is told with it: in itself, so that zone and time may be made up.
-        with told_at("", errors):
-            if isinstance(data.get("config"), dict) and data.get("task_type") in tuple(CONFIGS):
-                parse_config(data["task_type"], data["config"])
-            if isinstance(data.get("schedule_config"), dict) and data.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
-                check_schedule_config(data["schedule_type"], data["schedule_config"], "UTC", 0)
+        nested = enumerate(data["schedules"] if isinstance(data.get("schedules"), list) else ())
+        for path, part in [("", data), *((f"schedules[{n}].", part) for n, part in nested if isinstance(part, dict))]:
+            with told_at(path, errors):
+                if isinstance(part.get("config"), dict) and part.get("task_type") in tuple(CONFIGS):
+                    parse_config(part["task_type"], part["config"])
+                if isinstance(part.get("schedule_config"), dict) and part.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
+                    check_schedule_config(part["schedule_type"], part["schedule_config"], "UTC", 0)
     raise InvalidInput(*errors)
 
 
@@ -2915,7 +2913,7 @@ def count_end(task: Task, end: Ended) -> None:
         if task.status == "active" and task.failures_in_a_row >= (task.pause_after or math.inf):
             task.status, end.paused = "paused", True
             failures = f"{task.failures_in_a_row} failures in a row"
-            task.status_reason = f"paused after {failures} (pause_after), {format_second(end.finished_at)}"
+            task.status_reason = f"paused after {failures} (pause_after), {format_instant(end.finished_at // SECOND * SECOND)}"
     end.after = task.failures_in_a_row
 
 
@@ -7614,7 +7612,9 @@ class Transaction:
             raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
         if isinstance(item, Task) and item.status != (seen or {"status": "active"})["status"]:
             by = "on request" if self.caller.actor == "-" else f"by {self.caller.actor}"
-            item.status_reason = None if item.status == "active" else f"{item.status} {by}, {format_second(self.now)}"
+            item.status_reason = (
+                None if item.status == "active" else f"{item.status} {by}, {format_instant(self.now // SECOND * SECOND)}"
+            )
         if seen is None:
             insert(self.db, item)
         else:

@@ -8717,8 +8717,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("create_task", {"config": {"command": "true", "comand": "x"}}, "config.comand"),
     (
         "create_task",
-        {"name": "a\nb", "config": {"command": "x", "timeout": 0, "env": {"CHRONOTASK_X": "1"}}},
-        "name config.timeout config.env.CHRONOTASK_X",
+        {"name": "", "config": {"command": "x", "timeout": 0}, "schedules": [{"schedule_type": "cron", "schedule_config": {}}]},
+        "name config.timeout schedules[0].schedule_config.expression",
     ),
     ("update_task", {"task_type": "http"}, "config"),
     ("update_schedule", {"schedule_type": "cron"}, "schedule_config"),
