@@ -8555,6 +8555,8 @@ async def answer_operation(service: Service, operation: Operation, request: web.
     value = load_json(raw) if raw.strip() else {}
     if model is None and value != {}:
         raise InvalidInput(FieldError("", "this takes no body"))
+    if not isinstance(value, dict):
+        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
     result = await operation.call(service, number, query, None if model is None else parse(model, value))
     if result is None:
         return web.Response(status=204, headers=HEADERS)
