@@ -2627,13 +2627,6 @@ def output_text(output: dict[str, Any] | None) -> str:
     return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
 
 
-def kept_bytes(output: dict[str, Any]) -> list[tuple[str, int, bytes]]:
-    """Of each stream of kept output its name, its bytes in all, and those that were kept."""
-    texts = {"body": output_text(output)} if "body" in output else {name: output.get(name) or "" for name in ("stdout", "stderr")}
-    kept = {name: text.encode() for name, text in texts.items()}
-    return [(name, output[f"{name}_bytes"] if output.get("truncated") else len(data), data) for name, data in kept.items()]
-
-
 def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
     """The next firings of schedules in their true order, each as often as it fires."""
 
@@ -2651,15 +2644,6 @@ def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firin
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
     return [{"utc": format_instant(t), "local": format_local(t, zone)} for t in fire_times]
-
-
-def clip_texts(output: dict[str, Any]) -> None:
-    """Makes output what it is in lists: each text is cut to 4,096 characters, and says so."""
-    for name, value in output.items():
-        text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
-        if isinstance(text, str) and len(text) > LIST_TEXT_LIMIT:
-            more = len(text) - LIST_TEXT_LIMIT
-            output[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
 
 
 # ======================================================================================================================
@@ -4397,10 +4381,13 @@ def list_executions(
     page = f"{_EXECUTIONS} WHERE id IN ({found} ORDER BY id DESC LIMIT ? OFFSET ?) ORDER BY id DESC"
     without = _OUTPUT if query.output == "none" else frozenset[str]()
     executions = load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], without)
-    for execution in executions:
+    for execution in executions if query.output is None else ():
         # Only longer output can have a text that is too long.
-        if query.output is None and execution.output_data and (execution.output_size or 0) > LIST_TEXT_LIMIT:
-            clip_texts(execution.output_data)
+        output = ((execution.output_size or 0) > LIST_TEXT_LIMIT and execution.output_data) or {}
+        for name, value in output.items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+            if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
+                output[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
     return total, executions
 
 
@@ -7410,7 +7397,10 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
                 look = partial(shown_output, execution_id=execution_id, attempt=number, now=service.clock.now())
                 recent = await store.write(look)
             else:
-                recent = kept_bytes(attempt.output_data or {})
+                kept = attempt.output_data or {}
+                texts = {"body": output_text(kept)} if "body" in kept else {s: kept.get(s) or "" for s in ("stdout", "stderr")}
+                parts = {stream: text.encode() for stream, text in texts.items()}
+                recent = [(s, kept[f"{s}_bytes"] if kept.get("truncated") else len(data), data) for s, data in parts.items()]
             for stream, total, data in recent:
                 fresh, sent[stream] = total - sent[stream], total
                 if fresh > 0:
@@ -8490,13 +8480,18 @@ def gated_app(service: Service, way: str) -> web.Application:
         finally:
             del BUSY[request.protocol]
 
-    async def hide_versions(_request: web.Request, answer: web.StreamResponse) -> None:
+    answered = web.RequestKey("answered", bool)
+
+    async def prepare(request: web.Request, answer: web.StreamResponse) -> None:
+        if request.get(answered):  # a stream has failed: an error inside it would be no error; its client sees that it broke off
+            raise ConnectionResetError
+        request[answered] = True
         answer.headers["Server"] = HEADERS["Server"]  # else aiohttp's and Python's: also where MCP answers, or nothing does
 
     if settings.needs_token:
         service.engine.spawn(service.keep("tokens", tokens.step))
     app = web.Application(middlewares=[gate], client_max_size=MAX_BODY)
-    app.on_response_prepare.append(hide_versions)
+    app.on_response_prepare.append(prepare)
     return app
 
 
@@ -8624,10 +8619,11 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     await anext(pieces)  # raises what is to be answered
     answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/plain; charset=utf-8"})
     await answer.prepare(request)
-    async for piece in pieces:
-        if request.transport is None:  # the client has gone
-            break
-        await answer.write(piece)
+    with contextlib.suppress(NotFound):  # it was deleted meanwhile: that is its end
+        async for piece in pieces:
+            if request.transport is None:  # the client has gone
+                break
+            await answer.write(piece)
     return answer
 
 
