@@ -3926,8 +3926,7 @@ _TABLES: dict[type[Any], str] = {Task: "tasks", Schedule: "schedules"}
 
 def _stored(item: Any, columns: Iterable[str]) -> list[Any]:
     """The values of some columns, as they are stored."""
-    values = [getattr(item, name) for name in columns]
-    return [compact(value) if isinstance(value, (dict, list)) else value for value in values]
+    return [compact(value) if isinstance(value, (dict, list)) else value for value in operator.attrgetter(*columns)(item)]
 
 
 def insert(db: DB, item: Row) -> Row:
@@ -7636,15 +7635,18 @@ class Transaction:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What differs, as it is in both."""
-    pairs = dict[str, tuple[Any, Any]]()
-    for name in {**before, **after}:
-        if (old := before.get(name)) != (new := after.get(name)) and name not in ("updated_at", "upcoming", "notes"):
-            pairs[name] = _differences(old, new) if isinstance(old, dict) and isinstance(new, dict) else (old, new)
-    return {n: old for n, (old, _) in pairs.items() if n in before}, {n: new for n, (_, new) in pairs.items() if n in after}
+    names = [n for n in {**before, **after} if before.get(n) != after.get(n) and n not in ("updated_at", "upcoming", "notes")]
+    old, new = {n: before[n] for n in names if n in before}, {n: after[n] for n in names if n in after}
+    for name in names:
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
+            old[name], new[name] = _differences(old[name], new[name])
+    return old, new
 
 
 def _kept(view: dict[str, Any]) -> str:
     """JSON text in which long fields are cut."""
+    if len(whole := compact(view)) <= CHANGE_TEXT:
+        return whole
     texts = {name: compact(value) for name, value in view.items()}
     cut = {n: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for n, text in texts.items() if len(text) > CHANGE_TEXT}
     return compact({**view, **cut})
