@@ -7199,7 +7199,7 @@ class Service:
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
-        elif before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent_config:
+        elif after and before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent_config:
             view["notes"].insert(0, f"The time zone stays {after}: none was sent.")
         return view
 
@@ -7601,9 +7601,8 @@ class Transaction:
             raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
         if isinstance(item, Task) and item.status != (seen or {"status": "active"})["status"]:
             by = "on request" if self.caller.actor == "-" else f"by {self.caller.actor}"
-            item.status_reason = (
-                None if item.status == "active" else f"{item.status} {by}, {format_instant(self.now // SECOND * SECOND)}"
-            )
+            reason = f"{item.status} {by}, {format_instant(self.now // SECOND * SECOND)}"
+            item.status_reason = None if item.status == "active" else reason
         if seen is None:
             insert(self.db, item)
         else:
@@ -8873,8 +8872,7 @@ async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusVie
 TOOLS = {tool.name: tool for tool in [*OPERATIONS, _PAUSED] if tool.tool is not None}
 
 # A model pays for each word: other defaults serve it better than a program.
-_AT_MOST_100: Any = Annotated[int, Field(ge=1, le=100)]
-_LIMIT: Any = {"limit": (_AT_MOST_100, 20)}
+_LIMIT: Any = Annotated[int, Field(ge=1, le=100)]
 _WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
 _HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
 _STATUSES: Any = Annotated[
@@ -8882,12 +8880,11 @@ _STATUSES: Any = Annotated[
     WithJsonSchema({"type": "string", "description": f"one or more of {', '.join((*UNFINISHED, *FINISHED))}, unfinished"}),
 ]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("list_tasks", "list_schedules", "list_upcoming"), _LIMIT),
-    "list_executions": {**_LIMIT, "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
-    "get_task_history": {"limit": (_AT_MOST_100, 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
+    **{name: {"limit": (_LIMIT, 20)} for name in ("list_tasks", "list_schedules", "list_upcoming")},
+    "list_executions": {"limit": (_LIMIT, 20), "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
+    "get_task_history": {"limit": (_LIMIT, 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
     "get_execution": {"wait": (_WAIT, 0), "output": (_HOW_MUCH, "short")},
-    "execute_task": {"wait": (_WAIT, 4)},  # some clients give a call up after 5 s
-    "rerun_execution": {"wait": (_WAIT, 4)},
+    **{name: {"wait": (_WAIT, 4)} for name in ("execute_task", "rerun_execution")},  # some clients give a call up after 5 s
     # Some models take no tool without arguments.
     "get_scheduler_status": {"limit": (Annotated[int, Field(ge=0, le=5, description="of what comes next")], 5)},
 }
@@ -9041,9 +9038,12 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         elif "timezone" in names and "timezone" in before.get(holder, ()):  # of another kind: at least that stays
             config = {"timezone": before[holder]["timezone"], **config}
         target |= {holder: config, type_name: kind} if typed else {holder: config}
-    if errors:
-        raise InvalidInput(*errors)
-    return parse(operation.body, body)
+    if not errors:
+        return parse(operation.body, body)
+    with told_at("", others := list[FieldError]()):
+        parse(operation.body, body)
+    without = ("_type", "config")  # these are missing because of the errors above
+    raise InvalidInput(*errors, *(one for one in others if one.message != "is required" or not one.field.endswith(without)))
 
 
 @functools.cache
@@ -9187,7 +9187,7 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
         so_far = "by then" + ("" if query.until else ": until looks further than 24 h")
         notes.append(f"nothing fires {'while the scheduler is paused' if service.engine.paused else so_far}")
     elif name == "list_upcoming" and len(view["upcoming"]) == query.limit:
-        notes.append("there may be more: ask for a task_id or a tag, or with a higher limit (at most 100)")
+        notes.append(f"there may be more: ask for a task_id or a tag{', or a higher limit (at most 100)' * (query.limit < 100)}")
     elif name == "list_schedules":
         for schedule in view["schedules"]:
             with contextlib.suppress(NotFound):  # deleted a moment ago
@@ -9261,8 +9261,9 @@ def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
         inside = re.match(r"(config|schedule_config)\.(\w+)", name)
         if inside and arguments.get(inside[1]) is None:
             name = AFTER.get(inside[2], inside[2]) + name[inside.end() :]
-        name = "idempotency_key" if name == "Idempotency-Key" else name
-        fields.append(FieldError(name, message.replace("task_ids, tag and any", ", ".join(AFTER.values()))))
+        if name == "schedule_config" and arguments.get(name) is None:
+            message = re.sub(r"\b(task_ids|tag|any)\b", lambda match: AFTER[match[0]], message)
+        fields.append(FieldError("idempotency_key" if name == "Idempotency-Key" else name, message))
     text = InvalidInput(*fields).detail if isinstance(error, InvalidInput) else error.detail
     looked_for = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", text)
     return f"{text}: list_{looked_for[1]}s shows those that exist" if looked_for else text
@@ -9743,6 +9744,8 @@ async def serve(
     runners: list[web.AppRunner] = []
     jobs = [loop.create_task(reap_for_ever())] if os.getpid() == 1 else []
     try:
+        # Before this process leads: importing the SDK takes seconds on a small machine, in which nothing would fire.
+        server = make_server(service) if mode != "http" and settings.mcp_enabled else None
         followed = None if config is None else ConfigFile(service, Path(config))
         await service.start(None if followed is None else followed.begin)
         renewed = config or settings.api_token_file or settings.api_tokens_file
@@ -9751,8 +9754,7 @@ async def serve(
         if sockets:
             warn_if_open(settings)
             await _open(runners, "REST on http://%s:%d", sockets, make_app(service))
-        if mode != "http" and settings.mcp_enabled:
-            server = make_server(service)
+        if server:
             if mcp_sockets:
                 app = make_mcp_app(service, server)
                 await _open(runners, "MCP on http://%s:%d/mcp", mcp_sockets, app, handler_cancellation=True)

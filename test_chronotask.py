@@ -1682,14 +1682,15 @@ async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: 
     task_id = await rig.task()
     daily = {"expression": "0 9 * * *"}
     schedule_id = await rig.schedule(task_id, "cron", schedule_config={**daily, "timezone": "Asia/Tokyo"})
-    for fields, note in (
+    for fields, *notes in (
         ({"schedule_config": daily}, "The time zone stays Asia/Tokyo: none was sent."),
-        ({"schedule_config": {**daily, "timezone": "Europe/Berlin"}}, "The time zone is Europe/Berlin now; it was Asia/Tokyo."),
-        ({"schedule_type": "interval", "schedule_config": {"seconds": 60}}, "The time zone is UTC now; it was Europe/Berlin."),
+        ({"schedule_type": "interval", "schedule_config": {"seconds": 60}}, "The time zone is UTC now; it was Asia/Tokyo."),
+        ({"schedule_config": {"days": 1, "timezone": "Europe/Berlin"}}, "The time zone is Europe/Berlin now; it was UTC."),
+        ({"schedule_type": "after", "schedule_config": {"any": True, "on": ["failure"]}},),
         ({"is_active": False}, "Nothing will fire: is_active is false."),
     ):
-        assert (await rig.patch_schedule(schedule_id, **fields))["notes"] == [note], fields
-    await rig.patch_schedule(schedule_id, is_active=True)
+        assert (await rig.patch_schedule(schedule_id, **fields))["notes"] == notes, fields
+    await rig.patch_schedule(schedule_id, is_active=True, schedule_type="interval", schedule_config={"seconds": 60})
     await rig.patch_task(task_id, status="paused")
     assert (await rig.service.get_schedule(schedule_id))["notes"] == ["Nothing will fire: its task is not active."]
     await rig.service.pause_scheduler({})
@@ -1698,8 +1699,7 @@ async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: 
     await rig.patch_task(task_id, status="active")
     for seconds in (60, 120, 180):
         await rig.run_at(seconds)
-    view = await rig.patch_schedule(schedule_id, max_runs=1)
-    assert view["notes"] == ["max_runs of 1 is reached, and exceeded by 2."]
+    assert (await rig.patch_schedule(schedule_id, max_runs=1))["notes"] == ["max_runs of 1 is reached, and exceeded by 2."]
 
 
 # -- Words -------------------------------------------------------------------------------------------------------------
@@ -10479,9 +10479,9 @@ SLIPS: list[tuple[str, Json, str]] = [
      "task_id: must be the id of a task, or key:NAME, not 'night': list_tasks shows those that exist"),
     ("create_schedule", {"expression": "0 9 * * *", "seconds": 60},
      r"expression \(cron\) and seconds \(interval or after\): do not go together: give those of one kind"),
-    ("create_task", {"name": "n", "url": "http://h/", "command": "true"},
-     r"url \(http\) and command \(bash\): do not go together: give those of one kind"),
-    ("create_task", {"name": "n", "command": None, "url": None, "key": None}, "url or command: is required"),
+    ("create_task", {"url": "http://h/", "command": "true", "on": ["failure"]}, r"url \(http\) and command \(bash\): do not go "
+     "together: give those of one kind; name: .*; schedule_config: must have exactly one of after_task_ids, after_tag and .*"),
+    ("create_task", {"command": None, "url": None, "key": None}, "url or command: is required; name: is required"),
     ("update_task", {"task_id": 1, "clear": ["name_"]}, "clear: must be a list of fields, not given themselves, of key, .*"),
     ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True: .*"),
     ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be a list of NAME=VALUE with each name once, or an object"),
