@@ -7193,7 +7193,8 @@ class Service:
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
             try:
                 done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
-            except (LookupError, TypeError, ValueError) as error:  # as of a zone that is gone
+            except (LookupError, TypeError, ValueError) as error:  # as of a zone that is gone; or it is a fault of ours
+                logger.exception("schedule %d", schedule_id)
                 raise InvalidInput(FieldError("schedule_config", f"cannot be evaluated ({error}): send another one")) from error
         view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})
         before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
