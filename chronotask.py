@@ -2160,7 +2160,7 @@ class Recent:
 
 @dataclass(slots=True, kw_only=True)
 class Change:
-    """What somebody has written: of `before` and `after` only what differs, masked. `via`: rest, mcp, file or cli; from where."""
+    """What somebody has written: of `before` and `after` only what differs, masked. `via` says which way, and from where."""
 
     id: ReadOnly[int]
     at: ReadOnly[Time]
@@ -2806,15 +2806,15 @@ class Claim:
         schedule.set_next(due.next_slot if left > 0 else None, plan)
         self.schedules.append(schedule)
 
-    def after(self, schedule: Schedule, cause: dict[str, Any], caused_by: int, depth: int) -> None:
-        """The execution that an `after` schedule fires because of `caused_by`."""
+    def after(self, schedule: Schedule, cause: dict[str, Any], caused_by: int, depth: int) -> bool:
+        """The execution that an `after` schedule fires because of `caused_by`. Returns whether it will run."""
         row = NewExecution(schedule.task_id, schedule.id, "after", None, self.now)
         row.cause, row.caused_by, row.event, row.depth = compact(cause), caused_by, cause["event"], depth + 1
         if depth < MOST_DEPTH:
-            self._add(schedule, row)
-        else:
-            row.status, row.error_message = "skipped", TOO_DEEP
-            self.rows.append(row)
+            return self._add(schedule, row)
+        row.status, row.error_message = "skipped", TOO_DEEP
+        self.rows.append(row)
+        return False
 
     def broken(self, schedule: Schedule, error: Exception) -> None:
         """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
@@ -4239,15 +4239,17 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
     return sorted((Ended(*row) for row in written if row[2] != "retrying"), key=lambda end: order[end.execution_id])
 
 
-def write_standings(db: DB, tasks: Collection[Task], paused: Collection[int]) -> None:
+def write_standings(db: DB, tasks: Collection[Task], paused: Collection[Task], now: int) -> None:
     """What tasks have come to, as ends change it. `paused` are those among them whose status has changed."""
     columns: tuple[str, ...] = ("id", "status", "status_reason", "failures_in_a_row", "success_count", "failure_count")
     columns += ("last_status", "last_success", "last_success_id")
     changes = ", ".join(f"{name} = rows.{name}" for name in columns[1:])
     rows = [_stored(task, columns) for task in tasks]
     write_rows(db, f"UPDATE tasks SET {changes} FROM rows WHERE tasks.id = rows.id", columns, rows)
-    if paused:
-        db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id {_THESE}", (compact(list(paused)),))
+    for task in paused:
+        db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id = ?", (task.id,))
+        before, after = {"status": "active", "status_reason": None}, {"status": "paused", "status_reason": task.status_reason}
+        put_row(db, "changes", None, now, "-", "pause_after", "task", task.id, "update", compact(before), compact(after))
 
 
 def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
@@ -6188,7 +6190,7 @@ class Tick:
 
     schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
-    noted: list[tuple[Task, NewExecution]] = dataclasses.field(default_factory=list)  # rows of what did not run
+    noted: list[tuple[Task, str, str | None]] = dataclasses.field(default_factory=list)  # what no attempt tells, why: for the log
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
@@ -6310,7 +6312,9 @@ class Engine:
             for end in over:
                 if task := tasks.get(end.task_id):
                     count_end(task, end)
-            write_standings(db, tasks.values(), {end.task_id for end in over if end.paused})
+            paused = [tasks[end.task_id] for end in over if end.paused]
+            write_standings(db, tasks.values(), paused, now)
+            tick.noted += [(task, "paused", task.status_reason) for task in paused]
         if slots:
             over += claim_due(db, slots, now, tick, self.settings)
         follow(db, over, now, tick, self.settings)
@@ -6332,9 +6336,10 @@ class Engine:
     async def after_write(self, tick: Tick, ended: Sequence[Finished] = ()) -> None:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
-        for task, row in tick.noted:
-            self.stats.ended[task.task_type, row.status] += 1
-            logger.warning("task %d (%s): %s", task.id, task.name, row.error_message)
+        for task, status, why in tick.noted:
+            self.stats.ended[task.task_type, status] += 1
+            if why:
+                logger.warning("task %d (%s): %s", task.id, task.name, why)
         for s in ended:
             self.running.pop(s.run.execution_id, None)
             if self.leading:
@@ -6511,8 +6516,7 @@ def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
         overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
         found = cancel_executions(db, overlapped, claim.now, CANCELLED_BY_OVERLAP)
-        tick.cancelled += [execution_id for execution_id, _, _ in found]
-        over += cancelled_of(found, claim.now)
+        over += end_cancelled(db, found, claim.now, tick)
     claim.rows, new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
@@ -6526,14 +6530,18 @@ def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
     tick.new_ids += new_ids
     if noted := [row for row in claim.rows if row.status != "queued"]:
         tasks = get_tasks(db, {row.task_id for row in noted})
-        tick.noted += [(tasks[row.task_id], row) for row in noted if row.task_id in tasks]
+        tick.noted += [(tasks[row.task_id], row.status, row.error_message) for row in noted if row.task_id in tasks]
     rows = zip(new_ids, claim.rows, strict=True)
     return over + [Ended(new_id, row.task_id, row.status, claim.now) for new_id, row in rows if row.status != "queued"]
 
 
-def cancelled_of(found: Iterable[tuple[int, int, str]], now: int) -> list[Ended]:
-    """Those of `cancel_executions` that are over by it."""
-    return [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before != "running"]
+def end_cancelled(db: DB, found: Sequence[tuple[int, int, str]], now: int, tick: Tick) -> list[Ended]:
+    """Adds what `cancel_executions` has found to `tick`. Returns what is over by that."""
+    over = [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before != "running"]
+    tasks = get_tasks(db, {end.task_id for end in over})
+    tick.noted += [(tasks[end.task_id], end.status, None) for end in over]
+    tick.cancelled += [execution_id for execution_id, _, _ in found]
+    return over
 
 
 def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settings) -> None:
@@ -6551,14 +6559,16 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
                         events = events_of(end, config.get("threshold", 1))
                         told += [(end, event) for event in events if event in config["on"]]
-                told = told[: schedule.plan().remaining]  # as much as it may still fire
+                left = schedule.plan().remaining
                 if missing := {end.execution_id for end, _ in told} - executions.keys():
                     executions |= {e.id: e for e in get_executions(db, missing, output=True)}
-                for end, event in told:
+                for end, event in told if left != 0 else ():
                     task = tasks[end.task_id]
                     streak = end.before if event == "recovered" else task.failures_in_a_row if end.after is None else end.after
                     cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
-                    claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
+                    ran = claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
+                    if left is not None and (left := left - ran) == 0:
+                        break
                 before = schedule.next_slot
                 if past := (schedule.end_at or now) < now:
                     schedule.stand(now)
@@ -6573,8 +6583,7 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
 
 def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) -> None:
     """The slot of an `overdue`, unless a success has moved it."""
-    plan = schedule.plan()
-    slot = plan.next_slot(schedule.settled_until)
+    slot = schedule.plan().next_slot(schedule.settled_until)
     if slot is not None and slot <= claim.now:
         [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
         by, zone, url = task.last_success_id or -task.id, settings.scheduler_timezone, settings.public_url
@@ -6584,8 +6593,7 @@ def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) 
             cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
             claim.after(schedule, cause, by, 0)
         schedule.stand(claim.now)
-        slot = None
-    schedule.set_next(slot, plan)
+    schedule.look_ahead()
     claim.schedules.append(schedule)
 
 
@@ -7293,7 +7301,7 @@ class Service:
             if before not in UNFINISHED:
                 raise Conflict(f"execution {execution_id} is over already: {before}")
             tx.note("cancel", "execution", execution_id, {"status": before}, {"status": "cancelled"})
-            tx.cancelled(found)
+            tx.follow(end_cancelled(tx.db, found, tx.now, tx.tick))
             return before
 
         if await self.change(write) == "running":
@@ -7627,11 +7635,6 @@ class Transaction:
         """Writes what follows from what is over."""
         follow(self.db, over, self.now, self.tick, self.settings)
 
-    def cancelled(self, found: Sequence[tuple[int, int, str]]) -> None:
-        """What follows from `cancel_executions`."""
-        self.tick.cancelled += [execution_id for execution_id, _, _ in found]
-        self.follow(cancelled_of(found, self.now))
-
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What differs, as it is in both."""
@@ -7730,7 +7733,7 @@ def remove_schedule(tx: Transaction, schedule_id: int) -> int:
     found = cancel_executions(tx.db, queued, tx.now, "cancelled: its schedule was deleted")
     delete_schedule(tx.db, schedule_id)
     tx.note("delete", "schedule", schedule_id, view_of(schedule), None)
-    tx.cancelled(found)
+    tx.follow(end_cancelled(tx.db, found, tx.now, tx.tick))
     return schedule.task_id
 
 
@@ -7810,8 +7813,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
     execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
     tx.tick.new_ids.append(execution.id)
     about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": view_of(execution)["config"]}
-    operation = "execute" if row.trigger == "manual" else row.trigger
-    tx.note(operation, "execution", execution.id, None, {k: v for k, v in about.items() if v is not None})
+    tx.note("execute" if row.trigger == "manual" else row.trigger, "execution", execution.id, None, about)
     return execution
 
 
@@ -7826,13 +7828,9 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
     span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
     ran = {*ids_of(db, "executions", {**span, "(started_at IS NOT NULL OR finished_at IS NULL)": True}, "scheduled_for")}
     plan = dataclasses.replace(schedule.plan(), remaining=None, ran=spans_of(tuple(schedule.exclude), schedule.zone))
-    slots, slot = list[int](), plan.next_slot(first - 1)
-    while slot is not None and slot <= last:
-        if slot not in ran:
-            slots.append(slot)
-        if len(slots) > MOST_BACKFILL:
-            raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
-        slot = plan.next_slot(slot)
+    unrun = (slot for slot in itertools.takewhile(lambda slot: slot <= last, plan.slots(first - 1)) if slot not in ran)
+    if len(slots := list(itertools.islice(unrun, MOST_BACKFILL + 1))) > MOST_BACKFILL:
+        raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
     return task.id, slots
 
 
