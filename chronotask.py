@@ -3326,7 +3326,7 @@ MIGRATIONS: list[tuple[str, ...]] = [
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
 UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
 LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
-ENDING_SQL = f"(cancel_requested OR NOT {_NOT_DELETED})"  # whether an execution shall be cancelled, or its task is being deleted
+GOING_ON_SQL = f"NOT cancel_requested AND {_NOT_DELETED}"  # whether nobody wants an execution to end, nor deletes its task
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 
@@ -6256,7 +6256,7 @@ class Engine:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
             await self.load_timers()
-        if self._timers_to is not None and (self.timers.next_due() or LAST_INSTANT) > self._timers_to[0]:
+        if self.leading and self._timers_to is not None and (self.timers.next_due() or LAST_INSTANT) > self._timers_to[0]:
             await self._load_more_timers()
         self.last_tick = self.clock.monotonic()
         await self.tick()
@@ -6430,11 +6430,6 @@ class Engine:
             for index, found in ((self.timers, timers), (self.retries, retries)):
                 for key, at in found:
                     index.set(key, at)
-
-    def forget_timers(self) -> None:
-        self.timers.rebuild([])
-        self.retries.rebuild([])
-        self._timers_to = None
 
     async def _load_more_timers(self) -> None:
         """Of a million schedules only those that fire next have timers: further ones get theirs when these have fired."""
@@ -6719,10 +6714,10 @@ class Changes:
                     feed.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
             if feed.wanted and paused != before:
                 feed.publish("scheduler", None, await self._status())
-            if engine.running:
-                ending = {"id IN ?": [*engine.running], ENDING_SQL: True}
-                for execution_id in await store.read(partial(ids_of, table="executions", conditions=ending)):
-                    engine.stop_run(execution_id)
+            if ids := [*engine.running]:  # a row may be gone already, where another process leads and deletes its task
+                these = {"id IN ?": ids, GOING_ON_SQL: True}
+                for ending in {*ids}.difference(await store.read(partial(ids_of, table="executions", conditions=these))):
+                    engine.stop_run(ending)
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
             if self._rev == since:  # else somebody wants everything to be looked at once more
@@ -6816,7 +6811,6 @@ class Leadership:
         # Also when nothing runs: the write of a tick that starts something may be under way.
         while not self._drain_lock.acquire():
             await asyncio.sleep(0.01)  # another process is looking whether this one lives
-        self.engine.forget_timers()
         await self.engine.store.set_leading(False)
         self._leader_lock.release()
 
@@ -6840,14 +6834,13 @@ class Leadership:
         engine = self.engine
         others = await engine.store.read(partial(running_of_others, owner=engine.owner))
         living = set()
-        for owner in {run.owner for run in others}:
-            drain = Path(f"{self._path}.drain-{owner}")
+        for drain in [file for file in self._path.parent.iterdir() if file.name.startswith(f"{self._path.name}.drain-")]:
             if is_locked(drain):
-                living.add(owner)
+                living.add(drain.name.rpartition(".drain-")[2])
             else:
                 drain.unlink(missing_ok=True)
-        self._others_drain = bool(living)
         dead = [run for run in others if run.owner not in living]
+        self._others_drain = len(dead) < len(others)
         if not dead:
             return
         if await engine.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine

@@ -11165,7 +11165,7 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     service = Server(tmp_path / "service", database=database).start()
     schedule = service.every(1, service.bash(f"{APPEND} {file}"), overlap="allow", catchup="skip")
     long = service.bash(f'until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo "$PPID" >> {slow}')
-    left = service.bash("sleep 60", name="left-by-mcp")
+    left, doomed = (service.bash("sleep 60", name=name) for name in ("left-by-mcp", "deleted-by-the-leader"))
     assistant = Server(tmp_path / "assistant", "mcp", database=database).start()
     assistant.hello()
 
@@ -11176,11 +11176,14 @@ def test_an_mcp_process_yields_to_a_service_and_finishes_what_it_runs(tmp_path: 
     assert ran_by(service)
     assert service.stop() == 0
     until(lambda: ran_by(assistant), 5, "mcp leads")
-    run, lost = (assistant.call(n, "execute_task", task_id=n, wait=0)["structuredContent"]["id"] for n in (long, left))
-    until(lambda: children_named("left-by-mcp"), 8, "both run")
+    asked = (assistant.call(n, "execute_task", task_id=n, wait=0)["structuredContent"]["id"] for n in (long, left, doomed))
+    run, lost, _ = asked
+    until(lambda: children_named("left-by-mcp") and children_named("deleted-by-the-leader"), 8, "all run")
     service.start()
     until(lambda: ran_by(service), 5, "the service leads")
     assert service.get(f"/executions/{run}")["status"] == "running"
+    assert service.ask("DELETE", f"/tasks/{doomed}")[0] == 204
+    until(lambda: not children_named("deleted-by-the-leader"), 4, "what another process runs is killed, too")
     (tmp_path / "go").touch()
     assert service.finished(run, 15)["status"] == "succeeded"
     assert appended(slow) == [[str(assistant.process.pid)]]
