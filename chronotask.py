@@ -3723,16 +3723,18 @@ def refused_target(path: Path, target: Path) -> str | None:
     return None
 
 
-def backup(path: Path, target: Path) -> None:
-    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks. Raises
-    Unavailable; `target` then is as it was before."""
+def backup(path: Path, target: Path, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks until it is
+    done or `stopped`. Raises Unavailable; `target` then is as it was before."""
     try:
         # A folder of our own: a file that a stranger has put into the way would get all secrets.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             part = Path(folder) / "part"
             with contextlib.closing(connect(path, read_only=True)) as source:
+                source.set_progress_handler(stopped, SCAN_STEP)
                 source.execute("VACUUM INTO ?", (str(part),))
             with contextlib.closing(sqlite3.connect(part)) as copied:
+                copied.set_progress_handler(stopped, SCAN_STEP)
                 found = copied.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
@@ -3743,11 +3745,11 @@ def backup(path: Path, target: Path) -> None:
         raise Unavailable(f"the backup of {path} to {target} failed: {error}") from None
 
 
-def open_backup(path: Path) -> BinaryIO:
+def open_backup(path: Path, stopped: Callable[[], bool] = lambda: False) -> BinaryIO:
     """A copy of the database at `path`, as an open file without a name. Blocks. Raises Unavailable."""
     target = path.with_name(f".download-{uuid.uuid4().hex}.db")
     try:
-        backup(path, target)
+        backup(path, target, stopped)
         return target.open("rb")
     finally:
         target.unlink(missing_ok=True)
@@ -6987,7 +6989,7 @@ class Service:
         self._pages: tuple[Any, dict[str, TaskPage]] = (None, {})  # of tasks, as long as nothing has been written since
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._loop: asyncio.Task[None] | None = None
-        self._checks = concurrent.futures.ThreadPoolExecutor(1, "schedule-check")
+        self._checking = asyncio.Lock()
 
     async def start(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
         """Becomes leader if nobody is, does what `prepare` is to do before anything fires, and starts the jobs."""
@@ -7019,7 +7021,6 @@ class Service:
         await self.engine.drain(self.settings.shutdown_grace)
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         known = await self.engine.close(self._loop, end)
-        self._checks.shutdown(wait=False, cancel_futures=True)
         if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
             self.leadership.release()
 
@@ -7053,8 +7054,9 @@ class Service:
         return done
 
     async def in_checks(self, run: Callable[[], T]) -> T:
-        """Runs the check of a new expression off the loop: one that hardly ever fires takes a while."""
-        return await asyncio.get_running_loop().run_in_executor(self._checks, run)
+        """Runs the check of a new expression off the loop, one at a time: one that hardly ever fires takes a while."""
+        async with self._checking:
+            return await in_daemon(operator.call, run)
 
     @Operation("POST", "/tasks", 201, tool=(), errors=(409,))
     async def create_task(self, body: TaskCreate) -> TaskView:
@@ -7326,7 +7328,7 @@ class Service:
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
-        return await self.in_checks(partial(open_backup, self.store.path))
+        return await in_daemon(open_backup, self.store.path, lambda: self.engine.stopping)
 
 
 # --- Use cases that only look, and those of a schedule's slots -------------------------------------------------------

@@ -3125,17 +3125,6 @@ async def test_closing_finishes_what_waits_and_leaves_one_file_that_holds_everyt
 # --- Backup -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_backup_is_consistent_while_writes_go_on(store: Store, tmp_path: Path) -> None:
-    copying = None
-    for number in itertools.count():
-        await store.write(lambda db, number=number: [set_meta(db, key, number) for key in ("ka", "kb")])
-        copying = copying or asyncio.ensure_future(asyncio.to_thread(backup, store.path, tmp_path / "copy.db"))
-        if copying.done():
-            break
-    await copying
-    assert len(set(sql(tmp_path / "copy.db", "SELECT value FROM meta WHERE key LIKE 'k%'"))) == 1
-
-
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
 
@@ -8167,12 +8156,13 @@ async def test_a_wait_that_is_no_number_from_0_to_300_is_refused_and_a_stopping_
     for wait in ("-1", "301", "nan", "inf", "x", "", "1,5"):
         problem_of(await api("POST", f"/tasks/1/execute?wait={wait}"), 422, "wait")
     api.rig.service.engine.stopping = True
-    for path, body in (("/tasks", BASH), ("/tasks/1/execute", None), ("/schedules", EVERY_MINUTE)):
-        problem_of(await api("POST", path, body), 503)
-    problem_of(await api("DELETE", "/tasks/1"), 503)
-    assert (await api("GET", "/tasks/1")).status == 200
+    for stop in (asyncio.sleep(0), api.rig.service.stop()):
+        await stop
+        for path, body in (("/tasks", BASH), ("/tasks/1/execute", None), ("/schedules", EVERY_MINUTE)):
+            problem_of(await api("POST", path, body), 503)
+        problem_of(await api("DELETE", "/tasks/1"), 503)
+        assert (await api("GET", "/tasks/1")).status == 200
     assert (await api.get("/executions"))["executions"] == []
-    api.rig.service.engine.stopping = False
 
 
 async def waiting_client(api: Api, target: Target) -> asyncio.Future[Answer]:
@@ -10844,6 +10834,15 @@ def test_version_tells_the_version_and_help_names_every_option(argv: str, capsys
 
 
 async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, tmp_path: Path) -> None:
+    await rig.service.store.write(lambda db: db.executemany("INSERT INTO meta VALUES (?, 0)", [[n] for n in range(100_000)]))
+    with pytest.raises(Unavailable, match=r"the backup of .* failed: interrupted"):
+        backup(rig.path, tmp_path / "target", stopped=lambda: True)
+    gate = threading.Event()
+    checking = asyncio.ensure_future(rig.service.in_checks(gate.wait))
+    (await rig.service.backup()).close()  # neither waits for the other
+    assert not checking.done()
+    gate.set()
+    assert await checking
     (tmp_path / "other.db").write_text("no database")
     (tmp_path / "target").write_text("before")
     other = settings(tmp_path, database_url=tmp_path / "other.db")
@@ -10855,9 +10854,18 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"other.db": "no database", "target": "before"}
 
 
-async def test_a_backup_replaces_a_file_and_nothing_else(rig: Rig, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
+async def test_a_backup_replaces_a_file_and_never_the_database_or_what_belongs_to_it(rig: Rig, tmp_path: Path) -> None:
     other, own = sqlite3.connect(tmp_path / "other.db"), rig.service.settings
+    for suffix in ("", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x"):
+        target, link = Path(f"{rig.path}{suffix}"), tmp_path / f"link{suffix}"
+        before = target.stat().st_ino if target.exists() else None
+        link.symlink_to(target)
+        for place in (target, link, rig.path.parent / "." / ".." / rig.path.parent.name / target.name):
+            with pytest.raises(chronotask.StartupError, match=r"must be a file of its own, not one of the database") as caught:
+                run_backup(own, str(place))
+            assert caught.value.exit_status == 2
+        assert (target.stat().st_ino if target.exists() else None) == before
+    os.mkfifo(tmp_path / "pipe")
     other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
     told = dict.fromkeys((tmp_path / "pipe", tmp_path, "/dev/null"), "must be a regular file, or a name that is free")
     told |= {"": "--backup='': must be a file, or - for standard output", tmp_path / "other.db": "not a database that is in use"}
@@ -10880,19 +10888,6 @@ def notified(path: str) -> list[str]:
 
     threading.Thread(target=listen, daemon=True).start()
     return heard
-
-
-async def test_a_backup_never_replaces_the_database_or_what_belongs_to_it(rig: Rig, tmp_path: Path) -> None:
-    await rig.task(name="kept")
-    for suffix in ("", "-wal", "-shm", "-journal", ".leader", ".service", ".drain-x"):
-        target, link = Path(f"{rig.path}{suffix}"), tmp_path / f"link{suffix}"
-        before = target.stat().st_ino if target.exists() else None
-        link.symlink_to(target)
-        for name in (target, link, rig.path.parent / "." / ".." / rig.path.parent.name / target.name):
-            with pytest.raises(chronotask.StartupError, match=r"must be a file of its own, not one of the database") as caught:
-                run_backup(rig.service.settings, str(name))
-            assert caught.value.exit_status == 2
-        assert (target.stat().st_ino if target.exists() else None) == before
 
 
 # --- Real processes ---------------------------------------------------------------------------------------------------
@@ -11584,6 +11579,7 @@ def test_a_backup_made_while_the_service_writes_holds_all_that_was_accepted_befo
                 restored.database.write_bytes(server.get("/backup") if kind == "api" else backed_up_to("-"))
             assert restored.sql("PRAGMA integrity_check") == [("ok",)]
             assert before and set(before) - {row[0] for row in restored.sql("SELECT id FROM executions")} == set()
+            assert restored.sql("SELECT history_count = (SELECT count(*) FROM executions) FROM tasks") == [(1,)], "consistent"
     finally:
         over.set()
         writer.join()
