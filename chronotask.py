@@ -4567,6 +4567,7 @@ MAX_REDIRECTS = 10
 MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
+READ_BYTES = 65536  # at once: of chunks of a byte each, or of escapes, this is a tenth of a second
 REFUSED_ERRNO = 0x4354  # no system uses it: it survives aiohttp's merging of the errors of several addresses
 KEEP_SECONDS = 0.5  # that a connection waits for the next request: enough for a burst; servers close idle ones after 1 s or more
 MAX_SECRET_BYTES = 65536
@@ -4616,7 +4617,6 @@ _ESCAPE = re.compile(
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[bfnrt]|\\[^A-Za-z0-9]"
     rb"|%[0-9a-fA-F]{2}|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos);"
 )
-_MASKED_AT_ONCE = 65536  # bytes: bounds the memory for what is full of escapes
 
 
 @functools.lru_cache(1024)
@@ -4641,7 +4641,7 @@ class SecretMasker:
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What can be shown by now; all of it after the `last` piece."""
-        ends = [*range(_MASKED_AT_ONCE, len(data), _MASKED_AT_ONCE), len(data)]
+        ends = [*range(READ_BYTES, len(data), READ_BYTES), len(data)]
         return b"".join(self._mask(data[start:end], last and end == len(data)) for start, end in itertools.pairwise([0, *ends]))
 
     def _mask(self, data: bytes, last: bool) -> bytes:
@@ -4952,8 +4952,8 @@ def _fact(value: Any) -> str:
 def _secret_file(name: str, settings: Settings) -> str:
     label = f"${{file:{_one_line(name, 200)}}}"
     try:
-        path = Path(settings.secrets_dir, name).resolve(strict=True)
-        if not path.is_relative_to(settings.secrets_dir.resolve()):
+        path = Path(os.path.realpath(Path(settings.secrets_dir, name), strict=True))
+        if not path.is_relative_to(os.path.realpath(settings.secrets_dir)):
             raise ChronoTaskError(f"{label}: only files below {settings.secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
@@ -4976,12 +4976,13 @@ def _secret_file(name: str, settings: Settings) -> str:
         return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise ChronoTaskError(f"{label}: is not UTF-8 text") from None
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, ValueError) as error:
         raise ChronoTaskError(f"{label}: cannot be read ({_reason(error)})") from None
 
 
 def _reason(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or type(error).__name__).lower()
+    plain = "connection reset" if isinstance(error, ConnectionResetError) else type(error).__name__
+    return (getattr(error, "strerror", None) or plain).lower()
 
 
 def _one_line(text: str, limit: int) -> str:
@@ -5118,10 +5119,9 @@ def _stopped(live: LiveOutput, timeout: float) -> Outcome:
     if live.reason:
         message = "the service was stopped" if live.reason == "interrupted" else live.reason
         return Outcome(live.reason, message, output, retryable=live.reason == "interrupted")
-    message = "no answer within"
-    if output is not None:
-        status = output.get("status_code")
-        message = f"answered {status}, but not completely within" if status else "was still running after"
+    message = "no answer within" if output is None else "was still running after"
+    if output is not None and "status_code" in output:
+        message = f"answered {output['status_code']}, but not completely within"
     return Outcome("timed_out", f"{message} {timeout:g} s", output, retryable=not live.acted)
 
 
@@ -5580,7 +5580,7 @@ class HttpClient:
             auto_decompress=False,
             max_line_size=MAX_HEAD_LINE,
             max_field_size=MAX_HEAD_LINE,
-            max_headers=MAX_HEAD_BYTES,
+            max_headers=1000,  # each is looked at, and shown in every list
             middlewares=(_sent_once,),
         )
 
@@ -5621,11 +5621,11 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
         except (aiohttp.ClientError, OSError) as error:
             ended = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientConnectorError)
             if live.begun or not ended or not left:
-                raise _connection_failed(error) from None
+                raise _connection_failed(error, live) from None
             left -= 1
 
 
-def _connection_failed(error: Exception) -> ChronoTaskError:
+def _connection_failed(error: Exception, live: LiveOutput) -> ChronoTaskError:
     """What a person can do about it. Never in aiohttp's own text: it has URLs."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
@@ -5634,8 +5634,10 @@ def _connection_failed(error: Exception) -> ChronoTaskError:
         host, cause = f"[{error.host}]" if ":" in error.host else error.host, error.os_error
         place = f"{host}:{error.port}"
         # asyncio's own text of a refused connection names the address and not the reason.
-        system = not isinstance(cause, (socket.gaierror, ssl.SSLError)) and cause.errno in errno.errorcode
-        reason = _one_line(os.strerror(cause.errno or 0).lower() if system else cause.strerror or str(cause), 200)
+        code = 0 if isinstance(cause, (socket.gaierror, ssl.SSLError)) else cause.errno or 0
+        reason = (
+            os.strerror(code).lower() if code in errno.errorcode else cause.strerror or str(cause)[:200] or "connection reset"
+        )
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
         if cause.errno == REFUSED_ERRNO:
@@ -5645,9 +5647,9 @@ def _connection_failed(error: Exception) -> ChronoTaskError:
     if isinstance(error, aiohttp.ServerDisconnectedError):  # its message may be a part of an answer
         return _Passing("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
     if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
-        return ChronoTaskError("config.url: is not a valid http or https URL")
+        return ChronoTaskError(f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it")
     if isinstance(error, aiohttp.ClientResponseError):
-        return _Passing(f"the server's answer is not valid HTTP: {_one_line(error.message, 200)}")
+        return _Passing(f"the server's answer is not valid HTTP: {_one_line(live.masked(error.message), 200)}")
     return _Passing(f"the connection failed: {_reason(error)}")
 
 
@@ -5756,7 +5758,10 @@ class _Socket(_OneAnswer, socket.socket):
         return self._over or bool(poll.poll(0))
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        return self._answered(super().recv(size, flags))
+        return self._answered(super().recv(min(size, READ_BYTES), flags))
+
+    def recv_into(self, buffer: Any, *more: Any) -> int:
+        return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
 
 
 class _TlsObject(_OneAnswer, ssl.SSLObject):
@@ -5765,8 +5770,7 @@ class _TlsObject(_OneAnswer, ssl.SSLObject):
         return super().write(data)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        data = super().read(len, buffer)
-        return data if buffer is not None else self._answered(data)
+        return self._answered(super().read(len, buffer))  # asyncio gives no buffer for a protocol that has none
 
 
 async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
@@ -5786,7 +5790,7 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
         message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
         message += f"; expected {', '.join(map(str, expected))}"
         if status in (401, 403) and request.left_behind:
-            message += f" (credentials for {request.left_behind} were not sent on to {request.url.host})"
+            message += f" (credentials for {request.left_behind} were not sent on to {request.url.origin()})"
         if 300 <= status < 400 and not config.get("follow_redirects", True):
             message += " (follow_redirects is false)"
         wait = retry_after(response.headers, client.now) if status in (429, 503) else None
@@ -5805,7 +5809,7 @@ class _Request(NamedTuple):
     headers: dict[str, str]  # but for those that tell this run from others
     body: bytes | None
     masker: SecretMasker | None  # of what a server must not put into the history by echoing it, references or not
-    left_behind: str | None = None  # the host whose headers were taken off at a redirect
+    left_behind: str | None = None  # the origin whose headers were taken off at a redirect
 
 
 def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
@@ -5817,7 +5821,6 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     ]
     try:
         url, login = _read_url(config["url"])
-        url = url.extend_query(query) if query else url
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
     headers = {"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
@@ -5837,7 +5840,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
             body = urllib.parse.urlencode([(name, item if isinstance(item, str) else compact(item)) for name, item in fields])
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
-    return _Request(config.get("method", "GET"), url, headers, body, masker_of([*secrets, *credentials]))
+    return _Request(config.get("method", "GET"), url.extend_query(query), headers, body, masker_of([*secrets, *credentials]))
 
 
 def _read_url(text: str) -> tuple[yarl.URL, str]:
@@ -5884,7 +5887,7 @@ async def _exchange(
                 allow_redirects=False,
             )
             try:
-                following = _redirected(config, request, response)
+                following = _redirected(config, request, response, live)
                 if following is None:
                     await _read_body(response, live)
                     return request, response
@@ -5901,32 +5904,30 @@ async def _exchange(
             await session.close()
 
 
-def _redirected(config: StoredConfig, request: _Request, response: aiohttp.ClientResponse) -> _Request | None:
+def _redirected(config: StoredConfig, request: _Request, response: aiohttp.ClientResponse, live: LiveOutput) -> _Request | None:
     """The request that follows, if one does: its method is what browsers make it (RFC 9110, 15.4), credentials stay with their
     own server. Raises ChronoTaskError."""
     status, location = response.status, response.headers.get("Location", "").strip()
     if status not in (301, 302, 303, 307, 308) or not config.get("follow_redirects", True) or "Location" not in response.headers:
         return None
     try:
-        if location.startswith("//"):
-            location = f"{request.url.scheme}:{location}"
-        if re.match("[A-Za-z][A-Za-z0-9+.-]*:", location):
-            url = _read_url(location)[0]
+        if re.match("//|[A-Za-z][A-Za-z0-9+.-]*:", location):
+            url = _read_url(f"{request.url.scheme}:{location}" if location.startswith("//") else location)[0]
         else:
             url = request.url.join(yarl.URL(_as_written(location), encoded=True))
     except ValueError:
-        target = _one_line(mask_config("http", {"url": location})["url"], 100)
+        target = _one_line(live.masked(mask_config("http", {"url": location})["url"]), 100)
         raise ChronoTaskError(f"redirected to {target}, which is no http or https URL") from None
     method, _, headers, body, masker, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
         method, body = "GET", None
         headers = {name: value for name, value in headers.items() if not name.lower().startswith("content-")}
     if url.origin() != request.url.origin():
-        if body is not None and "${" in compact(config["body"]):
-            raise ChronoTaskError(f"redirected to {url.host}, which must not get the secret in the body")
-        secret = {name.lower() for name, value in config.get("headers", {}).items() if "${" in value}
+        if body is not None and SECRET_REFERENCE.search(compact(config["body"])):
+            raise ChronoTaskError(f"redirected to {url.origin()}, which must not get the secret in the body")
+        secret = {name.lower() for name, value in config.get("headers", {}).items() if SECRET_REFERENCE.search(value)}
         kept = {name: value for name, value in headers.items() if name.lower() in _HARMLESS_HEADERS - secret}
-        headers, left_behind = kept, request.url.host if len(kept) < len(headers) else left_behind
+        headers, left_behind = kept, str(request.url.origin()) if len(kept) < len(headers) else left_behind
     return _Request(method, url, headers, body, masker, left_behind)
 
 
@@ -5940,8 +5941,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     live.facts = {"status_code": response.status, "headers": headers}
     packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate")
     unpacker: Any = None
-    begun = False
-    read = 0
+    begun, read = False, 0
     try:
         while data := await _more(response):
             while data:
@@ -5959,7 +5959,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                         data, unpacker = unpacker.unused_data, None
                 live.feed("body", part)
                 read += len(part)
-                if read > 262144:  # a body that always has more never waits: let others have the loop
+                if data or read > 262144:  # a body that always has more never waits: let others have the loop
                     await asyncio.sleep(0)
                 if read >= MAX_BODY_BYTES:
                     return
