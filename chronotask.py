@@ -6525,11 +6525,10 @@ def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
         release_held(db, {row.task_id for row in claim.rows})
     tick.schedules += claim.schedules
     tick.new_ids += new_ids
-    if noted := [row for row in claim.rows if row.status != "queued"]:
-        tasks = get_tasks(db, {row.task_id for row in noted})
-        tick.noted += [(tasks[row.task_id], row.status, row.error_message) for row in noted if row.task_id in tasks]
-    rows = zip(new_ids, claim.rows, strict=True)
-    return over + [Ended(new_id, row.task_id, row.status, claim.now) for new_id, row in rows if row.status != "queued"]
+    noted = [(new_id, row) for new_id, row in zip(new_ids, claim.rows, strict=True) if row.status != "queued"]
+    tasks = get_tasks(db, {row.task_id for _, row in noted}) if noted else {}
+    tick.noted += [(tasks[row.task_id], row.status, row.error_message) for _, row in noted if row.task_id in tasks]
+    return over + [Ended(new_id, row.task_id, row.status, claim.now) for new_id, row in noted]
 
 
 def end_cancelled(db: DB, found: Sequence[tuple[int, int, str]], now: int, tick: Tick) -> list[Ended]:
@@ -7306,10 +7305,9 @@ class Service:
     @Operation("GET", "/changes", errors=(404,))
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
-        if isinstance(query.id, str):
-            if query.kind != "task":
-                raise InvalidInput(FieldError("id", "key:NAME is only for kind=task"))
-            query.id = await self.task_id(query.id)
+        if isinstance(query.id, str) and query.kind != "task":
+            raise InvalidInput(FieldError("id", "key:NAME is only for kind=task"))
+        query.id = query.id and await self.task_id(query.id)
         rows = await self.store.scan(partial(list_changes, query=query))
         return dict(changes=[view_of(row) for row in rows], next_before_id=rows[-1].id if len(rows) == query.limit else None)
 
@@ -7367,14 +7365,13 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
 
     def write(tx: Transaction) -> tuple[list[int], list[int]]:
         task_id, slots = find(tx.db)
-        rows = [NewExecution(task_id, schedule_id, "backfill", slot, tx.now, hold=Hold.CATCHUP) for slot in slots]
-        ids = insert_executions(tx.db, rows) if rows else []
-        tx.tick.new_ids += ids
-        release_held(tx.db, {task_id})
-        about = {"task_id": task_id, "from": body["from"], "to": body["to"], "executions": len(ids)}
-        if ids:
+        if slots:
+            rows = [NewExecution(task_id, schedule_id, "backfill", slot, tx.now, hold=Hold.CATCHUP) for slot in slots]
+            tx.tick.new_ids += insert_executions(tx.db, rows)
+            release_held(tx.db, {task_id})
+            about = {"task_id": task_id, "from": body["from"], "to": body["to"], "executions": len(slots)}
             tx.note("backfill", "schedule", schedule_id, None, about)
-        return slots, ids
+        return slots, tx.tick.new_ids
 
     slots, ids = await service.change(write, take_up=False)
     service.engine.wake()
@@ -7801,7 +7798,10 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
     if override:
         config = override_config(task.task_type, task.config, override)
         check_allowed(task.task_type, config, settings)
-        row.config = compact({name: config.get(name) for name in override})
+        kept = {name: config.get(name) for name in override}
+        if mask_config(task.task_type, kept) != kept:  # what it keeps secret is for this server, wherever the task is moved to
+            kept["url"] = config["url"]
+        row.config = compact(kept)
     of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
     if row.trigger == "manual" and ("${cause:" in f"{task.config} {row.config}" or schedules_that(tx.db, of_after)):
         row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
