@@ -4613,8 +4613,9 @@ class Clipper:
 # \u002B), URLs, HTML, and literals of shells, C and Python.
 _ESCAPE = re.compile(
     rb"(?P<unfinished>\\u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z|\\(?:u[0-9a-fA-F]{0,3})?\Z"
-    rb"|\\x[0-9a-fA-F]?\Z|%[0-9a-fA-F]?\Z|&[#0-9A-Za-z]{0,8}\Z)"
-    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[bfnrt]|\\[^A-Za-z0-9]"
+    rb"|\\(?:U[0-9a-fA-F]{0,7}|x[0-9a-fA-F]?|[0-3][0-7]?)\Z|%[0-9a-fA-F]?\Z|\\?&[#0-9A-Za-z]{0,8}\Z)"
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U00[01][0-9a-fA-F]{5}|\\x[0-9a-fA-F]{2}"
+    rb"|\\[0-3][0-7]{2}|\\[abeEfnrtv]|\\(?!&#?[0-9A-Za-z]{2,8};)[^A-Za-z0-9]"
     rb"|%[0-9a-fA-F]{2}|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos);"
 )
 
@@ -4623,11 +4624,13 @@ _ESCAPE = re.compile(
 def _unescaped(escape: bytes) -> bytes:
     if escape.startswith(b"&"):
         return html.unescape(escape.decode()).encode("utf-8", "replace")
-    if escape.startswith(b"\\u"):
-        return bytes.fromhex(escape.replace(b"\\u", b"").decode()).decode("utf-16-be", "replace").encode()
-    if escape.startswith((b"%", b"\\x")):
-        return bytes.fromhex(escape.lstrip(b"%\\x").decode())
-    return {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(escape[1:], escape[1:])
+    if escape.startswith(b"%"):
+        return bytes.fromhex(escape[1:].decode())
+    if escape[1:2] not in b"abeEfnrtvuUx0123":
+        return escape[1:]
+    text = "\x1b" if escape[1:] in b"eE" else escape.decode("unicode_escape", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two may be one character
+    return text.encode("utf-8" if escape[1:2] in b"uU" else "latin-1")
 
 
 class SecretMasker:
@@ -4705,17 +4708,21 @@ def masker_of(secrets: Iterable[str]) -> SecretMasker | None:
 
 
 def _secret_forms(secret: str) -> set[bytes]:
-    """A secret as programs and servers echo it, once escapes are undone: plain, inside a form, in UTF-16, in base64."""
+    """A secret and its lines as programs and servers echo them, once escapes are undone: plain, in a form, UTF-16, base64."""
     plain = secret.encode("utf-8", "replace")
-    forms = {plain, plain.strip(), plain.replace(b" ", b"+")}
-    forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
-    quoted = {plain, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}  # as a shell and shlex write an apostrophe
-    for kind in (b"\\%&", b"%&", b"\\&", b"\\%"):
+    forms = {plain, b" ".join(plain.split()), plain.replace(b" ", b"+")}  # the second: of `echo $SECRET`
+    # As Python's ascii() writes it; as a shell and shlex write an apostrophe.
+    latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "replace") for letter in secret)
+    quoted = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}
+    quoted |= {re.sub(rb"[\0-\x1f\x7f-\xff]+", rb"'$'\g<0>''", text) for text in quoted}  # as ls and cp do in a message
+    for kind in (b"\\%&", b"%&", b"\\&", b"\\%", b"%"):
         # What looks like an escape in it is undone too, but for the kind that the program has escaped.
         def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
             return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
 
         forms |= {_ESCAPE.sub(undone, text) for text in quoted}
+    forms |= {line.strip() for form in forms for line in form.split(b"\n")}  # as GitHub's runner masks it
+    forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
     for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
         text = base64.b64encode(bytes(before) + plain)
         whole = (before + len(plain)) * 8 // 6  # characters that the secret alone determines, behind those that it does not
@@ -4735,16 +4742,13 @@ class Report:
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What is shown of the output; what may become that line is held back, a line break at the end at least."""
+
+        def told(found: re.Match[bytes]) -> bytes:
+            self.status = self.status or int(found[1])
+            return b""
+
         begins = f"\n{self.word} ".encode()
-        first, *parts = (self._held + data).split(begins)
-        shown = [first]
-        for part in parts:
-            if found := re.match(rb"([0-9]{1,3})\r?\n", part):  # \r from a terminal, as `ssh -tt` has one
-                self.status = self.status or int(found[1])
-                shown.append(part[found.end() :])
-            else:
-                shown += begins, part
-        data = b"".join(shown)
+        data = re.sub(begins + rb"([0-9]{1,3})\r?\n", told, self._held + data)  # \r from a terminal, as `ssh -tt` has one
         tail = data[data.rfind(b"\n") :] if b"\n" in data else b""
         begun = begins.startswith(tail) or (tail.startswith(begins) and len(tail) < len(begins) + 5)
         self._held = tail if begun and not last else b""
@@ -5353,18 +5357,13 @@ _to_sweep: set[str] = set()  # run ids
 
 
 async def _watch(
-    process: subprocess.Popen[bytes],
-    timeout: float,
-    run: Run,
-    pipes: list[_Pipe],
-    live: LiveOutput,
-    user: pwd.struct_passwd | None,
+    process: subprocess.Popen[bytes], limit: float, run: Run, pipes: list[_Pipe], live: LiveOutput, user: pwd.struct_passwd | None
 ) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
     live.facts = {"exit_code": None, "signal": None}
     exited, stopped = _exit_of(process), False
     try:
-        async with live.timeout(timeout):
+        async with live.timeout(limit):
             await asyncio.wait([exited])
     except TimeoutError:
         stopped = True

@@ -3348,7 +3348,7 @@ def test_the_clipper_keeps_the_first_quarter_and_the_last_three_quarters(step: i
     assert clipper.text() == f"{head}\n[… 4900 bytes left out …]\n{tail}"
 
 
-def test_binary_output_is_decoded_with_replacement_and_output_of_exactly_the_limit_is_not_clipped() -> None:
+def test_binary_output_is_decoded_with_replacement_and_a_gigabyte_is_clipped_but_not_exactly_the_limit() -> None:
     for limit, pieces, truncated, text in (
         (8, (b"12345678",), False, "12345678"),
         (8, (b"12345678", b"9"), True, "12\n[… 1 bytes left out …]\n456789"),
@@ -3358,6 +3358,10 @@ def test_binary_output_is_decoded_with_replacement_and_output_of_exactly_the_lim
         for piece in pieces:
             clipper.feed(piece)
         assert (clipper.truncated, clipper.text()) == (truncated, text), pieces
+    clipper, chunk = chronotask.Clipper(65536), b"x" * 65536
+    for _ in range(16384):
+        clipper.feed(chunk)
+    assert (clipper.total, len(clipper.text())) == (1 << 30, 65536 + len("\n[… 1073676288 bytes left out …]\n"))
 
 
 def test_odd_character_sets_are_read_as_utf_8() -> None:
@@ -3369,18 +3373,18 @@ def test_odd_character_sets_are_read_as_utf_8() -> None:
         assert live.snapshot()["body"] == "\\ud800 +2AA- café", charset
 
 
-def test_a_gigabyte_is_clipped_in_bounded_memory() -> None:
-    clipper, chunk = chronotask.Clipper(65536), b"x" * 65536
-    for _ in range(16384):
-        clipper.feed(chunk)
-    assert (clipper.total, len(clipper.text())) == (1 << 30, 65536 + len("\n[… 1073676288 bytes left out …]\n"))
-
-
-def test_secrets_are_masked_across_chunk_borders() -> None:
+def test_secrets_are_masked_across_chunk_borders_and_no_more_is_held_back_than_the_longest() -> None:
     data = b"a hunter2! b hunter2!more c hunter2!xyz hunter2 hunter2!mor"
     for step in (1, 2, 5, 1000):
         shown = masked("hunter2!", data, step, "hunter2!more", "er2!xyz")
         assert shown == b"a ******** b ******** c ******** hunter2 ********mor"
+    masker = chronotask.SecretMasker(["secret-value"])
+    for fed, seen in ((b"progress 1\n", b"progress 1\n"), (b"is it sec", b"is it "), (b"ond?", b"second?")):
+        assert masker.feed(fed) == seen
+    for secret in ("aaaaaa", "-" * 3000 + "x", "abcabcabc"):
+        masker = chronotask.SecretMasker([secret])
+        given = masker.feed((secret[:3] * 20_000).encode())
+        assert (len(given) > 50_000, secret.encode() in given + masker.feed(b"", last=True)) == (True, False)
 
 
 @each(
@@ -3391,6 +3395,8 @@ def test_secrets_are_masked_across_chunk_borders() -> None:
     "sk%2flive%2b%c3%a9%3d%3d%221'",  # lower-case percent encoding
     "sk/live+é==&quot;1&#39;",  # HTML
     r"sk/live+\xc3\xa9==\"1\'",  # Python's repr of bytes
+    r"sk/live+\xe9==\"1\'",  # Python's ascii
+    r"sk/live+\303\251==\"1\'",  # bash's printf %q in the C locale
     r"sk/live+é==\"1\'",  # bash's printf %q
     r"""sk/live+é=="1'\''""",  # bash's set -x
     """sk/live+é=="1'"'"'""",  # Python's shlex
@@ -3412,10 +3418,10 @@ def test_a_secret_is_found_in_base64_behind_anything_padded_or_not(user: str, se
         assert len(shown.replace(b"[", b"").replace(b"********", b"")) <= len(user) * 8 // 6 + 2
 
 
-@each("secret", "a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041", 'pä"ss/ word')
+@each("secret", "a%2fb/c", "100%&more", r"back\slash\n", "line 1\nline 2\ttab", "u002babc\\u0041", 'pä"ss/ w\\"ord')
 def test_a_secret_that_looks_escaped_itself_is_found_as_it_is_and_escaped(secret: str) -> None:
     quoted = urllib.parse.quote_plus(secret), urllib.parse.quote(secret, safe="")
-    for echo in (secret, json.dumps(secret), *quoted, html.escape(secret), repr(secret)):
+    for echo in (secret, json.dumps(secret), *quoted, html.escape(secret), repr(secret), ascii(secret)):
         for step in (1, 1000):
             assert masked(secret, echo.encode(), step).strip(b"\"'") == b"********", echo
 
@@ -3441,16 +3447,6 @@ def test_json_is_masked_again_once_it_is_parsed_keys_too() -> None:
     live.begin(("body",), chronotask.SecretMasker(["secret+value"]))
     twice = json.loads(r'{"a": ["secret\\u002Bvalue", 1, null], "secret\\u002Bvalue": {"b": "no secret"}}')
     assert live.masked(twice) == {"a": ["********", 1, None], "********": {"b": "no secret"}}
-
-
-def test_what_cannot_be_a_secret_is_shown_at_once_and_no_more_is_held_back_than_the_longest_secret() -> None:
-    masker = chronotask.SecretMasker(["secret-value"])
-    for fed, seen in ((b"progress 1\n", b"progress 1\n"), (b"is it sec", b"is it "), (b"ond?", b"second?")):
-        assert masker.feed(fed) == seen
-    for secret in ("aaaaaa", "-" * 3000 + "x", "abcabcabc"):
-        masker = chronotask.SecretMasker([secret])
-        given = masker.feed((secret[:3] * 20_000).encode())
-        assert (len(given) > 50_000, secret.encode() in given + masker.feed(b"", last=True)) == (True, False)
 
 
 @each(
@@ -3608,6 +3604,10 @@ async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
     outcome = await bash(command, environ=environ, env=env)
     assert (output(outcome)["stdout"], output(outcome)["stderr"]) == ("one ******** two\n********", "********\n")
     assert outcome.error_message == "exit status 3: ********"
+    lines = {"PATH": PATH, "LC_ALL": "C", "CHRONOTASK_SECRET_A": "tab\tand-p\xe4r\x1bt\nline-two"}
+    for command in ("echo $A", 'printf %q "$A"', 'set -x; : "$A"', 'ls "/$A"', 'sed "s/^/> /" <<<"$A"', 'exec "$A"'):
+        shown = str(await bash(command, environ=lines, env=env))
+        assert "********" in shown and not re.search("and-p|line-two", shown), (command, shown)
 
 
 def test_a_secret_is_read_once_and_a_hundred_different_ones_are_the_most() -> None:
