@@ -3372,7 +3372,7 @@ def storage_error(error: Exception) -> Exception:
     return Unavailable(f"this looks at too many rows: {ended}")
 
 
-_REPLACED = "the database file is no longer the one that was opened"
+REPLACED = "the database file is no longer the one that was opened"
 # Where the fault lies with the file or the disk, not with the statement.
 _FAULTS = {
     sqlite3.SQLITE_FULL,
@@ -3395,7 +3395,7 @@ class Store:
         self._version = 0
         self._commits = 0  # counted by the writer's thread alone, as `_version` is kept by the loop alone
         self._db = open_database(path)
-        self._file, self._replaced = path.stat(), False
+        self._file, self.replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._scanning, self._closing = 0, False
@@ -3470,9 +3470,9 @@ class Store:
         there = False
         with contextlib.suppress(OSError):
             there = os.path.samestat(self.path.stat(), self._file)
-        if not there and not self._replaced:
-            logger.error("%s: what is written from now on may be lost", _REPLACED)
-        self._replaced = not there
+        if not there and not self.replaced:
+            logger.error("%s: what is written from now on may be lost", REPLACED)
+        self.replaced = not there
         if self.failure:
             set_meta(db, "probe", self._monotonic())
         return _pragma(db, "data_version")
@@ -3525,8 +3525,8 @@ class Store:
         writing = self._writing
         if writing is not None and (stuck := self._monotonic() - writing.since) > STUCK_AFTER:
             return f"a write to the database has not come back for {stuck:.0f} s"
-        if self._replaced:
-            return _REPLACED
+        if self.replaced:
+            return REPLACED
         return self.failure and f"the last write to the database failed: {self.failure}"
 
     @property
@@ -7037,6 +7037,8 @@ class Service:
         """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
         if self.engine.stopping:
             raise Unavailable("the service is shutting down")
+        if self.store.replaced:  # what a restart loses must not be promised
+            raise Unavailable(f"{REPLACED}: restart ChronoTask")
         now, caller, held = self.clock.now(), CALLER.get(), list[Transaction]()
 
         def run(db: DB) -> T:

@@ -8152,6 +8152,11 @@ async def test_a_wait_that_is_no_number_from_0_to_300_is_refused_and_a_stopping_
     await api.task()
     for wait in ("-1", "301", "nan", "inf", "x", "", "1,5"):
         problem_of(await api("POST", f"/tasks/1/execute?wait={wait}"), 422, "wait")
+    store, aside = api.rig.service.store, api.rig.path.with_name("aside.db")
+    for there, then, status in ((store.path, aside, 503), (aside, store.path, 200)):
+        there.rename(then)
+        await store.foreign_changes()
+        assert (await api("POST", "/scheduler/pause")).status == status, "what a restart loses is not promised"
     api.rig.service.engine.stopping = True
     for stop in (asyncio.sleep(0), api.rig.service.stop()):
         await stop
@@ -10837,9 +10842,7 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
     gate = threading.Event()
     checking = asyncio.ensure_future(rig.service.in_checks(gate.wait))
     (await rig.service.backup()).close()  # neither waits for the other
-    assert not checking.done()
-    gate.set()
-    assert await checking
+    assert (checking.done(), gate.set(), await checking) == (False, None, True)
     (tmp_path / "other.db").write_text("no database")
     (tmp_path / "target").write_text("before")
     other = settings(tmp_path, database_url=tmp_path / "other.db")
