@@ -7562,7 +7562,7 @@ def _fields_of(kind: type[Schedule], sent: dict[str, Any], stored: Schedule | No
             raise InvalidInput(FieldError("end_at", "must not be before start_at"))
     if errors:
         raise InvalidInput(*errors)
-    return {name: value for name, value in fields.items() if name not in NOT_OF_AFTER or value is not None}
+    return fields | ({name: shape_of(Schedule).defaults[name] for name in NOT_OF_AFTER} if after else {})
 
 
 def _nothing_left(schedule: Schedule) -> FieldError:

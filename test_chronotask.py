@@ -5969,9 +5969,9 @@ async def test_a_chain_runs_one_after_the_other_and_its_tenth_execution_is_the_l
 
 
 async def test_an_overdue_task_is_told_once_for_each_success(rig: Rig) -> None:
-    watched = await rig.task(name="backup")
-    alert, schedule = await listener(rig, "overdue", task_ids=[watched], seconds=3600)
-    view = await rig.service.get_schedule(schedule)
+    watched, alert = await rig.task(name="backup"), await rig.task(name="alert")
+    schedule = await rig.schedule(alert, "cron", jitter=3600, exclude=["2026-01-01"])  # of no effect on what it becomes
+    view = await rig.patch_schedule(schedule, **after("overdue", task_ids=[watched], seconds=3600))
     assert (view["description"], view["next_run"]) == ("When 'backup' has not succeeded for 1 hour", "2026-01-01T01:00:00Z")
     assert [slot["utc"] for slot in view["upcoming"]] == ["2026-01-01T01:00:00Z"]
     await rig.run_at(1800)
