@@ -6771,8 +6771,10 @@ class Leadership:
         await asyncio.sleep(POLL)
         self.engine.stats.loop_lag = max(0.0, clock.monotonic() - before - POLL)
         if not self.engine.stopping:
-            await self.look()
-            await self.changes.poll()
+            try:
+                await self.look()
+            finally:  # also without the folder of the locks: /health tells then that the database is gone
+                await self.changes.poll()
 
     @property
     def known(self) -> bool:
@@ -7010,7 +7012,7 @@ class Service:
             try:
                 await step()
             except Exception as error:
-                log = logger.error if isinstance(error, Unavailable) else logger.exception
+                log = logger.error if isinstance(error, (Unavailable, OSError)) else logger.exception
                 log("%s: %s", name, error)
                 await asyncio.sleep(1)
 
