@@ -5554,7 +5554,7 @@ class HttpClient:
     def __init__(self, settings: Settings, now: Callable[[], int] | None = None) -> None:
         self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
-        self._lookups = asyncio.Semaphore(64)
+        self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
         self._shared: aiohttp.ClientSession | None = None
 
     async def shared(self) -> aiohttp.ClientSession:
