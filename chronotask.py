@@ -7848,7 +7848,7 @@ def slug(text: str, taken: Collection[str], number: int = 2) -> str:
     return base if base not in taken else next(k for n in itertools.count(number) if (k := f"{base}-{n}") not in taken)
 
 
-def load_json(raw: bytes) -> Any:
+def load_json(raw: bytes, what: str = "the body") -> Any:
     """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
@@ -7858,19 +7858,27 @@ def load_json(raw: bytes) -> Any:
     except UnicodeEncodeError:
         raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
     except UnicodeDecodeError as error:
-        raise MalformedBody(f"the body is not UTF-8 (byte {error.start})") from None
+        raise MalformedBody(f"{what} is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise MalformedBody(f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise MalformedBody(f"{what} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
-        raise MalformedBody(f"the body is not acceptable JSON: {why}") from None
+        raise MalformedBody(f"{what} is not acceptable JSON: {why}") from None
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that stands in it twice: one of its values would be lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} stands twice in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -7950,19 +7958,25 @@ class ExportQuery(Query):
     owner: Key | None = None
 
 
+def read_file(name: str) -> bytes:
+    """What is in a file of definitions or crontab (-: standard input). Raises InvalidInput."""
+    try:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+            raw = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise InvalidInput(FieldError(name or "''", f"cannot be read: {error.strerror}")) from None
+    if len(raw) > MAX_FILE:
+        raise InvalidInput(FieldError(name, f"is larger than {MAX_FILE >> 20} MiB"))
+    return raw
+
+
 def read_definitions(name: str, raw: bytes | None = None) -> Any:
     """A file, TOML or JSON, not checked: `raw`, or that of this name (-: standard input). Raises InvalidInput, MalformedBody."""
+    raw = (read_file(name) if raw is None else raw).removeprefix(codecs.BOM_UTF8)
     try:
-        if raw is None:
-            with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-                raw = file.read(MAX_FILE + 1)
-        if len(raw := raw.removeprefix(codecs.BOM_UTF8)) > MAX_FILE:
-            raise InvalidInput(FieldError(name, f"is larger than {MAX_FILE >> 20} MiB"))
         if not raw.lstrip().startswith(b"{"):
             raw = json.dumps(tomllib.loads(raw.decode()), default=lambda time: time.isoformat()).encode()
-        return load_json(raw)
-    except OSError as error:
-        raise InvalidInput(FieldError(name, f"cannot be read: {error.strerror}")) from None
+        return load_json(raw, f"{name}:")
     except (ValueError, RecursionError) as error:
         raise InvalidInput(FieldError(name, f"is no TOML: {error}")) from None
 
@@ -8003,8 +8017,8 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
 # --- Apply ------------------------------------------------------------------------------------------------------------
 
 
-def _standing(db: DB, derived: bool) -> dict[str, Any]:
-    """All tasks by KEY and then all schedules by TASK/KEY; with `derived` those without a key by what an export calls them."""
+def _standing(db: DB) -> dict[str, Any]:
+    """All tasks by KEY and then all schedules by TASK/KEY; those without a key by one made of their name or type."""
     found: dict[str, Any] = {}
     names: dict[int, str] = {0: ""}  # what stands before the keys of the schedules of a task
     tasks, schedules = tasks_that(db, {"NOT deleted": True}), schedules_that(db, {"NOT t.deleted": True})
@@ -8013,10 +8027,8 @@ def _standing(db: DB, derived: bool) -> dict[str, Any]:
     for under, _, item in items:
         taken.setdefault(under, set()).add(item.key)
     for under, name, item in sorted(items, key=lambda row: (row[0] > 0, row[2].id)):
-        key = item.key or f"#{item.id}"
-        if derived and not item.key:
-            key = slug(name, taken[under], item.id)
-            taken[under].add(key)
+        key = item.key or slug(name, taken[under], item.id)
+        taken[under].add(key)
         found[names[under] + key] = item
         if not under:
             names[item.id] = f"{key}/"
@@ -8037,7 +8049,7 @@ class _Apply:
     ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        standing, left, errors, homes = _standing(self.tx.db, self.adopt), dict(wanted), list[FieldError](), {"", *wanted}
+        standing, left, errors, homes = _standing(self.tx.db), dict(wanted), list[FieldError](), {"", *wanted}
         for key, item in standing.items():
             if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
                 acts = item.status == "active" if isinstance(item, Task) else item.is_active
@@ -8052,10 +8064,10 @@ class _Apply:
                     del left[key]
             if kind is Task:
                 _refuse(errors)
-        _refuse(errors)
-        if self.refused:
+        if self.refused:  # first: who watches such a task finds none of this key
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
+        _refuse(errors)
         if any(change["action"] != "orphaned" for change in self.changes):
             set_meta(self.tx.db, f"applied:{self.owner}", self.tx.now)
 
@@ -8161,7 +8173,7 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
     out, and schedules that are over. Those without a key get one from their name."""
 
     def export(db: DB) -> DefinitionFile:
-        found, tasks, warnings = _standing(db, True), dict[str, Any](), list[str]()
+        found, tasks, warnings = _standing(db), dict[str, Any](), list[str]()
         keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
         for key, item in found.items():
             task, _, name = key.partition("/")
@@ -8235,7 +8247,9 @@ class ConfigFile:
     async def _apply(self, query: ApplyQuery) -> None:
         before = CALLER.set(Caller(via=f"file {self.path}"))
         try:
-            sent = await self.service.in_checks(partial(read_definitions, str(self.path)))
+            if self.path.exists() and not self.path.is_file():  # reading a pipe may last for ever, and once only
+                raise InvalidInput(FieldError(f"--config={shown(str(self.path))}", "must be a regular file"))
+            sent = await self.service.in_checks(partial(read_definitions, str(self.path.absolute())))
             applied = await apply_definitions(self.service, query, parse(DefinitionFile, sent))
         finally:
             CALLER.reset(before)
@@ -8297,7 +8311,7 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             task = {"name": printable(command)[:100] or f"line {number}", "task_type": "bash", "config": config, "max_retries": 0}
             if _NOT_OF_CRON.search(expression := " ".join(fields[:times])):
                 raise ValueError(
-                    f"{shown(expression)} is none that cron reads, or not as you do (no day for SAT-SUN, MON for MON#2)"
+                    f"{shown(expression)} is none that cron reads, or not as you (no day for SAT-SUN, MON for MON#2)"
                 )
             if expression != "@reboot":
                 when = check_schedule_config("cron", {"expression": expression, "timezone": zone}, zone, 0)
@@ -9666,10 +9680,9 @@ def set_up_logging(settings: Settings) -> None:
             name = f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}"
             raise StartupError(f"{name}: cannot be written: {error.strerror}", 2) from None
         streams.append(LogStream(settings.log_file))
-    handlers = [logging.StreamHandler(stream) for stream in streams]
-    for handler in handlers:
+    logging.basicConfig(level=settings.log_level, handlers=[logging.StreamHandler(stream) for stream in streams], force=True)
+    for handler in logging.root.handlers:
         handler.setFormatter(_LINES)
-    logging.basicConfig(level=settings.log_level, handlers=handlers, force=True)
     if settings.log_file is not None and settings.log_file.is_file():
         check_owner(settings.log_file, 0o026 if settings.bash_user else 0o022)
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
@@ -9794,18 +9807,14 @@ async def _tidy_memory() -> None:
         await asyncio.sleep(60)
 
 
-async def _open(
-    runners: list[web.AppRunner], what: str, sockets: Sequence[socket.socket], app: web.Application, **more: Any
-) -> None:
+async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.socket], app: web.Application, **more: Any) -> None:
     """Serves `app`, and adds its runner to those to clean up."""
     runner = web.AppRunner(app, shutdown_timeout=0.2, **more)
     runners.append(runner)
     listeners: list[asyncio.Server] = []
 
     class Connection(web.RequestHandler):
-        def handle_error(
-            self, request: Any, status: int = 500, exc: Any = None, message: str | None = None
-        ) -> web.StreamResponse:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.StreamResponse:
             """What is no HTTP is answered in our words too. The log gets none of it: its bytes may hold a token."""
             if status != 400:
                 return super().handle_error(request, status, exc, message)
@@ -9861,14 +9870,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def warn_if_open(settings: Settings) -> None:
     """Listening on more than loopback without a token hands a shell to the network: said once, loudly."""
+    host = settings.api_host
     try:
-        local = ipaddress.ip_address(settings.api_host).is_loopback
+        local = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        local = settings.api_host == "localhost"
+        local = host == "localhost"
     if not local and not settings.needs_token:
-        logger.warning(
-            "ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", settings.api_host
-        )
+        logger.warning("ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", host)
     for name in settings.allowed_hosts:
         if not settings.needs_token and name != "localhost" and not set(name) & set(".:"):
             # A search domain or a local resolver decides what a name of one label is: a page under it could call this API.
@@ -9880,41 +9888,41 @@ def run_backup(settings: Settings, target: str) -> None:
     source = settings.database_url
     if not source.exists():
         raise StartupError(f"there is no database {source} to back up")
-    if target != "-":
-        file = Path(target).absolute()
-        if refusal := refused_target(source, file) if target else "a file, or - for standard output":
-            raise StartupError(f"--backup={shown(target)}: must be {refusal}", 2)
-        backup(source, file)
-        return
-    if sys.stdout is None or sys.stdout.isatty():
-        raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
-    with open_backup(source) as copy:
-        try:
-            shutil.copyfileobj(copy, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer cannot be written either
-            raise StartupError(f"--backup=-: standard output cannot be written: {error.strerror}") from None
+    if target == "-":
+        if sys.stdout is None or sys.stdout.isatty():
+            raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
+        with open_backup(source) as copy:
+            write_out(target, copy)
+    elif refusal := refused_target(source, Path(target).absolute()):
+        raise StartupError(f"--backup={shown(target)}: must be {refusal}", 2)
+    else:
+        backup(source, Path(target).absolute())
+
+
+def write_out(name: str, source: BinaryIO) -> None:
+    """Writes a file, or (-) to standard output. Raises StartupError."""
+    try:
+        with open(1 if name == "-" else name, "wb", closefd=name != "-") as file:
+            shutil.copyfileobj(source, file)
+    except OSError as error:
+        raise StartupError(f"{'standard output' if name == '-' else name} cannot be written: {error.strerror}") from None
 
 
 def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
     """Prints a crontab as definitions. Raises InvalidInput that names every line that cannot be read."""
-    try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            text = file.read(MAX_FILE).decode("utf-8", "surrogateescape")
-        # crontab(5): all times are in the zone of the machine, which Debian keeps here.
-        zone = Path("/etc/timezone").read_text().strip() if Path("/etc/timezone").exists() else ""
-        zone = zone or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
-    except OSError as error:
-        raise StartupError(f"--import-crontab={shown(name)}: cannot be read: {error.strerror}", 2) from None
-    tasks, comments = read_crontab(text, system, user, zone)
+    # crontab(5): all times are in the zone of the machine, which Debian keeps here.
+    zone = Path("/etc/timezone").read_text().strip() if Path("/etc/timezone").exists() else ""
+    zone = zone or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
+    tasks, comments = read_crontab(read_file(name).decode("utf-8", "surrogateescape"), system, user, zone)
     owner = slug("crontab" if name == "-" else Path(name).name, ())
     comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
-    print(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments), end="")
+    write_out("-", io.BytesIO(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments).encode()))
 
 
-async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ) -> int:
-    """--apply and --export, as one more process on the database. Returns the exit status."""
+async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ, body: Any) -> int:
+    """--apply (of `body`) and --export, as one more process on the database. Returns the exit status."""
+    if options.export is not None and not settings.database_url.exists():
+        raise StartupError(f"there is no database {settings.database_url} to export")
     clock = Clock()
     store = Store(settings.database_url, clock.monotonic)
     try:
@@ -9926,18 +9934,12 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
             text = to_toml(file, {"": warnings}) if toml else json.dumps(file, indent=2, ensure_ascii=False) + "\n"
             if options.export != "-" and (why := refused_target(settings.database_url, Path(options.export).absolute())):
                 raise StartupError(f"--export={shown(options.export)}: must be {why}", 2)
-            with open(1 if options.export == "-" else options.export, "w", encoding="utf-8") as target:
-                target.write(text)
+            write_out(options.export, io.BytesIO(text.encode()))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
             return 0
-        query = ApplyQuery(dry_run=options.dry_run, prune=options.prune)
-        applied = await apply_definitions(service, query, parse(DefinitionFile, read_definitions(options.apply)))
-        print(told(applied) or "nothing to do")
-        changed = any(change["action"] != "orphaned" for change in applied["changes"])
-        return 3 if options.dry_run and changed else 0
-    except OSError as error:
-        what = "standard output" if options.export in (None, "-") else f"--export={shown(options.export)}"
-        raise StartupError(f"{what}: cannot be written: {error.strerror}") from None
+        applied = await apply_definitions(service, ApplyQuery(dry_run=options.dry_run, prune=options.prune), body)
+        write_out("-", io.BytesIO(f"{told(applied) or 'nothing to do'}\n".encode()))
+        return 3 if options.dry_run and any(change["action"] != "orphaned" for change in applied["changes"]) else 0
     finally:
         store.close()
 
@@ -9970,7 +9972,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_crontab(options.import_crontab, options.system, settings.bash_user or pwd.getpwuid(os.geteuid()))
             return 0
         if options.apply is not None or options.export is not None:
-            return asyncio.run(use_definitions(settings, options, environ))
+            body = None if options.apply is None else parse(DefinitionFile, read_definitions(options.apply))
+            return asyncio.run(use_definitions(settings, options, environ, body))
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
         for warning in [*warnings, *check_bash_user(settings), *(exposed_secrets(os.environ) if not settings.bash_user else ())]:
