@@ -940,7 +940,7 @@ _CALLS = {"_matching", *(f"re.{method}" for method in _PATTERN_METHODS)}
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
-    names = {**vars(chronotask), "tag": "script", "holder": "config", "pattern": "", "name": "x"}  # parts of some of them
+    names = {**vars(chronotask), "tag": "script", "holder": "config", "pattern": "", "name": "x", "begins": b"x"}  # parts of some
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
