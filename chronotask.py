@@ -1579,10 +1579,9 @@ def bash_source(command: str, args: Sequence[str]) -> str:
 
 
 def _script(source: str) -> str:
-    """References are for `env`: bash would take them for a variable, mostly empty, or somebody would want them as source."""
-    if found := re.search(rf"\$\{{(?:cause:[A-Za-z_]+|env:{SECRET_PREFIX}\w+)\}}", source):
-        fact = f"use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}"
-        raise ValueError(f"{found[0]} cannot stand here: {fact if 'cause:' in found[0] else 'give it to a variable in env'}")
+    """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
+    if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
+        raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
     return source
 
 
@@ -4712,8 +4711,9 @@ def _secret_forms(secret: str) -> set[bytes]:
     """A secret and its lines as programs and servers echo them, once escapes are undone: plain, in a form, UTF-16, base64."""
     plain = secret.encode("utf-8", "replace")
     forms = {plain, b" ".join(plain.split()), plain.replace(b" ", b"+")}  # the second: of `echo $SECRET`
-    latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "replace") for letter in secret)  # of ascii()
-    quoted = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}  # a shell, shlex
+    # As Python's ascii() writes it; as a shell and shlex write an apostrophe.
+    latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "replace") for letter in secret)
+    quoted = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}
     quoted |= {re.sub(rb"[\0-\x1f\x7f-\xff]+", rb"'$'\g<0>''", text) for text in quoted}  # as ls and cp do in a message
     for kind in (b"\\%&", b"%&", b"\\&", b"\\%", b"%"):
         # What looks like an escape in it is undone too, but for the kind that the program has escaped.
