@@ -8274,10 +8274,8 @@ _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +
 
 def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Tasks of a crontab of `user` (with `system`: in its user column), comments for `to_toml`. InvalidInput names bad lines."""
-    tasks: dict[str, Any] = {}
+    tasks, mail, errors = dict[str, Any](), dict[str, list[str]](), list[FieldError]()
     comments: dict[str, list[str]] = {"": []}
-    mail: dict[str, list[str]] = {}
-    errors: list[FieldError] = []
     env = {"SHELL": "/bin/sh", "HOME": user.pw_dir, "PATH": "/usr/bin:/bin", "LOGNAME": user.pw_name}
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.lstrip(" \t")) or line.startswith("#"):
@@ -9949,11 +9947,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (0, 1, 2):  # where the parent has closed one, the next file or socket must not become a standard stream
-            try:
-                os.fstat(number)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+            continue  # where the parent has closed one, the next file or socket must not become a standard stream
+        os.close(spare)
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = Settings.from_env(os.environ, options.port, options.host)
         if options.mode == "mcp" and not settings.mcp_enabled:
