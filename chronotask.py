@@ -4418,11 +4418,20 @@ def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
 
 
-def changed_objects(db: DB, revs: tuple[int, int]) -> tuple[list[Task], list[int], list[Schedule]]:
-    """Tasks changed after the first of `revs`, up to the second, the ids of those being deleted, and schedules."""
+def progress(db: DB) -> tuple[tuple[int, int], bool]:
+    """The newest number of a changed object and that of the rows of changes; whether the scheduler is paused."""
+    [(newest,)] = db.execute("SELECT coalesce(max(id), 0) FROM changes")
+    return (get_meta(db, "rev"), newest), bool(get_meta(db, "paused"))
+
+
+def changed_objects(db: DB, since: tuple[int, int], until: tuple[int, int]) -> tuple[list[Task], list[Schedule], list[Any]]:
+    """Tasks and schedules changed from one progress to another; of deleted ones the kind, id and task."""
+    revs, rows = zip(since, until, strict=True)
     tasks = load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT 1000", revs)
-    gone = _ids(db, "SELECT id FROM tasks WHERE rev > ? AND rev <= ? AND deleted LIMIT 1000", revs)
-    return tasks, gone, load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
+    schedules = load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
+    task = "coalesce(json_extract(before, '$.task_id'), object_id)"
+    deleted = f"SELECT kind, object_id, {task} FROM changes WHERE id > ? AND id <= ? AND operation = 'delete' LIMIT 1000"
+    return tasks, schedules, db.execute(deleted, rows).fetchall()
 
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
@@ -6662,7 +6671,7 @@ class Changes:
         self.engine = engine
         self.retention = retention
         self._status = status
-        self._rev: int | None = None  # changes are taken up to here; None: everything is to be looked at
+        self._seen: tuple[int, int] | None = None  # changes are taken up to here; None: everything is to be looked at
         self._looking = asyncio.Lock()
         self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
         self._stale = False  # another process has written what this one has not taken up yet
@@ -6672,7 +6681,7 @@ class Changes:
         engine, store = self.engine, self.engine.store
         self._stale = await store.foreign_changes() or self._stale
         # The number tells what no use case has taken up: a clock that was set, a look that failed.
-        if self._stale or await store.read(partial(get_meta, key="rev")) != self._rev:
+        if self._stale or not self._seen or await store.read(partial(get_meta, key="rev")) != self._seen[0]:
             engine.wake()
             await self.take_up()
             await engine.feed.publish_executions()
@@ -6687,7 +6696,7 @@ class Changes:
     async def take_up(self, everything: bool = False) -> None:
         """What has changed since the last look, or everything. Callers share a look that has not begun: it sees their writes."""
         if everything:
-            self._rev = None
+            self._seen = None
         if self._next_look is None:
             self._next_look = self.engine.spawn(self._look())
         await asyncio.shield(self._next_look)
@@ -6695,23 +6704,23 @@ class Changes:
     async def _look(self) -> None:
         async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
             self._next_look = None
-            engine, store, since, before = self.engine, self.engine.store, self._rev, self.engine.paused
-            rev, paused = await store.read(lambda db: (get_meta(db, "rev"), get_meta(db, "paused")))
-            engine.paused = paused = bool(paused)
+            engine, store, since, before = self.engine, self.engine.store, self._seen, self.engine.paused
+            until, paused = await store.read(progress)
+            engine.paused = paused
             if engine.leading:
-                await engine.load_timers(since)
+                await engine.load_timers(since and since[0])
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     if task_id not in self.retention.purges:
                         self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
             feed = engine.feed
             if feed.wanted and since is not None:
-                tasks, gone, schedules = await store.read(partial(changed_objects, revs=(since, rev)))
+                tasks, schedules, deleted = await store.read(partial(changed_objects, since=since, until=until))
                 for task in tasks:
                     feed.publish("task", task.id, view_of(as_it_is(task, paused)))
-                for task_id in gone:
-                    feed.publish("task", task_id, {"id": task_id, "deleted": True})
                 for schedule in schedules:
                     feed.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
+                for kind, number, task_id in deleted:
+                    feed.publish(kind, task_id, {"id": number, "task_id": task_id, "deleted": True})
             if feed.wanted and paused != before:
                 feed.publish("scheduler", None, await self._status())
             if ids := [*engine.running]:  # a row may be gone already, where another process leads and deletes its task
@@ -6720,8 +6729,8 @@ class Changes:
                     engine.stop_run(ending)
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
-            if self._rev == since:  # else somebody wants everything to be looked at once more
-                self._rev = rev
+            if self._seen == since:  # else somebody wants everything to be looked at once more
+                self._seen = until
             engine.wake()  # what it waits for may have changed
 
 
@@ -7212,8 +7221,7 @@ class Service:
     @Operation("DELETE", "/schedules/{id}", 204, tool=("destructive", "idempotent"))
     async def delete_schedule(self, schedule_id: int) -> None:
         """Delete a schedule; its history stays. Queued runs of it are cancelled, running ones end."""
-        task_id = await self.change(partial(remove_schedule, schedule_id=schedule_id))
-        self.engine.feed.publish("schedule", task_id, {"id": schedule_id, "task_id": task_id, "deleted": True})
+        await self.change(partial(remove_schedule, schedule_id=schedule_id))
 
     @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
     async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
@@ -7721,15 +7729,13 @@ def change_schedule(
     return True
 
 
-def remove_schedule(tx: Transaction, schedule_id: int) -> int:
-    """Returns its task."""
+def remove_schedule(tx: Transaction, schedule_id: int) -> None:
     schedule = get_schedule(tx.db, schedule_id)
     queued = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, "schedule_id = ?": schedule_id, "status = 'queued'": True}
     found = cancel_executions(tx.db, queued, tx.now, "cancelled: its schedule was deleted")
     delete_schedule(tx.db, schedule_id)
     tx.note("delete", "schedule", schedule_id, view_of(schedule), None)
     tx.follow(end_cancelled(tx.db, found, tx.now, tx.tick))
-    return schedule.task_id
 
 
 def check_watched(db: DB, schedule: Schedule) -> None:

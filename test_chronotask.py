@@ -6771,7 +6771,7 @@ async def test_a_process_that_yields_gives_back_the_lock_of_a_take_over_that_fai
     await until_true(lambda: service.service.engine.leading)
 
 
-async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(rig: Rig) -> None:
+async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(rig: Rig, open_rig: OpenRig) -> None:
     reader, _ = await rig.service.engine.feed.open(None)
     await rig.schedule(await rig.task(), "cron")
     await rig.service.changes.poll()
@@ -6780,12 +6780,15 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     rig.clock.wall -= 7200 * S
     await rig.tick()
     await rig.service.changes.poll()
-    event = reader.get_nowait()
-    assert event is not None and event.kind == "schedule" and reader.empty()
-    rig.service.changes._rev = None  # as a look that failed leaves it
+    assert (event := reader.get_nowait()) is not None and event.kind == "schedule" and reader.empty()
+    rig.service.changes._seen = None  # as a look that failed leaves it
     rig.service.engine.timers.rebuild([])
     await rig.service.changes.poll()
     assert rig.service.engine.timers.next_due() is not None
+    await (await open_rig(kind="mcp", database_url=rig.path)).service.delete_schedule(1)
+    await rig.service.changes.poll()
+    events = [event.data for _ in range(reader.qsize()) if (event := reader.get_nowait())]
+    assert events[-1] == {"id": 1, "task_id": 1, "deleted": True}, "what another process has deleted is told, too"
 
 
 async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
@@ -8660,8 +8663,7 @@ async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Api
                 fields = dict(line.split(": ", 1) for line in lines)
                 kinds.append(fields["event"])
                 last = json.loads(fields["data"])
-    assert kinds[:2] == ["task", "schedule"] and set(kinds[2:]) == {"execution"}
-    assert last["task_id"] == 1
+    assert kinds[:2] == ["task", "schedule"] and set(kinds[2:]) == {"execution"} and last["task_id"] == 1
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
