@@ -6787,8 +6787,7 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     assert rig.service.engine.timers.next_due() is not None
     await (await open_rig(kind="mcp", database_url=rig.path)).service.delete_schedule(1)
     await rig.service.changes.poll()
-    events = [event.data for _ in range(reader.qsize()) if (event := reader.get_nowait())]
-    assert events[-1] == {"id": 1, "task_id": 1, "deleted": True}, "what another process has deleted is told, too"
+    assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
 
 
 async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
