@@ -8261,7 +8261,8 @@ class ConfigFile:
             CALLER.reset(before)
         if not query.dry_run:
             self.state |= {"applied_at": format_instant(self.service.clock.now()), "error": None}
-            for warning in applied["warnings"]:
+            left = [change["key"] for change in applied["changes"] if change["action"] == "orphaned"]
+            for warning in [*applied["warnings"], *(f"{key} is not in it any more, and stays" for key in left)]:
                 logger.warning("%s: %s", self.path, warning)
 
 
@@ -8280,8 +8281,7 @@ _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +
 
 def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Tasks of a crontab of `user` (with `system`: in its user column), comments for `to_toml`. InvalidInput names bad lines."""
-    tasks, mail, errors = dict[str, Any](), dict[str, list[str]](), list[FieldError]()
-    comments: dict[str, list[str]] = {"": []}
+    tasks, mail, errors, comments = dict[str, Any](), dict[str, list[str]](), list[FieldError](), {"": list[str]()}
     env = {"SHELL": "/bin/sh", "HOME": user.pw_dir, "PATH": "/usr/bin:/bin", "LOGNAME": user.pw_name}
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.lstrip(" \t")) or line.startswith("#"):

@@ -7658,9 +7658,9 @@ async def test_a_followed_file_is_applied_when_it_changes_however_it_changes(
     data.unlink()
     await becomes(14, "cannot be read")
     assert len([r for r in caplog.records if r.levelname == "ERROR" and "everything stays as it was" in r.getMessage()]) >= 2
-    data.write_text(NIGHTLY)
+    data.write_text(NIGHTLY.replace("schedules.night", "schedules.noon"))
     await becomes(0)
-    await until_true(lambda: state()["error"] is None, 20)
+    await until_true(lambda: state()["error"] is None and "nightly/night is not in it any more" in caplog.text, 20)
     await rig.patch_task(1, max_retries=5)
     followed.reload()
     await becomes(0)
