@@ -5789,8 +5789,9 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
-        async with live.timeout(timeout):
-            request, response = await _exchange(client, config, request, run, live)
+        # Closed outside of the time limit: it takes some turns of the loop, in which an answer that has come would be lost.
+        async with contextlib.AsyncExitStack() as sessions, live.timeout(timeout):
+            request, response = await _exchange(client, config, request, run, live, sessions)
         status, output = response.status, _output(live)
         expected = config.get("expected_status") or ["200-299"]
         if any(low <= status <= high for low, high in map(status_range, expected)):
@@ -5868,7 +5869,7 @@ def _as_written(text: str) -> str:
 
 
 async def _exchange(
-    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput
+    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput, sessions: contextlib.AsyncExitStack
 ) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
     gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice."""
@@ -5881,35 +5882,31 @@ async def _exchange(
     if run.scheduled_for is not None:
         of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     session = shared = await client.shared()
-    if "close" in request.headers.get("Connection", "").lower():
-        session = client.fresh()
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            response = await session.request(
-                request.method,
-                request.url,
-                headers=of_run | request.headers,
-                data=request.body,
-                skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
-                ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
-                allow_redirects=False,
-            )
-            try:
-                following = _redirected(config, request, response, live)
-                if following is None:
-                    await _read_body(response, live)
-                    return request, response
-            finally:
-                response.close()  # unless the connection was given back at its end, with the request all sent
-            if session is shared:
-                session = client.fresh()
-                session.cookie_jar.update_cookies(response.cookies, response.url)
-            request = following
-            live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
-        raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
-    finally:
-        if session is not shared:
-            await session.close()
+    if request.method in _NOT_REPEATABLE or "close" in request.headers.get("Connection", "").lower():
+        session = await sessions.enter_async_context(client.fresh())  # a server may just be closing one that was kept
+    for _ in range(MAX_REDIRECTS + 1):
+        response = await session.request(
+            request.method,
+            request.url,
+            headers=of_run | request.headers,
+            data=request.body,
+            skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
+            ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
+            allow_redirects=False,
+        )
+        try:
+            following = _redirected(config, request, response, live)
+            if following is None:
+                await _read_body(response, live)
+                return request, response
+        finally:
+            response.close()  # unless the connection was given back at its end, with the request all sent
+        if session is shared:
+            session = await sessions.enter_async_context(client.fresh())
+            session.cookie_jar.update_cookies(response.cookies, response.url)
+        request = following
+        live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
+    raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
 
 def _redirected(config: StoredConfig, request: _Request, response: aiohttp.ClientResponse, live: LiveOutput) -> _Request | None:
