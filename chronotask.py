@@ -6193,8 +6193,11 @@ class Active:
 
 @dataclass(slots=True)
 class Tick:
-    """What one transaction of the engine did."""
+    """A transaction of the engine, and what it did."""
 
+    db: DB
+    now: int
+    settings: Settings
     schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
     noted: list[tuple[Task, str, str | None]] = dataclasses.field(default_factory=list)  # what no attempt tells, why: for the log
@@ -6312,7 +6315,7 @@ class Engine:
         retries: Sequence[int] = (),
         capacity: int = 0,
     ) -> Tick:
-        tick, over = Tick(), list[Ended]()
+        tick, over = Tick(db, now, self.settings), list[Ended]()
         if ended:
             over = finish_attempts(db, ended)
             tasks = get_tasks(db, {end.task_id for end in over})
@@ -6323,14 +6326,14 @@ class Engine:
             write_standings(db, tasks.values(), paused, now)
             tick.noted += [(task, "paused", task.status_reason) for task in paused]
         if slots:
-            over += claim_due(db, slots, now, tick, self.settings)
-        follow(db, over, now, tick, self.settings)
+            over += claim_due(tick, slots)
+        follow(tick, over)
         if retries:
             queue_retries(db, retries, now)
         if capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
             begun = [Ended(run.execution_id, run.task_id, "running", now) for run in tick.runs if run.attempt == 1]
-            follow(db, begun, now, tick, self.settings)
+            follow(tick, begun)
         set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
 
@@ -6494,31 +6497,31 @@ class Engine:
         return known
 
 
-def claim_due(db: DB, slots: Sequence[int], now: int, tick: Tick, settings: Settings, early: bool = False) -> list[Ended]:
+def claim_due(tick: Tick, slots: Sequence[int], early: bool = False) -> list[Ended]:
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
-    schedules = schedules_that(db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
-    claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules}))
+    schedules = schedules_that(tick.db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
+    claim = Claim(tick.now, unfinished_of(tick.db, {schedule.task_id for schedule in schedules}))
     for schedule in sorted(schedules, key=lambda schedule: schedule.next_slot or 0):
         try:
             if schedule.schedule_type == "after":
-                claim_overdue(db, claim, schedule, settings)
+                claim_overdue(tick, claim, schedule)
             else:
                 claim.slots(schedule, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim.broken(schedule, error)
-    return write_claim(db, claim, tick)
+    return write_claim(tick, claim)
 
 
-def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
+def write_claim(tick: Tick, claim: Claim) -> list[Ended]:
     """Writes what was claimed, and adds it to `tick`. Returns what is over by that."""
-    over: list[Ended] = []
+    db, over = tick.db, list[Ended]()
     for schedule, trigger in claim.cancels:
         # A catch-up spares those of its own schedule.
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
         overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
-        found = cancel_executions(db, overlapped, claim.now, CANCELLED_BY_OVERLAP)
-        over += end_cancelled(db, found, claim.now, tick)
+        found = cancel_executions(db, overlapped, tick.now, CANCELLED_BY_OVERLAP)
+        over += end_cancelled(tick, found)
     claim.rows, new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
@@ -6533,21 +6536,21 @@ def write_claim(db: DB, claim: Claim, tick: Tick) -> list[Ended]:
     noted = [(new_id, row) for new_id, row in zip(new_ids, claim.rows, strict=True) if row.status != "queued"]
     tasks = get_tasks(db, {row.task_id for _, row in noted}) if noted else {}
     tick.noted += [(tasks[row.task_id], row.status, row.error_message) for _, row in noted if row.task_id in tasks]
-    return over + [Ended(new_id, row.task_id, row.status, claim.now) for new_id, row in noted]
+    return over + [Ended(new_id, row.task_id, row.status, tick.now) for new_id, row in noted]
 
 
-def end_cancelled(db: DB, found: Sequence[tuple[int, int, str]], now: int, tick: Tick) -> list[Ended]:
+def end_cancelled(tick: Tick, found: Sequence[tuple[int, int, str]]) -> list[Ended]:
     """Adds what `cancel_executions` has found to `tick`. Returns what is over by that."""
-    over = [Ended(execution_id, task_id, "cancelled", now) for execution_id, task_id, before in found if before != "running"]
-    tasks = get_tasks(db, {end.task_id for end in over})
+    over = [Ended(number, task_id, "cancelled", tick.now) for number, task_id, before in found if before != "running"]
+    tasks = get_tasks(tick.db, {end.task_id for end in over})
     tick.noted += [(tasks[end.task_id], end.status, None) for end in over]
     tick.cancelled += [execution_id for execution_id, _, _ in found]
     return over
 
 
-def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settings) -> None:
+def follow(tick: Tick, over: Sequence[Ended]) -> None:
     """Writes the executions that schedules of type `after` fire because of `over`, and because of what is over by them."""
-    zone, url = settings.scheduler_timezone, settings.public_url
+    db, now, zone, url = tick.db, tick.now, tick.settings.scheduler_timezone, tick.settings.public_url
     while over and (schedules := after_schedules(db)):
         tasks, depths = get_tasks(db, {end.task_id for end in over}), depths_of(db, [end.execution_id for end in over])
         claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules if schedule.overlap != "allow"}))
@@ -6579,11 +6582,12 @@ def follow(db: DB, over: Sequence[Ended], now: int, tick: Tick, settings: Settin
                     claim.schedules.append(schedule)
             except Exception:
                 logger.exception("schedule %d", schedule.id)
-        over = write_claim(db, claim, tick)
+        over = write_claim(tick, claim)
 
 
-def claim_overdue(db: DB, claim: Claim, schedule: Schedule, settings: Settings) -> None:
+def claim_overdue(tick: Tick, claim: Claim, schedule: Schedule) -> None:
     """The slot of an `overdue`, unless a success has moved it."""
+    db, settings = tick.db, tick.settings
     slot = schedule.plan().next_slot(schedule.settled_until)
     if slot is not None and slot <= claim.now:
         [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
@@ -7050,13 +7054,13 @@ class Service:
         now, caller, held = self.clock.now(), CALLER.get(), list[Transaction]()
 
         def run(db: DB) -> T:
-            held[:] = [Transaction(db, now, self.settings, caller)]  # it may run twice
+            held[:] = [Transaction(db, now, self.settings, caller=caller)]  # it may run twice
             return write(held[0])
 
         done = await self.store.write(run)
         for line in held[0].lines:
             logger.info("%s", line)
-        await self.engine.after_write(held[0].tick)
+        await self.engine.after_write(held[0])
         if take_up:
             await self.changes.take_up()
         return done
@@ -7303,7 +7307,7 @@ class Service:
             if before not in UNFINISHED:
                 raise Conflict(f"execution {execution_id} is over already: {before}")
             tx.note("cancel", "execution", execution_id, {"status": before}, {"status": "cancelled"})
-            tx.follow(end_cancelled(tx.db, found, tx.now, tx.tick))
+            follow(tx, end_cancelled(tx, found))
             return before
 
         if await self.change(write) == "running":
@@ -7375,11 +7379,11 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
         task_id, slots = find(tx.db)
         if slots:
             rows = [NewExecution(task_id, schedule_id, "backfill", slot, tx.now, hold=Hold.CATCHUP) for slot in slots]
-            tx.tick.new_ids += insert_executions(tx.db, rows)
+            tx.new_ids += insert_executions(tx.db, rows)
             release_held(tx.db, {task_id})
             about = {"task_id": task_id, "from": body["from"], "to": body["to"], "executions": len(slots)}
             tx.note("backfill", "schedule", schedule_id, None, about)
-        return slots, tx.tick.new_ids
+        return slots, tx.new_ids
 
     slots, ids = await service.change(write, take_up=False)
     service.engine.wake()
@@ -7591,15 +7595,11 @@ def _nothing_left(schedule: Schedule) -> FieldError:
 
 
 @dataclass(slots=True)
-class Transaction:
-    """A change on its way to the disk: who makes it and when, and what is to be told once it is there."""
+class Transaction(Tick):
+    """A change on its way to the disk: who makes it, and what is to be told once it is there."""
 
-    db: DB
-    now: int
-    settings: Settings
-    caller: Caller
+    caller: Caller = _MYSELF
     lines: list[str] = dataclasses.field(default_factory=list)  # for the log
-    tick: Tick = dataclasses.field(default_factory=Tick)  # what it does to executions, for the feed
 
     def put(self, item: Task | Schedule, seen: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes a task or schedule with its audit row, and returns its view. `seen` is its view before; None: it is new."""
@@ -7630,10 +7630,6 @@ class Transaction:
         put_row(self.db, "changes", None, self.now, by.actor, by.via, kind, object_id, operation, *kept)
         what = f" ({', '.join({**old, **new})})" if before and after else ""
         self.lines.append(f"{operation} {kind} {object_id or ''}{what} by {by.actor} via {by.via}")
-
-    def follow(self, over: Sequence[Ended]) -> None:
-        """Writes what follows from what is over."""
-        follow(self.db, over, self.now, self.tick, self.settings)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -7703,7 +7699,7 @@ def change_schedule(
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
-        tx.follow(claim_due(db, [schedule_id], now, tx.tick, tx.settings, early=True))
+        follow(tx, claim_due(tx, [schedule_id], early=True))
         schedule = get_schedule(db, schedule_id)
     resumed, retimed = bool(wanted) and not schedule.is_active, bool(changes.keys() & TIMING_FIELDS)
     seen, missed = view_of(schedule), None
@@ -7715,7 +7711,7 @@ def change_schedule(
     if retimed or schedule.over:
         go_on(schedule, now)
     elif resumed and (missed := resume_schedule(schedule, now)):
-        tx.follow(write_claim(db, Claim(now, rows=[missed]), tx.tick))
+        follow(tx, write_claim(tx, Claim(now, rows=[missed])))
     elif schedule.plan().remaining == 0:
         schedule.look_ahead()
     nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
@@ -7732,7 +7728,7 @@ def remove_schedule(tx: Transaction, schedule_id: int) -> None:
     found = cancel_executions(tx.db, queued, tx.now, "cancelled: its schedule was deleted")
     delete_schedule(tx.db, schedule_id)
     tx.note("delete", "schedule", schedule_id, view_of(schedule), None)
-    tx.follow(end_cancelled(tx.db, found, tx.now, tx.tick))
+    follow(tx, end_cancelled(tx, found))
 
 
 def check_watched(db: DB, schedule: Schedule) -> None:
@@ -7762,7 +7758,7 @@ def _resume(tx: Transaction, conditions: Mapping[str, Any], at: int | None) -> N
             missed = resume_schedule(schedule, tx.now if at is None else max(at, min(schedule.in_force_since, tx.now)))
             update(tx.db, schedule)
             if missed:
-                tx.follow(write_claim(tx.db, Claim(tx.now, rows=[missed]), tx.tick))
+                follow(tx, write_claim(tx, Claim(tx.now, rows=[missed])))
 
 
 def pause_all(tx: Transaction, paused: bool, until: int | None = None, at: int | None = None) -> None:
@@ -7812,7 +7808,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
     if row.trigger == "manual" and ("${cause:" in f"{task.config} {row.config}" or schedules_that(tx.db, of_after)):
         row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
     execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
-    tx.tick.new_ids.append(execution.id)
+    tx.new_ids.append(execution.id)
     about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": view_of(execution)["config"]}
     tx.note("execute" if row.trigger == "manual" else row.trigger, "execution", execution.id, None, about)
     return execution
