@@ -7672,9 +7672,8 @@ def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int
 
 
 def remove_task(tx: Transaction, task_id: int) -> None:
-    task = get_task(tx.db, task_id)
+    tx.note("delete", "task", task_id, view_of(get_task(tx.db, task_id)), None)
     mark_deleted(tx.db, task_id)
-    tx.note("delete", "task", task_id, view_of(task), None)
 
 
 def add_schedule(tx: Transaction, schedule: Schedule) -> None:
@@ -7690,8 +7689,7 @@ def add_schedule(tx: Transaction, schedule: Schedule) -> None:
 def change_schedule(
     tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False, read: Schedule | None = None
 ) -> bool:
-    """Raises InvalidInput if nothing is left to fire, unless that may be. False if somebody else was quicker, where the changes
-    follow from the schedule as it was `read`."""
+    """False if the changes follow from it as it was `read`, and somebody was quicker. InvalidInput: nothing is left to fire."""
     db, now, wanted = tx.db, tx.now, changes.get("is_active")
     schedule = get_schedule(db, schedule_id)
     if read is not None and any(getattr(schedule, name) != getattr(read, name) for name in shape_of(Schedule).written):
@@ -7706,8 +7704,10 @@ def change_schedule(
     for name, value in changes.items():
         setattr(schedule, name, value)
     schedule.over = schedule.over and wanted is None  # else somebody has said whether it shall fire
-    if "schedule_config" in changes:
+    if changes.keys() & {"schedule_config", "exclude"}:
         check_watched(db, schedule)
+        # Of a stretch in a future that did not come only the last is known to be a slot which ran: now others may lie in it.
+        schedule.ran = [[first if last <= now else last, last] for first, last in schedule.ran]
     if retimed or schedule.over:
         go_on(schedule, now)
     elif resumed and (missed := resume_schedule(schedule, now)):

@@ -6301,6 +6301,7 @@ FIXED_HOURS = {"schedule_type": "cron", "schedule_config": {"expression": "0 0-2
 AT_22 = {"schedule_type": "cron", "schedule_config": {"expression": "0 22 * * *"}}
 SECONDLY = {"schedule_type": "cron", "schedule_config": {"expression": "* * * * * *"}}
 ONCE_AT_600 = {"schedule_type": "once", "schedule_config": {"datetime": "2026-01-01T00:10:00Z"}}
+EDITS = {"off": {"is_active": False}, "on": {"is_active": True}, "edit": {"schedule_config": {"expression": "30 0-23 * * *"}}}
 # What: the schedule, made at START; seconds since then: 60 comes, =60 is what the clock is set to; what became of the slots.
 STORIES: dict[str, tuple[dict[str, Any], str, list[tuple[str, str, int]]]] = {
     # The clock was behind, and is put right.
@@ -6321,6 +6322,7 @@ STORIES: dict[str, tuple[dict[str, Any], str, list[tuple[str, str, int]]]] = {
         "=16200 =2 3600 stop =10810 start",
         [(*RAN, 3600), (*MISSED, 7200), (*MADE_UP, 10_800), (*MADE_UP, 14_400)],
     ),
+    "a day ahead, then edited": (AT_22, "79200 =165610 =79210 edit 81000", [*all_ran(79_200, 81_000), (*MADE_UP, 165_600)]),
     "an interval of a clock that was ahead": ({}, f"=-{YEAR} -{YEAR - 60} -{YEAR - 120}", all_ran(60 - YEAR, 120 - YEAR)),
     # It is set back.
     "2 h, twice, each second": (SECONDLY, "1 =-7200 -7199 -7198 =-14000 -13999", all_ran(-13_999, -7199, -7198, 1)),
@@ -6338,8 +6340,8 @@ async def test_no_slot_runs_twice_nor_is_lost_when_the_clock_is_set(what: str, r
     fields, story, expected = STORIES[what]
     schedule_id = await rig.schedule(await rig.task(), **fields)
     for word in story.split():
-        if word in ("off", "on"):
-            await rig.patch_schedule(schedule_id, is_active=word == "on")
+        if word in EDITS:
+            await rig.patch_schedule(schedule_id, **EDITS[word])
         elif word == "forget":
             rig.sql("DELETE FROM executions")
         elif word == "stop":
@@ -6366,13 +6368,11 @@ async def test_a_skipped_slot_of_a_future_that_did_not_come_runs_when_it_comes(r
     rig.clock.wall = START + 2 * S
     await rig.tick()
     await rig.let_go(target)
-    slots = [3600 * hour for hour in (1, 2, 3, 4, 5)]
-    for seconds in slots:
+    for seconds in (slots := range(3600, 18_001, 3600)):
         await rig.run_at(seconds)
     assert await rig.brief(schedule_id=schedule_id) == all_ran(*slots)
     assert (await rig.service.get_execution(run))["status"] == "succeeded"
-    assert (await rig.service.get_schedule(schedule_id))["run_count"] == 5
-    assert rig.sql("SELECT history_count FROM tasks") == [(6,)]
+    assert rig.sql("SELECT s.run_count, history_count FROM schedules s, tasks") == [(5, 6)]
 
 
 @each("moved", -7200, -600, 600, YEAR)
