@@ -5197,7 +5197,7 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
         launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
         report = Report() if launcher else None
         words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
-        live.begin(("stdout", "stderr"), masker_of(secrets), report)
+        live.begin(("stdout", "stderr"), masker := masker_of(secrets), report)
         if live.reason:
             return _stopped(live, timeout)
         pipes: list[_Pipe] = []
@@ -5206,6 +5206,8 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
             for stream in ("stdout", "stderr"):
                 reader, writer = os.pipe()
                 writers.append(writer)
+                if masker is not None and hasattr(fcntl, "F_SETPIPE_SZ"):  # 64 KiB of escapes would hold up the loop for 40 ms
+                    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
                 if user is not None:  # who opens it by its name, as in `echo >/dev/stderr`
                     os.fchmod(writer, 0o622)
                 connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))

@@ -3597,9 +3597,10 @@ def test_a_secret_cannot_inject_headers() -> None:
 
 async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
     environ, env = {"PATH": PATH, "CHRONOTASK_SECRET_A": "value-of-a"}, {"A": "${env:CHRONOTASK_SECRET_A}"}
-    command = 'echo "one $A two"; printf value-; sleep 0.05; printf "of-a"; echo "$A" >&2; exit 3'
+    small = f"{sys.executable} -c 'import fcntl; print(fcntl.fcntl(1, 1032))'"  # a larger pipe of escapes would hold up the loop
+    command = f'echo "one $A two"; {small}; printf value-; sleep 0.05; printf "of-a"; echo "$A" >&2; exit 3'
     outcome = await bash(command, environ=environ, env=env)
-    assert (output(outcome)["stdout"], output(outcome)["stderr"]) == ("one ******** two\n********", "********\n")
+    assert (output(outcome)["stdout"], output(outcome)["stderr"]) == ("one ******** two\n4096\n********", "********\n")
     assert outcome.error_message == "exit status 3: ********"
     lines = {"PATH": PATH, "LC_ALL": "C", "CHRONOTASK_SECRET_A": "tab\tand-p\xe4r\x1bt\nline-two"}
     for command in ("echo $A", 'printf %q "$A"', 'set -x; : "$A"', 'ls "/$A"', 'sed "s/^/> /" <<<"$A"', 'exec "$A"'):
