@@ -1510,7 +1510,6 @@ def _param(value: Any) -> Any:
     return value
 
 
-@functools.lru_cache(256)
 def status_range(entry: object) -> tuple[int, int]:
     """First and last code of an entry of `expected_status`: 204, "204" or "200-299"; (0, 0) for anything else."""
     match = re.fullmatch(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?", str(entry))

@@ -1924,7 +1924,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.body: must be at most 1 MiB": ["x" * 1048577],
         "config.expected_status: must not be empty": [[]],
         'config.expected_status[0]: must be a status code from 100 to 599, or a range such as "200-299"': [
-            [entry] for entry in (99, -200, "299-200", "2xx", "200-")
+            [entry] for entry in (99, -200, "299-200", "2xx", "200-", [200], {})
         ],
         "config.auth.username: must not hold a colon (RFC 7617)": [{"username": "a:b", "password": "x"}],
         "config.auth.password: must be a valid string": [{"username": "a", "password": 12345}],
