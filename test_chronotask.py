@@ -4088,7 +4088,7 @@ LOST = ", but the command never reported its end"
 
 async def test_success_by_a_launcher_needs_the_word_of_the_far_side_and_no_other_word_against_it() -> None:
     for launcher, command, result, stdout in (
-        ("nice", "nice; exit 0", ("succeeded", None, False, 0), "1\n"),
+        ("nice", "nice; exit 0", ("succeeded", None, False, 0), f"{os.nice(0) + 1}\n"),
         ("nice", "echo a; exit 3", ("failed", "exit status 3", True, 3), "a\n"),
         ("nice", "exit 127", ("failed", "exit status 127", False, 127), ""),
         ("nice", "exec true 1>&-", ("succeeded", None, False, 0), ""),
@@ -4184,7 +4184,7 @@ async def test_words_of_the_list_are_programs_to_a_launcher_whatever_bash_has_bu
 
 async def test_the_default_launcher_takes_every_command_and_an_unknown_one_is_refused(api: Api) -> None:
     api.rig.service.settings = dataclasses.replace(LAUNCHERS, launchers={"b": ("true",), "a": ("nice",)})
-    assert out(await bash("nice", settings=dataclasses.replace(LAUNCHERS, launcher_default="nice"))) == "1\n"
+    assert out(await bash("nice", settings=dataclasses.replace(LAUNCHERS, launcher_default="nice"))) == f"{os.nice(0) + 1}\n"
     bad = await api("POST", "/tasks", {"name": "a", "task_type": "bash", "config": {"command": "true", "launcher": "c"}})
     message = "must be one of a, b (CHRONOTASK_LAUNCHER_NAME), not 'c'"
     assert (bad.status, bad.json["errors"]) == (422, [{"field": "config.launcher", "message": message}])
