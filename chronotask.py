@@ -1300,7 +1300,7 @@ NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
 CAUSE_REFERENCE = re.compile(r"\$\{cause:([^{}]*)\}")
 _REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
-_HARMLESS = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}", re.IGNORECASE)
+_HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}")
 _HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
 _AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -2005,7 +2005,7 @@ def test_a_deeply_nested_body_is_refused_without_recursion() -> None:
 
 SECRET_CONFIG = {
     "url": "https://user:pw@a.example/x",
-    "headers": {"authorization": "Bearer abc", "COOKIE": "a=b", "Proxy-Authorization": "Basic x", "X-Plain": "seen"},
+    "headers": {"authorization": "Bearer abc", "COOKIE": "a=${env:B}", "Proxy-Authorization": "Basic x", "X-Plain": "seen"},
     "auth": {"username": "u", "password": "secret"},
 }
 MASKED_CONFIG = {
@@ -2021,11 +2021,11 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     assert chronotask.mask_config("bash", {"command": "true"}) == {"command": "true"}
     config = {
         "url": "http://a/",
-        "headers": {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "sid=abc${env:CHRONOTASK_SECRET_T}"},
+        "headers": {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "${ENV:CHRONOTASK_SECRET_T}"},
         "auth": {"username": "u", "password": "${file:/run/secrets/p}"},
     }
     masked = chronotask.mask_config("http", config)
-    assert masked["headers"] == {"Authorization": "Bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
+    assert masked["headers"] == {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
     assert masked["auth"]["password"] == "${file:/run/secrets/p}"
 
 
