@@ -3451,8 +3451,10 @@ class Store:
             self._scanning -= 1
 
     def _scan(self, db: DB, batch: list[_Call]) -> None:
-        until = batch[0].since + SCAN_TIMEOUT
-        db.set_progress_handler(lambda: self._closing or self._monotonic() > until, SCAN_STEP)
+        [call] = batch
+        until = call.since + SCAN_TIMEOUT
+        # One that was given up must not keep its thread from those who wait.
+        db.set_progress_handler(lambda: self._closing or call.future.cancelled() or self._monotonic() > until, SCAN_STEP)
         _read_batch(db, batch)
 
     @property
