@@ -1338,7 +1338,7 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> An
         if error.error_count() > 1000:  # to take 100,000 of them apart would hold up the loop for a second
             raise InvalidInput(FieldError(prefix, f"{error.error_count()} fields are wrong, too many to name them")) from None
         details = error.errors(include_url=False)[:100]
-    found: list[FieldError] = []
+    found: dict[str, str] = {}  # of a path with several faults the first
     for detail in details:
         kind, loc, value, path = detail["type"], detail["loc"], detail["input"], prefix
         for part in loc:
@@ -1361,8 +1361,8 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> An
             why = re.sub(r"\A\w+ should ", "must ", detail["msg"]).replace("dictionary", "object")
             if "too_" not in kind and not isinstance(value, (dict, list)) and _NEVER_SHOWN.isdisjoint(map(str, loc)):
                 why += ", not null" if value is None else f", not {shown(value)}"
-        found.append(FieldError(path, why))
-    raise InvalidInput(*found)
+        found.setdefault(path, why)
+    raise InvalidInput(*itertools.starmap(FieldError, found.items()))
 
 
 def _refused(wrong: Callable[[Any], object], why: str) -> AfterValidator:

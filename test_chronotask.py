@@ -1950,7 +1950,10 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.args: must have at most 1000 items after validation, not 1001": [["x"] * 1001],
         "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)": [["x" * 65536] * 2],
         **{
-            f"config.env.{name}: is not a valid variable name (letters, digits and _, no digit first)": [{name: "() { :; }"}]
+            f"config.env.{name}: is not a valid variable name (letters, digits and _, no digit first)": [
+                {name: "() { :; }"},
+                {name: 5},
+            ]
             for name in ("1A", "BASH_FUNC_echo%%", "A=B")
         },
         "config.env.CHRONOTASK_RUN_ID: cannot be set: CHRONOTASK_… belongs to the service": [{"CHRONOTASK_RUN_ID": "x"}],
