@@ -8058,7 +8058,8 @@ class _Apply:
                 pruned = "paused" if self.prune == "pause" and acts else "orphaned"
                 self._do("deleted" if self.prune == "delete" else pruned, key, item)
         # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
-        for kind in (Task, Schedule, Schedule):
+        for kind in itertools.chain([Task], itertools.repeat(Schedule)):
+            before = len(left)
             errors.clear()
             for key in [key for key, (item, _) in left.items() if isinstance(item, kind)]:
                 with told_at(_in_file(key), errors):
@@ -8066,6 +8067,8 @@ class _Apply:
                     del left[key]
             if kind is Task:
                 _refuse(errors)
+            elif len(left) in (0, before):
+                break
         if self.refused:  # first: who watches such a task finds none of this key
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)

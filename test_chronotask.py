@@ -7466,10 +7466,10 @@ async def test_an_after_schedule_names_tasks_by_their_keys_wherever_they_stand_i
     assert said in (circle + "nightly → alarm → nightly", circle + "alarm → nightly → alarm")
 
 
-@each("first second", ("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba"))  # ab: a after b
+@each("first second", ("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba"), ("ba cb dc", "ab bc cd"))  # ab: a after b
 async def test_a_file_may_turn_a_chain_round(rig: Rig, first: str, second: str) -> None:
     def file(chain: str) -> dict[str, Any]:
-        tasks: dict[str, Any] = {key: {"task_type": "bash", "config": {"command": "true"}, "schedules": {}} for key in "abc"}
+        tasks: dict[str, Any] = {key: {"task_type": "bash", "config": {"command": "true"}, "schedules": {}} for key in "abcd"}
         for key, cause in chain.split():
             config = {"tasks": [cause], "on": ["success"]}
             tasks[key]["schedules"]["s"] = {"schedule_type": "after", "schedule_config": config}
