@@ -3595,7 +3595,9 @@ def open_database(path: Path) -> DB:
     try:
         if path.exists() and path.stat().st_size:
             # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
-            with contextlib.closing(connect(path, read_only=True)) as db:
+            # But what a crash cut short before there was a log (at the first start, also of a backup) must be undone to be read.
+            cut_short = os.path.exists(f"{os.path.realpath(path)}-journal")
+            with contextlib.closing(connect(path, read_only=not cut_short)) as db:
                 version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
                 if application != APPLICATION_ID and (version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
                     raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
