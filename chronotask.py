@@ -8100,7 +8100,7 @@ class _Apply:
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
         else:
             left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
-            if not task and item.is_active == (stored.is_active or stored.over):
+            if not task and (item.is_active or item.over) == (stored.is_active or stored.over):
                 left.add("is_active")
             changes = {name: value for name, value in wanted.items() if name not in left and value != getattr(stored, name)}
             if stored.managed_by != self.owner:
