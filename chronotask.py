@@ -4495,12 +4495,6 @@ def list_changes(db: DB, query: ChangeQuery) -> list[Change]:
     return load(db, Change, f"SELECT * FROM changes {where} ORDER BY id DESC LIMIT ?", [*values, query.limit])
 
 
-def delete_changes(db: DB, cutoff: int, limit: int) -> int:
-    """Deletes changes older than `cutoff`, at most `limit`; returns how many."""
-    old = "SELECT id FROM changes WHERE id < (SELECT coalesce(min(id), 1 << 62) FROM changes WHERE at >= ?) LIMIT ?"
-    return db.execute(f"DELETE FROM changes WHERE id IN ({old})", (cutoff, limit)).rowcount
-
-
 # --- Queries: retention -----------------------------------------------------------------------------------------------
 
 _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_for, 0) <= :now"
@@ -4518,20 +4512,20 @@ def latest_known(db: DB) -> int:
     return max((at for at in _ids(db, known) if at is not None), default=0)
 
 
-def delete_old(db: DB, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
-    """Deletes finished rows older than `cutoff` among the `limit` rows behind `after_id`; returns where to go on, or None. Ids
-    grow with time, also where the clock was wrong: what lies behind a young row is young, and what a clock that was ahead has
-    written is old when something behind it is."""
+def delete_old(db: DB, table: str, after_id: int, cutoff: int, now: int, limit: int) -> int | None:
+    """Deletes changes, or finished executions, older than `cutoff` among the `limit` rows behind `after_id`; returns where to go
+    on, or None. Ids grow with time, also where the clock was wrong: what lies behind a young row is young, and what a clock
+    that was ahead has written is old when something behind it is."""
+    begun, ended, over = {"executions": ("queued_at", "finished_at", _OVER), "changes": ("at", "at", "TRUE")}[table]
     where = {"after": after_id, "cutoff": cutoff, "now": now, "limit": limit}
     rows, last, young, old = db.execute(
-        """SELECT count(*), max(id), min(CASE WHEN queued_at > :cutoff THEN id END),
-            max(CASE WHEN finished_at < :cutoff THEN id END) FROM (SELECT id, queued_at, finished_at FROM executions
-                WHERE id > :after AND queued_at <= :now ORDER BY id LIMIT :limit)""",
+        f"""SELECT count(*), max(id), min(CASE WHEN {begun} > :cutoff THEN id END), max(CASE WHEN {ended} < :cutoff THEN id END)
+            FROM (SELECT id, {begun}, {ended} FROM {table} WHERE id > :after AND {begun} <= :now ORDER BY id LIMIT :limit)""",
         where,
     ).fetchone()
     deleted = db.execute(
-        f"""DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE id > :after AND id < :end
-            AND (finished_at < :cutoff OR (queued_at > :now AND id < :old)) AND {_OVER} ORDER BY id LIMIT :limit)""",
+        f"""DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE id > :after AND id < :end
+            AND ({ended} < :cutoff OR ({begun} > :now AND id < :old)) AND {over} ORDER BY id LIMIT :limit)""",
         {**where, "end": young or (last or 0) + 1, "old": old or 0},
     ).rowcount
     if deleted == limit:
@@ -6630,15 +6624,14 @@ class Retention:
     async def delete(self, now: int) -> None:
         """One pass: by age over all rows, by count over the tasks that have more than is kept."""
         engine, settings = self.engine, self.engine.settings
-        after: int | None = 0
         cutoff = now - settings.history_days * DAY
         by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
-        while by_age and engine.leading and after is not None:
-            after = await engine.store.write(partial(delete_old, after_id=after, cutoff=cutoff, now=now, limit=RETENTION_ROWS))
-            await self._leave_room()
-        changes = partial(delete_changes, cutoff=cutoff, limit=RETENTION_ROWS)
-        while by_age and engine.leading and await engine.store.write(changes) > 0:
-            await self._leave_room()
+        for table in ("executions", "changes") if by_age else ():
+            old = partial(delete_old, table=table, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
+            after: int | None = 0
+            while engine.leading and after is not None:
+                after = await engine.store.write(partial(old, after_id=after))
+                await self._leave_room()
         keep, skipped = settings.history_per_task, 100  # of what ran, and of what was skipped or missed
         for task_id in await engine.store.scan(partial(tasks_with_surplus, keep=keep, keep_skipped=skipped)):
             surplus = partial(delete_surplus, task_id=task_id, keep=keep, keep_skipped=skipped, now=now, limit=RETENTION_ROWS)
