@@ -1286,7 +1286,8 @@ class Plan:
 # A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
 # names properties that answers show, and the field that each stands behind.
 
-DAMAGE = (ChronoTaskError, LookupError, TypeError, ValueError)  # what a damaged schedule row raises; its claim will say so
+# What a damaged row raises. It stops no others; the claim of a schedule and the run of a task will say so.
+DAMAGE = (ChronoTaskError, AttributeError, LookupError, TypeError, ValueError)
 MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 # The client library writes these itself, or waits for an answer to them: a task's own would contradict what is sent (RFC 9112).
@@ -1776,12 +1777,16 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
 
 
 def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as answers, the log and the history may show it. Values that are only a `${…}` reference stay readable."""
+    """`config` as answers, the log and the history may show it; of a damaged one nothing. Values that are only a `${…}` reference
+    stay readable."""
 
     def masked(name: str, text: str) -> str:
         return text if (_HARMLESS_USERINFO if name == "url" else _HARMLESS).fullmatch(text) else MASK
 
-    return _map_secrets(config, masked) if task_type == "http" else config
+    try:
+        return _map_secrets(config, masked) if task_type == "http" else config
+    except DAMAGE:
+        return {}
 
 
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
@@ -7206,7 +7211,7 @@ class Service:
             changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
             try:
                 done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
-            except (LookupError, TypeError, ValueError) as error:  # as of a zone that is gone; or it is a fault of ours
+            except (AttributeError, LookupError, TypeError, ValueError) as error:  # a zone is gone, or a fault of ours
                 logger.exception("schedule %d", schedule_id)
                 raise InvalidInput(FieldError("schedule_config", f"cannot be evaluated ({error}): send another one")) from error
         view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})

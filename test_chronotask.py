@@ -2022,14 +2022,10 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     assert chronotask.mask_config("http", SECRET_CONFIG) == MASKED_CONFIG
     assert SECRET_CONFIG["auth"] == {"username": "u", "password": "secret"}
     assert chronotask.mask_config("bash", {"command": "true"}) == {"command": "true"}
-    config = {
-        "url": "http://a/",
-        "headers": {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "${ENV:CHRONOTASK_SECRET_T}"},
-        "auth": {"username": "u", "password": "${file:/run/secrets/p}"},
-    }
-    masked = chronotask.mask_config("http", config)
-    assert masked["headers"] == {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": MASK}
-    assert masked["auth"]["password"] == "${file:/run/secrets/p}"
+    headers = {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "${ENV:CHRONOTASK_SECRET_T}"}
+    config = {"url": "http://a/", "headers": headers, "auth": {"username": "u", "password": "${file:/run/secrets/p}"}}
+    masked = {**config, "headers": headers | {"Cookie": MASK}}
+    assert chronotask.mask_config("http", config) == masked
 
 
 @each(
@@ -6420,24 +6416,25 @@ async def test_a_retry_waits_for_no_future_that_did_not_come_after_a_restart(rig
 @each("at_start", False, True)
 async def test_broken_schedules_stop_no_others_no_start_and_no_listing(rig: Rig, open_rig: OpenRig, at_start: bool) -> None:
     unknown = ['{"expression": "nonsense", "timezone": "UTC"}', '{"expression": "* * * * *", "timezone": "Mars/Phobos"}']
-    broken = dict(enumerate([*unknown, "{}", "[1, 2]", "{oops"], 2))
-    for _ in range(7):
+    broken = dict(enumerate([*unknown, "{}", "[1, 2]", "{oops", '{"expression": 5, "timezone": 5}'], 2))
+    for _ in range(8):
         await rig.schedule(await rig.task(), "cron")
     if at_start:
         await rig.close()
     for schedule_id, config in broken.items():
         rig.sql("UPDATE schedules SET schedule_config = ? WHERE id = ?", config, schedule_id)
+        rig.sql("UPDATE tasks SET task_type = 'http', config = '{\"url\": 5}' WHERE id = ?", schedule_id)
     if at_start:
         rig = await open_rig()
-        page = await rig.service.list_schedules(ScheduleQuery())
-        assert [schedule["id"] for schedule in page["schedules"]] == [1, 2, 3, 4, 5, 6, 7]
-        assert [(await rig.service.get_schedule(schedule_id))["id"] for schedule_id in broken] == [2, 3, 4, 5, 6]
+        schedules, tasks = await rig.service.list_schedules(ScheduleQuery()), await rig.service.list_tasks(chronotask.TaskQuery())
+        assert [made["id"] for made in schedules["schedules"]] == [made["id"] for made in tasks["tasks"]] == [*range(1, 9)]
+        assert [(await rig.service.get_schedule(schedule_id))["id"] for schedule_id in broken] == [2, 3, 4, 5, 6, 7]
     rig.clock.advance(60)
     await rig.service.engine.tick()
     await rig.finish()
     found = rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id")
-    assert found == [(1, "succeeded"), *((schedule_id, "failed") for schedule_id in broken), (7, "succeeded")]
-    assert rig.sql("SELECT is_active FROM schedules ORDER BY id") == [(1,), (0,), (0,), (0,), (0,), (0,), (1,)]
+    assert found == [(1, "succeeded"), *((schedule_id, "failed") for schedule_id in broken), (8, "succeeded")]
+    assert rig.sql("SELECT is_active FROM schedules ORDER BY id") == [(1,), *[(0,)] * 6, (1,)]
     for schedule_id in broken:
         (row,) = await rig.rows(schedule_id=schedule_id)
         assert "switched off" in str(row["error_message"])
@@ -10123,7 +10120,7 @@ async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) ->
 async def test_a_bug_is_answered_without_a_trace(rig: Rig) -> None:
     async with Client(chronotask.make_server(rig.service), mode="legacy") as client:
         task_id = await rig.task()
-        rig.sql("UPDATE tasks SET task_type = 'http', config = ? WHERE id = ?", '{"headers": 5}', task_id)
+        rig.sql("UPDATE tasks SET created_at = 'soon' WHERE id = ?", task_id)
         text = await Caller(client).refused("get_task", task_id=task_id)
     assert "Traceback" not in text and "Error" not in text
 
