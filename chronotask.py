@@ -814,7 +814,8 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
         found = _ITEM.fullmatch(part)
         star, first, last, step = found.groups() if found else (None, part, None, None)
         low = field.low if star else value(first)
-        high = field.high if star or (step and not last) else value(last or first)  # 10/15 is 10-59/15, as most engines have it
+        # 10/15 is 10-59/15, as most engines have it; 7/2 is Sunday.
+        high = field.high if star else max(low, field.high) if step and not last else value(last or first)
         if field.highest == 7 and high == 0 < low:
             high = 7  # Sunday may end a range
         if last and high < low:
