@@ -678,10 +678,10 @@ def parse_bound(text: str, zone: str, end: bool = False) -> int:
     """Like `parse_instant`; a date alone is the start of that day in `zone`, or with `end` its last microsecond."""
     if not _DATE.fullmatch(text):
         return parse_instant(text, zone)
-    start = parse_instant(f"{text}T00:00", zone)
-    if not end or text == "9999-12-31":
-        return LAST_INSTANT if end else start
-    return parse_instant((datetime.fromisoformat(text) + timedelta(days=1)).isoformat(), zone) - 1
+    if text == ("9999-12-31" if end else "1970-01-01"):  # which in some zones reaches beyond the instants that there are
+        return LAST_INSTANT if end else 0
+    local = parse_instant(f"{text}T00:00", "UTC") + DAY * end
+    return parse_instant(_clock_face(local).isoformat(), zone) - end
 
 
 def check_dates(text: str) -> str:

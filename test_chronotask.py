@@ -1426,6 +1426,7 @@ def test_slots_end_with_the_year_9999() -> None:
     assert shown_slots(yearly, "9997-06-01T00:00Z", 5) == ["9997-12-31T10:00", "9998-12-31T10:00"]
     assert Cron("* * * * *", "Asia/Tokyo").next_after(at("9999-12-31T23:59:59Z")) is None
     assert chronotask.Interval(HOUR, 0, HOUR, "UTC").next_after(at("9999-12-31T23:30:00Z")) is None
+    assert chronotask.spans_of(("1970-01-01/9999-12-31",), "Asia/Tokyo") == [(0, chronotask.LAST_INSTANT)]
 
 
 # The oracle: Debian's rule, minute by minute, with nothing from the module but the clock of the zone.
