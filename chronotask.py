@@ -1262,10 +1262,8 @@ class Plan:
         """`slot` plus its jitter: whole milliseconds, the same each time, less than the gap to the next slot."""
         if not self.jitter or self.schedule_id is None:
             return slot
-        following = self.timing.next_after(slot)
-        choices = round(self.jitter * 1000) + 1
-        if following is not None:
-            choices = min(choices, (following - slot - 1) // 1000 + 1)
+        following = self.timing.next_after(slot) or LAST_INSTANT + 1
+        choices = min(round(self.jitter * 1000), (following - slot - 1) // 1000) + 1
         digest = hashlib.blake2b(f"{self.schedule_id}:{slot}".encode(), digest_size=8).digest()
         return slot + int.from_bytes(digest, "big") % choices * 1000
 

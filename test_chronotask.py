@@ -1849,6 +1849,7 @@ def test_jitter_is_the_same_each_time_differs_by_schedule_and_stays_within_the_g
     assert Plan(plan.timing, 8, jitter=3600.0).fire_time(NOW) != fires[0]
     assert Plan(plan.timing, None, jitter=3600.0).fire_time(NOW) == NOW
     assert Plan(chronotask.Once(NOW, "UTC"), 7, jitter=2.0).fire_time(NOW) - NOW in range(2 * SECOND + 1)
+    assert Plan(chronotask.Once(0, "UTC"), 7, jitter=3600.0).fire_time(chronotask.LAST_INSTANT) == chronotask.LAST_INSTANT
     assert list(plan.upcoming(NOW, 2)) == fires[1:3]
 
 
