@@ -2820,7 +2820,8 @@ class Claim:
         return False
 
     def broken(self, schedule: Schedule, error: Exception) -> None:
-        """A schedule that cannot be evaluated stops, with a row that says so: it must not stop the others."""
+        """A schedule that cannot be evaluated stops, with one row that says so: it must not stop the others."""
+        self.rows = [row for row in self.rows if row.schedule_id != schedule.id]
         slot = schedule.next_slot if schedule.next_slot is not None else self.now
         self.record(schedule, slot, "failed", f"this schedule cannot be evaluated and was switched off: {error}")
         schedule.is_active, schedule.over, schedule.next_slot, schedule.next_fire = False, True, None, None

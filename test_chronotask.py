@@ -2384,8 +2384,9 @@ def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
     claim, schedule = chronotask.Claim(START + 60 * S), a_schedule()
+    claim.record(schedule, START + 60 * S, "missed", "before it broke")  # two rows of one slot would end every tick
     claim.broken(schedule, ValueError("no such zone"))
-    row = claim.rows[0]
+    [row] = claim.rows
     assert (row.status, row.scheduled_for, row.trigger) == ("failed", START + 60 * S, "schedule")
     assert "no such zone" in str(row.error_message)
     assert (schedule.is_active, schedule.next_slot, schedule.next_fire) == (False, None, None)
