@@ -539,7 +539,8 @@ def _read_tokens(path: Path) -> list[Token]:
             if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or any(other.name == name for other in tokens):
                 raise ValueError("NAME must be 1 to 64 of A-Za-z0-9._@- and stand once")
             if scope not in SCOPES:
-                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}, not {shown(scope)}")
+                given = f", not {shown(scope)}" if len(scope) < 8 else ""  # a longer word may be the token
+                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}{given}")
             try:
                 digest = token_digest(_token(token))
             except ValueError as error:

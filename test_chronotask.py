@@ -9301,6 +9301,7 @@ def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tm
     for text, mode, said in (
         ("prom read", 0o640, "line 1: must be NAME SCOPE TOKEN"),
         (f"ok read {READER}\nprom write {RUNNER}", 0o640, "line 2: SCOPE must be one of read, run, admin, not 'write'"),
+        (f"prom {READER} read", 0o640, "line 1: SCOPE must be one of read, run, admin"),
         ("prom read short", 0o640, "line 1: TOKEN must be 8 to 4096 visible ASCII characters"),
         (f"a read {READER}\na run {RUNNER}", 0o640, "line 2: NAME must be 1 to 64 of A-Za-z0-9._@- and stand once"),
         (f"a/b read {READER}", 0o640, "line 1: NAME must be 1 to 64"),
