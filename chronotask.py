@@ -450,7 +450,7 @@ class Settings:
 
 
 def _launcher_words(name: str, text: str) -> tuple[str, ...]:
-    why = "its name must be 1 to 40 of a-z, 0-9 and _"
+    why = "its name must be 1 to 40 of A-Z, 0-9 and _"
     try:
         if re.fullmatch("[A-Z0-9_]{1,40}", name):
             words, why = tuple(shlex.split(text)), "a program is missing"

@@ -1217,7 +1217,7 @@ def test_a_launcher_is_split_into_words_as_a_shell_does_it_and_a_bad_one_or_an_u
         ("A", "  ", "a program is missing"),
         ("A", "'' x", "a program is missing"),
         ("A", "env x{env}", "{env} stands for several words, not inside one"),
-        ("a", "env", "its name must be 1 to 40 of a-z, 0-9 and _"),
+        ("a", "env", "its name must be 1 to 40 of A-Z, 0-9 and _"),
     ]:
         detail = refused_start({f"CHRONOTASK_LAUNCHER_{name}": text})
         assert detail == f"CHRONOTASK_LAUNCHER_{name}={shown(text)}: must be words as a shell splits them: {why}"
