@@ -1174,6 +1174,8 @@ def test_a_file_of_a_token_is_closed_to_others_and_that_is_said(tmp_path: Path) 
     for content in ("", "short", "two words here", "\x00" * 20, None):
         path.write_text(content) if content is not None else path.unlink()
         assert "CHRONOTASK_API_TOKEN_FILE" in refused_start({"CHRONOTASK_API_TOKEN_FILE": str(path)})
+    os.mkfifo(path)
+    assert "must be a readable text file (it is none" in refused_start({"CHRONOTASK_API_TOKEN_FILE": str(path)})
 
 
 @each("name", "API_TOKEN_FILE", "SECRETS_DIR")
