@@ -1156,7 +1156,7 @@ def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
 
 def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
-    times = [(h, m, s) for h in cron.hours for m in cron.minutes for s in cron.seconds][:9]
+    times = list(itertools.islice(itertools.product(cron.hours, cron.minutes, cron.seconds), 9))
     form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
     exact = "at " + _and([form.format(*time) for time in times])
     if len(times) <= 2:
