@@ -3031,12 +3031,12 @@ async def in_daemon(call: Callable[..., R], *args: Any) -> R:
     future: concurrent.futures.Future[R] = concurrent.futures.Future()
 
     def run() -> None:
-        future.set_running_or_notify_cancel()
         try:
             future.set_result(call(*args))
         except Exception as error:
             future.set_exception(error)
 
+    future.set_running_or_notify_cancel()  # so that nobody can cancel it: its thread would find no one to answer
     threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
     return await asyncio.wrap_future(future)
 
