@@ -2422,11 +2422,8 @@ def test_resuming_goes_on_with_the_next_slot_after_now(what: str) -> None:
     row = chronotask.resume_schedule(schedule, START + round(now * S))
     found = None if schedule.next_slot is None else (schedule.next_slot - START) / S
     assert (found, schedule.is_active) == (next_slot, active)
-    if row_at is None:
-        assert row is None
-    else:
-        assert row is not None and row.status == "skipped" and row.scheduled_for == START + round(row_at * S)
-        assert "paused" in str(row.error_message)
+    told = row and (row.status, row.scheduled_for, "paused" in str(row.error_message))
+    assert told == (row_at and ("skipped", START + round(row_at * S), True))
 
 
 # --- Ends of attempts -------------------------------------------------------------------------------------------------
@@ -2479,9 +2476,7 @@ def test_timers_agree_with_a_plain_dict_in_two_thousand_random_steps() -> None:
     for now in range(2000):
         key, at = draw.randrange(30), draw.choice([None, now + draw.randrange(40)])
         timers.set(key, at)
-        plain.pop(key, None)
-        if at is not None:
-            plain[key] = at
+        plain = {k: t for k, t in {**plain, key: at}.items() if t is not None}
         if draw.random() < 0.3:
             count = draw.choice([3, 1000])
             due = timers.pop_due(now, count)
@@ -2510,16 +2505,10 @@ def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() ->
 
 def test_a_step_of_the_wall_clock_is_told_once_and_time_that_just_passes_is_none() -> None:
     clock = FakeClock()
-    assert clock.step() == 0
-    clock.advance(86_400)
-    assert clock.step() == 0
-    clock.wall = START + 90_000 * S
-    assert clock.step() == 3600 * S
-    assert clock.step() == 0
-    clock.wall = START
-    assert clock.step() == -90_000 * S
-    clock.wall = clock.now() + 30 * S  # a suspend, in which CLOCK_MONOTONIC stands still, looks the same
-    assert clock.step() == 30 * S
+    for passes, step in ((0, 0), (86_400, 0), (0, 3600), (0, 0), (0, -90_000), (0, 30)):
+        clock.advance(passes)
+        clock.wall += step * S  # a suspend, in which CLOCK_MONOTONIC stands still, looks the same
+        assert clock.step() == step * S
 
 
 async def test_waiting_ends_when_the_event_is_set_or_the_time_has_come_and_looks_at_the_wall_clock_now_and_then() -> None:
