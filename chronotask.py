@@ -1892,28 +1892,8 @@ TaskStatus = Annotated[
     Literal["active", "paused", "disabled"],
     Field(description="paused: its schedules do not fire; disabled: execute_task is refused too"),
 ]
-Config = Annotated[
-    dict[str, Any],
-    Field(
-        description="http: {url, method? (GET), headers?, params?, body? (object or list: sent as JSON; text: as it is), "
-        'auth?: {username, password}, timeout? (seconds), expected_status? (codes or "200-299"), follow_redirects? (true), '
-        "verify_tls? (true)}; bash: {command (bash source), args? (literal words), env?, working_dir?, timeout?, launcher?}. "
-        "Secrets: write ${env:CHRONOTASK_SECRET_NAME}; in answers they are ********, which sent back keeps them. "
-        "In a task that an `after` schedule fires ${cause:text} says what happened."
-    ),
-]
 Group = Annotated[str, Field(description="one run at a time of all tasks with this group"), _matching("[A-Za-z0-9._-]{1,100}")]
 ScheduleType = Literal["cron", "once", "interval", "after"]
-ScheduleConfig = Annotated[
-    dict[str, Any],
-    Field(
-        description="cron: {expression, timezone?}; once: {datetime or in_seconds, timezone?}; "
-        "interval: {seconds or days, start_date?, timezone?}; "
-        "after: {task_ids or tag or any: true, on: [success, failure, broke, recovered, …], threshold?, seconds?}. "
-        "expression: minute hour day month weekday (seconds first if six fields); datetime and start_date: ISO 8601, "
-        "without an offset in timezone (IANA name)."
-    ),
-]
 Overlap = Annotated[
     Literal["skip", "queue", "allow", "cancel"],
     Field(description="if the task still runs at a slot: skip the slot, queue it, run both, or cancel what runs"),
@@ -1975,7 +1955,7 @@ class Task:
     status: TaskStatus = "active"
     status_reason: ReadOnly[str | None] = None
     paused_until: Time | None = None
-    config: Config
+    config: dict[str, Any]
     max_retries: Annotated[int, Field(ge=0, le=100)] = UNSET
     retry_delay: Annotated[float, Field(ge=0, le=86400, description="seconds before the first retry"), _PLAIN] = UNSET
     retry_backoff: Annotated[float, Field(ge=1, le=10, description="each further wait is this many times longer"), _PLAIN] = 2
@@ -2008,7 +1988,7 @@ class Schedule:
     task_id: TaskId
     task_name: Queried[ReadOnly[str]] = ""
     schedule_type: ScheduleType
-    schedule_config: ScheduleConfig
+    schedule_config: dict[str, Any]
     is_active: bool = True
     overlap: Overlap = "skip"
     catchup: OrNull[Catchup] = "latest"
@@ -8796,7 +8776,7 @@ def openapi() -> dict[str, Any]:
     adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = found["$defs"]
-    for body in map(mark_of, _EXAMPLES):
+    for body in map(mark_of, (*_EXAMPLES, NestedSchedule)):
         properties = schemas[body.name]["properties"]
         for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
             if field in properties:
