@@ -3311,7 +3311,8 @@ MIGRATIONS: list[tuple[str, ...]] = [
     ),
 ]
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
-UNFINISHED_SQL = "finished_at IS NULL"  # to the letter, so that the partial index serves
+# To the letter, so that the partial indexes serve.
+UNFINISHED_SQL, _RARE = "finished_at IS NULL", "status <> 'succeeded' AND finished_at IS NOT NULL"
 LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a schedule's slots fire
 GOING_ON_SQL = f"NOT cancel_requested AND {_NOT_DELETED}"  # whether nobody wants an execution to end, nor deletes its task
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
@@ -4271,7 +4272,7 @@ def release_held(db: DB, task_ids: Collection[int]) -> None:
 
 def hold_disabled(db: DB, task_id: int, disabled: bool) -> None:
     change = f"hold | {Hold.DISABLED:d}" if disabled else f"hold & ~{Hold.DISABLED:d}"
-    db.execute(f"UPDATE executions SET hold = {change} WHERE status = 'queued' AND task_id = ?", (task_id,))
+    db.execute(f"UPDATE executions SET hold = {change} WHERE {UNFINISHED_SQL} AND status = 'queued' AND task_id = ?", (task_id,))
 
 
 def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: str) -> list[tuple[int, int, str]]:
@@ -4359,10 +4360,10 @@ def list_executions(
         }
     )
     # One part for each status: each is in the order of an index, and they are merged as far as they are read.
-    # + for the index of the few, not the order of all rows. The conditions are those of the partial indexes, to the letter.
-    rare, parts = "status <> 'succeeded' AND finished_at IS NOT NULL", list[str]()
+    # + for the index of the few, not the order of all rows.
+    parts = list[str]()
     for status in statuses:
-        plus, served = ("+", UNFINISHED_SQL) if status in UNFINISHED else ("", "TRUE" if status == "succeeded" else rare)
+        plus, served = ("+", UNFINISHED_SQL) if status in UNFINISHED else ("", "TRUE" if status == "succeeded" else _RARE)
         parts.append(f"SELECT {plus}id AS id FROM executions {where} AND status = '{status}' AND {served}")
     found = " UNION ALL ".join(parts or [f"SELECT id FROM executions {where}"])
     values *= max(1, len(statuses))
@@ -4530,11 +4531,13 @@ def tasks_with_surplus(db: DB, keep: int, keep_skipped: int) -> list[int]:
 def delete_surplus(db: DB, task_id: int, keep: int, keep_skipped: int, now: int, limit: int) -> int:
     """Deletes at most `limit` of a task's finished rows: beyond the newest `keep` runs, `keep_skipped` skipped or missed ones."""
     deleted = 0
-    for kind, kept in (("NOT IN", keep), ("IN", keep_skipped)):
+    ran = "status NOT IN ('skipped', 'missed') ORDER BY id"
+    did_not = f"{_RARE} AND status IN ('skipped', 'missed') ORDER BY +id"
+    for chosen, kept in ((ran, keep), (did_not, keep_skipped)):
         if kept:
             deleted += db.execute(
                 f"""DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE task_id = :task AND {_OVER}
-                    AND status {kind} ('skipped', 'missed') ORDER BY id DESC LIMIT :limit OFFSET :kept)""",
+                    AND {chosen} DESC LIMIT :limit OFFSET :kept)""",
                 {"task": task_id, "now": now, "kept": kept, "limit": limit},
             ).rowcount
     return deleted

@@ -3248,6 +3248,8 @@ def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
     asked["next timers"] = partial(chronotask.next_timers, after=(0, 0), limit=10)
     asked["changed timers"] = partial(chronotask.changed_timers, since_rev=10)
     asked["latest known"] = chronotask.latest_known
+    asked["surplus"] = partial(chronotask.delete_surplus, task_id=2, keep=10, keep_skipped=1, now=START, limit=10)
+    asked["disable"] = partial(chronotask.hold_disabled, task_id=2, disabled=True)
     return asked
 
 
