@@ -9976,6 +9976,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except FileNotFoundError as error:
+        if error.filename is not None:
+            raise
+        print("chronotask: a path is relative to the working directory, which has been deleted", file=sys.stderr)
+        return 2
     except ChronoTaskError as error:
         for line in [f"{field}: {message}" for field, message in error.errors] or [error.detail]:
             print(f"chronotask: {' '.join(line.split())}", file=sys.stderr)
