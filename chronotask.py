@@ -8998,10 +8998,13 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     if operation.name == "apply_definitions":
         if (text := body.get("definitions")) is None:
             raise InvalidInput(FieldError("definitions", "is required"))
-        return parse(operation.body, text if isinstance(text, dict) else read_definitions("definitions", str(text).encode()))
+        sent = str(text).encode("utf-8", "surrogatepass")
+        return parse(operation.body, text if isinstance(text, dict) else read_definitions("definitions", sent))
     mark, clear = mark_of(operation.body), body.pop("clear", [])
-    if not isinstance(clear, list) or any(name not in [*known] or name in parts[known[name][0]] for name in clear):
-        may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*UNTOLD, "clear", "task_id"}]
+    # A zone is always one that is named, so that no edit moves a schedule unseen.
+    never = {*UNTOLD, "clear", "task_id", "timezone"}
+    may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*parts[part], *never}]
+    if not isinstance(clear, list) or any(name not in may for name in clear):
         raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
     body |= {name: copy.copy(shape_of(mark.resource).defaults.get(name)) for name in clear if known[name][0] == "body"}
     targets = [(holder, mark, body) for holder in FLAT if holder in mark.fields]
@@ -9030,7 +9033,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         if kind is None and typed:
             errors.append(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
             continue
-        names = KINDS.get(kind or fitting[0], {})
+        names = KINDS[kind if kind in [*kinds] else fitting[0]]
         config = {names.get(argument, argument): value for argument, value in given.items()}
         if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
             gone = {"timezone", *(names.get(one, one) for one in cleared)}.union(*(one for one in EITHER if one & config.keys()))
@@ -9234,23 +9237,28 @@ async def run_tool(
 
     if (operation := TOOLS.get(name)) is None:
         raise MCPError(types.INVALID_PARAMS, f"unknown tool {shown(name)}" + did_you_mean(name, TOOLS))
-    view = None
-    try:
-        job = asyncio.create_task(_use(service, operation, arguments))
-        _CALLS.add(job)
-        job.add_done_callback(_CALLS.discard)
-        for second in itertools.count(1):
-            if progress is None or (await asyncio.wait({job}, timeout=1))[0]:
-                break
+
+    async def run() -> types.CallToolResult:
+        view = None
+        try:
+            view = await _use(service, operation, arguments)
+            text = compact(view)
+        except ChronoTaskError as error:
+            text = clip(_said(error, arguments), TOOL_TEXT, "correct what is named here first")
+        except Exception:
+            logger.exception("tool %s", name)
+            text = "something went wrong here; the log has the details"
+        return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
+
+    job = asyncio.create_task(run())  # which goes on when the client goes away: a use case is never left half done
+    _CALLS.add(job)
+    job.add_done_callback(_CALLS.discard)
+    for second in itertools.count(1):
+        if (await asyncio.wait({job}, timeout=1))[0]:
+            break
+        if progress is not None:
             await progress(second)
-        view = await asyncio.shield(job)  # which goes on when the client goes away: a use case is never left half done
-        text = compact(view)
-    except ChronoTaskError as error:
-        text = clip(_said(error, arguments), TOOL_TEXT, "correct what is named here first")
-    except Exception:
-        logger.exception("tool %s", name)
-        text = "something went wrong here; the log has the details"
-    return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
+    return await job
 
 
 def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
@@ -9334,11 +9342,11 @@ def make_server(service: Service) -> Server[Any]:
         if params.name != PROMPT:
             raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {PROMPT}")
         try:
-            named, query, _ = tool_args(TOOLS["get_task_history"], params.arguments or {})
-            number = await service.task_id(named)
+            number = await service.task_id(tool_args(TOOLS["get_task"], params.arguments or {})[0])
+            _, query, _ = tool_args(TOOLS["get_task_history"], {"task_id": number})
             facts = {"task": brief(Task, await service.get_task(number), TOOL_LIST_TEXT)}
             facts |= brief(None, dict(await service.list_schedules(ScheduleQuery(task_id=number, limit=20))), TOOL_LIST_TEXT)
-            facts |= brief(None, await TOOLS["get_task_history"].call(service, number, query, None), 4 * TOOL_LIST_TEXT)
+            facts |= _fitting(None, await service.get_task_history(number, query), 4 * TOOL_LIST_TEXT, ())[0]
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, _said(error, {})) from None
         text = types.TextContent(text=DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1))

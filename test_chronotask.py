@@ -9875,6 +9875,7 @@ def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
         ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
         ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
         ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
+        ("create_task", {"name": "x", "task_type": ["bash"], "command": "x"}, "task_type: must be 'http' or 'bash'"),
     ):
         assert refused(chronotask.tool_args, TOOLS[name], arguments).detail == said
 
@@ -9992,8 +9993,8 @@ async def use_every_tool(call: Caller) -> None:
     shows = f"get_execution with execution_id {going['id']} and wait shows its end, cancel_execution ends it"
     assert going["status"] in ("queued", "running") and going["notes"] == [f"not over: {shows}"]
     assert (await use("cancel_execution", execution_id=going["id"]))["status"] == "cancelled"
-    refused = await call.refused("cancel_execution", execution_id=going["id"])
-    assert refused == f"execution {going['id']} is over already: cancelled"
+    over = f"execution {going['id']} is over already: cancelled"
+    assert await call.refused("cancel_execution", execution_id=going["id"]) == over
     preview = await use("preview_schedule", schedule_type="cron", schedule_config=WEEKDAYS)
     made = await use("create_schedule", task_id=task["id"], schedule_type="cron", schedule_config=WEEKDAYS)
     assert preview["description"] == made["description"] and preview["upcoming"] == made["upcoming"]
@@ -10024,20 +10025,18 @@ async def test_what_does_not_exist_is_answered_with_the_nearest_name_or_where_to
     with pytest.raises(MCPError) as caught:
         await call.client.call_tool("create_tasks", {})
     assert (caught.value.code, caught.value.message) == (-32602, "unknown tool 'create_tasks' (did you mean create_task?)")
-    assert await call.refused("get_task", task_id=99) == "there is no task 99: list_tasks shows those that exist"
-    refused = await call.refused("delete_schedule", schedule_id=99)
-    assert refused == "there is no schedule 99: list_schedules shows those that exist"
-    assert (await call.refused("get_execution", execution_id=99)).startswith("there is no execution 99: list_executions shows")
+    for tool, what in (("get_task", "task"), ("delete_schedule", "schedule"), ("get_execution", "execution")):
+        assert await call.refused(tool, **{f"{what}_id": 99}) == f"there is no {what} 99: list_{what}s shows those that exist"
 
 
 async def test_notes_say_what_fires_nothing_is_there_twice_or_has_changed_nothing(call: Caller) -> None:
     task_id = await bash_mcp(call, "true", status="paused")
     made = await call("create_schedule", task_id=task_id, schedule_type="interval", schedule_config={"seconds": 60})
     assert made["notes"] == ["Nothing will fire: its task is not active."]
+    assert "timezone" not in await call.refused("update_schedule", schedule_id=made["id"], clear=["timezone"])
     off = await call("update_schedule", schedule_id=made["id"], is_active=False)
-    assert off["notes"] == ["Nothing will fire: is_active is false."]
     waits = await call("create_schedule", task_id=await bash_mcp(call, "true"), **after("failure", any=True))
-    assert "upcoming" not in waits and "notes" not in waits
+    assert off["notes"] == ["Nothing will fire: is_active is false."] and not {"upcoming", "notes"} & waits.keys()
     first = await bash_mcp(call, "true", name="backup")
     again = await call("create_task", name="backup", task_type="bash", config={"command": "true"})
     unplanned = "it has no schedule: only execute_task runs it, until create_schedule says when"
@@ -10082,9 +10081,9 @@ async def test_resources_can_be_read_and_the_prompt_brings_the_facts_about_a_fai
     assert (prompt.name, prompt.arguments[0].name) == ("diagnose_task", "task_id")
     got = await call.client.get_prompt("diagnose_task", {"task_id": str(task_id)})
     assert "no space left" in got.messages[0].content.text and '"exit_code": 3' in got.messages[0].content.text
-    for name, arguments in (("diagnose_task", {"task_id": "99"}), ("diagnose_task", {}), ("nothing", {})):
+    for given in ({}, {"task_id": "99"}, {"task_id": "1", "limit": "9"}, None):
         with pytest.raises(MCPError):
-            await call.client.get_prompt(name, arguments)
+            await call.client.get_prompt("nothing" if given is None else "diagnose_task", given)
 
 
 async def test_pipelined_requests_and_one_after_a_refused_upgrade_are_each_checked_in_order(open_api: OpenApi) -> None:
@@ -10099,20 +10098,22 @@ async def test_pipelined_requests_and_one_after_a_refused_upgrade_are_each_check
     assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
 
 
-async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service) -> None:
+async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     async with Client(chronotask.make_server(service), mode="legacy") as client:
         call = Caller(client)
         os.mkfifo(f"{service.store.path}.gate")
         task_id = await bash_mcp(call, f"read line < {service.store.path}.gate; echo $line")
-        waiting = asyncio.ensure_future(client.call_tool("execute_task", {"task_id": task_id, "wait": 50}))
-        await until_true(lambda: service.engine.running)
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await waiting
+        calls = [{"task_id": one, "wait": 50} for one in (task_id, await bash_mcp(call, "sleep 60"))]
+        waiting = [asyncio.ensure_future(client.call_tool("execute_task", one)) for one in calls]
+        await until_true(lambda: len(service.engine.running) == 2)
+        assert [one.cancel() for one in waiting] == [True, True]
+        await call("delete_task", task_id=calls[1]["task_id"])
         await asyncio.to_thread(Path(f"{service.store.path}.gate").write_text, "on and on\n")
         [run] = (await call("get_task_history", task_id=task_id))["history"]
         await service.engine.feed.wait_for(run["id"], 10)
         assert (await call("get_execution", execution_id=run["id"]))["output_data"]["stdout"] == "on and on\n"
+    chronotask.gc.collect()
+    assert "never retrieved" not in caplog.text, "what is told to nobody"
 
 
 async def test_a_bug_is_answered_without_a_trace(rig: Rig) -> None:
@@ -10671,10 +10672,9 @@ def test_clients_that_leave_at_any_moment_leave_no_trace_in_the_log_and_no_conne
     before = server.connections() if os.access(f"/proc/{server.process.pid}/fd", os.R_OK) else None
     body = json.dumps(rpc("tools/list")).encode()
     head = "".join(f"{name}: {value}\r\n" for name, value in {**MCP_HEADERS, "Content-Length": str(len(body))}.items())
+    sent = f"POST /mcp HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode() + body
     for _ in range(500):
-        with connected(
-            server, f"POST /mcp HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode() + body, server.mcp_port()
-        ) as client:
+        with connected(server, sent, server.mcp_port()) as client:
             time.sleep(draw.choice((0, 0.001, 0.003)) * draw.random())
             if draw.random() < 0.3:
                 client.recv(100)
@@ -10796,6 +10796,7 @@ def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: 
         (f"$PYTHON {PROGRAM} --backup - >/dev/full", 1, "standard output cannot be written: No space left"),
         (f"CHRONOTASK_DATABASE_URL=sqlite:///no.db $PYTHON {PROGRAM} --export -; ls no.db 2>&1", 2, "no.db to export\n"),
         (f"mkfifo p; CHRONOTASK_DATABASE_URL=sqlite:///y.db $PYTHON {PROGRAM} --port 0 --config p", 2, "must be a regular file"),
+        (f"mkdir gone; cd gone; rmdir ../gone; $PYTHON {PROGRAM} --backup x", 2, "working directory, which has been deleted"),
         (f"echo @daily ü | CHRONOTASK_FOO= PYTHONIOENCODING=ascii $PYTHON {PROGRAM} --import-crontab -", 0, "variable 'CHRONOT"),
     ):
         done = ran(tmp_path, "sh", "-c", command, environ={"PYTHON": sys.executable, "CHRONOTASK_LOG_LEVEL": "ERROR"})
@@ -10815,14 +10816,13 @@ def test_an_interrupt_during_the_start_leaves_no_trace(new_server: NewServer) ->
         assert "Traceback" not in server.log()
 
 
-@each("taken", "API_PORT", "MCP_PORT", "both the same")
+@each("taken", "API_PORT", "MCP_PORT", "API_PORT MCP_PORT")
 def test_a_port_that_is_taken_is_said_before_anything_runs(new_server: NewServer, taken: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        if taken == "both the same":
+        if " " in taken:  # by itself
             other.close()
-        ports = {taken: port} if taken != "both the same" else {"API_PORT": port, "MCP_PORT": port}
-        server = new_server("both", **ports).start(ready=False)
+        server = new_server("both", **dict.fromkeys(taken.split(), port)).start(ready=False)
         assert server.ended() == 1
         assert f"chronotask: cannot listen on 127.0.0.1 port {port}: " in server.log()
         assert "Traceback" not in server.log() and "leads" not in server.log()
