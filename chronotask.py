@@ -8040,9 +8040,12 @@ class _Apply:
         standing, left, errors, homes = _standing(self.tx.db), dict(wanted), list[FieldError](), {"", *wanted}
         for key, item in standing.items():
             if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
-                acts = item.status == "active" if isinstance(item, Task) else item.is_active
-                pruned = "paused" if self.prune == "pause" and acts else "orphaned"
-                self._do("deleted" if self.prune == "delete" else pruned, key, item)
+                stop: dict[str, Any] = {"is_active": False}
+                if isinstance(item, Task):  # a pause gets no end by itself; what is disabled stays so
+                    stop = {} if item.status == "disabled" else {"status": "paused", "paused_until": None}
+                stop = {name: value for name, value in stop.items() if getattr(item, name) != value}
+                pruned = "paused" if self.prune == "pause" and stop else "orphaned"
+                self._do("deleted" if self.prune == "delete" else pruned, key, item, stop if pruned == "paused" else None)
         # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
         for kind in itertools.chain([Task], itertools.repeat(Schedule)):
             before = len(left)
@@ -8099,8 +8102,6 @@ class _Apply:
         """Does to a task or schedule what `action` says, and notes it."""
         task, new, kind = isinstance(item, Task), action == "created", cast(Any, type(item))
         before = shape_of(kind).defaults if new else view_of(item)
-        if action == "paused":
-            changes = {"status": "paused"} if task else {"is_active": False}
         if action == "deleted":
             (remove_task if task else remove_schedule)(self.tx, item.id)
         elif new:

@@ -7378,23 +7378,24 @@ async def test_what_has_no_key_is_taken_over_by_the_key_that_an_export_gave_it(r
 
 
 @each(
-    "prune action task schedules",
-    (None, "orphaned", "active", [True, True]),
-    ("pause", "paused", "paused", [True, False]),
-    ("delete", "deleted", None, [True]),
+    "prune action task active more",
+    (None, "orphaned", "active", [True, True], ""),
+    ("pause", "paused", "paused", [True, False], ""),
+    ("pause", "paused", "paused", [True, False], "status = 'paused'\npaused_until = '2026-01-02T00:00'"),
+    ("delete", "deleted", None, [True], ""),
 )
-async def test_what_a_file_leaves_out_goes_on_or_is_pruned(rig: Rig, prune: Any, action: str, task: Any, schedules: Any) -> None:
+async def test_what_a_file_drops_stays_or_is_pruned(rig: Rig, prune: Any, action: str, task: Any, active: Any, more: str) -> None:
     gone = '\n[tasks.gone]\ntask_type = "bash"\nconfig = { command = "true" }\n'
     second = "[tasks.nightly.schedules.noon]\nschedule_type = 'cron'\nschedule_config = { expression = '0 12 * * *' }\n"
-    await applied(rig, NIGHTLY + second + gone)
+    await applied(rig, NIGHTLY + second + gone + more)
     await applied(rig, 'chronotask = 1\nowner = "dev"\n' + gone.replace("gone", "others"))
     await rig.schedule(1)  # by hand: nobody's business
     answer = await applied(rig, NIGHTLY, prune=prune)
     assert actions(answer) == [(action, "gone"), (action, "nightly/noon")]
-    tasks = {view["key"]: view["status"] for view in (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"]}
+    tasks = dict(rig.sql("SELECT key, coalesce(paused_until, status) FROM tasks WHERE NOT deleted"))
     assert tasks == {"nightly": "active", "others": "active"} | ({"gone": task} if task else {})
     found = (await rig.service.list_schedules(ScheduleQuery()))["schedules"]
-    assert [view["is_active"] for view in found if view["managed_by"]] == schedules
+    assert [view["is_active"] for view in found if view["managed_by"]] == active
     again = await applied(rig, NIGHTLY, prune=prune)
     assert {action for action, _ in actions(again)} <= {"orphaned"} and len(again["changes"]) == 2 * (prune != "delete")
 
