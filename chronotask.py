@@ -3704,13 +3704,14 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
 def refused_target(path: Path, target: Path) -> str | None:
     """Why a backup of the database at `path` must not replace `target`, or None. Whoever has a database open goes on writing to
     the file that was replaced; and a log of the old file spoils the new one."""
-    own = [Path(f"{path.resolve()}{suffix}") for suffix in ("", *BESIDE)]
-    draining = str(target.resolve()).startswith(f"{path.resolve()}.drain-")
-    if draining or target.resolve() in own or any(file.exists() and target.exists() and file.samefile(target) for file in own):
+    ours, there = os.path.realpath(path), os.path.realpath(target)  # `os.path` raises for no name and no folder
+    own = [f"{ours}{suffix}" for suffix in ("", *BESIDE)]
+    same = os.path.exists(there) and any(os.path.exists(file) and os.path.samefile(file, there) for file in own)
+    if same or there in own or there.startswith(f"{ours}.drain-"):
         return "a file of its own, not one of the database"
-    if any(Path(f"{target}{suffix}").exists() for suffix in ("-wal", "-journal")):
+    if any(os.path.exists(f"{target}{suffix}") for suffix in ("-wal", "-journal")):
         return "a file of its own, not a database that is in use"
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         return "a regular file, or a name that is free"
     return None
 
@@ -3733,7 +3734,7 @@ def backup(path: Path, target: Path, stopped: Callable[[], bool] = lambda: False
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.rename(target)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, UnicodeError) as error:  # SQLite takes only names that are UTF-8
         raise Unavailable(f"the backup of {path} to {target} failed: {error}") from None
 
 
@@ -9884,7 +9885,7 @@ def warn_if_open(settings: Settings) -> None:
 def run_backup(settings: Settings, target: str) -> None:
     """Writes a copy of the database to a file, or to standard output. Raises StartupError, Unavailable."""
     source = settings.database_url
-    if not source.exists():
+    if not os.path.exists(source):
         raise StartupError(f"there is no database {source} to back up")
     if target == "-":
         if sys.stdout is None or sys.stdout.isatty():
@@ -9919,7 +9920,7 @@ def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
 
 async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ, body: Any) -> int:
     """--apply (of `body`) and --export, as one more process on the database. Returns the exit status."""
-    if options.export is not None and not settings.database_url.exists():
+    if options.export is not None and not os.path.exists(settings.database_url):
         raise StartupError(f"there is no database {settings.database_url} to export")
     clock = Clock()
     store = Store(settings.database_url, clock.monotonic)

@@ -10851,9 +10851,9 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
     (tmp_path / "other.db").write_text("no database")
     (tmp_path / "target").write_text("before")
     other = settings(tmp_path, database_url=tmp_path / "other.db")
-    for chosen, target in ((rig.service.settings, tmp_path / "no" / "such" / "folder.db"), (other, tmp_path / "target")):
+    for chosen, name in (*((rig.service.settings, bad) for bad in ("no/such/folder.db", "x" * 300, "\udcff")), (other, "target")):
         with pytest.raises(Unavailable, match=r"the backup of .* failed"):
-            run_backup(chosen, str(target))
+            run_backup(chosen, f"{tmp_path}/{name}")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"other.db": "no database", "target": "before"}
 
 
@@ -10871,13 +10871,13 @@ async def test_a_backup_replaces_a_file_and_never_the_database_or_what_belongs_t
     os.mkfifo(tmp_path / "pipe")
     other.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y);")
     told = dict.fromkeys((tmp_path / "pipe", tmp_path, "/dev/null", ""), "must be a regular file, or a name that is free")
-    told |= {tmp_path / "other.db": "not a database that is in use"}
-    for name, said in told.items():
+    for name, said in {**told, tmp_path / "other.db": "not a database that is in use"}.items():
         with pytest.raises(chronotask.StartupError, match=said):
             run_backup(own, str(name))
     other.close()
-    run_backup(own, str(tmp_path / "other.db"))
-    run_backup(own, f"{rig.path}.bak")
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "other.db", tmp_path / "loop", f"{rig.path}.bak"):
+        run_backup(own, str(place))
 
 
 def notified(path: str) -> list[str]:
