@@ -8087,7 +8087,9 @@ class _Apply:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
         else:
-            left = {"status", "paused_until", "is_active"} - {*given}  # these stay as they are
+            left = {"status", "is_active"} - {*given}  # these stay as they are
+            if "status" in left:
+                left.add("paused_until")
             if not task and (item.is_active or item.over) == (stored.is_active or stored.over):
                 left.add("is_active")
             changes = {name: value for name, value in wanted.items() if name not in left and value != getattr(stored, name)}
