@@ -8216,12 +8216,12 @@ class ConfigFile:
         self.service.engine.spawn(self.service.keep("configuration file", self._look))
 
     def _identity(self) -> Any:
-        """Of what the path leads to now: an editor writes another file, Kubernetes turns a link."""
+        """Of what the path leads to now: an editor writes another file, Kubernetes turns a link, somebody lets us read it."""
         try:
             found = self.path.stat()
         except OSError as error:
             return error.errno
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+        return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size
 
     async def _look(self) -> None:
         await asyncio.sleep(CONFIG_POLL)
