@@ -1761,11 +1761,8 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
     """An http configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret."""
     url, result = config.get("url") or "", dict(config)
     if "@" in url:
-        parts, begin = url_parts(url), 0
-        end = re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
-        if parts:  # else it is not sure where it begins: then it is all before the host
-            begin = len(parts.scheme) + 3
-            end = begin + len(parts.userinfo)
+        parts, end = url_parts(url), re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
+        begin = len(parts.scheme) + 3 if parts else 0  # where it is not sure, it is all before the host
         if begin < end:
             result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
     if config.get("auth"):
@@ -1791,22 +1788,24 @@ def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
+def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """`new`, parsed, with the stored secret for each mask that was sent. Raises InvalidInput for one that stands for nothing,
     and for any once the URL's origin differs: else who may edit a task could have its secret sent to a server of their own."""
     if task_type != "http" or MASK not in str(new):
         return new
     kept: dict[str, str] = {}
-    _map_secrets(stored or {}, lambda name, text: kept.setdefault(name.lower(), text))
-    kept_url, refused = (stored or {}).get("url", ""), list[FieldError]()
+    _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
+    kept_url, refused = stored.get("url", ""), list[FieldError]()
     origins = {parts and parts.origin for parts in (url_parts(new["url"]), url_parts(kept_url))}
     # Where it is not sure, it has moved.
     same = new["url"] in (kept_url, mask_config("http", {"url": kept_url})["url"]) or (len(origins) == 1 and None not in origins)
 
     def secret(name: str, sent: str) -> str:
         known = kept.get(name.lower())
-        if MASK not in sent or (sent == MASK and same and known is not None):
-            return sent if MASK not in sent else str(known)
+        if MASK not in sent:
+            return sent
+        if sent == MASK and same and known is not None:
+            return known
         why = "there is no such value" if same or known is None else "scheme, host or port of the url changed"
         refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
         return sent

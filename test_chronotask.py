@@ -2065,7 +2065,7 @@ def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked(
     assert chronotask.unmask_config("http", new, {"url": "http://a/"}) == new
     with pytest.raises(InvalidInput, match=r"config\.headers\.Authorization: give the secret again"):
         chronotask.unmask_config("http", {"url": "http://a/", "headers": {"Authorization": f"Bearer {MASK}"}}, SECRET_CONFIG)
-    for stored in (None, {"url": "http://a/"}):
+    for stored in ({}, {"url": "http://a/"}):
         with pytest.raises(InvalidInput, match=r"config\.auth\.password: give the secret again"):
             chronotask.unmask_config("http", {"url": "http://a/", "auth": {"username": "u", "password": MASK}}, stored)
 
