@@ -4091,10 +4091,11 @@ def mark_deleted(db: DB, task_id: int) -> None:
     """Makes a task invisible; the leader then ends its executions and removes its rows."""
     db.execute(f"UPDATE tasks SET deleted = 1, rev = {_NEXT_REV} WHERE id = ?", (task_id,))
     hold_disabled(db, task_id, True)  # what a killed execution leaves free must not start the next one
-    for schedule in load(db, Schedule, f"{_SCHEDULES} WHERE s.schedule_type = 'after' AND s.is_active"):
-        if task_id in schedule.schedule_config.get("task_ids", ()):  # without another one it is over
-            schedule.look_ahead()
-            update(db, schedule)
+    for schedule in schedules_that(db, {"s.schedule_type = 'after' AND s.is_active = 1": True}):
+        with contextlib.suppress(*DAMAGE):
+            if task_id in schedule.schedule_config.get("task_ids", ()):  # without another one it is over
+                schedule.look_ahead()
+                update(db, schedule)
 
 
 def purge_task(db: DB, task_id: int, limit: int) -> bool:

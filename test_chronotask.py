@@ -6456,6 +6456,8 @@ async def test_a_broken_task_row_fails_its_own_executions_only_and_loses_no_end_
     rig = await open_rig()
     assert rig.service.engine.leading
     assert rig.sql("SELECT status FROM executions WHERE task_id > 4") == [("interrupted",)] * 3
+    rig.sql("UPDATE schedules SET schedule_type = 'after', schedule_config = json_object('task_ids', json_array(1)) WHERE id = 7")
+    await rig.service.delete_task(1)
 
 
 async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
