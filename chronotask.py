@@ -9953,6 +9953,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
             continue  # where the parent has closed one, the next file or socket must not become a standard stream
         os.close(spare)
+        sys.stderr = sys.stderr or open(2, "w", closefd=False)  # else `print` would tell standard output, a backup
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         settings, warnings = Settings.from_env(os.environ, options.port, options.host)
         if options.mode == "mcp" and not settings.mcp_enabled:
