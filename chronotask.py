@@ -9033,7 +9033,8 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
             errors.append(FieldError(which, "do not go together: give those of one kind"))
             continue
         told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
-        kind = target.get(type_name) or (stood if stood in fitting else next(iter(told), None))
+        stays = stood in fitting and (not told or stood in told or MAIN[told[0]] in before[holder])
+        kind = target.get(type_name) or (stood if stays else next(iter(told), None))
         if kind is None and typed:
             errors.append(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
             continue
