@@ -2132,18 +2132,6 @@ class Attempt:
 
 
 @dataclass(slots=True, kw_only=True)
-class Recent:
-    """What an overview shows of an execution. `duration` is in seconds."""
-
-    id: ReadOnly[int]
-    task_id: Internal[int]
-    status: ReadOnly[str]
-    started_at: ReadOnly[Time | None]
-    duration: ReadOnly[float | None]
-    error_message: Internal[str | None]
-
-
-@dataclass(slots=True, kw_only=True)
 class Change:
     """What somebody has written: of `before` and `after` only what differs, masked. `via` says which way, and from where."""
 
@@ -2517,7 +2505,7 @@ ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
-RecentRun = Annotated[dict[str, Any], View(Recent, "RecentRun")]
+RecentRun = Annotated[dict[str, Any], View(None, "RecentRun", id=int, status=str, started_at=str | None, duration=float | None)]
 OverviewTask = Annotated[
     dict[str, Any],
     View(
@@ -2586,17 +2574,17 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     return notes
 
 
-def overview_view(task: TaskView, recent: Sequence[Recent]) -> OverviewTask:
-    """A task with its recent executions, which are given oldest first."""
-    judged = [SUCCESS[e.status] for e in recent if e.status in SUCCESS]
-    times = sorted(e.duration for e in recent if e.status == "succeeded" and e.duration is not None)
-    real = [e for e in recent if e.status in FINISHED and e.status not in NEVER_STARTED]
+def overview_view(task: TaskView, recent: Sequence[tuple[RecentRun, str | None]]) -> OverviewTask:
+    """A task with its recent executions, which are given oldest first, each with its error message."""
+    judged = [SUCCESS[run["status"]] for run, _ in recent if run["status"] in SUCCESS]
+    times = sorted(run["duration"] for run, _ in recent if run["status"] == "succeeded" and run["duration"] is not None)
+    errors = [error for run, error in recent if run["status"] in FINISHED and run["status"] not in NEVER_STARTED]
     return {
         **task,
-        "last_error": (real[-1].error_message or "")[:300] or None if real else None,
+        "last_error": (errors[-1] or "")[:300] or None if errors else None,
         "success_rate": sum(judged) / len(judged) if judged else None,
         "typical_duration": times[len(times) // 2] if times else None,
-        "recent": [shape_of(Recent).view(e) for e in recent],
+        "recent": [run for run, _ in recent],
     }
 
 
@@ -4442,14 +4430,16 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
     return new + _ids(db, changed, (compact(shown),))
 
 
-def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[Recent]]:
-    """The last `count` executions of each task, oldest first."""
-    recent = """SELECT e.*, max(0, finished_at - started_at) / 1e6 AS duration FROM json_each(?) AS j
-        CROSS JOIN executions AS e WHERE e.id IN (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?)
-        ORDER BY e.id"""
-    found: dict[int, list[Recent]] = {}
-    for execution in load(db, Recent, recent, (compact(list(task_ids)), count)):
-        found.setdefault(execution.task_id, []).append(execution)
+def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[tuple[RecentRun, str | None]]]:
+    """The last `count` executions of each task, oldest first, as an overview shows them; each with its error message."""
+    recent = """SELECT json_group_array(json_array(task_id, error_message, id, status, started_at, duration)) FROM (
+        SELECT e.*, max(0, finished_at - started_at) / 1e6 AS duration FROM json_each(?) AS j CROSS JOIN executions AS e
+        WHERE e.id IN (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id)"""
+    found: dict[int, list[tuple[RecentRun, str | None]]] = {}
+    [(rows,)] = db.execute(recent, (compact(list(task_ids)), count))
+    for task_id, error, number, status, started_at, duration in parsed(rows):
+        run = dict(id=number, status=status, started_at=instant_or_none(started_at), duration=duration)
+        found.setdefault(task_id, []).append((run, error))
     return found
 
 
