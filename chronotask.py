@@ -5361,7 +5361,7 @@ async def _watch(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_SECONDS[live.reason or "timed_out"]):
                 await asyncio.wait([exited])
-                while _group_lives(process.pid, user):
+                while _signal_group(process.pid, 0):  # no look into /proc: for a hundred attempts it would take all the time
                     await asyncio.sleep(0.05)
         _signal_group(process.pid, signal.SIGKILL)
         await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
@@ -5385,16 +5385,6 @@ def _signal_group(group: int, number: int) -> bool:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
         return True
-    return False
-
-
-def _group_lives(group: int, user: pwd.struct_passwd | None) -> bool:
-    """Whether a group has more than zombies: those answer signals for as long as nobody reaps them."""
-    for pid in _processes_of(user) if _signal_group(group, 0) else ():
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            state, _, its_group = file.read().rpartition(")")[2].split()[:3]  # proc(5); the name before them may hold anything
-            if its_group == str(group) and state not in "ZX":
-                return True
     return False
 
 
@@ -5512,7 +5502,7 @@ def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Rep
     message = ": ".join([message, *itertools.islice(filter(None, lines), 1)])
     if code == 127 and report is None:  # often the command lies in the working directory, which no PATH holds
         said, found, _ = stderr.rpartition(": command not found")
-        name = said.rpartition(": ")[2] if found else source.split(None, 1)[0]
+        name = said.rpartition(": ")[2] if found else next(iter(source.split()), "")
         if name and "/" not in name and os.path.isfile(os.path.join(folder or "", name)):
             message += f"; the file is in the working directory: use {_one_line(shlex.quote(f'./{name}'), 100)}"
     return Outcome("failed", message, output, retryable=lost or code not in (126, 127))
