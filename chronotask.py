@@ -4674,7 +4674,7 @@ class SecretMasker:
             at = data.find(form)  # linear, which a regular expression would not be
             while at >= 0:
                 found.append((at, at + len(form)))
-                at = data.find(form, at + len(form))
+                at = data.find(form, at + 1)  # they may overlap: abcdeabcdea
         return found
 
     def _possible_start(self, data: bytes | bytearray) -> int:
