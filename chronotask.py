@@ -4697,10 +4697,10 @@ def masker_of(secrets: Iterable[str]) -> SecretMasker | None:
 
 def _secret_forms(secret: str) -> set[bytes]:
     """A secret and its lines as programs and servers echo them, once escapes are undone: plain, in a form, UTF-16, base64."""
-    plain = secret.encode("utf-8", "replace")
+    plain = secret.encode("utf-8", "surrogateescape")  # bytes of a variable that are no UTF-8 reach a command as they are
     forms = {plain, b" ".join(plain.split()), plain.replace(b" ", b"+")}  # the second: of `echo $SECRET`
     # As Python's ascii() writes it; as a shell and shlex write an apostrophe.
-    latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "replace") for letter in secret)
+    latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "surrogateescape") for letter in secret)
     quoted = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}
     quoted |= {re.sub(rb"[\0-\x1f\x7f-\xff]+", rb"'$'\g<0>''", text) for text in quoted}  # as ls and cp do in a message
     for kind in (b"\\%&", b"%&", b"\\&", b"\\%", b"%"):
@@ -4889,6 +4889,8 @@ def resolve_secrets(
             raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
         elif name not in environ:
             raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
+        elif task_type == "http" and re.search("[\udc80-\udcff]", environ[name]):
+            raise ChronoTaskError(f"${{env:{name}}}: is not UTF-8 text")
         else:
             secrets.append(environ[name])
         return secrets[-1]
