@@ -3368,7 +3368,6 @@ class Store:
         self._loop, self._monotonic = asyncio.get_running_loop(), monotonic
         self._writing: _Call | None = None
         self._version = 0
-        self._commits = 0  # counted by the writer's thread alone, as `_version` is kept by the loop alone
         self._db = open_database(path)
         self._file, self.replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
@@ -3433,11 +3432,6 @@ class Store:
         db.set_progress_handler(lambda: self._closing or call.future.cancelled() or self._monotonic() > until, SCAN_STEP)
         _read_batch(db, batch)
 
-    @property
-    def changes(self) -> tuple[int, int]:
-        """What is known to be committed, by this process and by others: while it stays, what was read is still so."""
-        return self._commits, self._version
-
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
         before, self._version = self._version, await self.write(self._look)
@@ -3485,7 +3479,6 @@ class Store:
             db.execute("COMMIT")
             if db.total_changes > before:  # a commit of nothing does not touch the disk, and proves nothing
                 self.failure = None
-                self._commits += 1
         except sqlite3.Error as error:
             self.failure = str(error)
             for call in batch:
@@ -6968,7 +6961,6 @@ class Service:
         self.changes = Changes(self.engine, self.retention, partial(status_of, self))
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
-        self._pages: tuple[Any, dict[str, TaskPage]] = (None, {})  # of tasks, as long as nothing has been written since
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._loop: asyncio.Task[None] | None = None
         self._checking = asyncio.Lock()
@@ -7081,18 +7073,10 @@ class Service:
     async def list_tasks(self, query: TaskQuery) -> TaskPage:
         """List tasks, paused and disabled ones too. Look here before you create one. `q` searches in names; `total` counts all
         that match."""
-        now, asked = (self.store.changes, self.engine.paused), query.model_dump_json()
-        if self._pages[0] != now:
-            self._pages = now, {}
-        pages = self._pages[1]
-        if asked not in pages:
-            look = self.store.read if query.q is query.tag is None else self.store.scan
-            total, tasks = await look(partial(list_tasks, query=query))
-            tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
-            if len(pages) >= 10:
-                pages.clear()
-            pages[asked] = dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
-        return pages[asked]
+        look = self.store.read if query.q is query.tag is None else self.store.scan
+        total, tasks = await look(partial(list_tasks, query=query))
+        tasks = [{**t, "next_run": None} if self.engine.paused or t["status"] != "active" else t for t in tasks]
+        return dict(total=total, skip=query.skip, limit=query.limit, tasks=tasks)
 
     async def task_id(self, task: int | str) -> int:
         """The id of a task that is named by it or by `key:NAME`. Raises NotFound."""
