@@ -1289,7 +1289,7 @@ class Plan:
 # names properties that answers show, and the field that each stands behind.
 
 # What a damaged row raises. It stops no others; the claim of a schedule and the run of a task will say so.
-DAMAGE = (ChronoTaskError, AttributeError, LookupError, TypeError, ValueError)
+DAMAGE = (ChronoTaskError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 MASK = "********"
 MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 # The client library writes these itself, or waits for an answer to them: a task's own would contradict what is sent (RFC 9112).
@@ -2603,16 +2603,14 @@ def output_text(output: dict[str, Any] | None) -> str:
 def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
     """The next firings of schedules in their true order, each as often as it fires."""
 
-    def of(schedule: Schedule) -> Iterator[tuple[int, int, Schedule]]:
+    def of(schedule: Schedule) -> Iterator[tuple[int, int, Firing]]:
+        about = {"schedule_id": schedule.id, "task_id": schedule.task_id, "task_name": schedule.task_name}
         with contextlib.suppress(*DAMAGE):
             for t in schedule.plan().upcoming(schedule.settled_until, limit):
-                yield t, schedule.id, schedule
+                yield t, schedule.id, about | upcoming_view([t], schedule.zone)[0]
 
     merged = itertools.takewhile(lambda firing: firing[0] <= until, heapq.merge(*map(of, schedules)))
-    return [
-        {"schedule_id": s.id, "task_id": s.task_id, "task_name": s.task_name, **upcoming_view([t], s.zone)[0]}
-        for t, _, s in itertools.islice(merged, limit)
-    ]
+    return [firing for _, _, firing in itertools.islice(merged, limit)]
 
 
 def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
