@@ -174,7 +174,7 @@ from pydantic import (
     field_validator,
     with_config,
 )
-from pydantic_core import from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 from typing_extensions import TypedDict, is_typeddict
 
 if TYPE_CHECKING:
@@ -7807,6 +7807,7 @@ def load_json(raw: bytes, what: str = "the body") -> Any:
         value = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode()
+        to_json(value)  # what is nested deeper could not be written again
         return value
     except UnicodeEncodeError:
         raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
@@ -7815,7 +7816,8 @@ def load_json(raw: bytes, what: str = "the body") -> Any:
     except json.JSONDecodeError as error:
         raise MalformedBody(f"{what} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (RecursionError, ValueError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        too_deep = isinstance(error, (RecursionError, PydanticSerializationError))
+        why = "it is nested too deeply" if too_deep else str(error)[:100]
         raise MalformedBody(f"{what} is not acceptable JSON: {why}") from None
 
 
