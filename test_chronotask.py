@@ -7537,8 +7537,7 @@ async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: R
     ]  # fmt: skip
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
     many = {f"t{n}": {**good, "max_retries": -1} for n in range(300)}
-    with pytest.raises(InvalidInput, match=r"; and 200 more$"):
-        await applied(rig, {"chronotask": 1, "tasks": many})
+    assert (await refusal(applied(rig, {"chronotask": 1, "tasks": many}))).detail.endswith("; and 200 more")
 
 
 def test_a_file_that_is_cut_short_too_large_or_not_there_is_refused(tmp_path: Path) -> None:
@@ -8811,8 +8810,9 @@ async def test_what_is_not_there_answers_404(api: Api) -> None:
 
 async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_1_mib_413(api: Api) -> None:
     for raw in (
-        b"{", b"", b"   ", b"{'a': 1}", b'{"a": 1,}', b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b"\xff\xfe{}",
-        b'{"name": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000, b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"x", b"\x00", b"[" * 300 + b"]" * 300,
+        b"{", b"", b"   ", b"{'a': 1}", b'{"a": 1,}', b"[" * 300 + b"]" * 300, b'{"a": NaN}', b'{"a": Infinity}',
+        b'{"a": -Infinity}', b"\xff\xfe{}", b'{"name": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000,
+        b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"x", b"\x00",
     ):  # fmt: skip
         problem_of(await api("POST", "/tasks", raw), 400)
     for raw in (b"[]", b'"x"', b"5", b"true", b'[{"name": "t"}]', b"null"):
