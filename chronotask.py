@@ -2074,7 +2074,7 @@ class Preview(Schedule):
 
 @dataclass(slots=True, kw_only=True)
 class Execution:
-    """One run of a task, past, present or queued. `started_at` is the first attempt's start, `output_size` characters."""
+    """One run of a task, past, present or queued. `started_at` is the first attempt's start."""
 
     also_shown: ClassVar = {"success": "status", "duration": "finished_at", "retry_count": "attempt"}
 
@@ -2096,7 +2096,6 @@ class Execution:
     cause: ReadOnly[dict[str, Any] | None] = None
     rerun_of: ReadOnly[int | None] = None
     attempt_started_at: Internal[Time | None] = None
-    output_size: Queried[Internal[int | None]] = None
     caused: Detail[list[int] | None] = None
     attempts: Detail[list[AttemptView] | None] = None
 
@@ -3808,15 +3807,13 @@ _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_conf
     FROM json_each(s.schedule_config, '$.task_ids') j
     CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
-_EXECUTIONS = """SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name,
-    length(output_data) AS output_size FROM executions e"""
+_EXECUTIONS = "SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name FROM executions e"
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
-_OUTPUT = frozenset({"output_data", "output_size"})
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
 
 def load(
-    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), without: frozenset[str] = frozenset()
+    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), without: tuple[str, ...] = ()
 ) -> list[Row]:
     """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. Columns
     `without`, and damaged JSON, are read as NULL."""
@@ -3824,7 +3821,7 @@ def load(
     return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, without))]
 
 
-def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], without: frozenset[str] = frozenset()) -> str:
+def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], without: tuple[str, ...] = ()) -> str:
     """What `query` finds as JSON arrays of the columns of `kind`, in one text."""
     try:
         found = db.execute(f"SELECT {all_of.format(_as_json(kind, 'json({})', without))} FROM ({query})", parameters)
@@ -3837,7 +3834,7 @@ def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[An
 
 
 @functools.cache
-def _as_json(kind: Any, json_sql: str, without: frozenset[str]) -> str:
+def _as_json(kind: Any, json_sql: str, without: tuple[str, ...]) -> str:
     shape = shape_of(kind)
     columns = ("NULL" if name in without else json_sql.format(name) if name in shape.json else name for name in shape.loaded)
     return f"json_array({', '.join(columns)})"
@@ -4291,7 +4288,7 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
 
 def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[Execution]:
     """Those of the executions `ids` that exist, oldest first."""
-    without = frozenset[str]() if output else _OUTPUT
+    without = () if output else ("output_data",)
     return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (compact(list(ids)),), without)
 
 
@@ -4354,13 +4351,11 @@ def list_executions(
         if asked.keys() & {"status", "success", "since", "until"}:
             total = db.execute(f"SELECT count(*) FROM ({found})", values).fetchone()[0]
     page = f"{_EXECUTIONS} WHERE id IN ({found} ORDER BY id DESC LIMIT ? OFFSET ?) ORDER BY id DESC"
-    without = _OUTPUT if query.output == "none" else frozenset[str]()
+    without = ("output_data",) if query.output == "none" else ()
     executions = load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], without)
-    for execution in executions if query.output is None else ():
-        # Only longer output can have a text that is too long.
-        output = ((execution.output_size or 0) > LIST_TEXT_LIMIT and execution.output_data) or {}
+    for output in (execution.output_data or {} for execution in executions if query.output is None):
         for name, value in output.items():
-            text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+            text = compact(value) if isinstance(value, (dict, list)) else value
             if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
                 output[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
     return total, executions
@@ -4437,7 +4432,7 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
 def measured_tasks(db: DB, limit: int) -> tuple[list[Task], dict[int, int]]:
     """The `limit` tasks that ran last, without their configurations; and since when tasks run, by their ids."""
     ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # what is queried is of these alone
-    tasks = load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), frozenset({"config"}))
+    tasks = load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), ("config",))
     running = f"SELECT task_id, min(started_at) FROM executions WHERE {UNFINISHED_SQL} AND status = 'running' GROUP BY 1"
     return tasks, dict(db.execute(running).fetchall())
 
