@@ -8971,7 +8971,6 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*parts[part], *never}]
     if not isinstance(clear, list) or any(name not in may for name in clear):
         raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
-    body |= {name: copy.copy(shape_of(mark.resource).defaults.get(name)) for name in clear if known[name][0] == "body"}
     targets = [(holder, mark, body) for holder in FLAT if holder in mark.fields]
     if operation.name == "create_task" and (made := {**parts["schedule"]}) | parts["schedule_config"]:
         if "schedules" in body:
@@ -9007,12 +9006,20 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         elif "timezone" in names and "timezone" in before.get(holder, ()):  # of another kind: at least that stays
             config = {"timezone": before[holder]["timezone"], **config}
         target |= {holder: config, type_name: kind} if typed else {holder: config}
+    defaults = _defaults(mark.resource, body.get("schedule_type", before.get("schedule_type")))
+    body |= {name: copy.copy(defaults.get(name)) for name in clear if known[name][0] == "body"}
     if not errors:
         return parse(operation.body, body)
     with told_at("", others := list[FieldError]()):
         parse(operation.body, body)
     without = ("_type", "config")  # these are missing because of the errors above
     raise InvalidInput(*errors, *(one for one in others if one.message != "is required" or not one.field.endswith(without)))
+
+
+def _defaults(resource: Any, schedule_type: Any) -> dict[str, Any]:
+    """Of the fields of a resource, by the service's rule for schedules of type `after`."""
+    own = {"overlap": "allow", **dict.fromkeys(NOT_OF_AFTER)} if schedule_type == "after" else {}
+    return shape_of(resource).defaults | own
 
 
 @functools.cache
@@ -9076,7 +9083,7 @@ def make_tools() -> types.ListToolsResult:
 # Without nulls, defaults, what follows from other fields, and the same instant twice.
 
 ROWS = {"tasks": Task, "schedules": Schedule, "history": Execution, "executions": Execution, "unfinished": Execution}
-FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "managed_by", "skip", "limit"}
+FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "skip", "limit"}
 
 
 def clip(value: Any, limit: int, where: str) -> Any:
@@ -9092,7 +9099,7 @@ def clip(value: Any, limit: int, where: str) -> Any:
 
 def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
     """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
-    defaults, times = (shape_of(resource).defaults, shape_of(resource).times) if resource else ({}, ())
+    defaults, times = (_defaults(resource, view.get("schedule_type")), shape_of(resource).times) if resource else ({}, ())
     of = {Task: "tasks", Execution: "executions", Attempt: "executions"}.get(resource)
     where = f"resource {SCHEME}{of}/{view['id']} has all that was kept" if of else "REST has all"
     known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())

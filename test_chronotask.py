@@ -10041,7 +10041,8 @@ async def test_notes_say_what_fires_nothing_is_there_twice_or_has_changed_nothin
     assert "timezone" not in await call.refused("update_schedule", schedule_id=made["id"], clear=["timezone"])
     off = await call("update_schedule", schedule_id=made["id"], is_active=False)
     waits = await call("create_schedule", task_id=await bash_mcp(call, "true"), **after("failure", any=True))
-    assert off["notes"] == ["Nothing will fire: is_active is false."] and not {"upcoming", "notes"} & waits.keys()
+    assert off["notes"] == ["Nothing will fire: is_active is false."] and not {"upcoming", "notes", "overlap"} & waits.keys()
+    await call("update_schedule", schedule_id=waits["id"], clear=["overlap", "exclude"])
     assert (await call("update_schedule", schedule_id=waits["id"], seconds=60))["schedule_type"] == "interval"
     first = await bash_mcp(call, "true", name="backup")
     again = await call("create_task", name="backup", task_type="bash", config={"command": "true"})
@@ -10461,9 +10462,9 @@ SENTENCES: list[tuple[str, str, Json, Json] | tuple[str, str, Json, Json, str]] 
      {"upcoming": [{"schedule_id": "S"}]}),
     ("Stop everything; go on", "set_scheduler_paused set_scheduler_paused", [{"paused": True}, {"paused": False}],
      {"paused": False}, "/scheduler/status"),
-    ("Here is our file, apply it", "apply_definitions",
-     {"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'},
-     {"total": 1}, "/tasks?key=of-{n}"),
+    ("Here is our file, apply it", "apply_definitions get_task",
+     [{"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'},
+      {"task_id": "key:of-{n}"}], {"managed_by": "file"}),
 ]  # fmt: skip
 # What models get wrong, and the one text that puts it right. A schedule is one of task 1.
 SLIPS: list[tuple[str, Json, str]] = [
