@@ -6956,6 +6956,7 @@ class Service:
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._loop: asyncio.Task[None] | None = None
         self._checking = asyncio.Lock()
+        self._changing: set[asyncio.Task[Any]] = set()
 
     async def start(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
         """Becomes leader if nobody is, does what `prepare` is to do before anything fires, and starts the jobs."""
@@ -7002,7 +7003,8 @@ class Service:
         return await self.store.scan(lambda db: (counts(db), measured_tasks(db, 1000)))
 
     async def change(self, write: Callable[[Transaction], T], take_up: bool = True) -> T:
-        """The one way to change something: refused while stopping, written, then taken up by whom it concerns."""
+        """The one way to change something: refused while stopping, written, then taken up by whom it concerns, also when the
+        caller has gone meanwhile (a client of MCP may cancel its call)."""
         if self.engine.stopping:
             raise Unavailable("the service is shutting down")
         if self.store.replaced:  # what a restart loses must not be promised
@@ -7013,13 +7015,21 @@ class Service:
             held[:] = [Transaction(db, now, self.settings, caller=caller)]  # it may run twice
             return write(held[0])
 
-        done = await self.store.write(run)
-        for line in held[0].lines:
-            logger.info("%s", line)
-        await self.engine.after_write(held[0])
-        if take_up:
-            await self.changes.take_up()
-        return done
+        async def changed() -> T:
+            done = await self.store.write(run)
+            for line in held[0].lines:
+                logger.info("%s", line)
+            if held[0].new_ids:
+                self.engine.wake()
+            await self.engine.after_write(held[0])
+            if take_up:
+                await self.changes.take_up()
+            return done
+
+        job = asyncio.create_task(changed())
+        self._changing.add(job)
+        job.add_done_callback(self._changing.discard)
+        return await asyncio.shield(job)
 
     async def in_checks(self, run: Callable[[], T]) -> T:
         """Runs the check of a new expression off the loop, one at a time: one that hardly ever fires takes a while."""
@@ -7208,7 +7218,6 @@ class Service:
     async def _begin(self, write: Callable[[Transaction], Execution], wait: float) -> ExecutionView:
         """Queues an execution, unless it is there already, and waits for its end up to `wait` seconds."""
         execution = await self.change(write, take_up=False)
-        self.engine.wake()
         if wait <= 0:
             return view_of(execution)
         await self.engine.feed.wait_for(execution.id, wait)
@@ -7334,7 +7343,6 @@ async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBo
         return slots, tx.new_ids
 
     slots, ids = await service.change(write, take_up=False)
-    service.engine.wake()
     return dict(slots=upcoming_view(slots, zone), executions=ids)
 
 

@@ -8180,6 +8180,19 @@ async def waiting_client(api: Api, target: Target) -> asyncio.Future[Answer]:
     return waiting
 
 
+async def test_a_change_takes_effect_although_its_caller_has_gone_meanwhile(rig: Rig) -> None:
+    await rig.executed(task_id := await rig.task(config={"command": "sleep 0.3"}))
+    await rig.service.changes.poll()
+    for call, status in ((rig.execute(task_id), "running"), (rig.service.cancel_execution(2), "cancelled")):
+        await rig.tick()
+        busy, job = asyncio.ensure_future(rig.service.store.write(lambda db: time.sleep(0.1))), asyncio.create_task(call)
+        await asyncio.sleep(0.02)
+        assert job.cancel()
+        await asyncio.wait({busy, job, asyncio.ensure_future(rig.service.store.write(lambda db: None))})
+        await (rig.tick() if status == "running" else rig.finish())
+        assert await rig.statuses() == ["succeeded", status]
+
+
 async def test_a_waiting_client_hears_404_when_its_task_is_deleted_and_202_at_shutdown(open_api: OpenApi, target: Target) -> None:
     api = await open_api(shutdown_grace=5.0)
     waiting, other = await waiting_client(api, target), await api.task()
