@@ -6159,6 +6159,7 @@ class Tick:
     schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
     noted: list[tuple[Task, str, str | None]] = dataclasses.field(default_factory=list)  # what no attempt tells, why: for the log
+    ended: list[Finished] = dataclasses.field(default_factory=list)  # attempts, as they are on disk
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
@@ -6262,7 +6263,7 @@ class Engine:
         finally:
             self._ticking = False
         self._queued = len(tick.runs) == capacity
-        await self.after_write(tick, ended)
+        await self.after_write(tick)
 
     def _write(
         self,
@@ -6276,6 +6277,10 @@ class Engine:
         tick, over = Tick(db, now, self.settings), list[Ended]()
         if ended:
             over = finish_attempts(db, ended)
+            last = {end.execution_id for end in over}
+            for s in ended:  # a retry may have been cancelled meanwhile
+                cancelled = s.status == "retrying" and s.run.execution_id in last
+                tick.ended.append(dataclasses.replace(s, status="cancelled", next_attempt_at=None) if cancelled else s)
             tasks = get_tasks(db, {end.task_id for end in over})
             for end in over:
                 if task := tasks.get(end.task_id):
@@ -6297,28 +6302,27 @@ class Engine:
 
     async def finish(self, ended: Sequence[Finished]) -> None:
         """Finishes attempts of a process that is gone, as a tick does with those of this one."""
-        tick = await self.store.write(partial(self._write, now=self.clock.now(), ended=ended))
-        await self.after_write(tick, ended)
+        await self.after_write(await self.store.write(partial(self._write, now=self.clock.now(), ended=ended)))
         self.wake()
 
-    async def after_write(self, tick: Tick, ended: Sequence[Finished] = ()) -> None:
+    async def after_write(self, tick: Tick) -> None:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
         for task, status, why in tick.noted:
             self.stats.ended[task.task_type, status] += 1
             if why:
                 logger.warning("task %d (%s): %s", task.id, task.name, why)
-        for s in ended:
+        for s in tick.ended:
             self.running.pop(s.run.execution_id, None)
             if self.leading:
                 self.retries.set(s.run.execution_id, s.next_attempt_at)
             self.stats.count(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
-        self.feed.notify([*(s.run.execution_id for s in ended), *tick.cancelled])  # a retry may have become cancelled meanwhile
-        started = [run.execution_id for run in tick.runs]
+        ended = [*(s.run.execution_id for s in tick.ended), *tick.cancelled]
+        self.feed.notify(ended)
         await self._begin(tick.runs)
-        await self.feed.publish_executions([*tick.new_ids, *started, *(s.run.execution_id for s in ended), *tick.cancelled])
+        await self.feed.publish_executions([*tick.new_ids, *(run.execution_id for run in tick.runs), *ended])
 
     # --- attempts ---
 

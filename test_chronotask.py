@@ -5709,7 +5709,9 @@ async def meanwhile(rig: Rig, call: Any) -> Any:
     return job.result()
 
 
-async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it(open_rig: OpenRig, target: Target) -> None:
+async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it(
+    open_rig: OpenRig, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     retrying = await rig.executed(await rig.task(**target.config(), max_retries=3))
@@ -5723,7 +5725,14 @@ async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it(open_
     await rig.let_go(target)
     await rig.run_at(3600)
     assert await rig.statuses() == ["cancelled", "succeeded", "cancelled"] and len(target.requests) == 2
-    assert rig.service.engine.stats.ended == {("bash", "cancelled"): 1, ("http", "cancelled"): 1, ("http", "succeeded"): 1}
+    caplog.set_level(logging.INFO)
+    failed = await rig.begun(await rig.task(config=FAIL, max_retries=3))
+    await asyncio.wait([rig.service.engine.running[failed].job])  # and is not yet written
+    asked = asyncio.create_task(rig.service.cancel_execution(failed))
+    await until_true(lambda: rig.sql("SELECT cancel_requested FROM executions WHERE id = ?", failed) == [(1,)])
+    await asyncio.gather(asked, rig.tick())
+    assert (await rig.statuses())[3:] == ["cancelled"] and "the next is at" not in caplog.text
+    assert rig.service.engine.stats.ended == {("bash", "cancelled"): 2, ("http", "cancelled"): 1, ("http", "succeeded"): 1}
 
 
 async def test_each_attempt_is_kept_and_told_the_last_decides(rig: Rig, target: Target, caplog: pytest.LogCaptureFixture) -> None:
