@@ -6220,8 +6220,8 @@ class Engine:
         moved = self.clock.step()
         if moved > DAY:
             self.distrust_clock()
-        self._set_back += min(moved, 0)
-        if self._set_back <= -SECOND and self.leading:
+        self._set_back = self._set_back + min(moved, 0) if self.leading else 0  # who takes over looks at the clock by itself
+        if self._set_back <= -SECOND:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
             await self.load_timers()

@@ -6411,8 +6411,15 @@ async def test_a_retry_waits_for_no_future_that_did_not_come_after_a_restart(rig
     await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=10))
     later = await restarted(rig, open_rig, -86_400)
     assert offset((await later.rows())[0]["next_attempt_at"]) == -86_400 + 3960
-    await later.run_at(-86_400 + 3960)
-    assert await later.statuses() == ["succeeded"]
+    follower = await open_rig(kind="mcp", clock=FakeClock(later.clock.wall + 3000 * S))
+    follower.clock.wall = later.clock.wall  # which the leader has followed
+    await follower.tick()
+    await later.close()
+    await follower.service.leadership.look()
+    await follower.run_at(-86_400 + 3959)
+    assert await follower.statuses() == ["retrying"]
+    await follower.run_at(-86_400 + 3960)
+    assert await follower.statuses() == ["succeeded"]
 
 
 # --- Nothing broken stops the rest ------------------------------------------------------------------------------------
