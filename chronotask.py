@@ -4016,8 +4016,8 @@ def after_schedules(db: DB) -> list[Schedule]:
 
 def after_edges(db: DB, without: int) -> dict[int, list[int]]:
     """Which tasks are fired after which, by the ids that `after` schedules name; but for one schedule."""
-    edges = """SELECT j.value, json_group_array(DISTINCT s.task_id) FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
-        WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ? GROUP BY 1"""
+    edges = f"""SELECT j.value, json_group_array(DISTINCT task_id) FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
+        WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ? AND {_NOT_DELETED} GROUP BY 1"""
     return {watched: parsed(fired) for watched, fired in db.execute(edges, (without,))}
 
 

@@ -7484,12 +7484,15 @@ async def test_an_after_schedule_names_tasks_by_their_keys_wherever_they_stand_i
     assert said in (circle + "nightly → alarm → nightly", circle + "alarm → nightly → alarm")
 
 
-@each("first second", ("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba"), ("ba cb dc", "ab bc cd"))  # ab: a after b
+@each(
+    "first second", ("ab", "ba"), ("ba ac", "ab bc"), ("ab bc", "cb ba"), ("ba cb dc", "ab bc cd"), ("ba cbd", "cd ac")
+)  # abc: a after b, c
 async def test_a_file_may_turn_a_chain_round(rig: Rig, first: str, second: str) -> None:
     def file(chain: str) -> dict[str, Any]:
-        tasks: dict[str, Any] = {key: {"task_type": "bash", "config": {"command": "true"}, "schedules": {}} for key in "abcd"}
-        for key, cause in chain.split():
-            config = {"tasks": [cause], "on": ["success"]}
+        bash, keys = {"task_type": "bash", "config": {"command": "true"}}, sorted({*chain} - {" "})
+        tasks: dict[str, Any] = {key: {**bash, "schedules": {}} for key in keys}
+        for key, *causes in chain.split():
+            config = {"tasks": causes, "on": ["success"]}
             tasks[key]["schedules"]["s"] = {"schedule_type": "after", "schedule_config": config}
         return {"chronotask": 1, "tasks": tasks}
 
