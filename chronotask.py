@@ -6224,9 +6224,9 @@ class Engine:
         if self._set_back <= -SECOND:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
-            await self.load_timers()
+            self.forget_timers()
         if self.leading and self._timers_to is not None and (self.timers.next_due() or LAST_INSTANT) > self._timers_to[0]:
-            await self._load_more_timers()
+            await self._load_more_timers(self._timers_to)
         self.last_tick = self.clock.monotonic()
         await self.tick()
         self._last_tick_end = self.clock.monotonic()
@@ -6390,25 +6390,29 @@ class Engine:
         await self.store.write(write)
         self._set_back -= seen  # it may have been set again meanwhile
 
-    async def load_timers(self, since_rev: int | None = None) -> None:
-        """Takes up when schedules and retries are due that were changed after `since_rev`; None: all, from nothing."""
-        timers, retries, self.pause_ends = await self.store.read(partial(changed_timers, since_rev=since_rev))
-        if since_rev is None:
-            self.timers.rebuild([])
-            self.retries.rebuild(retries)
-            self._timers_to = (-1, 0)
-            await self._load_more_timers()
-        else:
-            for index, found in ((self.timers, timers), (self.retries, retries)):
-                for key, at in found:
-                    index.set(key, at)
+    def forget_timers(self) -> None:
+        """The next step reads anew what is due when. Not here: a tick under way may write what this would not see."""
+        self.timers, self.retries, self._timers_to = TimerQueue(), TimerQueue(), (-1, 0)
 
-    async def _load_more_timers(self) -> None:
+    async def load_timers(self, since_rev: int | None = None) -> None:
+        """Takes up when schedules and retries are due that were changed after `since_rev`; None: all retries, of no schedule."""
+        retries = self.retries
+        timers, found, self.pause_ends = await self.store.read(partial(changed_timers, since_rev=since_rev))
+        for schedule_id, fires in timers:
+            self.timers.set(schedule_id, fires)
+        for execution_id, at in found:
+            retries.learn(execution_id, at)  # a tick that was under way knows better
+
+    async def _load_more_timers(self, after: tuple[int, int]) -> None:
         """Of a million schedules only those that fire next have timers: further ones get theirs when these have fired."""
-        found = await self.store.read(partial(next_timers, after=self._timers_to or (-1, 0), limit=TIMERS))
-        self._timers_to = (found[-1][1], found[-1][0]) if len(found) == TIMERS else None
+        timers = self.timers
+        if after == (-1, 0):
+            await self.load_timers()
+        found = await self.store.read(partial(next_timers, after=after, limit=TIMERS))
         for schedule_id, at in found:
-            self.timers.learn(schedule_id, at)
+            timers.learn(schedule_id, at)
+        if timers is self.timers:  # else they were forgotten meanwhile
+            self._timers_to = (found[-1][1], found[-1][0]) if len(found) == TIMERS else None
 
     def distrust_clock(self) -> None:
         """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
@@ -6670,7 +6674,10 @@ class Changes:
             until, paused = await store.read(progress)
             engine.paused = paused
             if engine.leading:
-                await engine.load_timers(since and since[0])
+                if since is None:
+                    engine.forget_timers()
+                else:
+                    await engine.load_timers(since[0])
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     if task_id not in self.retention.purges:
                         self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))

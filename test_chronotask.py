@@ -6481,6 +6481,7 @@ async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, mo
     for seconds in (9, 5, 5, 5, 5, 7, 20, 3):
         made.add(await rig.schedule(task_id, "once", schedule_config={"in_seconds": seconds}, overlap="allow"))
     await rig.service.changes.take_up(everything=True)
+    await rig.tick()
     assert len(rig.service.engine.timers._due) == 3
     for seconds, fired in ((2, 0), (3, 1), (5, 5), (8, 6), (9, 7), (19, 7), (20, 8)):
         for _ in range(5):
@@ -6800,10 +6801,22 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     rig.service.changes._seen = None  # as a look that failed leaves it
     rig.service.engine.timers.rebuild([])
     await rig.service.changes.poll()
+    await rig.tick()
     assert rig.service.engine.timers.next_due() is not None
     await (await open_rig(kind="mcp", database_url=rig.path)).service.delete_schedule(1)
     await rig.service.changes.poll()
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
+
+
+async def test_a_look_at_everything_loses_no_retry_that_is_written_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read = await rig.begun(await rig.task(config=FAIL, max_retries=1)), chronotask.changed_timers
+    monkeypatch.setattr(chronotask, "changed_timers", lambda db, since_rev: (read(db, since_rev), time.sleep(0.2))[0])
+    await asyncio.wait([rig.service.engine.running[run].job])
+    look = asyncio.create_task(rig.service.changes.take_up(everything=True))
+    await asyncio.sleep(0.05)
+    await asyncio.gather(look, rig.tick())
+    await rig.run_at(100)
+    assert (await rig.rows())[0]["attempt"] == 2
 
 
 async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
