@@ -6069,6 +6069,8 @@ class Feed:
             return
         for execution in await self._store.read(partial(get_executions, ids=set(ids))):
             self.publish("execution", execution.task_id, view_of(execution))
+            # What lies between may be another process's: the next look at those will find that it is shown with no status.
+            self._shown |= dict.fromkeys(range(max(self._shown_up_to + 1, execution.id - 1000), execution.id), "")
             self._shown_up_to = max(self._shown_up_to, execution.id)
             self._shown[execution.id] = execution.status
             if execution.status in FINISHED:

@@ -6265,10 +6265,11 @@ async def test_an_end_and_what_it_causes_are_one_transaction(rig: Rig) -> None:
 async def test_a_cancel_in_another_process_causes_what_the_leader_runs(open_rig: OpenRig, target: Target) -> None:
     leader = await open_rig(max_concurrent_runs=1)
     other = await open_rig(kind="mcp", clock=leader.clock, max_concurrent_runs=1)
+    reader, _ = await other.service.engine.feed.open(None)
     assert (leader.service.engine.leading, other.service.engine.leading) == (True, False)
     watched = await leader.task(**target.config("/hold"))
     alert, _ = await listener(leader, "cancelled", task_ids=[watched])
-    running, waiting = await leader.execute(watched), await leader.execute(watched)
+    running, waiting = await leader.execute(watched), await other.execute(watched)
     await leader.tick()
     await other.service.cancel_execution(waiting)
     assert await fired(other, alert) == [("cancelled", waiting, "queued")]
@@ -6280,6 +6281,9 @@ async def test_a_cancel_in_another_process_causes_what_the_leader_runs(open_rig:
         await asyncio.wait({stop}, timeout=0.01)
     await leader.finish()
     assert await fired(leader, alert) == [("cancelled", waiting, "succeeded"), ("cancelled", running, "succeeded")]
+    await other.service.changes.poll()
+    told = [event.data for _ in range(reader.qsize()) if (event := reader.get_nowait()) and event.kind == "execution"]
+    assert {view["id"]: view["status"] for view in told} == {view["id"]: view["status"] for view in await leader.rows()}
 
 
 async def test_a_thousand_failures_at_once_have_a_thousand_alerts(open_rig: OpenRig) -> None:
