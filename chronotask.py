@@ -2866,7 +2866,7 @@ def count_end(task: Task, end: Ended) -> None:
         task.failures_in_a_row += 1
         if task.status == "active" and task.failures_in_a_row >= (task.pause_after or math.inf):
             task.status, end.paused = "paused", True
-            failures = f"{task.failures_in_a_row} failures in a row"
+            failures = f"{task.failures_in_a_row} failure{'s' * (task.failures_in_a_row > 1)} in a row"
             task.status_reason = f"paused after {failures} (pause_after), {format_instant(end.finished_at // SECOND * SECOND)}"
     end.after = task.failures_in_a_row
 
@@ -6311,7 +6311,8 @@ class Engine:
         for schedule in tick.schedules:
             self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
         for task, status, why in tick.noted:
-            self.stats.ended[task.task_type, status] += 1
+            if status in FINISHED:
+                self.stats.ended[task.task_type, status] += 1
             if why:
                 logger.warning("task %d (%s): %s", task.id, task.name, why)
         for s in tick.ended:
@@ -6988,11 +6989,13 @@ class Service:
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
+        folder = os.path.realpath(self.store.path.parent)
         while not self.engine.ending:
             try:
                 await step()
             except Exception as error:
-                log = logger.error if isinstance(error, (Unavailable, OSError)) else logger.exception
+                beside = isinstance(error, OSError) and str(error.filename).startswith(folder)  # as of a lock on a full disk
+                log = logger.error if beside or isinstance(error, Unavailable) else logger.exception
                 log("%s: %s", name, error)
                 await asyncio.sleep(1)
 
@@ -7542,7 +7545,7 @@ def _fields_of(kind: type[Schedule], sent: dict[str, Any], stored: Schedule | No
             raise InvalidInput(FieldError("end_at", "must not be before start_at"))
     if errors:
         raise InvalidInput(*errors)
-    return fields | ({name: shape_of(Schedule).defaults[name] for name in NOT_OF_AFTER} if after else {})
+    return fields | ({name: copy.copy(shape_of(Schedule).defaults[name]) for name in NOT_OF_AFTER} if after else {})
 
 
 def _nothing_left(schedule: Schedule) -> FieldError:
@@ -7597,8 +7600,8 @@ class Transaction(Tick):
         old, new = _differences(before or {}, after or {})
         kept, by = (before and _kept(old), after and _kept(new)), self.caller
         put_row(self.db, "changes", None, self.now, by.actor, by.via, kind, object_id, operation, *kept)
-        what = f" ({', '.join({**old, **new})})" if before and after else ""
-        self.lines.append(f"{operation} {kind} {object_id or ''}{what} by {by.actor} via {by.via}")
+        what = f" {object_id}" * bool(object_id) + f" ({', '.join({**old, **new})})" * bool(before and after)
+        self.lines.append(f"{operation} {kind}{what} by {by.actor} via {by.via}")
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

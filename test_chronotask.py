@@ -5878,6 +5878,7 @@ async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_are_no
     execution = await rig.executed(watched)
     assert await fired(rig, alert) == [(event, execution, "succeeded") for event in ("failure", "broke", "paused")]
     assert (await rig.rows(task_id=alert))[2]["cause"]["text"].startswith("t failed (exit status 3), and is paused now, 2026")
+    assert (await rig.service.get_task(watched))["status_reason"].startswith("paused after 1 failure in a row (pause_after), ")
 
 
 async def test_a_retried_attempt_is_no_cause(rig: Rig) -> None:
@@ -5917,7 +5918,7 @@ async def test_a_task_that_is_paused_after_failures_is_told_and_counts_anew(rig:
     task = await rig.service.get_task(watched)
     assert (task["status"], task["run_count"], task["failures_in_a_row"], task["next_run"]) == ("paused", 2, 2, None)
     assert (why := task["status_reason"]) == "paused after 2 failures in a row (pause_after), 2026-01-01T00:02:00Z"
-    assert f"task {watched} (t): {why}" in caplog.messages
+    assert f"task {watched} (t): {why}" in caplog.messages and rig.service.engine.stats.ended == {("bash", "failed"): 2}
     assert rig.sql("SELECT actor, object_id, operation FROM changes WHERE via = 'pause_after'") == [("-", watched, "update")]
     task = await rig.patch_task(watched, status="active")
     assert (task["failures_in_a_row"], task["status_reason"], task["next_run"]) == (0, None, "2026-01-01T00:05:00Z")
@@ -6903,6 +6904,21 @@ async def test_an_edit_loses_no_slot_that_was_due_and_not_yet_claimed(rig: Rig, 
     await rig.finish()
     await rig.run_at(121)
     assert await rig.brief() == [("schedule", "succeeded", 60)]
+
+
+async def test_only_a_fault_of_the_storage_is_told_without_a_trace(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    for error, traced in (
+        (OSError(28, "full", f"{rig.path}.leader"), False),
+        (Unavailable("no"), False),
+        (OSError(2, "ours"), True),
+    ):
+        job = asyncio.create_task(rig.service.keep("a job", partial(fail, error)))
+        await asyncio.sleep(0)
+        job.cancel()
+        assert bool(caplog.records[-1].exc_info) is traced and "a job: " in caplog.messages[-1]
 
 
 async def test_in_a_burst_an_edit_loses_no_slot(rig: Rig) -> None:
@@ -9517,7 +9533,8 @@ async def test_every_write_is_a_change_with_who_how_and_what(open_api: OpenApi, 
 
 
 @each("call", *[f"{o.method} {o.path}" for o in OPERATIONS if o.method != "GET" and o.scope != "read"])
-async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) -> None:
+async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     writes: dict[str, tuple[str, Json]] = {
         "POST /tasks": ("create task", BASH),
         "PATCH /tasks/{id}": ("update task", {"name": "n"}),
@@ -9543,7 +9560,7 @@ async def test_every_operation_that_writes_leaves_a_change(api: Api, call: str) 
     assert answer.status < 300, answer.text
     changes = (await api.get("/changes"))["changes"]
     assert len(changes) > before and f"{changes[0]['operation']} {changes[0]['kind']}" == change
-    assert (changes[0]["actor"], changes[0]["via"]) == ("-", "rest 127.0.0.1")
+    assert (changes[0]["actor"], changes[0]["via"]) == ("-", "rest 127.0.0.1") and "  " not in "".join(caplog.messages)
 
 
 async def test_a_change_shows_only_what_differs_masked_and_never_at_length(api: Api) -> None:
