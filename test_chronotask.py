@@ -8512,6 +8512,9 @@ async def test_the_output_of_all_attempts_can_be_followed_in_each_process(api: A
     await api.task(config={"command": command}, max_retries=1, retry_delay=0)
     await api("POST", "/tasks/1/execute")
     apis = [api, await open_api(kind="mcp", database_url=api.rig.path)]
+    while (await api("GET", "/executions/1/output")).text != "begun\n":
+        await asyncio.sleep(0.01)
+    assert (await apis[1]("GET", "/executions/1/output")).text == "begun\n"
     following = [asyncio.ensure_future(one("GET", "/executions/1/output?follow=true")) for one in apis]
     await until_true(lambda: api.rig.sql("SELECT stream FROM live_output WHERE total > 0") == [("stdout 1",)])
     await asyncio.to_thread((tmp_path / "gate").write_text, "ended\n")
