@@ -399,6 +399,30 @@ fact('an edit changes what was touched, a unit alone too; what was changed elsew
   await service.ask('DELETE', '/tasks/' + id);
 });
 
+fact('what does not fit into a line, or only looks like a number, comes back from an edit as it was', async () => {
+  const config = { command: 'true', args: ['--x', '', 'a\nb'], env: { A: ' two\nlines', B: 'c:d' } };
+  const { id } = await service.ask('POST', '/tasks', { name: 'Odd', task_type: 'bash', config });
+  await open(service, `#/tasks/${id}/edit`);
+  for (const label of ['Arguments', 'Environment']) {
+    const field = page.getByLabel(label, { exact: true });
+    await field.fill((await field.inputValue()).replace('two', 'three').replace('--x', '--y'));
+  }
+  await button('Save').click();
+  await until(async () => await text('h1') === 'Odd', 'saved');
+  equal((await service.ask('GET', '/tasks/' + id)).config, { ...config, args: ['--y', '', 'a\nb'], env: { A: ' three\nlines', B: 'c:d' } });
+  const http = { url: 'https://example.org/', headers: { 'X-A': 'b=c: d' }, params: { 'a:b': '007', n: 5, t: true, l: [1, 'x'] } };
+  await service.ask('PATCH', '/tasks/' + id, { task_type: 'http', config: http });
+  await open(service, `#/tasks/${id}/edit`);
+  for (const label of ['Query parameters', 'Headers']) {
+    const field = page.getByLabel(label, { exact: true });
+    await field.fill(await field.inputValue() + '\n');
+  }
+  await button('Save').click();
+  await until(async () => await text('h1') === 'Odd', 'saved again');
+  equal((await service.ask('GET', '/tasks/' + id)).config, http);
+  await service.ask('DELETE', '/tasks/' + id);
+});
+
 fact('a press on Save counts, though a preview that moves it is answered just then', async () => {
   for (const [when, typed] of [['between press and release', '62 * * * *'], ['just before the press', '*/90 0 1 * MON']]) {
     await open(service, '#/tasks/1/schedules/new');
