@@ -3548,7 +3548,23 @@ def connect(path: Path, read_only: bool = False) -> DB:
     uri = f"file:{urllib.parse.quote(str(path))}?mode={'ro' if read_only else 'rwc'}"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA foreign_keys=ON")
+    db.create_function("cut_texts", 1, _cut_texts, deterministic=True)
     return db
+
+
+def _cut_texts(output: str | None) -> str | None:
+    """Output (JSON text) as a list shows it. A function for SQL: the whole outputs of a page are never together in memory."""
+    if output is None or len(output) <= LIST_TEXT_LIMIT:
+        return output
+    try:
+        values = parsed(output)
+        for name, value in values.items():
+            text = compact(value) if isinstance(value, (dict, list)) else value
+            if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
+                values[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
+        return compact(values)
+    except DAMAGE:
+        return output
 
 
 def open_database(path: Path) -> DB:
@@ -3807,35 +3823,37 @@ _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_conf
     CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
 _EXECUTIONS = "SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name FROM executions e"
+# How the output of executions is read: whole, not at all, or with its long texts cut.
+_OUTPUTS = {"full": ("", ""), "none": ("output_data", "NULL"), None: ("output_data", "cut_texts(output_data)")}
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
 
 def load(
-    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), without: tuple[str, ...] = ()
+    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), instead: tuple[str, str] = ("", "")
 ) -> list[Row]:
-    """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. Columns
-    `without`, and damaged JSON, are read as NULL."""
+    """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. `instead`:
+    a column, and the expression that is read in its place. Damaged JSON is read as NULL."""
     shape = shape_of(kind)
-    return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, without))]
+    return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, instead))]
 
 
-def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], without: tuple[str, ...] = ()) -> str:
+def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], instead: tuple[str, str] = ("", "")) -> str:
     """What `query` finds as JSON arrays of the columns of `kind`, in one text."""
     try:
-        found = db.execute(f"SELECT {all_of.format(_as_json(kind, 'json({})', without))} FROM ({query})", parameters)
+        found = db.execute(f"SELECT {all_of.format(_as_json(kind, 'json({})', instead))} FROM ({query})", parameters)
     except sqlite3.OperationalError as error:
         if "malformed JSON" not in str(error):
             raise
-        as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", without)
+        as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", instead)
         found = db.execute(f"SELECT {all_of.format(as_json)} FROM ({query})", parameters)
     return found.fetchone()[0] or ""
 
 
 @functools.cache
-def _as_json(kind: Any, json_sql: str, without: tuple[str, ...]) -> str:
-    shape = shape_of(kind)
-    columns = ("NULL" if name in without else json_sql.format(name) if name in shape.json else name for name in shape.loaded)
+def _as_json(kind: Any, json_sql: str, instead: tuple[str, str]) -> str:
+    shape, read = shape_of(kind), dict([instead])
+    columns = (json_sql.format(read.get(name, name)) if name in shape.json else name for name in shape.loaded)
     return f"json_array({', '.join(columns)})"
 
 
@@ -4287,8 +4305,8 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
 
 def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[Execution]:
     """Those of the executions `ids` that exist, oldest first."""
-    without = () if output else ("output_data",)
-    return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (compact(list(ids)),), without)
+    these = compact(list(ids))
+    return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (these,), _OUTPUTS["full" if output else "none"])
 
 
 def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
@@ -4350,14 +4368,7 @@ def list_executions(
         if asked.keys() & {"status", "success", "since", "until"}:
             total = db.execute(f"SELECT count(*) FROM ({found})", values).fetchone()[0]
     page = f"{_EXECUTIONS} WHERE id IN ({found} ORDER BY id DESC LIMIT ? OFFSET ?) ORDER BY id DESC"
-    without = ("output_data",) if query.output == "none" else ()
-    executions = load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], without)
-    for output in (execution.output_data or {} for execution in executions if query.output is None):
-        for name, value in output.items():
-            text = compact(value) if isinstance(value, (dict, list)) else value
-            if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
-                output[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
-    return total, executions
+    return total, load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], _OUTPUTS[query.output])
 
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
@@ -4431,7 +4442,7 @@ def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, 
 def measured_tasks(db: DB, limit: int) -> tuple[list[Task], dict[int, int]]:
     """The `limit` tasks that ran last, without their configurations; and since when tasks run, by their ids."""
     ids = "SELECT id FROM tasks WHERE NOT deleted ORDER BY last_run DESC, id LIMIT ?"  # what is queried is of these alone
-    tasks = load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), ("config",))
+    tasks = load(db, Task, f"{_TASKS} WHERE id IN ({ids}) ORDER BY last_run DESC, id", (limit,), ("config", "NULL"))
     running = f"SELECT task_id, min(started_at) FROM executions WHERE {UNFINISHED_SQL} AND status = 'running' GROUP BY 1"
     return tasks, dict(db.execute(running).fetchall())
 

@@ -3195,6 +3195,18 @@ async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_t
     assert await store.write(change) == wanted * 20 + ["old"] * 20
 
 
+def test_the_outputs_of_a_page_are_not_in_memory_together(store: Store) -> None:
+    task, peaks = chronotask.insert(store._db, some_task("t")), list[int]()
+    chronotask.insert_executions(store._db, [chronotask.NewExecution(task.id, None, "manual", None, 0)] * 50)
+    store._db.execute("UPDATE executions SET output_data = json_object('stdout', printf('%.*c', ?, 'x'))", (2**20,))
+    for output in (None, "none", "full"):
+        tracemalloc.start()
+        chronotask.list_executions(store._db, chronotask.ExecutionQuery(output=output))
+        peaks.append(tracemalloc.get_traced_memory()[1] // 2**20)
+        tracemalloc.stop()
+    assert peaks[0] < 10 and peaks[1] < 1 and peaks[2] >= 50
+
+
 def grown(db: sqlite3.Connection, count: int) -> None:
     """A task of every kind, schedule and execution for each number up to `count`; a few of what is rare."""
     numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1)"
