@@ -1450,8 +1450,8 @@ def _url(text: str) -> str:
     parts, begin = url_parts(text), len(re.split("[/?#]", _neutral(text).replace("//", "xx", 1), maxsplit=1)[0])
     end = len(_neutral(text).partition("#")[0])
     _references(text[:begin] + text[end:])
-    if SECRET_REFERENCE.match(_references(text, cause=True)):
-        return text  # the whole beginning is a secret: checked when it is known
+    if SECRET_REFERENCE.match(_references(text, cause=True)) or text.startswith(f"{MASK}@"):
+        return text  # the whole beginning is a secret, or the mask of one: checked when it is known
     try:
         read = urllib.parse.urlsplit(f"//{SECRET_REFERENCE.sub('0', parts.host)}" if parts else "")
         read.port  # noqa: B018 - reading it checks it

@@ -2099,7 +2099,7 @@ def test_a_mask_counts_only_while_it_is_sure_that_scheme_host_and_port_are_the_s
     kept, moved = (text.replace("*", MASK).split() for text in KEPT_OR_MOVED[stored])
     credentials = stored.rpartition("@")[0].rpartition("://")[2]
     for url in kept:
-        found = chronotask.unmask_config("http", {**MASKED_CONFIG, "url": url}, {**SECRET_CONFIG, "url": stored})
+        found = chronotask.override_config("http", {**SECRET_CONFIG, "url": stored}, {**MASKED_CONFIG, "url": url})
         assert found == {**SECRET_CONFIG, "url": url.replace(MASK, credentials)}
     for url in moved:
         error = refused(chronotask.unmask_config, "http", {**MASKED_CONFIG, "url": url}, {**SECRET_CONFIG, "url": stored})
