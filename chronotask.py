@@ -9982,6 +9982,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
         if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_DFL:  # no half of a copy, with all secrets, shall stay behind
+                    signal.signal(number, lambda number, _: sys.exit(128 + number))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         if options.backup is not None:
             run_backup(settings, options.backup)

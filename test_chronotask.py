@@ -10182,8 +10182,7 @@ async def test_pipelined_requests_and_one_after_a_refused_upgrade_are_each_check
     evil = b"GET /api/v1/tasks HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
     assert statuses_in(await raw_answer(api.client.port, upgrade + SMUGGLED)) == [200, 401]
     assert api.rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-    answer = await raw_answer(api.client.port, one * 40 + stolen + one + evil)
-    assert statuses_in(answer) == [200] * 40 + [401, 200, 403]
+    assert statuses_in(await raw_answer(api.client.port, one * 40 + stolen + one + evil)) == [200] * 40 + [401, 200, 403]
 
 
 async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service, caplog: pytest.LogCaptureFixture) -> None:
@@ -10873,6 +10872,8 @@ def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, pyt
 @pytest.mark.slow
 def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
+    ended = "os.kill(os.getpid(), 15) or made(*a, **b)"  # while the copy is made
+    ended = wrapped(tmp_path, after=f"made = chronotask.connect\nchronotask.connect = lambda *a, **b: {ended}")
     linked = f"mkdir real; cp {PROGRAM} {TOP}/dashboard.html real; ln -s real/chronotask.py link.py; $PYTHON link.py --backup x"
     for command, status, said in (
         (f"cd {TOP}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
@@ -10886,6 +10887,7 @@ def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: 
         (f"mkfifo p; CHRONOTASK_DATABASE_URL=sqlite:///y.db $PYTHON {PROGRAM} --port 0 --config p", 2, "must be a regular file"),
         (f"mkdir gone; cd gone; rmdir ../gone; $PYTHON {PROGRAM} --backup x", 2, "working directory, which has been deleted"),
         (f"CHRONOTASK_FOO=1 $PYTHON {PROGRAM} --export - 2>&- | head -n 1 | grep -vx {{", 1, ""),
+        (f"$PYTHON {ended} --backup copy; echo status $? >&2; ls -A | grep copy", 1, "status 143\n"),
         (f"echo @daily ü | CHRONOTASK_FOO= PYTHONIOENCODING=ascii $PYTHON {PROGRAM} --import-crontab -", 0, "variable 'CHRONOT"),
     ):
         done = ran(tmp_path, "sh", "-c", command, environ={"PYTHON": sys.executable, "CHRONOTASK_LOG_LEVEL": "ERROR"})
@@ -11365,8 +11367,7 @@ def test_clock_steps_of_hours_make_no_burst_and_run_no_slot_twice(tmp_path: Path
     rows = server.rows(f"&schedule_id={schedule}")
     assert Counter(row["status"] for row in rows)["missed"] == 1
     assert Counter(row["trigger"] for row in rows)["catchup"] == 1
-    missed = next(row for row in rows if row["status"] == "missed")
-    assert "1000 or more" in missed["error_message"]
+    assert "1000 or more" in next(row for row in rows if row["status"] == "missed")["error_message"]
 
     used = server.cpu()
     for hours in (4, 3):
@@ -12253,11 +12254,9 @@ def test_a_task_inherits_nothing_and_cannot_look_into_the_service(new_server: Ne
     if mode == "both":
         server.mcp_url()
     streams = [connected(server, EVENTS) for _ in range(3)]
-    task = server.bash("", config={"command": PROBE, "env": {"MINE": "1"}})
-    run = server.execute(task, wait=20)
+    run = server.execute(server.bash("", config={"command": PROBE, "env": {"MINE": "1"}}), wait=20)
     open_files, environ, looked, command = run["output_data"]["stdout"].split("--\n")
-    kinds = {re.sub(r":\[\d+\]", "", line) for line in open_files.split()}
-    assert kinds == {"/dev/null", "pipe"}, open_files
+    assert {re.sub(r":\[\d+\]", "", line) for line in open_files.split()} == {"/dev/null", "pipe"}, open_files
     names = {line.partition("=")[0] for line in environ.splitlines() if line.startswith("CHRONOTASK_")}
     assert names == {f"CHRONOTASK_{name}" for name in ("TASK_ID", "TASK_NAME", "EXECUTION_ID", "ATTEMPT", "RUN_ID")}
     assert "MINE=1" in environ.splitlines()
