@@ -6747,14 +6747,13 @@ class Leadership:
         try:
             if not locks_work(self._path):
                 raise StartupError(f"file locks do not work in {folder}: put the database on a local file system")
-        except OSError as error:
-            raise StartupError(f"no file can be made in {folder}: {error.strerror}") from None
-        while self.kind == "service" and not self._service_lock.acquire(shared=True):
-            await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
-        try:
+            while self.kind == "service" and not self._service_lock.acquire(shared=True):
+                await asyncio.sleep(0.01)  # a `mcp` process is looking whether a service is alive
             await self.look()
         except Unavailable as error:  # a full disk: reads work, and the next look tries again
             logger.error("this process cannot lead yet: %s", error.detail)
+        except OSError as error:
+            raise StartupError(f"no file can be made in {folder}: {error}") from None
 
     async def step(self) -> None:
         """Looks who leads and what other processes wrote."""
