@@ -767,7 +767,6 @@ class _Expression:
             raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
         second, minute, hour, day, month, weekday = texts if len(texts) == 6 else ["0", *texts]
         self.seconds, self.minutes, self.hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
-        self.unit = MINUTE if self.seconds == (0,) else SECOND
         # Debian: a job whose minute or hour field starts with * keeps to elapsed time; a day must match both of its fields if
         # either starts with *, else one is enough.
         self.wild = minute.startswith("*") or hour.startswith("*")
@@ -892,27 +891,6 @@ def _next_local(cron: _Expression, local: int) -> int | None:
     return following * DAY + cron.hours[0] * HOUR + cron.minutes[0] * MINUTE + cron.seconds[0] * SECOND
 
 
-@functools.lru_cache(maxsize=8192)
-def _next_cron_slot(expression: str, zone_name: str, after: int) -> int | None:
-    cron, zone = _parse_cron(expression), load_zone(zone_name)
-    local, again = after + _offset(zone, after), list[int]()
-    first, second = _readings(zone, local) if cron.wild else (0, 0)
-    if first > second and local - first == after:  # the second pass of this hour is still to come
-        change = _change(zone, local)
-        match = _next_local(cron, change + second - cron.unit)
-        again = [match - second] if match is not None and match < change + first else []
-    while (match := _next_local(cron, local)) is not None:
-        local = match
-        if cron.wild:
-            first, second = _readings(zone, match)
-            slots = [match - first, match - second] if first >= second else []
-        else:
-            slots = [slot for slot in [_instant_of(zone, match, CORRECTION)] if slot is not None]
-        if slots := [slot for slot in slots if slot > after]:
-            return min(slots + again)
-    return min(again, default=None)
-
-
 # --- Timings ----------------------------------------------------------------------------------------------------------
 
 
@@ -958,15 +936,27 @@ class Cron(Timing):
     def fixed(self) -> bool:
         return not _parse_cron(self.expression).wild
 
+    @functools.lru_cache(maxsize=8192)  # noqa: B019 - many schedules share an expression, and fire together
     def next_after(self, t: int) -> int | None:
         if t > _LAST_LOCAL:
             return None
-        # Floored, so that all schedules with this expression share the remembered answer.
-        unit = _parse_cron(self.expression).unit
-        slot = _next_cron_slot(self.expression, self.zone, max(t, -1) // unit * unit)
-        while slot is not None and slot <= t:  # Monrovia was 44 min 30 s behind until 1972: minutes that start at :30
-            slot = _next_cron_slot(self.expression, self.zone, slot)
-        return slot
+        cron, zone, t = _parse_cron(self.expression), load_zone(self.zone), max(t, -1)
+        local, again = t + _offset(zone, t), list[int]()
+        first, second = _readings(zone, local) if cron.wild else (0, 0)
+        if first > second and local - first == t:  # the second pass of this hour is still to come
+            change = _change(zone, local)
+            match = _next_local(cron, change + second - 1)
+            again = [match - second] if match is not None and match < change + first else []
+        while (match := _next_local(cron, local)) is not None:
+            local = match
+            if cron.wild:
+                first, second = _readings(zone, match)
+                slots = [match - first, match - second] if first >= second else []
+            else:
+                slots = [slot for slot in [_instant_of(zone, match, CORRECTION)] if slot is not None]
+            if slots := [slot for slot in slots if slot > t]:
+                return min(slots + again)
+        return min(again, default=None)
 
     def describe(self) -> str:
         cron = _parse_cron(self.expression)
