@@ -581,7 +581,6 @@ DAY = 24 * HOUR
 LAST_INSTANT = 253_402_300_800 * SECOND - 1  # 9999-12-31T23:59:59.999999Z
 
 CORRECTION = 3 * HOUR  # Debian's cron takes larger steps for corrections of the clock
-NEVER = 50 * 366 * DAY  # an expression without a slot for so long never fires
 LONGEST_EXPRESSION = 200
 LONGEST_INTERVAL = 10 * 365 * 86400
 
@@ -660,13 +659,11 @@ def parse_instant(text: str, zone: str, now: int = -1) -> int:
         moment = datetime.fromisoformat(f"{found[1]}T{found[2]}{(found[3] or '').upper()}")
     except ValueError as error:  # 31 February, 25:00
         raise ValueError(f"{_INSTANT_RULE} ({error})") from None
-    local = (moment.replace(tzinfo=None) - _EPOCH) // _TICK
-    if 0 <= local <= LAST_INSTANT:
-        shift = moment.utcoffset()
-        t = _instant_of(load_zone(zone), local, now=now) if shift is None else local - shift // _TICK
-        if t is not None and 0 <= t <= LAST_INSTANT:
-            return t
-    raise ValueError(_INSTANT_RULE)
+    local, shift = (moment.replace(tzinfo=None) - _EPOCH) // _TICK, moment.utcoffset()
+    t = _instant_of(load_zone(zone), local, now=now) if shift is None else local - shift // _TICK
+    if t is None or not 0 <= t <= LAST_INSTANT:
+        raise ValueError(_INSTANT_RULE)
+    return t
 
 
 def start_text(text: str, zone: str, now: int, local: bool) -> str:
@@ -1097,7 +1094,7 @@ def make_timing(
 
 def check_expression(text: str, zone: str, now: int) -> None:
     """Raises ValueError, saying what is allowed, unless this is a cron expression that will fire."""
-    if (Cron(text, zone).next_after(now) or LAST_INSTANT) > now + NEVER:
+    if Cron(text, zone).next_after(now) is None:
         raise ValueError("must fire at least once in the next 50 years")
 
 
@@ -1168,15 +1165,11 @@ def _clock_words(cron: _Expression) -> str:
     if len(times) <= 8:
         return exact
     # Field by field: never pretty, never wrong.
-    parts = []
-    if cron.seconds != (0,):
-        parts.append("every second" if len(cron.seconds) == 60 else f"second {_listed(cron.seconds)}")
-    parts.append("every minute" if len(cron.minutes) == 60 else f"minute {_listed(cron.minutes)}")
-    if len(hours) < 24:
-        parts.append(f"hour {_listed(hours)}")
-    elif len(cron.minutes) < 60:
-        parts.append("every hour")
-    return "at " + " of ".join(parts)
+    fields = (("second", cron.seconds, 60), ("minute", cron.minutes, 60), ("hour", hours, 24))
+    parts = [f"every {name}" if len(values) == full else f"{name} {_listed(values)}" for name, values, full in fields]
+    if parts[1:] == ["every minute", "every hour"]:
+        parts.pop()
+    return "at " + " of ".join(parts[1:] if cron.seconds == (0,) else parts)
 
 
 def _day_words(cron: _Expression) -> str:
