@@ -341,7 +341,8 @@ _path = _text(".+", "a path without control characters", lambda text: Path(text)
 _sqlite_rule = "sqlite:///relative/path.db or sqlite:////absolute/path.db"
 _sqlite_path = _text(r"sqlite:///[^?]+", _sqlite_rule, lambda text: _path(text.removeprefix("sqlite:///")))
 _host = _text(r"[A-Za-z0-9._:-]+", "a host name or IP address to listen on")
-_token = _text(r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters")
+_TOKEN, _token_rule = r"[\x21-\x7e]{8,4096}", "8 to 4096 visible ASCII characters"
+_token = _text(_TOKEN, _token_rule)
 _flag = _text("(?i)true|false|1|0|yes|no|on|off", "true or false", lambda text: text.lower() in {"true", "1", "yes", "on"})
 _log_level = _text("(?i)DEBUG|INFO|WARNING|ERROR|CRITICAL", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL", str.upper)
 _public_url = _text(r"https?://(?!/)[^\s?#$]+", "a URL beginning with http:// or https://", lambda text: text.rstrip("/") + "/")
@@ -534,24 +535,19 @@ def _read_tokens(path: Path) -> list[Token]:
         words = line.partition(" #")[0].split()
         if not words or words[0].startswith("#"):
             continue
-        try:
-            if len(words) != 3:
-                raise ValueError("must be NAME SCOPE TOKEN")
-            name, scope, token = words
-            if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or any(other.name == name for other in tokens):
-                raise ValueError("NAME must be 1 to 64 of A-Za-z0-9._@- and stand once")
-            if scope not in SCOPES:
-                given = f", not {shown(scope)}" if len(scope) < 8 else ""  # a longer word may be the token
-                raise ValueError(f"SCOPE must be one of {', '.join(SCOPES)}{given}")
-            try:
-                digest = token_digest(_token(token))
-            except ValueError as error:
-                raise ValueError(f"TOKEN {error}") from None
-            if any(other.digest == digest for other in tokens):
-                raise ValueError("TOKEN stands twice")
-            tokens.append(Token(name, scope, digest))
-        except ValueError as error:
-            raise StartupError(f"{file}, line {number}: {error}", exit_status=2) from None
+        name, scope, token = words if len(words) == 3 else ("", "", "")
+        digest, given = token_digest(token), f", not {shown(scope)}" if len(scope) < 8 else ""  # a longer word may be the token
+        named = re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) and all(other.name != name for other in tokens)
+        wrong = {
+            "must be NAME SCOPE TOKEN": len(words) != 3,
+            "NAME must be 1 to 64 of A-Za-z0-9._@- and stand once": not named,
+            f"SCOPE must be one of {', '.join(SCOPES)}{given}": scope not in SCOPES,
+            f"TOKEN must be {_token_rule}": not re.fullmatch(_TOKEN, token),
+            "TOKEN stands twice": any(other.digest == digest for other in tokens),
+        }
+        if why := next((why for why, is_so in wrong.items() if is_so), None):
+            raise StartupError(f"{file}, line {number}: {why}", exit_status=2)
+        tokens.append(Token(name, scope, digest))
     if not tokens:
         raise StartupError(f"{file}: holds no token", exit_status=2)
     return tokens
