@@ -350,7 +350,8 @@ _user_rule = "a user of this machine, neither root nor the service's own"
 _user = _text(".+", _user_rule, pwd.getpwnam, accepts=lambda user: user.pw_uid not in (0, os.geteuid()))
 _words = _text(".+", "without empty entries or control characters", many=True)
 _launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
-_hosts = _text(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", "of host names, without scheme and port", str.lower, many=True)
+_ipv6 = r"\[?[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*\]?"
+_hosts = _text(rf"[A-Za-z0-9._-]+|{_ipv6}", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
 
 

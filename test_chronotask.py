@@ -1098,7 +1098,11 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "API_TOKEN_FILE": (None, {}, []),
     "API_TOKENS_FILE": (None, {}, []),
     "PUBLIC_URL": (None, {"https://example.org/x//": "https://example.org/x/"}, ["x", "ftp://x/", "https:///x", "http://a b/"]),
-    "ALLOWED_HOSTS": ((), {"Tasks.Example.com,other": ("tasks.example.com", "other")}, ["http://x", "a b", "x:80/"]),
+    "ALLOWED_HOSTS": (
+        (),
+        {"Tasks.Example.com,other": ("tasks.example.com", "other")},
+        ["http://x", "a b", "x:80/", "cafe.de:80"],
+    ),
     "SECRETS_DIR": (Path("/run/secrets"), {"/etc/secrets": Path("/etc/secrets")}, []),
     "BLOCK_PRIVATE_NETWORKS": (False, {"true": True}, ["perhaps"]),
     "ALLOWED_NETWORKS": ((), {"10.0.0.0/8,::1": tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "::1")))}, ["10.0.0.1/8", "x"]),
