@@ -488,7 +488,7 @@ def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
     name = f"{ENV_PREFIX}{variable}={shown(str(path))}"
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is none: reading a pipe may last for ever, and once only")
+            raise ValueError("it is no regular file")  # reading a pipe may last for ever, and once only
         with path.open(encoding="utf-8-sig") as file:
             found, text = os.fstat(file.fileno()), file.read(1048577)
     except (OSError, ValueError) as error:
