@@ -3803,8 +3803,8 @@ _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_conf
     CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
 _EXECUTIONS = "SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name FROM executions e"
-# How the output of executions is read: whole, not at all, or with its long texts cut.
-_OUTPUTS = {"full": ("", ""), "none": ("output_data", "NULL"), None: ("output_data", "cut_texts(output_data)")}
+# How the output of executions is read, if not whole.
+_OUTPUTS = {"none": ("output_data", "NULL"), None: ("output_data", "cut_texts(output_data)")}
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
@@ -4285,8 +4285,8 @@ def get_execution(db: DB, execution_id: int) -> tuple[Execution, list[Attempt]]:
 
 def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[Execution]:
     """Those of the executions `ids` that exist, oldest first."""
-    these = compact(list(ids))
-    return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (these,), _OUTPUTS["full" if output else "none"])
+    how = ("", "") if output else _OUTPUTS["none"]
+    return load(db, Execution, f"{_EXECUTIONS} WHERE id {_THESE} ORDER BY id", (compact(list(ids)),), how)
 
 
 def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
@@ -4348,7 +4348,7 @@ def list_executions(
         if asked.keys() & {"status", "success", "since", "until"}:
             total = db.execute(f"SELECT count(*) FROM ({found})", values).fetchone()[0]
     page = f"{_EXECUTIONS} WHERE id IN ({found} ORDER BY id DESC LIMIT ? OFFSET ?) ORDER BY id DESC"
-    return total, load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], _OUTPUTS[query.output])
+    return total, load(db, Execution, page, [*values, query.limit, asked.get("skip", 0)], _OUTPUTS.get(query.output, ("", "")))
 
 
 def finished_among(db: DB, ids: Sequence[int]) -> list[int]:
