@@ -5513,18 +5513,19 @@ class HttpClient:
         self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
-        self._shared: aiohttp.ClientSession | None = None
+        self._shared: dict[bool, aiohttp.ClientSession] = {}
 
-    async def shared(self) -> aiohttp.ClientSession:
-        """The session whose connections are used again."""
-        if self._shared is None:
+    async def shared(self, keep: bool) -> aiohttp.ClientSession:
+        """The session whose connections are used again, or that has a new one for each request."""
+        if not self._shared:
             await asyncio.to_thread(importlib.import_module, "aiohttp")
-        if self._shared is None:  # another attempt may have been faster
-            self._shared = self._session(aiohttp.DummyCookieJar(), keepalive_timeout=KEEP_SECONDS)
-        return self._shared
+        if keep not in self._shared:
+            connections = {"keepalive_timeout": KEEP_SECONDS} if keep else {"force_close": True}
+            self._shared[keep] = self._session(aiohttp.DummyCookieJar(), **connections)
+        return self._shared[keep]
 
-    def fresh(self) -> aiohttp.ClientSession:
-        """One for an attempt, each of whose requests has a new connection; it keeps cookies, as a browser does."""
+    def redirected(self) -> aiohttp.ClientSession:
+        """One for the further requests of an attempt, with a new connection for each; it keeps cookies, as a browser does."""
         return self._session(aiohttp.CookieJar(unsafe=True, quote_cookie=False), force_close=True)  # unsafe: also of IP addresses
 
     def _session(self, cookies: aiohttp.abc.AbstractCookieJar, **connections: Any) -> aiohttp.ClientSession:
@@ -5563,8 +5564,8 @@ class HttpClient:
         ]
 
     async def close(self) -> None:
-        if self._shared is not None:
-            await self._shared.close()
+        for session in self._shared.values():
+            await session.close()
 
 
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -5830,10 +5831,10 @@ async def _exchange(
     }
     if run.scheduled_for is not None:
         of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
-    session = shared = await client.shared()
-    if request.method in _NOT_REPEATABLE or "close" in request.headers.get("Connection", "").lower():
-        session = await sessions.enter_async_context(client.fresh())  # a server may just be closing one that was kept
-    for _ in range(MAX_REDIRECTS + 1):
+    # A server may just be closing a connection that was kept.
+    keep = request.method not in _NOT_REPEATABLE and "close" not in request.headers.get("Connection", "").lower()
+    session = await client.shared(keep)
+    for number in range(MAX_REDIRECTS + 1):
         response = await session.request(
             request.method,
             request.url,
@@ -5850,8 +5851,8 @@ async def _exchange(
                 return request, response
         finally:
             response.close()  # unless the connection was given back at its end, with the request all sent
-        if session is shared:
-            session = await sessions.enter_async_context(client.fresh())
+        if number == 0:
+            session = await sessions.enter_async_context(client.redirected())
             session.cookie_jar.update_cookies(response.cookies, response.url)
         request = following
         live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
