@@ -4749,6 +4749,8 @@ class LiveOutput:
         self.content_type = ""
         self.acted = False  # a server has answered what must not be sent twice
         self.begun = False  # the request that is under way has begun to be sent
+        self.reused = False  # it is about to be, on a connection that was used before
+        self.broken = False  # the connection was reset before the end of the answer
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
         self._masker: SecretMasker | None = None  # None while there are no secrets
@@ -5679,14 +5681,11 @@ class _OneAnswer:
     def _asks(self, data: bytes) -> None:
         """Raises OSError when a request would begin on a connection that is not to be used again."""
         if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
-            if self._answer is not None and self._ended():
-                raise ConnectionResetError(None, "was closed by the server")
             self._method, self._live, self._came = begins[1].decode(), _ATTEMPT.get(), bytearray()
-            self._live.begun = True
+            self._live.begun, self._live.reused, self._live.broken = not self._over, self._answer is not None, False
+            if self._over:
+                raise ConnectionResetError(None, "was closed by the server")
             self._answer = _answer(self._method == "HEAD", self._came)
-
-    def _ended(self) -> bool:
-        return self._over
 
     def _answered(self, data: bytes) -> bytes:
         if self._answer is not None and data:
@@ -5709,14 +5708,25 @@ class _Socket(_OneAnswer, socket.socket):
         self._asks(buffers[0])
         return super().sendmsg(buffers, *more)
 
-    def _ended(self) -> bool:
-        """Whether the server has closed it or begun to say something else, also if the loop has not heard of it yet."""
-        poll = select.poll()
-        poll.register(self, select.POLLIN)
-        return self._over or bool(poll.poll(0))
+    def _asks(self, data: bytes) -> None:
+        super()._asks(data)  # or what TLS has made of it was seen just before
+        live = _ATTEMPT.get(None)  # of a connection that is closed nobody's
+        if (
+            live is not None and live.reused
+        ):  # the server may have closed it, or begun to say something else, and the loop not have heard of it yet
+            live.reused, poll = False, select.poll()
+            poll.register(self, select.POLLIN)
+            if poll.poll(0):
+                live.begun = False
+                raise ConnectionResetError(None, "was closed by the server")
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        return self._answered(super().recv(min(size, READ_BYTES), flags))
+        try:
+            return self._answered(super().recv(min(size, READ_BYTES), flags))
+        except ConnectionResetError:  # which aiohttp takes for the end of a body without declared length
+            if self._answer is not None and next(self._answer, self) is not self:
+                self._live.broken = True
+            raise
 
     def recv_into(self, buffer: Any, *more: Any) -> int:
         return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
@@ -5863,7 +5873,7 @@ def _redirected(config: StoredConfig, request: _Request, response: aiohttp.Clien
     """The request that follows, if one does: its method is what browsers make it (RFC 9110, 15.4), credentials stay with their
     own server. Raises ChronoTaskError."""
     status, location = response.status, response.headers.get("Location", "").strip()
-    if status not in (301, 302, 303, 307, 308) or not config.get("follow_redirects", True) or "Location" not in response.headers:
+    if status not in (301, 302, 303, 307, 308) or not location or not config.get("follow_redirects", True):
         return None
     try:
         if re.match("//|[A-Za-z][A-Za-z0-9+.-]*:", location):
@@ -5920,8 +5930,8 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                     return
         if unpacker is not None:
             live.feed("body", unpacker.flush())
-            if not unpacker.eof:
-                raise _Passing(_BROKE_OFF)
+        if live.broken or (unpacker is not None and not unpacker.eof):
+            raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
         raise _Passing(_BROKE_OFF) from None
 
