@@ -7846,13 +7846,14 @@ def load_json(raw: bytes, what: str = "the body") -> Any:
     except UnicodeEncodeError:
         raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
     except UnicodeDecodeError as error:
-        raise MalformedBody(f"{what} is not UTF-8 (byte {error.start})") from None
+        why = f"is not UTF-8 (byte {error.start})"
     except json.JSONDecodeError as error:
-        raise MalformedBody(f"{what} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        too_deep = isinstance(error, (RecursionError, PydanticSerializationError))
-        why = "it is nested too deeply" if too_deep else str(error)[:100]
-        raise MalformedBody(f"{what} is not acceptable JSON: {why}") from None
+        why = f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    except (RecursionError, PydanticSerializationError):
+        why = "is not acceptable JSON: it is nested too deeply"
+    except ValueError as error:
+        why = f"is not acceptable JSON: {str(error)[:100]}"
+    raise MalformedBody(f"{what} {why}")
 
 
 def _refuse_constant(name: str) -> Any:
@@ -8035,11 +8036,12 @@ class _Apply:
     changes: list[AppliedChange] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     refused: list[FieldError] = dataclasses.field(default_factory=list)
-    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tasks
+    standing: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        standing, left, errors, homes = _standing(self.tx.db), dict(wanted), list[FieldError](), {"", *wanted}
-        for key, item in standing.items():
+        left, errors, homes = dict(wanted), list[FieldError](), {"", *wanted}
+        self.standing = _standing(self.tx.db)
+        for key, item in self.standing.items():
             if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
                 stop: dict[str, Any] = {"is_active": False}
                 if isinstance(item, Task):  # a pause gets no end by itself; what is disabled stays so
@@ -8053,7 +8055,7 @@ class _Apply:
             errors.clear()
             for key in [key for key, (item, _) in left.items() if isinstance(item, kind)]:
                 with told_at(_in_file(key), errors):
-                    self._put(key, standing.get(key), copy.copy(wanted[key][0]), wanted[key][1])
+                    self._put(key, copy.copy(wanted[key][0]), wanted[key][1])
                     del left[key]
             if kind is Task:
                 _refuse(errors)
@@ -8066,23 +8068,22 @@ class _Apply:
         if any(change["action"] != "orphaned" for change in self.changes):
             set_meta(self.tx.db, f"applied:{self.owner}", self.tx.now)
 
-    def _put(self, key: str, stored: Any, item: Any, given: Collection[str]) -> None:
+    def _put(self, key: str, item: Any, given: Collection[str]) -> None:
         """Makes a task or schedule what the file wants. What it does not change is not written."""
-        path, task = _in_file(key)[:-1], isinstance(item, Task)
+        path, task, stored = _in_file(key)[:-1], isinstance(item, Task), cast(Any, self.standing.get(key))
         item.id, item.managed_by = stored.id if stored is not None else 0, self.owner
         if task:
-            self.ids[key] = item.id
             same = stored is not None and stored.task_type == item.task_type
             item.config = unmask_config(item.task_type, item.config, stored.config if same else {})
         else:
-            item.task_id = self.ids[key.partition("/")[0]]
+            item.task_id = self.standing[key.partition("/")[0]].id
             check_watched(self.tx.db, item)
         wanted = {name: getattr(item, name) for name in shape_of(cast(Any, type(item))).written if name != "task_id"}
         if stored is None and not task and item.over:
             self.warnings.append(f"{path}: its time has passed: it is over, and not created")
         elif stored is None:
             self._do("created", key, item, wanted)
-            self.ids[key] = item.id
+            self.standing[key] = item
         elif stored.managed_by != self.owner and not self.adopt:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
@@ -8524,8 +8525,6 @@ async def json_bytes(request: web.Request) -> bytes:
 
 
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    if model is None and not request.query_string:  # as most are
-        return None
     model, given = model or Query, dict(request.query)
     wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
     wrong += [FieldError(name, f"must be sent as the header {header}") for name, header in model.headers.items() if name in given]
