@@ -1282,9 +1282,8 @@ NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 # No name holds a `{`: else each of many beginnings without an end would be followed through all the text behind it.
 SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
 CAUSE_REFERENCE = re.compile(r"\$\{cause:([^{}]*)\}")
-_REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
-_HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}")
-_HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
+_HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{SECRET_REFERENCE.pattern}")
+_HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{SECRET_REFERENCE.pattern}")
 _AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
