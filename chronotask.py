@@ -8877,14 +8877,10 @@ TOOLS = {tool.name: tool for tool in [*OPERATIONS, _PAUSED] if tool.tool is not 
 _LIMIT: Any = Annotated[int, Field(ge=1, le=100)]
 _WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
 _HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
-_STATUSES: Any = Annotated[
-    Statuses,
-    WithJsonSchema({"type": "string", "description": f"one or more of {', '.join((*UNFINISHED, *FINISHED))}, unfinished"}),
-]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
     **{name: {"limit": (_LIMIT, 20)} for name in ("list_tasks", "list_schedules", "list_upcoming")},
-    "list_executions": {"limit": (_LIMIT, 20), "output": (_HOW_MUCH, "none"), "status": (_STATUSES, None)},
-    "get_task_history": {"limit": (_LIMIT, 5), "output": (_HOW_MUCH, "short"), "status": (_STATUSES, None)},
+    "list_executions": {"limit": (_LIMIT, 20), "output": (_HOW_MUCH, "none")},
+    "get_task_history": {"limit": (_LIMIT, 5), "output": (_HOW_MUCH, "short")},
     "get_execution": {"wait": (_WAIT, 0), "output": (_HOW_MUCH, "short")},
     **{name: {"wait": (_WAIT, 4)} for name in ("execute_task", "rerun_execution")},  # some clients give a call up after 5 s
     # Some models take no tool without arguments.
@@ -9452,7 +9448,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 
     into, inbox = anyio.create_memory_object_stream[Any](0)
     outbox, out_of = anyio.create_memory_object_stream[Any](0)
-    refusals, calls = outbox.clone(), set[str]()  # the ids of calls that have no answer yet
+    calls = set[str]()  # the ids of those that have no answer yet
 
     async def at_most(count: int) -> None:
         while len(calls) > count:
@@ -9467,7 +9463,7 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
                 message = read_message(line, size)
             except MCPError as error:
                 about = types.ErrorData(code=error.code, message=error.message)
-                await refusals.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
+                await outbox.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
                 continue
             await at_most(256)  # further ones stay in the client's pipe
             if isinstance(message, types.JSONRPCRequest):
@@ -9497,7 +9493,6 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
         logger.exception("MCP on stdio")
     finally:
         await into.aclose()  # the server cancels what is left, and says so to the client
-        await refusals.aclose()
         await asyncio.wait({serving, writing}, timeout=0.3)
         for job in jobs:
             job.cancel()
