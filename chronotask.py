@@ -7699,7 +7699,7 @@ def change_schedule(
         go_on(schedule, now)
     elif resumed and (missed := resume_schedule(schedule, now)):
         follow(tx, write_claim(tx, Claim(now, rows=[missed])))
-    elif schedule.plan().remaining == 0:
+    elif schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         schedule.look_ahead()
     nothing = schedule.over if schedule.schedule_type == "after" else schedule.next_slot is None
     if nothing and (retimed or resumed) and not missed and not may_be_over:

@@ -7456,6 +7456,7 @@ async def test_what_a_file_drops_stays_or_is_pruned(rig: Rig, prune: Any, action
     await applied(rig, NIGHTLY + second + gone + more)
     await applied(rig, 'chronotask = 1\nowner = "dev"\n' + gone.replace("gone", "others"))
     await rig.schedule(1)  # by hand: nobody's business
+    rig.sql("UPDATE schedules SET schedule_config = '{' WHERE key = 'noon'")  # a damaged one, too
     answer = await applied(rig, NIGHTLY, prune=prune)
     assert actions(answer) == [(action, "gone"), (action, "nightly/noon")]
     tasks = dict(rig.sql("SELECT key, coalesce(paused_until, status) FROM tasks WHERE NOT deleted"))
