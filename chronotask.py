@@ -3531,19 +3531,16 @@ def connect(path: Path, read_only: bool = False) -> DB:
     return db
 
 
-def _cut_texts(output: str | None) -> str | None:
+def _cut_texts(output: str) -> str:
     """Output (JSON text) as a list shows it. A function for SQL: the whole outputs of a page are never together in memory."""
-    if output is None or len(output) <= LIST_TEXT_LIMIT:
+    if len(output) <= LIST_TEXT_LIMIT:
         return output
-    try:
-        values = parsed(output)
-        for name, value in values.items():
-            text = compact(value) if isinstance(value, (dict, list)) else value
-            if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
-                values[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
-        return compact(values)
-    except DAMAGE:
-        return output
+    values = parsed(output)
+    for name, value in values.items() if isinstance(values, dict) else ():
+        text = compact(value) if isinstance(value, (dict, list)) else value
+        if isinstance(text, str) and (more := len(text) - LIST_TEXT_LIMIT) > 0:
+            values[name] = f"{text[:LIST_TEXT_LIMIT]}… [{more} more characters: ask for output=full]"
+    return compact(values)
 
 
 def open_database(path: Path) -> DB:
@@ -3795,7 +3792,7 @@ def locks_work(path: Path) -> bool:
 Row = TypeVar("Row")
 # The rows of resources, with what their declarations mark as queried.
 _TASKS = "SELECT *, (SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active) AS next_run FROM tasks"
-_S_JOIN = "FROM schedules s JOIN tasks t ON t.id = s.task_id"
+_S_JOIN = "FROM schedules s CROSS JOIN tasks t ON t.id = s.task_id"
 _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_config) THEN (SELECT
     json_group_array(json_array(w.id, w.name, w.last_success, w.last_success_id))
     FROM json_each(s.schedule_config, '$.task_ids') j
@@ -3803,7 +3800,8 @@ _WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_conf
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
 _EXECUTIONS = "SELECT *, (SELECT name FROM tasks WHERE tasks.id = e.task_id) AS task_name FROM executions e"
 # How the output of executions is read, if not whole.
-_OUTPUTS = {"none": ("output_data", "NULL"), None: ("output_data", "cut_texts(output_data)")}
+_CUT = "CASE WHEN json_valid(output_data) THEN json(cut_texts(output_data)) END"
+_OUTPUTS = {"none": ("output_data", "NULL"), None: ("output_data", _CUT)}
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
@@ -3813,27 +3811,15 @@ def load(
 ) -> list[Row]:
     """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. `instead`:
     a column, and the expression that is read in its place. Damaged JSON is read as NULL."""
-    shape = shape_of(kind)
-    return [shape.make(row) for row in parsed(_as_text(db, "json_group_array({})", kind, query, parameters, instead))]
-
-
-def _as_text(db: DB, all_of: str, kind: Any, query: str, parameters: Sequence[Any], instead: tuple[str, str] = ("", "")) -> str:
-    """What `query` finds as JSON arrays of the columns of `kind`, in one text."""
-    try:
-        found = db.execute(f"SELECT {all_of.format(_as_json(kind, 'json({})', instead))} FROM ({query})", parameters)
-    except sqlite3.OperationalError as error:
-        if "malformed JSON" not in str(error):
-            raise
-        as_json = _as_json(kind, "CASE WHEN json_valid({0}) THEN json({0}) END", instead)
-        found = db.execute(f"SELECT {all_of.format(as_json)} FROM ({query})", parameters)
-    return found.fetchone()[0] or ""
+    found = db.execute(f"SELECT json_group_array({_as_json(kind, instead)}) FROM ({query})", parameters)
+    return [*map(shape_of(kind).make, parsed(found.fetchone()[0]))]
 
 
 @functools.cache
-def _as_json(kind: Any, json_sql: str, instead: tuple[str, str]) -> str:
-    shape, read = shape_of(kind), dict([instead])
-    columns = (json_sql.format(read.get(name, name)) if name in shape.json else name for name in shape.loaded)
-    return f"json_array({', '.join(columns)})"
+def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
+    shape = shape_of(kind)
+    read = {name: f"CASE WHEN json_valid({name}) THEN json({name}) END" for name in shape.json} | dict([instead])
+    return f"json_array({', '.join(read.get(name, name) for name in shape.loaded)})"
 
 
 def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
@@ -3982,8 +3968,9 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[TaskView]]:
         AND (name LIKE words ESCAPE '\' OR description LIKE words ESCAPE '\'))"""  # an index that holds nothing else
     others = {"key = ? AND deleted = 0": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
     total, ids = _page(db, "tasks", (query.task_type, query.status), others, query)
-    rows = _as_text(db, "group_concat({}, char(10))", Task, f"{_TASKS} WHERE id {_THESE} ORDER BY id", (ids,))
-    return total, [_shown_task(row) for row in rows.split("\n") if row]
+    found = f"SELECT group_concat({_as_json(Task)}, char(10)) FROM ({_TASKS} WHERE id {_THESE} ORDER BY id)"
+    [rows] = db.execute(found, (ids,)).fetchone()
+    return total, [_shown_task(row) for row in rows.split("\n")] if rows else []
 
 
 def get_schedule(db: DB, schedule_id: int) -> Schedule:
@@ -4367,8 +4354,7 @@ def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
     """The schedules that fire until then, at most `limit`, by when they fire next."""
     asked = {"s.next_fire <= ?": until, "s.task_id = ?": query.task_id, f"s.task_id IN ({_TAGGED})": query.tag}
     where, values = _where({LIVE_SQL: True, **asked})
-    in_order = _SCHEDULES.replace(_S_JOIN, _S_JOIN.replace("JOIN", "CROSS JOIN"))
-    return load(db, Schedule, f"{in_order} {where} ORDER BY s.next_fire LIMIT ?", [*values, query.limit])
+    return load(db, Schedule, f"{_SCHEDULES} {where} ORDER BY s.next_fire LIMIT ?", [*values, query.limit])
 
 
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
