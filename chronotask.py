@@ -3316,22 +3316,15 @@ def storage_error(error: Exception) -> Exception:
     """A database error as what the caller hears; other exceptions stay as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
-    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
-        return Unavailable(f"the database cannot do this now: {error}")
-    ended = f"it was ended after {SCAN_TIMEOUT:g} s; ask for less (fewer pages back, other filters)"
-    return Unavailable(f"this looks at too many rows: {ended}")
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+        less = "ask for less (fewer pages back, other filters)"
+        return Unavailable(f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; {less}")
+    return Unavailable(f"the database cannot do this now: {error}")
 
 
 REPLACED = "the database file is no longer the one that was opened"
-# Where the fault lies with the file or the disk, not with the statement.
-_FAULTS = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_CANTOPEN,
-}
+# Where the fault lies with the statement (or is none of SQLite's), not with the file or the disk.
+_OF_STATEMENTS = {0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 
 class Store:
@@ -3447,7 +3440,7 @@ class Store:
                     call.result = call.run(db)
                 except Exception as error:
                     call.error = error
-                    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FAULTS:
+                    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _OF_STATEMENTS:
                         self.failure = str(error)
                     if isinstance(error, sqlite3.Error) or db.total_changes > changes:
                         return False
@@ -4036,14 +4029,18 @@ def next_timers(db: DB, after: tuple[int, int], limit: int) -> list[tuple[int, i
     return db.execute(f"SELECT id, next_fire FROM schedules WHERE {behind}", (*after, limit)).fetchall()
 
 
-_CLAIMED = ("id", "settled_until", "next_slot", "next_fire", "is_active", "run_count", "dealt_with", "ran", "over")
+def _write_columns(db: DB, table: str, columns: str, items: Iterable[Task | Schedule]) -> None:
+    """Writes these columns of many tasks or schedules in one step."""
+    names = ("id", *columns.split())
+    changes = ", ".join(f"{name} = rows.{name}" for name in names[1:])
+    rows = [_stored(item, names) for item in items]
+    write_rows(db, f"UPDATE {table} SET {changes} FROM rows WHERE {table}.id = rows.id", names, rows)
 
 
 def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
-    """Writes what a claim changes of schedules, many at once."""
-    changes = ", ".join(f"{name} = rows.{name}" for name in _CLAIMED[1:])
-    rows = [_stored(schedule, _CLAIMED) for schedule in schedules]
-    write_rows(db, f"UPDATE schedules SET {changes} FROM rows WHERE schedules.id = rows.id", _CLAIMED, rows)
+    """Writes what a claim changes of schedules."""
+    changed = "settled_until next_slot next_fire is_active run_count dealt_with ran over"
+    _write_columns(db, "schedules", changed, schedules)
 
 
 def mark_deleted(db: DB, task_id: int) -> None:
@@ -4089,20 +4086,13 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
 def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecution], list[int]]:
     """Writes the rows of slots that have none yet, and returns these rows with their ids. A slot has a row already when the clock
     was set back. Only a slot that runs takes the place of a row which says that it did not."""
-    there_already = """SELECT schedule_id, scheduled_for, e.id, status FROM json_each(?) AS j CROSS JOIN executions e
-        ON schedule_id = json_extract(j.value, '$[0]') AND scheduled_for = json_extract(j.value, '$[1]')
-            AND trigger IN ('schedule', 'catchup')"""
-    found = db.execute(there_already, (compact([[row.schedule_id, row.scheduled_for] for row in rows]),))
-    taken = {(schedule_id, slot): (there, status) for schedule_id, slot, there, status in found}
-    free, replaced = [], []
-    for row in rows:
-        there, status = taken.get((row.schedule_id, row.scheduled_for), (None, None))
-        replaces = status in NEVER_STARTED and row.status not in NEVER_STARTED
-        if there is None or replaces:
-            free.append(row)
-            replaced += [there] if replaces else []
-    if replaced:
-        db.execute(f"DELETE FROM executions WHERE id {_THESE}", (compact(replaced),))
+    slots = compact([[row.schedule_id, row.scheduled_for, row.status not in NEVER_STARTED] for row in rows])
+    there = """json_each(?) AS j CROSS JOIN executions e ON schedule_id = json_extract(j.value, '$[0]')
+        AND scheduled_for = json_extract(j.value, '$[1]') AND trigger IN ('schedule', 'catchup')"""
+    replaced = f"SELECT e.id FROM {there} WHERE status IN ('skipped', 'missed') AND json_extract(j.value, '$[2]')"
+    db.execute(f"DELETE FROM executions WHERE id IN ({replaced})", (slots,))
+    taken = set(db.execute(f"SELECT schedule_id, scheduled_for FROM {there}", (slots,)))
+    free = [row for row in rows if (row.schedule_id, row.scheduled_for) not in taken]
     return free, insert_executions(db, free)
 
 
@@ -4147,17 +4137,12 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     if not runs:
         return []
     first = [run for run in runs if run.attempt == 1]
-    _count(db, "run_count = run_count + n, last_run = :now", (run.task_id for run in first), now)
+    counts = [(task_id, n, now) for task_id, n in Counter(run.task_id for run in first).items()]
+    counted = "UPDATE tasks SET run_count = run_count + n, last_run = now FROM rows WHERE id = task_id"
+    write_rows(db, counted, ("task_id", "n", "now"), counts)
     schedules = compact(list({run.schedule_id for run in first}))
     db.execute(f"UPDATE schedules SET last_run = ? WHERE id {_THESE}", (now, schedules))
     return runs
-
-
-def _count(db: DB, change: str, task_ids: Iterable[int], now: int = 0) -> None:
-    """Makes a change of tasks, in which `n` says how often each of them is named."""
-    if counts := Counter(task_ids):
-        source = "SELECT CAST(key AS INTEGER) AS task_id, value AS n FROM json_each(:counts)"
-        db.execute(f"UPDATE tasks SET {change} FROM ({source}) WHERE id = task_id", {"counts": compact(counts), "now": now})
 
 
 def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
@@ -4195,11 +4180,8 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
 
 def write_standings(db: DB, tasks: Collection[Task], paused: Collection[Task], now: int) -> None:
     """What tasks have come to, as ends change it. `paused` are those among them whose status has changed."""
-    columns: tuple[str, ...] = ("id", "status", "status_reason", "failures_in_a_row", "success_count", "failure_count")
-    columns += ("last_status", "last_success", "last_success_id")
-    changes = ", ".join(f"{name} = rows.{name}" for name in columns[1:])
-    rows = [_stored(task, columns) for task in tasks]
-    write_rows(db, f"UPDATE tasks SET {changes} FROM rows WHERE tasks.id = rows.id", columns, rows)
+    counted = "status status_reason failures_in_a_row success_count failure_count last_status last_success last_success_id"
+    _write_columns(db, "tasks", counted, tasks)
     for task in paused:
         db.execute(f"UPDATE tasks SET rev = {_NEXT_REV} WHERE id = ?", (task.id,))
         before, after = {"status": "active", "status_reason": None}, {"status": "paused", "status_reason": task.status_reason}
