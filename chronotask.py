@@ -1397,7 +1397,7 @@ def walk(value: Any) -> Iterator[tuple[int, Any, Any]]:
 class UrlParts(NamedTuple):
     """A URL taken apart as text: it may hold references that nobody has resolved yet."""
 
-    scheme: str  # in lower case
+    scheme: str  # in lower case; empty where it is not sure how to read it
     userinfo: str
     host: str  # with the port, if it names one
     rest: str
@@ -1406,7 +1406,7 @@ class UrlParts(NamedTuple):
     def origin(self) -> tuple[str, str] | None:
         """Scheme and `host:port`; None while a reference decides about it."""
         default = ":80" if self.scheme == "http" else ":443"
-        return None if "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
+        return None if not self.scheme or "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
 
 
 def _neutral(url: str) -> str:
@@ -1414,25 +1414,26 @@ def _neutral(url: str) -> str:
     return SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url) if "$" in url else url
 
 
-def url_parts(url: str) -> UrlParts | None:
-    """The only reading of a URL's authority. None where it is not sure: no http or https URL, or it begins with a reference."""
-    found = _AUTHORITY.match(_neutral(url))
-    if not found:
-        return None
-    begin, host = found.start(2), found.start(2) + found[2].rfind("@") + 1
-    return UrlParts(found[1].lower(), url[begin : max(begin, host - 1)], url[host : found.end()], url[found.end() :])
+def url_parts(url: str) -> UrlParts:
+    """The only reading of a URL's authority. It is not sure for no http or https URL, and for one that begins with a reference:
+    then it is all before the path, query or fragment."""
+    neutral = _neutral(url)
+    found = _AUTHORITY.match(neutral)
+    begin, end = found.span(2) if found else (0, len(re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0]))
+    host = neutral.rfind("@", begin, end) + 1 or begin
+    return UrlParts(found[1].lower() if found else "", url[begin : max(begin, host - 1)], url[host:end], url[end:])
 
 
 def _url(text: str) -> str:
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
-    parts, begin = url_parts(text), len(re.split("[/?#]", _neutral(text).replace("//", "xx", 1), maxsplit=1)[0])
-    end = len(_neutral(text).partition("#")[0])
+    parts = url_parts(text)
+    begin, end = len(text) - len(parts.rest), len(_neutral(text).partition("#")[0])
     _references(text[:begin] + text[end:])
     if SECRET_REFERENCE.match(_references(text, cause=True)) or text.startswith(f"{MASK}@"):
         return text  # the whole beginning is a secret, or the mask of one: checked when it is known
     try:
-        read = urllib.parse.urlsplit(f"//{SECRET_REFERENCE.sub('0', parts.host)}" if parts else "")
+        read = urllib.parse.urlsplit(f"//{SECRET_REFERENCE.sub('0', parts.host)}" if parts.scheme else "")
         read.port  # noqa: B018 - reading it checks it
     except ValueError:
         raise ValueError("must be a valid URL: its host or port cannot be read") from None
@@ -1738,11 +1739,9 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """An http configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret."""
     url, result = config.get("url") or "", dict(config)
-    if "@" in url:
-        parts, end = url_parts(url), re.split("[/?#]", _neutral(url).replace("//", "xx", 1), maxsplit=1)[0].rfind("@")
-        begin = len(parts.scheme) + 3 if parts else 0  # where it is not sure, it is all before the host
-        if begin < end:
-            result["url"] = url[:begin] + change("url", url[begin:end]) + url[end:]
+    if "@" in url and (parts := url_parts(url)).userinfo:
+        end = len(url) - len(parts.host) - len(parts.rest) - 1
+        result["url"] = url[: end - len(parts.userinfo)] + change("url", parts.userinfo) + url[end:]
     if config.get("auth"):
         result["auth"] = {**config["auth"], "password": change("auth.password", config["auth"]["password"])}
     if config.get("headers"):
@@ -1774,7 +1773,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -
     kept: dict[str, str] = {}
     _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
     kept_url, refused = stored.get("url", ""), list[FieldError]()
-    origins = {parts and parts.origin for parts in (url_parts(new["url"]), url_parts(kept_url))}
+    origins = {url_parts(url).origin for url in (new["url"], kept_url)}
     # Where it is not sure, it has moved.
     same = new["url"] in (kept_url, mask_config("http", {"url": kept_url})["url"]) or (len(origins) == 1 and None not in origins)
 
@@ -4846,8 +4845,8 @@ def resolve_secrets(
 
     url = config.get("url", "")
     parts = url_parts(url)
-    end = len(url) - len(parts.rest) if parts else 0
-    host = end - len(parts.host) if parts else 0
+    end = len(url) - len(parts.rest) if parts.scheme else 0
+    host = end - len(parts.host) if parts.scheme else 0
 
     def put_in_url(found: re.Match[str]) -> str:
         """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
@@ -5763,7 +5762,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     own, body = config.get("headers", {}), config.get("body")
     credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
     credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
-    credentials += [parts.rest for parts in map(url_parts, secrets) if parts]  # a page for 404 shows the path alone
+    credentials += [parts.rest for parts in map(url_parts, secrets) if parts.scheme]  # a page for 404 shows the path alone
     if auth := config.get("auth"):
         login = f"{auth['username']}:{auth['password']}"
         credentials += [login, auth["password"]]
@@ -5782,8 +5781,8 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
 def _read_url(text: str) -> tuple[yarl.URL, str]:
     """The URL as it is written, but for `user:password`, and these. Raises ValueError."""
     parts = url_parts(text)
-    origin = yarl.URL(f"{parts.scheme}://{parts.host}" if parts else "")
-    if parts is None or not origin.host:
+    origin = yarl.URL(f"{parts.scheme}://{parts.host}" if parts.scheme else "")
+    if not origin.host:
         raise ValueError
     login = parts.userinfo if ":" in parts.userinfo or not parts.userinfo else parts.userinfo + ":"
     return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), urllib.parse.unquote(login)
