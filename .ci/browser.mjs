@@ -423,6 +423,21 @@ fact('what does not fit into a line, or only looks like a number, comes back fro
   await service.ask('DELETE', '/tasks/' + id);
 });
 
+fact('a page that stays open for weeks keeps a bounded number of runs', async () => {
+  const { id } = await service.ask('POST', '/tasks', { name: 'Often', task_type: 'bash', config: { command: 'true' } });
+  await open(service, '#/executions?task_id=' + id);
+  for (let i = 0; i < 104; i++) {
+    await service.ask('POST', `/tasks/${id}/execute`);
+    if (i === 50) await page.evaluate('page.most = 103'); // instead of 500
+  }
+  await until(() => page.evaluate('page.runs.length < 50 && openRuns().length === 0'), 'all is over, and what is old is dropped');
+  equal(await page.evaluate('state.live.size'), 0, 'of what is over nothing is kept');
+  const first = await page.evaluate('page.runs.at(-1).id');
+  await button('Show older ones').click();
+  await until(() => page.evaluate(`page.runs.length > 40 && page.runs.some(run => run.id === ${first - 1})`), 'the older ones come back');
+  await service.ask('DELETE', '/tasks/' + id);
+});
+
 fact('a press on Save counts, though a preview that moves it is answered just then', async () => {
   for (const [when, typed] of [['between press and release', '62 * * * *'], ['just before the press', '*/90 0 1 * MON']]) {
     await open(service, '#/tasks/1/schedules/new');
