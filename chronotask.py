@@ -903,9 +903,7 @@ class Timing:
 
     def last_at_or_before(self, t: int) -> int | None:
         """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
-        upcoming = self.next_after(t)
-        following = None if upcoming is None else self.next_after(upcoming)
-        back = HOUR if upcoming is None or following is None else following - upcoming
+        back = MINUTE
         while (found := self.next_after(t - back)) is None or found > t:
             if back > t:
                 return None
