@@ -6815,8 +6815,7 @@ def _adopt_this_machine(db: DB) -> None:
         for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
             before = schedule.next_fire
             with contextlib.suppress(*DAMAGE):  # of a zone that is gone: the claims of its schedules will say so
-                if schedule.schedule_type != "interval" or "days" in schedule.schedule_config:
-                    schedule.look_ahead()
+                schedule.look_ahead()
             if schedule.next_fire != before:
                 update(db, schedule)
 
