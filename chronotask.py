@@ -2738,7 +2738,7 @@ class Claim:
             self.record(schedule, due.missed.first, "missed", due.missed.message(schedule.zone))
         left = math.inf if plan.remaining is None else plan.remaining
         before = schedule.settled_until if schedule.next_slot in due.catchup + due.on_time else None  # else others lie between
-        for slot in [*due.catchup, *due.on_time] if left > 0 else ():
+        for slot in [*due.catchup, *due.on_time]:
             trigger = "schedule" if slot in due.on_time else "catchup"
             if self._add(schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, self.now)):
                 self.rows[-1].fire_at = plan.fire_time(slot)
