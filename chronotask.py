@@ -3621,8 +3621,10 @@ def check_owner(path: Path, closed: int) -> None:
         found, link, me = path.stat(), path.lstat(), os.geteuid()
         mode, closing = stat.S_IMODE(found.st_mode), found.st_uid == me
         if path.is_dir():  # in one such as /tmp nobody can replace what belongs to another
-            with os.scandir(path) as entries:
-                closing &= not mode & stat.S_ISVTX and all(e.stat(follow_symlinks=False).st_uid in (0, me) for e in entries)
+            closing &= not mode & stat.S_ISVTX
+            for file in path.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # gone by now: that says nothing about the folder
+                    closing &= file.lstat().st_uid in (0, me)
         if closing and mode & closed:
             with contextlib.suppress(OSError):
                 path.chmod(mode & ~closed)
