@@ -5082,8 +5082,8 @@ class Environ(dict[str, str]):
     open_files: int | None = None
 
     @functools.cached_property
-    def inherited(self) -> dict[bytes, bytes]:
-        return _encoded({name: value for name, value in self.items() if not name.startswith(ENV_PREFIX)})
+    def inherited(self) -> dict[str, str]:
+        return {name: value for name, value in self.items() if not name.startswith(ENV_PREFIX)}
 
     @functools.cached_property
     def _left(self) -> dict[_Pipe, int]:
@@ -5108,10 +5108,6 @@ class Environ(dict[str, str]):
             logger.warning("task %d " + what, worst, count)
 
 
-def _encoded(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
-
-
 async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
     """Run a bash task. What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop
     everything that carries the attempt's CHRONOTASK_RUN_ID is killed."""
@@ -5123,8 +5119,6 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
         report = Report() if launcher else None
         words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
         live.begin(("stdout", "stderr"), masker := masker_of(secrets), report)
-        if live.reason:
-            return _stopped(live, timeout)
         pipes: list[_Pipe] = []
         writers: list[int] = []
         try:
@@ -5137,6 +5131,8 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
                     os.fchmod(writer, 0o622)
                 connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
                 pipes.append((await connect)[1])
+            if live.reason:
+                return _stopped(live, timeout)
             process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
         except OSError as error:
             _program.cache_clear()  # it may have been moved
@@ -5157,8 +5153,7 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
             kill_leftovers({run.run_id}, user)
-            for pipe in pipes:
-                pipe.transport.close()
+            environ.leave(pipes, run.task_id, forget=True)
             raise
         environ.leave(pipes, run.task_id, forget=stopped)
         return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live, report)
@@ -5179,7 +5174,7 @@ _FAR_SIDE = (
 
 def _command(
     config: dict[str, Any], run: Run, settings: Settings, environ: Environ, launcher: Iterable[str], report: Report | None
-) -> tuple[list[str], dict[bytes, bytes], str | None]:
+) -> tuple[list[str], dict[str, str], str | None]:
     """The words to execute, their environment, and the folder to do it in. Raises ChronoTaskError."""
     folder, user, path = config.get("working_dir"), settings.bash_user, environ.get("PATH", os.defpath)
     if settings.allowed_bash_commands:
@@ -5192,15 +5187,15 @@ def _command(
         values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
     for name, value in (parsed(run.cause) if run.cause else {}).items():
         values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
-    of_run = _encoded({ENV_PREFIX + name: str(value) for name, value in values.items()})
-    env = _encoded(config.get("env", {})) | of_run
+    of_run = {ENV_PREFIX + name: str(value) for name, value in values.items()}
+    env = config.get("env", {}) | of_run
     home, of_user = environ.get("HOME") or os.path.expanduser("~"), dict[str, str]()
     if user is not None:
         home, shell = user.pw_dir, user.pw_shell or "/bin/sh"
         of_user = {"HOME": home, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": shell}
     if report is not None:
         far = ["bash", "-c", _FAR_SIDE, "chronotask", report.word, folder or "", *words]
-        variables = [os.fsdecode(name + b"=" + value) for name, value in env.items()]
+        variables = [f"{name}={value}" for name, value in env.items()]
         job = f"chronotask-{run.run_id}"
         words = [word for part in launcher for word in (variables if part == "{env}" else [part.replace("{name}", job)])] + far
         env, folder = of_run if "{env}" in launcher else env, None
@@ -5209,7 +5204,7 @@ def _command(
     words[0] = _program(words[0], path)
     if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
         words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
-    return words, environ.inherited | _encoded(of_user) | env, folder
+    return words, environ.inherited | of_user | env, folder
 
 
 @functools.lru_cache(256)
@@ -5248,7 +5243,7 @@ class _Pipe(asyncio.Protocol):
 
 
 def _spawn(
-    words: list[str], env: dict[bytes, bytes], options: dict[str, Any], environ: Environ, stdout: int, stderr: int
+    words: list[str], env: dict[str, str], options: dict[str, Any], environ: Environ, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
     options = options | {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
@@ -5360,14 +5355,11 @@ def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, loo
             libc.setfsgid(user.pw_gid)
             libc.setfsuid(user.pw_uid)
         for look in range(looks + 10 if wanted else 0):
-            found = False
-            for pid in _processes_of(user):
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:  # a zombie's is empty
-                    if not wanted.isdisjoint(file.read().split(b"\0")):
-                        found = True
-                        if look >= looks or pid not in killed:
-                            os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
-                        killed.add(pid)
+            found = [pid for pid, environ in _processes_of(user) if not wanted.isdisjoint(environ)]
+            for pid in found if look >= looks else set(found) - killed:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
+            killed.update(found)
             if not found:
                 break
             if look < looks:
@@ -5379,13 +5371,15 @@ def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, loo
     return len(killed)
 
 
-def _processes_of(user: pwd.struct_passwd | None) -> Iterator[int]:
+def _processes_of(user: pwd.struct_passwd | None) -> Iterator[tuple[int, list[bytes]]]:
+    """The other processes of this user, or of the service's own, and their environments (a zombie's is empty)."""
     uid = os.geteuid() if user is None else user.pw_uid
     with contextlib.suppress(OSError), os.scandir("/proc") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.name.isdecimal() and int(entry.name) != os.getpid() and entry.stat().st_uid == uid:
-                    yield int(entry.name)
+                    with open(f"{entry.path}/environ", "rb") as file:
+                        yield int(entry.name), file.read().split(b"\0")
 
 
 @functools.cache
@@ -5422,11 +5416,10 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
     """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
     names = [name for name in environ if name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX)]
     secrets = {os.fsencode(f"{name}={environ[name]}"): name for name in names if environ[name]}
-    for pid in _processes_of(None) if secrets else ():
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            if name := next(filter(None, map(secrets.get, file.read().split(b"\0"))), None):
-                advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
-                return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
+    for pid, shown_there in _processes_of(None) if secrets else ():
+        if name := next(filter(None, map(secrets.get, shown_there)), None):
+            advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
+            return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
     return []
 
 
@@ -5477,7 +5470,7 @@ class HttpClient:
     """The connections of all http tasks, and their resolver of names. aiohttp is imported with the first of them. `now`
     (microseconds) serves a Retry-After date of a server that sends no Date."""
 
-    def __init__(self, settings: Settings, now: Callable[[], int] | None = None) -> None:
+    def __init__(self, settings: Settings, now: Callable[[], int]) -> None:
         self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
@@ -5913,15 +5906,13 @@ async def _more(response: aiohttp.ClientResponse) -> bytes:
             raise _Passing(_BROKE_OFF)
 
 
-def retry_after(headers: Mapping[str, str], now: Callable[[], int] | None = None) -> float | None:
+def retry_after(headers: Mapping[str, str], now: Callable[[], int]) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
     text = headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
     until, start = _http_date(text), _http_date(headers.get("date", ""))
-    if start is None and now is not None:
-        start = now() / SECOND
-    return None if until is None or start is None else min(max(until - start, 0.0), MAX_RETRY_WAIT)
+    return None if until is None else min(max(until - (now() / SECOND if start is None else start), 0.0), MAX_RETRY_WAIT)
 
 
 def _http_date(text: str) -> float | None:

@@ -4418,7 +4418,7 @@ async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None,
 
 @contextlib.asynccontextmanager
 async def http_client(settings: Settings) -> AsyncIterator[chronotask.HttpClient]:
-    client = chronotask.HttpClient(settings)
+    client = chronotask.HttpClient(settings, lambda: SLOT)
     try:
         yield client
     finally:
