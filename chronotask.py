@@ -4567,13 +4567,16 @@ class SecretMasker:
     """Replaces secrets in a byte stream, as they are and as programs escape them, also where the border of two chunks cuts one.
     It holds back only what may still become a secret, so that a line is seen as soon as it is printed."""
 
-    def __init__(self, secrets: Iterable[str]) -> None:
-        self._forms = sorted({form for secret in secrets for form in _secret_forms(secret)})
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+        self.forms = sorted({form for secret in long_enough for form in _secret_forms(secret)})
         self._held = b""
         self._known = 0  # so many bytes at the beginning of those are of a secret whose mask has been shown
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What can be shown by now; all of it after the `last` piece."""
+        if not self.forms:
+            return data
         ends = [*range(READ_BYTES, len(data), READ_BYTES), len(data)]
         return b"".join(self._mask(data[start:end], last and end == len(data)) for start, end in itertools.pairwise([0, *ends]))
 
@@ -4612,7 +4615,7 @@ class SecretMasker:
 
     def _places(self, data: bytes | bytearray) -> list[tuple[int, int]]:
         found = []
-        for form in self._forms:
+        for form in self.forms:
             at = data.find(form)  # linear, which a regular expression would not be
             while at >= 0:
                 found.append((at, at + len(form)))
@@ -4622,7 +4625,7 @@ class SecretMasker:
     def _possible_start(self, data: bytes | bytearray) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
         first = len(data)
-        for form in self._forms:
+        for form in self.forms:
             at = data.find(form[:1], max(0, len(data) - len(form) + 1), first)
             for _ in range(100):  # more that look alike are held back unseen: comparing them all would be quadratic
                 if at < 0 or form.startswith(data[at:]):
@@ -4630,11 +4633,6 @@ class SecretMasker:
                 at = data.find(form[:1], at + 1, first)
             first = at if at >= 0 else first
         return first
-
-
-def masker_of(secrets: Iterable[str]) -> SecretMasker | None:
-    long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
-    return SecretMasker(long_enough) if long_enough else None
 
 
 def _secret_forms(secret: str) -> set[bytes]:
@@ -4698,7 +4696,7 @@ class _Stream:
     """One stream of an attempt: what is kept of it, and how many bytes came, before masking and clipping."""
 
     kept: Clipper
-    masker: SecretMasker | None
+    masker: SecretMasker
     report: Report | None = None  # while a launcher is to bring one
     decoder: codecs.IncrementalDecoder | None = None  # while it is not UTF-8
     received: int = 0
@@ -4719,12 +4717,12 @@ class LiveOutput:
         self.broken = False  # the connection was reset before the end of the answer
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
-        self._masker: SecretMasker | None = None  # None while there are no secrets
+        self._masker = SecretMasker()
         self._timeout: asyncio.Timeout | None = None
 
     # --- for the executor ---
 
-    def begin(self, streams: Iterable[str], masker: SecretMasker | None = None, report: Report | None = None) -> None:
+    def begin(self, streams: Iterable[str], masker: SecretMasker, report: Report | None = None) -> None:
         self._masker = masker
         for name in streams:
             self._streams[name] = _Stream(Clipper(self._limit), copy.copy(masker), report if name == "stdout" else None)
@@ -4744,9 +4742,7 @@ class LiveOutput:
         into.received += len(data)
         if into.decoder is not None:
             data = into.decoder.decode(data, last).encode("utf-8", "replace")
-        if into.masker is not None:
-            data = into.masker.feed(data, last)
-        into.kept.feed(data)
+        into.kept.feed(into.masker.feed(data, last))
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -4762,7 +4758,7 @@ class LiveOutput:
 
     def masked(self, value: Any) -> Any:
         """A text, or a JSON value with all its texts, without the secrets of this attempt."""
-        if self._masker is None or not isinstance(value, str | list | dict):
+        if not self._masker.forms or not isinstance(value, str | list | dict):
             return value
         if isinstance(value, str):
             return self._masker.feed(value.encode("utf-8", "replace"), last=True).decode("utf-8", "replace")
@@ -5118,14 +5114,14 @@ async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: 
         launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
         report = Report() if launcher else None
         words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
-        live.begin(("stdout", "stderr"), masker := masker_of(secrets), report)
+        live.begin(("stdout", "stderr"), masker := SecretMasker(secrets), report)
         pipes: list[_Pipe] = []
         writers: list[int] = []
         try:
             for stream in ("stdout", "stderr"):
                 reader, writer = os.pipe()
                 writers.append(writer)
-                if masker is not None and hasattr(fcntl, "F_SETPIPE_SZ"):  # 64 KiB of escapes would hold up the loop for 40 ms
+                if masker.forms and hasattr(fcntl, "F_SETPIPE_SZ"):  # 64 KiB of escapes would hold up the loop for 40 ms
                     fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
                 if user is not None:  # who opens it by its name, as in `echo >/dev/stderr`
                     os.fchmod(writer, 0o622)
@@ -5736,7 +5732,7 @@ class _Request(NamedTuple):
     url: yarl.URL
     headers: dict[str, str]  # but for those that tell this run from others
     body: bytes | None
-    masker: SecretMasker | None  # of what a server must not put into the history by echoing it, references or not
+    masker: SecretMasker  # of what a server must not put into the history by echoing it, references or not
     left_behind: str | None = None  # the origin whose headers were taken off at a redirect
 
 
@@ -5768,7 +5764,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
             body = urllib.parse.urlencode([(name, item if isinstance(item, str) else compact(item)) for name, item in fields])
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
-    return _Request(config.get("method", "GET"), url.extend_query(query), headers, body, masker_of([*secrets, *credentials]))
+    return _Request(config.get("method", "GET"), url.extend_query(query), headers, body, SecretMasker([*secrets, *credentials]))
 
 
 def _read_url(text: str) -> tuple[yarl.URL, str]:

@@ -3470,7 +3470,7 @@ class Watched(LiveOutput):
 
 def test_onlookers_see_masked_output_as_it_comes() -> None:
     live = LiveOutput(100)
-    live.begin(("stdout", "stderr"), chronotask.masker_of(["secret-value", "short"]))
+    live.begin(("stdout", "stderr"), chronotask.SecretMasker(["secret-value", "short"]))
     for stream, fed, out, err in (
         ("stdout", b"one secret-", b"one ", b""),
         ("stderr", b"short", b"one ", b"short"),
