@@ -9711,7 +9711,7 @@ async def serve(
     try:
         # Before this process leads: importing the SDK takes seconds on a small machine, in which nothing would fire.
         server = make_server(service) if mode != "http" and settings.mcp_enabled else None
-        followed = None if config is None else ConfigFile(service, Path(config))
+        followed = None if config is None else ConfigFile(service, Path(config).absolute())  # its folder may be replaced
         await service.start(None if followed is None else followed.begin)
         renewed = config or settings.api_token_file or settings.api_tokens_file
         if renewed and loop.remove_signal_handler(signal.SIGHUP):  # unless it was ignored; tokens are looked at by themselves

@@ -7938,7 +7938,7 @@ def test_a_service_follows_its_file_and_takes_it_and_its_tokens_up_anew_on_sighu
     tokens.chmod(0o600)
     server = new_server(API_TOKENS_FILE=tokens)
     server.token = {"Authorization": "Bearer 0123456789abcdef"}
-    server.command += ["--config", str(file)]
+    server.command += ["--config", os.path.relpath(file, server.folder)]
     for text in (None, NIGHTLY + "x"):
         if text is not None:
             file.write_text(text)
