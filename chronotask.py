@@ -5454,7 +5454,7 @@ _HARMLESS_HEADERS = frozenset(
 # What is set here, in its own spelling: so that a task's headers take its place in whatever spelling.
 _SPELLED = {
     name.lower(): name
-    for name in "Accept-Encoding Authorization Connection Content-Type Idempotency-Key User-Agent X-ChronoTask-Attempt"
+    for name in "Accept-Encoding Authorization Connection Content-Type Cookie Idempotency-Key User-Agent X-ChronoTask-Attempt"
     " X-ChronoTask-Execution-Id X-ChronoTask-Scheduled-For".split()
 }
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
@@ -5470,34 +5470,26 @@ class HttpClient:
         self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
-        self._shared: dict[bool, aiohttp.ClientSession] = {}
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
-    async def shared(self, keep: bool) -> aiohttp.ClientSession:
-        """The session whose connections are used again, or that has a new one for each request."""
-        if not self._shared:
+    async def session(self, keep: bool) -> aiohttp.ClientSession:
+        """The one whose connections are used again, or that has a new one for each request."""
+        if not self._sessions:
             await asyncio.to_thread(importlib.import_module, "aiohttp")
-        if keep not in self._shared:
-            connections = {"keepalive_timeout": KEEP_SECONDS} if keep else {"force_close": True}
-            self._shared[keep] = self._session(aiohttp.DummyCookieJar(), **connections)
-        return self._shared[keep]
-
-    def redirected(self) -> aiohttp.ClientSession:
-        """One for the further requests of an attempt, with a new connection for each; it keeps cookies, as a browser does."""
-        return self._session(aiohttp.CookieJar(unsafe=True, quote_cookie=False), force_close=True)  # unsafe: also of IP addresses
-
-    def _session(self, cookies: aiohttp.abc.AbstractCookieJar, **connections: Any) -> aiohttp.ClientSession:
-        # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=self._socket, resolver=cast(Any, self), **connections)
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=cookies,
-            timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
-            auto_decompress=False,
-            max_line_size=MAX_HEAD_LINE,
-            max_field_size=MAX_HEAD_LINE,
-            max_headers=1000,  # each is looked at, and shown in every list
-            middlewares=(_sent_once,),
-        )
+        if keep not in self._sessions:
+            connections: dict[str, Any] = {"keepalive_timeout": KEEP_SECONDS} if keep else {"force_close": True}
+            self._sessions[keep] = aiohttp.ClientSession(
+                # MAX_CONCURRENT_RUNS is the limit; a second one gives false timeouts.
+                connector=aiohttp.TCPConnector(limit=0, socket_factory=self._socket, resolver=cast(Any, self), **connections),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),  # the attempt's own is above it
+                auto_decompress=False,
+                max_line_size=MAX_HEAD_LINE,
+                max_field_size=MAX_HEAD_LINE,
+                max_headers=1000,  # each is looked at, and shown in every list
+                middlewares=(_sent_once,),
+            )
+        return self._sessions[keep]
 
     def _socket(self, info: Any) -> socket.socket:
         # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
@@ -5521,7 +5513,7 @@ class HttpClient:
         ]
 
     async def close(self) -> None:
-        for session in self._shared.values():
+        for session in self._sessions.values():
             await session.close()
 
 
@@ -5704,9 +5696,8 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
-        # Closed outside of the time limit: it takes some turns of the loop, in which an answer that has come would be lost.
-        async with contextlib.AsyncExitStack() as sessions, live.timeout(timeout):
-            request, response = await _exchange(client, config, request, run, live, sessions)
+        async with live.timeout(timeout):
+            request, response = await _exchange(client, config, request, run, live)
         status, output = response.status, _output(live)
         expected = config.get("expected_status") or ["200-299"]
         if any(status in status_range(entry) for entry in expected):
@@ -5784,10 +5775,11 @@ def _as_written(text: str) -> str:
 
 
 async def _exchange(
-    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput, sessions: contextlib.AsyncExitStack
+    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput
 ) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
-    gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice."""
+    gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice. Cookies
+    are kept for the attempt, as a browser keeps them."""
     _ATTEMPT.set(live)
     of_run = {
         "X-ChronoTask-Execution-Id": str(run.execution_id),
@@ -5798,12 +5790,18 @@ async def _exchange(
         of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     # A server may just be closing a connection that was kept.
     keep = request.method not in _NOT_REPEATABLE and "close" not in request.headers.get("Connection", "").lower()
-    session = await client.shared(keep)
-    for number in range(MAX_REDIRECTS + 1):
+    jar: aiohttp.CookieJar | None = None
+    for _ in range(MAX_REDIRECTS + 1):
+        headers = of_run | request.headers
+        if jar is not None and (cookies := jar.filter_cookies(request.url)):
+            own = [pair for pair in headers.get("Cookie", "").split("; ") if pair and pair.partition("=")[0] not in cookies]
+            known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
+            headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
+        session = await client.session(keep and jar is None)
         response = await session.request(
             request.method,
             request.url,
-            headers=of_run | request.headers,
+            headers=headers,
             data=request.body,
             skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
             ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
@@ -5816,9 +5814,9 @@ async def _exchange(
                 return request, response
         finally:
             response.close()  # unless the connection was given back at its end, with the request all sent
-        if number == 0:
-            session = await sessions.enter_async_context(client.redirected())
-            session.cookie_jar.update_cookies(response.cookies, response.url)
+        if jar is None:
+            jar = aiohttp.CookieJar(unsafe=True)  # also of IP addresses
+        jar.update_cookies(response.cookies, response.url)
         request = following
         live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")

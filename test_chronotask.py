@@ -4683,9 +4683,10 @@ async def test_a_header_or_body_with_a_resolved_secret_stays_with_its_server() -
 
 async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the_next_one(target: Target) -> None:
     for status in (302, 200, 302, 200):
-        target.answer(status, {"Location": "/next", "Set-Cookie": "sid=1; Path=/"})
-    await attempts(target.url + "/", 2)
-    assert [request.headers.get("Cookie") for request in target.requests] == [None, "sid=1", None, "sid=1"]
+        target.answer(status, {"Location": "/next", "Set-Cookie": 'sid="1,=2"; Path=/'})
+    await attempts(target.url + "/", 2, headers={"cookie": "own=1; sid=0"})
+    cookies = [request.headers.get("Cookie") for request in target.requests]
+    assert cookies == ["own=1; sid=0", 'sid="1,=2"; own=1'] * 2
 
 
 async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
