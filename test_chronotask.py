@@ -7947,7 +7947,7 @@ def test_a_service_follows_its_file_and_takes_it_and_its_tokens_up_anew_on_sighu
         assert str(file) in server.log()
     file.write_text(NIGHTLY)
     server.start()
-    assert server.get("/scheduler/status")["config_file"]["error"] is None
+    assert server.get("/scheduler/status")["config_file"].items() >= {"path": str(file), "error": None}.items()
     server.expect(200, "PATCH", "/tasks/key:nightly", {"max_retries": 9})
     server.process.send_signal(signal.SIGHUP)
     until(lambda: server.get("/tasks/key:nightly")["max_retries"] == 0, 5, "the file is applied anew")
