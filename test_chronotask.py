@@ -239,16 +239,18 @@ class Rig:
     async def tick(self) -> None:
         await self.clock.round()
 
-    async def at(self, seconds: float) -> None:
-        """The clock reads START + `seconds`, and the scheduler loop ticks."""
-        self.clock.advance(START / S + seconds - self.clock.wall / S)
-        self.clock.wall = START + round(seconds * S)
-        await self.tick()
+    async def at(self, *times: float) -> None:
+        """The clock reads START + so many seconds, and the scheduler loop ticks; once for each of `times`."""
+        for seconds in times:
+            self.clock.advance(START / S + seconds - self.clock.wall / S)
+            self.clock.wall = START + round(seconds * S)
+            await self.tick()
 
-    async def run_at(self, seconds: float) -> None:
-        """The clock reads START + `seconds`, and what that begins comes to its end."""
-        await self.at(seconds)
-        await self.finish()
+    async def run_at(self, *times: float) -> None:
+        """The same, and what each begins comes to its end."""
+        for seconds in times:
+            await self.at(seconds)
+            await self.finish()
 
     async def let_go(self, target: Target) -> None:
         """The server answers what it holds, and what waited for that comes to its end."""
@@ -1701,8 +1703,7 @@ async def test_notes_say_why_nothing_will_fire_and_what_became_of_the_zone(rig: 
     assert (await rig.service.get_schedule(schedule_id))["notes"] == ["Nothing will fire: the scheduler is paused."]
     await rig.service.resume_scheduler()
     await rig.patch_task(task_id, status="active")
-    for seconds in (60, 120, 180):
-        await rig.run_at(seconds)
+    await rig.run_at(60, 120, 180)
     assert (await rig.patch_schedule(schedule_id, max_runs=1))["notes"] == ["max_runs of 1 is reached, and exceeded by 2."]
 
 
@@ -5166,8 +5167,7 @@ async def test_a_schedule_is_over_after_its_last_slot_and_cannot_be_switched_on_
     )
     for fields, _, _ in ends:
         await rig.schedule(await rig.task(), **fields)
-    for seconds in (60, 120, 180, 240):
-        await rig.run_at(seconds)
+    await rig.run_at(60, 120, 180, 240)
     for schedule_id, (_, slots, refused) in enumerate(ends, 1):
         assert await rig.brief(schedule_id=schedule_id) == [("schedule", "succeeded", slot) for slot in slots]
         view = await rig.service.get_schedule(schedule_id)
@@ -5312,8 +5312,7 @@ async def test_missed_slots_are_caught_up_by_policy_and_one_by_one(rig: Rig, ope
 )
 async def test_overlap_skips_queues_or_allows(rig: Rig, target: Target, overlap: str, first: str, then: str, why: str) -> None:
     schedule_id = await rig.schedule(await rig.task(**target.config("/hold")), overlap=overlap)
-    for seconds in (60, 120, 180):
-        await rig.at(seconds)
+    await rig.at(60, 120, 180)
     assert await rig.statuses() == first.split()
     await rig.let_go(target)
     assert await rig.statuses() == then.split()
@@ -5400,8 +5399,7 @@ async def test_an_excluded_day_has_no_slot_no_row_and_is_not_upcoming(rig: Rig) 
     view = await rig.service.get_schedule(schedule_id)
     assert view["exclude"] == holidays
     assert [slot["local"][8:16] for slot in view["upcoming"]] == ["01T09:00", "03T09:00", "06T09:00", "07T09:00", "08T09:00"]
-    for day in range(5):
-        await rig.run_at(day * 86_400 + 8 * 3600)
+    await rig.run_at(*(day * 86_400 + 8 * 3600 for day in range(5)))
     assert [row[2] // 86_400 for row in await rig.brief()] == [0, 2]
     assert (await rig.patch_schedule(schedule_id, exclude=[]))["next_run"] == "2026-01-06T08:00:00Z"
     assert (await rig.patch_schedule(schedule_id, exclude=["2026-01-06"]))["next_run"] == "2026-01-07T08:00:00Z"
@@ -5926,8 +5924,7 @@ async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
 async def test_a_task_that_is_paused_after_failures_is_told_and_counts_anew(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     watched = await rig.task(config=FAIL, pause_after=2)
     await rig.schedule(watched)
-    for seconds in (60, 120.25, 180, 240):
-        await rig.run_at(seconds)
+    await rig.run_at(60, 120.25, 180, 240)
     task = await rig.service.get_task(watched)
     assert (task["status"], task["run_count"], task["failures_in_a_row"], task["next_run"]) == ("paused", 2, 2, None)
     assert (why := task["status_reason"]) == "paused after 2 failures in a row (pause_after), 2026-01-01T00:02:00Z"
@@ -6391,8 +6388,7 @@ async def test_a_skipped_slot_of_a_future_that_did_not_come_runs_when_it_comes(r
     rig.clock.wall = START + 2 * S
     await rig.tick()
     await rig.let_go(target)
-    for seconds in (slots := range(3600, 18_001, 3600)):
-        await rig.run_at(seconds)
+    await rig.run_at(*(slots := range(3600, 18_001, 3600)))
     assert await rig.brief(schedule_id=schedule_id) == all_ran(*slots)
     assert (await rig.service.get_execution(run))["status"] == "succeeded"
     assert rig.sql("SELECT s.run_count, history_count FROM schedules s, tasks") == [(5, 6)]
@@ -6546,8 +6542,7 @@ async def test_deleting_a_schedule_cancels_its_queued_ones_and_lets_begun_ones_e
     schedule_id = await rig.schedule(task_id, overlap="allow")
     await rig.run_at(60)
     await rig.patch_task(task_id, **target.config("/hold"))
-    for seconds in (120, 180):
-        await rig.at(seconds)
+    await rig.at(120, 180)
     manual = await rig.execute(task_id)
     assert await rig.statuses() == ["retrying", "running", "queued", "queued"]
     await rig.service.delete_schedule(schedule_id)
