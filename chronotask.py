@@ -3810,7 +3810,9 @@ def load(
 @functools.cache
 def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     shape = shape_of(kind)
-    read = {name: f"CASE WHEN json_valid({name}) THEN json({name}) END" for name in shape.json} | dict([instead])
+    read = {
+        name: f"CASE WHEN typeof({name}) = 'text' AND json_valid({name}) THEN json({name}) END" for name in shape.json
+    } | dict([instead])
     return f"json_array({', '.join(read.get(name, name) for name in shape.loaded)})"
 
 
@@ -4132,7 +4134,7 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
             (now, owner, compact([run.execution_id for run in free])),
         )
         runs += free
-        more = len(free) < len(found)
+        more = 0 < len(free) < len(found)
     if not runs:
         return []
     first = [run for run in runs if run.attempt == 1]
@@ -6239,7 +6241,8 @@ class Engine:
             tasks = get_tasks(db, {end.task_id for end in over})
             for end in over:
                 if task := tasks.get(end.task_id):
-                    count_end(task, end)
+                    with contextlib.suppress(*DAMAGE):  # of what is counted: the end must reach the disk
+                        count_end(task, end)
             paused = [tasks[end.task_id] for end in over if end.paused]
             write_standings(db, tasks.values(), paused, now)
             tick.noted += [(task, "paused", task.status_reason) for task in paused]

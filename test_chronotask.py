@@ -6469,8 +6469,8 @@ async def test_broken_schedules_stop_no_others_no_start_and_no_listing(rig: Rig,
 
 
 async def test_a_broken_task_row_fails_its_own_executions_only_and_loses_no_end_at_a_start(rig: Rig, open_rig: OpenRig) -> None:
-    broken = [("config", value) for value in ("{oops", "[]", '{"url": 5}', "{}")]
-    for column, value in (*broken, ("max_retries", "soon"), ("retry_delay", "soon")):
+    broken = [("config", value) for value in ("{oops", "[]", '{"url": 5}', b'{"command": "true"}')]  # bytes, as of readfile()
+    for column, value in (*broken, ("pause_after = 'no', max_retries", "soon"), ("retry_delay", "soon")):
         task_id = await rig.task(config=FAIL, max_retries=3)
         await rig.schedule(task_id)
         rig.sql(f"UPDATE tasks SET {column} = ? WHERE id = ?", value, task_id)
