@@ -5102,8 +5102,9 @@ class Environ(dict[str, str]):
             oldest = next(pipe for pipe, owner in self._left.items() if owner == worst)
             del self._left[oldest]
             oldest.transport.close()
-            what = "has left %d pipes open in the background: what writes to the oldest will be killed"
-            logger.warning("task %d " + what, worst, count)
+            logger.warning(
+                "task %d has left %d pipes open in the background: what writes to the oldest will be killed", worst, count
+            )
 
 
 async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
@@ -5405,9 +5406,8 @@ def check_bash_user(settings: Settings) -> list[str]:
     except (OSError, AttributeError) as error:
         why = f"({error}): start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
         raise StartupError(f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user {why}", 2) from None
-    return [
-        f"{shown(path, 4096)} can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)" for path in found
-    ]
+    warning = f"can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)"
+    return [f"{shown(path, 4096)} {warning}" for path in found]
 
 
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
@@ -5544,9 +5544,8 @@ def _connection_failed(error: Exception, live: LiveOutput) -> ChronoTaskError:
         place = f"{host}:{error.port}"
         # asyncio's own text of a refused connection names the address and not the reason.
         code = 0 if isinstance(cause, (socket.gaierror, ssl.SSLError)) else cause.errno or 0
-        reason = (
-            os.strerror(code).lower() if code in errno.errorcode else cause.strerror or str(cause)[:200] or "connection reset"
-        )
+        other = cause.strerror or str(cause)[:200] or "connection reset"
+        reason = os.strerror(code).lower() if code in errno.errorcode else other
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
         if cause.errno == REFUSED_ERRNO:
