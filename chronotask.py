@@ -5054,7 +5054,7 @@ def _stopped(live: LiveOutput, timeout: float) -> Outcome:
     output = _output(live)
     if live.reason:
         message = "the service was stopped" if live.reason == "interrupted" else live.reason
-        return Outcome(live.reason, message, output, retryable=live.reason == "interrupted")
+        return Outcome(live.reason, message, output, retryable=live.reason == "interrupted" and not live.acted)
     message = "no answer within" if output is None else "was still running after"
     if output is not None and "status_code" in output:
         message = f"answered {output['status_code']}, but not completely within"

@@ -4753,9 +4753,11 @@ async def test_a_request_is_stopped_from_outside_or_with_its_job() -> None:
         await hang(writer)
 
     packed = b"Content-Encoding: gzip\r\n\r\n" + deflated(b"begin") + deflated(b"") * 1_000 + deflated(b"end")
-    for reason, retryable, sent in (("cancelled", False, packed), ("interrupted", True, b"\r\nbegin")):
+    plain = b"\r\nbegin"
+    cases = ("cancelled", "GET", False, packed), ("interrupted", "GET", True, plain), ("interrupted", "POST", False, plain)
+    for reason, to, retryable, sent in cases:
         live = Watched(1000)
-        outcome = await answered(b"HTTP/1.1 200 OK\r\n" + sent, stop, live=live)
+        outcome = await answered(b"HTTP/1.1 200 OK\r\n" + sent, stop, live=live, method=to)
         assert (outcome.status, outcome.retryable, output(outcome)["body"]) == (reason, retryable, "begin")
     started = asyncio.Event()
     running = asyncio.ensure_future(answered(b"", lambda writer: started.set() or hang(writer)))
