@@ -423,6 +423,12 @@ fact('what does not fit into a line, or only looks like a number, comes back fro
   await service.ask('DELETE', '/tasks/' + id);
 });
 
+fact('a time in a zone that this browser does not know yet is told in its own', async () => {
+  await open(service, '#/executions');
+  const [own, zoned] = await page.evaluate("[[], ['Mars/Phobos']].map(zone => when('2026-01-01T00:00:00Z', ...zone))");
+  equal(zoned, own);
+});
+
 fact('a page that stays open for weeks keeps a bounded number of runs', async () => {
   const { id } = await service.ask('POST', '/tasks', { name: 'Often', task_type: 'bash', config: { command: 'true' } });
   await open(service, '#/executions?task_id=' + id);
