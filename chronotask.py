@@ -9691,8 +9691,10 @@ async def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
-    def on_signal() -> None:
-        if signalled.is_set():  # not `stop`: an MCP client closes stdin first, and sends SIGTERM when it grows impatient
+    def on_signal(number: int) -> None:
+        # Not `stop`: an MCP client closes stdin first, and sends SIGTERM when it grows impatient. Nor SIGHUP: when a terminal
+        # closes, the kernel sends one and its shell another.
+        if signalled.is_set() and number != signal.SIGHUP:
             os._exit(1)
         signalled.set()
         stop.set()
@@ -9700,7 +9702,7 @@ async def serve(
     for number in STOP_SIGNALS:
         # Whoever starts a program with SIGHUP ignored (nohup) wants it to survive its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, on_signal, number)
     clock = Clock()
     sockets = bind(settings.api_host, settings.api_port) if mode != "mcp" else []
     mcp_sockets = bind(settings.api_host, settings.mcp_port) if mode == "both" and settings.mcp_enabled else []
