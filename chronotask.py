@@ -3484,19 +3484,14 @@ class Store:
 
 
 def _read_batch(db: DB, batch: list[_Call]) -> None:
-    try:
-        db.execute("BEGIN")
-        for call in batch:
-            try:
-                call.result = call.run(db)
-            except Exception as error:  # one that fails must not fail the others
-                call.error = error
-    except sqlite3.Error as error:
-        for call in batch:
+    db.execute("BEGIN")  # touches nothing yet: the snapshot is taken by the first query
+    for call in batch:
+        try:
+            call.result = call.run(db)
+        except Exception as error:  # one that fails must not fail the others
             call.error = error
-    finally:
-        if db.in_transaction:
-            db.execute("COMMIT")
+    if db.in_transaction:
+        db.execute("COMMIT")
 
 
 def _deliver(batch: list[_Call]) -> None:
@@ -3572,8 +3567,8 @@ def open_database(path: Path) -> DB:
             f"uid {os.getuid()} must be able to write {path.parent}, which belongs to uid {path.parent.stat().st_uid} (or is it "
             f"read-only?): chown -R {os.getuid()} that folder, or run ChronoTask as its owner (in a container: --user)"
         )
-        remedies = {"unable to open": closed, "readonly": closed, "read-only": closed}
-        remedies |= {"locked": "another program holds a lock on it", "full": "make room on its disk"}
+        full, locked = "make room on its disk", "another program holds a lock on it"
+        remedies = {"unable to open": closed, "readonly": closed, "locked": locked, "full": full}
         remedy = next((remedy for word, remedy in remedies.items() if word in str(error)), _LEFT_ALONE)
         raise StartupError(f"the database {path} cannot be used: {error}; {remedy}") from None
 
@@ -3649,7 +3644,6 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
         try:
             version = _pragma(db, "user_version")  # looked up under the lock: another process may be doing the same
             if version >= len(migrations):
-                db.execute("ROLLBACK")
                 return
             for statement in migrations[version]:  # not executescript, which commits first
                 db.execute(statement)
@@ -4069,17 +4063,15 @@ def purge_task(db: DB, task_id: int, limit: int) -> bool:
 # --- Queries: executions ----------------------------------------------------------------------------------------------
 
 
-_NEW = {field.name: field.default for field in dataclasses.fields(NewExecution)}
-_SELDOM = ("config", "rerun_of", "cause", "caused_by", "event", "depth")
-
-
 def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     """Writes new rows and returns their ids, in order. Raises sqlite3.IntegrityError if one of the slots has a row."""
-    unused = {name for name in _SELDOM if all(getattr(row, name) == _NEW[name] for row in rows)}
-    names = tuple(name for name in _NEW if name not in unused)
+    if not rows:
+        return []
+    # Each column costs time for every row, and most hold nothing.
+    names = [name for name in shape_of(NewExecution).columns if any(getattr(row, name) is not None for row in rows)]
+    columns = (*names, "finished_at", "uuid")
     values = operator.attrgetter(*names)
     new = [(*values(row), row.finished_at, str(uuid.uuid4())) for row in rows]
-    columns = (*names, "finished_at", "uuid")
     last = write_rows(db, f"INSERT INTO executions ({', '.join(columns)}) SELECT * FROM rows", columns, new).lastrowid or 0
     return list(range(last - len(rows) + 1, last + 1))
 
@@ -4287,7 +4279,8 @@ def list_executions(
     """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
     Those that lie at least partly between `since` and `until`, from `queued_at` to `finished_at`; with their whole output
     (`full`), without (`none`), or with its texts cut (None)."""
-    asked, judged = query.model_dump(exclude_none=True), query.model_dump().get("success")
+    asked = query.model_dump(exclude_none=True)
+    judged = asked.get("success")
     statuses = [s for s in query.status or (SUCCESS if judged is not None else ()) if judged is None or SUCCESS.get(s) is judged]
     where, values = _where(
         {

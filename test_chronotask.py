@@ -2575,7 +2575,9 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     chronotask.migrate(db, chronotask.MIGRATIONS[:version])
     task = "INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at, updated_at)"
     db.execute(task + """ VALUES ('t', 'bash', 'active', '{"command": "true"}', 0, 5, 2, 0, 0)""")
-    chronotask.insert_executions(db, [chronotask.NewExecution(1, None, "manual", None, n) for n in range(3)])
+    execution = "INSERT INTO executions (task_id, trigger, status, queued_at, uuid) VALUES (1, 'manual', 'queued', 0, 'u')"
+    for _ in range(3):
+        db.execute(execution)
     db.executemany("UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?", [("failed", 1), ("succeeded", 2)])
     columns = ", ".join(row[1] for row in db.execute("PRAGMA table_info(executions)"))
     rows = db.execute(f"SELECT {columns} FROM executions").fetchall()
