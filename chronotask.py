@@ -4099,7 +4099,8 @@ def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinishe
 
 
 _RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled_for, fire_at, uuid, name AS task_name, task_type,
-    t.config, e.config AS override, concurrency_group, max_retries, retry_delay, retry_backoff, cause"""
+    iif(typeof(t.config) = 'text', t.config, '{}') AS config, e.config AS override, concurrency_group, max_retries, retry_delay,
+    retry_backoff, cause"""
 
 
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
