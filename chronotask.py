@@ -3281,6 +3281,7 @@ QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes some seconds a GB
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
 SCAN_TIMEOUT = 3.0  # seconds
 SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan looks at the time
+OUTPUT_AT_ONCE = 2**26  # characters of output in one statement: SQLite takes 10**9 bytes, of which a character may need 8
 WAL_LIMIT = 8 * 2**20  # bytes that the log may keep on disk once its content is in the database
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
 
@@ -4141,6 +4142,8 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
 
 def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
     """Writes how attempts ended, and returns what is over by that. A retry that was cancelled meanwhile becomes `cancelled`."""
+    if len(ended) > 1 and sum(len(s.output or "") for s in ended) > OUTPUT_AT_ONCE:
+        return finish_attempts(db, ended[: len(ended) // 2]) + finish_attempts(db, ended[len(ended) // 2 :])
     columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
     fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
     ends = [fields(s) for s in ended]

@@ -2576,8 +2576,7 @@ def test_a_database_of_every_version_gets_the_newest_schema_and_keeps_its_rows(t
     task = "INSERT INTO tasks (name, task_type, status, config, max_retries, retry_delay, retry_backoff, created_at, updated_at)"
     db.execute(task + """ VALUES ('t', 'bash', 'active', '{"command": "true"}', 0, 5, 2, 0, 0)""")
     execution = "INSERT INTO executions (task_id, trigger, status, queued_at, uuid) VALUES (1, 'manual', 'queued', 0, 'u')"
-    for _ in range(3):
-        db.execute(execution)
+    db.executemany(execution, [()] * 3)
     db.executemany("UPDATE executions SET status = ?, finished_at = 5 WHERE id = ?", [("failed", 1), ("succeeded", 2)])
     columns = ", ".join(row[1] for row in db.execute("PRAGMA table_info(executions)"))
     rows = db.execute(f"SELECT {columns} FROM executions").fetchall()
@@ -3194,6 +3193,16 @@ async def test_a_change_of_many_rows_leaves_the_others_alone_and_the_values_as_t
 
     wanted = [value.replace("\0", "\ufffd") if isinstance(value, str) else value for value in values]  # SQLite's JSON ends there
     assert await store.write(change) == wanted * 20 + ["old"] * 20
+
+
+def test_outputs_that_are_too_long_together_are_written_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chronotask, "OUTPUT_AT_ONCE", 2**20)
+    task = chronotask.insert(store._db, some_task("t"))
+    chronotask.insert_executions(store._db, [chronotask.NewExecution(task.id, None, "manual", None, 0)] * 9)
+    long, runs = json.dumps({"stdout": "x" * 2**19}), chronotask.start_ready(store._db, 9, START, "me")
+    ended = [chronotask.Finished(run, "failed", "failed", START, None, None, long) for run in runs]
+    store._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2**21)
+    assert [end.execution_id for end in chronotask.finish_attempts(store._db, ended)] == [run.execution_id for run in runs]
 
 
 def test_the_outputs_of_a_page_are_not_in_memory_together(store: Store) -> None:
