@@ -7988,10 +7988,11 @@ class _Apply:
     standing: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
-        left, errors, homes = dict(wanted), list[FieldError](), {"", *wanted}
+        left, errors, gone = dict(wanted), list[FieldError](), set[str]()
         self.standing = _standing(self.tx.db)
         for key, item in self.standing.items():
-            if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] in homes:
+            if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] not in gone:
+                gone.add(key)  # its schedules go with it
                 stop: dict[str, Any] = {"is_active": False}
                 if isinstance(item, Task):  # a pause gets no end by itself; what is disabled stays so
                     stop = {} if item.status == "disabled" else {"status": "paused", "paused_until": None}

@@ -7436,6 +7436,9 @@ async def test_a_key_of_nobody_or_of_another_owner_is_taken_over_only_when_the_f
     found = {change["key"]: change["fields"].get("managed_by") for change in answer["changes"]}
     assert found == {"nightly": ["ops", "dev"], "new": None, "nightly/night": ["ops", "dev"]}
     assert (await applied(rig, "chronotask = 1\nowner = 'ops'"))["changes"] == []
+    await applied(rig, 'chronotask = 1\nadopt = true\n[tasks.nightly]\ntask_type = "bash"\nconfig = { command = "x" }')
+    orphans = [("orphaned", "new"), ("orphaned", "nightly/night")]  # of a task that belongs to another owner now
+    assert actions(await applied(rig, "chronotask = 1\nowner = 'dev'")) == orphans
     await rig.task(key="by-hand")
     with pytest.raises(Conflict, match=r"tasks.by-hand: task 3 was not made by a file"):
         await applied(rig, theirs.replace("tasks.new", "tasks.by-hand"))
