@@ -6975,19 +6975,19 @@ class Service:
             raise Unavailable("the service is shutting down")
         if self.store.replaced:  # what a restart loses must not be promised
             raise Unavailable(f"{REPLACED}: restart ChronoTask")
-        now, caller, held = self.clock.now(), CALLER.get(), list[Transaction]()
+        now, caller = self.clock.now(), CALLER.get()
 
-        def run(db: DB) -> T:
-            held[:] = [Transaction(db, now, self.settings, caller=caller)]  # it may run twice
-            return write(held[0])
+        def run(db: DB) -> tuple[Transaction, T]:
+            tx = Transaction(db, now, self.settings, caller=caller)
+            return tx, write(tx)
 
         async def changed() -> T:
-            done = await self.store.write(run)
-            for line in held[0].lines:
+            tx, done = await self.store.write(run)
+            for line in tx.lines:
                 logger.info("%s", line)
-            if held[0].new_ids:
+            if tx.new_ids:
                 self.engine.wake()
-            await self.engine.after_write(held[0])
+            await self.engine.after_write(tx)
             if take_up:
                 await self.changes.take_up()
             return done
