@@ -67,12 +67,10 @@ import sys
 if __name__ == "__main__" and sys.platform == "linux":
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else: see hide_from_tasks
 
-import gc
 import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()  # until the service is up (`serve`): what imports make is there to stay
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
     if os.getpid() == 1:  # which gets no signal that it has no handler for
@@ -96,6 +94,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import grp
 import hashlib
 import heapq
@@ -9006,7 +9005,6 @@ def _defaults(resource: Any, schedule_type: Any) -> dict[str, Any]:
     return shape_of(resource).defaults | own
 
 
-@functools.cache
 def input_schema(operation: Operation) -> dict[str, Any]:
     """What a model needs to know of a tool's arguments. What create_task or create_schedule says is not said again."""
     known, fields = tool_arguments(operation), dict[str, Any]()
@@ -9754,7 +9752,6 @@ async def serve(
 async def _tidy_memory() -> None:
     gc.freeze()  # what is there stays, so the garbage collector need not look at it
     gc.set_threshold(10_000)  # requests and attempts free what they used without its help
-    gc.enable()
     while True:
         # What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes.
         with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
