@@ -4746,7 +4746,7 @@ class LiveOutput:
         """Nothing more comes."""
         if not self.closed:
             for name in self._streams:
-                LiveOutput.feed(self, name, b"", last=True)
+                self.feed(name, b"", last=True)
             self.closed = True
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
