@@ -5655,9 +5655,8 @@ class _Socket(_OneAnswer, socket.socket):
     def _asks(self, data: bytes) -> None:
         super()._asks(data)  # or what TLS has made of it was seen just before
         live = _ATTEMPT.get(None)  # of a connection that is closed nobody's
-        if (
-            live is not None and live.reused
-        ):  # the server may have closed it, or begun to say something else, and the loop not have heard of it yet
+        if live is not None and live.reused:
+            # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
             live.reused, poll = False, select.poll()
             poll.register(self, select.POLLIN)
             if poll.poll(0):
@@ -5791,7 +5790,7 @@ async def _exchange(
     for _ in range(MAX_REDIRECTS + 1):
         headers = of_run | request.headers
         if jar is not None and (cookies := jar.filter_cookies(request.url)):
-            own = [pair for pair in headers.get("Cookie", "").split("; ") if pair and pair.partition("=")[0] not in cookies]
+            own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
             headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
         session = await client.session(keep and jar is None)
@@ -5811,8 +5810,7 @@ async def _exchange(
                 return request, response
         finally:
             response.close()  # unless the connection was given back at its end, with the request all sent
-        if jar is None:
-            jar = aiohttp.CookieJar(unsafe=True)  # also of IP addresses
+        jar = aiohttp.CookieJar(unsafe=True) if jar is None else jar  # also of IP addresses
         jar.update_cookies(response.cookies, response.url)
         request = following
         live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
