@@ -2146,6 +2146,9 @@ class Shape:
             if not (field.default is field.default_factory is dataclasses.MISSING)
         }
         arms = {name: _arms(_seen(hints[name])) for name in self.loaded}
+        self.instants = [name for name in self.loaded if _is_time(hints[name])]
+        # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
+        self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
         # Columns that hold JSON: dict or list.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
         repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == (bool,)}
@@ -3796,7 +3799,7 @@ def load(
     db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), instead: tuple[str, str] = ("", "")
 ) -> list[Row]:
     """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. `instead`:
-    a column, and the expression that is read in its place. Damaged JSON is read as NULL."""
+    a column, and the expression that is read in its place. Damaged JSON is read as NULL, a damaged number as one."""
     found = db.execute(f"SELECT json_group_array({_as_json(kind, instead)}) FROM ({query})", parameters)
     return [*map(shape_of(kind).make, parsed(found.fetchone()[0]))]
 
@@ -3804,9 +3807,9 @@ def load(
 @functools.cache
 def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     shape = shape_of(kind)
-    read = {
-        name: f"CASE WHEN typeof({name}) = 'text' AND json_valid({name}) THEN json({name}) END" for name in shape.json
-    } | dict([instead])
+    read = {n: f"CASE WHEN typeof({n}) = 'text' AND json_valid({n}) THEN json({n}) END" for n in shape.json}
+    read |= {name: f"CAST({name} AS INTEGER)" for name in shape.whole}
+    read |= {name: f"min(max(CAST({name} AS INTEGER), 0), {LAST_INSTANT})" for name in shape.instants} | dict([instead])
     return f"json_array({', '.join(read.get(name, name) for name in shape.loaded)})"
 
 
@@ -4422,7 +4425,7 @@ _OVER = "status NOT IN ('queued', 'running', 'retrying') AND coalesce(scheduled_
 
 def latest_known(db: DB) -> int:
     """The latest instant that the database knows of; 0 when it knows none."""
-    newest = " UNION ALL SELECT max({}) FROM (SELECT * FROM {} ORDER BY {} DESC LIMIT 1000)"
+    newest = " UNION ALL SELECT CAST(max({}) AS INTEGER) FROM (SELECT * FROM {} ORDER BY {} DESC LIMIT 1000)"
     known = (
         "SELECT value FROM meta WHERE key = 'clock' "
         + newest.format("max(updated_at, coalesce(last_run, 0))", "tasks", "rev")
