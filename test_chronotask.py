@@ -6585,46 +6585,43 @@ BY_AGE, TIGHT, ALL = ({"history_days": days, "history_per_task": count} for days
 
 
 @each(
-    "chosen planted left",  # the rows that are planted one after the other: how many, status, age in days
+    "chosen planted left",  # the rows that are planted one after the other: how many, status, age in days, schedule and slot
     (BY_AGE, [(2500, "succeeded", 31), (10, "failed", 29)], {"failed": 10}),
     (TIGHT, [(5, "queued", 99), (5, "failed", 99)], {"queued": 5}),
     (TIGHT, [(5, "retrying", 99), (5, "failed", 99)], {"retrying": 5}),
+    (TIGHT, [(3, "succeeded", 99, 1, START + HOUR), (3, "failed", 99, 1, START - HOUR)], {"succeeded": 3}),  # of future slots
     (BY_AGE, [(1500, "failed", -365), (1500, "failed", 31), (5, "succeeded", 1)], {"succeeded": 5}),  # a clock that was ahead
     (ALL, [(1200, "succeeded", 9999), (1, "failed", 0)], {"succeeded": 1200, "failed": 1}),
 )
 async def test_what_retention_leaves(open_rig: OpenRig, chosen: Json, planted: Json, left: Json) -> None:
     rig = await open_rig(**chosen)
-    await rig.task(status="disabled")
-    for count, status, age in planted:
-        plant_rows(rig, count, status, age)
+    await rig.schedule(await rig.task(status="disabled"))
+    for rows in planted:
+        plant_rows(rig, *rows)
     for _ in range(2):
         await rig.service.retention.delete(rig.clock.now())
     assert dict(rig.sql("SELECT status, count(*) FROM executions GROUP BY 1")) == left
 
 
-async def test_history_is_cut_by_count_oldest_first_and_skipped_and_missed_rows_push_out_no_run(open_rig: OpenRig) -> None:
+async def test_history_is_cut_by_count_oldest_first_with_attempts_and_skipped_or_missed_push_out_no_run(
+    open_rig: OpenRig,
+) -> None:
     rig = await open_rig(history_per_task=5)
-    await rig.task()
+    await rig.task(config=FAIL, max_retries=1, retry_delay=0)
     for _ in range(8):
         await rig.executed(1)
+        await rig.finish()
     await rig.service.retention.delete(rig.clock.now())
     assert [row["id"] for row in await rig.rows()] == [4, 5, 6, 7, 8]
+    assert rig.sql("SELECT execution_id FROM attempts") == [(4,), (5,), (6,), (7,), (8,)]
     assert (await rig.service.get_task(1))["run_count"] == 8
     plant_rows(rig, 90, "skipped", 1)
     plant_rows(rig, 60, "missed", 1)
     await rig.executed(1)
+    await rig.finish()
     await rig.service.retention.delete(rig.clock.now())
     found = rig.sql("SELECT status, count(*) FROM executions GROUP BY 1 ORDER BY 1")
-    assert found == [("missed", 60), ("skipped", 40), ("succeeded", 5)]
-
-
-async def test_retention_never_deletes_rows_of_future_slots(open_rig: OpenRig) -> None:
-    rig = await open_rig(history_days=1, history_per_task=1)
-    await rig.schedule(await rig.task())
-    for hours in (1, -1):
-        plant_rows(rig, 3, "succeeded", 99, 1, rig.clock.now() + hours * 3600 * S)
-    await rig.service.retention.delete(rig.clock.now())
-    assert rig.sql("SELECT count(*), min(scheduled_for) > ? FROM executions", rig.clock.now()) == [(3, 1)]
+    assert found == [("failed", 5), ("missed", 60), ("skipped", 40)]
 
 
 async def test_age_is_told_by_the_rows_around_where_the_clock_was_wrong(open_rig: OpenRig) -> None:
@@ -6655,17 +6652,6 @@ async def test_after_a_jump_deletion_by_age_waits(rig: Rig, open_rig: OpenRig, d
         rig.clock.advance(passed)
         await rig.service.retention.delete(rig.clock.now())
         assert rig.sql("SELECT count(*) FROM executions") == [(kept,)]
-
-
-async def test_attempts_go_with_their_execution(open_rig: OpenRig, target: Target) -> None:
-    rig = await open_rig(history_days=1)
-    target.answer(500)
-    await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=0))
-    await rig.finish()
-    assert rig.sql("SELECT count(*) FROM attempts") == [(1,)]
-    rig.clock.advance(86400 * 3)
-    await rig.service.retention.delete(rig.clock.now())
-    assert rig.sql("SELECT (SELECT count(*) FROM executions), (SELECT count(*) FROM attempts)") == [(0, 0)]
 
 
 async def test_a_deletion_that_the_database_refuses_is_tried_again(rig: Rig) -> None:
