@@ -5449,6 +5449,7 @@ async def test_a_pause_with_an_end_ends_by_itself_as_by_a_resume(rig: Rig, open_
     await rig.run_at(180)
     assert await rig.brief() == [("schedule", "succeeded", 180)]
     await rig.patch_task(task_id, status="paused", paused_until="2026-01-01T00:10:30Z")
+    assert rig.sql("SELECT next_fire FROM schedules") == [(None,)], "in the way of no others"
     await rig.at(200)
     rig = await restarted(rig, open_rig, 720)  # it has ended while nobody ran: what it would have run since was missed
     await rig.finish()
@@ -5650,7 +5651,7 @@ async def test_in_a_pause_queued_retrying_and_manual_executions_go_on(open_rig: 
 
 
 @each("status", "active", "paused")
-async def test_a_disabled_task_holds_back_what_waits_across_restarts_too(open_rig: OpenRig, target: Target, status: str) -> None:
+async def test_a_disabled_task_holds_slots_and_what_waits_over_restarts(open_rig: OpenRig, target: Target, status: str) -> None:
     rig = await open_rig(max_concurrent_runs=1)
     target.answer(500)
     task_id = await rig.task(**target.config(), max_retries=1, retry_delay=10)
@@ -5659,6 +5660,7 @@ async def test_a_disabled_task_holds_back_what_waits_across_restarts_too(open_ri
     blocker = await rig.begun(await rig.task(name="blocker", **target.config("/hold")))
     await rig.execute(task_id)
     await rig.patch_task(task_id, status="disabled")
+    assert rig.sql("SELECT next_fire FROM schedules") == [(None,)], "in the way of no others"
     with pytest.raises(Conflict, match="disabled"):
         await rig.execute(task_id)
     target.let_go.set()
@@ -5671,6 +5673,8 @@ async def test_a_disabled_task_holds_back_what_waits_across_restarts_too(open_ri
     await rig.patch_task(task_id, status=status)
     await rig.finish()
     assert await rig.statuses(task_id=task_id) == ["succeeded", "succeeded"]
+    await rig.run_at(120)
+    assert await rig.brief(schedule_id=1) == (all_ran(120) if status == "active" else [])
 
 
 async def test_when_capacity_is_short_no_slot_is_skipped_and_the_oldest_goes_first(open_rig: OpenRig, target: Target) -> None:
@@ -5718,12 +5722,14 @@ async def meanwhile(rig: Rig, call: Any) -> Any:
     return job.result()
 
 
-async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it(
+async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it_and_a_retry_that_waits_shows_each_attempt_once(
     open_rig: OpenRig, target: Target, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = await open_rig(max_concurrent_runs=1)
-    target.answer(500)
+    for _ in range(2):
+        target.answer(500)
     retrying = await rig.executed(await rig.task(**target.config(), max_retries=3))
+    waiting = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=10))
     await rig.begun(await rig.task(**target.config("/hold")))
     row = await rig.service.cancel_execution(await rig.execute(await rig.task()))
     assert (row["status"], row["started_at"], row["duration"], row["success"]) == ("cancelled", None, None, None)
@@ -5731,24 +5737,30 @@ async def test_cancelling_what_waits_for_its_retry_or_for_capacity_ends_it(
     row = await rig.service.cancel_execution(retrying)
     assert (row["status"], row["next_attempt_at"], row["attempt"], row["success"]) == ("cancelled", None, 1, None)
     assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
+    await rig.at(12)
+    row = await rig.service.get_execution(waiting)
+    assert (row["status"], row["attempt"]) == ("queued", 1)
+    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
     await rig.let_go(target)
     await rig.run_at(3600)
-    assert await rig.statuses() == ["cancelled", "succeeded", "cancelled"] and len(target.requests) == 2
+    assert await rig.statuses() == ["cancelled", "succeeded", "succeeded", "cancelled"] and len(target.requests) == 4
     caplog.set_level(logging.INFO)
     failed = await rig.begun(await rig.task(config=FAIL, max_retries=3))
     await asyncio.wait([rig.service.engine.running[failed].job])  # and is not yet written
     asked = asyncio.create_task(rig.service.cancel_execution(failed))
     await until_true(lambda: rig.sql("SELECT cancel_requested FROM executions WHERE id = ?", failed) == [(1,)])
     await asyncio.gather(asked, rig.tick())
-    assert (await rig.statuses())[3:] == ["cancelled"] and "the next is at" not in caplog.text
-    assert rig.service.engine.stats.ended == {("bash", "cancelled"): 2, ("http", "cancelled"): 1, ("http", "succeeded"): 1}
+    assert (await rig.statuses())[4:] == ["cancelled"] and "the next is at" not in caplog.text
+    assert rig.service.engine.stats.ended == {("bash", "cancelled"): 2, ("http", "cancelled"): 1, ("http", "succeeded"): 2}
 
 
-async def test_each_attempt_is_kept_and_told_the_last_decides(rig: Rig, target: Target, caplog: pytest.LogCaptureFixture) -> None:
+async def test_each_attempt_uses_the_task_as_it_is_then_and_is_kept_and_told_the_last_decides(
+    rig: Rig, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "chronotask")
     for status in (500, 503):
         target.answer(status, body=b"no")
-    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=3, retry_delay=10, retry_backoff=3))
+    execution_id = await rig.executed(await rig.task(**target.config("/before"), max_retries=3, retry_delay=10, retry_backoff=3))
     row = await rig.service.get_execution(execution_id)
     assert (row["status"], row["success"], row["attempt"], row["retry_count"]) == ("retrying", None, 1, 0)
     assert 9 <= offset(row["next_attempt_at"]) <= 11
@@ -5757,6 +5769,7 @@ async def test_each_attempt_is_kept_and_told_the_last_decides(rig: Rig, target: 
     (told,) = [record.getMessage() for record in caplog.records if "(t), execution 1" in record.getMessage()]
     assert told.startswith("task 1 (t), execution 1: attempt 1 failed, the next is at 2026-01-01T00:00:")
     assert "500 Internal Server Error" in told
+    await rig.patch_task(1, config=target.config("/after")["config"])
     await rig.run_at(11)
     second = await rig.service.get_execution(execution_id)
     assert (second["status"], second["attempt"]) == ("retrying", 2)
@@ -5768,20 +5781,11 @@ async def test_each_attempt_is_kept_and_told_the_last_decides(rig: Rig, target: 
     assert last["error_message"] is None
     attempts = [(a["attempt"], a["status"], (a["output_data"] or {}).get("status_code")) for a in last["attempts"]]
     assert attempts == [(1, "failed", 500), (2, "failed", 503), (3, "succeeded", 200)]
+    sent = [(request.path, request.headers["X-ChronoTask-Attempt"]) for request in target.requests]
+    assert sent == [("/before", "1"), ("/after", "2"), ("/after", "3")]
+    assert len({request.headers["Idempotency-Key"] for request in target.requests}) == 1
     task = await rig.service.get_task(1)
     assert (task["run_count"], task["success_count"], task["failure_count"]) == (1, 1, 0)
-
-
-async def test_a_retry_that_waits_for_capacity_shows_each_attempt_once(open_rig: OpenRig, target: Target) -> None:
-    rig = await open_rig(max_concurrent_runs=1)
-    target.answer(500)
-    execution_id = await rig.executed(await rig.task(**target.config(), max_retries=1, retry_delay=10))
-    await rig.begun(await rig.task(**target.config("/hold")))
-    await rig.at(12)
-    row = await rig.service.get_execution(execution_id)
-    assert (row["status"], row["attempt"]) == ("queued", 1)
-    assert [(a["attempt"], a["status"]) for a in row["attempts"]] == [(1, "failed")]
-    await rig.let_go(target)
 
 
 async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Target) -> None:
@@ -5790,18 +5794,6 @@ async def test_retry_after_replaces_the_wait_on_429_and_503(rig: Rig, target: Ta
         target.answer(status, {"Retry-After": "17"})
         row = await rig.service.get_execution(await rig.executed(task_id))
         assert low <= offset(row["next_attempt_at"]) <= high, status
-
-
-async def test_every_attempt_uses_the_task_as_it_is_then(rig: Rig, target: Target) -> None:
-    target.answer(500)
-    task_id = await rig.task(**target.config("/before"), max_retries=1, retry_delay=10)
-    await rig.executed(task_id)
-    await rig.patch_task(task_id, config=target.config("/after")["config"])
-    await rig.run_at(12)
-    assert [request.path for request in target.requests] == ["/before", "/after"]
-    keys = {request.headers["Idempotency-Key"] for request in target.requests}
-    assert len(keys) == 1
-    assert [request.headers["X-ChronoTask-Attempt"] for request in target.requests] == ["1", "2"]
 
 
 # --- One thing after another ------------------------------------------------------------------------------------------
@@ -5880,23 +5872,16 @@ async def test_the_sentence_of_a_cause_is_one_line_without_control_characters(ri
         assert (await rig.rows(task_id=alert))[0]["cause"]["text"] == f"t failed ({why}), 2026-01-01 00:00 UTC"
 
 
-async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_are_none(rig: Rig) -> None:
-    watched, other = await rig.task(config=FAIL, pause_after=1), await rig.task(config=FAIL)
-    alert, _ = await listener(rig, "failure", "broke", "paused", "success", "cancelled", task_ids=[watched])
+async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_and_a_retried_attempt_are_none(rig: Rig) -> None:
+    watched, other = await rig.task(config=FAIL, pause_after=1, max_retries=1, retry_delay=10), await rig.task(config=FAIL)
+    alert, _ = await listener(rig, "started", "failure", "broke", "paused", "success", "cancelled", task_ids=[watched])
     await rig.executed(other)
     execution = await rig.executed(watched)
-    assert await fired(rig, alert) == [(event, execution, "succeeded") for event in ("failure", "broke", "paused")]
-    assert (await rig.rows(task_id=alert))[2]["cause"]["text"].startswith("t failed (exit status 3), and is paused now, 2026")
-    assert (await rig.service.get_task(watched))["status_reason"].startswith("paused after 1 failure in a row (pause_after), ")
-
-
-async def test_a_retried_attempt_is_no_cause(rig: Rig) -> None:
-    watched, alert = await pair(rig, "failure", "started", config=FAIL, max_retries=1, retry_delay=10)
-    execution = await rig.executed(watched)
-    assert await fired(rig, alert) == [("started", execution, "succeeded")]
+    assert await fired(rig, alert) == [("started", execution, "succeeded")], "an attempt that is retried is no cause"
     await rig.run_at(20)
-    await rig.finish()
-    assert [event for event, *_ in await fired(rig, alert)] == ["started", "failure"]
+    assert await fired(rig, alert) == [(event, execution, "succeeded") for event in ("started", "failure", "broke", "paused")]
+    assert (await rig.rows(task_id=alert))[3]["cause"]["text"].startswith("t failed (exit status 3), and is paused now, 2026")
+    assert (await rig.service.get_task(watched))["status_reason"].startswith("paused after 1 failure in a row (pause_after), ")
 
 
 async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
@@ -6398,8 +6383,7 @@ async def test_durations_are_of_the_monotonic_clock_and_last_run_of_the_wall_clo
     await until_true(lambda: target.held, 20)
     rig.clock.wall = rig.clock.wall + moved * S
     rig.clock.advance(3)
-    target.let_go.set()
-    await rig.finish()
+    await rig.let_go(target)
     view = await rig.service.get_execution(run)
     assert (view["duration"], view["attempts"][0]["duration"], view["status"]) == (3.0, 3.0, "succeeded")
     assert ("_sum", 3.0) in rig.service.engine.stats.durations.samples()
@@ -6504,18 +6488,6 @@ async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, mo
     assert {(row["schedule_id"], row["trigger"]) for row in await rig.rows()} == {(one, "schedule") for one in made}
 
 
-async def test_schedules_of_a_task_that_stopped_are_not_in_the_way_and_fire_again_afterwards(rig: Rig) -> None:
-    task_id = await rig.task()
-    await rig.schedule(task_id)
-    for status in ("paused", "disabled"):
-        await rig.patch_task(task_id, status=status)
-        assert rig.sql("SELECT next_fire FROM schedules") == [(None,)]
-        await rig.patch_task(task_id, status="active")
-        assert rig.sql("SELECT next_fire FROM schedules") == [(START + 60 * S,)]
-    await rig.run_at(60)
-    assert await rig.statuses() == ["succeeded"]
-
-
 # ======================================================================================================================
 # 9. Changes
 # ======================================================================================================================
@@ -6593,9 +6565,7 @@ async def test_what_retention_leaves(open_rig: OpenRig, chosen: Json, planted: J
     assert dict(rig.sql("SELECT status, count(*) FROM executions GROUP BY 1")) == left
 
 
-async def test_history_is_cut_by_count_oldest_first_with_attempts_and_skipped_or_missed_push_out_no_run(
-    open_rig: OpenRig,
-) -> None:
+async def test_history_is_cut_by_count_oldest_first_with_attempts_and_skipped_or_missed_cut_no_run(open_rig: OpenRig) -> None:
     rig = await open_rig(history_per_task=5)
     await rig.task(config=FAIL, max_retries=1, retry_delay=0)
     for _ in range(8):
