@@ -2911,15 +2911,17 @@ async def test_writes_that_wait_share_one_transaction_and_one_that_raises_before
     assert [*map(statements.count, ("BEGIN IMMEDIATE", "COMMIT"))] == [2, 2]  # what kept the writer busy, then all of them
 
 
-async def test_a_write_that_fails_is_undone_alone_and_told_to_its_caller(store: Store) -> None:
+async def test_a_write_that_fails_also_for_a_damaged_table_is_undone_alone_and_told_to_its_caller(store: Store) -> None:
     def changes_its_mind(db: sqlite3.Connection) -> None:
         set_meta(db, "kbad", 1)
         raise Conflict("no")
 
+    await store.write(lambda db: db.execute("CREATE TABLE extra (x)"))
+    sql(store.path, "DROP TABLE extra")  # damaged while it is open
     bad: tuple[tuple[Any, type[Exception], str], ...] = (
         (lambda db: set_meta(db, "kbad", 1) or db.execute("INSERT INTO meta VALUES ('kbad', 2)"), Unavailable, "UNIQUE"),
         (changes_its_mind, Conflict, "no"),
-        (lambda db: db.execute("SELECT nonsense FROM nowhere"), Unavailable, "no such table"),
+        (lambda db: db.execute("INSERT INTO extra VALUES (1)"), Unavailable, "no such table"),
         (lambda db: [][1], IndexError, ""),
     )
     for number, (call, error, words) in enumerate(bad):
@@ -3057,29 +3059,16 @@ async def test_a_full_database_fails_writes_but_neither_reads_nor_small_ones_of_
     assert await keys_of(store) == ["k1", "k2", "kbig"]
 
 
-async def test_a_table_that_was_damaged_while_open_fails_its_own_queries(store: Store) -> None:
-    await store.write(lambda db: db.execute("CREATE TABLE extra (x)"))
-    sql(store.path, "DROP TABLE extra")
-    with pytest.raises(Unavailable, match="no such table"):
-        await store.write(lambda db: db.execute("INSERT INTO extra VALUES (1)"))
-    await store.write(put("k1"))
-    assert store.problem() is None
-
-
-async def test_closing_finishes_what_waits_and_leaves_one_file_that_holds_everything(tmp_path: Path) -> None:
-    store = Store(tmp_path / "c.db", FakeClock().monotonic)
+async def test_closing_finishes_what_waits_and_leaves_one_file_that_holds_everything(store: Store) -> None:
     await store.set_leading(True)
     await store.write(put("k", "precious"))
     jobs = [asyncio.ensure_future(store.write(put(f"k{n}"))) for n in range(20)]
     await asyncio.sleep(0)
     store.close()
     assert await asyncio.gather(*jobs) == [f"k{n}" for n in range(20)]
-    assert list(bytes_of(tmp_path)) == ["c.db"]
-    assert b"precious" in (tmp_path / "c.db").read_bytes()
-    assert sql(tmp_path / "c.db", "SELECT count(*) FROM meta WHERE key LIKE 'k%'") == [(21,)]
-
-
-# --- Backup -----------------------------------------------------------------------------------------------------------
+    assert list(bytes_of(store.path.parent)) == ["c.db"]
+    assert b"precious" in store.path.read_bytes()
+    assert sql(store.path, "SELECT count(*) FROM meta WHERE key LIKE 'k%'") == [(21,)]
 
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
@@ -3131,16 +3120,12 @@ def some_task(name: str) -> chronotask.Task:
     return chronotask.Task(name=name, task_type="bash", config=config, max_retries=0, retry_delay=0, created_at=0, updated_at=0)
 
 
-async def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store) -> None:
-    def write(db: sqlite3.Connection) -> list[int]:
-        task = chronotask.insert(db, some_task("t"))
-        rows = [chronotask.NewExecution(task.id, None, "manual", None, n, error_message=None) for n in range(count)]
-        return chronotask.insert_executions(db, rows)
-
+def test_many_rows_are_written_in_order_and_no_more_of_them(store: Store) -> None:
+    task = chronotask.insert(store._db, some_task("t"))
     for count in (0, 1, 2, 300):
-        ids = await store.write(write)
-        query = f"SELECT id, queued_at, uuid FROM executions ORDER BY id DESC LIMIT {count}"
-        found = (await store.read(lambda db, query=query: db.execute(query).fetchall()))[::-1]
+        rows = [chronotask.NewExecution(task.id, None, "manual", None, n) for n in range(count)]
+        ids = chronotask.insert_executions(store._db, rows)
+        found = sql(store.path, "SELECT id, queued_at, uuid FROM executions ORDER BY id DESC LIMIT ?", count)[::-1]
         assert [row[:2] for row in found] == list(zip(ids, range(count), strict=True))
         assert len({row[2] for row in found}) == count
     assert sql(store.path, "SELECT count(*) FROM executions") == [(303,)]
