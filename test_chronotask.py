@@ -4350,7 +4350,9 @@ async def hang(writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
 
 
-async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None, **config: Any) -> Outcome:
+async def answered(
+    answer: Callable[[], web.Response] | bytes, then: Any = None, ssl_context: ssl.SSLContext | None = None, **config: Any
+) -> Outcome:
     """What an attempt makes of this answer, or of these very bytes, behind which the server closes or does something else."""
 
     async def handler(request: web.Request) -> web.Response:
@@ -4365,7 +4367,7 @@ async def answered(answer: Callable[[], web.Response] | bytes, then: Any = None,
             await then(writer)
         await writer.drain()
 
-    async with conversing(talk) if isinstance(answer, bytes) else serving(handler) as url:
+    async with conversing(talk, ssl_context) if isinstance(answer, bytes) else serving(handler, ssl_context) as url:
         return await http_executors(url, **config)
 
 
@@ -5004,57 +5006,40 @@ async def test_a_post_that_was_answered_is_not_sent_again_for_what_follows() -> 
 
 @each("begin again", (b"", True), (b"HTTP/1.1 200 O", False), (b"HTTP/1.1 200 OK\r\n\r\nhalf", False))
 async def test_a_connection_that_is_reset_within_an_answer(tls: ssl.SSLContext, begin: bytes, again: bool) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(begin)
+    async def reset(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.05)  # until it has been read: a reset takes away what has not
-        reset = struct.pack("ii", 1, 0)
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
 
     for context in (None, tls) if begin[-4:] != b"half" else (None,):  # TLS does not tell how the connection has ended
-        async with conversing(talk, context) as url:
-            outcomes = [await http_executors(url, method=method, verify_tls=False) for method in ("GET", "POST")]
+        outcomes = [await answered(begin, reset, context, method=method, verify_tls=False) for method in ("GET", "POST")]
         assert [(outcome.status, outcome.retryable) for outcome in outcomes] == [("failed", True), ("failed", again)]
 
 
-async def test_a_url_is_sent_as_it_is_written() -> None:
+async def test_a_url_is_sent_and_a_redirect_followed_as_it_is_written() -> None:
     def answer(request: str, number: int) -> tuple[bytes, bool]:
-        return redirect(url.encode() or b"/") if request == "GET /away/to" else OK, True
+        return redirect(place or b"/") if request == f"GET {moved or '/'}" else OK, True
 
-    for url, path in (
-        ("/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E", "/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E"),
-        ("/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;", "/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;"),
-        ("/a/../b/./c", "/a/../b/./c"),
-        ("?x=%41", "/?x=%41"),
-        ("/é?ü=%C3%A9", "/%C3%A9?%C3%BC=%C3%A9"),
-        ('/{"a"}|^`<>', '/{"a"}|^`<>'),
-        ("/a#fragment", "/a"),
-        ("", "/"),
+    for written, path, followed in (  # bytes: as a redirect only, from a URL without a path
+        *((same, same, same) for same in ("/a%3Ab%2Fc%2Cd%2fe?x=%3A%2F%2C%7E", "/a:b,c~d;e=f!$&'()*+@?x=:/,?~@!$'()*+;")),
+        ("/a/../b/./c", "/a/../b/./c", "/b/c"),
+        ("?x=%41", "/?x=%41", "/away/to?x=%41"),
+        ("/é?ü=%C3%A9", *["/%C3%A9?%C3%BC=%C3%A9"] * 2),
+        ('/{"a"}|^`<>', *['/{"a"}|^`<>'] * 2),
+        ("/a#fragment", "/a", "/a"),
+        ("", "/", "/"),
+        (b"/caf\xe9?a=\xe9", None, "/caf%E9?a=%E9"),
+        (b" next page ", None, "/next%20page"),
+        (b"?b=%2F", None, "/?b=%2F"),
+        (b"http://localhost:PORT/x%2Fy", None, "/x%2Fy"),
+        (b"//user:pass@localhost:PORT?q", None, "/?q"),
     ):
         async with talking(answer) as (base, seen):
-            outcomes = [await http_executors(base + url), await http_executors(base + "/away/to")]
-        assert [outcome.status for outcome in outcomes] == ["succeeded"] * 2
-        followed = {"/a/../b/./c": "/b/c", "/?x=%41": "/away/to?x=%41"}.get(path, path)
-        assert seen == [f"GET {path}", "GET /away/to", f"GET {followed}"], url
-
-
-async def test_a_redirect_is_followed_as_it_is_written() -> None:
-    def answer(request: str, number: int) -> tuple[bytes, bool]:
-        return OK if request != "GET /" else redirect(place), True
-
-    for location, path in (
-        (b"/caf\xe9?a=\xe9", "/caf%E9?a=%E9"),
-        (b"/caf\xc3\xa9", "/caf%C3%A9"),
-        (b" next page ", "/next%20page"),
-        (b"?b=%2F", "/?b=%2F"),
-        (b"http://localhost:PORT/x%2Fy", "/x%2Fy"),
-        (b"//user:pass@localhost:PORT?q", "/?q"),
-    ):
-        async with talking(answer) as (url, seen):
-            place = location.replace(b"PORT", url.rpartition(":")[2].encode())
-            outcome = await http_executors(url)
-        assert (outcome.status, seen) == ("succeeded", ["GET /", f"GET {path}"]), location
+            place = written.encode() if isinstance(written, str) else written.replace(b"PORT", base.rpartition(":")[2].encode())
+            asked, moved = ([base + written], "/away/to") if isinstance(written, str) else ([], "")
+            outcomes = [await http_executors(url) for url in (*asked, base + moved)]
+        assert {outcome.status for outcome in outcomes} == {"succeeded"}
+        assert seen == [*(f"GET {path}" for _ in asked), f"GET {moved or '/'}", f"GET {followed}"], written
 
 
 # ======================================================================================================================
