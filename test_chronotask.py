@@ -2268,7 +2268,6 @@ UNFINISHED = {
     "own+waiting": [chronotask.Unfinished(1, 7, "schedule", False), chronotask.Unfinished(1, 7, "schedule", True)],
     "own catch-up": [chronotask.Unfinished(1, 7, "catchup", False)],
     "other catch-up": [chronotask.Unfinished(1, 8, "catchup", False)],
-    "other waiting": [chronotask.Unfinished(1, 8, "schedule", True)],  # with overlap=queue each schedule has one that waits
     "other task": [chronotask.Unfinished(2, 9, "schedule", False)],
 }
 
@@ -2290,17 +2289,17 @@ def claimed(schedule: chronotask.Schedule, unfinished: str, now: float) -> tuple
 # At START + 183 s: the slots 60 and 120 were missed, 180 is on time. What is unfinished (each of these), catchup, then what
 # happens by overlap.
 CLAIMS = """
-nobody, other task                         | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
-nobody, other task                         | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
-nobody, other task                         | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
-manual, own, other catch-up, other waiting | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
-manual, own, other catch-up, other waiting | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
-manual, own, own catch-up, other catch-up  | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
-own+waiting                                | latest | 60m 120s 180s     | 60m 120s 180s     | 60m 120q 180q     | 60m 120x 180qo
-own+waiting                                | all    | 60s 120s 180s     | 60s 120s 180s     | 60q 120qc 180q    | 60x 120x 180qo
-own+waiting                                | skip   | 60m 180s          | 60m 180s          | 60m 180q          | 60m 180qo
-own catch-up                               | latest | 60m 120qc 180s    | 60m 120qc 180qo   | 60m 120qc 180q    | 60m 120x 180qo
-own catch-up                               | all    | 60qc 120qc 180s   | 60qc 120qc 180qo  | 60qc 120qc 180q   | 60x 120x 180qo
+nobody, other task                        | latest | 60m 120q 180s     | 60m 120q 180qo    | 60m 120q 180q     | 60m 120x 180qo
+nobody, other task                        | all    | 60q 120qc 180s    | 60q 120qc 180qo   | 60q 120qc 180q    | 60x 120x 180qo
+nobody, other task                        | skip   | 60m 180q          | 60m 180q          | 60m 180q          | 60m 180q
+manual, own, other catch-up               | latest | 60m 120s 180s     | 60m 120qo 180s    | 60m 120q 180q     | 60m 120x 180qo
+manual, own, other catch-up               | all    | 60s 120s 180s     | 60qo 120qoc 180s  | 60q 120qc 180q    | 60x 120x 180qo
+manual, own, own catch-up, other catch-up | skip   | 60m 180s          | 60m 180qo         | 60m 180q          | 60m 180qo
+own+waiting                               | latest | 60m 120s 180s     | 60m 120s 180s     | 60m 120q 180q     | 60m 120x 180qo
+own+waiting                               | all    | 60s 120s 180s     | 60s 120s 180s     | 60q 120qc 180q    | 60x 120x 180qo
+own+waiting                               | skip   | 60m 180s          | 60m 180s          | 60m 180q          | 60m 180qo
+own catch-up                              | latest | 60m 120qc 180s    | 60m 120qc 180qo   | 60m 120qc 180q    | 60m 120x 180qo
+own catch-up                              | all    | 60qc 120qc 180s   | 60qc 120qc 180qo  | 60qc 120qc 180q   | 60x 120x 180qo
 """
 
 
@@ -2316,7 +2315,9 @@ def test_overlap_and_catchup_decide_what_becomes_of_due_slots(line: str) -> None
         assert bool(claim.cancels) == ("180qo" in text), f"by cancel it asks for the end of what is unfinished: {unfinished}"
 
 
-def test_of_many_missed_slots_the_newest_100_run_oldest_first_and_a_row_counts_the_others() -> None:
+def test_of_many_missed_slots_up_to_1000_are_counted_and_the_newest_100_run_oldest_first() -> None:
+    claim, _ = claimed(a_schedule(catchup="skip"), "nobody", 5000 * 60.0)
+    assert str(claim.rows[0].error_message).startswith("missed: 1000 or more slots from ")
     claim, text = claimed(a_schedule(catchup="all", overlap="allow"), "nobody", 60 * 105 + 30)
     assert text.startswith("60m 360q 420qc 480qc ") and text.endswith(" 6240qc 6300qc")
     assert str(claim.rows[0].error_message).startswith("missed: 5 slots from ")
@@ -2349,6 +2350,15 @@ def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
     claimed(schedule, "nobody", 361)
     assert schedule.ran == [past, [START + 120 * S, START + 240 * S], [START + 360 * S, START + 360 * S]]
     assert (schedule.settled_until, schedule.dealt_with) == (START + 360 * S, START + 360 * S)
+
+
+def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
+    schedule, other = a_schedule(overlap="queue"), chronotask.Unfinished(1, 8, "schedule", True)
+    claim = chronotask.Claim(START + 60 * S, {1: [other]})
+    claim.slots(schedule)
+    claim.now += 60 * S
+    claim.slots(schedule)
+    assert [(row.status, row.hold) for row in claim.rows] == [("queued", chronotask.Hold.OVERLAP), ("skipped", 0)]
 
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
