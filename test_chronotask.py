@@ -7474,7 +7474,7 @@ async def test_secrets_are_masked_in_the_answer_and_a_mask_keeps_what_is_stored(
     assert await refused_fields(applied(rig, file)) == ["tasks.a.config.url", "tasks.a.config.auth.password"]
 
 
-async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(rig: Rig) -> None:
+async def test_all_that_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path_and_nothing_is_written(rig: Rig) -> None:
     """What stands in NIGHTLY, what stands there instead, the field that is complained about, and how the complaint begins."""
     bad_key = "must match [a-z0-9][a-z0-9._-]{0,99}"
     for old, new, path, message in (
@@ -7497,10 +7497,6 @@ async def test_what_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path(rig
     ):
         error = await refusal(applied(rig, NIGHTLY.replace(old, new)))
         assert f"{path}: {message}" in error.detail, new
-    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
-
-
-async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: Rig) -> None:
     good = {"task_type": "bash", "config": {"command": "true"}}
     minute = {"schedule_type": "interval", "schedule_config": {"seconds": 60}}
     tasks = {
@@ -7512,9 +7508,9 @@ async def test_every_bad_field_of_a_file_is_listed_and_nothing_is_written(rig: R
         "tasks.b.max_retries", "tasks.b.schedules.s.jitter", "tasks.c.config.command",
         "tasks.c.schedules.s.schedule_config.seconds",
     ]  # fmt: skip
-    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
     many = {f"t{n}": {**good, "max_retries": -1} for n in range(300)}
     assert (await refusal(applied(rig, {"chronotask": 1, "tasks": many}))).detail.endswith("; and 200 more")
+    assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
 def test_a_file_that_is_cut_short_too_large_or_not_there_is_refused(tmp_path: Path) -> None:
@@ -8095,7 +8091,7 @@ async def test_deleting_answers_204_once_the_rows_are_gone(api: Api) -> None:
         problem_of(await api("GET", path), 404)
 
 
-async def test_what_the_limits_of_a_task_allow(api: Api) -> None:
+async def test_what_the_limits_of_a_task_allow_and_what_is_said_of_a_bad_key_or_tag(api: Api) -> None:
     allowed: dict[str, list[Any]] = {"name": ["x" * 255, "ü" * 255], "description": ["x" * 1000, None], "max_retries": [0, 100]}
     allowed |= {"retry_delay": [0, 86400, 0.5], "retry_backoff": [1, 10], "status": ["disabled"]}
     for name, value in [(name, value) for name, values in allowed.items() for value in values]:
@@ -8104,6 +8100,19 @@ async def test_what_the_limits_of_a_task_allow(api: Api) -> None:
     made = await api("POST", "/tasks", {**BASH, "retry_delay": 5.0})
     for answer in (made, await api("GET", f"/tasks/{made.json['id']}")):
         assert '"retry_delay":5,' in answer.text, "numbers read the same in the first answer as in later ones"
+    for field, value, message in (
+        ("key", "", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("key", "Backup", "must match [a-z0-9][a-z0-9._-]{0,99}"),
+        ("key", "a" * 101, "must have at most 100 characters"),
+        ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
+        ("tags", ["a"] * 21, "must have at most 20 items after validation, not 21"),
+        ("tags", None, "must be a valid list, not null"),
+        ("pause_after", 0, "must be greater than or equal to 1, not 0"),
+        ("managed_by", "me", "unknown field"),
+    ):
+        answer = await api("POST", "/tasks", {**BASH, field: value})
+        [error] = answer.json["errors"]
+        assert (answer.status, error["field"].partition("[")[0]) == (422, field) and error["message"].startswith(message), error
 
 
 # --- Executing --------------------------------------------------------------------------------------------------------
@@ -8469,25 +8478,8 @@ async def test_a_key_stands_wherever_a_task_s_id_may_stand(api: Api) -> None:
         assert (await api.get(f"/{name}?tag=db"))[name] == [], name
     assert {change["object_id"] for change in (await api.get(f"/changes?kind=task&id={key}"))["changes"]} == {task_id}
     problem_of(await api("GET", f"/changes?kind=schedule&id={key}"), 422, "id")
-    assert (await api("GET", "/tasks/key:none")).status == 404
     assert (await api("PATCH", f"/tasks/{key}", {"key": None})).json["key"] is None
-    assert (await api("GET", f"/tasks/{key}")).json["detail"] == f"there is no task {key}"
-
-
-async def test_a_bad_key_or_tag_is_refused_by_name(api: Api) -> None:
-    for field, value, message in (
-        ("key", "", "must match [a-z0-9][a-z0-9._-]{0,99}"),
-        ("key", "Backup", "must match [a-z0-9][a-z0-9._-]{0,99}"),
-        ("key", "a" * 101, "must have at most 100 characters"),
-        ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
-        ("tags", ["a"] * 21, "must have at most 20 items after validation, not 21"),
-        ("tags", None, "must be a valid list, not null"),
-        ("pause_after", 0, "must be greater than or equal to 1, not 0"),
-        ("managed_by", "me", "unknown field"),
-    ):
-        answer = await api("POST", "/tasks", {**BASH, field: value})
-        [error] = answer.json["errors"]
-        assert (answer.status, error["field"].partition("[")[0]) == (422, field) and error["message"].startswith(message), error
+    assert problem_of(await api("GET", f"/tasks/{key}"), 404) == f"there is no task {key}"
 
 
 async def test_a_task_is_made_with_its_schedules_or_not_at_all(api: Api) -> None:
@@ -8915,9 +8907,10 @@ def odd_object(draw: random.Random, depth: int = 0) -> dict[str, Any]:
     return found
 
 
-async def test_no_json_at_all_makes_the_server_fail(api: Api) -> None:
+async def test_no_json_and_no_query_at_all_make_the_server_fail(api: Api) -> None:
     draw = random.Random(10)
     await api.schedule(await api.task())
+    await api.executed(1)
     asked = [("POST", "/tasks"), ("PATCH", "/tasks/1"), ("PUT", "/tasks/1"), ("POST", "/schedules"), ("PATCH", "/schedules/1")]
     asked += [("POST", "/schedules/preview"), ("POST", "/tasks/1/execute"), ("POST", "/scheduler/pause")]
     cron = {"schedule_type": "cron", "schedule_config": {"expression": "*/5 * * * *", "timezone": "Asia/Tokyo"}}
@@ -8934,11 +8927,6 @@ async def test_no_json_at_all_makes_the_server_fail(api: Api) -> None:
                 body[name] = {**body[name], draw.choice(ODD_NAMES): draw.choice(ODD_VALUES)}
         answer = await api(method, path, body)
         assert answer.status < 500, (method, path, body, answer.text)
-
-
-async def test_no_query_at_all_makes_the_server_fail(api: Api) -> None:
-    draw = random.Random(11)
-    await api.executed(await api.task())
     paths = ["/tasks", "/schedules", "/executions", "/tasks/1/history", "/scheduler/status", "/executions/1/output", "/overview"]
     names = "status task_type q skip limit task_id is_active success output trigger before_id schedule_id follow wait x".split()
     for _ in range(300):
@@ -9865,20 +9853,6 @@ def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> 
     assert chronotask.tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
 
 
-def test_every_bad_argument_is_named_with_what_is_allowed() -> None:
-    bad = "max_retry: unknown field (did you mean max_retries?); name: must not be empty; task_type: must be 'http' or 'bash', "
-    bad += "not 'shell'; config: must be a valid object, not 'ls'"
-    for name, arguments, said in (
-        ("create_task", {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3}, bad),
-        ("get_task", {"id": 3}, "id: unknown field: use task_id; task_id: is required"),
-        ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
-        ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
-        ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
-        ("create_task", {"name": "x", "task_type": ["bash"], "command": "x"}, "task_type: must be 'http' or 'bash'"),
-    ):
-        assert refused(chronotask.tool_args, TOOLS[name], arguments).detail == said
-
-
 TOO_LONG = chronotask.MAX_BODY + 1
 
 
@@ -10170,25 +10144,22 @@ META = {
 }
 
 
-@each("version", *OLD_VERSIONS)
-def test_stdio_speaks_every_version_with_a_handshake(new_server: NewServer, version: str) -> None:
-    server = new_server("mcp").start(ready=False)
-    hello = server.hello(version)
-    assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
-    assert "by default UTC" in hello["instructions"]
-    server.send("tools/list", 1)
+@each("version", *OLD_VERSIONS, NEW_VERSION)
+def test_stdio_speaks_every_version_with_a_handshake_and_the_newest_without(new_server: NewServer, version: str) -> None:
+    server, meta = new_server("mcp").start(ready=False), {"_meta": META} if version == NEW_VERSION else {}
+    if meta:
+        server.send("server/discover", 1, **meta)
+        assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
+    else:
+        hello = server.hello(version)
+        assert (hello["protocolVersion"], hello["serverInfo"]["name"]) == (version, "chronotask")
+        assert "by default UTC" in hello["instructions"]
+    server.send("tools/list", 1, **meta)
     assert {one["name"] for one in server.answer()["result"]["tools"]} == TOOL_NAMES
-    assert json.loads(server.call(2, "get_scheduler_status")["content"][0]["text"])["running"] is True
+    server.send("tools/call", 2, name="get_scheduler_status", arguments={}, **meta)
+    assert server.answer()["result"]["structuredContent"]["running"] is True
     server.stdin.close()
     assert server.ended() == 0
-
-
-def test_stdio_speaks_the_version_without_a_handshake(new_server: NewServer) -> None:
-    server = new_server("mcp").start(ready=False)
-    server.send("server/discover", 1, _meta=META)
-    assert server.answer()["result"]["supportedVersions"] == [NEW_VERSION]
-    server.send("tools/call", 2, name="get_scheduler_status", arguments={}, _meta=META)
-    assert server.answer()["result"]["structuredContent"]["running"] is True
 
 
 @pytest.mark.slow
@@ -10458,7 +10429,7 @@ SENTENCES: list[tuple[str, str, Json, Json] | tuple[str, str, Json, Json, str]] 
      [{"definitions": 'chronotask = 1\n[tasks.of-{n}]\ntask_type = "bash"\nconfig = {{command = "true"}}\n'},
       {"task_id": "key:of-{n}"}], {"managed_by": "file"}),
 ]  # fmt: skip
-# What models get wrong, and the one text that puts it right. A schedule is one of task 1.
+# What models get wrong, and the one text that puts all of it right. A schedule is one of task 1.
 SLIPS: list[tuple[str, Json, str]] = [
     ("create_schedule", {"expression": "0 9 * * *", "timezone": "Berlin"},
      "timezone: 'Berlin': must be an IANA time zone (did you mean Europe/Berlin?)"),
@@ -10480,6 +10451,14 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True: .*"),
     ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be a list of NAME=VALUE with each name once, or an object"),
     ("create_task", {"name": "n", "url": "http://h/", "params": ["a=1", "b=2", "a=3"]}, "params: must be a list of .*"),
+    ("create_task", {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
+     "max_retry: unknown field (did you mean max_retries?); name: must not be empty; task_type: must be 'http' or 'bash', "
+     "not 'shell'; config: must be a valid object, not 'ls'"),
+    ("get_task", {"id": 3}, "id: unknown field: use task_id; task_id: is required"),
+    ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
+    ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
+    ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
+    ("create_task", {"name": "x", "task_type": ["bash"], "command": "x"}, "task_type: must be 'http' or 'bash'"),
 ]  # fmt: skip
 
 
@@ -11779,14 +11758,20 @@ os.dup2(full, 2)
 
 
 @each("log", "an unread stderr", "a FIFO without a reader")
-@each("mode", "http", "both")
-def test_a_service_whose_log_nobody_reads_works_and_stops(new_server: NewServer, tmp_path: Path, log: str, mode: str) -> None:
+@each("mode", "http", "both", "mcp")
+def test_a_process_whose_log_nobody_reads_works_and_stops_or_ends_with_its_mcp_client(
+    new_server: NewServer, tmp_path: Path, log: str, mode: str
+) -> None:
     if log == "an unread stderr":
         server = new_server(mode, before=UNREAD_STDERR, LOG_FILE=tmp_path / "log.txt")
         server.log_file = tmp_path / "log.txt"
     else:
         os.mkfifo(tmp_path / "fifo")
         server = new_server(mode, LOG_FILE=tmp_path / "fifo")
+    if mode == "mcp":
+        server.start().stdin.close()
+        assert server.ended(30) == 0 and "the MCP client on stdio has gone" in server.log()
+        return
     task = server.start().bash("false")
     server.every(1, task)
     for _ in range(30):
@@ -11794,13 +11779,6 @@ def test_a_service_whose_log_nobody_reads_works_and_stops(new_server: NewServer,
     until(lambda: server.rows("&trigger=schedule&status=failed"), 5, "a schedule fires")
     assert server.ask("GET", "/health", timeout=5)[0] == 200
     assert_stops_in_time(server, 6)
-
-
-def test_an_mcp_process_whose_stderr_nobody_reads_ends_with_its_client(new_server: NewServer, tmp_path: Path) -> None:
-    server = new_server("mcp", before=UNREAD_STDERR, LOG_FILE=tmp_path / "log.txt")
-    server.log_file = tmp_path / "log.txt"
-    server.start().stdin.close()
-    assert server.ended(30) == 0 and "the MCP client on stdio has gone" in server.log()
 
 
 @each("mode", "http", "mcp")
