@@ -5998,7 +5998,6 @@ async def test_bounds_max_runs_and_overlap_hold_for_after(rig: Rig, target: Targ
 async def test_a_deleted_task_takes_the_schedule_with_it_that_watches_only_it(rig: Rig) -> None:
     first, second = await rig.task(name="a"), await rig.task(name="b")
     _, schedule = await listener(rig, "failure", task_ids=[first, second])
-    assert (await rig.service.get_schedule(schedule))["description"] == "After 'a' or 'b' failed"
     await meanwhile(rig, rig.service.delete_task(first))
     view = await rig.service.get_schedule(schedule)
     assert (view["description"], view["is_active"]) == (f"After task {first} (deleted) or 'b' failed", True)
