@@ -9865,11 +9865,6 @@ def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
     assert chronotask.clip(7, 0, "") == 7
 
 
-@pytest.fixture
-async def service(open_rig: OpenRig) -> Service:
-    return (await open_rig(clock=FakeClock(free=True))).service
-
-
 class Caller:
     """Calls tools as a client does."""
 
@@ -9889,13 +9884,13 @@ class Caller:
 
 
 @pytest.fixture(params=["legacy", NEW_VERSION])
-async def call(service: Service, request: pytest.FixtureRequest) -> AsyncIterator[Caller]:
+async def call(api: Api, request: pytest.FixtureRequest) -> AsyncIterator[Caller]:
     """The SDK's client in the same process, in both eras. It lives in one job, as its cancel scopes need."""
     opened: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
     over = asyncio.Event()
 
     async def live() -> None:
-        async with Client(chronotask.make_server(service), mode=request.param) as client:
+        async with Client(chronotask.make_server(api.rig.service), mode=request.param) as client:
             opened.set_result(client)
             await over.wait()
 
@@ -10050,7 +10045,8 @@ async def test_pipelined_requests_and_one_after_a_refused_upgrade_are_each_check
     assert statuses_in(await raw_answer(api.client.port, one * 40 + stolen + one + evil)) == [200] * 40 + [401, 200, 403]
 
 
-async def test_a_call_that_is_given_up_does_not_end_the_run(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_call_that_is_given_up_does_not_end_the_run(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    service = api.rig.service
     async with Client(chronotask.make_server(service), mode="legacy") as client:
         call = Caller(client)
         os.mkfifo(f"{service.store.path}.gate")
@@ -10542,7 +10538,7 @@ async def test_no_answer_has_more_than_40_000_characters_and_what_is_cut_is_said
     assert answer["executions"][0]["id"] == last
 
 
-async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Caller, service: Service) -> None:
+async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Caller, api: Api) -> None:
     for _ in range(100):
         await call("create_task", name="t", command="x" * 450)
     short = [await call("list_tasks", limit=100) for _ in range(2)]
@@ -10551,7 +10547,7 @@ async def test_an_answer_that_is_cut_leaves_whole_what_others_are_shown(call: Ca
     why = f"only the first {n} of 100 fit into an answer: ask for the others, or for less of each"
     assert short[0]["notes"] == [why, f"{100 - n} more: ask with skip={n}"]
     assert (await call("list_tasks", limit=100, skip=n))["tasks"][0]["id"] == short[0]["tasks"][-1]["id"] + 1
-    assert len((await service.list_tasks(chronotask.TaskQuery(limit=100)))["tasks"]) == 100
+    assert len((await api.get("/tasks?limit=100"))["tasks"]) == 100
 
 
 async def test_who_asks_for_it_hears_of_progress_while_a_task_runs(both: Server) -> None:
