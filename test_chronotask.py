@@ -1182,7 +1182,7 @@ def test_a_token_or_secrets_that_somebody_else_could_write_end_the_program_with_
                 return
             os.chown(path, 4711, -1)
             reason = "belongs to another user (uid 4711): chown 0 "
-        assert refused_start({f"CHRONOTASK_{name}": str(path)}) == f"CHRONOTASK_{name}='{path}': {reason}'{path}'"
+        assert refused_start({f"CHRONOTASK_{name}": str(path)}) == f"CHRONOTASK_{name}={shown(str(path))}: {reason}'{path}'"
 
 
 def test_secrets_are_taken_as_kubernetes_mounts_them(tmp_path: Path) -> None:
