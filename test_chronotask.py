@@ -11194,6 +11194,7 @@ class Stepped(Server):
             pytest.skip("needs libfaketime (Debian: apt-get install faketime)")
         self._offset_file = folder / "offset"
         fake = {"LD_PRELOAD": library, "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        fake["FAKETIME_FORCE_MONOTONIC_FIX"] = "0"  # which would make whoever waits for the interpreter's lock spin, for seconds
         super().__init__(folder, environ={**fake, "FAKETIME_TIMESTAMP_FILE": str(self._offset_file)})
         self.step(offset)
 
