@@ -3864,6 +3864,7 @@ def sleeping(user: dict[str, Any] | None = None, **environ: str) -> Iterator[sub
     """A process with these variables, and as this user."""
     with subprocess.Popen(["sleep", "60"], env={"PATH": PATH, **environ}, **(user or {})) as process:
         try:
+            until(Path(f"/proc/{process.pid}/cmdline").read_bytes)  # as its environment it is empty until the exec is over
             yield process
         finally:
             process.kill()
