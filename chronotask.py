@@ -7401,8 +7401,8 @@ async def status_of(service: Service) -> StatusView:
         running=not engine.stopping,
         leader=engine.leading,
         paused=engine.paused,
-        paused_until=instant_or_none(paused_until),
-        paused_by=paused_by,
+        paused_until=instant_or_none(paused_until) if engine.paused else None,  # the end of a pause may have come meanwhile
+        paused_by=paused_by if engine.paused else None,
         timezone=settings.scheduler_timezone,
         now=format_instant(service.clock.now()),
         version=__version__,
