@@ -6592,21 +6592,21 @@ class Changes:
         self.engine = engine
         self.retention = retention
         self._status = status
-        self._seen: tuple[int, int] | None = None  # changes are taken up to here; None: everything is to be looked at
+        self._seen = (0, 0)  # changes are taken up to here
         self._looking = asyncio.Lock()
         self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
-        self._stale = False  # another process has written what this one has not taken up yet
+        self.stale = True  # there may be something that this process has not taken up yet, or not all of it
 
     async def poll(self) -> None:
         """Takes up what other processes wrote, and shows them the output that they follow."""
         engine, store = self.engine, self.engine.store
-        self._stale = await store.foreign_changes() or self._stale
+        self.stale = await store.foreign_changes() or self.stale
         # The number tells what no use case has taken up: a clock that was set, a look that failed.
-        if self._stale or not self._seen or await store.read(partial(get_meta, key="rev")) != self._seen[0]:
+        if self.stale or await store.read(partial(get_meta, key="rev")) != self._seen[0]:
             engine.wake()
             await self.take_up()
             await engine.feed.publish_executions()
-            self._stale = False
+            self.stale = False
         if engine.running:
             asked = {"stream = ''": True, "wanted_until > ?": (now := engine.clock.now())}
             wanted = await store.read(partial(ids_of, table="live_output", conditions=asked, column="execution_id"))
@@ -6614,10 +6614,8 @@ class Changes:
             if recent:
                 await store.write(partial(show_output, recent=recent, now=now))
 
-    async def take_up(self, everything: bool = False) -> None:
-        """What has changed since the last look, or everything. Callers share a look that has not begun: it sees their writes."""
-        if everything:
-            self._seen = None
+    async def take_up(self) -> None:
+        """What has changed since the last look. Callers share a look that has not begun: it sees their writes."""
         if self._next_look is None:
             self._next_look = self.engine.spawn(self._look())
         await asyncio.shield(self._next_look)
@@ -6629,15 +6627,12 @@ class Changes:
             until, paused = await store.read(progress)
             engine.paused = paused
             if engine.leading:
-                if since is None:
-                    engine.forget_timers()
-                else:
-                    await engine.load_timers(since[0])
+                await engine.load_timers(since[0])
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     if task_id not in self.retention.purges:
                         self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
             feed = engine.feed
-            if feed.wanted and since is not None:
+            if feed.wanted:
                 tasks, schedules, deleted = await store.read(partial(changed_objects, since=since, until=until))
                 for task in tasks:
                     feed.publish("task", task.id, view_of(as_it_is(task, paused)))
@@ -6653,8 +6648,7 @@ class Changes:
                     engine.stop_run(ending)
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
-            if self._seen == since:  # else somebody wants everything to be looked at once more
-                self._seen = until
+            self._seen = until
             engine.wake()  # what it waits for may have changed
 
 
@@ -6759,8 +6753,9 @@ class Leadership:
         if known > engine.clock.now():
             await engine.follow_clock(0)
         await store.write(_adopt_this_machine)
-        engine.leading = True
-        await self.changes.take_up(everything=True)
+        engine.leading = self.changes.stale = True  # a look that fails is to be repeated
+        engine.forget_timers()
+        await self.changes.take_up()
         logger.info("this process leads: it fires schedules and runs executions")
 
     async def _finish_orphans(self) -> None:

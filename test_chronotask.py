@@ -6413,7 +6413,7 @@ async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, mo
     task_id, made = await rig.task(), set()
     for seconds in (9, 5, 5, 5, 5, 7, 20, 3):
         made.add(await rig.schedule(task_id, "once", schedule_config={"in_seconds": seconds}, overlap="allow"))
-    await rig.service.changes.take_up(everything=True)
+    rig.service.engine.forget_timers()
     await rig.tick()
     assert len(rig.service.engine.timers._due) == 3
     for seconds, fired in ((2, 0), (3, 1), (5, 5), (8, 6), (9, 7), (19, 7), (20, 8)):
@@ -6672,12 +6672,14 @@ async def test_a_stop_in_mid_run_counts_as_a_failed_attempt(rig: Rig, open_rig: 
 
 async def test_what_a_tick_starts_while_its_process_steps_down_is_not_that_of_a_dead_process(rig: Rig, open_rig: OpenRig) -> None:
     follower = await open_rig(kind="mcp", database_url=rig.path)
+    reader, _ = await follower.service.engine.feed.open(None)
     execution_id = await rig.execute(await rig.task(config={"command": "sleep 0.5"}))
     tick = asyncio.create_task(rig.service.engine.tick())
     await asyncio.sleep(0)  # its write is on its way
     await rig.service.leadership._step_down()
     assert [run.execution_id for run in await follower.service.store.read(partial(chronotask.running_of_others, owner=""))] == [1]
     await follower.service.leadership._take_over()
+    assert (event := reader.get_nowait()) is not None and event.kind == "task", "written since the follower's last look"
     await tick
     assert (await follower.service.get_execution(execution_id))["status"] == "running"
     await follower.service.leadership._step_down()
@@ -6708,8 +6710,8 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     await rig.tick()
     await rig.service.changes.poll()
     assert (event := reader.get_nowait()) is not None and event.kind == "schedule" and reader.empty()
-    rig.service.changes._seen = None  # as a look that failed leaves it
-    rig.service.engine.timers.rebuild([])
+    rig.service.changes.stale = True  # as a look that failed leaves it
+    rig.service.engine.forget_timers()
     await rig.service.changes.poll()
     await rig.tick()
     assert rig.service.engine.timers.next_due() is not None
@@ -6718,11 +6720,14 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
 
 
-async def test_a_look_at_everything_loses_no_retry_that_is_written_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_after_timers_were_forgotten_loses_no_retry_that_is_written_meanwhile(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, read = await rig.begun(await rig.task(config=FAIL, max_retries=1)), chronotask.changed_timers
     monkeypatch.setattr(chronotask, "changed_timers", lambda db, since_rev: (read(db, since_rev), time.sleep(0.2))[0])
     await asyncio.wait([rig.service.engine.running[run].job])
-    look = asyncio.create_task(rig.service.changes.take_up(everything=True))
+    rig.service.engine.forget_timers()
+    look = asyncio.create_task(rig.service.changes.take_up())
     await asyncio.sleep(0.05)
     await asyncio.gather(look, rig.tick())
     await rig.run_at(100)
