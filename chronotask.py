@@ -4341,6 +4341,8 @@ def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
 
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
 
+MOST_TOLD = 1000  # changes of a kind that are told one by one: who reads must look anew after more at once
+
 
 def progress(db: DB) -> tuple[tuple[int, int], bool]:
     """The newest number of a changed object and that of the rows of changes; whether the scheduler is paused."""
@@ -4351,11 +4353,11 @@ def progress(db: DB) -> tuple[tuple[int, int], bool]:
 def changed_objects(db: DB, since: tuple[int, int], until: tuple[int, int]) -> tuple[list[Task], list[Schedule], list[Any]]:
     """Tasks and schedules changed from one progress to another; of deleted ones the kind, id and task."""
     revs, rows = zip(since, until, strict=True)
-    tasks = load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT 1000", revs)
-    schedules = load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT 1000", revs)
+    tasks = load(db, Task, f"{_TASKS} WHERE rev > ? AND rev <= ? AND NOT deleted LIMIT {MOST_TOLD}", revs)
+    schedules = load(db, Schedule, f"{_SCHEDULES} WHERE s.rev > ? AND s.rev <= ? LIMIT {MOST_TOLD}", revs)
     task = "coalesce(json_extract(before, '$.task_id'), object_id)"
-    deleted = f"SELECT kind, object_id, {task} FROM changes WHERE id > ? AND id <= ? AND operation = 'delete' LIMIT 1000"
-    return tasks, schedules, db.execute(deleted, rows).fetchall()
+    deleted = f"SELECT kind, object_id, {task} FROM changes WHERE id > ? AND id <= ? AND operation = 'delete' LIMIT ?"
+    return tasks, schedules, db.execute(deleted, (*rows, MOST_TOLD)).fetchall()
 
 
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
@@ -4369,7 +4371,7 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
     """Executions that are newer than `after_id`, or no longer have the status that is shown of them."""
     changed = """SELECT e.id FROM json_each(?) AS j CROSS JOIN executions e ON e.id = CAST(j.key AS INTEGER)
         WHERE e.status <> j.value"""
-    new = _ids(db, "SELECT id FROM executions WHERE id > ? ORDER BY id DESC LIMIT 1000", (after_id,))
+    new = _ids(db, "SELECT id FROM executions WHERE id > ? ORDER BY id DESC LIMIT ?", (after_id, MOST_TOLD))
     return new + _ids(db, changed, (compact(shown),))
 
 
@@ -5956,8 +5958,7 @@ class Event:
 class Feed:
     """Recent events, who reads them, and who waits for an end. No buffer is unbounded: a reader too far behind is dropped."""
 
-    KEPT = 2000
-    BEHIND = 1000
+    KEPT = 2 * MOST_TOLD
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -5986,7 +5987,7 @@ class Feed:
         event = Event(f"{self._boot}-{self._count}", kind, task_id, data)
         self._recent.append(event)
         for reader in list(self._readers):
-            if behind := reader.qsize() >= self.BEHIND:
+            if behind := reader.qsize() >= MOST_TOLD:
                 self._readers.discard(reader)
             reader.put_nowait(None if behind else event)
 
@@ -6005,10 +6006,16 @@ class Feed:
     def close(self, reader: asyncio.Queue[Event | None]) -> None:
         self._readers.discard(reader)
 
-    def close_all(self) -> None:
+    def drop_all(self) -> None:
+        """Who reads is dropped, and hears on coming back that something was missed."""
+        self._boot = uuid.uuid4().hex[:8]
+        self._recent.clear()
         for reader in self._readers:
             reader.put_nowait(None)
         self._readers.clear()
+
+    def close_all(self) -> None:
+        self.drop_all()
         self._closed = True
         self.notify()
 
@@ -6016,6 +6023,8 @@ class Feed:
         """Those with these ids; None: those that other processes queued, started or ended since the last look."""
         if self.wanted and ids is None:
             ids = await self._store.read(partial(changed_executions, after_id=self._shown_up_to, shown=self._shown))
+            if len(ids) >= MOST_TOLD:
+                self.drop_all()
         if not ids or not self.wanted:
             return
         for execution in await self._store.read(partial(get_executions, ids=set(ids))):
@@ -6634,6 +6643,8 @@ class Changes:
             feed = engine.feed
             if feed.wanted:
                 tasks, schedules, deleted = await store.read(partial(changed_objects, since=since, until=until))
+                if MOST_TOLD in (len(tasks), len(schedules), len(deleted)):
+                    feed.drop_all()
                 for task in tasks:
                     feed.publish("task", task.id, view_of(as_it_is(task, paused)))
                 for schedule in schedules:

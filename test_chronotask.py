@@ -6734,6 +6734,22 @@ async def test_a_look_after_timers_were_forgotten_loses_no_retry_that_is_written
     assert (await rig.rows())[0]["attempt"] == 2
 
 
+async def test_readers_look_anew_after_more_changes_than_are_told(rig: Rig, open_rig: OpenRig, monkeypatch: Any) -> None:
+    monkeypatch.setattr(chronotask, "MOST_TOLD", 3)
+    feed, other = rig.service.engine.feed, await open_rig(kind="mcp", database_url=rig.path)
+    await rig.schedule(await rig.task(), "cron")
+    tasks = {key: {"task_type": "bash", "config": {"command": "true"}} for key in "abc"}
+    many: Any = (
+        applied(rig, {"chronotask": 1, "tasks": tasks}),
+        backfilled(other, 1, "2025-12-31T23:56:30Z", "2025-12-31T23:59:30Z"),
+    )
+    for changed in many:
+        reader, last = (await feed.open(None))[0], f"{feed._boot}-{feed._count}"
+        await changed
+        await rig.service.changes.poll()
+        assert (reader.get_nowait(), (await feed.open(last))[1]) == (None, None)
+
+
 async def test_an_edit_by_a_follower_loses_no_slot_that_was_due(rig: Rig, open_rig: OpenRig) -> None:
     follower = await open_rig(kind="mcp", database_url=rig.path)
     schedule_id = await rig.schedule(await rig.task(), jitter=50)
