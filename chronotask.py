@@ -7567,8 +7567,10 @@ class Transaction(Tick):
     def note(
         self, operation: str, kind: str, object_id: int | None, before: dict[str, Any] | None, after: dict[str, Any] | None
     ) -> None:
-        """Writes who has changed what. `before` and `after` are views, so masked already."""
+        """Writes who has changed what, if anything was. `before` and `after` are views, so masked already."""
         old, new = _differences(before or {}, after or {})
+        if operation == "update" and not old and not new:
+            return
         kept, by = (before and _kept(old), after and _kept(new)), self.caller
         put_row(self.db, "changes", None, self.now, by.actor, by.via, kind, object_id, operation, *kept)
         what = f" {object_id}" * bool(object_id) + f" ({', '.join({**old, **new})})" * bool(before and after)
