@@ -3352,13 +3352,21 @@ class Store:
             while batch := calls.batches.get():
                 while len(batch) < most and not calls.batches.empty():
                     batch += calls.batches.get()
-                run(batch)
+                try:
+                    run(batch)
+                except Exception as error:  # of a disk that failed, at the beginning or end of a transaction
+                    for call in batch:
+                        call.error = error
+                for call in batch:
+                    if call.error is not None:  # its frames may hold a cursor, which would hold this connection's snapshot
+                        traceback.clear_frames(call.error.__traceback__)
                 self._loop.call_soon_threadsafe(_deliver, batch)
                 if self._closing:
                     calls.batches.put([])  # the end, which may have been taken with others
 
-        self._threads.append((threading.Thread(target=work, name=f"store-{name}", daemon=True), db))
-        self._threads[-1][0].start()
+        thread = threading.Thread(target=work, name=f"store-{name}", daemon=True)
+        thread.start()  # raises where there may be no further one
+        self._threads.append((thread, db))
 
     def _submit(self, calls: _Queue, run: Callable[[DB], Any]) -> asyncio.Future[Any]:
         if not calls.turn:
@@ -3458,8 +3466,8 @@ class Store:
 
     def problem(self) -> str | None:
         """Why the database cannot be relied on now, or None."""
-        if not self._threads[0][0].is_alive():
-            return "the database writer has died"
+        if dead := [thread.name for thread, _ in self._threads if not thread.is_alive()]:
+            return f"the thread {dead[0]} of the database has died"
         writing = self._writing
         if writing is not None and (stuck := self._monotonic() - writing.since) > STUCK_AFTER:
             return f"a write to the database has not come back for {stuck:.0f} s"
@@ -3494,7 +3502,7 @@ def _read_batch(db: DB, batch: list[_Call]) -> None:
         except Exception as error:  # one that fails must not fail the others
             call.error = error
     if db.in_transaction:
-        db.execute("COMMIT")
+        db.execute("ROLLBACK")  # not COMMIT, which after a failure of the disk may leave the transaction open
 
 
 def _deliver(batch: list[_Call]) -> None:

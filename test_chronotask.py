@@ -2893,6 +2893,25 @@ async def test_a_read_that_fails_as_one_that_would_write_does_no_harm_to_others(
     assert "no such table" in str(results[0]) and "readonly" in str(results[1])
 
 
+@each("ask", "read", "scan", "write")
+async def test_a_failure_leaves_no_old_snapshot_and_one_of_the_connection_itself_no_thread_dead(store: Store, ask: Any) -> None:
+    def fails(db: sqlite3.Connection) -> None:
+        rows = db.execute("SELECT key FROM meta")
+        raise Conflict(f"{rows}")
+
+    calls = getattr(store, ask)
+    with pytest.raises(Conflict):
+        await calls(fails)
+    sql(store.path, "INSERT INTO meta VALUES ('k1', 2)")
+    assert await calls(lambda db: chronotask.get_meta(db, "k1")) == 2
+    for _ in range(2):
+        async with asyncio.timeout(5):
+            with pytest.raises(Unavailable, match="closed"):
+                await calls(lambda db: db.close())
+                await calls(lambda db: chronotask.get_meta(db, "k1"))
+    assert all(thread.is_alive() for thread, _ in store._threads)
+
+
 async def test_writes_that_wait_share_one_transaction_and_one_that_raises_before_a_change_costs_it_nothing(store: Store) -> None:
     def refuses(db: sqlite3.Connection) -> None:
         raise Conflict("no")
@@ -3024,7 +3043,7 @@ async def test_a_write_that_does_not_come_back_or_whose_thread_has_died_is_told(
         assert store.problem() == "a write to the database has not come back for 12 s"
     assert store.problem() is None
     job = asyncio.ensure_future(store.write(lambda db: sys.exit()))
-    await until_true(lambda: store.problem() == "the database writer has died")
+    await until_true(lambda: store.problem() == "the thread store-writer of the database has died")
     job.cancel()
     store.close()
 
