@@ -2005,6 +2005,10 @@ class Schedule:
     def zone(self) -> str:
         return str(self.schedule_config.get("timezone", "UTC"))
 
+    @property
+    def last_instant(self) -> int:
+        return LAST_INSTANT if self.end_at is None else self.end_at
+
     def plan(self) -> Plan:
         """The schedule as pure arithmetic."""
         # An interval that was made by a clock that was ahead keeps its phase, and has slots before that.
@@ -2033,7 +2037,7 @@ class Schedule:
         left = next_slot is not None
         if self.schedule_type == "after":  # one without a slot waits for what comes
             left = bool("task_ids" not in self.schedule_config or self.watched)
-            left = left and plan.remaining != 0 and (self.end_at or LAST_INSTANT) >= self.settled_until
+            left = left and plan.remaining != 0 and self.last_instant >= self.settled_until
         self.is_active, self.over = wanted and left, wanted and not left
 
 
@@ -2539,7 +2543,7 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     notes = timing_notes(schedule.schedule_type, schedule.schedule_config, now)
     if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
         notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
-    elif schedule.over or (schedule.end_at or now) < now:
+    elif schedule.over or schedule.last_instant < now:
         notes.append("Nothing will fire: no slot is left.")
     elif not schedule.is_active:
         notes.append("Nothing will fire: is_active is false.")
@@ -6496,7 +6500,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
         for schedule in schedules:
             try:
                 config, told = schedule.schedule_config, list[tuple[Ended, str]]()
-                for end in over if (schedule.start_at or now) <= now <= (schedule.end_at or now) else ():
+                for end in over if (schedule.start_at or now) <= now <= schedule.last_instant else ():
                     depth, task = depths.get(end.execution_id, 0), tasks.get(end.task_id)
                     if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
                         events = events_of(end, config.get("threshold", 1))
@@ -6512,7 +6516,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                     if left is not None and (left := left - ran) == 0:
                         break
                 before = schedule.next_slot
-                if past := (schedule.end_at or now) < now:
+                if past := schedule.last_instant < now:
                     schedule.stand(now)
                 if past or "overdue" in config["on"]:
                     schedule.look_ahead()
@@ -7473,7 +7477,7 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
     fields |= read_times(body, shape_of(Task).times, settings.scheduler_timezone)
     fields.pop("schedules", None)
     task = Task(**fields, created_at=now, updated_at=now)
-    if may_be_over and task.status == "paused" and (task.paused_until or LAST_INSTANT) <= now:
+    if may_be_over and task.status == "paused" and task.paused_until is not None and task.paused_until <= now:
         task.status, task.paused_until = "active", None
     check_pause(task, now)
     return task
@@ -7485,7 +7489,7 @@ def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settin
     fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
     at = now if fields.get("after") is None else fields["after"]
     schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
-    if schedule.schedule_type != "after" or (schedule.end_at or at) < at:  # else it looks at other tasks first
+    if schedule.schedule_type != "after" or schedule.last_instant < at:  # else it looks at other tasks first
         schedule.look_ahead()
         if schedule.next_slot is None and not may_be_over:
             raise InvalidInput(_nothing_left(schedule))
@@ -7531,7 +7535,7 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     """Why a schedule has no slot to come, told at the field that would change it."""
     if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
-    if schedule.schedule_type == "after" and (schedule.end_at or LAST_INSTANT) >= schedule.settled_until:
+    if schedule.schedule_type == "after" and schedule.last_instant >= schedule.settled_until:
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
     if bounds := [name for name in ("end_at", "start_at") if getattr(schedule, name) is not None]:
         return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")

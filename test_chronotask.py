@@ -5980,7 +5980,8 @@ async def test_bounds_max_runs_and_overlap_hold_for_after(rig: Rig, target: Targ
         await rig.executed(watched)
     assert [len(await fired(rig, alert)) for alert in (limited, later, ended)] == [2, 1, 2]
     assert [(await rig.service.get_schedule(one))["is_active"] for one in (schedule, end)] == [False, False]
-    assert await refused_fields(rig.schedule(later, **after("success", any=True), end_at="2026-01-01T00:59Z")) == ["end_at"]
+    for past in ("2026-01-01T00:59Z", "1970-01-01T00:00Z"):
+        assert await refused_fields(rig.schedule(later, **after("success", any=True), end_at=past)) == ["end_at"]
     assert (await rig.service.get_schedule(schedule))["run_count"] == 2
     assert await refused_fields(rig.patch_schedule(schedule, is_active=True)) == ["max_runs"]
     alert, chain = [await rig.task(**target.config("/hold")) for _ in range(2)]
@@ -7379,6 +7380,7 @@ async def test_what_has_no_key_is_taken_over_by_the_key_that_an_export_gave_it(r
     (None, "orphaned", "active", [True, True], ""),
     ("pause", "paused", "paused", [True, False], ""),
     ("pause", "paused", "paused", [True, False], "status = 'paused'\npaused_until = '2026-01-02T00:00'"),
+    ("pause", "paused", "paused", [True, False], "status = 'paused'\npaused_until = '1970-01-01T00:00'"),
     ("delete", "deleted", None, [True], ""),
 )
 async def test_what_a_file_drops_stays_or_is_pruned(rig: Rig, prune: Any, action: str, task: Any, active: Any, more: str) -> None:
