@@ -8234,7 +8234,7 @@ _CRON_SETTING = re.compile(
     r"""(?:'([^'=]*)'|"([^"=]*)"|([^\s='"][^\s=]*))\s*=\s*(?:'([^']*)'\s*|"([^"]*)"\s*|([^\s'"].*))""", re.ASCII | re.DOTALL
 )
 _CRON_COMMAND = re.compile(r"((?:[^\\%]|\\.?)*)(?:%(.*))?", re.DOTALL)
-_NOT_OF_CRON = re.compile(r"(?:^|[ ,])(?:l|[0-9a-z]+/)|#|(?<!0)-0+(?![0-9])|(?<!sun)-sun", re.IGNORECASE)
+_NOT_OF_CRON = re.compile(r"(?:^|[ ,])(?:l|[0-9a-z]+/)|#|(?<!0)-0+(?![0-9])|(?<!sun)-sun|^@.*(?-i:[A-Z])", re.IGNORECASE)
 # What bash and every /bin/sh do alike: a program, its words, files for its output.
 _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +(?:2>&1|2?>>? *[A-Za-z0-9_./-]+))*")
 

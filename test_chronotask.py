@@ -7773,6 +7773,7 @@ def test_every_line_that_cannot_be_read_is_named() -> None:
     for line, said in {
         **dict.fromkeys(("* * * * *", "@hourly", "* * * * * * /bin/a", "FOO="), no_job),
         **{f"{t} /bin/a": f"'{t}' is none that cron reads" for t in ("5/9 * * * *", "0 0 L * *", "0 0 * * MON#2", "0 0 * * 5-0")},
+        "@Daily /bin/a": "'@Daily' is none that cron reads",
         "@weekdays /bin/a": "schedule_config.expression: '@weekdays': ",
         "61 * * * * /bin/a": "schedule_config.expression: '61 * * * *': ",
         "CRON_TZ=Berlin": "must be an IANA time zone (did you mean Europe/Berlin?)",
