@@ -8061,9 +8061,12 @@ class _Apply:
             left = {"status", "is_active"} - {*given}  # these stay as they are
             if "status" in left:
                 left.add("paused_until")
-            if not task and (item.is_active or item.over) == (stored.is_active or stored.over):
-                left.add("is_active")
-            changes = {name: value for name, value in wanted.items() if name not in left and value != getattr(stored, name)}
+            there = {name: getattr(stored, name) for name in wanted}
+            if not task:  # what is over was not switched off
+                there["is_active"] = stored.is_active or stored.over
+                if there["is_active"] == (item.is_active or item.over):
+                    left.add("is_active")
+            changes = {name: value for name, value in wanted.items() if name not in left and value != there[name]}
             if stored.managed_by != self.owner:
                 changes["managed_by"] = self.owner
             elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):

@@ -7415,6 +7415,8 @@ async def test_a_once_schedule_whose_time_has_passed_is_over_and_no_error(rig: R
     assert actions(answer) == [("orphaned", "nightly/once")]
     assert [*(await exported(rig))["tasks"]["nightly"]["schedules"]] == ["night"]
     assert len(await rig.rows()) == 1
+    later = NIGHTLY + once.replace("00:01:00", "00:02:00") + "is_active = false\n"  # with a slot again: still nobody wants it
+    assert [len((await applied(rig, later))["changes"]) for _ in range(2)] == [1, 0]
 
 
 async def test_a_key_that_was_given_by_hand_is_not_taken_over_and_one_that_was_moved_is_followed(rig: Rig) -> None:
