@@ -6697,7 +6697,7 @@ class Leadership:
         self._leader_lock = FileLock(Path(f"{path}.leader"))
         self._service_lock = FileLock(Path(f"{path}.service"))
         self._drain_lock = FileLock(Path(f"{path}.drain-{engine.owner}"))
-        self._others_drain = False  # another process is finishing executions that it started as leader
+        self._others_run: set[int] = set()  # executions that other processes finish, which have started them as leader
 
     async def begin(self) -> None:
         """Says that this process is alive, and leads if nobody does. Raises StartupError where file locks do not work."""
@@ -6719,10 +6719,10 @@ class Leadership:
         before = clock.monotonic()
         await asyncio.sleep(POLL)
         self.engine.stats.loop_lag = max(0.0, clock.monotonic() - before - POLL)
-        if not self.engine.stopping:
-            try:
-                await self.look()
-            finally:  # also without the folder of the locks: /health tells then that the database is gone
+        try:
+            await self.look()
+        finally:  # also without the folder of the locks: /health tells then that the database is gone
+            if not self.engine.ending:  # then this job was cancelled: a write may wait for ever
                 await self.changes.poll()
 
     @property
@@ -6739,8 +6739,10 @@ class Leadership:
     async def look(self) -> None:
         """Takes over, yields, and finishes what processes left behind that are gone."""
         engine = self.engine
-        yielding = self.kind == "mcp" and is_locked(self._service_lock.path)
-        if yielding:  # asked twice: another `mcp` process may have been looking at the same moment
+        if engine.stopping:  # another process leads while this one finishes what it runs
+            self._service_lock.release()
+        yielding = engine.stopping or (self.kind == "mcp" and is_locked(self._service_lock.path))
+        if yielding and not engine.stopping:  # asked twice: another `mcp` process may have been looking at the same moment
             await asyncio.sleep(0.01)
             yielding = is_locked(self._service_lock.path)
         held = self._leader_lock.held()
@@ -6748,9 +6750,10 @@ class Leadership:
             await self._step_down()
         elif not engine.leading and not yielding and self._leader_lock.acquire():
             await self._take_over()
-        elif engine.leading and self._others_drain:
+        elif engine.leading and (before := self._others_run):
             await self._finish_orphans()
-            await engine.load_timers()
+            if self._others_run != before:  # some may be retried
+                await engine.load_timers()
         elif not engine.leading and not engine.running:
             self._drain_lock.release()
             self._drain_lock.path.unlink(missing_ok=True)
@@ -6792,7 +6795,7 @@ class Leadership:
             else:
                 drain.unlink(missing_ok=True)
         dead = [run for run in others if run.owner not in living]
-        self._others_drain = len(dead) < len(others)
+        self._others_run = {run.execution_id for run in others if run.owner in living}
         if not dead:
             return
         if await engine.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine

@@ -6705,6 +6705,17 @@ async def test_what_a_tick_starts_while_its_process_steps_down_is_not_that_of_a_
     await follower.service.leadership._step_down()
 
 
+async def test_a_leader_that_stops_hands_over_at_once_and_can_be_asked_to_end_what_it_runs(
+    open_rig: OpenRig, target: Target
+) -> None:
+    leader, other = await open_rig(shutdown_grace=60), await open_rig(kind="mcp")
+    execution_id = await leader.begun(await leader.task(**target.config("/hold")))
+    stop = asyncio.create_task(leader.close())
+    await until_true(lambda: other.service.engine.leading, 20)
+    assert (await other.service.cancel_execution(execution_id))["status"] == "cancelled"
+    await stop
+
+
 async def test_a_process_that_yields_gives_back_the_lock_of_a_take_over_that_failed(open_rig: OpenRig, tmp_path: Path) -> None:
     process = await open_rig(kind="mcp")
     process.service.engine.leading = False  # as a take-over leaves it that the database has refused
