@@ -3685,13 +3685,37 @@ def refused_target(path: Path, target: Path) -> str | None:
     return None
 
 
-def backup(path: Path, target: Path, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks until it is
-    done or `stopped`. Raises Unavailable; `target` then is as it was before."""
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """The path of a file to write, on the disk of `target`. At the end it is gone."""
+    # A folder of our own: a file that a stranger has put into the way would get all secrets.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=(prefix := f".{target.name}.")) as folder:
+        for left in target.parent.iterdir():  # by one that was killed, more than half a day ago
+            with contextlib.suppress(OSError):
+                if re.fullmatch(re.escape(prefix) + "[a-z0-9_]{8}", left.name) and {*os.listdir(left)} <= {
+                    "part",
+                    "part-journal",
+                }:
+                    if left.stat().st_mtime < os.stat(folder).st_mtime - 43200:
+                        shutil.rmtree(left)
+        yield Path(folder) / "part"
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """The path of a file to write, which then takes the place of `target`, whole and on disk. If not, `target` is as before."""
+    with beside(target) as part:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.rename(target)
+
+
+def backup(path: Path, target: Path | None = None, stopped: Callable[[], bool] = lambda: False) -> BinaryIO:
+    """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks until it is done
+    or `stopped`. Returns it, open; without a target it has no name. Raises Unavailable."""
     try:
-        # A folder of our own: a file that a stranger has put into the way would get all secrets.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            part = Path(folder) / "part"
+        with beside(path) if target is None else replacing(target) as part:
             with contextlib.closing(connect(path, read_only=True)) as source:
                 source.set_progress_handler(stopped, SCAN_STEP)
                 source.execute("VACUUM INTO ?", (str(part),))
@@ -3700,21 +3724,9 @@ def backup(path: Path, target: Path, stopped: Callable[[], bool] = lambda: False
                 found = copied.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.rename(target)
+            return part.open("rb")
     except (OSError, sqlite3.Error, UnicodeError) as error:  # SQLite takes only names that are UTF-8
-        raise Unavailable(f"the backup of {path} to {target} failed: {error}") from None
-
-
-def open_backup(path: Path, stopped: Callable[[], bool] = lambda: False) -> BinaryIO:
-    """A copy of the database at `path`, as an open file without a name. Blocks. Raises Unavailable."""
-    target = path.with_name(f".download-{uuid.uuid4().hex}.db")
-    try:
-        backup(path, target, stopped)
-        return target.open("rb")
-    finally:
-        target.unlink(missing_ok=True)
+        raise Unavailable(f"the backup of {path} to {target or 'a download'} failed: {error}") from None
 
 
 @functools.lru_cache(1024)
@@ -7297,7 +7309,7 @@ class Service:
 
     async def backup(self) -> BinaryIO:
         """A consistent copy of the database, as an open file without a name. Raises Unavailable."""
-        return await in_daemon(open_backup, self.store.path, lambda: self.engine.stopping)
+        return await in_daemon(backup, self.store.path, None, lambda: self.engine.stopping)
 
 
 # --- Use cases that only look, and those of a schedule's slots -------------------------------------------------------
@@ -9872,21 +9884,24 @@ def run_backup(settings: Settings, target: str) -> None:
     if target == "-":
         if sys.stdout is None or sys.stdout.isatty():
             raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
-        with open_backup(source) as copy:
-            write_out(target, copy)
+        with backup(source) as copy:
+            write_out(copy)
     elif refusal := refused_target(source, Path(target).absolute()):
         raise StartupError(f"--backup={shown(target)}: must be {refusal}", 2)
     else:
-        backup(source, Path(target).absolute())
+        backup(source, Path(target).absolute()).close()
 
 
-def write_out(name: str, source: BinaryIO) -> None:
-    """Writes a file, or (-) to standard output. Raises StartupError."""
+def write_out(source: BinaryIO, target: Path | None = None) -> None:
+    """Writes all of a file, or to standard output. Raises StartupError."""
     try:
-        with open(1 if name == "-" else name, "wb", closefd=name != "-") as file:
-            shutil.copyfileobj(source, file)
+        with contextlib.nullcontext(1) if target is None else replacing(target) as sink:
+            with open(sink, "wb", closefd=target is not None) as file:
+                if target is not None and target.exists():
+                    os.fchmod(file.fileno(), target.stat().st_mode)
+                shutil.copyfileobj(source, file)
     except OSError as error:
-        raise StartupError(f"{'standard output' if name == '-' else name} cannot be written: {error.strerror}") from None
+        raise StartupError(f"{target or 'standard output'} cannot be written: {error.strerror}") from None
 
 
 def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
@@ -9897,7 +9912,7 @@ def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
     tasks, comments = read_crontab(read_file(name).decode("utf-8", "surrogateescape"), system, user, zone)
     owner = slug("crontab" if name == "-" else Path(name).name, ())
     comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
-    write_out("-", io.BytesIO(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments).encode()))
+    write_out(io.BytesIO(to_toml({"chronotask": 1, "owner": owner, "tasks": tasks}, comments).encode()))
 
 
 async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ, body: Any) -> int:
@@ -9913,13 +9928,14 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
             warnings = file.pop("warnings", ())
             toml = options.export.endswith(".toml")
             text = to_toml(file, {"": warnings}) if toml else json.dumps(file, indent=2, ensure_ascii=False) + "\n"
-            if options.export != "-" and (why := refused_target(settings.database_url, Path(options.export).absolute())):
+            target = None if options.export == "-" else Path(os.path.realpath(options.export))  # a link goes on leading there
+            if target is not None and (why := refused_target(settings.database_url, target)):
                 raise StartupError(f"--export={shown(options.export)}: must be {why}", 2)
-            write_out(options.export, io.BytesIO(text.encode()))
+            write_out(io.BytesIO(text.encode()), target)
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
             return 0
         applied = await apply_definitions(service, ApplyQuery(dry_run=options.dry_run, prune=options.prune), body)
-        write_out("-", io.BytesIO(f"{told(applied) or 'nothing to do'}\n".encode()))
+        write_out(io.BytesIO(f"{told(applied) or 'nothing to do'}\n".encode()))
         return 3 if options.dry_run and any(change["action"] != "orphaned" for change in applied["changes"]) else 0
     finally:
         store.close()

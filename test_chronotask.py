@@ -2894,22 +2894,18 @@ async def test_a_read_that_fails_as_one_that_would_write_does_no_harm_to_others(
 
 
 @each("ask", "read", "scan", "write")
-async def test_a_failure_leaves_no_old_snapshot_and_one_of_the_connection_itself_no_thread_dead(store: Store, ask: Any) -> None:
+async def test_a_failure_leaves_no_old_snapshot_and_no_thread_dead(store: Store, ask: Any) -> None:
     def fails(db: sqlite3.Connection) -> None:
-        rows = db.execute("SELECT key FROM meta")
-        raise Conflict(f"{rows}")
+        raise Conflict(f"{(rows := db.execute('SELECT key FROM meta'))}, {rows}")
 
-    calls = getattr(store, ask)
     with pytest.raises(Conflict):
-        await calls(fails)
+        await getattr(store, ask)(fails)
     sql(store.path, "INSERT INTO meta VALUES ('k1', 2)")
-    assert await calls(lambda db: chronotask.get_meta(db, "k1")) == 2
-    for _ in range(2):
+    assert await getattr(store, ask)(lambda db: chronotask.get_meta(db, "k1")) == 2
+    for call in (lambda db: db.close(), put("k1")):
         async with asyncio.timeout(5):
             with pytest.raises(Unavailable, match="closed"):
-                await calls(lambda db: db.close())
-                await calls(lambda db: chronotask.get_meta(db, "k1"))
-    assert all(thread.is_alive() for thread, _ in store._threads)
+                await getattr(store, ask)(call)
 
 
 async def test_writes_that_wait_share_one_transaction_and_one_that_raises_before_a_change_costs_it_nothing(store: Store) -> None:
@@ -6655,7 +6651,7 @@ async def crashed(rig: Rig, open_rig: OpenRig, tmp_path: Path, seconds: float = 
     """A service on the database as a crash at this moment leaves it. (The old one runs on, on its own file.)"""
     copy = tmp_path / "after the crash" / "chronotask.db"
     copy.parent.mkdir()
-    backup(rig.path, copy)
+    backup(rig.path, copy).close()
     return await open_rig(clock=FakeClock(START + round(seconds * S)), database_url=copy)
 
 
@@ -7031,7 +7027,7 @@ class Life:
         later, path = FakeClock(self.rig.clock.wall + self.draw.choice([0, 30, 4000]) * S), self.rig.path
         if self.draw.random() < 0.5:
             path = self.folder / f"{len(list(self.folder.iterdir()))}.db"
-            backup(self.rig.path, path)
+            backup(self.rig.path, path).close()
         await self.rig.close()
         self.rig = await self.open_rig(clock=later, database_url=path, **self.settings)
 
@@ -10857,7 +10853,14 @@ async def test_a_backup_that_fails_says_why_and_leaves_what_was_there(rig: Rig, 
     for chosen, name in (*((rig.service.settings, bad) for bad in ("no/such/folder.db", "x" * 300, "\udcff")), (other, "target")):
         with pytest.raises(Unavailable, match=r"the backup of .* failed"):
             run_backup(chosen, f"{tmp_path}/{name}")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"other.db": "no database", "target": "before"}
+    for name, hours in {"abcdefgh/part": 13, "abcdefg0/part": 11, "backups_/other": 13}.items():  # of those that were killed
+        (left := tmp_path / f".target.{name}").parent.mkdir()
+        left.touch()
+        os.utime(left.parent, (time.time() - 3600 * hours,) * 2)
+    with open("/proc/self/mem", "rb") as broken, pytest.raises(chronotask.StartupError, match="target cannot be written: Input"):
+        chronotask.write_out(broken, tmp_path / "target")
+    shown = {path.name: "" if path.is_dir() else path.read_text() for path in tmp_path.iterdir()}
+    assert shown == {"other.db": "no database", "target": "before", ".target.abcdefg0": "", ".target.backups_": ""}
 
 
 async def test_a_backup_replaces_a_file_and_never_the_database_or_what_belongs_to_it(rig: Rig, tmp_path: Path) -> None:
