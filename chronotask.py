@@ -1558,6 +1558,8 @@ def bash_source(command: str, args: Sequence[str]) -> str:
 
 def _script(source: str) -> str:
     """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
+    if len(source.encode()) > MAX_ARGUMENT_BYTES:
+        raise ValueError(f"must be at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
     if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
         raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
     return source

@@ -1927,6 +1927,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.args[0]: must not hold a NUL character": [["b\0"]],
         "config.args: must have at most 1000 items after validation, not 1001": [["x"] * 1001],
         "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)": [["x" * 65536] * 2],
+        "config.command: must be at most 131071 bytes (the kernel's limit)": ["\u20ac" * 43691],
         **{
             f"config.env.{name}: is not a valid variable name (letters, digits and _, no digit first)": [
                 {name: "() { :; }"},
