@@ -5330,6 +5330,8 @@ async def _watch(
                 await asyncio.wait([exited])
                 while _signal_group(process.pid, 0):  # no look into /proc: for a hundred attempts it would take all the time
                     await asyncio.sleep(0.05)
+                    if os.getpid() == 1:  # who has ended and is not waited for is a member, too
+                        reap()
         _signal_group(process.pid, signal.SIGKILL)
         await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
         # One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap.
@@ -5356,9 +5358,12 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def reap() -> None:
-    """As process 1: waits for the ended children that tasks have left behind."""
+    """As process 1: waits for the ended children that tasks have left behind. What this process has started for itself is in its
+    own session, and waited for by another thread."""
     with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in _children:
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid in _children or os.getsid(ended.si_pid) == os.getsid(0):
+                break
             os.waitpid(ended.si_pid, 0)
 
 

@@ -3897,6 +3897,10 @@ async def test_what_tasks_leave_behind_is_reaped_and_nothing_else() -> None:
         os.waitid(os.P_PID, own, os.WEXITED | os.WNOWAIT)
         chronotask.reap()
         assert (await running).error_message == "exit status 3"
+        check = subprocess.Popen(["sh", "-c", "exit 4"])  # waited for by a thread, as the check of a command
+        os.waitid(os.P_PID, check.pid, os.WEXITED | os.WNOWAIT)
+        chronotask.reap()
+        assert check.wait() == 4
         orphan = int(out(await bash("setsid true >/dev/null 2>&1 & echo $!")))
         while Path(f"/proc/{orphan}").exists():
             chronotask.reap()
