@@ -4743,6 +4743,7 @@ class LiveOutput:
         self.acted = False  # a server has answered what must not be sent twice
         self.begun = False  # the request that is under way has begun to be sent
         self.reused = False  # it is about to be, on a connection that was used before
+        self.asked: _OneAnswer | None = None  # the connection on which it is about to be
         self.broken = False  # the connection was reset before the end of the answer
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
@@ -5663,6 +5664,7 @@ class _OneAnswer:
         if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
             self._method, self._live, self._came = begins[1].decode(), _ATTEMPT.get(), bytearray()
             self._live.begun, self._live.reused, self._live.broken = not self._over, self._answer is not None, False
+            self._live.asked = self
             if self._over:
                 raise ConnectionResetError(None, "was closed by the server")
             self._answer = _answer(self._method == "HEAD", self._came)
@@ -5677,8 +5679,15 @@ class _OneAnswer:
                 self._came.clear()
         return data
 
+    def was_reset(self) -> None:
+        """Tells the attempt, unless its answer is complete: aiohttp takes that for the end of a body without declared length."""
+        if self._answer is not None and next(self._answer, self) is not self:
+            self._live.broken = True
+
 
 class _Socket(_OneAnswer, socket.socket):
+    _asked: _OneAnswer | None = None  # itself, or the TLS above it
+
     def send(self, data: Any, flags: int = 0, /) -> int:
         self._asks(data)
         return super().send(data, flags)
@@ -5691,6 +5700,8 @@ class _Socket(_OneAnswer, socket.socket):
     def _asks(self, data: bytes) -> None:
         super()._asks(data)  # or what TLS has made of it was seen just before
         live = _ATTEMPT.get(None)  # of a connection that is closed nobody's
+        if live is not None and live.asked is not None:
+            self._asked, live.asked = live.asked, None
         if live is not None and live.reused:
             # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
             live.reused, poll = False, select.poll()
@@ -5702,13 +5713,17 @@ class _Socket(_OneAnswer, socket.socket):
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         try:
             return self._answered(super().recv(min(size, READ_BYTES), flags))
-        except ConnectionResetError:  # which aiohttp takes for the end of a body without declared length
-            if self._answer is not None and next(self._answer, self) is not self:
-                self._live.broken = True
+        except ConnectionResetError:
+            self.was_reset()
             raise
 
     def recv_into(self, buffer: Any, *more: Any) -> int:
-        return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
+        try:
+            return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
+        except ConnectionResetError:
+            if self._asked is not None:
+                self._asked.was_reset()
+            raise
 
 
 class _TlsObject(_OneAnswer, ssl.SSLObject):
