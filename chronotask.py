@@ -8698,7 +8698,7 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("executions_running_here", "Executions that this process runs.", len(engine.running))
     family("tasks", "Tasks.", objects["tasks"])
     family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
-    size = sum(file.stat().st_size for file in (path, Path(f"{os.path.realpath(path)}-wal")) if file.exists())
+    size = sum(os.path.getsize(file) for file in (path, f"{os.path.realpath(path)}-wal") if os.path.exists(file))
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
     family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
     family("loop_lag_seconds", "How late the event loop was last seen.", round(stats.loop_lag, 6))
@@ -9858,8 +9858,9 @@ async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.so
     for sock in sockets:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7). Each connection inherits it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
-        backlog = max(1, min(1024, limit // 4))  # as many are accepted before the first of them can be closed again
-        listeners.append(await loop.create_server(connect, sock=sock, backlog=backlog))
+        # As many are accepted before the first of them can be closed again; and where the system has no more files, asyncio
+        # tries that often each second, each time with a traceback in the log.
+        listeners.append(await loop.create_server(connect, sock=sock, backlog=max(1, min(16, limit // 4))))
         sock.listen(1024)  # the kernel's queue may be longer than what is accepted in one turn
         host, port = sock.getsockname()[:2]
         logger.info(what, f"[{host}]" if ":" in host else host, port)
