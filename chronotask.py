@@ -3343,12 +3343,15 @@ class Store:
         self._writing: _Call | None = None
         self._version = 0
         self._db = open_database(path)
+        try:
+            reader = connect(path, read_only=True)
+        except sqlite3.Error as error:
+            raise storage_error(error) from None
         self._file, self.replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._scanning, self._closing = 0, False
         self._start("writer", self._db, self._writes, self._write_batch)
-        reader = connect(path, read_only=True)
         self._start("reader", reader, self._reads, partial(_read_batch, reader))
 
     def _start(self, name: str, db: DB, calls: _Queue, run: Callable[[list[_Call]], None], most: int = 500) -> None:
@@ -3584,8 +3587,8 @@ def open_database(path: Path) -> DB:
             f"uid {os.getuid()} must be able to write {path.parent}, which belongs to uid {path.parent.stat().st_uid} (or is it "
             f"read-only?): chown -R {os.getuid()} that folder, or run ChronoTask as its owner (in a container: --user)"
         )
-        full, locked = "make room on its disk", "another program holds a lock on it"
-        remedies = {"unable to open": closed, "readonly": closed, "locked": locked, "full": full}
+        full, locked, failing = "make room on its disk", "another program holds a lock on it", "its disk is full, or failing"
+        remedies = {"unable to open": closed, "readonly": closed, "locked": locked, "full": full, "disk I/O": failing}
         remedy = next((remedy for word, remedy in remedies.items() if word in str(error)), _LEFT_ALONE)
         raise StartupError(f"the database {path} cannot be used: {error}; {remedy}") from None
 
@@ -3759,13 +3762,13 @@ class FileLock:
         if self.held():
             return True
         self.release()
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return False
-        self._fd = fd
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if not isinstance(error, BlockingIOError):
+                raise
         if not self.held():  # the file was replaced between open and lock
             self.release()
         return self._fd is not None
