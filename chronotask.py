@@ -3691,8 +3691,8 @@ def refused_target(path: Path, target: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """The path of a file to write, on the disk of `target`. At the end it is gone."""
+def replacing(target: Path, replace: bool = True) -> Iterator[Path]:
+    """The path of a file to write, which then takes the place of `target`, whole and on disk. If not, `target` is as before."""
     # A folder of our own: a file that a stranger has put into the way would get all secrets.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=(prefix := f".{target.name}.")) as folder:
         for left in target.parent.iterdir():  # by one that was killed, more than half a day ago
@@ -3703,24 +3703,18 @@ def beside(target: Path) -> Iterator[Path]:
                 }:
                     if left.stat().st_mtime < os.stat(folder).st_mtime - 43200:
                         shutil.rmtree(left)
-        yield Path(folder) / "part"
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """The path of a file to write, which then takes the place of `target`, whole and on disk. If not, `target` is as before."""
-    with beside(target) as part:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.rename(target)
+        yield (part := Path(folder) / "part")
+        if replace:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.rename(target)
 
 
 def backup(path: Path, target: Path | None = None, stopped: Callable[[], bool] = lambda: False) -> BinaryIO:
     """Writes a consistent, checked copy of the database at `path` to `target`, also while others write. Blocks until it is done
     or `stopped`. Returns it, open; without a target it has no name. Raises Unavailable."""
     try:
-        with beside(path) if target is None else replacing(target) as part:
+        with replacing(target or path, replace=target is not None) as part:
             with contextlib.closing(connect(path, read_only=True)) as source:
                 source.set_progress_handler(stopped, SCAN_STEP)
                 source.execute("VACUUM INTO ?", (str(part),))
