@@ -3697,12 +3697,10 @@ def replacing(target: Path, replace: bool = True) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=(prefix := f".{target.name}.")) as folder:
         for left in target.parent.iterdir():  # by one that was killed, more than half a day ago
             with contextlib.suppress(OSError):
-                if re.fullmatch(re.escape(prefix) + "[a-z0-9_]{8}", left.name) and {*os.listdir(left)} <= {
-                    "part",
-                    "part-journal",
-                }:
-                    if left.stat().st_mtime < os.stat(folder).st_mtime - 43200:
-                        shutil.rmtree(left)
+                named = re.fullmatch(re.escape(prefix) + "[a-z0-9_]{8}", left.name)
+                old = left.stat().st_mtime < os.stat(folder).st_mtime - 43200
+                if named and old and {*os.listdir(left)} <= {"part", "part-journal"}:
+                    shutil.rmtree(left)
         yield (part := Path(folder) / "part")
         if replace:
             with part.open("rb") as file:
@@ -5676,11 +5674,6 @@ class _OneAnswer:
                 self._came.clear()
         return data
 
-    def was_reset(self) -> None:
-        """Tells the attempt, unless its answer is complete: aiohttp takes that for the end of a body without declared length."""
-        if self._answer is not None and next(self._answer, self) is not self:
-            self._live.broken = True
-
 
 class _Socket(_OneAnswer, socket.socket):
     _asked: _OneAnswer | None = None  # itself, or the TLS above it
@@ -5708,18 +5701,17 @@ class _Socket(_OneAnswer, socket.socket):
                 raise ConnectionResetError(None, "was closed by the server")
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        try:
-            return self._answered(super().recv(min(size, READ_BYTES), flags))
-        except ConnectionResetError:
-            self.was_reset()
-            raise
+        return self._answered(self._received(super().recv, min(size, READ_BYTES), flags))
 
     def recv_into(self, buffer: Any, *more: Any) -> int:
+        return self._received(super().recv_into, memoryview(buffer)[:READ_BYTES], *more)
+
+    def _received(self, call: Callable[..., R], *arguments: Any) -> R:
         try:
-            return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
-        except ConnectionResetError:
-            if self._asked is not None:
-                self._asked.was_reset()
+            return call(*arguments)
+        except ConnectionResetError:  # which aiohttp takes for the end of a body without declared length
+            if (asked := self._asked) and asked._answer is not None and next(asked._answer, self) is not self:
+                asked._live.broken = True
             raise
 
 
