@@ -6492,7 +6492,7 @@ def write_claim(tick: Tick, claim: Claim) -> list[Ended]:
     for schedule in claim.schedules:
         schedule.run_count += runs[schedule.id]
         if schedule.schedule_type == "after":
-            schedule.set_next(schedule.next_slot, schedule.plan())
+            schedule.look_ahead()
     advance_schedules(db, claim.schedules)
     if any(row.hold for row in claim.rows):  # what they wait for may have been cancelled by another of them
         release_held(db, {row.task_id for row in claim.rows})
@@ -6528,7 +6528,8 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                     if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
                         events = events_of(end, config.get("threshold", 1))
                         told += [(end, event) for event in events if event in config["on"]]
-                left = schedule.plan().remaining
+                plan = schedule.plan()
+                left = plan.remaining
                 if missing := {end.execution_id for end, _ in told} - executions.keys():
                     executions |= {e.id: e for e in get_executions(db, missing, output=True)}
                 for end, event in told if left != 0 else ():
@@ -6538,12 +6539,9 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                     ran = claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                     if left is not None and (left := left - ran) == 0:
                         break
-                before = schedule.next_slot
                 if past := schedule.last_instant < now:
                     schedule.stand(now)
-                if past or "overdue" in config["on"]:
-                    schedule.look_ahead()
-                if past or told or schedule.next_slot != before:
+                if past or told or plan.next_slot(schedule.settled_until) != schedule.next_slot:
                     claim.schedules.append(schedule)
             except Exception:
                 logger.exception("schedule %d", schedule.id)
@@ -6563,7 +6561,6 @@ def claim_overdue(tick: Tick, claim: Claim, schedule: Schedule) -> None:
             cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
             claim.after(schedule, cause, by, 0)
         schedule.stand(claim.now)
-    schedule.look_ahead()
     claim.schedules.append(schedule)
 
 
