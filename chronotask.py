@@ -6055,14 +6055,16 @@ class Feed:
         self.notify()
 
     async def publish_executions(self, ids: Collection[int] | None = None) -> None:
-        """Those with these ids; None: those that other processes queued, started or ended since the last look."""
+        """Those with these ids, and the schedules that fired them; None: what other processes did since the last look."""
         if self.wanted and ids is None:
             ids = await self._store.read(partial(changed_executions, after_id=self._shown_up_to, shown=self._shown))
             if len(ids) >= MOST_TOLD:
                 self.drop_all()
         if not ids or not self.wanted:
             return
-        for execution in await self._store.read(partial(get_executions, ids=set(ids))):
+        executions = await self._store.read(partial(get_executions, ids=set(ids)))
+        fired = {one.schedule_id for one in executions if not self._shown.get(one.id)} - {None}
+        for execution in executions:
             self.publish("execution", execution.task_id, view_of(execution))
             # What lies between may be another process's: the next look at those will find that it is shown with no status.
             self._shown |= dict.fromkeys(range(max(self._shown_up_to + 1, execution.id - 1000), execution.id), "")
@@ -6070,6 +6072,10 @@ class Feed:
             self._shown[execution.id] = execution.status
             if execution.status in FINISHED:
                 del self._shown[execution.id]
+        if fired:  # what is next of them has changed, and whether there is a next
+            these = {"s.id IN ?": [*fired], "NOT t.deleted": True}
+            for schedule in await self._store.read(partial(schedules_that, conditions=these)):
+                self.publish("schedule", schedule.task_id, view_of(schedule))
 
     async def wait_for(self, execution_id: int, seconds: float) -> None:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""

@@ -8674,20 +8674,22 @@ async def test_every_task_has_its_series_before_anything_has_happened(api: Api) 
     assert lines <= set(after)
 
 
-async def test_events_tell_of_changes_of_tasks_schedules_and_executions(api: Api) -> None:
+async def test_events_tell_of_changes_of_tasks_schedules_and_executions_and_what_comes_after_a_firing(api: Api) -> None:
     async with api.client.get(f"{API}/events") as stream:
         assert stream.status == 200 and stream.headers["Content-Type"].startswith("text/event-stream")
         await stream.content.readuntil(b"\n\n")
         await api.schedule(await api.task())
         await api.executed(1)
+        await api.rig.run_at(60)
         kinds, last = [], {}
         async with asyncio.timeout(5):
-            while last.get("status") != "succeeded":
+            while "execution" not in kinds or kinds[-1] != "schedule":
                 lines = (await stream.content.readuntil(b"\n\n")).decode().strip().split("\n")
                 fields = dict(line.split(": ", 1) for line in lines)
                 kinds.append(fields["event"])
                 last = json.loads(fields["data"])
-    assert kinds[:2] == ["task", "schedule"] and set(kinds[2:]) == {"execution"} and last["task_id"] == 1
+    assert kinds[:2] == ["task", "schedule"] and set(kinds[2:-1]) == {"execution"}
+    assert (last["run_count"], last["next_run"]) == (1, "2026-01-01T00:02:00Z")
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

@@ -151,6 +151,9 @@ fact('its runs appear live, without asking again and again', async () => {
   await sleep(0.5);
   page.on('request', note);
   await until(async () => await rows('Executions').count() >= 3, 'three runs');
+  const next = () => page.locator('.stats time').last().getAttribute('datetime');
+  const before = await next();
+  await until(async () => await next() !== before, 'what is next moves on');
   page.off('request', note);
   equal(asked, [], 'requests while connected');
 });
