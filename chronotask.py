@@ -3004,17 +3004,12 @@ class TimerQueue:
             self._due[key] = at
             heapq.heappush(self._heap, (at, key))
         if len(self._heap) > 2 * len(self._due) + 64:
-            self.rebuild(list(self._due.items()))
+            self._heap = sorted((at, key) for key, at in self._due.items())
 
     def learn(self, key: int, at: int) -> None:
         """Like `set`, but what is known of `key` already is newer."""
         if key not in self._due:
             self.set(key, at)
-
-    def rebuild(self, items: Iterable[tuple[int, int]]) -> None:
-        """Replaces everything by `items`, pairs of key and time."""
-        self._due = dict(items)
-        self._heap = sorted((at, key) for key, at in self._due.items())
 
     def next_due(self) -> int | None:
         """When the next key is due, or None."""
@@ -5964,6 +5959,7 @@ BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
 TIMERS = 10_000  # loaded at a time
+EVENTS_KEPT = 2 * MOST_TOLD
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 K = TypeVar("K", Task, Schedule)
 
@@ -5993,18 +5989,16 @@ class Event:
 class Feed:
     """Recent events, who reads them, and who waits for an end. No buffer is unbounded: a reader too far behind is dropped."""
 
-    KEPT = 2 * MOST_TOLD
-
     def __init__(self, store: Store) -> None:
         self._store = store
         self._boot = uuid.uuid4().hex[:8]
         self._count = 0
         self._unread = 0  # events that are still kept for a reader that comes back
-        self._recent: deque[Event] = deque(maxlen=self.KEPT)
+        self._recent: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._readers: set[asyncio.Queue[Event | None]] = set()
         self._shown: dict[int, str] = {}  # unfinished executions as readers know them
         self._shown_up_to = 0
-        self._closed = False
+        self.closed = False  # nobody waits any more
         self.waiting = weakref.WeakValueDictionary[int, asyncio.Event]()  # execution id → what whoever waits for its end holds
 
     @property
@@ -6015,9 +6009,7 @@ class Feed:
     def publish(self, kind: str, task_id: int | None, data: Mapping[str, Any]) -> None:
         if not self.wanted:
             return
-        self._unread = self.KEPT if self._readers else self._unread - 1
-        if not self._unread:  # a reader that comes back now must not believe that it missed nothing
-            self._boot = uuid.uuid4().hex[:8]
+        self._unread = EVENTS_KEPT if self._readers else self._unread - 1
         self._count += 1
         event = Event(f"{self._boot}-{self._count}", kind, task_id, data)
         self._recent.append(event)
@@ -6032,8 +6024,8 @@ class Feed:
             self._shown_up_to, self._shown = await self._store.read(unfinished_statuses)
         reader: asyncio.Queue[Event | None] = asyncio.Queue()
         self._readers.add(reader)
-        self._unread = self.KEPT
-        if last_id in (None, f"{self._boot}-{self._count}"):
+        self._unread = EVENTS_KEPT
+        if last_id is None:
             return reader, []
         ids = [event.id for event in self._recent]
         return reader, list(self._recent)[ids.index(last_id) + 1 :] if last_id in ids else None
@@ -6043,16 +6035,10 @@ class Feed:
 
     def drop_all(self) -> None:
         """Who reads is dropped, and hears on coming back that something was missed."""
-        self._boot = uuid.uuid4().hex[:8]
         self._recent.clear()
         for reader in self._readers:
             reader.put_nowait(None)
         self._readers.clear()
-
-    def close_all(self) -> None:
-        self.drop_all()
-        self._closed = True
-        self.notify()
 
     async def publish_executions(self, ids: Collection[int] | None = None) -> None:
         """Those with these ids, and the schedules that fired them; None: what other processes did since the last look."""
@@ -6081,7 +6067,7 @@ class Feed:
         """Returns when the execution is over or gone, when `seconds` have passed, or when the service stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self._closed:
+                while not self.closed:
                     ended = self.waiting.setdefault(execution_id, asyncio.Event())
                     if await self._store.read(partial(finished_among, ids=[execution_id])):
                         return
@@ -6430,7 +6416,9 @@ class Engine:
         """Nothing more begins; what runs may end within `grace` seconds, what is left then is stopped."""
         self.stopping = True
         self._wake.set()
-        self.feed.close_all()
+        self.feed.drop_all()
+        self.feed.closed = True
+        self.feed.notify()
         await self._until_idle(self.clock.monotonic() + grace)
         self.ending = True
         for active in self.running.values():
@@ -6650,7 +6638,6 @@ class Changes:
         self.stale = await store.foreign_changes() or self.stale
         # The number tells what no use case has taken up: a clock that was set, a look that failed.
         if self.stale or await store.read(partial(get_meta, key="rev")) != self._seen[0]:
-            engine.wake()
             await self.take_up()
             await engine.feed.publish_executions()
             self.stale = False
