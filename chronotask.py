@@ -5458,7 +5458,8 @@ def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Rep
         message = f"the launcher {how}, but the command never reported its end"
     elif output["signal"]:
         return Outcome("failed", message, output, retryable=True)
-    lines = (_one_line(line, 200) for line in reversed(stderr.splitlines()))
+    # Masked once more: a colour within a secret is taken out.
+    lines = (_one_line(live.masked(printable(line)), 200) for line in reversed(stderr.splitlines()))
     message = ": ".join([message, *itertools.islice(filter(None, lines), 1)])
     if code == 127 and report is None:  # often the command lies in the working directory, which no PATH holds
         said, found, _ = stderr.rpartition(": command not found")

@@ -3560,7 +3560,8 @@ async def test_resolved_secrets_are_masked_in_the_output_of_a_command() -> None:
     command = f'echo "one $A two"; {small}; printf value-; sleep 0.05; printf "of-a"; echo "$A" >&2; exit 3'
     outcome = await bash(command, environ=environ, env=env)
     assert (output(outcome)["stdout"], output(outcome)["stderr"]) == ("one ******** two\n4096\n********", "********\n")
-    assert outcome.error_message == "exit status 3: ********"
+    coloured = await bash(r"printf 'value\033[m-of-a' >&2; exit 3", environ=environ, env=env)
+    assert outcome.error_message == coloured.error_message == "exit status 3: ********"
     lines = {"PATH": PATH, "LC_ALL": "C", "CHRONOTASK_SECRET_A": "tab\tand-p\xe4r\x1bt\udce4\nline-two"}
     for command in ("echo $A", 'printf %q "$A"', 'set -x; : "$A"', 'ls "/$A"', 'sed "s/^/> /" <<<"$A"', 'exec "$A"'):
         shown = str(await bash(command, environ=lines, env=env))
