@@ -1764,6 +1764,12 @@ def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
+def _same_server(url: str, kept: str) -> bool:
+    """Whether both lead to one origin. Where it is not sure, they do not."""
+    origins = {url_parts(one).origin for one in (url, kept)}
+    return url in (kept, mask_config("http", {"url": kept})["url"]) or (len(origins) == 1 and None not in origins)
+
+
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """`new`, parsed, with the stored secret for each mask that was sent. Raises InvalidInput for one that stands for nothing,
     and for any once the URL's origin differs: else who may edit a task could have its secret sent to a server of their own."""
@@ -1771,10 +1777,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -
         return new
     kept: dict[str, str] = {}
     _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
-    kept_url, refused = stored.get("url", ""), list[FieldError]()
-    origins = {url_parts(url).origin for url in (new["url"], kept_url)}
-    # Where it is not sure, it has moved.
-    same = new["url"] in (kept_url, mask_config("http", {"url": kept_url})["url"]) or (len(origins) == 1 and None not in origins)
+    same, refused = _same_server(new["url"], stored.get("url", "")), list[FieldError]()
 
     def secret(name: str, sent: str) -> str:
         known = kept.get(name.lower())
@@ -1793,8 +1796,15 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -
 
 
 def override_config(task_type: str, config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task."""
-    return unmask_config(task_type, parse_config(task_type, {**mask_config(task_type, config), **override}), config)
+    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task, and where its
+    references would be sent to another server."""
+    new = parse_config(task_type, {**mask_config(task_type, config), **override})
+    if "url" in override and not _same_server(new["url"], config.get("url", "")):
+        why = "give it, too, or null: scheme, host or port of the url differ from the task's, and its secrets are for that server"
+        with_secrets = [name for name in sorted(config.keys() - override) if SECRET_REFERENCE.search(compact(config[name]))]
+        if with_secrets:
+            raise InvalidInput(*(FieldError(f"config.{name}", why) for name in with_secrets))
+    return unmask_config(task_type, new, config)
 
 
 # --- The words of tasks, schedules and executions ---------------------------------------------------------------------

@@ -8285,6 +8285,8 @@ async def test_an_override_is_masked_and_sends_no_secret_of_the_task_elsewhere(a
         assert got == [(arrives, target.url.removeprefix("http://"))] * 2, "to the server that it was given for"
 
 
+    await api("PATCH", "/tasks/1", {"config": moved | {"body": ["${env:CHRONOTASK_SECRET_OF_THE_NEW_SERVER}"]}})
+    problem_of(await api("POST", f"/executions/{answer.json['id']}/rerun"), 422, "config.body")
 async def test_an_override_is_checked_when_it_is_asked_for_and_when_it_runs(rig: Rig, open_rig: OpenRig, target: Target) -> None:
     task_id = await rig.task(max_retries=3)
     await rig.execute(task_id, {"config": {"args": ["x"]}})
