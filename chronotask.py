@@ -5605,25 +5605,37 @@ def _tls_context(verify: bool) -> ssl.SSLContext:
     return context
 
 
-def _answer(to_head: bool, came: bytearray) -> Iterator[None]:
-    """Takes from `came` what belongs to the answer to a request, as its head declares it (RFC 9112, 6), until it is complete."""
+def _answer(to_head: bool, came: bytearray, passed: bytearray) -> Iterator[None]:
+    """Moves what belongs to the answer to a request, as its head declares it (RFC 9112, 6), from `came` to `passed`, until it is
+    complete. aiohttp's parser refuses framing that curl takes: it gets it in its own way, declared once, also where servers say
+    the same again, or a length beside chunks."""
     status = b"100"
     while status[:1] == b"1" and status != b"101":  # the real one is still to come
-        head = (yield from _taken(came, _HEAD_END.search)).lower()  # patterns that ignore case would take ten times as long
-        found = _STATUS.match(head)
-        status = found[1] if found else b""  # not HTTP, about which the parser has the last word
+        head = yield from _taken(came, _HEAD_END.search)
+        found = _FRAMING.findall(head.lower())  # a pattern that ignores case would take ten times as long
+        coding = b", ".join(value for name, value in found if name == b"transfer-encoding" and value != b"identity")
+        lengths = [one.strip() for name, value in found if name == b"content-length" for one in value.split(b",")]
+        if (len(found) > 1 or len(lengths) > 1) and (coding or len(set(lengths)) == 1):
+            line = b"Transfer-Encoding: " + coding if coding else b"Content-Length: " + lengths[0]
+            head = re.sub(rb"\r?\n", b"\r\n%b\r\n" % line, re.sub(rb"(?i)\r?" + _FRAMING.pattern, b"", head), count=1)
+        passed += head
+        status = head.lstrip()[9:12]  # of what is no HTTP anything: the parser has the last word
     if to_head or status in (b"204", b"304"):
         return
-    left = math.inf  # that is, until the connection ends
-    if _TRANSFER_CHUNKED.search(head):
-        while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END.search))):
-            if int(size[0], 16) == 0:
-                yield from _taken(came, _TRAILERS_END.search)  # all together, as aiohttp keeps them
-                return
-            yield from _skipped(came, int(size[0], 16) + 2)
-    elif length := _CONTENT_LENGTH.search(head):
-        left = int(length[1])
-    yield from _skipped(came, left)
+    if not coding.endswith(b"chunked"):  # without a length: until the connection ends
+        yield from _moved(came, passed, int(lengths[0]) if lengths and re.fullmatch(b"[0-9]{1,18}", lengths[0]) else math.inf)
+        return
+    while size := _CHUNK_SIZE.match((yield from _taken(came, _LINE_END.search))):
+        passed += size[1] + b"\r\n"
+        if int(size[1], 16) == 0:
+            yield from _taken(came, _TRAILERS_END.search)
+            passed += b"\r\n"
+            return
+        yield from _moved(came, passed, int(size[1], 16))
+        if (yield from _taken(came, _LINE_END.search)).strip():
+            break
+        passed += b"\r\n"
+    raise ConnectionError(None, "the answer has lines that are no chunks")
 
 
 def _taken(came: bytearray, find_end: Callable[..., re.Match[bytes] | None]) -> Generator[None, None, bytes]:
@@ -5638,18 +5650,19 @@ def _taken(came: bytearray, find_end: Callable[..., re.Match[bytes] | None]) -> 
     return taken
 
 
-def _skipped(came: bytearray, left: float) -> Generator[None, None, None]:
+def _moved(came: bytearray, passed: bytearray, left: float) -> Generator[None, None, None]:
     while left > len(came):
         left -= len(came)
+        passed += came
         came.clear()
         yield
+    passed += came[: int(left)]
     del came[: int(left)]
 
 
 _HEAD_END, _LINE_END, _TRAILERS_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n"), re.compile(rb"(?:\A|\n)\r?\n")
-_STATUS, _CHUNK_SIZE = re.compile(rb"http/1\.[0-9] ([0-9]{3})"), re.compile(rb"[0-9A-Fa-f]{1,15}")
-_CONTENT_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r?\n")
-_TRANSFER_CHUNKED = re.compile(rb"\ntransfer-encoding:[^\r\n]*chunked[ \t]*\r?\n")
+_CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?=[;\s])")
+_FRAMING = re.compile(rb"\n(content-length|transfer-encoding):[ \t]*([^\r\n]*?)[ \t]*(?=\r?\n)")
 _REQUEST_BEGINS = re.compile(rb"([A-Z]+) [^ ]+ HTTP/1\.1\r\n")
 
 
@@ -5663,21 +5676,26 @@ class _OneAnswer:
     def _asks(self, data: bytes) -> None:
         """Raises OSError when a request would begin on a connection that is not to be used again."""
         if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
-            self._method, self._live, self._came = begins[1].decode(), _ATTEMPT.get(), bytearray()
+            self._method, self._live = begins[1].decode(), _ATTEMPT.get()
+            self._came, self._passed = bytearray(), bytearray()
             self._live.begun, self._live.reused, self._live.broken = not self._over, self._answer is not None, False
             self._live.asked = self
             if self._over:
                 raise ConnectionResetError(None, "was closed by the server")
-            self._answer = _answer(self._method == "HEAD", self._came)
+            self._answer = _answer(self._method == "HEAD", self._came, self._passed)
 
-    def _answered(self, data: bytes) -> bytes:
-        if self._answer is not None and data:
+    def _answered(self, read: Callable[[], bytes]) -> bytes:
+        """What of it has come; nothing at the end of the connection. `read` raises an error while there is nothing yet."""
+        while (data := read()) and self._answer is not None:
             self._live.acted = self._live.acted or self._method in _NOT_REPEATABLE
             self._came += data
             if next(self._answer, self) is self:  # it is complete, but for what is left
-                data = data[: len(data) - len(self._came)]
                 self._over = self._over or len(self._came) > 0
                 self._came.clear()
+            data = bytes(self._passed)
+            self._passed.clear()
+            if data or self._over:
+                break
         return data
 
 
@@ -5707,7 +5725,7 @@ class _Socket(_OneAnswer, socket.socket):
                 raise ConnectionResetError(None, "was closed by the server")
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        return self._answered(self._received(super().recv, min(size, READ_BYTES), flags))
+        return self._answered(partial(self._received, super().recv, min(size, READ_BYTES), flags))
 
     def recv_into(self, buffer: Any, *more: Any) -> int:
         return self._received(super().recv_into, memoryview(buffer)[:READ_BYTES], *more)
@@ -5727,7 +5745,7 @@ class _TlsObject(_OneAnswer, ssl.SSLObject):
         return super().write(data)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        return self._answered(super().read(len, buffer))  # asyncio gives no buffer for a protocol that has none
+        return self._answered(partial(super().read, len, buffer))  # asyncio gives no buffer for a protocol that has none
 
 
 async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
@@ -5747,7 +5765,7 @@ async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: 
         message = f"answered {status} {_one_line(live.masked(response.reason or ''), 80)}".rstrip()
         message += f"; expected {', '.join(map(str, expected))}"
         if status in (401, 403) and request.left_behind:
-            message += f" (credentials for {request.left_behind} were not sent on to {request.url.origin()})"
+            message += live.masked(f" (credentials for {request.left_behind} were not sent on to {request.url.origin()})")
         if 300 <= status < 400 and not config.get("follow_redirects", True):
             message += " (follow_redirects is false)"
         wait = retry_after(response.headers, client.now) if status in (429, 503) else None
@@ -5902,7 +5920,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     unpacker: Any = None
     begun, read = False, 0
     try:
-        while data := await _more(response):
+        while data := await response.content.readany():
             while data:
                 if not packed:
                     part, data = data, b""
@@ -5928,17 +5946,6 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
             raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
         raise _Passing(_BROKE_OFF) from None
-
-
-async def _more(response: aiohttp.ClientResponse) -> bytes:
-    """What has come of the body; nothing at its end. Of chunks that it cannot read aiohttp tells nobody: it just hangs up."""
-    while True:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                return await response.content.readany()
-        transport = response.connection and response.connection.transport
-        if transport is None or transport.is_closing():
-            raise _Passing(_BROKE_OFF)
 
 
 def retry_after(headers: Mapping[str, str], now: Callable[[], int]) -> float | None:
