@@ -4582,7 +4582,7 @@ _ESCAPE = re.compile(
 @functools.lru_cache(1024)
 def _unescaped(escape: bytes) -> bytes:
     if escape.startswith(b"&"):
-        return html.unescape(escape.decode()).encode("utf-8", "replace")
+        return html.unescape(escape.decode()).encode("utf-8", "replace") or b"\0"  # never nothing: each byte has its source
     if escape.startswith(b"%"):
         return bytes.fromhex(escape[1:].decode())
     if escape[1:2] not in b"abeEfnrtvuUx0123":

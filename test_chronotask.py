@@ -3334,6 +3334,7 @@ def test_secrets_are_masked_across_chunk_borders_and_no_more_is_held_back_than_t
     for step in (1, 2, 5, 1000):
         shown = masked("hunter2!", data, step, "hunter2!more", "er2!xyz", "abcdea")
         assert shown == b"a ******** b ******** c ******** hunter2 ******** ********mor"
+        assert masked("#1;1;&", b"&#1;1;&", step) == b"&********", "begins within an escape that stands for nothing"
     masker = chronotask.SecretMasker(["secret-value"])
     for fed, seen in ((b"progress 1\n", b"progress 1\n"), (b"is it sec", b"is it "), (b"ond?", b"second?")):
         assert masker.feed(fed) == seen
