@@ -8180,6 +8180,10 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
         keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
         for key, item in found.items():
             task, _, name = key.partition("/")
+            with contextlib.suppress(*DAMAGE):
+                if name:  # one whose time has passed is over, though nothing has noticed it during a pause
+                    item.stand(max(item.settled_until, service.clock.now()))
+                    item.look_ahead()
             if query.owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
                 continue
             view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
