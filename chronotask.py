@@ -8926,8 +8926,9 @@ CALLED = {  # what models call things
     **dict.fromkeys(("run_at", "at", "date", "time", "when"), "datetime"),
     **{"minutes": "seconds, 60 for each minute", "hours": "seconds, 3600 for each hour", "weeks": "days, 7 for each week"},
     **{"interval": "seconds", "tz": "timezone", "zone": "timezone", "script": "command", "cwd": "working_dir"},
-    **{"enabled": "is_active", "paused": "status", "id": "task_id"},
+    **{"enabled": "is_active", "paused": "status"},
 }
+TIMINGS = {name for kind in SCHEDULE_CONFIGS for name in KINDS[kind]}
 
 
 @functools.cache
@@ -8973,7 +8974,12 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
                 parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
         elif name not in ignored:
             names = [name for name in known if name not in UNTOLD]
-            hint = f": use {CALLED[name]}" if name in CALLED else did_you_mean(name, names) or f" (known: {', '.join(names)})"
+            meant = operation.id_name or "" if name == "id" else CALLED.get(name, name)
+            if (first := meant.split(",")[0]) in TIMINGS.difference(known):
+                meant = "create_schedule or update_schedule"
+            elif first not in known:
+                meant = ""
+            hint = f": use {meant}" if meant else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
     query, body = None, partial(_body_of, operation, parts) if operation.body else None
     with told_at("", errors):
