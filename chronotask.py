@@ -1497,7 +1497,8 @@ def status_range(entry: object) -> range:
 
 
 def plain_number(value: float) -> float:
-    """5 instead of 5.0, as SQLite gives it back."""
+    """5 instead of 5.0, and 15 digits, as SQLite gives it back."""
+    value = float(f"{value:.15g}")
     return int(value) if value == int(value) else value
 
 

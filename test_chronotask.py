@@ -7589,7 +7589,7 @@ def random_file(rng: random.Random) -> dict[str, Any]:
         kind, config = rng.choice([("bash", bash), ("http", http)])
         more = some(
             description="d" + text(), tags=["a", "b:c"], status=rng.choice(["active", "paused", "disabled"]), max_retries=4,
-            retry_delay=rng.choice([1, 0.5]), retry_backoff=3, pause_after=2, name="Some name",
+            retry_delay=rng.choice([1, 0.1 + 0.2]), retry_backoff=3, pause_after=2, name="Some name",
             schedules={f"s{n}": schedule() for n in range(rng.randrange(4))},
         )  # fmt: skip
         return {"task_type": kind, "config": config, **more}
