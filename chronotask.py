@@ -3806,11 +3806,13 @@ def locks_work(path: Path) -> bool:
 
 
 Row = TypeVar("Row")
+# A column as JSON can hold it: bytes, which only a hand can have put there, as text that shows them.
+_HELD = "iif(typeof({0}) = 'blob', quote({0}), {0})".format
 # The rows of resources, with what their declarations mark as queried.
 _TASKS = "SELECT *, (SELECT min(next_fire) FROM schedules WHERE task_id = tasks.id AND is_active) AS next_run FROM tasks"
 _S_JOIN = "FROM schedules s CROSS JOIN tasks t ON t.id = s.task_id"
-_WATCHED = """CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_config) THEN (SELECT
-    json_group_array(json_array(w.id, w.name, w.last_success, w.last_success_id))
+_WATCHED = f"""CASE WHEN s.schedule_type = 'after' AND json_valid(s.schedule_config) THEN (SELECT
+    json_group_array(json_array(w.id, {_HELD("w.name")}, w.last_success, w.last_success_id))
     FROM json_each(s.schedule_config, '$.task_ids') j
     CROSS JOIN tasks w ON w.id = j.value AND NOT w.deleted) ELSE '[]' END AS watched"""
 _SCHEDULES = f"SELECT s.*, t.name AS task_name, t.status = 'active' AS live, {_WATCHED} {_S_JOIN}"
@@ -3826,9 +3828,9 @@ def load(
     db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), instead: tuple[str, str] = ("", "")
 ) -> list[Row]:
     """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. `instead`:
-    a column, and the expression that is read in its place. Damaged JSON is read as NULL, a damaged number as one."""
-    found = db.execute(f"SELECT json_group_array({_as_json(kind, instead)}) FROM ({query})", parameters)
-    return [*map(shape_of(kind).make, parsed(found.fetchone()[0]))]
+    a column, and the expression that is read in its place. Damaged JSON is read as NULL, a damaged number or text as one."""
+    found = db.execute(f"SELECT CAST(json_group_array({_as_json(kind, instead)}) AS BLOB) FROM ({query})", parameters)
+    return [*map(shape_of(kind).make, parsed(found.fetchone()[0].decode("utf-8", "replace")))]
 
 
 @functools.cache
@@ -3837,7 +3839,7 @@ def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     read = {n: f"CASE WHEN typeof({n}) = 'text' AND json_valid({n}) THEN json({n}) END" for n in shape.json}
     read |= {name: f"CAST({name} AS INTEGER)" for name in shape.whole}
     read |= {name: f"min(max(CAST({name} AS INTEGER), 0), {LAST_INSTANT})" for name in shape.instants} | dict([instead])
-    return f"json_array({', '.join(read.get(name, name) for name in shape.loaded)})"
+    return f"json_array({', '.join(read.get(name) or _HELD(name) for name in shape.loaded)})"
 
 
 def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
@@ -3986,9 +3988,9 @@ def list_tasks(db: DB, query: TaskQuery) -> tuple[int, list[TaskView]]:
         AND (name LIKE words ESCAPE '\' OR description LIKE words ESCAPE '\'))"""  # an index that holds nothing else
     others = {"key = ? AND deleted = 0": query.key, f"id IN ({_TAGGED})": query.tag, found: like}
     total, ids = _page(db, "tasks", (query.task_type, query.status), others, query)
-    found = f"SELECT group_concat({_as_json(Task)}, char(10)) FROM ({_TASKS} WHERE id {_THESE} ORDER BY id)"
+    found = f"SELECT CAST(group_concat({_as_json(Task)}, char(10)) AS BLOB) FROM ({_TASKS} WHERE id {_THESE} ORDER BY id)"
     [rows] = db.execute(found, (ids,)).fetchone()
-    return total, [_shown_task(row) for row in rows.split("\n")] if rows else []
+    return total, [_shown_task(row) for row in rows.decode("utf-8", "replace").split("\n")] if rows else []
 
 
 def get_schedule(db: DB, schedule_id: int) -> Schedule:
@@ -4404,7 +4406,7 @@ def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[
 
 def recent_executions(db: DB, task_ids: Sequence[int], count: int) -> dict[int, list[tuple[RecentRun, str | None]]]:
     """The last `count` executions of each task, oldest first, as an overview shows them; each with its error message."""
-    recent = """SELECT json_group_array(json_array(task_id, error_message, id, status, started_at, duration)) FROM (
+    recent = f"""SELECT json_group_array(json_array(task_id, {_HELD("error_message")}, id, status, started_at, duration)) FROM (
         SELECT e.*, max(0, finished_at - started_at) / 1e6 AS duration FROM json_each(?) AS j CROSS JOIN executions AS e
         WHERE e.id IN (SELECT id FROM executions WHERE task_id = j.value ORDER BY id DESC LIMIT ?) ORDER BY e.id)"""
     found: dict[int, list[tuple[RecentRun, str | None]]] = {}

@@ -6414,7 +6414,8 @@ async def test_a_broken_task_row_fails_its_own_executions_only_and_loses_no_end_
         await rig.schedule(task_id)
         rig.sql(f"UPDATE tasks SET {column} = ? WHERE id = ?", value, task_id)
     await rig.schedule(await rig.task())
-    rig.sql("UPDATE tasks SET success_count = 'soon', pause_after = 'soon', updated_at = 'soon' WHERE id = 7")
+    rig.sql("UPDATE tasks SET success_count = 'soon', pause_after = 'soon', updated_at = 'soon', name = x'ff' WHERE id = 7")
+    rig.sql("UPDATE tasks SET concurrency_group = x'ff', description = CAST(x'ff' AS TEXT) WHERE id = 7")
     rig.sql("UPDATE schedules SET next_slot = 'soon', run_count = 'soon', end_at = 1 << 62, updated_at = 'soon' WHERE id = 7")
     await rig.run_at(60)
     found = rig.sql("SELECT status, error_message FROM executions ORDER BY task_id")
@@ -6425,6 +6426,8 @@ async def test_a_broken_task_row_fails_its_own_executions_only_and_loses_no_end_
     rig.sql(f"UPDATE executions SET {stopped} WHERE task_id > 4")
     rig = await open_rig()
     assert rig.service.engine.leading and (await rig.service.list_schedules(ScheduleQuery()))["total"] == 7
+    shown = (await rig.service.list_tasks(chronotask.TaskQuery()))["tasks"][6]
+    assert (shown["name"], shown["description"]) == ("X'FF'", "\ufffd")
     assert rig.sql("SELECT status FROM executions WHERE task_id > 4") == [("interrupted",)] * 3
     rig.sql("UPDATE schedules SET schedule_type = 'after', schedule_config = json_object('task_ids', json_array(1)) WHERE id = 7")
     await rig.service.delete_task(1)
