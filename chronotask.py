@@ -8971,7 +8971,7 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
     parts: dict[str, dict[str, Any]] = {part: {} for part in ("query", "body", "schedule", *FLAT)}
     update = operation.method == "PATCH"
     ignored = shape_of(mark_of(operation.body).resource).shown if update else ()
-    for name, value in arguments.items():
+    for name, value in itertools.islice(arguments.items(), 200):  # of more some are unknown, and 200 of them tell it
         if name in known:
             with told_at("", errors):
                 parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
