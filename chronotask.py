@@ -1305,7 +1305,7 @@ class Outcome:
 # --- What is refused, and why -----------------------------------------------------------------------------------------
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-_NEVER_SHOWN = {"auth", "headers", "env", "url", "params", "body"}  # what is in them may be secret
+_NEVER_SHOWN = {"config", "auth", "headers", "env", "url", "params", "body"}  # what is in them may be secret
 adapter = functools.cache(TypeAdapter[Any])
 
 
@@ -1338,7 +1338,7 @@ def _checked(model: Any, data: Any, prefix: str = "", context: Any = None) -> An
             why = "must not be empty"
         else:
             why = re.sub(r"\A\w+ should ", "must ", detail["msg"]).replace("dictionary", "object")
-            if "too_" not in kind and not isinstance(value, (dict, list)) and _NEVER_SHOWN.isdisjoint(map(str, loc)):
+            if value is None or ("too_" not in kind and not isinstance(value, (dict, list)) and not _NEVER_SHOWN & {*loc, path}):
                 why += ", not null" if value is None else f", not {shown(value)}"
         found.setdefault(path, why)
     raise InvalidInput(*itertools.starmap(FieldError, found.items()))
@@ -1442,12 +1442,6 @@ def _headers(headers: dict[str, str]) -> dict[str, str]:
     if len({name.lower() for name in headers}) != len(headers):
         raise ValueError("must not hold the same name twice (upper and lower case are the same)")
     for name, value in headers.items():
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ValueError(f"{shown(name)} is not a valid header name")
-        if name.lower() in REFUSED_HEADERS:
-            raise ValueError(f"{name} cannot be set: it follows from the url and the body")
-        if NOT_IN_HEADERS.search(value) or len(value) > 8192:
-            raise ValueError(f"the value of {name} must be at most 8192 characters, without line breaks and control characters")
         _references(value, cause=name.lower() not in MASKED_HEADERS)
     return headers
 
@@ -1510,6 +1504,9 @@ _NO_COLON = _refused(lambda text: ":" in SECRET_REFERENCE.sub("", text), "must n
 _Text = Annotated[str, AfterValidator(_references)]
 _Timeout = Annotated[float, Field(ge=1, le=604800, description="Seconds for one attempt."), _PLAIN]
 _FactName = Annotated[str, _refused(CAUSE_REFERENCE.search, "${cause:…} cannot stand in a name")]
+_SETTABLE = _refused(lambda name: name.lower() in REFUSED_HEADERS, "cannot be set: it follows from the url and the body")
+_Header = Annotated[str, _matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"), _SETTABLE]
+_HeaderValue = Annotated[str, Field(max_length=8192), _refused(NOT_IN_HEADERS.search, "must not hold control characters")]
 _Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
 _Code = Annotated[
     Any,
@@ -1539,7 +1536,7 @@ class HttpConfig(TypedDict, total=False):
         BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
         Field(json_schema_extra={"default": "GET"}),
     ]
-    headers: Annotated[dict[str, str], Field(max_length=100), AfterValidator(_headers)] | None
+    headers: Annotated[dict[_Header, _HeaderValue], Field(max_length=100), AfterValidator(_headers)] | None
     params: Annotated[dict[_FactName, _Param], Field(max_length=1000)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
     auth: HttpAuth | None
@@ -8571,7 +8568,7 @@ async def answer_operation(service: Service, operation: Operation, request: web.
     if model is None and value != {}:
         raise InvalidInput(FieldError("", "this takes no body"))
     if not isinstance(value, dict):
-        raise InvalidInput(FieldError("", f"the body must be a JSON object, not {shown(value)}"))
+        raise InvalidInput(FieldError("", "the body must be a JSON object, not text, a number, a list or null"))
     result = await operation.call(service, number, query, None if model is None else parse(model, value))
     if result is None:
         return web.Response(status=204, headers=HEADERS)

@@ -1851,16 +1851,18 @@ def test_every_bad_field_is_listed_with_its_path_and_none_of_them_shows_a_secret
         "body": {"hunter2secret": float("nan")},
     }
     assert "hunter2secret" not in refused(parse_config, "http", config).detail
+    text = {"url": "http://h/", "headers": {"Content-Type": "text/plain", "a b": "x"}, "body": "${cause:text}"}
+    assert [error.field for error in refused(parse_config, "http", text).errors] == ["config.headers.a b"]
 
 
 ABSENT: Any = object()
 # Why a task is refused: values of the field that the message begins with (ABSENT: it has none), or of the whole config.
+HEADER_NAME = "[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 SECRET_NAMES = "only variables named CHRONOTASK_SECRET_… may be read"
 HTTP_FIELDS = "url, method, headers, params, body, auth, timeout, expected_status, follow_redirects, verify_tls"
 BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
     "http": {
-        "config: must be a valid object, not 'x'": ["x"],
-        "config: must be a valid object": [[[]]],
+        "config: must be a valid object": ["x", [[]]],
         "config: must be a valid object, not null": [None],
         "config.url: is required": [ABSENT],
         "config.url: must be a valid string": [5],
@@ -1884,13 +1886,13 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.verify_tls: must be a valid boolean, not 1": [1],
         "config.follow_redirects: must be a valid boolean, not 'yes'": ["yes"],
         **{
-            f"config.headers: {name} cannot be set: it follows from the url and the body": [{name: "1"}]
+            f"config.headers.{name}: cannot be set: it follows from the url and the body": [{name: "1"}]
             for name in ("Host", "content-LENGTH", "Transfer-Encoding", "Expect")
         },
-        **{f"config.headers: '{name}' is not a valid header name": [{name: "1"}] for name in ("X Y", "X:", "")},
-        "config.headers: the value of X must be at most 8192 characters, without line breaks and control characters": [
-            {"X": value} for value in ("1\r\nEvil: 2", "1\0", "x" * 8193)
-        ],
+        **{f"config.headers.{name}: must match {HEADER_NAME}": [{name: "1"}] for name in ("X Y", "X:", "")},
+        f"config.headers.a b: must match {HEADER_NAME}; config.headers.X: must be a valid string": [{"a b": "1", "X": 2}],
+        "config.headers.X: must not hold control characters": [{"X": value} for value in ("1\r\nEvil: 2", "1\0")],
+        "config.headers.X: must have at most 8192 characters": [{"X": "x" * 8193}],
         "config.headers: must not hold the same name twice (upper and lower case are the same)": [{"X-A": "1", "x-a": "2"}],
         "config.headers.X: must be a valid string": [{"X": 1}],
         "config.headers: must be a valid object": ["X: 1"],
@@ -8841,7 +8843,7 @@ async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_
     ):  # fmt: skip
         problem_of(await api("POST", "/tasks", raw), 400)
     for raw in (b"[]", b'"x"', b"5", b"true", b'[{"name": "t"}]', b"null"):
-        assert "must be a JSON object, not " in problem_of(await api("POST", "/tasks", raw), 422, "")
+        assert "must be a JSON object, not text, " in problem_of(await api("POST", "/tasks", raw), 422, "")
     assert (await api("POST", "/tasks", json.dumps(BASH).encode().ljust(1_048_576))).status == 201
     assert "1048576" in problem_of(await api("POST", "/tasks", json.dumps(BASH).encode().ljust(1_048_577)), 413)
 
@@ -10492,7 +10494,7 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_task", {"name": "n", "url": "http://h/", "params": ["a=1", "b=2", "a=3"]}, "params: must be a list of .*"),
     ("create_task", {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
      "max_retry: unknown field (did you mean max_retries?); name: must not be empty; task_type: must be 'http' or 'bash', "
-     "not 'shell'; config: must be a valid object, not 'ls'"),
+     "not 'shell'; config: must be a valid object"),
     ("get_task", {"id": 3}, "id: unknown field: use task_id; task_id: is required"),
     ("get_execution", {"id": 3}, "id: unknown field: use execution_id; execution_id: is required"),
     ("update_task", {"task_id": 1, "cron": "0 9 * * *"}, "cron: unknown field: use create_schedule or update_schedule"),
