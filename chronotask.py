@@ -7062,7 +7062,7 @@ class Service:
         `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened."""
         now, errors, schedules = self.clock.now(), list[FieldError](), list[Schedule]()
         with told_at("", errors):
-            task = new_task(body, now, self.settings)
+            task = await self.in_checks(partial(new_task, body, now, self.settings))
             task.config = unmask_config(task.task_type, task.config, {})
         for number, part in enumerate(body.get("schedules", ())):
             with told_at(f"schedules[{number}].", errors):
