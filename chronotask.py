@@ -431,8 +431,7 @@ class Settings:
             raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
-        if settings.api_tokens_file is not None:
-            _read_tokens(settings.api_tokens_file)
+        known_tokens(settings)
         with contextlib.suppress(OSError):  # it need not exist
             if why := untrusted(settings.secrets_dir, os.stat(settings.secrets_dir)):
                 raise StartupError(f"{ENV_PREFIX}SECRETS_DIR={shown(str(settings.secrets_dir))}: {why}", exit_status=2)
