@@ -8974,10 +8974,8 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
         elif name not in ignored:
             names = [name for name in known if name not in UNTOLD]
             meant = operation.id_name or "" if name == "id" else CALLED.get(name, name)
-            if (first := meant.split(",")[0]) in TIMINGS.difference(known):
-                meant = "create_schedule or update_schedule"
-            elif first not in known:
-                meant = ""
+            if (first := meant.split(",")[0]) not in known:
+                meant = "create_schedule or update_schedule" if first in TIMINGS else ""
             hint = f": use {meant}" if meant else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
     query, body = None, partial(_body_of, operation, parts) if operation.body else None
