@@ -1851,13 +1851,12 @@ def test_every_bad_field_is_listed_with_its_path_and_none_of_them_shows_a_secret
         "body": {"hunter2secret": float("nan")},
     }
     assert "hunter2secret" not in refused(parse_config, "http", config).detail
-    text = {"url": "http://h/", "headers": {"Content-Type": "text/plain", "a b": "x"}, "body": "${cause:text}"}
-    assert [error.field for error in refused(parse_config, "http", text).errors] == ["config.headers.a b"]
+    text = {"url": "http://h/", "headers": {"Content-Type": "text/plain", "a b": "x", "X": 2}, "body": "${cause:text}"}
+    assert [one.field for one in refused(parse_config, "http", text).errors] == ["config.headers.a b", "config.headers.X"]
 
 
 ABSENT: Any = object()
 # Why a task is refused: values of the field that the message begins with (ABSENT: it has none), or of the whole config.
-HEADER_NAME = "[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 SECRET_NAMES = "only variables named CHRONOTASK_SECRET_… may be read"
 HTTP_FIELDS = "url, method, headers, params, body, auth, timeout, expected_status, follow_redirects, verify_tls"
 BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
@@ -1889,8 +1888,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
             f"config.headers.{name}: cannot be set: it follows from the url and the body": [{name: "1"}]
             for name in ("Host", "content-LENGTH", "Transfer-Encoding", "Expect")
         },
-        **{f"config.headers.{name}: must match {HEADER_NAME}": [{name: "1"}] for name in ("X Y", "X:", "")},
-        f"config.headers.a b: must match {HEADER_NAME}; config.headers.X: must be a valid string": [{"a b": "1", "X": 2}],
+        **{f"config.headers.{name}: must match [A-Za-z0-9!#$%&'*+.^_`|~-]+": [{name: "1"}] for name in ("X Y", "X:", "")},
         "config.headers.X: must not hold control characters": [{"X": value} for value in ("1\r\nEvil: 2", "1\0")],
         "config.headers.X: must have at most 8192 characters": [{"X": "x" * 8193}],
         "config.headers: must not hold the same name twice (upper and lower case are the same)": [{"X-A": "1", "x-a": "2"}],
