@@ -1192,8 +1192,8 @@ class Plan:
 
     timing: Timing
     schedule_id: int | None = None  # None in a preview, which therefore has no jitter
-    start_at: int | None = None
-    end_at: int | None = None
+    start_at: int = 0
+    end_at: int = LAST_INSTANT
     jitter: float = 0
     catchup: str = "latest"
     catchup_window: float = 86400
@@ -1207,17 +1207,17 @@ class Plan:
         """The first slot later than `after`, or None when there is none left."""
         if self.remaining is not None and self.remaining <= 0:
             return None
-        slot = self.timing.next_after(after if self.start_at is None else max(after, self.start_at - 1))
+        slot = self.timing.next_after(max(after, self.start_at - 1))
         while slot is not None and (run := self._run_of(slot)):
             slot = self.timing.next_after(run[1])
-        return None if slot is None or (self.end_at is not None and slot > self.end_at) else slot
+        return None if slot is None or slot > self.end_at else slot
 
     def last_slot(self, t: int) -> int | None:
         """The last slot not later than `t`, or None."""
-        slot = self.timing.last_at_or_before(t if self.end_at is None else min(t, self.end_at))
+        slot = self.timing.last_at_or_before(min(t, self.end_at))
         while slot is not None and (run := self._run_of(slot)):
             slot = self.timing.last_at_or_before(run[0] - 1)
-        return None if slot is None or (self.start_at is not None and slot < self.start_at) else slot
+        return None if slot is None or slot < self.start_at else slot
 
     def slots(self, after: int) -> Iterator[int]:
         """The slots later than `after`."""
@@ -2014,16 +2014,13 @@ class Schedule:
     def zone(self) -> str:
         return str(self.schedule_config.get("timezone", "UTC"))
 
-    @property
-    def last_instant(self) -> int:
-        return LAST_INSTANT if self.end_at is None else self.end_at
-
     def plan(self) -> Plan:
         """The schedule as pure arithmetic."""
         # An interval that was made by a clock that was ahead keeps its phase, and has slots before that.
         since = min(self.created_at, self.settled_until) if self.settled_until < self.dealt_with else self.created_at
         timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since, self.watched)
-        plan = Plan(timing, self.id, self.start_at, self.end_at, self.jitter, self.catchup, self.catchup_window)
+        end_at = LAST_INSTANT if self.end_at is None else self.end_at
+        plan = Plan(timing, self.id, self.start_at or 0, end_at, self.jitter, self.catchup, self.catchup_window)
         plan.remaining = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
         plan.dealt_with, plan.in_force_since = self.dealt_with, self.in_force_since
         plan.ran = [*self.ran, *spans_of(tuple(self.exclude), self.zone)] if self.exclude else self.ran
@@ -2046,7 +2043,7 @@ class Schedule:
         left = next_slot is not None
         if self.schedule_type == "after":  # one without a slot waits for what comes
             left = bool("task_ids" not in self.schedule_config or self.watched)
-            left = left and plan.remaining != 0 and self.last_instant >= self.settled_until
+            left = left and plan.remaining != 0 and plan.end_at >= self.settled_until
         self.is_active, self.over = wanted and left, wanted and not left
 
 
@@ -2552,7 +2549,7 @@ def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     notes = timing_notes(schedule.schedule_type, schedule.schedule_config, now)
     if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
         notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
-    elif schedule.over or schedule.last_instant < now:
+    elif schedule.over or (schedule.end_at is not None and schedule.end_at < now):
         notes.append("Nothing will fire: no slot is left.")
     elif not schedule.is_active:
         notes.append("Nothing will fire: is_active is false.")
@@ -2885,8 +2882,7 @@ def watches(schedule: Schedule, task_id: int, tags: Collection[str], by_after: b
 def find_circle(fired: Mapping[int, Collection[int]], begin: int, ends: Collection[int]) -> list[int]:
     """The way from the task `begin` to one of `ends`, when each task fires the tasks `fired` after it; empty if there is none."""
     ways, found = [[begin]], {begin}
-    while ways:
-        way = ways.pop(0)
+    for way in ways:  # which grow meanwhile
         if way[-1] in ends:
             return way
         ways += [[*way, task_id] for task_id in fired.get(way[-1], ()) if task_id not in found]
@@ -6533,13 +6529,12 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
         executions: dict[int, Execution] = {}
         for schedule in schedules:
             try:
-                config, told = schedule.schedule_config, list[tuple[Ended, str]]()
-                for end in over if (schedule.start_at or now) <= now <= schedule.last_instant else ():
+                config, plan, told = schedule.schedule_config, schedule.plan(), list[tuple[Ended, str]]()
+                for end in over if plan.start_at <= now <= plan.end_at else ():
                     depth, task = depths.get(end.execution_id, 0), tasks.get(end.task_id)
                     if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
                         events = events_of(end, config.get("threshold", 1))
                         told += [(end, event) for event in events if event in config["on"]]
-                plan = schedule.plan()
                 left = plan.remaining
                 if missing := {end.execution_id for end, _ in told} - executions.keys():
                     executions |= {e.id: e for e in get_executions(db, missing, output=True)}
@@ -6550,7 +6545,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                     ran = claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                     if left is not None and (left := left - ran) == 0:
                         break
-                if past := schedule.last_instant < now:
+                if past := plan.end_at < now:
                     schedule.stand(now)
                 if past or told or plan.next_slot(schedule.settled_until) != schedule.next_slot:
                     claim.schedules.append(schedule)
@@ -7522,7 +7517,7 @@ def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settin
     fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
     at = now if fields.get("after") is None else fields["after"]
     schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
-    if schedule.schedule_type != "after" or schedule.last_instant < at:  # else it looks at other tasks first
+    if schedule.schedule_type != "after" or schedule.plan().end_at < at:  # else it looks at other tasks first
         schedule.look_ahead()
         if schedule.next_slot is None and not may_be_over:
             raise InvalidInput(_nothing_left(schedule))
@@ -7568,7 +7563,7 @@ def _nothing_left(schedule: Schedule) -> FieldError:
     """Why a schedule has no slot to come, told at the field that would change it."""
     if schedule.max_runs is not None and schedule.run_count >= schedule.max_runs:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
-    if schedule.schedule_type == "after" and schedule.last_instant >= schedule.settled_until:
+    if schedule.schedule_type == "after" and schedule.plan().end_at >= schedule.settled_until:
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
     if bounds := [name for name in ("end_at", "start_at") if getattr(schedule, name) is not None]:
         return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")
@@ -8094,12 +8089,11 @@ class _Apply:
             left = {"status", "is_active"} - {*given}  # these stay as they are
             if "status" in left:
                 left.add("paused_until")
-            there = {name: getattr(stored, name) for name in wanted}
-            if not task:  # what is over was not switched off
-                there["is_active"] = stored.is_active or stored.over
-                if there["is_active"] == (item.is_active or item.over):
-                    left.add("is_active")
-            changes = {name: value for name, value in wanted.items() if name not in left and value != there[name]}
+            if not task and (
+                item.over or item.is_active == (stored.is_active or stored.over)
+            ):  # what is over is not switched off
+                left.add("is_active")
+            changes = {n: v for n, v in wanted.items() if n not in left and (n == "is_active" or v != getattr(stored, n))}
             if stored.managed_by != self.owner:
                 changes["managed_by"] = self.owner
             elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
