@@ -6710,9 +6710,7 @@ async def test_what_a_tick_starts_while_its_process_steps_down_is_not_that_of_a_
     await follower.service.leadership._step_down()
 
 
-async def test_a_leader_that_stops_hands_over_at_once_and_can_be_asked_to_end_what_it_runs(
-    open_rig: OpenRig, target: Target
-) -> None:
+async def test_a_leader_that_stops_hands_over_and_can_be_asked_to_end_what_it_runs(open_rig: OpenRig, target: Target) -> None:
     leader, other = await open_rig(shutdown_grace=60), await open_rig(kind="mcp")
     execution_id = await leader.begun(await leader.task(**target.config("/hold")))
     stop = asyncio.create_task(leader.close())
@@ -6756,9 +6754,7 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
 
 
-async def test_a_look_after_timers_were_forgotten_loses_no_retry_that_is_written_meanwhile(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_look_after_timers_were_forgotten_loses_no_retry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = await rig.begun(await rig.task(config=FAIL, max_retries=1)), chronotask.changed_timers
     monkeypatch.setattr(chronotask, "changed_timers", lambda db, since_rev: (read(db, since_rev), time.sleep(0.2))[0])
     await asyncio.wait([rig.service.engine.running[run].job])
