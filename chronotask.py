@@ -8089,10 +8089,8 @@ class _Apply:
             left = {"status", "is_active"} - {*given}  # these stay as they are
             if "status" in left:
                 left.add("paused_until")
-            if not task and (
-                item.over or item.is_active == (stored.is_active or stored.over)
-            ):  # what is over is not switched off
-                left.add("is_active")
+            if not task and (item.over or item.is_active == (stored.is_active or stored.over)):
+                left.add("is_active")  # one that is over was not switched off
             changes = {n: v for n, v in wanted.items() if n not in left and (n == "is_active" or v != getattr(stored, n))}
             if stored.managed_by != self.owner:
                 changes["managed_by"] = self.owner
