@@ -4737,7 +4737,6 @@ class LiveOutput:
         self.content_type = ""
         self.acted = False  # a server has answered what must not be sent twice
         self.begun = False  # the request that is under way has begun to be sent
-        self.reused = False  # it is about to be, on a connection that was used before
         self.asked: _OneAnswer | None = None  # the connection on which it is about to be
         self.broken = False  # the connection was reset before the end of the answer
         self._limit = limit
@@ -5673,8 +5672,8 @@ class _OneAnswer:
         if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
             self._method, self._live = begins[1].decode(), _ATTEMPT.get()
             self._came, self._passed = bytearray(), bytearray()
-            self._live.begun, self._live.reused, self._live.broken = not self._over, self._answer is not None, False
-            self._live.asked = self
+            self._live.begun, self._live.broken, self._live.asked = not self._over, False, self
+            self._reused = self._answer is not None
             if self._over:
                 raise ConnectionResetError(None, "was closed by the server")
             self._answer = _answer(self._method == "HEAD", self._came, self._passed)
@@ -5710,12 +5709,10 @@ class _Socket(_OneAnswer, socket.socket):
         super()._asks(data)  # or what TLS has made of it was seen just before
         live = _ATTEMPT.get(None)  # of a connection that is closed nobody's
         if live is not None and live.asked is not None:
-            self._asked, live.asked = live.asked, None
-        if live is not None and live.reused:
-            # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
-            live.reused, poll = False, select.poll()
+            self._asked, live.asked, poll = live.asked, None, select.poll()
             poll.register(self, select.POLLIN)
-            if poll.poll(0):
+            # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
+            if self._asked._reused and poll.poll(0):
                 live.begun = False
                 raise ConnectionResetError(None, "was closed by the server")
 
