@@ -3438,6 +3438,9 @@ class Store:
     def _write_batch(self, batch: list[_Call]) -> None:
         """All calls in one transaction; if one fails after a change, each in a transaction of its own."""
         self._writing = batch[0]
+        if self.failure and _pragma(self._db, "wal_autocheckpoint"):  # on a full disk, what the log has taken serves again
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint").fetchone()
         if not self._transaction(batch):
             for call in batch:
                 call.result = call.error = None
