@@ -6759,7 +6759,8 @@ class Leadership:
         """At the end of the process: the next leader need not wait."""
         for lock in (self._drain_lock, self._leader_lock, self._service_lock):
             lock.release()
-        self._drain_lock.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or the disk is read-only by now
+            self._drain_lock.path.unlink()
 
     async def look(self) -> None:
         """Takes over, yields, and finishes what processes left behind that are gone."""
