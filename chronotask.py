@@ -5092,7 +5092,8 @@ def _failure(error: Exception, live: LiveOutput) -> Outcome:
         return Outcome("failed", live.masked(error.detail), _output(live), retryable=retryable)
     # Not the error's text: it may hold a secret.
     logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return Outcome("failed", f"unexpected {type(error).__name__} in ChronoTask: its log has the details", _output(live))
+    passing = isinstance(error, (OSError, RuntimeError, MemoryError)) and not live.acted  # no thread, file or memory is left
+    return Outcome("failed", f"unexpected {type(error).__name__} in ChronoTask: its log has the details", _output(live), passing)
 
 
 # --- bash -------------------------------------------------------------------------------------------------------------

@@ -4828,10 +4828,18 @@ async def test_more_requests_than_a_connection_pool_holds_run_at_once_and_by_no_
     assert {outcome.status for outcome in outcomes} == {"succeeded"}
 
 
-async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value_and_where_no_thread_is_left_may_pass(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_is_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
     outcome = await http_executors("http://a/", timeout="geheim")
-    assert (outcome.status, outcome.error_message) == ("failed", "unexpected TypeError in ChronoTask: its log has the details")
+    unexpected = "unexpected {} in ChronoTask: its log has the details"
+    assert outcome == Outcome("failed", unexpected.format("TypeError"))
     assert "geheim" not in caplog.text
+    monkeypatch.setattr(threading.Thread, "start", none_is_left)
+    assert await http_executors("http://a/") == Outcome("failed", unexpected.format("RuntimeError"), retryable=True)
 
 
 async def test_an_address_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
