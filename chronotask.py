@@ -2742,8 +2742,8 @@ class Claim:
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
     cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)  # overlap `cancel`: by which, and its trigger
 
-    def slots(self, schedule: Schedule, early: bool = False) -> None:
-        """Decides what becomes of a schedule's due slots, and moves the schedule on."""
+    def slots(self, schedule: Schedule, early: bool = False) -> Iterator[tuple[int, int]]:
+        """Judges a schedule's due slots, and moves it on. Yields each slot first: older ones of other schedules go before it."""
         plan = schedule.plan()
         due = due_slots(plan, schedule.settled_until, self.now, early)
         if due.missed is not None:
@@ -2751,6 +2751,7 @@ class Claim:
         left = math.inf if plan.remaining is None else plan.remaining
         before = schedule.settled_until if schedule.next_slot in due.catchup + due.on_time else None  # else others lie between
         for slot in [*due.catchup, *due.on_time]:
+            yield slot, schedule.id
             trigger = "schedule" if slot in due.on_time else "catchup"
             if self._add(schedule, NewExecution(schedule.task_id, schedule.id, trigger, slot, self.now)):
                 self.rows[-1].fire_at = plan.fire_time(slot)
@@ -6474,15 +6475,18 @@ def claim_due(tick: Tick, slots: Sequence[int], early: bool = False) -> list[End
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
     schedules = schedules_that(tick.db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
     claim = Claim(tick.now, unfinished_of(tick.db, {schedule.task_id for schedule in schedules}))
-    for schedule in sorted(schedules, key=lambda schedule: schedule.next_slot or 0):
+
+    def judged(schedule: Schedule) -> Iterator[tuple[int, int]]:
         try:
             if schedule.schedule_type == "after":
                 claim_overdue(tick, claim, schedule)
             else:
-                claim.slots(schedule, early)
+                yield from claim.slots(schedule, early)
         except Exception as error:
             logger.exception("schedule %d", schedule.id)
             claim.broken(schedule, error)
+
+    list(heapq.merge(*map(judged, schedules)))  # oldest first, whichever schedule they are of
     return write_claim(tick, claim)
 
 

@@ -2265,7 +2265,7 @@ def claimed(schedule: chronotask.Schedule, unfinished: str, now: float) -> tuple
     behind o(verlap) and behind c(atch-up)."""
     others = {task: list(groups) for task, groups in itertools.groupby(UNFINISHED[unfinished], lambda group: group.task_id)}
     claim = chronotask.Claim(START + round(now * S), others)
-    claim.slots(schedule)
+    list(claim.slots(schedule))
     words, letters = [], {"missed": "m", "skipped": "s", "cancelled": "x"}
     for row in claim.rows:
         held = "o" * bool(row.hold & chronotask.Hold.OVERLAP) + "c" * bool(row.hold & chronotask.Hold.CATCHUP)
@@ -2343,10 +2343,18 @@ def test_a_claim_remembers_what_ran_and_what_was_dealt_with() -> None:
 def test_of_two_schedules_with_overlap_queue_each_has_one_waiting() -> None:
     schedule, other = a_schedule(overlap="queue"), chronotask.Unfinished(1, 8, "schedule", True)
     claim = chronotask.Claim(START + 60 * S, {1: [other]})
-    claim.slots(schedule)
+    list(claim.slots(schedule))
     claim.now += 60 * S
-    claim.slots(schedule)
+    list(claim.slots(schedule))
     assert [(row.status, row.hold) for row in claim.rows] == [("queued", chronotask.Hold.OVERLAP), ("skipped", 0)]
+
+
+async def test_late_slots_of_several_schedules_are_judged_oldest_first_so_that_none_cancels_a_later_one(rig: Rig) -> None:
+    await rig.schedule(await rig.task(), overlap="allow")
+    await rig.schedule(1, "once", schedule_config={"datetime": "2026-01-01T00:01:30Z"}, overlap="cancel")
+    await rig.run_at(183)
+    ran = [("catchup", "succeeded", 90), ("catchup", "succeeded", 120), ("schedule", "succeeded", 180)]
+    assert await rig.brief() == [("schedule", "missed", 60), *ran]
 
 
 def test_a_broken_schedule_is_switched_off_with_a_row_that_says_why() -> None:
