@@ -4848,6 +4848,7 @@ async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value_and_w
     assert "geheim" not in caplog.text
     monkeypatch.setattr(threading.Thread, "start", none_is_left)
     assert await http_executors("http://a/") == Outcome("failed", unexpected.format("RuntimeError"), retryable=True)
+    monkeypatch.undo()  # the loop ends with a thread
 
 
 async def test_an_address_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
