@@ -5616,7 +5616,8 @@ def _answer(to_head: bool, came: bytearray, passed: bytearray) -> Iterator[None]
         lengths = [one.strip() for name, value in found if name == b"content-length" for one in value.split(b",")]
         if (len(found) > 1 or len(lengths) > 1) and (coding or len(set(lengths)) == 1):
             line = b"Transfer-Encoding: " + coding if coding else b"Content-Length: " + lengths[0]
-            head = re.sub(rb"\r?\n", b"\r\n%b\r\n" % line, re.sub(rb"(?i)\r?" + _FRAMING.pattern, b"", head), count=1)
+            head = re.sub(rb"(?i)\r?" + _FRAMING.pattern, b"", head)
+            head = re.sub(rb"\r?\n", b"\r\n%b\r\n" % line, head, count=1)
         passed += head
         status = head.lstrip()[9:12]  # of what is no HTTP anything: the parser has the last word
     if to_head or status in (b"204", b"304"):

@@ -932,7 +932,8 @@ _CALLS = {"_matching", *(f"re.{method}" for method in _PATTERN_METHODS)}
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
-    names = {**vars(chronotask), "tag": "script", "holder": "config", "pattern": "", "name": "x", "begins": b"x"}  # parts of some
+    parts = dict(tag="script", holder="config", pattern="", name="x", begins=b"x", prefix="")
+    names = {**vars(chronotask), **parts}
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
@@ -9183,8 +9184,8 @@ async def test_nul_and_lone_surrogates_are_refused_in_every_text(api: Api, chara
     for kind, config, fields in (
         ("bash", bash, "command args[0] env.A working_dir"),
         ("bash", {"command": "true", "env": {"AX": "a"}}, r"env.'A\x00'"),
-        ("http", http, "url headers auth.username auth.password"),
-        ("http", {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}, "url headers"),
+        ("http", http, "url headers.A auth.username auth.password"),
+        ("http", {"url": "http://127.0.0.1:9/${file:aX}", "headers": {"AX": "a"}}, r"url headers.'A\x00'"),
         ("cron", {"expression": "* * * * *X", "timezone": "UTCX"}, "expression timezone"),
         ("once", {"datetime": "2027-01-01X"}, "datetime"),
         ("", {"command": "true"}, "name description"),
