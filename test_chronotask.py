@@ -5320,8 +5320,7 @@ async def backfilled(rig: Rig, schedule_id: int, first: str, last: str, **more: 
 async def test_a_backfill_runs_the_slots_that_have_not_run_one_after_the_other_and_once(rig: Rig, target: Target) -> None:
     task_id = await rig.task(**target.config("/hold"))
     schedule_id = await rig.schedule(task_id, "cron", schedule_config={"expression": "0 * * * *"}, catchup="skip", max_runs=5)
-    await rig.at(3600)  # runs, and holds up the next
-    await rig.at(7200)
+    await rig.at(3600, 7200)  # the first runs, and holds up the next
     await rig.let_go(target)
     await rig.at(14_500)  # 3 and 4 o'clock are missed
     span = ("2025-12-31T23:00:00Z", "2026-01-01T04:00:00Z")
@@ -5538,8 +5537,7 @@ async def test_overlap_looks_at_manual_executions_too_but_never_judges_them(rig:
     await rig.begun(task_id)
     await rig.at(60)
     await rig.begun(task_id)
-    found = [(row["trigger"], row["status"]) for row in await rig.rows()]
-    assert found == [("manual", "running"), ("schedule", "skipped"), ("manual", "running")]
+    assert await rig.brief() == [("manual", "running", None), ("manual", "running", None), ("schedule", "skipped", 60)]
     await rig.let_go(target)
 
 
@@ -5673,8 +5671,7 @@ async def test_when_capacity_is_short_no_slot_is_skipped_and_the_oldest_goes_fir
         await rig.schedule(await rig.task(**target.config(f"/{seconds}")), "once", schedule_config={"in_seconds": seconds})
     rig.clock.advance(33)
     await rig.execute(await rig.task(**target.config("/manual")))
-    rig.clock.advance(1)
-    await rig.tick()
+    await rig.at(34)
     assert await rig.statuses() == ["running"] + ["queued"] * 4
     assert (await chronotask.get_scheduler_status(rig.service))["queue_length"] == 4
     await rig.let_go(target)
@@ -5687,8 +5684,7 @@ async def test_when_capacity_is_short_no_slot_is_skipped_and_the_oldest_goes_fir
 async def test_a_success_has_all_its_fields(rig: Rig) -> None:
     config = {"command": "echo ${UNSET:-hello}", "env": {"A": "1"}}  # an expansion of the shell is no reference
     execution_id = await rig.execute(await rig.task(config=config))
-    rig.clock.advance(1)
-    await rig.tick()
+    await rig.at(1)
     rig.clock.advance(2)
     await rig.finish()
     row = await rig.service.get_execution(execution_id)
@@ -5799,11 +5795,10 @@ async def listener(rig: Rig, *on: str, name: str = "alert", fields: Json = None,
     return task_id, await rig.schedule(task_id, **after(*on, **which), **(fields or {}))
 
 
-async def pair(rig: Rig, *on: str, threshold: int | None = None, **fields: Any) -> tuple[int, int]:
+async def pair(rig: Rig, *on: str, **fields: Any) -> tuple[int, int]:
     """A task, and one that is fired by what comes of it."""
     watched = await rig.task(**fields)
-    which = {} if threshold is None else {"threshold": threshold}
-    return watched, (await listener(rig, *on, task_ids=[watched], **which))[0]
+    return watched, (await listener(rig, *on, task_ids=[watched]))[0]
 
 
 async def fired(rig: Rig, task_id: int) -> list[Any]:
@@ -5874,7 +5869,8 @@ async def test_each_event_of_an_end_is_an_execution_of_its_own_and_others_and_a_
 
 
 async def test_a_streak_breaks_once_and_recovers_once(rig: Rig) -> None:
-    watched, alert = await pair(rig, "broke", "recovered", threshold=3, name="backup", config=FAIL)
+    watched = await rig.task(name="backup", config=FAIL)
+    alert, _ = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=3)
     _, other = await listener(rig, "broke", "recovered", task_ids=[watched], threshold=6)
     for _ in range(5):
         await rig.executed(watched)
@@ -6426,9 +6422,7 @@ async def test_broken_schedules_stop_no_others_no_start_and_no_listing(rig: Rig,
         schedules, tasks = await rig.service.list_schedules(ScheduleQuery()), await rig.service.list_tasks(chronotask.TaskQuery())
         assert [made["id"] for made in schedules["schedules"]] == [made["id"] for made in tasks["tasks"]] == [*range(1, 9)]
         assert [(await rig.service.get_schedule(schedule_id))["id"] for schedule_id in broken] == [2, 3, 4, 5, 6, 7]
-    rig.clock.advance(60)
-    await rig.service.engine.tick()
-    await rig.finish()
+    await rig.run_at(60)
     found = rig.sql("SELECT schedule_id, status FROM executions ORDER BY schedule_id")
     assert found == [(1, "succeeded"), *((schedule_id, "failed") for schedule_id in broken), (8, "succeeded")]
     assert rig.sql("SELECT is_active FROM schedules ORDER BY id") == [(1,), *[(0,)] * 6, (1,)]
