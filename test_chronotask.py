@@ -4387,24 +4387,17 @@ async def hang(writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
 
 
-async def answered(
-    answer: Callable[[], web.Response] | bytes, then: Any = None, ssl_context: ssl.SSLContext | None = None, **config: Any
-) -> Outcome:
-    """What an attempt makes of this answer, or of these very bytes, behind which the server closes or does something else."""
-
-    async def handler(request: web.Request) -> web.Response:
-        assert callable(answer)
-        return answer()
+async def answered(answer: bytes, then: Any = None, ssl_context: ssl.SSLContext | None = None, **config: Any) -> Outcome:
+    """What an attempt makes of these very bytes, behind which the server closes or does something else."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert isinstance(answer, bytes)
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
         if then is not None:
             await then(writer)
         await writer.drain()
 
-    async with conversing(talk, ssl_context) if isinstance(answer, bytes) else serving(handler, ssl_context) as url:
+    async with conversing(talk, ssl_context) as url:
         return await http_executors(url, **config)
 
 
@@ -4527,13 +4520,12 @@ async def test_a_header_wins_over_auth_and_auth_over_the_url(target: Target) -> 
 
 
 async def test_an_answer_is_kept_with_its_headers_and_parsed_json_and_a_long_one_is_clipped_in_the_middle() -> None:
-    shown = output(await answered(lambda: web.json_response({"a": [1, 2]}, headers={"X-A": "1"})))
-    assert shown.pop("headers")["X-A"] == "1"
-    assert shown == {"status_code": 200, "body": {"a": [1, 2]}, "body_bytes": 13, "truncated": False}
-    shown = output(await answered(b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: 2\r\nX-a: 3\r\nContent-Length: 0\r\n\r\n"))
-    assert shown["headers"] == {"X-A": "1, 2, 3", "Content-Length": "0"}, "names that differ in case are one"
-    long = web.Response(body=b"a" * 300000 + b"z" * 300000)
-    shown = output(await answered(lambda: long, settings=Settings(output_limit=1024)))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nX-a: 3\r\n\r\n"
+    shown = output(await answered(head + b'{"a": [1, 2]}'))
+    headers = {"Content-Type": "application/json", "X-A": "1, 2, 3"}  # names that differ in case are one
+    assert shown == {"status_code": 200, "headers": headers, "body": {"a": [1, 2]}, "body_bytes": 13, "truncated": False}
+    long = b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 300000 + b"z" * 300000
+    shown = output(await answered(long, settings=Settings(output_limit=1024)))
     assert shown["body"] == "a" * 256 + "\n[… 598976 bytes left out …]\n" + "z" * 768
     assert (shown["body_bytes"], shown["truncated"]) == (600000, True)
 
@@ -4586,8 +4578,8 @@ async def test_the_status_decides_about_success_and_retry_and_an_unexpected_one_
         (302, {"follow_redirects": False}, "answered 302 Found; expected 200-299 (follow_redirects is false)", False),
         *((status, {}, f"answered {status} ", True) for status in (408, 425, 429, 500, 501)),
     ):
-        location = {"Location": "/"} if config else {}
-        outcome = await answered(lambda status=status, sent=location: web.Response(status=status, headers=sent), **config)
+        head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Length: 0\r\n"
+        outcome = await answered((head + "Location: /\r\n" * bool(config) + "\r\n").encode(), **config)
         assert (outcome.status, outcome.retryable) == ("failed" if message else "succeeded", retryable), status
         assert str(outcome.error_message).startswith(str(message))
 
@@ -4624,12 +4616,12 @@ async def test_the_method_changes_on_redirects_as_in_browsers(target: Target) ->
 async def test_a_redirect_that_is_not_followed_fails_for_good() -> None:
     for location, message in (
         ("/again", "more than 10 redirects, the last one to 127.0.0.1"),
-        ("", "answered 302 Found; expected 200-299"),
+        ("", "answered 302 Moved; expected 200-299"),
         *((url, "no http or https URL") for url in ("file:///etc/passwd", "ftp://a/", "http://[::1/", "javascript:alert(1)")),
         ("http://169.254.169.254/", "169.254.169.254:80 may not be called"),
         ("http://0177.0.0.1/", "the host 0177.0.0.1 is neither a name nor an IP address"),
     ):
-        outcome = await answered(lambda to=location: web.Response(status=302, headers={"Location": to}))
+        outcome = await answered(redirect(location.encode()))
         assert (outcome.status, outcome.retryable, message in str(outcome.error_message)) == ("failed", False, True), location
 
 
