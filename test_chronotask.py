@@ -3911,14 +3911,11 @@ async def test_what_tasks_leave_behind_is_reaped_and_nothing_else() -> None:
         running = asyncio.ensure_future(bash("exit 3"))
         while not chronotask._children:
             await asyncio.sleep(0)
-        (own,) = chronotask._children
-        os.waitid(os.P_PID, own, os.WEXITED | os.WNOWAIT)
-        chronotask.reap()
-        assert (await running).error_message == "exit status 3"
         check = subprocess.Popen(["sh", "-c", "exit 4"])  # waited for by a thread, as the check of a command
-        os.waitid(os.P_PID, check.pid, os.WEXITED | os.WNOWAIT)
+        for own in (*chronotask._children, check.pid):
+            os.waitid(os.P_PID, own, os.WEXITED | os.WNOWAIT)
         chronotask.reap()
-        assert check.wait() == 4
+        assert ((await running).error_message, check.wait()) == ("exit status 3", 4)
         orphan = int(out(await bash("setsid true >/dev/null 2>&1 & echo $!")))
         while Path(f"/proc/{orphan}").exists():
             chronotask.reap()
