@@ -932,8 +932,7 @@ _CALLS = {"_matching", *(f"re.{method}" for method in _PATTERN_METHODS)}
 
 def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
     """Each pattern of the module, whether it has a name or stands in a call, with each method that is used with it."""
-    parts = dict(tag="script", holder="config", pattern="", name="x", begins=b"x", prefix="")
-    names = {**vars(chronotask), **parts}
+    names = vars(chronotask) | dict(tag="script", holder="config", pattern="", name="x", begins=b"x", prefix="")  # parts of some
     found: dict[tuple[re.Pattern[Any], str], str] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in _PATTERN_METHODS:
@@ -949,10 +948,9 @@ def pattern_uses(source: str) -> dict[tuple[re.Pattern[Any], str], str]:
 
 _UNITS = (
     'a 0 - . : / @ $ { } " \' \\ ; , < = + [ % x: a@ :a }{ ${env: ${file:a ${file:a} {$ "id": :" ;charset= ;charset auth key'
-    " cookie :// http://a a. a+ <script> </script> 2026-01-01 1- mon# LD_ Bearer text/ é #! | application/ /a %2 [a 0. ,a"
+    " cookie :// http://a a. a+ <script> </script> 2026-01-01 1- mon# LD_ Bearer text/ é #! | application/ /a %2 [a 0. ,a \x1b[0;"
 ).split()
 _UNITS += [" ", "\t", "\n", "\r\n", "\0", "a ", " \\", '"id" ', "; ", ";charset ", "Bearer ", ": command not found", "a: "]
-_UNITS += ["\x1b[0;"]
 
 
 async def test_every_pattern_is_linear_in_hostile_text() -> None:
@@ -1727,8 +1725,7 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean_why_nothing_fire
 def test_a_schedule_in_words(config: str | dict[str, Any], words: str) -> None:
     named = {"expression": config} if isinstance(config, str) else config
     kind = {"expression": "cron", "datetime": "once", "seconds": "interval"}[next(iter(named))]
-    timing = make_timing(kind, {**named, "timezone": "Europe/Berlin"}, NOW)
-    assert timing.describe() == f"{words} (Europe/Berlin)"
+    assert make_timing(kind, {**named, "timezone": "Europe/Berlin"}, NOW).describe() == f"{words} (Europe/Berlin)"
 
 
 # -- Configurations ----------------------------------------------------------------------------------------------------
@@ -2004,8 +2001,7 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     assert chronotask.mask_config("bash", {"command": "true"}) == {"command": "true"}
     headers = {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "${ENV:CHRONOTASK_SECRET_T}"}
     config = {"url": "http://a/", "headers": headers, "auth": {"username": "u", "password": "${file:/run/secrets/p}"}}
-    masked = {**config, "headers": headers | {"Cookie": MASK}}
-    assert chronotask.mask_config("http", config) == masked
+    assert chronotask.mask_config("http", config) == {**config, "headers": headers | {"Cookie": MASK}}
 
 
 @each(
@@ -2143,8 +2139,7 @@ def test_every_combination_of_catchup_downtime_and_jitter_deals_with_each_slot_o
         assert len(due.catchup) <= {"latest": 1, "all": 100, "skip": 0}[catchup]
         assert due.settled_until == (due_all[-1] if due_all else NOW - 1)
         assert due.next_slot == due.settled_until // MINUTE * MINUTE + MINUTE
-        again = due_slots(plan, due.settled_until, now)
-        assert again == chronotask.Due(None, [], [], due.settled_until, due.next_slot)
+        assert due_slots(plan, due.settled_until, now) == chronotask.Due(None, [], [], due.settled_until, due.next_slot)
 
 
 def test_missed_slots_say_why_they_did_not_run() -> None:
@@ -2159,8 +2154,7 @@ def test_missed_slots_say_why_they_did_not_run() -> None:
         (NOW + MINUTE, 2, "Europe/Berlin", "2 slots from 2026-11-24T06:00:00+01:00 to 2026-11-24T06:01:00+01:00 (Europe/Berlin)"),
         (NOW + DAY, 1000, "UTC", "1000 or more slots from 2026-11-24T05:00:00+00:00 to 2026-11-25T05:00:00+00:00 (UTC)"),
     ):
-        said = chronotask.Missed(NOW, last, count, "catchup=skip").message(zone)
-        assert said == f"missed: {message}; catchup=skip"
+        assert chronotask.Missed(NOW, last, count, "catchup=skip").message(zone) == f"missed: {message}; catchup=skip"
     once = Plan(chronotask.Once(NOW, "UTC"), 7)  # is caught up within the window, and else recorded
     assert due_slots(once, NOW - DAY, NOW + HOUR) == chronotask.Due(None, [NOW], [], NOW, None)
     late = chronotask.Missed(NOW, NOW, 1, "older than the catchup_window of 86400 s")
@@ -2461,8 +2455,7 @@ def test_timers_agree_with_a_plain_dict_in_random_steps_and_do_not_grow_when_tim
     timers = chronotask.TimerQueue()
     for at in range(20_000):
         timers.set(at % 3, at + 100)
-    held = sum(sys.getsizeof(value) for value in vars(timers).values())
-    assert (len(timers._due), held < 10_000) == (3, True)
+    assert (len(timers._due), sum(map(sys.getsizeof, vars(timers).values())) < 10_000) == (3, True)
 
 
 def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() -> None:
@@ -3624,8 +3617,7 @@ async def test_a_command_succeeds_with_exit_status_0_and_other_ends_are_failures
 
 async def test_args_are_never_parsed_by_the_shell(tmp_path: Path) -> None:
     words = ["a b", "$HOME", "`id`", "$(id)", ";", "&&", "|", ">", "*", "~", "'", '"', "\\", "", "-n", "é\n2"]
-    outcome = await bash("printf '<%s>'", args=words, working_dir=str(tmp_path))
-    assert out(outcome) == "".join(f"<{word}>" for word in words)
+    assert out(await bash("printf '<%s>'", args=words, working_dir=str(tmp_path))) == "".join(f"<{word}>" for word in words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -3850,8 +3842,7 @@ async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the
         run = dataclasses.replace(SECOND_RUN, task_id=task_id, uuid=str(uuid.uuid4()))
         task = StoredConfig(command=source, working_dir=str(tmp_path))
         await chronotask.run_bash(task, run, Settings(), environ, LiveOutput(1000))
-    said = "task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"
-    assert caplog.messages == [said]
+    assert caplog.messages == ["task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"]
     (tmp_path / "go").touch()
     assert await made(tmp_path / "other") and await made(tmp_path / "older")
     assert await made(tmp_path / "oldest", tmp_path / "newest") == [False, True]
@@ -4147,10 +4138,9 @@ async def test_at_a_stop_the_launcher_gets_sigterm_first_and_takes_its_job_back(
 
 def test_what_a_dead_service_left_to_a_launcher_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
     for run_id, source in ((str(uuid.uuid4()), "trap 'touch asked; exit' TERM"), (str(uuid.uuid4()), "trap 'touch deaf' TERM")):
-        environ = {"PATH": PATH, "CHRONOTASK_RUN_ID": run_id}
         process = subprocess.Popen(
             ["bash", "-c", f"{source}; echo; while :; do read -t 0.02 -u 9; done 9<>fifo"],
-            env=environ, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True,
+            env={"PATH": PATH, "CHRONOTASK_RUN_ID": run_id}, cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert process.stdout and process.stdout.readline() == b"\n"
         threading.Thread(target=process.wait).start()  # a zombie would not be looked for, but be there
@@ -4331,8 +4321,7 @@ async def serving(handler: Callable[[Any], Awaitable[Any]], ssl_context: ssl.SSL
     """A loopback server; the URL without the last slash."""
     runner = web.ServerRunner(web.Server(handler), shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context)
-    await site.start()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context).start()
     try:
         yield f"{'https' if ssl_context else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
@@ -4662,8 +4651,7 @@ async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the
     for status in (302, 200, 302, 200):
         target.answer(status, {"Location": "/next", "Set-Cookie": 'sid="1,=2"; Path=/'})
     await attempts(target.url + "/", 2, headers={"cookie": "own=1; sid=0"})
-    cookies = [request.headers.get("Cookie") for request in target.requests]
-    assert cookies == ["own=1; sid=0", 'sid="1,=2"; own=1'] * 2
+    assert [request.headers.get("Cookie") for request in target.requests] == ["own=1; sid=0", 'sid="1,=2"; own=1'] * 2
 
 
 async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
@@ -4828,9 +4816,8 @@ async def test_a_bug_in_an_executor_is_a_failed_attempt_and_shows_no_value_and_w
     def none_is_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    outcome = await http_executors("http://a/", timeout="geheim")
     unexpected = "unexpected {} in ChronoTask: its log has the details"
-    assert outcome == Outcome("failed", unexpected.format("TypeError"))
+    assert await http_executors("http://a/", timeout="geheim") == Outcome("failed", unexpected.format("TypeError"))
     assert "geheim" not in caplog.text
     monkeypatch.setattr(threading.Thread, "start", none_is_left)
     assert await http_executors("http://a/") == Outcome("failed", unexpected.format("RuntimeError"), retryable=True)
@@ -4850,8 +4837,8 @@ async def test_an_address_that_does_not_answer_is_not_waited_for(monkeypatch: py
                 for name, addresses in (("many", ["127.0.0.3", "127.0.0.2", "127.0.0.1"]), ("one", ["127.0.0.2"])):
                     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
                     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found: found)
-                    task = StoredConfig(url=f"http://{name}:{port}/", timeout=10, headers={"Connection": "close"})
-                    outcome = await chronotask.run_http(task, SECOND_RUN, client, {}, LiveOutput(1000))
+                    config = {"timeout": 10, "headers": {"Connection": "close"}}
+                    outcome = await http_executors(f"http://{name}:{port}/", client=client, **config)
                     assert outcome.status == ("succeeded" if name == "many" else "failed")
     assert outcome.error_message == f"could not connect to one:{port}: connection refused"
 
@@ -4937,9 +4924,8 @@ async def test_an_idle_connection_is_not_used_again_for_long_as_servers_close_it
 async def test_a_request_is_sent_once_and_a_post_into_no_kept_connection(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr("chronotask.KEEP_SECONDS", 60)
     async with talking(lambda request, number: (OK if number == 0 else b"", number > 0)) as (url, seen):
-        outcomes = await attempts(url, 2, method=method)
+        ends = [(end.status, end.error_message, end.retryable) for end in await attempts(url, 2, method=method)]
     broken = ("failed", "the server closed the connection without an answer", True)
-    ends = [(outcome.status, outcome.error_message, outcome.retryable) for outcome in outcomes]
     assert ends == [("succeeded", None, False), ("succeeded", None, False) if method == "POST" else broken]
     assert len(seen) == 2
 
@@ -5070,8 +5056,7 @@ async def test_a_url_is_sent_and_a_redirect_followed_as_it_is_written() -> None:
         async with talking(answer) as (base, seen):
             place = written.encode() if isinstance(written, str) else written.replace(b"PORT", base.rpartition(":")[2].encode())
             asked, moved = ([base + written], "/away/to") if isinstance(written, str) else ([], "")
-            outcomes = [await http_executors(url) for url in (*asked, base + moved)]
-        assert {outcome.status for outcome in outcomes} == {"succeeded"}
+            assert {(await http_executors(url)).status for url in (*asked, base + moved)} == {"succeeded"}
         assert seen == [*(f"GET {path}" for _ in asked), f"GET {moved or '/'}", f"GET {followed}"], written
 
 
