@@ -5226,16 +5226,13 @@ async def test_a_stop_while_a_tick_is_being_written_leaves_nothing_running(open_
     task_id = await rig.task(config={"command": f"touch {tmp_path}/$CHRONOTASK_EXECUTION_ID; sleep 30"})
     for _ in range(60):
         await rig.execute(task_id)
-    begun, go = threading.Event(), threading.Event()
-    busy = asyncio.ensure_future(rig.service.store.write(lambda db: (begun.set(), go.wait(5))))
-    await asyncio.to_thread(begun.wait, 5)
-    tick = asyncio.ensure_future(rig.service.engine.tick())
-    await asyncio.sleep(0)
-    stop = asyncio.ensure_future(rig.close())
-    await asyncio.sleep(0.05)
-    assert not stop.done()
-    go.set()
-    await asyncio.gather(busy, tick, stop)
+    async with held_up(rig.service.store):
+        tick = asyncio.ensure_future(rig.service.engine.tick())
+        await asyncio.sleep(0)
+        stop = asyncio.ensure_future(rig.close())
+        await asyncio.sleep(0.05)
+        assert not stop.done()
+    await asyncio.gather(tick, stop)
     assert rig.sql("SELECT status, count(*) FROM executions GROUP BY 1") == [("interrupted", 60)]
     assert list(tmp_path.glob("[0-9]*")) == []
 
