@@ -5089,8 +5089,7 @@ def _stopped(live: LiveOutput, timeout: float) -> Outcome:
 
 def _failure(error: Exception, live: LiveOutput) -> Outcome:
     if isinstance(error, ChronoTaskError):
-        retryable = isinstance(error, _Passing) and not live.acted
-        return Outcome("failed", live.masked(error.detail), _output(live), retryable=retryable)
+        return Outcome("failed", live.masked(error.detail), _output(live), isinstance(error, _Passing) and not live.acted)
     # Not the error's text: it may hold a secret.
     logger.error("%s in an executor\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     passing = isinstance(error, (OSError, RuntimeError, MemoryError)) and not live.acted  # no thread, file or memory is left
@@ -5865,13 +5864,11 @@ async def _exchange(
             ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
             allow_redirects=False,
         )
-        try:
+        with contextlib.closing(response):  # unless the connection was given back at its end, with the request all sent
             following = _redirected(config, request, response, live)
             if following is None:
                 await _read_body(response, live)
                 return request, response
-        finally:
-            response.close()  # unless the connection was given back at its end, with the request all sent
         jar = aiohttp.CookieJar(unsafe=True) if jar is None else jar  # also of IP addresses
         jar.update_cookies(response.cookies, response.url)
         request = following
@@ -6498,8 +6495,7 @@ def write_claim(tick: Tick, claim: Claim) -> list[Ended]:
         # A catch-up spares those of its own schedule.
         spared = {"NOT (trigger = 'catchup' AND schedule_id IS ?)": schedule.id} if trigger == "catchup" else {}
         overlapped = {UNFINISHED_SQL: True, "task_id = ?": schedule.task_id, **spared}
-        found = cancel_executions(db, overlapped, tick.now, CANCELLED_BY_OVERLAP)
-        over += end_cancelled(tick, found)
+        over += end_cancelled(tick, cancel_executions(db, overlapped, tick.now, CANCELLED_BY_OVERLAP))
     claim.rows, new_ids = insert_slots(db, claim.rows)
     runs = Counter(row.schedule_id for row in claim.rows if row.status not in NEVER_STARTED)
     for schedule in claim.schedules:
@@ -6860,10 +6856,9 @@ def _adopt_this_machine(db: DB) -> None:
 
 
 def _boot_id() -> str:
-    try:
+    with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"
+    return "unknown"
 
 
 # ======================================================================================================================
@@ -9396,9 +9391,8 @@ def take_stdio() -> tuple[int, int]:
     """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr. Called before
     anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire."""
     wire = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
     for number in wire:
         os.set_blocking(number, True)
@@ -9891,11 +9885,9 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def warn_if_open(settings: Settings) -> None:
     """Listening on more than loopback without a token hands a shell to the network: said once, loudly."""
-    host = settings.api_host
-    try:
+    host, local = settings.api_host, settings.api_host == "localhost"
+    with contextlib.suppress(ValueError):
         local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
     if not local and not settings.needs_token:
         logger.warning("ANYONE WHO REACHES %s CAN RUN COMMANDS HERE: set CHRONOTASK_API_TOKEN, or listen on 127.0.0.1", host)
     for name in settings.allowed_hosts:
@@ -9948,8 +9940,7 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
     if options.export is not None and not os.path.exists(settings.database_url):
         raise StartupError(f"there is no database {settings.database_url} to export")
     clock = Clock()
-    store = Store(settings.database_url, clock.monotonic)
-    try:
+    with contextlib.closing(Store(settings.database_url, clock.monotonic)) as store:
         service = Service(settings, store, clock, environ)
         if options.export is not None:
             file = await export_definitions(service, ExportQuery())
@@ -9965,8 +9956,6 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
         applied = await apply_definitions(service, ApplyQuery(dry_run=options.dry_run, prune=options.prune), body)
         write_out(io.BytesIO(f"{told(applied) or 'nothing to do'}\n".encode()))
         return 3 if options.dry_run and any(change["action"] != "orphaned" for change in applied["changes"]) else 0
-    finally:
-        store.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
