@@ -407,10 +407,7 @@ class Target:
 @pytest.fixture
 async def target() -> AsyncIterator[Target]:
     server = Target()
-    app = web.Application()
-    app.router.add_route("*", "/{tail:.*}", server.handle)
-    async with TestServer(app) as running:
-        server.url = str(running.make_url("")).rstrip("/")
+    async with serving(server.handle) as server.url:
         yield server
         server.let_go.set()
 
