@@ -195,6 +195,7 @@ else:
 
 __version__ = "1.1.0.dev0"
 logger = logging.getLogger("chronotask")
+T = TypeVar("T")
 
 
 # ======================================================================================================================
@@ -1913,13 +1914,12 @@ class Hold:
 
 # --- Resources, each declared once ------------------------------------------------------------------------------------
 
-F = TypeVar("F")
 Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL OR_NULL TIME")
-ReadOnly = Annotated[F, Mark.READ_ONLY]
-Internal = Annotated[F, Mark.INTERNAL]
-Queried = Annotated[F, Mark.QUERIED]
-Detail = Annotated[F, Mark.DETAIL]
-OrNull = Annotated[F, Mark.OR_NULL]
+ReadOnly = Annotated[T, Mark.READ_ONLY]
+Internal = Annotated[T, Mark.INTERNAL]
+Queried = Annotated[T, Mark.QUERIED]
+Detail = Annotated[T, Mark.DETAIL]
+OrNull = Annotated[T, Mark.OR_NULL]
 Time = Annotated[int, Mark.TIME]
 UNSET: Any = None  # a default that is a setting, or of no effect
 
@@ -2947,7 +2947,6 @@ def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, 
 # ======================================================================================================================
 
 POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so wait briefly, then look at the wall clock again
-R = TypeVar("R")
 
 
 class Clock:
@@ -2977,9 +2976,9 @@ class Clock:
                 await event.wait()
 
 
-async def in_daemon(call: Callable[..., R], *args: Any) -> R:
+async def in_daemon(call: Callable[..., T], *args: Any) -> T:
     """`call(*args)` on a thread of its own. It may block for ever: that holds up neither others nor the end of the program."""
-    future: concurrent.futures.Future[R] = concurrent.futures.Future()
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
         try:
@@ -3048,7 +3047,6 @@ class TimerQueue:
 # those of executions by looking at the few that are unfinished.
 
 DB = sqlite3.Connection
-T = TypeVar("T")
 _NOT_DELETED = "task_id NOT IN (SELECT id FROM tasks WHERE deleted = 1)"
 
 
@@ -3801,7 +3799,6 @@ def locks_work(path: Path) -> bool:
 # --- Queries: tasks and schedules -------------------------------------------------------------------------------------
 
 
-Row = TypeVar("Row")
 # A column as JSON can hold it: bytes, which only a hand can have put there, as text that shows them.
 _HELD = "iif(typeof({0}) = 'blob', quote({0}), {0})".format
 # The rows of resources, with what their declarations mark as queried.
@@ -3821,8 +3818,8 @@ _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
 
 
 def load(
-    db: DB, kind: Callable[..., Row], query: str, parameters: Sequence[Any] = (), instead: tuple[str, str] = ("", "")
-) -> list[Row]:
+    db: DB, kind: Callable[..., T], query: str, parameters: Sequence[Any] = (), instead: tuple[str, str] = ("", "")
+) -> list[T]:
     """What `query` finds as objects of a declared `kind`, by the names of its columns: one step instead of one a row. `instead`:
     a column, and the expression that is read in its place. Damaged JSON is read as NULL, a damaged number or text as one."""
     found = db.execute(f"SELECT CAST(json_group_array({_as_json(kind, instead)}) AS BLOB) FROM ({query})", parameters)
@@ -3838,7 +3835,7 @@ def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     return f"json_array({', '.join(read.get(name) or _HELD(name) for name in shape.loaded)})"
 
 
-def existing(rows: Sequence[Row], what: str, row_id: int | str) -> Row:
+def existing(rows: Sequence[T], what: str, row_id: int | str) -> T:
     """The one that a query by id has found. Raises NotFound."""
     if not rows:
         raise NotFound(f"there is no {what} {row_id}")
@@ -3897,7 +3894,7 @@ def _stored(item: Any, columns: Iterable[str]) -> list[Any]:
     return [compact(value) if isinstance(value, (dict, list)) else value for value in operator.attrgetter(*columns)(item)]
 
 
-def insert(db: DB, item: Row) -> Row:
+def insert(db: DB, item: T) -> T:
     """Writes a new task or schedule, and gives it its id."""
     kind: Any = type(item)
     columns = [name for name in shape_of(kind).columns if name != "id"]
@@ -5727,7 +5724,7 @@ class _Socket(_OneAnswer, socket.socket):
     def recv_into(self, buffer: Any, *more: Any) -> int:
         return self._received(super().recv_into, memoryview(buffer)[:READ_BYTES], *more)
 
-    def _received(self, call: Callable[..., R], *arguments: Any) -> R:
+    def _received(self, call: Callable[..., T], *arguments: Any) -> T:
         try:
             return call(*arguments)
         except ConnectionResetError:  # which aiohttp takes for the end of a body without declared length
