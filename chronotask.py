@@ -862,10 +862,9 @@ def _next_day(dates: str, both: bool, day: int) -> int | None:
 
     try:
         matches = croniter(f"0 0 {dates}", _clock_face(day * DAY - MINUTE), datetime, day_or=not both)
-        found: datetime = matches.get_next()
+        return int((matches.get_next() - _EPOCH).days)
     except (ValueError, OverflowError):  # also: none before the year 10000
         return None
-    return (found - _EPOCH).days
 
 
 def _next_local(cron: _Expression, local: int) -> int | None:
@@ -1355,8 +1354,8 @@ def _refused(wrong: Callable[[Any], object], why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _matching(pattern: str) -> AfterValidator:
-    return _refused(lambda text: not re.fullmatch(pattern, text), f"must match {pattern}")
+def _matching(pattern: str, why: str = "") -> AfterValidator:
+    return _refused(lambda text: not re.fullmatch(pattern, text), why or f"must match {pattern}")
 
 
 def _references(text: str, cause: bool = False) -> str:
@@ -1576,10 +1575,7 @@ _FOLDER = _refused(
 _Source = Annotated[str, Field(max_length=65536), _NO_NUL, AfterValidator(_script)]
 _Variable = Annotated[
     str,
-    _refused(
-        lambda name: not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,254}", name),
-        "is not a valid variable name (letters, digits and _, no digit first)",
-    ),
+    _matching("[A-Za-z_][A-Za-z0-9_]{0,254}", "is not a valid variable name (letters, digits and _, no digit first)"),
     _refused(lambda name: name.startswith(ENV_PREFIX), f"cannot be set: {ENV_PREFIX}… belongs to the service"),
 ]
 _Value = Annotated[
@@ -1894,7 +1890,7 @@ Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an 
 IdempotencyKey = Annotated[
     str,
     Field(min_length=1, max_length=255, description="asked again with it, no second run"),
-    _refused(lambda text: not re.fullmatch(r"[!-~]*", text), "must be visible ASCII characters"),
+    _matching("[!-~]*", "must be visible ASCII characters"),
 ]
 Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day"), _READABLE]
 Statuses = Annotated[
@@ -2236,10 +2232,6 @@ class NewExecution:
     caused_by: int | None = None  # an execution; or -task_id: that there is none
     event: str | None = None
     depth: int = 0  # of these, how many `after` has fired one because of the other
-
-    @property
-    def finished_at(self) -> int | None:
-        return None if self.status == "queued" else self.queued_at
 
 
 @dataclass(slots=True)
@@ -2963,10 +2955,8 @@ class Clock:
 
     def step(self) -> int:
         """Microseconds by which the wall clock was set forward (or back, negative) since the last call."""
-        wall, steady = self.now(), self.monotonic()
-        moved = (wall - self._last[0]) - round((steady - self._last[1]) * 1_000_000)
-        self._last = (wall, steady)
-        return moved
+        before, self._last = self._last, (self.now(), self.monotonic())
+        return (self._last[0] - before[0]) - round((self._last[1] - before[1]) * 1_000_000)
 
     async def wait(self, event: asyncio.Event, until: int | None) -> None:
         """Returns when `event` is set, when the wall clock reads `until`, or after POLL: whichever comes first."""
@@ -3067,12 +3057,8 @@ def _counted_task(n: str, row: str) -> str:
 def _counted_schedule(n: str, row: str) -> str:
     """With how many fire: those that are active, of tasks that are."""
     live = f"(SELECT count(*) FROM tasks WHERE id = {row}.task_id AND status = 'active' AND deleted = 0 AND {row}.is_active)"
-    counted = _counted(
-        "schedules",
-        (f"{row}.id", f"{row}.schedule_type", f"{row}.is_active"),
-        n,
-        f"FROM tasks WHERE tasks.id = {row}.task_id AND deleted = 0",
-    )
+    columns = (f"{row}.id", f"{row}.schedule_type", f"{row}.is_active")
+    counted = _counted("schedules", columns, n, f"FROM tasks WHERE tasks.id = {row}.task_id AND deleted = 0")
     return f"UPDATE meta SET value = value + {n} * {live} WHERE key = 'firing'; {counted}"
 
 
@@ -4059,8 +4045,7 @@ def _write_columns(db: DB, table: str, columns: str, items: Iterable[Task | Sche
 
 def advance_schedules(db: DB, schedules: Sequence[Schedule]) -> None:
     """Writes what a claim changes of schedules."""
-    changed = "settled_until next_slot next_fire is_active run_count dealt_with ran over"
-    _write_columns(db, "schedules", changed, schedules)
+    _write_columns(db, "schedules", "settled_until next_slot next_fire is_active run_count dealt_with ran over", schedules)
 
 
 def mark_deleted(db: DB, task_id: int) -> None:
@@ -4096,7 +4081,7 @@ def insert_executions(db: DB, rows: Sequence[NewExecution]) -> list[int]:
     names = [name for name in shape_of(NewExecution).columns if any(getattr(row, name) is not None for row in rows)]
     columns = (*names, "finished_at", "uuid")
     values = operator.attrgetter(*names)
-    new = [(*values(row), row.finished_at, str(uuid.uuid4())) for row in rows]
+    new = [(*values(row), None if row.status == "queued" else row.queued_at, str(uuid.uuid4())) for row in rows]
     last = write_rows(db, f"INSERT INTO executions ({', '.join(columns)}) SELECT * FROM rows", columns, new).lastrowid or 0
     return list(range(last - len(rows) + 1, last + 1))
 
@@ -4159,8 +4144,7 @@ def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     counts = [(task_id, n, now) for task_id, n in Counter(run.task_id for run in first).items()]
     counted = "UPDATE tasks SET run_count = run_count + n, last_run = now FROM rows WHERE id = task_id"
     write_rows(db, counted, ("task_id", "n", "now"), counts)
-    schedules = compact(list({run.schedule_id for run in first}))
-    db.execute(f"UPDATE schedules SET last_run = ? WHERE id {_THESE}", (now, schedules))
+    db.execute(f"UPDATE schedules SET last_run = ? WHERE id {_THESE}", (now, compact(list({run.schedule_id for run in first}))))
     return runs
 
 
@@ -4169,8 +4153,7 @@ def finish_attempts(db: DB, ended: Sequence[Finished]) -> list[Ended]:
     if len(ended) > 1 and sum(len(s.output or "") for s in ended) > OUTPUT_AT_ONCE:
         return finish_attempts(db, ended[: len(ended) // 2]) + finish_attempts(db, ended[len(ended) // 2 :])
     columns = ("id", "attempt", "status", "attempt_status", "finished_at", "next_attempt_at", "error_message", "output")
-    fields = operator.attrgetter("run.execution_id", "run.attempt", *columns[2:])
-    ends = [fields(s) for s in ended]
+    ends = [*map(operator.attrgetter("run.execution_id", "run.attempt", *columns[2:]), ended)]
     written = write_rows(
         db,
         """UPDATE executions SET owner = NULL, output_data = rows.output,
@@ -4280,8 +4263,7 @@ def get_executions(db: DB, ids: Collection[int], output: bool = False) -> list[E
 
 def depths_of(db: DB, ids: Collection[int]) -> dict[int, int]:
     """How many executions `after` fired one because of the other until each of these, which is one of them."""
-    these = f"SELECT id, depth FROM executions WHERE depth > 0 AND id {_THESE}"
-    return dict(db.execute(these, (compact(list(ids)),)).fetchall())
+    return dict(db.execute(f"SELECT id, depth FROM executions WHERE depth > 0 AND id {_THESE}", (compact(list(ids)),)))
 
 
 def execution_of_key(db: DB, task_id: int, key: str, body: str, now: int) -> int | None:
@@ -4385,8 +4367,7 @@ def changed_objects(db: DB, since: tuple[int, int], until: tuple[int, int]) -> t
 def unfinished_statuses(db: DB) -> tuple[int, dict[int, str]]:
     """The highest execution id, and the statuses of unfinished executions."""
     [(top,)] = db.execute("SELECT coalesce(max(id), 0) FROM executions")
-    unfinished = db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY +id DESC LIMIT 2000")
-    return top, dict(unfinished.fetchall())
+    return top, dict(db.execute(f"SELECT id, status FROM executions WHERE {UNFINISHED_SQL} ORDER BY +id DESC LIMIT 2000"))
 
 
 def changed_executions(db: DB, after_id: int, shown: Mapping[int, str]) -> list[int]:
@@ -4431,9 +4412,6 @@ def show_output(db: DB, recent: Mapping[tuple[int, int], Sequence[tuple[str, int
         for stream, total, data in streams:
             put_row(db, "live_output", execution_id, f"{stream} {attempt}", now + 10 * SECOND, total, data)
     db.execute("DELETE FROM live_output WHERE wanted_until < ?", (now,))
-
-
-# --- Queries: changes -------------------------------------------------------------------------------------------------
 
 
 def list_changes(db: DB, query: ChangeQuery) -> list[Change]:
