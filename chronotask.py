@@ -4705,6 +4705,15 @@ class _Stream:
     received: int = 0
 
 
+def mapped(value: Any, change: Callable[[str], str], names: bool = False) -> Any:
+    """A text changed, or a JSON value with all its texts; with `names` those of its objects, too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name) if names else name: mapped(item, change, names) for name, item in value.items()}
+    return [mapped(item, change, names) for item in value] if isinstance(value, list) else value
+
+
 class LiveOutput:
     """An attempt seen from outside while it runs: its output so far (stdout and stderr, or body), and the way to stop it.
     Secrets are masked before anything is kept or shown."""
@@ -4761,13 +4770,11 @@ class LiveOutput:
 
     def masked(self, value: Any) -> Any:
         """A text, or a JSON value with all its texts, without the secrets of this attempt."""
-        if not self._masker.forms or not isinstance(value, str | list | dict):
-            return value
-        if isinstance(value, str):
-            return self._masker.feed(value.encode("utf-8", "replace"), last=True).decode("utf-8", "replace")
-        if isinstance(value, list):
-            return [self.masked(item) for item in value]
-        return {self.masked(key): self.masked(item) for key, item in value.items()}
+
+        def mask(text: str) -> str:
+            return self._masker.feed(text.encode("utf-8", "replace"), last=True).decode("utf-8", "replace")
+
+        return mapped(value, mask, names=True) if self._masker.forms else value
 
     # --- for everybody else ---
 
@@ -4854,13 +4861,6 @@ def resolve_secrets(
             return text
         return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
 
-    def filled(value: Any, put: Callable[[re.Match[str]], str]) -> Any:
-        if isinstance(value, str):
-            return _FILLED.sub(put, value)
-        if isinstance(value, dict):
-            return {key: filled(item, put) for key, item in value.items()}
-        return [filled(item, put) for item in value] if isinstance(value, list) else value
-
     puts: dict[str, Callable[[re.Match[str]], str]] = {
         "url": put_in_url,
         "headers": partial(put, escape=partial(_one_line, limit=512)),
@@ -4869,7 +4869,7 @@ def resolve_secrets(
         puts["body"] = partial(put, escape=urllib.parse.quote_plus)
     result = dict(config)
     for field in config.keys() & ({"url", "headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
-        result[field] = filled(config[field], puts.get(field, put))
+        result[field] = mapped(config[field], partial(_FILLED.sub, puts.get(field, put)))
     # A secret must not smuggle in further headers, nor end an environment variable early.
     for name, value in (result.get("env") or {}).items():
         if "\0" in value:
@@ -6879,6 +6879,7 @@ def words_of(documented: Any) -> tuple[str, str]:
 
 
 OPERATIONS: list[Operation] = []
+TOOLS: dict[str, Operation] = {}
 
 
 @dataclass(eq=False)
@@ -6909,6 +6910,8 @@ class Operation:
         self.result: Any = None if kinds["return"] is type(None) else kinds["return"]
         if self.path:  # else it is a tool alone
             OPERATIONS.append(self)
+        if self.tool is not None:
+            TOOLS[self.name] = self
         return use_case
 
     async def call(self, service: Service, number: int | str, query: Any, body: Any) -> Any:
@@ -7501,6 +7504,12 @@ def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settin
         if schedule.next_slot is None and not may_be_over:
             raise InvalidInput(_nothing_left(schedule))
     return schedule
+
+
+def defaults_of(resource: Any, schedule_type: Any) -> dict[str, Any]:
+    """Of the fields of a resource; schedules of type `after` have their own."""
+    own = {"overlap": "allow", **dict.fromkeys(NOT_OF_AFTER)} if schedule_type == "after" else {}
+    return shape_of(resource).defaults | own
 
 
 def checked_changes(schedule: Schedule, sent: ScheduleUpdate, now: int, settings: Settings) -> dict[str, Any]:
@@ -8156,13 +8165,11 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
                     item.look_ahead()
             if query.owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
                 continue
-            view, shape, left = view_of(item), shape_of(cast(Any, type(item))), {"key", "task_id"}
-            defaults = dict(shape.defaults)
-            if name and item.schedule_type == "after":
-                left, defaults["overlap"] = left | NOT_OF_AFTER, "allow"
-                if ids := view["schedule_config"].pop("task_ids", None):
-                    view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **view["schedule_config"]}
-            said = {n: view[n] for n in shape.written if n not in left and (n not in defaults or view[n] != defaults[n])}
+            view, kind = view_of(item), cast(Any, type(item))
+            defaults = defaults_of(kind, view.get("schedule_type"))
+            if name and (ids := view["schedule_config"].pop("task_ids", None)):
+                view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **view["schedule_config"]}
+            said = {n: view[n] for n in shape_of(kind).written if n not in {"key", "task_id"} and view[n] != defaults.get(n)}
             if name:
                 tasks[task].setdefault("schedules", {})[name] = said
                 continue
@@ -8846,16 +8853,11 @@ class PauseQuery(Query):
     until: Annotated[Instant, Field(description="ends the pause by itself")] | None = None
 
 
-_PAUSED = Operation("POST", "", tool=("idempotent",))
-
-
-@_PAUSED
+@Operation("POST", "", tool=("idempotent",))
 async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusView:
     """Stop or resume all schedules. Runs under way and execute_task go on. What falls into the pause is not made up for."""
     return await (service.pause_scheduler({"until": query.until}) if query.paused else service.resume_scheduler())
 
-
-TOOLS = {tool.name: tool for tool in [*OPERATIONS, _PAUSED] if tool.tool is not None}
 
 # A model pays for each word: other defaults serve it better than a program.
 _LIMIT: Any = Annotated[int, Field(ge=1, le=100)]
@@ -9027,7 +9029,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         elif "timezone" in names and "timezone" in before.get(holder, ()):  # of another kind: at least that stays
             config = {"timezone": before[holder]["timezone"], **config}
         target |= {holder: config, type_name: kind} if typed else {holder: config}
-    defaults = _defaults(mark.resource, body.get("schedule_type", before.get("schedule_type")))
+    defaults = defaults_of(mark.resource, body.get("schedule_type", before.get("schedule_type")))
     body |= {name: copy.copy(defaults.get(name)) for name in clear if known[name][0] == "body"}
     if not errors:
         return parse(operation.body, body)
@@ -9035,12 +9037,6 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         parse(operation.body, body)
     without = ("_type", "config")  # these are missing because of the errors above
     raise InvalidInput(*errors, *(one for one in others if one.message != "is required" or not one.field.endswith(without)))
-
-
-def _defaults(resource: Any, schedule_type: Any) -> dict[str, Any]:
-    """Of the fields of a resource, by the service's rule for schedules of type `after`."""
-    own = {"overlap": "allow", **dict.fromkeys(NOT_OF_AFTER)} if schedule_type == "after" else {}
-    return shape_of(resource).defaults | own
 
 
 def input_schema(operation: Operation) -> dict[str, Any]:
@@ -9119,7 +9115,7 @@ def clip(value: Any, limit: int, where: str) -> Any:
 
 def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
     """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
-    defaults, times = (_defaults(resource, view.get("schedule_type")), shape_of(resource).times) if resource else ({}, ())
+    defaults, times = (defaults_of(resource, view.get("schedule_type")), shape_of(resource).times) if resource else ({}, ())
     of = {Task: "tasks", Execution: "executions", Attempt: "executions"}.get(resource)
     where = f"resource {SCHEME}{of}/{view['id']} has all that was kept" if of else "REST has all"
     known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
