@@ -5964,8 +5964,7 @@ def as_it_is(entity: K, paused: bool) -> K:
     return entity
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A change that was committed: `kind` is execution, task, schedule or scheduler."""
 
     id: str
@@ -5983,7 +5982,7 @@ class Feed:
         self._count = 0
         self._unread = 0  # events that are still kept for a reader that comes back
         self._recent: deque[Event] = deque(maxlen=EVENTS_KEPT)
-        self._readers: set[asyncio.Queue[Event | None]] = set()
+        self.readers: set[asyncio.Queue[Event | None]] = set()
         self._shown: dict[int, str] = {}  # unfinished executions as readers know them
         self._shown_up_to = 0
         self.closed = False  # nobody waits any more
@@ -5992,18 +5991,18 @@ class Feed:
     @property
     def wanted(self) -> bool:
         """Whether anybody reads, or read not long ago: otherwise events cost nothing."""
-        return bool(self._readers) or 0 < self._unread
+        return bool(self.readers) or 0 < self._unread
 
     def publish(self, kind: str, task_id: int | None, data: Mapping[str, Any]) -> None:
         if not self.wanted:
             return
-        self._unread = EVENTS_KEPT if self._readers else self._unread - 1
+        self._unread = EVENTS_KEPT if self.readers else self._unread - 1
         self._count += 1
         event = Event(f"{self._boot}-{self._count}", kind, task_id, data)
         self._recent.append(event)
-        for reader in list(self._readers):
+        for reader in list(self.readers):
             if behind := reader.qsize() >= MOST_TOLD:
-                self._readers.discard(reader)
+                self.readers.discard(reader)
             reader.put_nowait(None if behind else event)
 
     async def open(self, last_id: str | None) -> tuple[asyncio.Queue[Event | None], list[Event] | None]:
@@ -6011,22 +6010,19 @@ class Feed:
         if not self.wanted:
             self._shown_up_to, self._shown = await self._store.read(unfinished_statuses)
         reader: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._readers.add(reader)
+        self.readers.add(reader)
         self._unread = EVENTS_KEPT
         if last_id is None:
             return reader, []
         ids = [event.id for event in self._recent]
         return reader, list(self._recent)[ids.index(last_id) + 1 :] if last_id in ids else None
 
-    def close(self, reader: asyncio.Queue[Event | None]) -> None:
-        self._readers.discard(reader)
-
     def drop_all(self) -> None:
         """Who reads is dropped, and hears on coming back that something was missed."""
         self._recent.clear()
-        for reader in self._readers:
+        for reader in self.readers:
             reader.put_nowait(None)
-        self._readers.clear()
+        self.readers.clear()
 
     async def publish_executions(self, ids: Collection[int] | None = None) -> None:
         """Those with these ids, and the schedules that fired them; None: what other processes did since the last look."""
@@ -6086,9 +6082,8 @@ class Histogram:
 
     def samples(self) -> list[tuple[str, float]]:
         """Suffix with labels, and value."""
-        bounds = [*map(str, self.BOUNDS), "+Inf"]
-        totals = itertools.accumulate(self._counts)
-        buckets = [(f'_bucket{{le="{bound}"}}', float(total)) for bound, total in zip(bounds, totals, strict=True)]
+        totals = zip((*self.BOUNDS, "+Inf"), itertools.accumulate(self._counts), strict=True)
+        buckets = [(f'_bucket{{le="{bound}"}}', float(total)) for bound, total in totals]
         return [*buckets, ("_sum", self._sum), ("_count", float(sum(self._counts)))]
 
 
@@ -6510,8 +6505,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                 for end in over if plan.start_at <= now <= plan.end_at else ():
                     depth, task = depths.get(end.execution_id, 0), tasks.get(end.task_id)
                     if task and depth <= MOST_DEPTH and watches(schedule, task.id, task.tags, by_after=depth > 0):
-                        events = events_of(end, config.get("threshold", 1))
-                        told += [(end, event) for event in events if event in config["on"]]
+                        told += [(end, event) for event in events_of(end, config.get("threshold", 1)) if event in config["on"]]
                 left = plan.remaining
                 if missing := {end.execution_id for end, _ in told} - executions.keys():
                     executions |= {e.id: e for e in get_executions(db, missing, output=True)}
@@ -6570,10 +6564,9 @@ class Retention:
     async def delete(self, now: int) -> None:
         """One pass: by age over all rows, by count over the tasks that have more than is kept."""
         engine, settings = self.engine, self.engine.settings
-        cutoff = now - settings.history_days * DAY
         by_age = settings.history_days > 0 and engine.clock.monotonic() >= engine.distrust_until
         for table in ("executions", "changes") if by_age else ():
-            old = partial(delete_old, table=table, cutoff=cutoff, now=now, limit=RETENTION_ROWS)
+            old = partial(delete_old, table=table, cutoff=now - settings.history_days * DAY, now=now, limit=RETENTION_ROWS)
             after: int | None = 0
             while engine.leading and after is not None:
                 after = await engine.store.write(partial(old, after_id=after))
@@ -8642,7 +8635,7 @@ async def show_events(service: Service, request: web.Request) -> web.StreamRespo
             if not only or event.task_id in (only, None):
                 await answer.write(f"id: {event.id}\nevent: {event.kind}\ndata: {compact(event.data)}\n\n".encode())
     finally:
-        service.engine.feed.close(reader)
+        service.engine.feed.readers.discard(reader)
 
 
 async def show_backup(service: Service, request: web.Request) -> web.StreamResponse:
