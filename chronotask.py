@@ -1715,15 +1715,13 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
         }
     if any(wrong.values()):
         raise InvalidInput(*(FieldError(f"schedule_config{name}", why) for name, why in wrong.items() if why))
-    if schedule_type == "after":
-        return sent
     if "in_seconds" in sent:
         sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
     if "start_date" in sent:  # of days a local time: no offset of one day may move it
         sent["start_date"] = start_text(sent["start_date"], zone, now, "days" in sent)
     if "datetime" in sent and (t := parse_instant(sent["datetime"], zone, now)) != parse_instant(sent["datetime"], zone):
         sent["datetime"] = format_local(t, zone)
-    return {**sent, "timezone": zone}
+    return sent if schedule_type == "after" else {**sent, "timezone": zone}
 
 
 # --- Masks: what a reader sees instead of a secret --------------------------------------------------------------------
@@ -3884,8 +3882,7 @@ def insert(db: DB, item: T) -> T:
     """Writes a new task or schedule, and gives it its id."""
     kind: Any = type(item)
     columns = [name for name in shape_of(kind).columns if name != "id"]
-    marks = ", ".join("?" * len(columns))
-    statement = f"INSERT INTO {_TABLES[kind]} ({', '.join(columns)}, rev) VALUES ({marks}, {_NEXT_REV})"
+    statement = f"INSERT INTO {_TABLES[kind]} ({', '.join(columns)}, rev) VALUES ({', '.join('?' * len(columns))}, {_NEXT_REV})"
     cast(Any, item).id = db.execute(statement, _stored(item, columns)).lastrowid
     return item
 
@@ -3894,8 +3891,7 @@ def update(db: DB, item: Task | Schedule) -> None:
     kind: Any = type(item)
     columns = [name for name in shape_of(kind).columns if name != "id"]
     names = ", ".join(f"{name} = ?" for name in columns)
-    statement = f"UPDATE {_TABLES[kind]} SET {names}, rev = {_NEXT_REV} WHERE id = ?"
-    db.execute(statement, [*_stored(item, columns), item.id])
+    db.execute(f"UPDATE {_TABLES[kind]} SET {names}, rev = {_NEXT_REV} WHERE id = ?", [*_stored(item, columns), item.id])
 
 
 def delete_schedule(db: DB, schedule_id: int) -> None:
@@ -4280,11 +4276,7 @@ def execution_of_key(db: DB, task_id: int, key: str, body: str, now: int) -> int
 
 
 def list_executions(
-    db: DB,
-    query: ExecutionQuery | HistoryQuery,
-    task_id: int | None = None,
-    since: int | None = None,
-    until: int | None = None,
+    db: DB, query: ExecutionQuery | HistoryQuery, task_id: int | None = None, since: int | None = None, until: int | None = None
 ) -> tuple[int, list[Execution]]:
     """A page of executions, newest first, of all tasks or of one; and how many there are in all, if of one. Raises NotFound.
     Those that lie at least partly between `since` and `until`, from `queued_at` to `finished_at`; with their whole output
