@@ -3265,6 +3265,11 @@ LIVE_SQL = "s.is_active AND t.status = 'active' AND NOT t.deleted"  # whether a 
 GOING_ON_SQL = f"NOT cancel_requested AND {_NOT_DELETED}"  # whether nobody wants an execution to end, nor deletes its task
 MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
+BESIDE = ("-wal", "-shm", "-journal", ".leader", ".service")  # the files of the database beside it
+_LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+REPLACED = "the database file is no longer the one that was opened"
+# Where the fault lies with the statement (or is none of SQLite's), not with the file or the disk.
+_OF_STATEMENTS = {0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 QUICK_CHECK_BELOW = 2 * 2**30  # bytes: a quick_check takes some seconds a GB
 SCANNERS = 8  # scans at a time; further ones wait, and their waiting counts towards their time
@@ -3273,6 +3278,7 @@ SCAN_STEP = 200_000  # instructions of SQLite, about 3 ms, after which a scan lo
 OUTPUT_AT_ONCE = 2**26  # characters of output in one statement: SQLite takes 10**9 bytes, of which a character may need 8
 WAL_LIMIT = 8 * 2**20  # bytes that the log may keep on disk once its content is in the database
 STUCK_AFTER = 10.0  # seconds after which a write that has not come back makes /health fail
+MOST_TOLD = 1000  # changes of a kind that are told one by one: who reads must look anew after more at once
 
 
 @dataclass(slots=True)
@@ -3307,11 +3313,6 @@ def storage_error(error: Exception) -> Exception:
         less = "ask for less (fewer pages back, other filters)"
         return Unavailable(f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; {less}")
     return Unavailable(f"the database cannot do this now: {error}")
-
-
-REPLACED = "the database file is no longer the one that was opened"
-# Where the fault lies with the statement (or is none of SQLite's), not with the file or the disk.
-_OF_STATEMENTS = {0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 
 class Store:
@@ -3577,9 +3578,6 @@ def open_database(path: Path) -> DB:
         raise StartupError(f"the database {path} cannot be used: {error}; {remedy}") from None
 
 
-_LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
-
-
 def _check_files(path: Path) -> None:
     if os.path.exists(path) and not os.path.isfile(path):  # Path.exists raises when the folder above may not be entered
         raise StartupError(f"{path} is a folder or a device: set CHRONOTASK_DATABASE_URL to a file", exit_status=2)
@@ -3596,9 +3594,6 @@ def _check_files(path: Path) -> None:
         raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
     if not size and wal_size:
         raise StartupError(f"{path} is missing or empty, but {wal} holds data: bring the database back, or move that away")
-
-
-BESIDE = ("-wal", "-shm", "-journal", ".leader", ".service")  # the files of the database beside it
 
 
 def check_owners(path: Path) -> None:
@@ -3799,6 +3794,8 @@ _CUT = "CASE WHEN json_valid(output_data) THEN json(cut_texts(output_data)) END"
 _OUTPUTS = {"none": ("output_data", "NULL"), None: ("output_data", _CUT)}
 _TAGGED = "SELECT task_id FROM tags WHERE tag = ?"
 _THESE = "IN (SELECT value FROM json_each(?))"  # ids as JSON
+_NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
+_TABLES: dict[type[Any], str] = {Task: "tasks", Schedule: "schedules"}
 
 
 def load(
@@ -3858,9 +3855,6 @@ def put_row(db: DB, table: str, *values: Any) -> None:
     db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(values))})", values)
 
 
-_NEXT_REV = "(SELECT value + 1 FROM meta WHERE key = 'rev')"  # triggers move the number on
-
-
 def get_meta(db: DB, key: str) -> Any:
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return row and row[0]
@@ -3868,9 +3862,6 @@ def get_meta(db: DB, key: str) -> Any:
 
 def set_meta(db: DB, key: str, value: Any) -> None:
     put_row(db, "meta", key, value)
-
-
-_TABLES: dict[type[Any], str] = {Task: "tasks", Schedule: "schedules"}
 
 
 def _stored(item: Any, columns: Iterable[str]) -> list[Any]:
@@ -4336,8 +4327,6 @@ def next_schedules(db: DB, query: UpcomingQuery, until: int) -> list[Schedule]:
 
 
 # --- Queries: looking on ----------------------------------------------------------------------------------------------
-
-MOST_TOLD = 1000  # changes of a kind that are told one by one: who reads must look anew after more at once
 
 
 def progress(db: DB) -> tuple[tuple[int, int], bool]:
