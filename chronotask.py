@@ -6149,11 +6149,11 @@ class Engine:
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
 
-    def spawn(self, coroutine: Awaitable[None]) -> asyncio.Task[None]:
-        """Starts a job that ends with the engine at the latest."""
-        job = asyncio.ensure_future(coroutine)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
+    def spawn(self, coroutine: Awaitable[T], beside: set[asyncio.Task[Any]] | None = None) -> asyncio.Task[T]:
+        """Starts a job that ends with the engine at the latest; one that is kept `beside` its jobs ends by itself."""
+        job, jobs = asyncio.ensure_future(coroutine), self._jobs if beside is None else beside
+        jobs.add(job)
+        job.add_done_callback(jobs.discard)
         return job
 
     # --- the loop ---
@@ -6992,10 +6992,7 @@ class Service:
                 await self.changes.take_up()
             return done
 
-        job = asyncio.create_task(changed())
-        self._changing.add(job)
-        job.add_done_callback(self._changing.discard)
-        return await asyncio.shield(job)
+        return await asyncio.shield(self.engine.spawn(changed(), self._changing))
 
     async def in_checks(self, run: Callable[[], T]) -> T:
         """Runs the check of a new expression off the loop, one at a time: one that hardly ever fires takes a while."""
@@ -9213,9 +9210,7 @@ async def run_tool(
             text = "something went wrong here; the log has the details"
         return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
 
-    job = asyncio.create_task(run())  # which goes on when the client goes away: a use case is never left half done
-    _CALLS.add(job)
-    job.add_done_callback(_CALLS.discard)
+    job = service.engine.spawn(run(), _CALLS)  # goes on when the client goes away: a use case is never left half done
     for second in itertools.count(1):
         if (await asyncio.wait({job}, timeout=1))[0]:
             break
