@@ -4552,8 +4552,7 @@ class SecretMasker:
     It holds back only what may still become a secret, so that a line is seen as soon as it is printed."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
-        self.forms = sorted({form for secret in long_enough for form in _secret_forms(secret)})
+        self.forms = sorted({form for secret in secrets if len(secret) >= MIN_SECRET_LENGTH for form in _secret_forms(secret)})
         self._held = b""
         self._known = 0  # so many bytes at the beginning of those are of a secret whose mask has been shown
 
