@@ -2828,6 +2828,20 @@ def test_a_database_that_another_program_holds_is_told(tmp_path: Path, monkeypat
             open_database(tmp_path / "c.db")
 
 
+def test_a_database_is_not_upgraded_under_a_process_that_leads(tmp_path: Path) -> None:
+    """It would go on leading with SQL that no longer fits, and fire nothing."""
+    a_database_of_release_1_0(path := tmp_path / "c.db")
+    older = chronotask.FileLock(tmp_path / "c.db.leader")
+    assert older.acquire()
+    assert "another ChronoTask leads on it: stop that one first" in refused(open_database, path).detail
+    assert sql(path, "PRAGMA user_version") == [(2,)]
+    threading.Timer(0.1, older.release).start()  # as one that was only looking
+    open_database(path).close()
+    assert older.acquire()
+    open_database(path).close()  # of this version: one more process beside it
+    older.release()
+
+
 # --- Writing and reading ----------------------------------------------------------------------------------------------
 
 
