@@ -100,7 +100,6 @@ import hashlib
 import heapq
 import hmac
 import html
-import importlib
 import io
 import ipaddress
 import itertools
@@ -137,7 +136,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -157,6 +156,10 @@ from typing import (
 )
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import aiohttp
+import yarl
+from aiohttp import web
+from multidict import CIMultiDictProxy
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -175,23 +178,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError, from_json, to_json
 from typing_extensions import TypedDict, is_typeddict
-
-if TYPE_CHECKING:
-    import aiohttp
-    import yarl
-    from aiohttp import web
-    from multidict import CIMultiDictProxy
-else:
-
-    class _Later(ModuleType):
-        """A module that is imported when something of it is used: who starts `--mode mcp` need not wait 0.3 s for aiohttp."""
-
-        def __getattr__(self, name):
-            module = importlib.import_module(self.__name__)
-            self.__dict__.update(vars(module))
-            return getattr(module, name)
-
-    aiohttp, web, yarl = _Later("aiohttp"), _Later("aiohttp.web"), _Later("yarl")
 
 __version__ = "1.1.0.dev0"
 logger = logging.getLogger("chronotask")
@@ -3722,18 +3708,6 @@ def backup(path: Path, target: Path | None = None, stopped: Callable[[], bool] =
         raise Unavailable(f"the backup of {path} to {target or 'a download'} failed: {error}") from None
 
 
-@functools.lru_cache(1024)
-def zone_rules(name: str) -> str:
-    """A digest of the zone's rules: it changes when a tzdata release changes them; "" for a zone that is gone."""
-    for folder in zoneinfo.TZPATH:
-        if (file := Path(folder, name)).is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
-    import importlib.resources  # seldom needed, and takes as long as the rest of the standard library together
-
-    packaged = importlib.resources.files("tzdata").joinpath("zoneinfo", *name.split("/"))
-    return hashlib.sha256(packaged.read_bytes()).hexdigest() if packaged.is_file() else ""
-
-
 # --- File locks -------------------------------------------------------------------------------------------------------
 
 
@@ -4006,16 +3980,6 @@ def after_edges(db: DB, without: int) -> dict[int, list[int]]:
     edges = f"""SELECT j.value, json_group_array(DISTINCT task_id) FROM schedules s, json_each(s.schedule_config, '$.task_ids') j
         WHERE s.schedule_type = 'after' AND json_valid(s.schedule_config) AND s.id <> ? AND {_NOT_DELETED} GROUP BY 1"""
     return {watched: parsed(fired) for watched, fired in db.execute(edges, (without,))}
-
-
-def remember_zone(db: DB, zone: str) -> None:
-    """Notes the rules by which slots in a zone are computed, so that the next start sees whether they have changed."""
-    db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"zone:{zone}", zone_rules(zone)))
-
-
-def known_zones(db: DB) -> dict[str, str]:
-    """The rules that were noted, by zone."""
-    return dict(db.execute("SELECT substr(key, 6), value FROM meta WHERE key LIKE 'zone:%'").fetchall())
 
 
 def changed_timers(db: DB, since_rev: int | None) -> tuple[list[tuple[int, int | None]], list[tuple[int, int]], int | None]:
@@ -5469,8 +5433,8 @@ _ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its tas
 
 
 class HttpClient:
-    """The connections of all http tasks, and their resolver of names. aiohttp is imported with the first of them. `now`
-    (microseconds) serves a Retry-After date of a server that sends no Date."""
+    """The connections of all http tasks, and their resolver of names. `now` (microseconds)
+    serves a Retry-After date of a server that sends no Date."""
 
     def __init__(self, settings: Settings, now: Callable[[], int]) -> None:
         self.settings, self.now = settings, now
@@ -5478,10 +5442,8 @@ class HttpClient:
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
-    async def session(self, keep: bool) -> aiohttp.ClientSession:
+    def session(self, keep: bool) -> aiohttp.ClientSession:
         """The one whose connections are used again, or that has a new one for each request."""
-        if not self._sessions:
-            await asyncio.to_thread(importlib.import_module, "aiohttp")
         if keep not in self._sessions:
             connections: dict[str, Any] = {"keepalive_timeout": KEEP_SECONDS} if keep else {"force_close": True}
             self._sessions[keep] = aiohttp.ClientSession(
@@ -5826,7 +5788,7 @@ async def _exchange(
             own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
             headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
-        session = await client.session(keep and jar is None)
+        session = client.session(keep and jar is None)
         response = await session.request(
             request.method,
             request.url,
@@ -6771,7 +6733,7 @@ class Leadership:
         await self._finish_orphans()
         if known > engine.clock.now():
             await engine.follow_clock(0)
-        await store.write(_adopt_this_machine)
+        await store.write(partial(set_meta, key="boot", value=_boot_id()))
         engine.leading = self.changes.stale = True  # a look that fails is to be repeated
         engine.forget_timers()
         await self.changes.take_up()
@@ -6802,22 +6764,6 @@ class Leadership:
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
         await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
-
-
-def _adopt_this_machine(db: DB) -> None:
-    """Notes which start of the machine it is, and computes the next slots of schedules anew whose zones have other rules now."""
-    set_meta(db, "boot", _boot_id())
-    in_zone = "json_valid(schedule_config) AND json_extract(schedule_config, '$.timezone') = ?"
-    for zone, rules in known_zones(db).items():
-        if (rules_now := zone_rules(zone)) == rules:
-            continue
-        set_meta(db, f"zone:{zone}", rules_now)
-        for schedule in schedules_that(db, {"s.is_active": True, in_zone: zone}):
-            before = schedule.next_fire
-            with contextlib.suppress(*DAMAGE):  # of a zone that is gone: the claims of its schedules will say so
-                schedule.look_ahead()
-            if schedule.next_fire != before:
-                update(db, schedule)
 
 
 def _boot_id() -> str:
@@ -7640,7 +7586,6 @@ def add_schedule(tx: Transaction, schedule: Schedule) -> None:
     schedule.task_name = get_task(tx.db, schedule.task_id).name
     check_watched(tx.db, schedule)
     tx.put(schedule)
-    remember_zone(tx.db, schedule.zone)
     if schedule.jitter:  # it is derived from the id, which is known only now
         schedule.look_ahead()
         update(tx.db, schedule)
@@ -7678,7 +7623,6 @@ def change_schedule(
     if nothing and (retimed or resumed) and not missed and not may_be_over:
         raise InvalidInput(_nothing_left(schedule))
     tx.put(schedule, seen)
-    remember_zone(db, schedule.zone)
     return True
 
 
