@@ -24,8 +24,8 @@ The words, one meaning each
 
 How an execution lives
     request → model → Service.use_case → Store ←──── Changes (poll, take up) → feed, who waits
-                                           ↑                  │ timers
-     TimerQueue → Engine.tick: finish → claim → start: one transaction
+                                           ↑                  │ wake
+          Clock → Engine.tick: finish → claim → start: one transaction
                        └→ attempt: run_bash | run_http → Outcome ─┐
                        ↑                                          │
                        └────── decide_end (retry, or the end) ←───┘
@@ -44,7 +44,7 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      2 Schedules (pure)      the timings Cron, Once, Interval, Days and After, their slots and words; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      due slots, overlap, ends of attempts, what follows them, a clock that was set; no clock, no I/O
-     5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of what is due when
+     5 Clock                 the only reads of wall and monotonic time, time limits
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Engine                the scheduler loop, attempts, the feed of events, who waits; does not know requests, JSON or MCP
@@ -2919,7 +2919,7 @@ def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, 
 
 
 # ======================================================================================================================
-# 5. Clock and timers
+# 5. Clock
 # ======================================================================================================================
 
 POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so wait briefly, then look at the wall clock again
@@ -2963,44 +2963,6 @@ async def in_daemon(call: Callable[..., T], *args: Any) -> T:
     future.set_running_or_notify_cancel()  # so that nobody can cancel it: its thread would find no one to answer
     threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
     return await asyncio.wrap_future(future)
-
-
-class TimerQueue:
-    """Which key is due when: a heap with lazy deletion. An index only; the store is the truth. A heap entry counts while `_due`
-    still holds the same time for its key; others are dropped when they surface."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int]] = []
-        self._due: dict[int, int] = {}
-
-    def set(self, key: int, at: int | None) -> None:
-        """Makes `key` due at `at`, instead of when it was due before; None: never."""
-        if at is None:
-            self._due.pop(key, None)
-        elif self._due.get(key) != at:
-            self._due[key] = at
-            heapq.heappush(self._heap, (at, key))
-        if len(self._heap) > 2 * len(self._due) + 64:
-            self._heap = sorted((at, key) for key, at in self._due.items())
-
-    def learn(self, key: int, at: int) -> None:
-        """Like `set`, but what is known of `key` already is newer."""
-        if key not in self._due:
-            self.set(key, at)
-
-    def next_due(self) -> int | None:
-        """When the next key is due, or None."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    def pop_due(self, now: int, limit: int) -> list[int]:
-        """At most `limit` keys that are due at `now`, earliest first; they leave the queue."""
-        keys: list[int] = []
-        while len(keys) < limit and (at := self.next_due()) is not None and at <= now:
-            keys.append(heapq.heappop(self._heap)[1])
-            del self._due[keys[-1]]
-        return keys
 
 
 # ======================================================================================================================
@@ -3982,25 +3944,15 @@ def after_edges(db: DB, without: int) -> dict[int, list[int]]:
     return {watched: parsed(fired) for watched, fired in db.execute(edges, (without,))}
 
 
-def changed_timers(db: DB, since_rev: int | None) -> tuple[list[tuple[int, int | None]], list[tuple[int, int]], int | None]:
-    """By id, when schedules fire next or None, and the next attempts of executions, of what was changed (or whose task was)
-    after `since_rev`; None: of no schedule and all executions. And when the next pause ends by itself, of a task or of all."""
-    changed = """WHERE s.id IN (SELECT id FROM schedules WHERE rev > ?1
-        UNION SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
-    timers = db.execute(f"SELECT s.id, CASE WHEN {LIVE_SQL} THEN s.next_fire END {_S_JOIN} {changed}", (since_rev,))
-    of_changed = "task_id IN (SELECT id FROM tasks WHERE rev > ?)"
-    where, values = _where({UNFINISHED_SQL: True, "status = 'retrying'": True, of_changed: since_rev})
-    retries = db.execute(f"SELECT id, next_attempt_at FROM executions {where}", values)
-    pauses = """SELECT paused_until FROM tasks INDEXED BY tasks_paused
-            WHERE paused_until IS NOT NULL AND status = 'paused' AND deleted = 0
-        UNION ALL SELECT value FROM meta WHERE key = 'paused_until' AND value IS NOT NULL ORDER BY 1 LIMIT 1"""
-    return timers.fetchall(), retries.fetchall(), next(iter(_ids(db, pauses)), None)
-
-
-def next_timers(db: DB, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
-    """Schedule id, and when it fires next: the first `limit` behind one, which is given as when it fires and its id."""
-    behind = "is_active AND (next_fire, id) > (?, ?) ORDER BY next_fire, id LIMIT ?"
-    return db.execute(f"SELECT id, next_fire FROM schedules WHERE {behind}", (*after, limit)).fetchall()
+def next_due(db: DB) -> tuple[int, int]:
+    """When the next schedule fires, and when the next pause ends by itself, of a task or of all. LAST_INSTANT: never."""
+    fires = f"SELECT s.next_fire {_S_JOIN} WHERE {LIVE_SQL} AND s.next_fire <= ?1 ORDER BY s.next_fire LIMIT 1"
+    of_task = """SELECT min(paused_until) FROM tasks INDEXED BY tasks_paused
+        WHERE paused_until IS NOT NULL AND status = 'paused' AND deleted = 0"""
+    of_all = "SELECT value FROM meta WHERE key = 'paused_until'"
+    due = f"SELECT coalesce(({fires}), ?1), min(coalesce(({of_task}), ?1), coalesce(({of_all}), ?1))"
+    [(fires_at, pause_ends)] = db.execute(due, (LAST_INSTANT,))
+    return fires_at, pause_ends
 
 
 def _write_columns(db: DB, table: str, columns: str, items: Iterable[Task | Schedule]) -> None:
@@ -4160,11 +4112,13 @@ def write_standings(db: DB, tasks: Collection[Task], paused: Collection[Task], n
         put_row(db, "changes", None, now, "-", "pause_after", "task", task.id, "update", compact(before), compact(after))
 
 
-def queue_retries(db: DB, ids: Sequence[int], now: int) -> None:
-    """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled."""
-    due = "next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'"
-    queued = f"UPDATE executions SET status = 'queued' WHERE id {_THESE} AND status = 'retrying' AND {due}"
-    db.execute(queued, (compact(ids), now))
+def queue_retries(db: DB, now: int) -> int:
+    """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled. Returns when the next comes,
+    or LAST_INSTANT."""
+    enabled = "(SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'"
+    retrying = f"WHERE {UNFINISHED_SQL} AND status = 'retrying' AND {enabled} AND next_attempt_at <= ?"
+    db.execute(f"UPDATE executions SET status = 'queued' {retrying}", (now,))
+    return _ids(db, f"SELECT min(next_attempt_at) FROM executions {retrying}", (LAST_INSTANT,))[0] or LAST_INSTANT
 
 
 def shift_retries(db: DB, by: int, latest: int) -> None:
@@ -5905,7 +5859,6 @@ FIRST_BATCH = 4  # while nothing runs, and as many more for each that runs: the 
 BUSY_FROM = 8  # attempts under way from which on ends are gathered
 TICK_GAP = 0.02  # seconds between ticks then
 TURN = 4  # attempts that begin in one turn of the loop, at most: a spawn holds it up until exec
-TIMERS = 10_000  # loaded at a time
 EVENTS_KEPT = 2 * MOST_TOLD
 INTERRUPTED = Outcome("interrupted", "the service was stopped", retryable=True)
 K = TypeVar("K", Task, Schedule)
@@ -6087,12 +6040,13 @@ class Tick:
     db: DB
     now: int
     settings: Settings
-    schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
     noted: list[tuple[Task, str, str | None]] = dataclasses.field(default_factory=list)  # what no attempt tells, why: for the log
     ended: list[Finished] = dataclasses.field(default_factory=list)  # attempts, as they are on disk
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
+    due: tuple[int, int] = (LAST_INSTANT, LAST_INSTANT)  # when the next schedule fires, and the next pause ends
+    retry_at: int = LAST_INSTANT  # when the next attempt is due of those that wait
 
 
 class Engine:
@@ -6108,10 +6062,9 @@ class Engine:
         self.http = HttpClient(settings, clock.now)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
-        self.timers = TimerQueue()  # schedule id → its next firing
-        self.retries = TimerQueue()  # execution id → its next attempt
-        self.pause_ends: int | None = None  # the next pause that ends by itself
-        self._timers_to: tuple[int, int] | None = None  # when the last schedule in `timers` fires, its id; None: all are
+        self.pause_ends = LAST_INSTANT  # the next one that ends by itself
+        self._fires_at = LAST_INSTANT  # when the next schedule fires, as the last tick that looked has seen it
+        self._retry_at = LAST_INSTANT  # when the next attempt may be due, at the earliest
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -6120,7 +6073,7 @@ class Engine:
         self.distrust_until = 0.0  # by the monotonic clock: until then no history is deleted by age
         self._environ = environ
         self._ended: list[Finished] = []  # of attempts, for the next tick
-        self._queued = False  # something may be waiting for capacity
+        self._woken = False  # something was written that the next tick is to look for
         self._ticking = False  # a tick's write is under way
         self.ending = False  # the grace of a stop is over
         self._wake = asyncio.Event()
@@ -6136,9 +6089,11 @@ class Engine:
 
     # --- the loop ---
 
-    def wake(self) -> None:
-        """Something was queued, or lifted: the next tick looks for it."""
-        self._queued = True
+    def wake(self, retries: bool = False) -> None:
+        """Something was written: the next tick looks what may start, what fires, and with `retries` what is to be retried."""
+        self._woken = True
+        if retries:
+            self._retry_at = 0
         self._wake.set()
 
     async def step(self) -> None:
@@ -6155,16 +6110,14 @@ class Engine:
         if self._set_back <= -SECOND:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
-            self.forget_timers()
-        if self.leading and self._timers_to is not None and (self.timers.next_due() or LAST_INSTANT) > self._timers_to[0]:
-            await self._load_more_timers(self._timers_to)
+            self.wake(retries=True)
         self.last_tick = self.clock.monotonic()
         await self.tick()
         self._last_tick_end = self.clock.monotonic()
-        timers = () if self.paused else (self.timers.next_due(), self._timers_to and self._timers_to[0])
-        times = (self.retries.next_due(), self.pause_ends, *timers) if self.leading and not self.stopping else ()
-        due = min((t for t in times if t is not None), default=None)
-        if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
+        due = min(self._retry_at, self.pause_ends, LAST_INSTANT if self.paused else self._fires_at)
+        if not self.leading or self.stopping or due == LAST_INSTANT:
+            await self.clock.wait(self._wake, None)
+        elif due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
             await self.clock.wait(self._wake, due)
         # else the next claim goes to the writer before what was just started begins
 
@@ -6172,28 +6125,26 @@ class Engine:
         """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        batch = min(BATCH, FIRST_BATCH * (1 + len(self.running)))
-        slots = self.timers.pop_due(now, batch) if acting and not self.paused else []
-        retries = self.retries.pop_due(now, BATCH) if acting else []
-        ended, self._ended = self._ended, []
-        capacity = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
-        self._queued = self._queued or bool(slots or retries or ended)
-        if not (ended or slots or retries or (self._queued and capacity > 0)):
+        firing = acting and not self.paused and (self._woken or self._fires_at <= now)
+        retrying = acting and self._retry_at <= now
+        if not (self._ended or firing or retrying or (acting and self._woken)):
             return
-        work = partial(self._write, now=now, slots=slots, retries=retries, ended=ended, capacity=capacity)
+        ended, self._ended, self._woken = self._ended, [], False
+        if retrying:
+            self._retry_at = LAST_INSTANT  # that of an attempt which ends meanwhile will count
+        work = partial(self._write, now=now, ended=ended, acting=acting, firing=firing, retrying=retrying)
         self._ticking = True
         try:
             tick = await self.store.write(work, at_once=True)
         except BaseException:  # nothing is lost: it is all tried again
             self._ended = ended + self._ended
-            for schedule_id in slots:
-                self.timers.set(schedule_id, now)
-            for execution_id in retries:
-                self.retries.set(execution_id, now)
+            self.wake(retrying)
             raise
         finally:
             self._ticking = False
-        self._queued = len(tick.runs) == capacity
+        if acting:
+            self._fires_at, self.pause_ends = tick.due
+            self._retry_at = min(self._retry_at, tick.retry_at)
         await self.after_write(tick)
 
     def _write(
@@ -6201,9 +6152,9 @@ class Engine:
         db: DB,
         now: int,
         ended: Sequence[Finished],
-        slots: Sequence[int] = (),
-        retries: Sequence[int] = (),
-        capacity: int = 0,
+        acting: bool = False,
+        firing: bool = False,
+        retrying: bool = False,
     ) -> Tick:
         tick, over = Tick(db, now, self.settings), list[Ended]()
         if ended:
@@ -6220,16 +6171,21 @@ class Engine:
             paused = [tasks[end.task_id] for end in over if end.paused]
             write_standings(db, tasks.values(), paused, now)
             tick.noted += [(task, "paused", task.status_reason) for task in paused]
-        if slots:
-            over += claim_due(tick, slots)
+        if firing:
+            batch = min(BATCH, FIRST_BATCH * (1 + len(self.running)))
+            over += claim_due(tick, next_schedules(db, UpcomingQuery(limit=batch), now))
         follow(tick, over)
-        if retries:
-            queue_retries(db, retries, now)
-        if capacity > 0:
+        if retrying:
+            tick.retry_at = queue_retries(db, now)
+        capacity = self.settings.max_concurrent_runs - len(self.running) + len(ended)
+        if acting and capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
             begun = [Ended(run.execution_id, run.task_id, "running", now) for run in tick.runs if run.attempt == 1]
             follow(tick, begun)
-        set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
+        if acting:
+            tick.due = next_due(db)
+        if over or ended or tick.runs:
+            set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
 
     async def finish(self, ended: Sequence[Finished]) -> None:
@@ -6238,8 +6194,6 @@ class Engine:
         self.wake()
 
     async def after_write(self, tick: Tick) -> None:
-        for schedule in tick.schedules:
-            self.timers.set(schedule.id, schedule.next_fire if schedule.is_active else None)
         for task, status, why in tick.noted:
             if status in FINISHED:
                 self.stats.ended[task.task_type, status] += 1
@@ -6247,8 +6201,7 @@ class Engine:
                 logger.warning("task %d (%s): %s", task.id, task.name, why)
         for s in tick.ended:
             self.running.pop(s.run.execution_id, None)
-            if self.leading:
-                self.retries.set(s.run.execution_id, s.next_attempt_at)
+            self._retry_at = min(self._retry_at, s.next_attempt_at or LAST_INSTANT)
             self.stats.count(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
@@ -6323,30 +6276,6 @@ class Engine:
         await self.store.write(write)
         self._set_back -= seen  # it may have been set again meanwhile
 
-    def forget_timers(self) -> None:
-        """The next step reads anew what is due when. Not here: a tick under way may write what this would not see."""
-        self.timers, self.retries, self._timers_to = TimerQueue(), TimerQueue(), (-1, 0)
-
-    async def load_timers(self, since_rev: int | None = None) -> None:
-        """Takes up when schedules and retries are due that were changed after `since_rev`; None: all retries, of no schedule."""
-        retries = self.retries
-        timers, found, self.pause_ends = await self.store.read(partial(changed_timers, since_rev=since_rev))
-        for schedule_id, fires in timers:
-            self.timers.set(schedule_id, fires)
-        for execution_id, at in found:
-            retries.learn(execution_id, at)  # a tick that was under way knows better
-
-    async def _load_more_timers(self, after: tuple[int, int]) -> None:
-        """Of a million schedules only those that fire next have timers: further ones get theirs when these have fired."""
-        timers = self.timers
-        if after == (-1, 0):
-            await self.load_timers()
-        found = await self.store.read(partial(next_timers, after=after, limit=TIMERS))
-        for schedule_id, at in found:
-            timers.learn(schedule_id, at)
-        if timers is self.timers:  # else they were forgotten meanwhile
-            self._timers_to = (found[-1][1], found[-1][0]) if len(found) == TIMERS else None
-
     def distrust_clock(self) -> None:
         """The clock is more than a day later than it should be: it may be wrong, and history cannot be brought back."""
         self.distrust_until = self.clock.monotonic() + 3600
@@ -6398,9 +6327,8 @@ class Engine:
         return known
 
 
-def claim_due(tick: Tick, slots: Sequence[int], early: bool = False) -> list[Ended]:
+def claim_due(tick: Tick, schedules: Sequence[Schedule], early: bool = False) -> list[Ended]:
     """Claims the due slots of schedules and moves these on, in the caller's transaction. Returns what is over by that."""
-    schedules = schedules_that(tick.db, {LIVE_SQL: True, "s.id IN (SELECT value FROM json_each(?))": compact(slots)})
     claim = Claim(tick.now, unfinished_of(tick.db, {schedule.task_id for schedule in schedules}))
 
     def judged(schedule: Schedule) -> Iterator[tuple[int, int]]:
@@ -6434,7 +6362,6 @@ def write_claim(tick: Tick, claim: Claim) -> list[Ended]:
     advance_schedules(db, claim.schedules)
     if any(row.hold for row in claim.rows):  # what they wait for may have been cancelled by another of them
         release_held(db, {row.task_id for row in claim.rows})
-    tick.schedules += claim.schedules
     tick.new_ids += new_ids
     noted = [(new_id, row) for new_id, row in zip(new_ids, claim.rows, strict=True) if row.status != "queued"]
     tasks = get_tasks(db, {row.task_id for _, row in noted}) if noted else {}
@@ -6602,7 +6529,6 @@ class Changes:
             until, paused = await store.read(progress)
             engine.paused = paused
             if engine.leading:
-                await engine.load_timers(since[0])
                 for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
                     if task_id not in self.retention.purges:
                         self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
@@ -6626,7 +6552,7 @@ class Changes:
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
             self._seen = until
-            engine.wake()  # what it waits for may have changed
+            engine.wake(retries=True)  # what it waits for may have changed
 
 
 # ======================================================================================================================
@@ -6705,10 +6631,8 @@ class Leadership:
             await self._step_down()
         elif not engine.leading and not yielding and self._leader_lock.acquire():
             await self._take_over()
-        elif engine.leading and (before := self._others_run):
+        elif engine.leading and self._others_run:
             await self._finish_orphans()
-            if self._others_run != before:  # some may be retried
-                await engine.load_timers()
         elif not engine.leading and not engine.running:
             self._drain_lock.release()
             self._drain_lock.path.unlink(missing_ok=True)
@@ -6735,7 +6659,6 @@ class Leadership:
             await engine.follow_clock(0)
         await store.write(partial(set_meta, key="boot", value=_boot_id()))
         engine.leading = self.changes.stale = True  # a look that fails is to be repeated
-        engine.forget_timers()
         await self.changes.take_up()
         logger.info("this process leads: it fires schedules and runs executions")
 
@@ -6896,7 +6819,7 @@ class Service:
 
     async def _step(self) -> None:
         await self.engine.step()
-        if self.engine.leading and not self.engine.stopping and (self.engine.pause_ends or LAST_INSTANT) <= self.clock.now():
+        if self.engine.leading and not self.engine.stopping and self.engine.pause_ends <= self.clock.now():
             await self.change(end_pauses)
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
@@ -7602,7 +7525,7 @@ def change_schedule(
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
-        follow(tx, claim_due(tx, [schedule_id], early=True))
+        follow(tx, claim_due(tx, schedules_that(db, {LIVE_SQL: True, "s.id = ?": schedule_id}), early=True))
         schedule = get_schedule(db, schedule_id)
     resumed, retimed = bool(wanted) and not schedule.is_active, bool(changes.keys() & TIMING_FIELDS)
     seen, missed = view_of(schedule), None

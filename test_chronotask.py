@@ -754,7 +754,7 @@ SECTIONS: dict[int, tuple[str, Iterable[int], str]] = {
     2: ("Schedules (pure)", [1], f"random json BaseModel {_PURE}"),
     3: ("Resources", [1, 2], _PURE),
     4: ("Decisions (pure)", [1, 2, 3], f"random json BaseModel {_PURE}"),
-    5: ("Clock and timers", [], f"sqlite3 os open datetime {_WIRE}"),
+    5: ("Clock", [], f"sqlite3 os open datetime {_WIRE}"),
     6: ("Store", [1, 2, 3], f"BaseModel random {_WIRE}"),
     7: ("Executors", [1, 2, 3, 5], "sqlite3 web mcp BaseModel Clock"),
     8: ("Engine", range(8), _INNER),
@@ -2428,29 +2428,8 @@ def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_star
 
 
 # ======================================================================================================================
-# 5. Clock and timers
+# 5. Clock
 # ======================================================================================================================
-
-
-def test_timers_agree_with_a_plain_dict_in_random_steps_and_do_not_grow_when_times_change_over_and_over() -> None:
-    """Keys come out once, when they are due, earliest first and no more than asked for; None takes one out."""
-    draw, timers, plain = random.Random(4), chronotask.TimerQueue(), dict[int, int]()
-    assert (timers.next_due(), timers.pop_due(10**18, 10), len(timers._due)) == (None, [], 0)
-    for now in range(2000):
-        key, at = draw.randrange(30), draw.choice([None, now + draw.randrange(40)])
-        timers.set(key, at)
-        plain = {k: t for k, t in {**plain, key: at}.items() if t is not None}
-        if draw.random() < 0.3:
-            count = draw.choice([3, 1000])
-            due = timers.pop_due(now, count)
-            assert [plain[k] for k in due] == sorted(t for t in plain.values() if t <= now)[:count]
-            assert len(set(due)) == len(due)
-            plain = {k: t for k, t in plain.items() if k not in due}
-        assert (timers.next_due(), len(timers._due)) == (min(plain.values(), default=None), len(plain))
-    timers = chronotask.TimerQueue()
-    for at in range(20_000):
-        timers.set(at % 3, at + 100)
-    assert (len(timers._due), sum(map(sys.getsizeof, vars(timers).values())) < 10_000) == (3, True)
 
 
 def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() -> None:
@@ -2635,9 +2614,8 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     task = chronotask.insert(db, some_task("t"))
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
-    chronotask.changed_timers(db, None)
+    chronotask.queue_retries(db, START)
     chronotask.shift_retries(db, 1, 2)
-    chronotask.changed_timers(db, since_rev=0)
     chronotask.running_of_others(db, "me")
     chronotask.finished_among(db, [1])
     chronotask.counts(db)
@@ -3248,8 +3226,7 @@ def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
     asked["counts"] = chronotask.counts
     asked["measured"] = partial(chronotask.measured_tasks, limit=10)
     asked["next"] = partial(chronotask.next_schedules, query=chronotask.UpcomingQuery(limit=10), until=chronotask.LAST_INSTANT)
-    asked["next timers"] = partial(chronotask.next_timers, after=(0, 0), limit=10)
-    asked["changed timers"] = partial(chronotask.changed_timers, since_rev=10)
+    asked["next due"] = chronotask.next_due
     asked["latest known"] = chronotask.latest_known
     asked["surplus"] = partial(chronotask.delete_surplus, task_id=2, keep=10, keep_skipped=1, now=START, limit=10)
     asked["disable"] = partial(chronotask.hold_disabled, task_id=2, disabled=True)
@@ -3278,7 +3255,7 @@ def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
     grown(db, 50)
     db.set_trace_callback(queries.append)
     for name, ask in pages_of(50).items():
-        if "tag" not in name and name not in ("executions -", "latest known", "changed timers"):  # by a tag they are sorted
+        if "tag" not in name and name not in ("executions -", "latest known"):  # by a tag they are sorted
             ask(db)
     db.set_trace_callback(None)
     plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries}
@@ -6402,21 +6379,6 @@ async def test_a_broken_task_row_fails_its_own_executions_only_and_loses_no_end_
     await rig.service.delete_task(1)
 
 
-async def test_what_fires_later_than_the_first_timers_fires_on_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chronotask, "TIMERS", 3)
-    task_id, made = await rig.task(), set()
-    for seconds in (9, 5, 5, 5, 5, 7, 20, 3):
-        made.add(await rig.schedule(task_id, "once", schedule_config={"in_seconds": seconds}, overlap="allow"))
-    rig.service.engine.forget_timers()
-    await rig.tick()
-    assert len(rig.service.engine.timers._due) == 3
-    for seconds, fired in ((2, 0), (3, 1), (5, 5), (8, 6), (9, 7), (19, 7), (20, 8)):
-        for _ in range(5):
-            await rig.run_at(seconds)
-        assert len(await rig.rows()) == fired, seconds
-    assert {(row["schedule_id"], row["trigger"]) for row in await rig.rows()} == {(one, "schedule") for one in made}
-
-
 # ======================================================================================================================
 # 9. Changes
 # ======================================================================================================================
@@ -6714,25 +6676,11 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     await rig.service.changes.poll()
     assert (event := reader.get_nowait()) is not None and event.kind == "schedule" and reader.empty()
     rig.service.changes.stale = True  # as a look that failed leaves it
-    rig.service.engine.forget_timers()
     await rig.service.changes.poll()
-    await rig.tick()
-    assert rig.service.engine.timers.next_due() is not None
+    assert not rig.service.changes.stale
     await (await open_rig(kind="mcp", database_url=rig.path)).service.delete_schedule(1)
     await rig.service.changes.poll()
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
-
-
-async def test_a_look_after_timers_were_forgotten_loses_no_retry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read = await rig.begun(await rig.task(config=FAIL, max_retries=1)), chronotask.changed_timers
-    monkeypatch.setattr(chronotask, "changed_timers", lambda db, since_rev: (read(db, since_rev), time.sleep(0.2))[0])
-    await asyncio.wait([rig.service.engine.running[run].job])
-    rig.service.engine.forget_timers()
-    look = asyncio.create_task(rig.service.changes.take_up())
-    await asyncio.sleep(0.05)
-    await asyncio.gather(look, rig.tick())
-    await rig.run_at(100)
-    assert (await rig.rows())[0]["attempt"] == 2
 
 
 async def test_readers_look_anew_after_more_changes_than_are_told(rig: Rig, open_rig: OpenRig, monkeypatch: Any) -> None:
