@@ -1258,15 +1258,17 @@ MASKED_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
 REFUSED_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "expect"})
 FORM = "application/x-www-form-urlencoded"
 MAX_NESTING = 64
-MAX_ARGUMENT_BYTES = 131071  # Linux: MAX_ARG_STRLEN, with the terminating NUL
 NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110, 5.5: a tab may be in a value
 NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
 # No name holds a `{`: else each of many beginnings without an end would be followed through all the text behind it.
 SECRET_REFERENCE = re.compile(r"\$\{(env|file):([^{}]*)\}")
+_REFERENCE = r"\$\{(?:env|file):[^{}]*\}"
 CAUSE_REFERENCE = re.compile(r"\$\{cause:([^{}]*)\}")
-_HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{SECRET_REFERENCE.pattern}")
-_HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{SECRET_REFERENCE.pattern}")
-_AUTHORITY = re.compile(r"(https?)://([^/?#\\\s$]*)(?=[/?#]|\Z)", re.IGNORECASE)
+_HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENCE}")
+_HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
+# What is in the name of a reference (`${file:a/b}`) ends no authority and begins no host: it is one piece, never looked into.
+_PIECE = rf"(?>{_REFERENCE}|[^/?#\\\s])"
+_URL = re.compile(rf"(?:([A-Za-z]+|{_REFERENCE})://)?(?:({_PIECE}*)@)?({_PIECE}*)(.*)", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
 CAUSE_NAMES = (
@@ -1378,7 +1380,7 @@ def walk(value: Any) -> Iterator[list[Any]]:
 class UrlParts(NamedTuple):
     """A URL taken apart as text: it may hold references that nobody has resolved yet."""
 
-    scheme: str  # in lower case; empty where it is not sure how to read it
+    scheme: str  # http or https; empty where a reference, or something else, stands for it
     userinfo: str
     host: str  # with the port, if it names one
     rest: str
@@ -1390,28 +1392,19 @@ class UrlParts(NamedTuple):
         return None if not self.scheme or "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
 
 
-def _neutral(url: str) -> str:
-    """For the reading a reference is neutral text: what is in its name (`${file:a/b}`) ends no authority and begins no host."""
-    return SECRET_REFERENCE.sub(lambda reference: "x" * len(reference[0]), url) if "$" in url else url
-
-
 def url_parts(url: str) -> UrlParts:
-    """The only reading of a URL's authority. It is not sure for no http or https URL, and for one that begins with a reference:
-    then it is all before the path, query or fragment."""
-    neutral = _neutral(url)
-    found = _AUTHORITY.match(neutral)
-    begin, end = found.span(2) if found else (0, len(re.split("[/?#]", neutral.replace("//", "xx", 1), maxsplit=1)[0]))
-    host = neutral.rfind("@", begin, end) + 1 or begin
-    return UrlParts(found[1].lower() if found else "", url[begin : max(begin, host - 1)], url[host:end], url[end:])
+    """The only reading of a URL's authority."""
+    scheme, userinfo, host, rest = cast(re.Match[str], _URL.match(url)).groups("")
+    return UrlParts(scheme.lower() if scheme.lower() in ("http", "https") else "", userinfo, host, rest)
 
 
 def _url(text: str) -> str:
     if NOT_IN_URLS.search(text):
         raise ValueError("must be a URL without blanks, backslashes and control characters")
     parts = url_parts(text)
-    begin, end = len(text) - len(parts.rest), len(_neutral(text).partition("#")[0])
-    _references(text[:begin] + text[end:])
-    if SECRET_REFERENCE.match(_references(text, cause=True)) or text.startswith(f"{MASK}@"):
+    _references(parts.rest.partition("#")[0], cause=True)
+    _references(text.removesuffix(parts.rest) + parts.rest.partition("#")[2])
+    if SECRET_REFERENCE.match(text) or text.startswith(f"{MASK}@"):
         return text  # the whole beginning is a secret, or the mask of one: checked when it is known
     try:
         read = urllib.parse.urlsplit(f"//{SECRET_REFERENCE.sub('0', parts.host)}" if parts.scheme else "")
@@ -1541,17 +1534,9 @@ def bash_source(command: str, args: Sequence[str]) -> str:
 
 def _script(source: str) -> str:
     """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
-    if len(source.encode()) > MAX_ARGUMENT_BYTES:
-        raise ValueError(f"must be at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
     if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
         raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
     return source
-
-
-def _fits(args: list[str], info: ValidationInfo) -> list[str]:
-    if len(bash_source(info.data.get("command", ""), args).encode()) > MAX_ARGUMENT_BYTES:
-        raise ValueError(f"must be, quoted and with command, at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit)")
-    return args
 
 
 _FOLDER = _refused(
@@ -1564,11 +1549,7 @@ _Variable = Annotated[
     _matching("[A-Za-z_][A-Za-z0-9_]{0,254}", "is not a valid variable name (letters, digits and _, no digit first)"),
     _refused(lambda name: name.startswith(ENV_PREFIX), f"cannot be set: {ENV_PREFIX}… belongs to the service"),
 ]
-_Value = Annotated[
-    str,
-    _refused(lambda text: "\0" in text or len(text.encode()) > 65536, "must be at most 65536 bytes, without a NUL character"),
-    AfterValidator(partial(_references, cause=True)),
-]
+_Value = Annotated[str, Field(max_length=65536), _NO_NUL, AfterValidator(partial(_references, cause=True))]
 
 
 @_config
@@ -1578,13 +1559,12 @@ class BashConfig(TypedDict, total=False):
     command: Required[
         Annotated[
             _Source,
-            Field(min_length=1),
             _refused(lambda text: not text.strip(), "must hold a command"),
             # From a Windows editor: bash would take the \r for a part of each last word.
             AfterValidator(lambda text: text.replace("\r\n", "\n")),
         ]
     ]
-    args: Annotated[list[_Source], Field(max_length=1000), AfterValidator(_fits)] | None
+    args: Annotated[list[_Source], Field(max_length=1000)] | None
     env: Annotated[dict[_Variable, _Value], Field(max_length=1000)] | None
     working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
     timeout: _Timeout | None
@@ -1654,12 +1634,6 @@ class IntervalConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
-def _event(name: object) -> object:
-    if name in ("failed", "timed_out", "interrupted"):
-        raise ValueError("failed, timed_out and interrupted are one event: write failure, which covers them all")
-    return name
-
-
 @_config
 class AfterConfig(TypedDict, total=False):
     """For after: when other tasks come to something. Exactly one of task_ids, tag, any."""
@@ -1667,7 +1641,7 @@ class AfterConfig(TypedDict, total=False):
     task_ids: Annotated[list[TaskId], Field(min_length=1, max_length=100)] | None
     tag: Tag | None
     any: Literal[True] | None
-    on: Required[Annotated[list[Annotated[AfterEvent, BeforeValidator(_event)]], Field(min_length=1, max_length=10), _UNIQUE]]
+    on: Required[Annotated[list[AfterEvent], Field(min_length=1, max_length=10), _UNIQUE]]
     threshold: Annotated[int, Field(ge=1, le=100)] | None
     seconds: Annotated[float, Field(ge=60, le=31622400), _MILLISECONDS, _PLAIN] | None
 
@@ -1683,24 +1657,19 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
         zone = load_zone(config["timezone"].strip()).key
     checked = _checked(SCHEDULE_CONFIGS[schedule_type], config, "schedule_config", (zone, now))
     sent = {name: value for name, value in checked.items() if value is not None and name != "timezone"}
-    on, selected = sent.get("on", ()), [name for name in ("task_ids", "tag", "any") if name in sent]
-    usual, other = {"once": ("datetime", "in_seconds"), "interval": ("seconds", "days")}.get(schedule_type, ("", ""))
-    wrong = {
-        f".{other}": usual in sent and other in sent and f"must not stand beside {usual}",
-        f".{usual}": usual and not {usual, other} & sent.keys() and f"is required, or {other}",
-    }
-    if schedule_type == "after":
-        overdue, together = "overdue" in on, " and ".join(selected) or "none"
-        wrong = {
-            "": len(selected) != 1 and f"must have exactly one of task_ids, tag and any, not {together}",
-            ".on": overdue and len(on) > 1 and "overdue must stand alone: make a schedule of its own for it",
-            ".seconds": overdue != ("seconds" in sent)
-            and ("is required for overdue: how long without a success" if overdue else "is only for overdue"),
-            ".task_ids": overdue and len(sent.get("task_ids", ())) != 1 and "must be exactly one task for overdue",
-            ".threshold": "threshold" in sent and not {"broke", "recovered"} & {*on} and "is only for broke and recovered",
-        }
-    if any(wrong.values()):
-        raise InvalidInput(*(FieldError(f"schedule_config{name}", why) for name, why in wrong.items() if why))
+    one_of = {"once": ("datetime", "in_seconds"), "interval": ("seconds", "days"), "after": ("task_ids", "tag", "any")}
+    either, on = one_of.get(schedule_type, ("expression",)), sent.get("on", ())
+    given, overdue = [name for name in either if name in sent], "overdue" in on
+    rules: list[tuple[str, object, str]] = [
+        ("", len(given) == 1, f"must have exactly one of {', '.join(either)}, not {' and '.join(given) or 'none'}"),
+        (".on", not overdue or len(on) == 1, "overdue must stand alone: make a schedule of its own for it"),
+        (".task_ids", not overdue or len(sent.get("task_ids", ())) == 1, "must be exactly one task for overdue"),
+        (".seconds", not overdue or "seconds" in sent, "is required for overdue: how long without a success"),
+        (".seconds", overdue or not on or "seconds" not in sent, "is only for overdue"),
+        (".threshold", "threshold" not in sent or {"broke", "recovered"} & {*on}, "is only for broke and recovered"),
+    ]
+    if wrong := [FieldError(f"schedule_config{field}", why) for field, right, why in rules if not right]:
+        raise InvalidInput(*wrong)
     if "in_seconds" in sent:
         sent["datetime"] = format_local(now + math.ceil(sent.pop("in_seconds") * 1000) * 1000, zone)
     if "start_date" in sent:  # of days a local time: no offset of one day may move it
@@ -1748,41 +1717,36 @@ def _same_server(url: str, kept: str) -> bool:
     return url in (kept, mask_config("http", {"url": kept})["url"]) or (len(origins) == 1 and None not in origins)
 
 
-def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """`new`, parsed, with the stored secret for each mask that was sent. Raises InvalidInput for one that stands for nothing,
-    and for any once the URL's origin differs: else who may edit a task could have its secret sent to a server of their own."""
-    if task_type != "http" or MASK not in str(new):
+def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
+    """`new`, parsed, with the stored secret for each mask that was sent; it has the fields `kept` from `stored`. Raises
+    InvalidInput for a mask that stands for nothing, and for every secret of `stored` once the URL's origin differs: else who may
+    edit a task, or run it otherwise, could have its secrets sent to a server of their own."""
+    if task_type != "http" or not (kept or MASK in str(new)):
         return new
-    kept: dict[str, str] = {}
-    _map_secrets(stored, lambda name, text: kept.setdefault(name.lower(), text))
-    same, refused = _same_server(new["url"], stored.get("url", "")), list[FieldError]()
+    secrets, refused = dict[str, str](), list[str]()
+    if _same_server(new["url"], stored.get("url", "")):
+        _map_secrets(stored, lambda name, text: secrets.setdefault(name.lower(), text))
+    else:
+        refused += [name for name in sorted(kept) if SECRET_REFERENCE.search(compact(stored[name]))]
 
     def secret(name: str, sent: str) -> str:
-        known = kept.get(name.lower())
         if MASK not in sent:
             return sent
-        if sent == MASK and same and known is not None:
-            return known
-        why = "there is no such value" if same or known is None else "scheme, host or port of the url changed"
-        refused.append(FieldError(f"config.{name}", f"give the secret again: {MASK} alone keeps the stored one, but {why}"))
-        return sent
+        if sent != MASK or name.lower() not in secrets:
+            refused.append(name)
+        return secrets.get(name.lower(), sent)
 
     result = _map_secrets(new, secret)
     if refused:
-        raise InvalidInput(*refused)
+        why = f"give the secret again: {MASK} alone keeps a stored one, while scheme, host and port of the url stay the same"
+        raise InvalidInput(*(FieldError(f"config.{name}", why) for name in refused))
     return result
 
 
 def override_config(task_type: str, config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task, and where its
-    references would be sent to another server."""
+    """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task."""
     new = parse_config(task_type, {**mask_config(task_type, config), **override})
-    if "url" in override and not _same_server(new["url"], config.get("url", "")):
-        why = "give it, too, or null: scheme, host or port of the url differ from the task's, and its secrets are for that server"
-        with_secrets = [name for name in sorted(config.keys() - override) if SECRET_REFERENCE.search(compact(config[name]))]
-        if with_secrets:
-            raise InvalidInput(*(FieldError(f"config.{name}", why) for name in with_secrets))
-    return unmask_config(task_type, new, config)
+    return unmask_config(task_type, new, config, config.keys() - override)
 
 
 # --- The words of tasks, schedules and executions ---------------------------------------------------------------------
@@ -1900,7 +1864,7 @@ Internal = Annotated[T, Mark.INTERNAL]
 Queried = Annotated[T, Mark.QUERIED]
 Detail = Annotated[T, Mark.DETAIL]
 OrNull = Annotated[T, Mark.OR_NULL]
-Time = Annotated[int, Mark.TIME]
+Time = Annotated[int, Mark.TIME, WithJsonSchema({"type": "string", "format": "date-time"})]
 UNSET: Any = None  # a default that is a setting, or of no effect
 
 
@@ -1947,7 +1911,7 @@ class Schedule:
 
     id: ReadOnly[int] = 0
     key: Key | None = None
-    task_id: TaskId
+    task_id: ReadOnly[int]
     task_name: Queried[ReadOnly[str]] = ""
     schedule_type: ScheduleType
     schedule_config: dict[str, Any]
@@ -2031,7 +1995,7 @@ class Schedule:
 class Preview(Schedule):
     """A schedule that is not stored: to be looked at."""
 
-    task_id: TaskId = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
+    task_id: int = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
     after: Time | None = None
     count: Annotated[int, Field(ge=1, le=1000)] = 5
 
@@ -2116,18 +2080,7 @@ class Shape:
         hints = get_type_hints(resource, include_extras=True)
         fields = {field.name: field for field in dataclasses.fields(resource)}
         marked = {mark: {name for name in fields if mark in getattr(hints[name], "__metadata__", ())} for mark in Mark}
-        hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
-        shown = [name for name in fields if name not in marked[Mark.INTERNAL]]
-        for name, before in getattr(resource, "also_shown", {}).items():
-            shown.insert(shown.index(before) + 1, name)
-            hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
-        self.shown = {name: _seen(hints[name]) for name in shown}  # what a client sees, and its type there
-        self.times = [name for name in shown if _is_time(hints[name])]  # of what is shown
         self.details = marked[Mark.DETAIL]  # of what is shown: may be missing
-        not_written = self.details.union(marked[Mark.READ_ONLY], marked[Mark.INTERNAL])
-        self.written = {  # what a client may write
-            name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
-        }
         self.loaded = tuple(name for name in fields if name not in self.details)  # columns, and what queries compute
         self.columns = tuple(name for name in self.loaded if name not in marked[Mark.QUERIED])  # of its table
         self.defaults: dict[str, Any] = {  # of the fields that have one
@@ -2135,14 +2088,26 @@ class Shape:
             for name, field in fields.items()
             if not (field.default is field.default_factory is dataclasses.MISSING)
         }
-        arms = {name: _arms(_seen(hints[name])) for name in self.loaded}
+        arms = {name: _arms(hints[name]) for name in self.loaded}
         self.instants = [name for name in self.loaded if _is_time(hints[name])]
-        # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
+        # Columns of whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
         self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
-        # Columns that hold JSON: dict or list.
+        # Columns that hold JSON: dict or list. In one that is damaged it is empty: one broken row does not stop the others.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
-        repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == (bool,)}
-        repairs |= {n: partial(_sound, arms[n][0]) for n in self.json if len(arms[n]) == 1 or n in marked[Mark.OR_NULL]}
+        repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == [bool]}
+        repairs |= {name: partial(_sound, kind) for name, kind in self.json.items() if len(arms[name]) == 1}
+        hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
+        shown = [name for name in fields if name not in marked[Mark.INTERNAL]]
+        for name, before in getattr(resource, "also_shown", {}).items():
+            shown.insert(shown.index(before) + 1, name)
+            hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
+        # What a client sees, and its type there.
+        self.shown = {name: NotRequired[hints[name]] if name in self.details else hints[name] for name in shown}
+        self.times = [name for name in shown if _is_time(hints[name])]  # of what is shown
+        not_written = self.details.union(marked[Mark.READ_ONLY], marked[Mark.INTERNAL])
+        self.written = {  # what a client may write
+            name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
+        }
         # Of a row of what is loaded, and what is shown. Generated, they take half of what loops over the fields take.
         values = [f"{name}={name if name in repairs else ''}(row[{at}])" for at, name in enumerate(self.loaded)]
         views = [f"{name!r}: {'text' if name in self.times else ''}(item.{name})" for name in shown]
@@ -2153,32 +2118,19 @@ class Shape:
 shape_of = functools.cache(Shape)
 
 
-def _arms(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+def _arms(kind: Any) -> list[Any]:
+    """The types of which a declared one is a union, without what else is said of them."""
+    if get_origin(kind) is Annotated:
+        return _arms(get_args(kind)[0])
+    return [arm for one in get_args(kind) for arm in _arms(one)] if get_origin(kind) in (Union, UnionType) else [kind]
 
 
 def _is_time(kind: Any) -> bool:
     return kind is Mark.TIME or any(map(_is_time, get_args(kind)))
 
 
-def _seen(kind: Any) -> Any:
-    """A declared type as a client sees it: without the bounds of what may be written."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return str if Mark.TIME in args else NotRequired[_arms(args[0])[0]] if Mark.DETAIL in args else _seen(args[0])
-    if origin is Literal:
-        return type(args[0])
-    if len(arms := _arms(kind)) > 1:
-        return Union[tuple(map(_seen, arms))]  # noqa: UP007 - made of a tuple
-    return origin[tuple(map(_seen, args))] if origin else kind
-
-
-def _sound(kind: Any, value: Any) -> Any:
-    """A stored value; an empty one for a damaged one, so that one broken row does not stop the others."""
-    try:
-        return adapter(kind).validate_python(value)
-    except ValidationError:
-        return get_origin(kind)()
+def _sound(kind: type[Any], value: Any) -> Any:
+    return value if isinstance(value, kind) else kind()
 
 
 def view_of(item: Any) -> dict[str, Any]:
@@ -2328,13 +2280,13 @@ class Body(View):
 
 
 NOT_OF_AFTER = {name for name, kind in Schedule.__annotations__.items() if kind.startswith("OrNull")}
-NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule", without=("task_id",))]
+NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule")]
 Nested = NotRequired[Annotated[list[NestedSchedule], Field(max_length=100, description="made with it")]]
 TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested)]
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
-ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate")]
-ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True)]
-SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview")]
+ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", task_id=TaskId)]
+ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, task_id=NotRequired[TaskId])]
+SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", task_id=NotRequired[TaskId])]
 PauseBody = Annotated[dict[str, Any], Body(None, "PauseBody", until=NotRequired[Instant | None])]
 BackfillBody = Annotated[dict[str, Any], Body(None, "BackfillBody", **{"from": Since, "to": Since}, dry_run=NotRequired[bool])]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
@@ -2467,18 +2419,8 @@ ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
 AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
 ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
 ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
-RecentRun = Annotated[dict[str, Any], View(None, "RecentRun", id=int, status=str, started_at=str | None, duration=float | None)]
-OverviewTask = Annotated[
-    dict[str, Any],
-    View(
-        Task,
-        "OverviewTask",
-        last_error=str | None,
-        success_rate=Annotated[float | None, Field(description="0 to 1, of `recent`")],
-        typical_duration=Annotated[float | None, Field(description="the median of `recent`, in seconds")],
-        recent=Annotated[list[RecentRun], Field(description="oldest first")],
-    ),
-]
+RecentRun = dict[str, Any]
+OverviewTask = dict[str, Any]
 _COUNTED: dict[str, Any] = {"total": int, "skip": int, "limit": int}
 TaskPage = Annotated[dict[str, Any], View(None, "TaskPage", **_COUNTED, tasks=list[TaskView])]
 SchedulePage = Annotated[dict[str, Any], View(None, "SchedulePage", **_COUNTED, schedules=list[ScheduleView])]
@@ -2493,31 +2435,7 @@ PreviewView = Annotated[
     View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
 ]
 SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
-
-
-class StatusView(TypedDict):
-    """`lateness` is in seconds, over the last 1000 starts; `next_runs` are the next five; `defaults` are settings."""
-
-    running: bool
-    leader: bool
-    paused: bool
-    paused_until: str | None
-    paused_by: str | None
-    timezone: str
-    now: str
-    version: str
-    started_at: str
-    tasks: int
-    schedules: int
-    active_schedules: int
-    executions: dict[str, int]
-    queue_length: int
-    max_concurrent_runs: int
-    next_runs: list[Firing]
-    lateness: dict[str, float | int | None]
-    config_file: dict[str, str | None] | None
-    defaults: dict[str, float | bool]
-    caller: NotRequired[dict[str, str]]
+StatusView = dict[str, Any]  # of the scheduler, for people
 
 
 def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:

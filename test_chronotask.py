@@ -1766,11 +1766,12 @@ BAD_SCHEDULE_CONFIGS: list[tuple[str, Any, dict[str, str]]] = [
     ("cron", {"expression": "@daily", "tz": "UTC"}, {".tz": "unknown field (known: expression, timezone)"}),
     ("once", {"datetime": "2026-11-24T05:00:00Z"},
      {".datetime": "'2026-11-24T05:00:00Z': must be in the future (it is now 2026-11-24T05:00:00+00:00)"}),
-    ("once", {}, {".datetime": "is required, or in_seconds"}),
-    ("once", {"datetime": "2100-01-01T00:00", "in_seconds": 5}, {".in_seconds": "must not stand beside datetime"}),
+    ("once", {}, {"": "must have exactly one of datetime, in_seconds, not none"}),
+    ("once", {"datetime": "2100-01-01T00:00", "in_seconds": 5},
+     {"": "must have exactly one of datetime, in_seconds, not datetime and in_seconds"}),
     ("once", {"in_seconds": 0}, {".in_seconds": "must be greater than or equal to 0.001, not 0"}),
-    ("interval", {}, {".seconds": "is required, or days"}),
-    ("interval", {"seconds": 60, "days": 1}, {".days": "must not stand beside seconds"}),
+    ("interval", {}, {"": "must have exactly one of seconds, days, not none"}),
+    ("interval", {"seconds": 60, "days": 1}, {"": "must have exactly one of seconds, days, not seconds and days"}),
     *(("interval", {"days": value}, {".days": said}) for value, said in [
         (0, "must be greater than or equal to 1, not 0"), (3651, "must be less than or equal to 3650, not 3651"),
         (1.5, "must be a valid integer, not 1.5"),
@@ -1910,8 +1911,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
     },
     "bash": {
         "config.command: is required": [ABSENT],
-        "config.command: must not be empty": [""],
-        "config.command: must hold a command": [" \n"],
+        "config.command: must hold a command": ["", " \n"],
         "config.command: must not hold a NUL character": ["a\0b"],
         "config.command: must have at most 65536 characters": ["x" * 65537],
         "config.command: must be a valid string": [["ls"]],
@@ -1920,8 +1920,6 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.args[1]: must be a valid string, not 3": [["b", 3]],
         "config.args[0]: must not hold a NUL character": [["b\0"]],
         "config.args: must have at most 1000 items after validation, not 1001": [["x"] * 1001],
-        "config.args: must be, quoted and with command, at most 131071 bytes (the kernel's limit)": [["x" * 65536] * 2],
-        "config.command: must be at most 131071 bytes (the kernel's limit)": ["\u20ac" * 43691],
         **{
             f"config.env.{name}: is not a valid variable name (letters, digits and _, no digit first)": [
                 {name: "() { :; }"},
@@ -1930,7 +1928,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
             for name in ("1A", "BASH_FUNC_echo%%", "A=B")
         },
         "config.env.CHRONOTASK_RUN_ID: cannot be set: CHRONOTASK_… belongs to the service": [{"CHRONOTASK_RUN_ID": "x"}],
-        "config.env.A: must be at most 65536 bytes, without a NUL character": [{"A": "x\0"}],
+        "config.env.A: must not hold a NUL character": [{"A": "x\0"}],
         "config.env.A: must be a valid string": [{"A": 5}],
         "config.working_dir: must not be empty": [""],
         "config.launcher: must not be empty": [""],
@@ -2017,9 +2015,9 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
         http://u:p@${file:a@b}/x                    http://*@${file:a@b}/x
         http://a/${file:a@b}                        http://a/${file:a@b}
         ${file:a/b}u:pw@a/x@y                       *@a/x@y
-        ${file:a/b}://u:pw@a/x                      *@a/x
+        ${file:a/b}://u:pw@a/x                      ${file:a/b}://*@a/x
         ${file:a/b}/users/@me                       ${file:a/b}/users/@me
-        ftp://u:pw@a/x                              *@a/x
+        ftp://u:pw@a/x                              ftp://*@a/x
     """.strip().splitlines()),
 )  # fmt: skip
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
@@ -5991,12 +5989,11 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig) -> None:
 async def test_a_wrong_after_is_refused_by_field(rig: Rig) -> None:
     _, alert = await rig.task(), await rig.task()
     for config, field, message in (
-        ({"on": ["success", "timed_out"], "any": True}, ".on[1]", "write failure, which covers them all"),
         ({"on": ["fail"], "any": True}, ".on[0]", "must be 'success', 'failure'"),
         ({"on": [], "any": True}, ".on", "must not be empty"),
         ({"any": True}, ".on", "is required"),
-        ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag and any, not none"),
-        ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag and any, not tag and any"),
+        ({"on": ["failure"]}, "", "must have exactly one of task_ids, tag, any, not none"),
+        ({"on": ["failure"], "any": True, "tag": "x"}, "", "must have exactly one of task_ids, tag, any, not tag and any"),
         ({"on": ["failure"], "any": False}, ".any", "must be True"),
         ({"on": ["failure"], "task_ids": []}, ".task_ids", "must not be empty"),
         ({"on": ["failure"], "task_ids": [99]}, ".task_ids[0]", "there is no task 99"),
@@ -10391,7 +10388,7 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_schedule", {"expression": "0 9 * * *", "seconds": 60},
      r"expression \(cron\) and seconds \(interval or after\): do not go together: give those of one kind"),
     ("create_task", {"url": "http://h/", "command": "true", "on": ["failure"]}, r"url \(http\) and command \(bash\): do not go "
-     "together: give those of one kind; name: .*; schedule_config: must have exactly one of after_task_ids, after_tag and .*"),
+     "together: give those of one kind; name: .*; schedule_config: must have exactly one of after_task_ids, after_tag, .*"),
     ("create_task", {"command": None, "url": None, "key": None}, "url or command: is required; name: is required"),
     ("update_task", {"task_id": 1, "clear": ["name_"]}, "clear: must be a list of fields, not given themselves, of key, .*"),
     ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True: .*"),
