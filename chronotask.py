@@ -336,6 +336,12 @@ _user_rule = "a user of this machine, neither root nor the service's own"
 _user = _text(".+", _user_rule, pwd.getpwnam, accepts=lambda user: user.pw_uid not in (0, os.geteuid()))
 _words = _text(".+", "without empty entries or control characters", many=True)
 _launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
+_launcher_words = _text(
+    ".+",
+    "words as a shell splits them: a program first, and {env}, which stands for several words, not inside one",
+    lambda text: tuple(shlex.split(text)),
+    accepts=lambda words: words and words[0] and all(word == "{env}" or "{env}" not in word for word in words),
+)
 _ipv6 = r"\[?[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*\]?"
 _hosts = _text(rf"[A-Za-z0-9._-]+|{_ipv6}", "of host names, without scheme and port", str.lower, many=True)
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
@@ -394,25 +400,23 @@ class Settings:
         given |= {} if port is None else {"API_PORT": ("--port", port)}
         given |= {} if host is None else {"API_HOST": ("--host", host)}
         for word, (name, text) in sorted(given.items()):
-            launcher = word.removeprefix("LAUNCHER_")
-            if word in TASK_VARIABLES or word.startswith(("CAUSE_", "SECRET_")):
-                continue
+            launcher = re.fullmatch("LAUNCHER_([A-Z0-9_]{1,40})", word)
             try:
                 if word in fields and (text or name[0] == "-"):
                     values[fields[word].name] = fields[word].metadata["parse"](text)
                 elif word in ("API_TOKEN", "API_TOKEN_FILE", "API_TOKENS_FILE", "BASH_USER"):
                     # As it comes from a secret that was not filled in: the service would be open.
                     raise ValueError("must not be empty; remove it if there is to be none")
-                elif launcher != word and text:
-                    launchers[launcher.lower()] = _launcher_words(launcher, text)
-                elif launcher == word and word not in fields:
-                    hint = nearest(word.upper(), fields)  # without the prefix, which would make everything alike
-                    warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
-                    if hint is not None and hint.startswith(PROTECTIVE):
-                        raise StartupError(f"{warnings[-1]} That one protects the service: correct or remove this one", 2)
+                elif launcher and text:
+                    launchers[launcher[1].lower()] = _launcher_words(text.strip())
             except ValueError as error:
                 value = "(hidden)" if text and word.endswith("_TOKEN") else shown(text)
                 raise StartupError(f"{name}={value}: {error}", exit_status=2) from None
+            if not (word in fields or launcher or word in TASK_VARIABLES or word.startswith(("CAUSE_", "SECRET_"))):
+                hint = nearest(word.upper(), fields)  # without the prefix, which would make everything alike
+                warnings.append(f"unknown variable {shown(name)}" + (f": did you mean {ENV_PREFIX}{hint}?" if hint else ""))
+                if hint is not None and hint.startswith(PROTECTIVE):
+                    raise StartupError(f"{warnings[-1]} That one protects the service: correct or remove this one", 2)
         settings = cls(**values, launchers=launchers)
         if settings.launcher_default is not None and (unknown := settings.unknown_launcher(settings.launcher_default)):
             raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
@@ -434,20 +438,6 @@ class Settings:
             return None
         known = f"one of {', '.join(sorted(self.launchers))}" if self.launchers else "left out: there are no launchers here"
         return f"must be {known} ({LAUNCHER_PREFIX}NAME), not {shown(name)}"
-
-
-def _launcher_words(name: str, text: str) -> tuple[str, ...]:
-    why = "its name must be 1 to 40 of A-Z, 0-9 and _"
-    try:
-        if re.fullmatch("[A-Z0-9_]{1,40}", name):
-            words, why = tuple(shlex.split(text)), "a program is missing"
-            if words and words[0]:
-                if all(word == "{env}" or "{env}" not in word for word in words):
-                    return words
-                why = "{env} stands for several words, not inside one"
-    except ValueError as error:
-        why = str(error).lower()
-    raise ValueError(f"must be words as a shell splits them: {why}")
 
 
 def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | None:
@@ -506,6 +496,10 @@ class Token(NamedTuple):
     digest: bytes
 
 
+_TOKEN_LINE = re.compile(rf"([A-Za-z0-9._@-]{{1,64}}) ({'|'.join(SCOPES)}) ({_TOKEN})")
+_token_line_rule = f"must be NAME SCOPE TOKEN: 1 to 64 of A-Za-z0-9._@-, one of {', '.join(SCOPES)}, {_token_rule}, each once"
+
+
 def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
@@ -521,19 +515,11 @@ def _read_tokens(path: Path) -> list[Token]:
         words = line.partition(" #")[0].split()
         if not words or words[0].startswith("#"):
             continue
-        name, scope, token = words if len(words) == 3 else ("", "", "")
-        digest, given = token_digest(token), f", not {shown(scope)}" if len(scope) < 8 else ""  # a longer word may be the token
-        named = re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) and all(other.name != name for other in tokens)
-        wrong = {
-            "must be NAME SCOPE TOKEN": len(words) != 3,
-            "NAME must be 1 to 64 of A-Za-z0-9._@- and stand once": not named,
-            f"SCOPE must be one of {', '.join(SCOPES)}{given}": scope not in SCOPES,
-            f"TOKEN must be {_token_rule}": not re.fullmatch(_TOKEN, token),
-            "TOKEN stands twice": any(other.digest == digest for other in tokens),
-        }
-        if why := next((why for why, is_so in wrong.items() if is_so), None):
-            raise StartupError(f"{file}, line {number}: {why}", exit_status=2)
-        tokens.append(Token(name, scope, digest))
+        found = _TOKEN_LINE.fullmatch(" ".join(words))
+        token = Token(found[1], found[2], token_digest(found[3])) if found else None
+        if token is None or any(token.name == other.name or token.digest == other.digest for other in tokens):
+            raise StartupError(f"{file}, line {number}: {_token_line_rule}", exit_status=2)  # not the line: it may show one
+        tokens.append(token)
     if not tokens:
         raise StartupError(f"{file}: holds no token", exit_status=2)
     return tokens

@@ -1201,15 +1201,10 @@ def test_a_launcher_is_split_into_words_as_a_shell_does_it_and_a_bad_one_or_an_u
         environ = {"CHRONOTASK_LAUNCHER_BIG_1": text, "CHRONOTASK_LAUNCHER_OTHER": "", "CHRONOTASK_LAUNCHER_DEFAULT": "big_1"}
         settings, warnings = Settings.from_env(environ)
         assert (settings.launchers, settings.launcher_default, warnings) == ({"big_1": words}, "big_1", [])
-    for name, text, why in [
-        ("A", "srun 'x", "no closing quotation"),
-        ("A", "  ", "a program is missing"),
-        ("A", "'' x", "a program is missing"),
-        ("A", "env x{env}", "{env} stands for several words, not inside one"),
-        ("a", "env", "its name must be 1 to 40 of A-Z, 0-9 and _"),
-    ]:
-        detail = refused_start({f"CHRONOTASK_LAUNCHER_{name}": text})
-        assert detail == f"CHRONOTASK_LAUNCHER_{name}={shown(text)}: must be words as a shell splits them: {why}"
+    for text in ("srun 'x", "  ", "'' x", "env x{env}"):
+        detail = refused_start({"CHRONOTASK_LAUNCHER_A": text})
+        assert detail.startswith(f"CHRONOTASK_LAUNCHER_A={shown(text)}: must be words as a shell splits them: a program first")
+    assert Settings.from_env({"CHRONOTASK_LAUNCHER_a": "env"})[0].launchers == {}, "an unknown variable, and warned about"
     detail = refused_start({"CHRONOTASK_LAUNCHER_KNOWN": "env", "CHRONOTASK_LAUNCHER_DEFAULT": "other"})
     assert detail == "CHRONOTASK_LAUNCHER_DEFAULT=other: must be one of known (CHRONOTASK_LAUNCHER_NAME), not 'other'"
 
@@ -9233,13 +9228,13 @@ async def test_every_tool_keeps_to_the_scopes_before_it_looks_at_anything(rig: R
 
 def test_a_bad_file_of_tokens_ends_the_start_with_status_2_and_names_the_line(tmp_path: Path) -> None:
     for text, mode, said in (
-        ("prom read", 0o640, "line 1: must be NAME SCOPE TOKEN"),
-        (f"ok read {READER}\nprom write {RUNNER}", 0o640, "line 2: SCOPE must be one of read, run, admin, not 'write'"),
-        (f"prom {READER} read", 0o640, "line 1: SCOPE must be one of read, run, admin"),
-        ("prom read short", 0o640, "line 1: TOKEN must be 8 to 4096 visible ASCII characters"),
-        (f"a read {READER}\na run {RUNNER}", 0o640, "line 2: NAME must be 1 to 64 of A-Za-z0-9._@- and stand once"),
-        (f"a/b read {READER}", 0o640, "line 1: NAME must be 1 to 64"),
-        (f"a read {READER}\nb run {READER}", 0o640, "line 2: TOKEN stands twice"),
+        ("prom read", 0o640, "line 1: must be NAME SCOPE TOKEN: 1 to 64 of A-Za-z0-9._@-, one of read, run, admin, 8 to"),
+        (f"ok read {READER}\nprom write {RUNNER}", 0o640, "line 2: must be"),
+        (f"prom {READER} read", 0o640, "line 1: must be"),
+        ("prom read short", 0o640, "line 1: must be"),
+        (f"a read {READER}\na run {RUNNER}", 0o640, "line 2: must be"),
+        (f"a/b read {READER}", 0o640, "line 1: must be"),
+        (f"a read {READER}\nb run {READER}", 0o640, "line 2: must be"),
         ("# nobody\n", 0o640, "holds no token"),
         (SCOPED, 0o644, "other users can read it"),
         (SCOPED, 0o660, "may be written by others"),
