@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14.3,<4", "croniter>=6.0.0", "mcp>=2.3.0"]
+# dependencies = ["aiohttp>=3.14.3,<4", "mcp>=2.3.0"]
 # ///
 """ChronoTask: a lightweight, reliable task scheduler in one module.
 
@@ -284,9 +284,9 @@ def load_zone(name: str) -> ZoneInfo:
             raise ValueError
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
-        city, known = name.lower().replace(" ", "_").rpartition("/")[2], sorted(zoneinfo.available_timezones() - {"localtime"})
-        same_city = [zone for zone in known if zone.lower().rpartition("/")[2] == city and "/" in zone]
-        hint = same_city[0] if same_city else nearest(name, known)
+        known = sorted(zoneinfo.available_timezones() - {"localtime"})
+        cities = {zone.lower().rpartition("/")[2]: zone for zone in known}
+        hint = cities.get(name.lower().replace(" ", "_").rpartition("/")[2]) or nearest(name, known)
         example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
         raise ValueError(f"must be an IANA time zone {example}") from None
 
@@ -670,9 +670,6 @@ def spans_of(exclude: tuple[str, ...], zone: str) -> list[tuple[int, int]]:
 
 
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
-#
-# croniter finds the matching dates. It gets plain numbers only, because it reads an equal range (5-5) as "every", lets
-# ranges run backwards, and takes more syntax than engines agree on (H, R, W, seven fields).
 
 
 class _Field(NamedTuple):
@@ -710,12 +707,6 @@ _CRON_RULE = (
 )
 _ITEM = re.compile(r"(?:(\*)|([0-9]{1,3}|[a-z]{3})(?:-([0-9]{1,3}|[a-z]{3}))?)(?:/([0-9]{1,4}))?")
 _NTH = re.compile(rf"([0-7]|{'|'.join(_SHORT_DAYS)})#([1-5])|l([0-7])")
-_HINTS = {
-    "?": "write * for ?",
-    "w": "W is not supported",
-    "h": "H is not supported: write a value",
-    "r": "R is not supported: use jitter",
-}
 
 
 class _Expression:
@@ -725,12 +716,11 @@ class _Expression:
         if not expression.isascii() or len(expression) > LONGEST_EXPRESSION:
             raise ValueError(f"must be at most {LONGEST_EXPRESSION} ASCII characters")
         text = expression.strip().lower()
-        if text.startswith("@") and text not in _ALIASES:
-            raise ValueError(_CRON_RULE + did_you_mean(text, _ALIASES))
         texts = re.split(r"[ \t]+", _ALIASES.get(text, text))
-        if len(texts) not in {5, 6} or not all(texts):
-            raise ValueError(f"{_CRON_RULE}; found {len(list(filter(None, texts)))}")
-        second, minute, hour, day, month, weekday = texts if len(texts) == 6 else ["0", *texts]
+        if len(texts) not in {5, 6}:
+            raise ValueError(_CRON_RULE + (did_you_mean(text, _ALIASES) or f"; found {len(texts)}"))
+        self.texts = texts if len(texts) == 6 else ["0", *texts]
+        second, minute, hour, day, month, weekday = self.texts
         self.seconds, self.minutes, self.hours = map(_field_values, _FIELDS[:3], (second, minute, hour))
         # Debian: a job whose minute or hour field starts with * keeps to elapsed time; a day must match both of its fields if
         # either starts with *, else one is enough.
@@ -744,50 +734,40 @@ class _Expression:
         if (self.last_day and weekday != "*") or (any(special) and day != "*"):
             raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
         self.days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
-        self.weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
         self.months = _field_values(_FIELDS[4], month)
-        named = {name: str(number) for number, name in enumerate(_SHORT_DAYS)}
+        self.weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
         # Pairs of weekday and 1 to 5, or 0 for the last one of the month.
-        self.nth = sorted({(int(named.get(m[1], m[1]) or m[3]) % 7, int(m[2] or 0)) for m in special if m})
-        self.any_day = day.startswith("*") and len(self.days) == 31
-        self.any_weekday = weekday.startswith("*") and len(self.weekdays) == 7
-        longest = max(31 if month in {1, 3, 5, 7, 8, 10, 12} else 29 if month == 2 else 30 for month in self.months)
-        dates = ",".join([str(day) for day in self.days if day <= longest] + ["L"] * self.last_day)
-        # Looking for 31 February or a Monday, croniter would search 50 years for the former each time.
-        dates = "*" if self.any_day or not (dates or self.both) else dates or "31"
-        matches = [f"{weekday}#{number}" if number else f"L{weekday}" for weekday, number in self.nth]
-        dates += " *" if len(self.months) == 12 else " " + ",".join(map(str, self.months))
-        dates += " *" if self.any_weekday else " " + ",".join(matches or map(str, self.weekdays))
-        self.dates = dates  # the day fields for croniter
+        self.nth = sorted({(*_field_values(_FIELDS[5], m[1] or m[3]), int(m[2] or 0)) for m in special if m})
+
+    def falls_on(self, date: datetime) -> bool:
+        """Whether a day in one of its months is one of its days."""
+        day = date.day in self.days or (self.last_day and (date + timedelta(days=1)).day == 1)
+        weekday = date.isoweekday() % 7
+        last = (weekday, 0) in self.nth and (date + timedelta(days=7)).month != date.month
+        week = weekday in self.weekdays or last or (weekday, (date.day + 6) // 7) in self.nth
+        return (day and week) if self.both else (day or week)
 
 
 _parse_cron = functools.lru_cache(maxsize=2048)(_Expression)
 
 
 def _field_values(field: _Field, text: str) -> tuple[int, ...]:
-    def value(word: str) -> int:
-        number = field.words.index(word) + field.low if word in field.words else int(word) if word.isdigit() else -1
-        if field.low <= number <= field.highest and len(word) <= 3:
-            return number
-        names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
-        hint = _HINTS.get(re.sub(r"[0-9()/-]", "", word), "")
-        if field.highest == 7 and re.fullmatch("[0-7]l", word):
-            hint = f"write L{word[0]} for {word.upper()}"
-        rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
-        raise ValueError(f"{field.name} {shown(word)} {rule}" + (f" ({hint})" if hint else ""))
-
-    values: set[int] = set()
+    named, values = {word: number for number, word in enumerate(field.words, field.low)}, set[int]()
     for part in text.split(","):
         found = _ITEM.fullmatch(part)
-        star, first, last, step = found.groups() if found else (None, part, None, None)
-        low = field.low if star else value(first)
-        # 10/15 is 10-59/15, as most engines have it; 7/2 is Sunday.
-        high = field.high if star else max(low, field.high) if step and not last else value(last or first)
+        star, first, last, step = found.groups() if found else (None, "", None, None)
+        ends = [named[end] if end in named else int(end) if end.isdigit() else -1 for end in (first, last) if end is not None]
+        low, high = (field.low, field.high) if star else (ends[0], ends[-1])
+        if not all(field.low <= end <= field.highest for end in ends):
+            names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
+            rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
+            raise ValueError(f"{field.name} {shown(part)} {rule}")
+        if step and len(ends) == 1:  # 10/15 is 10-59/15, as most engines have it; 7/2 is Sunday
+            high = max(low, field.high)
         if field.highest == 7 and high == 0 < low:
             high = 7  # Sunday may end a range
-        if last and high < low:
-            end, begin = ("sat", "sun") if field.highest == 7 and not last.isdigit() else (field.highest, field.low)
-            wrapped = f"{first}-{end},{begin}-{last}"
+        if high < low:
+            wrapped = f"{first}-{field.highest},{field.low}-{last}"
             raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
         if int(step or 1) == 0:
             raise ValueError(f"{field.name} {shown(part)} needs a step of at least 1")
@@ -795,61 +775,40 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
     return tuple(sorted({value % 7 for value in values} if field.highest == 7 else values))
 
 
-def timing_notes(schedule_type: str, config: Mapping[str, Any], now: int) -> list[str]:
-    """What a schedule probably does not mean."""
-    notes = list[str]()
-    if schedule_type == "interval" and (days := config.get("seconds", 0) / 86400) and days == int(days):
-        zone = config["timezone"]
-        if len({_offset(load_zone(zone), now + month * 30 * DAY) for month in range(13)}) > 1:
-            moves = f"{config['seconds']} s later the local time is another one when the clocks change in {zone}"
-            notes.append(f"{moves}: {{days: {days:g}}} keeps to it.")
-    if schedule_type != "cron":
-        return notes
-    texts = config["expression"].strip().lower().split()
-    for field, text in zip(_FIELDS[6 - len(texts) :], texts, strict=True) if len(texts) > 1 else ():
-        for step in map(int, re.findall("/([0-9]+)", text)):
-            if step > field.high - field.low:
-                seconds = {"second": 1, "minute": 60, "hour": 3600}.get(field.name)
-                words = f": every {step} {field.name}s is an interval of {step * seconds} s" if seconds else ""
-                words = f": every {step} days is an interval of {step} days" if field.name == "day-of-month" else words
-                larger = f"The step {step} is larger than the {field.name} field, of which only the first value is left"
-                notes.append(f"{larger}{words}.")
-    if not _parse_cron(config["expression"]).both:
-        notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
-    return notes
-
-
 # --- Cron: slots ------------------------------------------------------------------------------------------------------
 #
-# croniter finds the matching days, remembered for all expressions that share their day fields. It sees no zone: its own
-# handling of them is wrong around changes of the clocks and can take seconds. The times of a matching day are arithmetic.
-# Over both lies the rule of Debian's cron (cron.c, "wakeup kinds"): a wild job keeps to elapsed time; a fixed one that
-# falls into a gap runs right after it, and runs once in a repeated hour.
+# The matching days are looked for one by one, without a zone; the times of one are arithmetic. Over both lies the rule of
+# Debian's cron (cron.c, "wakeup kinds"): a wild job keeps to elapsed time; a fixed one that falls into a gap runs right after
+# it, and runs once in a repeated hour.
 
 
 @functools.lru_cache(maxsize=4096)
-def _next_day(dates: str, both: bool, day: int) -> int | None:
+def _next_day(cron: _Expression, day: int) -> int | None:
     """The first matching day from `day` on, counted from 1970-01-01; None when the next 50 years have none."""
-    from croniter import croniter  # type: ignore[import-untyped]  # takes 15 ms that a start without cron need not pay
-
-    try:
-        matches = croniter(f"0 0 {dates}", _clock_face(day * DAY - MINUTE), datetime, day_or=not both)
-        return int((matches.get_next() - _EPOCH).days)
-    except (ValueError, OverflowError):  # also: none before the year 10000
-        return None
+    date = _clock_face(day * DAY)
+    last = date.year + 50
+    with contextlib.suppress(OverflowError):  # the year 10000
+        while date.year <= last:
+            if date.month not in cron.months:
+                date = (date.replace(day=1) + timedelta(days=32)).replace(day=1)
+            elif cron.falls_on(date):
+                return (date - _EPOCH).days
+            else:
+                date += timedelta(days=1)
+    return None
 
 
 def _next_local(cron: _Expression, local: int) -> int | None:
     """The first matching local time later than `local`, both as clocks show them."""
     day, time = divmod(local, DAY)
-    if _next_day(cron.dates, cron.both, day) == day:
+    if _next_day(cron, day) == day:
         hour, minute, second = time // HOUR, time // MINUTE % 60, time // SECOND % 60
         for next_hour in cron.hours[bisect.bisect_left(cron.hours, hour) :]:
             for next_minute in cron.minutes[bisect.bisect_left(cron.minutes, minute if next_hour == hour else 0) :]:
                 same = (next_hour, next_minute) == (hour, minute)
                 for next_second in cron.seconds[bisect.bisect_right(cron.seconds, second) if same else 0 :]:
                     return day * DAY + next_hour * HOUR + next_minute * MINUTE + next_second * SECOND
-    following = _next_day(cron.dates, cron.both, day + 1)
+    following = _next_day(cron, day + 1)
     if following is None or following * DAY > _LAST_LOCAL:
         return None
     return following * DAY + cron.hours[0] * HOUR + cron.minutes[0] * MINUTE + cron.seconds[0] * SECOND
@@ -870,6 +829,10 @@ class Timing:
 
     def describe(self) -> str:
         raise NotImplementedError
+
+    def notes(self, now: int) -> list[str]:
+        """What it probably does not mean."""
+        return []
 
     def last_at_or_before(self, t: int) -> int | None:
         """Searched with next_after alone, so the two can't disagree: widen a window backwards, then halve it."""
@@ -920,13 +883,26 @@ class Cron(Timing):
                 return min(slots + again)
         return min(again, default=None)
 
+    def notes(self, now: int) -> list[str]:
+        cron, notes = _parse_cron(self.expression), list[str]()
+        for field, text in zip(_FIELDS, cron.texts, strict=True):
+            for step in map(int, re.findall("/([0-9]+)", text)):
+                seconds, unit = {"second": 1, "minute": 60, "hour": 3600}.get(field.name), field.name.partition("-")[0]
+                meant = f"{step * seconds} s" if seconds else f"{step} days" if field.name == "day-of-month" else None
+                if step > field.high - field.low:
+                    larger = f"The step {step} is larger than the {field.name} field, of which only the first value is left"
+                    notes.append(larger + (f": every {step} {unit}s is an interval of {meant}." if meant else "."))
+        if not cron.both:
+            notes.append("A day that matches day-of-month or day-of-week is enough, as in Debian's cron: it need not match both.")
+        return notes
+
     def describe(self) -> str:
         cron = _parse_cron(self.expression)
         words, days = _clock_words(cron), _day_words(cron)
         if not words.startswith("at "):
-            words += f", {days}" if days else ""
-        elif days or len(cron.hours) < 24:
-            words = f"{days or 'every day'} {words}"
+            words += f", {days}" if days != "every day" else ""
+        elif days != "every day" or len(cron.hours) < 24:
+            words = f"{days} {words}"
         return f"{words[0].upper()}{words[1:]} ({self.zone})"
 
 
@@ -958,6 +934,13 @@ class Interval(Timing):
     def next_after(self, t: int) -> int | None:
         slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
         return slot if slot <= LAST_INSTANT else None
+
+    def notes(self, now: int) -> list[str]:
+        zone = load_zone(self.zone)
+        if self.step % DAY or len({_offset(zone, now + month * 30 * DAY) for month in range(13)}) == 1:
+            return []
+        moves = f"{self.step // SECOND} s later the local time is another one when the clocks change in {self.zone}"
+        return [f"{moves}: {{days: {self.step // DAY}}} keeps to it."]
 
     def describe(self) -> str:
         every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
@@ -1106,55 +1089,51 @@ def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
     return f"every {unit}" if step == 1 else f"every {step} {unit}s"
 
 
+def _time_words(hour: int, minute: int, second: int) -> str:
+    return f"{hour:02}:{minute:02}" + (f":{second:02}" if second else "")
+
+
 def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
-    times = list(itertools.islice(itertools.product(cron.hours, cron.minutes, cron.seconds), 9))
-    form = "{0:02}:{1:02}" if cron.seconds == (0,) else "{0:02}:{1:02}:{2:02}"
-    exact = "at " + _and([form.format(*time) for time in times])
-    if len(times) <= 2:
-        return exact
-    minute, hours = cron.minutes[0], cron.hours
-    spread: str | None = "every hour"
-    last = f":{minute:02}"
-    if cron.seconds != (0,):
-        spread = _every(cron.seconds, "second", 60) if len(cron.minutes) == 60 else None
-        last = f":59:{cron.seconds[-1]:02}"
-    elif len(cron.minutes) > 1:
-        spread, last = _every(cron.minutes, "minute", 60), f":{cron.minutes[-1]:02}"
-    elif evenly := _every(hours, "hour", 24):
-        return evenly + (f" at minute {minute}" if minute else "")
-    if spread and len(hours) == 24:
-        return spread
-    if spread and _in_a_row(hours):
-        return f"{spread} from {hours[0]:02}:{minute:02} to {hours[-1]:02}{last}"
+    seconds, minutes, hours = cron.seconds, cron.minutes, cron.hours
+    times = list(itertools.islice(itertools.product(hours, minutes, seconds), 9))
+    every: str | None = "every hour"
+    if seconds != (0,):
+        every = _every(seconds, "second", 60) if len(minutes) == 60 else None
+    elif len(minutes) > 1:
+        every = _every(minutes, "minute", 60)
+    elif len(times) > 2 and (evenly := _every(hours, "hour", 24)):
+        return evenly + (f" at minute {minutes[0]}" if minutes[0] else "")
+    if len(times) > 2 and every and _in_a_row(hours):
+        last = _time_words(hours[-1], minutes[-1], seconds[-1])
+        return every if len(hours) == 24 else f"{every} from {_time_words(*times[0])} to {last}"
     if len(times) <= 8:
-        return exact
+        return "at " + _and(list(itertools.starmap(_time_words, times)))
     # Field by field: never pretty, never wrong.
-    fields = (("second", cron.seconds, 60), ("minute", cron.minutes, 60), ("hour", hours, 24))
+    fields = (("second", seconds, 60), ("minute", minutes, 60), ("hour", hours, 24))
     parts = [f"every {name}" if len(values) == full else f"{name} {_listed(values)}" for name, values, full in fields]
     if parts[1:] == ["every minute", "every hour"]:
         parts.pop()
-    return "at " + " of ".join(parts[1:] if cron.seconds == (0,) else parts)
+    return "at " + " of ".join(parts[1:] if seconds == (0,) else parts)
 
 
 def _day_words(cron: _Expression) -> str:
-    """`every weekday`, `on day 1 of every month`; empty for every day."""
+    """`every weekday`, `on day 1 of every month`."""
     months = "" if len(cron.months) == 12 else _listed(cron.months, ("", *_MONTHS))
     of_month, in_month = f"of {months or 'every month'}", f" in {months}" if months else ""
     if cron.nth:
         return "on the " + _and([f"{_ORDINALS[number]} {_WEEKDAYS[day]}" for day, number in cron.nth]) + f" {of_month}"
-    if cron.any_day and cron.any_weekday:
-        return f"every day{in_month}" if months else ""
+    any_day, any_weekday = cron.both and len(cron.days) == 31, cron.both and len(cron.weekdays) == 7
     week = sorted(cron.weekdays, key=lambda day: (day - 1) % 7)  # Monday first
     weekdays = {(1, 2, 3, 4, 5): "weekday", (1, 2, 3, 4, 5, 6, 0): "day"}.get(tuple(week)) or _and([_WEEKDAYS[d] for d in week])
-    if cron.any_day:
+    if any_day:
         return f"every {weekdays}{in_month}"
     month_days = [f"day {_listed(cron.days)}"] if cron.days else []
     month_days += ["the last day"] if cron.last_day else []
-    if cron.any_weekday and len(cron.months) == 1 and len(cron.days) == 1 and not cron.last_day:
+    if any_weekday and len(cron.months) == 1 and len(cron.days) == 1 and not cron.last_day:
         return f"every {cron.days[0]} {months}"
-    if cron.any_weekday or not cron.both:
-        return f"on {_and(month_days)} {of_month}" + ("" if cron.any_weekday else f" and also every {weekdays}{in_month}")
+    if any_weekday or not cron.both:
+        return f"on {_and(month_days)} {of_month}" + ("" if any_weekday else f" and also every {weekdays}{in_month}")
     return f"every {weekdays} that is day {_listed(cron.days, link='or')} of {months or 'the month'}"
 
 
@@ -2426,7 +2405,7 @@ StatusView = dict[str, Any]  # of the scheduler, for people
 
 def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
     """Sentences about what a schedule probably does not mean, and why nothing will fire."""
-    notes = timing_notes(schedule.schedule_type, schedule.schedule_config, now)
+    notes = schedule.plan().timing.notes(now)
     if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
         notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
     elif schedule.over or (schedule.end_at is not None and schedule.end_at < now):
