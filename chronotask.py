@@ -4341,15 +4341,17 @@ class Clipper:
         return bytes(self._kept if self.total == len(self._kept) else self._kept[self._limit // 4 :])
 
 
-# What programs make of a character that they do not print as it is: in JSON (where some escape more than they must, as \/ and
-# \u002B), URLs, HTML, and literals of shells, C and Python.
-_ESCAPE = re.compile(
-    rb"(?P<unfinished>\\u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z|\\(?:u[0-9a-fA-F]{0,3})?\Z"
-    rb"|\\(?:U[0-9a-fA-F]{0,7}|x[0-9a-fA-F]?|[0-3][0-7]?)\Z|%[0-9a-fA-F]?\Z|\\?&[#0-9A-Za-z]{0,8}\Z)"
-    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U00[01][0-9a-fA-F]{5}|\\x[0-9a-fA-F]{2}"
-    rb"|\\[0-3][0-7]{2}|\\[abeEfnrtv]|\\(?!&#?[0-9A-Za-z]{2,8};)[^A-Za-z0-9]"
-    rb"|%[0-9a-fA-F]{2}|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos);"
-)
+# What programs make of a character that they do not print as it is: HTML; URLs; literals of JSON (where some escape more than
+# they must, as \/ and \u002B), shells, C and Python. The group is one that is not whole yet.
+_ESCAPES = {
+    b"&": re.compile(rb"(&[#0-9A-Za-z]{0,8}\Z)|&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos);"),
+    b"%": re.compile(rb"(%[0-9a-fA-F]?\Z)|%[0-9a-fA-F]{2}"),
+    b"\\": re.compile(
+        rb"(\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?|U[0-9a-fA-F]{0,7}|x[0-9a-fA-F]?"
+        rb"|[0-3][0-7]?)?\Z)|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U00[01][0-9a-fA-F]{5}"
+        rb"|\\x[0-9a-fA-F]{2}|\\[0-3][0-7]{2}|\\[abeEfnrtv]|\\[^A-Za-z0-9]"
+    ),
+}
 
 
 @functools.lru_cache(1024)
@@ -4378,30 +4380,14 @@ class SecretMasker:
         """What can be shown by now; all of it after the `last` piece."""
         if not self.forms:
             return data
-        ends = [*range(READ_BYTES, len(data), READ_BYTES), len(data)]
-        return b"".join(self._mask(data[start:end], last and end == len(data)) for start, end in itertools.pairwise([0, *ends]))
-
-    def _mask(self, data: bytes, last: bool) -> bytes:
         data = self._held + data
-        cut = len(data) if last else self._possible_start(data)
-        secrets = self._places(data)
-        if b"\\" in data or b"%" in data or b"&" in data:  # the same for what these escapes mean
-            plain, sources, taken, unfinished = bytearray(), list[int](), 0, 0  # a source: where a byte was read from
-            for found in _ESCAPE.finditer(data):
-                if found.lastgroup:
-                    unfinished = len(found[0])
-                    break
-                meant = _unescaped(found[0])
-                plain += data[taken : found.start()] + meant
-                sources += [*range(taken, found.start()), *[found.start()] * len(meant)]
-                taken = found.end()
-            plain += data[taken:]
-            sources += range(taken, len(data) + 1)
+        cut, secrets = len(data), list[tuple[int, int]]()
+        for plain, sources, unfinished in _decodings(data):
             for start, end in self._places(plain):
                 secrets.append((sources[start], sources[bisect.bisect_right(sources, sources[end - 1])]))
             if not last:
                 cut = min(cut, sources[self._possible_start(plain[: len(plain) - unfinished])])
-            cut = sources[bisect.bisect_right(sources, cut) - 1]  # half an escape would be read as something else
+                cut = sources[bisect.bisect_right(sources, cut) - 1]  # half an escape would be read as something else
         shown: list[bytes] = []
         at = self._known
         for start, end in sorted(secrets):
@@ -4414,7 +4400,7 @@ class SecretMasker:
         self._held, self._known = data[cut:], max(0, at - cut)
         return b"".join(shown)
 
-    def _places(self, data: bytes | bytearray) -> list[tuple[int, int]]:
+    def _places(self, data: bytes) -> list[tuple[int, int]]:
         found = []
         for form in self.forms:
             at = data.find(form)  # linear, which a regular expression would not be
@@ -4423,7 +4409,7 @@ class SecretMasker:
                 at = data.find(form, at + 1)  # they may overlap: abcdeabcdea
         return found
 
-    def _possible_start(self, data: bytes | bytearray) -> int:
+    def _possible_start(self, data: bytes) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
         first = len(data)
         for form in self.forms:
@@ -4436,20 +4422,33 @@ class SecretMasker:
         return first
 
 
+def _decodings(data: bytes) -> Iterator[tuple[bytes, Sequence[int], int]]:
+    """`data` as it is, and with what escapes of one kind mean; where each byte was read from, and how many at the end are no
+    whole escape. Backslashes come last: none of the other escapes holds one."""
+    yield data, range(len(data) + 1), 0
+    for mark, escapes in _ESCAPES.items():
+        if mark in data:
+            plain, sources, taken, unfinished = bytearray(), list[int](), 0, 0
+            for found in escapes.finditer(data):
+                if found[1]:
+                    unfinished = len(found[1])
+                    break
+                meant = _unescaped(found[0])
+                plain += data[taken : found.start()] + meant
+                sources += [*range(taken, found.start()), *[found.start()] * len(meant)]
+                taken = found.end()
+            yield bytes(plain + data[taken:]), [*sources, *range(taken, len(data) + 1)], unfinished
+
+
+@functools.lru_cache(32)
 def _secret_forms(secret: str) -> set[bytes]:
     """A secret and its lines as programs and servers echo them, once escapes are undone: plain, in a form, UTF-16, base64."""
     plain = secret.encode("utf-8", "surrogateescape")  # bytes of a variable that are no UTF-8 reach a command as they are
-    forms = {plain, b" ".join(plain.split()), plain.replace(b" ", b"+")}  # the second: of `echo $SECRET`
     # As Python's ascii() writes it; as a shell and shlex write an apostrophe.
     latin = b"".join(letter.encode("latin-1" if letter < "\u0100" else "utf-8", "surrogateescape") for letter in secret)
-    quoted = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}
-    quoted |= {re.sub(rb"[\0-\x1f\x7f-\xff]+", rb"'$'\g<0>''", text) for text in quoted}  # as ls and cp do in a message
-    for kind in (b"\\%&", b"%&", b"\\&", b"\\%", b"%"):
-        # What looks like an escape in it is undone too, but for the kind that the program has escaped.
-        def undone(found: re.Match[bytes], kind: bytes = kind) -> bytes:
-            return found[0] if found.lastgroup or found[0][0] not in kind else _unescaped(found[0])
-
-        forms |= {_ESCAPE.sub(undone, text) for text in quoted}
+    forms = {plain, latin, plain.replace(b"'", b"'\\''"), plain.replace(b"'", b"'\"'\"'")}
+    forms |= {re.sub(rb"[\0-\x1f\x7f-\xff]+", rb"'$'\g<0>''", text) for text in forms}  # as ls and cp do in a message
+    forms |= {b" ".join(plain.split()), plain.replace(b" ", b"+")}  # of `echo $SECRET`; in a form
     forms |= {line.strip() for form in forms for line in form.split(b"\n")}  # as GitHub's runner masks it
     forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
     for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
@@ -4597,22 +4596,6 @@ class LiveOutput:
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
 
-
-class StoredConfig(dict[str, Any]):
-    """A task's configuration, shared by all its runs: not to be changed. What can be told from it alone is told once."""
-
-    @functools.cached_property
-    def request(self) -> _Request | None:
-        """What an http task asks for; None if it has references, which each run fills in. Raises ChronoTaskError."""
-        return None if "${" in str(self) else _http_request(self, [])
-
-
-def stored_config(text: str) -> StoredConfig:
-    """The configuration that is stored as `text`. Raises ValueError."""
-    return _small_config(text) if len(text) <= 4096 else StoredConfig(parsed(text))
-
-
-_small_config = functools.lru_cache(256)(lambda text: StoredConfig(parsed(text)))
 _FILLED = re.compile(r"\$\{(env|file|cause):([^{}]*)\}")
 
 
@@ -4622,6 +4605,8 @@ def resolve_secrets(
     """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in. `facts` (JSON text) replace its
     `${cause:…}`; without facts these are empty. What was put in is not looked at again. Raises ChronoTaskError with the reason,
     never with a content."""
+    if "${" not in str(config):
+        return config, []
     known = parsed(facts) if facts else {}
     secrets: list[str] = []
 
@@ -4906,7 +4891,7 @@ class Environ(dict[str, str]):
             )
 
 
-async def run_bash(config: StoredConfig, run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
+async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
     """Run a bash task. What a process leaves in the background when it ends by itself goes on, as with cron; at a timeout or stop
     everything that carries the attempt's CHRONOTASK_RUN_ID is killed."""
     timeout, user = config.get("timeout", settings.bash_timeout), settings.bash_user
@@ -5516,11 +5501,11 @@ class _TlsObject(_OneAnswer, ssl.SSLObject):
         return self._answered(partial(super().read, len, buffer))  # asyncio gives no buffer for a protocol that has none
 
 
-async def run_http(config: StoredConfig, run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
+async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
     """Make the request of an http task."""
     timeout = config.get("timeout", client.settings.http_timeout)
     try:
-        request = config.request or _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
+        request = _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
@@ -5603,7 +5588,7 @@ def _as_written(text: str) -> str:
 
 
 async def _exchange(
-    client: HttpClient, config: StoredConfig, request: _Request, run: Run, live: LiveOutput
+    client: HttpClient, config: dict[str, Any], request: _Request, run: Run, live: LiveOutput
 ) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
     gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice. Cookies
@@ -5647,7 +5632,7 @@ async def _exchange(
     raise ChronoTaskError(f"more than {MAX_REDIRECTS} redirects, the last one to {request.url.host}")
 
 
-def _redirected(config: StoredConfig, request: _Request, response: aiohttp.ClientResponse, live: LiveOutput) -> _Request | None:
+def _redirected(config: dict[str, Any], request: _Request, response: aiohttp.ClientResponse, live: LiveOutput) -> _Request | None:
     """The request that follows, if one does: its method is what browsers make it (RFC 9110, 15.4), credentials stay with their
     own server. Raises ChronoTaskError."""
     status, location = response.status, response.headers.get("Location", "").strip()
@@ -6114,9 +6099,9 @@ class Engine:
     async def _attempt(self, active: Active) -> None:
         run = active.run
         try:
-            config = stored_config(run.config)
+            config = parsed(run.config)
             if run.override is not None:
-                config = StoredConfig(override_config(run.task_type, config, parsed(run.override)))
+                config = override_config(run.task_type, config, parsed(run.override))
             if run.task_type == "bash":
                 outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:

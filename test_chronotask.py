@@ -88,7 +88,6 @@ from chronotask import (
     Service,
     Settings,
     Store,
-    StoredConfig,
     Unavailable,
     backup,
     check_schedule_config,
@@ -3278,7 +3277,7 @@ async def bash(
 ) -> Outcome:
     settings, used = settings or Settings(), Environ(environ or {"PATH": PATH})
     live = live or LiveOutput(settings.output_limit)
-    return await chronotask.run_bash(StoredConfig(command=command, **config), run, settings, used, live)
+    return await chronotask.run_bash({"command": command, **config}, run, settings, used, live)
 
 
 def output(outcome: Outcome) -> dict[str, Any]:
@@ -3628,7 +3627,7 @@ async def test_the_umask_and_the_limit_of_open_files_are_those_that_were_handed_
             with contextlib.ExitStack() as files:
                 for _ in range(many):
                     files.enter_context(open(os.devnull))
-                outcome = await chronotask.run_bash(StoredConfig(command=source), SECOND_RUN, settings, environ, LiveOutput(1000))
+                outcome = await chronotask.run_bash({"command": source}, SECOND_RUN, settings, environ, LiveOutput(1000))
             assert out(outcome) == f"0027\n200\n{'unlimited' if before[1] < 0 else before[1]}\n"
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
@@ -3815,7 +3814,7 @@ async def test_too_many_pipes_in_the_background_are_closed_at_the_expense_of_the
     for name, task_id in [("other", 8), ("oldest", 7), ("older", 7), ("newest", 7)]:
         source = f"(while [ ! -e go ]; do sleep 0.02; done; echo x; echo x; touch {name}) 2> /dev/null &"
         run = dataclasses.replace(SECOND_RUN, task_id=task_id, uuid=str(uuid.uuid4()))
-        task = StoredConfig(command=source, working_dir=str(tmp_path))
+        task = {"command": source, "working_dir": str(tmp_path)}
         await chronotask.run_bash(task, run, Settings(), environ, LiveOutput(1000))
     assert caplog.messages == ["task 7 has left 3 pipes open in the background: what writes to the oldest will be killed"]
     (tmp_path / "go").touch()
@@ -4220,7 +4219,7 @@ async def test_an_attack_on_allowed_commands_runs_nothing_else(tmp_path: Path, c
     planted.mkdir()
     planted_programs(planted, f"touch {marker}")
     config = filled(config, marker, planted) | launcher
-    outcome = await chronotask.run_bash(StoredConfig(config), SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
+    outcome = await chronotask.run_bash(config, SECOND_RUN, LISTED, Environ(PATH=PATH), LiveOutput(65536))
     assert not marker.exists()
     if result == "refused":
         refused(chronotask.check_allowed, "bash", config, LISTED)
@@ -4336,7 +4335,7 @@ async def http_executors(
     settings = settings or Settings()
     live = live or LiveOutput(settings.output_limit)
     async with contextlib.nullcontext(client) if client else http_client(settings) as used:
-        return await chronotask.run_http(StoredConfig(url=url, **config), run, used, environ or {}, live)
+        return await chronotask.run_http({"url": url, **config}, run, used, environ or {}, live)
 
 
 async def hang(writer: asyncio.StreamWriter) -> None:
@@ -4396,22 +4395,15 @@ async def test_runs_share_a_configuration_but_not_secrets_nor_what_tells_them_ap
     seen = []
     async with serving(echo) as url, http_client(Settings()) as client:
         headers = {"X-A": "is ${env:CHRONOTASK_SECRET_A}"}
-        text = json.dumps({"url": url + "/", "method": "POST", "body": [1], "headers": headers})
+        config = {"url": url + "/", "method": "POST", "body": [1], "headers": headers}
         for number, secret in ((1, "one"), (2, "two")):
             run = dataclasses.replace(SECOND_RUN, execution_id=number, attempt=number)
             environ = {"CHRONOTASK_SECRET_A": secret}
-            outcome = await chronotask.run_http(chronotask.stored_config(text), run, client, environ, LiveOutput(10000))
+            outcome = await chronotask.run_http(config, run, client, environ, LiveOutput(10000))
             seen.append(output(outcome)["body"]["headers"])
     names = ("x-chronotask-execution-id", "x-chronotask-attempt", "x-a", "content-type")
     rows = [tuple(one[name] for name in names) for one in seen]
     assert rows == [("1", "1", "is one", "application/json"), ("2", "2", "is two", "application/json")]
-    assert chronotask.stored_config(text) is chronotask.stored_config(text) and chronotask.stored_config(text) == json.loads(text)
-    text = json.dumps({"url": "http://a/", "body": "x" * 4096})
-    assert chronotask.stored_config(text) == chronotask.stored_config(text), "only short ones are remembered"
-    assert chronotask.stored_config(text) is not chronotask.stored_config(text)
-    for broken in ("", "{oops", "5"):
-        with pytest.raises((ValueError, TypeError)):
-            chronotask.stored_config(broken)
 
 
 @each("secure", False, True)
