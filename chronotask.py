@@ -8986,27 +8986,15 @@ def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
     return f"{text}: list_{looked_for[1]}s shows those that exist" if looked_for else text
 
 
-# --- Resources, the prompt, the server --------------------------------------------------------------------------------
+# --- Resources, the server --------------------------------------------------------------------------------------------
 
 SCHEME = "chronotask://"
-JSON_TEXT: Any = {"mime_type": "application/json"}
-PROMPT = "diagnose_task"
+RESOURCES = {"status": "get_scheduler_status", "tasks": "get_task", "executions": "get_execution"}  # the tools that look there
 INSTRUCTIONS = """\
 ChronoTask runs HTTP requests and bash commands by schedule. A task says what to do, a schedule when, an execution is one run.
 To plan something: list_tasks (does it exist?), create_task, execute_task (does it work?), create_schedule, then compare the
 slots in the answer with what was asked for. Times without an offset are in the schedule's timezone, by default {zone}; times in
 answers are UTC (Z) unless they carry another offset. An error says what to change: correct the call and repeat it."""
-DIAGNOSE = """Find out why this ChronoTask task fails, and how to repair it.
-
-1. Read the newest runs that failed: error_message, exit_code or status_code, the end of stderr or of the body.
-2. Tell apart a fault of the task (command, url, environment), of its schedule (zone, overlap, slots missed or skipped), and of
-   something outside (network, a server, a full disk).
-3. Say the most likely cause in one sentence, with the evidence.
-4. Propose the smallest change: update_task or update_schedule with exact arguments. Make it only when asked to; then check it
-   with execute_task.
-
-Times are UTC. The facts:
-"""
 
 
 def make_server(service: Service) -> Server[Any]:
@@ -9014,13 +9002,13 @@ def make_server(service: Service) -> Server[Any]:
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
 
-    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **JSON_TEXT)
+    json_text: Any = {"mime_type": "application/json"}
+    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **json_text)
     about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    kinds = [(f"{SCHEME}{name}/{{id}}", name, text) for name, text in about.items()]
-    shown_by = [types.ResourceTemplate(uri_template=uri, name=name, description=text, **JSON_TEXT) for uri, name, text in kinds]
-    templates = types.ListResourceTemplatesResult(resource_templates=shown_by, ttl_ms=LIFETIME)
-    task_id = types.PromptArgument(name="task_id", description="id of the task", required=True)
-    prompt = types.Prompt(name=PROMPT, description="Find out why a task fails", arguments=[task_id])
+    templates = [
+        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **json_text)
+        for name, text in about.items()
+    ]
 
     async def always(result: Any, _: Any, params: Any) -> Any:
         return result
@@ -9034,32 +9022,18 @@ def make_server(service: Service) -> Server[Any]:
         return await run_tool(service, params.name, params.arguments or {}, progress)
 
     async def read_resource(_: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
-        name = rf"status|(tasks|executions)/([0-9]{{1,18}}|(?<=tasks/){KEY_OF_TASK.pattern})"
-        match = re.fullmatch(f"{SCHEME}(?:{name})", params.uri.replace("%3A", ":"))  # as a template is filled in
+        name, _, named = urllib.parse.unquote(params.uri).removeprefix(SCHEME).partition("/")
         try:
-            if match is None:
-                known = "known are status, tasks/ID, tasks/key:NAME and executions/ID"
-                raise NotFound(f"there is no resource {shown(params.uri)}; {known} below {SCHEME}")
-            shows: Any = {"tasks": service.get_task, "executions": service.get_execution}.get(match[1])
-            number = await service.task_id(int(match[2]) if match[2].isdigit() else match[2]) if shows else 0
-            text = compact(await (shows(number) if shows else get_scheduler_status(service)))
+            if not params.uri.startswith(SCHEME) or name not in RESOURCES:
+                raise NotFound(
+                    f"there is no resource {shown(params.uri)}: known are status, tasks/ID and executions/ID below {SCHEME}"
+                )
+            operation = TOOLS[RESOURCES[name]]
+            number, query, _ = tool_args(operation, {operation.id_name or "id": named} if named else {})
+            text = compact(await operation.call(service, number, query, None))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
-        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])
-
-    async def get_prompt(_: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
-        if params.name != PROMPT:
-            raise MCPError(types.INVALID_PARAMS, f"unknown prompt {shown(params.name)}: the only one is {PROMPT}")
-        try:
-            number = await service.task_id(tool_args(TOOLS["get_task"], params.arguments or {})[0])
-            _, query, _ = tool_args(TOOLS["get_task_history"], {"task_id": number})
-            facts = {"task": brief(Task, await service.get_task(number), TOOL_LIST_TEXT)}
-            facts |= brief(None, dict(await service.list_schedules(ScheduleQuery(task_id=number, limit=20))), TOOL_LIST_TEXT)
-            facts |= _fitting(None, await service.get_task_history(number, query), 4 * TOOL_LIST_TEXT, ())[0]
-        except ChronoTaskError as error:
-            raise MCPError(types.INVALID_PARAMS, _said(error, {})) from None
-        text = types.TextContent(text=DIAGNOSE + json.dumps(facts, ensure_ascii=False, indent=1))
-        return types.GetPromptResult(messages=[types.PromptMessage(role="user", content=text)])
+        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **json_text)])
 
     return Server(
         "chronotask",
@@ -9068,10 +9042,10 @@ def make_server(service: Service) -> Server[Any]:
         on_list_tools=partial(always, make_tools()),
         on_call_tool=call_tool,
         on_list_resources=partial(always, types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
-        on_list_resource_templates=partial(always, templates),
+        on_list_resource_templates=partial(
+            always, types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)
+        ),
         on_read_resource=read_resource,
-        on_list_prompts=partial(always, types.ListPromptsResult(prompts=[prompt], ttl_ms=LIFETIME)),
-        on_get_prompt=get_prompt,
     )
 
 

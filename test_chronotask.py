@@ -9975,8 +9975,8 @@ async def test_history_is_short_and_says_how_to_get_more_and_the_resource_has_al
     assert "output_data" not in (await call("get_task_history", task_id=task_id, output="none"))["history"][0]
 
 
-async def test_resources_can_be_read_and_the_prompt_brings_the_facts_about_a_failing_task(call: Caller) -> None:
-    task_id = await bash_mcp(call, "echo no space left >&2; exit 3", key="k")
+async def test_resources_can_be_read(call: Caller) -> None:
+    await bash_mcp(call, "true", key="k")
     listed = [str(one.uri) for one in (await call.client.list_resources()).resources]
     templates = [one.uri_template for one in (await call.client.list_resource_templates()).resource_templates]
     assert [*listed, *templates] == ["chronotask://status", "chronotask://tasks/{id}", "chronotask://executions/{id}"]
@@ -9986,14 +9986,6 @@ async def test_resources_can_be_read_and_the_prompt_brings_the_facts_about_a_fai
         with pytest.raises(MCPError) as caught:
             await call.client.read_resource(uri)
         assert caught.value.code == -32602
-    await call("execute_task", task_id=task_id)
-    [prompt] = (await call.client.list_prompts()).prompts
-    assert (prompt.name, prompt.arguments[0].name) == ("diagnose_task", "task_id")
-    got = await call.client.get_prompt("diagnose_task", {"task_id": str(task_id)})
-    assert "no space left" in got.messages[0].content.text and '"exit_code": 3' in got.messages[0].content.text
-    for given in ({}, {"task_id": "99"}, {"task_id": "1", "limit": "9"}, None):
-        with pytest.raises(MCPError):
-            await call.client.get_prompt("nothing" if given is None else "diagnose_task", given)
 
 
 async def test_pipelined_requests_and_one_after_a_refused_upgrade_are_each_checked_in_order(open_api: OpenApi) -> None:
