@@ -8565,8 +8565,6 @@ TOOL_TEXT = 8000  # characters of each output text in an answer about one execut
 TOOL_LIST_TEXT = 500  # the same in lists
 MAX_ANSWER = 40_000  # characters of an answer
 LIFETIME = 3_600_000  # milliseconds for which a client may keep lists: only another version changes them
-LINE_ENDS = 2048  # bytes kept of each end of a line that is too long
-_ID = re.compile(rb'"id"\s*:\s*(-?(?:0|[1-9][0-9]{0,17})|"[ !#-\[\]-~]{0,200}")(?=\s*(?:[,}]|\Z))')
 _CALLS: set[asyncio.Task[Any]] = set()
 
 
@@ -9073,47 +9071,38 @@ def write_all(sink: int, data: bytes) -> None:
             select.select([], [sink], [])
 
 
-async def read_lines(source: int) -> AsyncIterator[tuple[bytes, int]]:
-    """Each line with its size in bytes. Of one over MAX_BODY only both ends are kept: one of them holds its id."""
-    line, size = bytearray(), 0
+async def read_lines(source: int) -> AsyncIterator[bytes]:
+    """Each line. Of one over MAX_BODY only a beginning, which is over it too."""
+    rest = b""
     while piece := await in_daemon(os.read, source, 65536):
-        for index, part in enumerate(piece.split(b"\n")):
-            if index > 0:
-                yield bytes(line), size
-                line, size = bytearray(), 0
-            line += part
-            size += len(part)
-            if len(line) > MAX_BODY:
-                del line[LINE_ENDS:-LINE_ENDS]
-    yield bytes(line), size
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+        rest = rest[: MAX_BODY + 1]
+    yield rest
 
 
-def _own_id(line: bytes) -> Any:
-    """Of a message that cannot be read: before its first nested object, or after the last one, an "id" is its own."""
-    line = line.strip()
-    head, (_, nested, tail) = line.partition(b"{")[2].partition(b"{")[0], line.removesuffix(b"}").rpartition(b"}")
-    match = _ID.search(head) or (_ID.search(tail) if nested and line.endswith(b"}") else None)
-    return json.loads(match[1]) if match else None
-
-
-def read_message(line: bytes, size: int) -> types.JSONRPCMessage:
+def read_message(line: bytes) -> types.JSONRPCMessage:
     """A line as a message. Raises MCPError for one that is none, with its id (or None) as data."""
     from mcp import MCPError, types
 
-    if size > MAX_BODY:
-        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes, not {size}", _own_id(line))
-    try:
-        value = load_json(line.removeprefix(codecs.BOM_UTF8))  # PowerShell begins what it pipes with one
-    except ChronoTaskError as error:
-        number = _own_id(line) if line.rstrip().endswith(b"}") else None  # nobody waits for an answer to half a line
-        raise MCPError(types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}", number) from None
-    with contextlib.suppress(ValidationError):
-        message = types.jsonrpc_message_adapter.validate_python(value, by_name=False)
-        if not isinstance(message, types.JSONRPCNotification) or "id" not in value:  # else its client waits for an answer
-            return message
-    number = value["id"] if isinstance(value, dict) and type(value.get("id")) in (int, str) else None
+    if len(line) > MAX_BODY:
+        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes")
+    line = line.removeprefix(codecs.BOM_UTF8)  # PowerShell begins what it pipes with one
+    code, number = types.INVALID_REQUEST, None
     text = "this line is no JSON-RPC 2.0 message (one object a line, no batches, as id a text or a whole number)"
-    raise MCPError(types.INVALID_REQUEST, text, number)
+    try:
+        value = load_json(line)
+        with contextlib.suppress(ValidationError):
+            message = types.jsonrpc_message_adapter.validate_python(value, by_name=False)
+            if not isinstance(message, types.JSONRPCNotification) or "id" not in value:  # else its client waits for an answer
+                return message
+    except ChronoTaskError as error:
+        code, text = types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}"
+    with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError):
+        found = json.loads(line)["id"]  # read less strictly, so that its client hears which one is refused
+        number = found if type(found) in (int, str) and str(found).isascii() else None
+    raise MCPError(code, text, number)
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
@@ -9132,11 +9121,11 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
 
     async def take_in() -> None:
         """Passes messages on to the server, no faster than it answers; what is no message is refused at once."""
-        async for line, size in read_lines(source):
+        async for line in read_lines(source):
             if not line.strip():
                 continue
             try:
-                message = read_message(line, size)
+                message = read_message(line)
             except MCPError as error:
                 about = types.ErrorData(code=error.code, message=error.message)
                 await outbox.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
