@@ -9230,7 +9230,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
 
 IDLE_CONNECTION = 30.0  # seconds that one may ask for nothing, or take for the head of a request
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-LOG_BUFFER = 1024 * 1024  # characters that may wait for each output of the log
+LOG_BUFFER, LOG_TEXT = 1000, 65536  # texts that may wait for each output of the log, and characters of one
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9279,55 +9279,47 @@ _LINES = _Lines("%(asctime)s %(levelname)s %(message)s")
 
 
 class LogStream(io.TextIOBase):
-    """Text on its way to stderr or to a file. Nobody who writes waits: a thread does, for a reader or a disk. What finds the
-    buffer full, or cannot be written, is lost. The lines are counted, and said when it flows again."""
+    """Text on its way to stderr or to a file. Nobody who writes waits: a thread does, for a reader or a disk. What finds
+    LOG_BUFFER texts waiting, is too long or cannot be written, is lost. The lines are counted, and said when it flows again."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._waiting: list[str] = []
-        self._size = self._lost = 0
-        self._changed = threading.Condition()
+        self._lost = 0
+        self._waiting = queue.SimpleQueue[str | threading.Event]()
         threading.Thread(target=self._write_on, name="chronotask-log", daemon=True).start()
         atexit.register(self.drain)
 
     def write(self, text: str) -> int:
-        with self._changed:
-            if self._size + len(text) > LOG_BUFFER:
-                self._lost += text.count("\n")
-            else:
-                self._waiting.append(text)
-                self._size += len(text)
-                if len(self._waiting) == 1:
-                    self._changed.notify_all()
+        if len(text) <= LOG_TEXT and self._waiting.qsize() < LOG_BUFFER:
+            self._waiting.put(text)
+        else:
+            self._lost += text.count("\n")
         return len(text)
 
     def drain(self) -> None:
         """Waits until all is written, but not for ever."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._size, 0.5)
+        written = threading.Event()
+        self._waiting.put(written)
+        written.wait(0.5)
 
     def _write_on(self) -> None:
         fd = 2 if self._path is None else os.open(os.devnull, os.O_WRONLY)
-        written = 0
         while True:
-            with self._changed:
-                self._size -= written
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting)
-                text, lost = "".join(self._waiting), self._lost
-                self._waiting.clear()
-                self._lost, written = 0, len(text)
-            if lost:
-                about = {"levelname": "WARNING", "msg": f"{lost} lines of the log were lost here: nobody took them"}
+            text = self._waiting.get()
+            if isinstance(text, threading.Event):
+                text.set()
+                continue
+            if self._lost and self._waiting.empty():
+                about = {"levelname": "WARNING", "msg": f"{self._lost} lines of the log were lost here: nobody took them"}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
+                self._lost = 0
             try:
                 if self._path is not None:  # opened anew, as it may have been moved away
                     fd, old = _open_log(self._path), fd
                     os.close(old)
                 write_all(fd, text.encode("utf-8", "backslashreplace"))
             except OSError:
-                with self._changed:
-                    self._lost += lost + text.count("\n")
+                self._lost += text.count("\n")
 
 
 def _open_log(path: Path) -> int:
@@ -9447,7 +9439,9 @@ async def serve(
         at = ", ".join("{} port {}".format(*sock.getsockname()) for sock in sockets) or "stdio"
         leads = "this process leads" if service.engine.leading else "another process leads"
         logger.info("ChronoTask %s is up on %s, database %s; %s", __version__, at, store.path, leads)
-        jobs += [loop.create_task(systemd.follow(service)), loop.create_task(_tidy_memory())]
+        jobs.append(loop.create_task(systemd.follow(service)))
+        gc.freeze()  # what is there stays, so the garbage collector need not look at it
+        gc.set_threshold(10_000)  # requests and attempts free what they used without its help
         await stop.wait()
         logger.info("stopping: running executions get %g s", settings.shutdown_grace)
     finally:
@@ -9463,16 +9457,6 @@ async def serve(
         for number in STOP_SIGNALS:  # nothing is left to stop: the exit status is that of a clean end
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-
-
-async def _tidy_memory() -> None:
-    gc.freeze()  # what is there stays, so the garbage collector need not look at it
-    gc.set_threshold(10_000)  # requests and attempts free what they used without its help
-    while True:
-        # What was freed goes back to the system. glibc would keep it: after thousands of clients hundreds of megabytes.
-        with contextlib.suppress(OSError, AttributeError):  # musl gives it back by itself
-            ctypes.CDLL(None).malloc_trim(0)
-        await asyncio.sleep(60)
 
 
 async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.socket], app: web.Application, **more: Any) -> None:
@@ -9659,11 +9643,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except FileNotFoundError as error:
-        if error.filename is not None:
-            raise
-        print("chronotask: a path is relative to the working directory, which has been deleted", file=sys.stderr)
-        return 2
     except ChronoTaskError as error:
         for line in [f"{field}: {message}" for field, message in error.errors] or [error.detail]:
             print(f"chronotask: {' '.join(line.split())}", file=sys.stderr)
