@@ -8620,7 +8620,6 @@ CALLED = {  # what models call things
     **{"interval": "seconds", "tz": "timezone", "zone": "timezone", "script": "command", "cwd": "working_dir"},
     **{"enabled": "is_active", "paused": "status"},
 }
-TIMINGS = {name for kind in SCHEDULE_CONFIGS for name in KINDS[kind]}
 
 
 @functools.cache
@@ -8666,10 +8665,9 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
                 parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
         elif name not in ignored:
             names = [name for name in known if name not in UNTOLD]
-            meant = operation.id_name or "" if name == "id" else CALLED.get(name, name)
-            if (first := meant.split(",")[0]) not in known:
-                meant = "create_schedule or update_schedule" if first in TIMINGS else ""
-            hint = f": use {meant}" if meant else did_you_mean(name, names) or f" (known: {', '.join(names)})"
+            meant = (operation.id_name if name == "id" else CALLED.get(name)) or ""
+            there = meant.split(",")[0] in known
+            hint = f": use {meant}" if there else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
     query, body = None, partial(_body_of, operation, parts) if operation.body else None
     with told_at("", errors):
@@ -8684,6 +8682,8 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
 
 def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
     """An argument as REST takes it: clients send digits and JSON as text, models pairs as lists of text."""
+    if name == "definitions" and not isinstance(value, dict):
+        return read_definitions(name, str(value).encode("utf-8", "surrogatepass"))
     if isinstance(value, str) and name.endswith("_id") and re.fullmatch("[0-9]{1,19}", value):
         return int(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (name == "body" or _lean(schema).get("type") != "string"):
@@ -8704,10 +8704,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     """The body that REST would have; `before` is the view of what an update changes."""
     body, known, errors = {**parts["body"]}, tool_arguments(operation), list[FieldError]()
     if operation.name == "apply_definitions":
-        if (text := body.get("definitions")) is None:
-            raise InvalidInput(FieldError("definitions", "is required"))
-        sent = str(text).encode("utf-8", "surrogatepass")
-        return parse(operation.body, text if isinstance(text, dict) else read_definitions("definitions", sent))
+        return parse(operation.body, body.get("definitions", {}))
     mark, clear = mark_of(operation.body), body.pop("clear", [])
     # A zone is always one that is named, so that no edit moves a schedule unseen.
     never = {*UNTOLD, "clear", "task_id", "timezone"}
@@ -8722,41 +8719,41 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         targets.insert(0, ("schedule_config", mark_of(NestedSchedule), made))
     for holder, of, target in targets:
         type_name, kinds = FLAT[holder]
-        given, cleared = parts[holder], [name for name in clear if known[name][0] == holder]
-        typed, stood = type_name in of.fields, before.get(type_name)
-        if not given and not cleared and (of.update or not typed or {holder, type_name} & target.keys()):
+        typed, stood, held = type_name in of.fields, before.get(type_name), before.get(holder, {})
+        given = parts[holder] | {name: None for name in clear if known[name][0] == holder}
+        if not given and (of.update or not typed or {holder, type_name} & target.keys()):
             continue
-        if holder in target:
-            which = ", ".join(given or cleared)
-            errors.append(FieldError(holder, f"is given too: say it either there or by {which}, not both"))
-            continue
+        # Of the kinds that have all of these fields: the one that stands and holds them already, the one whose main field is given,
+        # the one that stands, or the only one.
         fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
-        if not fitting:
+        stands = [stood] if stood in fitting else []
+        again = [kind for kind in stands if all(KINDS[kind][name] in held for name in given)]
+        likely = again + [kind for kind in fitting if MAIN[kind] in given] + stands + fitting[: len(fitting) == 1]
+        kind = target.get(type_name, next(iter(likely), None))
+        if holder in target:
+            errors.append(FieldError(holder, f"is given too: say it either there or by {', '.join(given)}, not both"))
+        elif not fitting:
             which = " and ".join(f"{name} ({' or '.join(kind for kind in kinds if name in KINDS[kind])})" for name in given)
             errors.append(FieldError(which, "do not go together: give those of one kind"))
-            continue
-        told = [kind for kind in fitting if MAIN[kind] in given] or fitting[: len(fitting) == 1]
-        stays = stood in fitting and (not told or stood in told or MAIN[told[0]] in before[holder])
-        kind = target.get(type_name) or (stood if stays else next(iter(told), None))
-        if kind is None and typed:
+        elif typed and kind is None:
             errors.append(FieldError(" or ".join(MAIN[kind] for kind in kinds), "is required"))
-            continue
-        names = KINDS[kind if kind in [*kinds] else fitting[0]]
-        config = {names.get(argument, argument): value for argument, value in given.items()}
-        if before and kind == stood:  # the rest stays; of a schedule's zone the service takes care
-            gone = {"timezone", *(names.get(one, one) for one in cleared)}.union(*(one for one in EITHER if one & config.keys()))
-            config = {name: value for name, value in before[holder].items() if name not in gone} | config
-        elif "timezone" in names and "timezone" in before.get(holder, ()):  # of another kind: at least that stays
-            config = {"timezone": before[holder]["timezone"], **config}
-        target |= {holder: config, type_name: kind} if typed else {holder: config}
+        else:
+            names = KINDS[kind if kind in [*kinds] else fitting[0]]
+            config = {names.get(argument, argument): value for argument, value in given.items()}
+            rivals = {name: None for group in EITHER if group & config.keys() for name in group}
+            kept = {name: value for name, value in held.items() if name in names.values()}
+            config = {name: value for name, value in (kept | rivals | config).items() if value is not None}
+            target |= {holder: config, type_name: kind} if typed else {holder: config}
     defaults = defaults_of(mark.resource, body.get("schedule_type", before.get("schedule_type")))
     body |= {name: copy.copy(defaults.get(name)) for name in clear if known[name][0] == "body"}
-    if not errors:
-        return parse(operation.body, body)
-    with told_at("", others := list[FieldError]()):
-        parse(operation.body, body)
-    without = ("_type", "config")  # these are missing because of the errors above
-    raise InvalidInput(*errors, *(one for one in others if one.message != "is required" or not one.field.endswith(without)))
+    try:
+        made = parse(operation.body, body)
+    except InvalidInput as error:
+        without = ("_type", "config") if errors else ()  # these are missing because of the errors above
+        errors += [one for one in error.errors if one.message != "is required" or not one.field.endswith(without)]
+    if errors:
+        raise InvalidInput(*errors)
+    return made
 
 
 def input_schema(operation: Operation) -> dict[str, Any]:

@@ -10367,7 +10367,6 @@ SLIPS: list[tuple[str, Json, str]] = [
      "not 'shell'; config: must be a valid object"),
     ("get_task", {"id": 3}, "id: unknown field: use task_id; task_id: is required"),
     ("get_execution", {"id": 3}, "id: unknown field: use execution_id; execution_id: is required"),
-    ("update_task", {"task_id": 1, "cron": "0 9 * * *"}, "cron: unknown field: use create_schedule or update_schedule"),
     ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
     ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
     ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
