@@ -8682,8 +8682,6 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
 
 def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
     """An argument as REST takes it: clients send digits and JSON as text, models pairs as lists of text."""
-    if name == "definitions" and not isinstance(value, dict):
-        return read_definitions(name, str(value).encode("utf-8", "surrogatepass"))
     if isinstance(value, str) and name.endswith("_id") and re.fullmatch("[0-9]{1,19}", value):
         return int(value)
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (name == "body" or _lean(schema).get("type") != "string"):
@@ -8704,7 +8702,9 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     """The body that REST would have; `before` is the view of what an update changes."""
     body, known, errors = {**parts["body"]}, tool_arguments(operation), list[FieldError]()
     if operation.name == "apply_definitions":
-        return parse(operation.body, body.get("definitions", {}))
+        text = body.get("definitions", "")
+        sent = text if isinstance(text, dict) else read_definitions("definitions", str(text).encode("utf-8", "surrogatepass"))
+        return parse(operation.body, sent)
     mark, clear = mark_of(operation.body), body.pop("clear", [])
     # A zone is always one that is named, so that no edit moves a schedule unseen.
     never = {*UNTOLD, "clear", "task_id", "timezone"}
@@ -8723,8 +8723,8 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         given = parts[holder] | {name: None for name in clear if known[name][0] == holder}
         if not given and (of.update or not typed or {holder, type_name} & target.keys()):
             continue
-        # Of the kinds that have all of these fields: the one that stands and holds them already, the one whose main field is given,
-        # the one that stands, or the only one.
+        # Of the kinds that have all of these fields: the one that stands, if it holds them all; the one whose main field is given;
+        # the one that stands; the only one.
         fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
         stands = [stood] if stood in fitting else []
         again = [kind for kind in stands if all(KINDS[kind][name] in held for name in given)]
