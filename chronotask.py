@@ -8723,8 +8723,8 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
         given = parts[holder] | {name: None for name in clear if known[name][0] == holder}
         if not given and (of.update or not typed or {holder, type_name} & target.keys()):
             continue
-        # Of the kinds that have all of these fields: the one that stands, if it holds them all; the one whose main field is given;
-        # the one that stands; the only one.
+        # Of the kinds that have all of these fields: the one that stands, if it holds them all; the one whose main field is
+        # given; the one that stands; the only one.
         fitting = [kind for kind in kinds if given.keys() <= KINDS[kind].keys()]
         stands = [stood] if stood in fitting else []
         again = [kind for kind in stands if all(KINDS[kind][name] in held for name in given)]
