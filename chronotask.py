@@ -8614,11 +8614,9 @@ MAIN = {"http": "url", "bash": "command", "cron": "expression", "once": "datetim
 EITHER = ({"seconds", "days"}, {"datetime", "in_seconds"}, {*AFTER})  # one takes the place of the others
 PAIRS = {"env": "=", "headers": ":", "params": "="}  # objects as lists of text: strict schemas know no free names
 CALLED = {  # what models call things
-    **dict.fromkeys(("cron", "cron_expression", "schedule", "rrule"), "expression"),
-    **dict.fromkeys(("run_at", "at", "date", "time", "when"), "datetime"),
+    **dict.fromkeys(("cron", "cron_expression", "schedule"), "expression"),
+    **dict.fromkeys(("run_at", "at", "date", "time"), "datetime"),
     **{"minutes": "seconds, 60 for each minute", "hours": "seconds, 3600 for each hour", "weeks": "days, 7 for each week"},
-    **{"interval": "seconds", "tz": "timezone", "zone": "timezone", "script": "command", "cwd": "working_dir"},
-    **{"enabled": "is_active", "paused": "status"},
 }
 
 
@@ -8888,15 +8886,10 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     if name in ("create_task", "get_task"):
         if not (await service.list_schedules(ScheduleQuery(task_id=view["id"], limit=1)))["total"]:
             notes.append("it has no schedule: only execute_task runs it, until create_schedule says when")
-        if name == "create_task" and (other := await service.find_equal_task(view["id"])) is not None:
-            notes.append(f"task {other} has the same name and configuration: delete one of them unless both are meant")
     elif resource is Execution and view["status"] in UNFINISHED:
         notes.append(f"not over: get_execution with execution_id {view['id']} and wait shows its end, cancel_execution ends it")
-    elif name == "list_upcoming" and not view["upcoming"]:
-        so_far = "by then" + ("" if query.until else ": until looks further than 24 h")
-        notes.append(f"nothing fires {'while the scheduler is paused' if service.engine.paused else so_far}")
     elif name == "list_upcoming" and len(view["upcoming"]) == query.limit:
-        notes.append(f"there may be more: ask for a task_id or a tag{', or a higher limit (at most 100)' * (query.limit < 100)}")
+        notes.append("there may be more: ask for a task_id or a tag, or for up to 100")
     elif name == "list_schedules":
         for schedule in view["schedules"]:
             with contextlib.suppress(NotFound):  # deleted a moment ago
@@ -9460,7 +9453,6 @@ async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.so
     """Serves `app`, and adds its runner to those to clean up."""
     runner = web.AppRunner(app, shutdown_timeout=0.2, **more)
     runners.append(runner)
-    listeners: list[asyncio.Server] = []
 
     class Connection(web.RequestHandler):
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.StreamResponse:
@@ -9472,11 +9464,6 @@ async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.so
             answer.force_close()
             return answer
 
-    async def stop_listening(_app: web.Application) -> None:
-        for listener in listeners:
-            listener.close()
-
-    app.on_shutdown.append(stop_listening)
     await runner.setup()
     loop, server = asyncio.get_running_loop(), cast(web.Server, runner.server)
     limit = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -9494,7 +9481,7 @@ async def _open(runners: list[web.AppRunner], what: str, sockets: list[socket.so
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SLOW_READER * 1000))
         # As many are accepted before the first of them can be closed again; and where the system has no more files, asyncio
         # tries that often each second, each time with a traceback in the log.
-        listeners.append(await loop.create_server(connect, sock=sock, backlog=max(1, min(16, limit // 4))))
+        await loop.create_server(connect, sock=sock, backlog=max(1, min(16, limit // 4)))
         sock.listen(1024)  # the kernel's queue may be longer than what is accepted in one turn
         host, port = sock.getsockname()[:2]
         logger.info(what, f"[{host}]" if ":" in host else host, port)
@@ -9612,9 +9599,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
         if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) == signal.SIG_DFL:  # no half of a copy, with all secrets, shall stay behind
-                    signal.signal(number, lambda number, _: sys.exit(128 + number))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         if options.backup is not None:
             run_backup(settings, options.backup)
