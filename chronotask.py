@@ -62,15 +62,13 @@ All instants are integers: microseconds since the epoch, UTC. Durations are seco
 from __future__ import annotations
 
 import ctypes
-import sys
-
-if __name__ == "__main__" and sys.platform == "linux":
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else: see hide_from_tasks
-
 import os
 import signal
+import sys
 
 if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else is imported: see hide_from_tasks
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
     if os.getpid() == 1:  # which gets no signal that it has no handler for
@@ -605,7 +603,7 @@ def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT, now
 
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_DATES = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
+_SPAN = re.compile(rf"({_DATE.pattern})(?:/({_DATE.pattern}))?")
 _INSTANT = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)"
     r"(?: ?([Zz]|[+-](?:0[0-9]|1[0-9]|2[0-3])(?::?[0-5][0-9])?))?"
@@ -652,21 +650,13 @@ def parse_bound(text: str, zone: str, end: bool = False) -> int:
     return parse_instant(_clock_face(local).isoformat(), zone) - end
 
 
-def check_dates(text: str) -> str:
-    """`text`, if it is a date or a range of dates. Raises ValueError."""
-    found = _DATES.fullmatch(text)
+@functools.lru_cache(maxsize=4096)
+def span_of(text: str, zone: str) -> tuple[int, int]:
+    """The first and the last instant of a day or of days, as `exclude` has them. Raises ValueError."""
+    found = _SPAN.fullmatch(text)
     if found is None or (found[2] or found[1]) < found[1]:
         raise ValueError(f"{shown(text)} must be a date (2026-12-24), or a range that runs upwards (2026-12-24/2026-12-26)")
-    for date in filter(None, found.groups()):
-        parse_bound(date, "UTC")
-    return text
-
-
-@functools.lru_cache(maxsize=1024)
-def spans_of(exclude: tuple[str, ...], zone: str) -> list[tuple[int, int]]:
-    """The days of `exclude` as instants, first and last."""
-    days = [text.partition("/") for text in exclude]
-    return [(parse_bound(first, zone), parse_bound(last or first, zone, end=True)) for first, _, last in days]
+    return parse_bound(found[1], zone), parse_bound(found[2] or found[1], zone, end=True)
 
 
 # --- Cron: reading an expression --------------------------------------------------------------------------------------
@@ -922,17 +912,18 @@ class Once(Timing):
 
 @dataclass(frozen=True, slots=True)
 class Interval(Timing):
-    """Slots at anchor + k·step, from `first` on. All are microseconds."""
+    """Slots at anchor + k·step, later than `since`. All are microseconds."""
 
     step: int
     anchor: int
-    first: int
+    since: int
     zone: str
 
     fixed = False
 
     def next_after(self, t: int) -> int | None:
-        slot = self.first if t < self.first else t + self.step - (t - self.anchor) % self.step
+        t = max(t, self.since)
+        slot = t + self.step - (t - self.anchor) % self.step
         return slot if slot <= LAST_INSTANT else None
 
     def notes(self, now: int) -> list[str]:
@@ -944,7 +935,7 @@ class Interval(Timing):
 
     def describe(self) -> str:
         every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
-        return f"{every} from {at} on ({self.zone})" if self.first == self.anchor else f"{every} since {at} ({self.zone})"
+        return f"{every} from {at} on ({self.zone})" if self.since < self.anchor else f"{every} since {at} ({self.zone})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1033,8 +1024,7 @@ def make_timing(
     start = config.get("start_date")
     anchor = created_at if start is None else parse_instant(start, zone)
     if "days" not in config:
-        step = round(config["seconds"] * SECOND)
-        return Interval(step, anchor, since + step - (since - anchor) % step if start is None else anchor, zone)
+        return Interval(round(config["seconds"] * SECOND), anchor, since if start is None else anchor - 1, zone)
     if start is None:
         return Days(config["days"], (anchor + _offset(load_zone(zone), anchor)) // SECOND * SECOND, since, zone)
     return Days(config["days"], parse_instant(start, "UTC"), anchor - 1, zone)
@@ -1148,7 +1138,7 @@ class Plan:
     jitter: float = 0
     catchup: str = "latest"
     catchup_window: float = 86400
-    remaining: int | None = None  # executions left under max_runs
+    remaining: float = math.inf  # executions left under max_runs
     # What is remembered of slots. All of it only grows, whatever the clock does: see `due_slots`.
     dealt_with: int = 0  # every slot up to here was dealt with, by a clock that may have been wrong
     in_force_since: int = 0  # the creation, an edit, the end of a pause: nothing from before is made up for
@@ -1156,7 +1146,7 @@ class Plan:
 
     def next_slot(self, after: int) -> int | None:
         """The first slot later than `after`, or None when there is none left."""
-        if self.remaining is not None and self.remaining <= 0:
+        if self.remaining <= 0:
             return None
         slot = self.timing.next_after(max(after, self.start_at - 1))
         while slot is not None and (run := self._run_of(slot)):
@@ -1182,8 +1172,7 @@ class Plan:
 
     def upcoming(self, after: int, count: int) -> Iterator[int]:
         """When the next slots later than the slot `after` fire, at most `count` of them."""
-        most = count if self.remaining is None else max(0, min(count, self.remaining))
-        return map(self.fire_time, itertools.islice(self.slots(after), most))
+        return map(self.fire_time, itertools.islice(self.slots(after), int(min(count, self.remaining))))
 
     def _run_of(self, slot: int) -> Sequence[int] | None:
         return next((run for run in self.ran if run[0] <= slot <= run[1]), None)
@@ -1795,7 +1784,7 @@ Catchup = Annotated[
 ]
 CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
 Exclude = Annotated[
-    list[Annotated[str, AfterValidator(check_dates)]],
+    list[Annotated[str, AfterValidator(lambda text: span_of(text, "UTC") and text)]],
     Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
 ]
 _READABLE = _refused(lambda text: parse_bound(text, "UTC") < 0, "")  # it says itself what is wrong
@@ -1930,9 +1919,9 @@ class Schedule:
         timing = make_timing(self.schedule_type, self.schedule_config, self.created_at, since, self.watched)
         end_at = LAST_INSTANT if self.end_at is None else self.end_at
         plan = Plan(timing, self.id, self.start_at or 0, end_at, self.jitter, self.catchup, self.catchup_window)
-        plan.remaining = None if self.max_runs is None else max(0, self.max_runs - self.run_count)
+        plan.remaining = math.inf if self.max_runs is None else max(0, self.max_runs - self.run_count)
         plan.dealt_with, plan.in_force_since = self.dealt_with, self.in_force_since
-        plan.ran = [*self.ran, *spans_of(tuple(self.exclude), self.zone)] if self.exclude else self.ran
+        plan.ran = [*self.ran, *(span_of(days, self.zone) for days in self.exclude)]
         return plan
 
     def stand(self, at: int) -> None:
@@ -2607,7 +2596,7 @@ class Claim:
         due = due_slots(plan, schedule.settled_until, self.now, early)
         if due.missed is not None:
             self.record(schedule, due.missed.first, "missed", due.missed.message(schedule.zone))
-        left = math.inf if plan.remaining is None else plan.remaining
+        left = plan.remaining
         before = schedule.settled_until if schedule.next_slot in due.catchup + due.on_time else None  # else others lie between
         for slot in [*due.catchup, *due.on_time]:
             yield slot, schedule.id
@@ -6268,7 +6257,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                     streak = end.before if event == "recovered" else task.failures_in_a_row if end.after is None else end.after
                     cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
                     ran = claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
-                    if left is not None and (left := left - ran) == 0:
+                    if (left := left - ran) <= 0:
                         break
                 if past := plan.end_at < now:
                     schedule.stand(now)
@@ -7519,7 +7508,8 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
     span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
     ran = {*ids_of(db, "executions", {**span, "(started_at IS NOT NULL OR finished_at IS NULL)": True}, "scheduled_for")}
-    plan = dataclasses.replace(schedule.plan(), remaining=None, ran=spans_of(tuple(schedule.exclude), schedule.zone))
+    excluded = [span_of(days, schedule.zone) for days in schedule.exclude]
+    plan = dataclasses.replace(schedule.plan(), remaining=math.inf, ran=excluded)
     unrun = (slot for slot in itertools.takewhile(lambda slot: slot <= last, plan.slots(first - 1)) if slot not in ran)
     if len(slots := list(itertools.islice(unrun, MOST_BACKFILL + 1))) > MOST_BACKFILL:
         raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
