@@ -4510,9 +4510,6 @@ class LiveOutput:
         self.facts: dict[str, Any] = {}
         self.content_type = ""
         self.acted = False  # a server has answered what must not be sent twice
-        self.begun = False  # the request that is under way has begun to be sent
-        self.asked: _OneAnswer | None = None  # the connection on which it is about to be
-        self.broken = False  # the connection was reset before the end of the answer
         self._limit = limit
         self._streams: dict[str, _Stream] = {}
         self._masker = SecretMasker()
@@ -5240,7 +5237,7 @@ _SPELLED = {
 }
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 _BROKE_OFF = "the answer broke off before its end, or could not be decoded"
-_ATTEMPT = contextvars.ContextVar[LiveOutput]("_ATTEMPT")  # that sends: its task's
+_ASKED: contextvars.ContextVar[_OneAnswer] = contextvars.ContextVar("asked")  # what an attempt waits for
 
 
 class HttpClient:
@@ -5275,7 +5272,9 @@ class HttpClient:
         family, kind, protocol, _, address = info
         if refusal := self._refusal_of(address[0]):
             raise OSError(REFUSED_ERRNO, refusal)
-        return _Socket(family, kind, protocol)
+        made = _Socket(family, kind, protocol)
+        made.answer = _ASKED.get()
+        return made
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
         """In daemon threads, so that dead DNS servers hold up neither the loop's executor nor the exit."""
@@ -5299,15 +5298,14 @@ class HttpClient:
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
     """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error. Any
     request goes again, on another connection, as long as nothing of it was sent: one that was kept had ended."""
-    live, left = _ATTEMPT.get(), 10  # kept connections that may have ended
+    answer, left = _ASKED.get(), 10  # kept connections that may have ended
     while True:
-        live.begun = False
         try:
             return await handler(request)
         except (aiohttp.ClientError, OSError) as error:
             ended = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientConnectorError)
-            if live.begun or not ended or not left:
-                raise _connection_failed(error, live) from None
+            if answer.begun or not ended or not left:
+                raise _connection_failed(error, answer.live) from None
             left -= 1
 
 
@@ -5407,87 +5405,82 @@ def _moved(came: bytearray, passed: bytearray, left: float) -> Generator[None, N
 _HEAD_END, _LINE_END, _TRAILERS_END = re.compile(rb"\n\r?\n"), re.compile(rb"\n"), re.compile(rb"(?:\A|\n)\r?\n")
 _CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?=[;\s])")
 _FRAMING = re.compile(rb"\n(content-length|transfer-encoding):[ \t]*([^\r\n]*?)[ \t]*(?=\r?\n)")
-_REQUEST_BEGINS = re.compile(rb"([A-Z]+) [^ ]+ HTTP/1\.1\r\n")
 
 
 class _OneAnswer:
-    """What plain and TLS connections have in common: nothing comes in but the answer to what was sent. Servers send bodies with
-    204, a line or a whole page behind an answer: aiohttp's parser, which curl's is not like, would give up the answer for it."""
+    """What comes in for one request: its answer, and nothing else. Servers send bodies with 204, a line or a whole page behind an
+    answer: aiohttp's parser, which curl's is not like, would give up the answer for it."""
 
-    _answer: Iterator[None] | None = None
-    _over = False  # something else came: as if the server had closed the connection
+    def __init__(self, method: str, live: LiveOutput) -> None:
+        self.begun = False  # the request has begun to be sent
+        self.surplus = False  # something else came: as if the server had closed the connection
+        self.broken = False  # the connection was reset before the end of the answer
+        self.live = live
+        self._method = method
+        self._came, self._passed = bytearray(), bytearray()
+        self._moves = _answer(method == "HEAD", self._came, self._passed)
 
-    def _asks(self, data: bytes) -> None:
-        """Raises OSError when a request would begin on a connection that is not to be used again."""
-        if begins := _REQUEST_BEGINS.match(data):  # else the rest of one, such as a body whose answer may have come before it
-            self._method, self._live = begins[1].decode(), _ATTEMPT.get()
-            self._came, self._passed = bytearray(), bytearray()
-            self._live.begun, self._live.broken, self._live.asked = not self._over, False, self
-            self._reused = self._answer is not None
-            if self._over:
-                raise ConnectionResetError(None, "was closed by the server")
-            self._answer = _answer(self._method == "HEAD", self._came, self._passed)
-
-    def _answered(self, read: Callable[[], bytes]) -> bytes:
-        """What of it has come; nothing at the end of the connection. `read` raises an error while there is nothing yet."""
-        while (data := read()) and self._answer is not None:
-            self._live.acted = self._live.acted or self._method in _NOT_REPEATABLE
+    def read(self, receive: Callable[[], bytes]) -> bytes:
+        """What of it has come; nothing at the end of the connection. `receive` raises an error while there is nothing yet."""
+        while data := receive():
+            self.live.acted = self.live.acted or self._method in _NOT_REPEATABLE
             self._came += data
-            if next(self._answer, self) is self:  # it is complete, but for what is left
-                self._over = self._over or len(self._came) > 0
+            if next(self._moves, self) is self:  # it is complete, but for what is left
+                self.surplus = self.surplus or len(self._came) > 0
                 self._came.clear()
             data = bytes(self._passed)
             self._passed.clear()
-            if data or self._over:
+            if data or self.surplus:
                 break
         return data
 
+    def reset(self) -> None:
+        """aiohttp takes a reset for the end of a body without declared length."""
+        self.broken = next(self._moves, self) is not self
 
-class _Socket(_OneAnswer, socket.socket):
-    _asked: _OneAnswer | None = None  # itself, or the TLS above it
+
+class _Socket(socket.socket):
+    answer: _OneAnswer  # to what was sent last
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        self._asks(data)
+        self._asks()
         return super().send(data, flags)
 
-    def sendmsg(self, buffers: Any, *more: Any) -> int:
-        buffers = list(buffers)
-        self._asks(buffers[0])
-        return super().sendmsg(buffers, *more)
+    def sendmsg(self, *arguments: Any) -> int:
+        self._asks()
+        return super().sendmsg(*arguments)
 
-    def _asks(self, data: bytes) -> None:
-        super()._asks(data)  # or what TLS has made of it was seen just before
-        live = _ATTEMPT.get(None)  # of a connection that is closed nobody's
-        if live is not None and live.asked is not None:
-            self._asked, live.asked, poll = live.asked, None, select.poll()
+    def _asks(self) -> None:
+        """Raises OSError when a request would begin on a connection that is not to be used again."""
+        answer = _ASKED.get(self.answer)
+        if answer is not self.answer:
+            poll = select.poll()
             poll.register(self, select.POLLIN)
             # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
-            if self._asked._reused and poll.poll(0):
-                live.begun = False
+            if self.answer.surplus or poll.poll(0):
                 raise ConnectionResetError(None, "was closed by the server")
+            self.answer = answer
+        answer.begun = True
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        return self._answered(partial(self._received, super().recv, min(size, READ_BYTES), flags))
+        return self.answer.read(partial(self._received, super().recv, min(size, READ_BYTES), flags))
 
-    def recv_into(self, buffer: Any, *more: Any) -> int:
+    def recv_into(self, buffer: Any, *more: Any) -> int:  # below TLS
         return self._received(super().recv_into, memoryview(buffer)[:READ_BYTES], *more)
 
     def _received(self, call: Callable[..., T], *arguments: Any) -> T:
         try:
             return call(*arguments)
-        except ConnectionResetError:  # which aiohttp takes for the end of a body without declared length
-            if (asked := self._asked) and asked._answer is not None and next(asked._answer, self) is not self:
-                asked._live.broken = True
+        except ConnectionResetError:
+            self.answer.reset()
             raise
 
 
-class _TlsObject(_OneAnswer, ssl.SSLObject):
-    def write(self, data: Any) -> int:
-        self._asks(data)
-        return super().write(data)
+class _TlsObject(ssl.SSLObject):
+    """Of a connection for one request: one that is kept would need to know of each next one."""
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        return self._answered(partial(super().read, len, buffer))  # asyncio gives no buffer for a protocol that has none
+        return _ASKED.get().read(partial(super().read, len, buffer))  # asyncio gives no buffer for a protocol that has none
 
 
 async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ: Mapping[str, str], live: LiveOutput) -> Outcome:
@@ -5582,7 +5575,6 @@ async def _exchange(
     """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
     gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice. Cookies
     are kept for the attempt, as a browser keeps them."""
-    _ATTEMPT.set(live)
     of_run = {
         "X-ChronoTask-Execution-Id": str(run.execution_id),
         "X-ChronoTask-Attempt": str(run.attempt),
@@ -5591,7 +5583,8 @@ async def _exchange(
     if run.scheduled_for is not None:
         of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     # A server may just be closing a connection that was kept.
-    keep = request.method not in _NOT_REPEATABLE and "close" not in request.headers.get("Connection", "").lower()
+    keep = request.method not in _NOT_REPEATABLE and request.url.scheme == "http"
+    keep = keep and "close" not in request.headers.get("Connection", "").lower()
     jar: aiohttp.CookieJar | None = None
     for _ in range(MAX_REDIRECTS + 1):
         headers = of_run | request.headers
@@ -5600,6 +5593,7 @@ async def _exchange(
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
             headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
         session = client.session(keep and jar is None)
+        _ASKED.set(_OneAnswer(request.method, live))
         response = await session.request(
             request.method,
             request.url,
@@ -5682,7 +5676,7 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                     return
         if unpacker is not None:
             live.feed("body", unpacker.flush())
-        if live.broken or (unpacker is not None and not unpacker.eof):
+        if _ASKED.get().broken or (unpacker is not None and not unpacker.eof):
             raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
         raise _Passing(_BROKE_OFF) from None

@@ -4406,10 +4406,7 @@ async def test_runs_share_a_configuration_but_not_secrets_nor_what_tells_them_ap
     assert rows == [("1", "1", "is one", "application/json"), ("2", "2", "is two", "application/json")]
 
 
-@each("secure", False, True)
-async def test_a_connection_is_used_again_after_a_whole_answer_only(
-    monkeypatch: pytest.MonkeyPatch, tls: ssl.SSLContext, secure: bool
-) -> None:
+async def test_a_connection_is_used_again_after_a_whole_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chronotask.KEEP_SECONDS", 60)
     ports, ends = list[int](), list[Any]()
 
@@ -4421,10 +4418,10 @@ async def test_a_connection_is_used_again_after_a_whole_answer_only(
             return web.Response(status=307, headers={"Location": "/"})
         return web.Response(status=204) if request.path == "/empty" else web.Response(text="x" * 1_000_000)
 
-    async with serving(handler, tls if secure else None) as url, http_client(Settings()) as client:
+    async with serving(handler) as url, http_client(Settings()) as client:
 
         async def get(path: str, **config: Any) -> None:
-            assert (await http_executors(url + path, client=client, verify_tls=False, **config)).status == "succeeded"
+            assert (await http_executors(url + path, client=client, **config)).status == "succeeded"
 
         for path, method in (("/", "GET"), ("/empty", "GET"), ("/", "HEAD"), ("/", "GET")):
             await get(path, method=method)
@@ -4931,13 +4928,14 @@ async def test_a_complete_answer_stands_whatever_follows_it(tls: ssl.SSLContext,
         assert [(outcome.status, (outcome.output or {})["body"]) for outcome in outcomes] == [("succeeded", body)] * 3
         assert len(seen) == 3
     whole = b""
-    chronotask._ATTEMPT.set(LiveOutput(0))
     for size in (len(answer), *((1, 2, 3, 7) if len(answer) < 1000 else (1000,))):
-        connection, pieces = chronotask._OneAnswer(), iter([answer[at : at + size] for at in range(0, len(answer), size)])
-        connection._asks(f"{method} / HTTP/1.1\r\n".encode())
-        taken = b"".join(iter(partial(connection._answered, partial(next, pieces, b"")), b""))
+        one, pieces = (
+            chronotask._OneAnswer(method, LiveOutput(0)),
+            iter([answer[at : at + size] for at in range(0, len(answer), size)]),
+        )
+        taken = b"".join(iter(partial(one.read, partial(next, pieces, b"")), b""))
         whole = whole or taken
-        assert (taken, connection._answered(lambda: b"more")) == (whole, b"")
+        assert (taken, one.read(lambda: b"more")) == (whole, b"")
 
 
 async def test_an_endless_head_or_trailer_and_lines_that_are_no_chunks_are_given_up() -> None:
