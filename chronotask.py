@@ -131,7 +131,7 @@ import zoneinfo
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -157,7 +157,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import aiohttp
 import yarl
 from aiohttp import web
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -4285,7 +4285,6 @@ TERM_SECONDS = {"cancelled": 2.0, "interrupted": 1.0, "timed_out": 2.0}  # from 
 DRAIN_SECONDS = 1.0  # for what is still in the pipes once the process is gone
 MAX_LEFT_PIPES = 200  # of them: each is an open file
 MAX_REDIRECTS = 10
-MAX_BODY_BYTES = 1 << 30  # of a response, decompressed; what comes later is not read
 MAX_HEAD_BYTES = 300 * 1024  # of a response: curl's limit
 MAX_HEAD_LINE = 65536
 READ_BYTES = 65536  # at once: of chunks of a byte each, or of escapes, this is a tenth of a second
@@ -5229,23 +5228,16 @@ _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
     " pragma user-agent".split()
 )
-# What is set here, in its own spelling: so that a task's headers take its place in whatever spelling.
-_SPELLED = {
-    name.lower(): name
-    for name in "Accept-Encoding Authorization Connection Content-Type Cookie Idempotency-Key User-Agent X-ChronoTask-Attempt"
-    " X-ChronoTask-Execution-Id X-ChronoTask-Scheduled-For".split()
-}
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 _BROKE_OFF = "the answer broke off before its end, or could not be decoded"
 _ASKED: contextvars.ContextVar[_OneAnswer] = contextvars.ContextVar("asked")  # what an attempt waits for
 
 
 class HttpClient:
-    """The connections of all http tasks, and their resolver of names. `now` (microseconds)
-    serves a Retry-After date of a server that sends no Date."""
+    """The connections of all http tasks, and their resolver of names."""
 
-    def __init__(self, settings: Settings, now: Callable[[], int]) -> None:
-        self.settings, self.now = settings, now
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -5314,21 +5306,20 @@ def _connection_failed(error: Exception, live: LiveOutput) -> ChronoTaskError:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
         return ChronoTaskError(f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {error.os_error.strerror}")
     if isinstance(error, aiohttp.ClientConnectorError):
-        host, cause = f"[{error.host}]" if ":" in error.host else error.host, error.os_error
-        place = f"{host}:{error.port}"
-        # asyncio's own text of a refused connection names the address and not the reason.
-        code = 0 if isinstance(cause, (socket.gaierror, ssl.SSLError)) else cause.errno or 0
-        other = cause.strerror or str(cause)[:200] or "connection reset"
-        reason = os.strerror(code).lower() if code in errno.errorcode else other
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {reason}")
+        place, cause = f"[{error.host}]:{error.port}" if ":" in error.host else f"{error.host}:{error.port}", error.os_error
         if cause.errno == REFUSED_ERRNO:
-            return ChronoTaskError(f"{place} may not be called: {reason}")
-        tls = isinstance(error, aiohttp.ClientConnectorSSLError)
-        return _Passing(f"TLS with {place} failed: {reason}" if tls else f"could not connect to {place}: {reason}")
-    if isinstance(error, aiohttp.ServerDisconnectedError):  # its message may be a part of an answer
-        return _Passing("the server closed the connection without an answer" if isinstance(error.message, str) else _BROKE_OFF)
+            return ChronoTaskError(f"{place} may not be called: {cause.strerror}")
+        if isinstance(cause, ssl.SSLError):
+            return _Passing(f"TLS with {place} failed: {cause.strerror}")
+        # asyncio's own text of a refused connection names the address and not the reason.
+        known, code = cause.errno in errno.errorcode, cause.errno or 0
+        reason = os.strerror(code).lower() if known else str(cause)[:200] or "connection reset"
+        return _Passing(f"could not connect to {place}: {reason}")
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return _Passing("the server closed the connection without an answer")
     if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
         return ChronoTaskError(f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it")
     if isinstance(error, aiohttp.ClientResponseError):
@@ -5414,7 +5405,6 @@ class _OneAnswer:
     def __init__(self, method: str, live: LiveOutput) -> None:
         self.begun = False  # the request has begun to be sent
         self.surplus = False  # something else came: as if the server had closed the connection
-        self.broken = False  # the connection was reset before the end of the answer
         self.live = live
         self._method = method
         self._came, self._passed = bytearray(), bytearray()
@@ -5433,10 +5423,6 @@ class _OneAnswer:
             if data or self.surplus:
                 break
         return data
-
-    def reset(self) -> None:
-        """aiohttp takes a reset for the end of a body without declared length."""
-        self.broken = next(self._moves, self) is not self
 
 
 class _Socket(socket.socket):
@@ -5463,17 +5449,10 @@ class _Socket(socket.socket):
         answer.begun = True
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        return self.answer.read(partial(self._received, super().recv, min(size, READ_BYTES), flags))
+        return self.answer.read(partial(super().recv, min(size, READ_BYTES), flags))
 
     def recv_into(self, buffer: Any, *more: Any) -> int:  # below TLS
-        return self._received(super().recv_into, memoryview(buffer)[:READ_BYTES], *more)
-
-    def _received(self, call: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return call(*arguments)
-        except ConnectionResetError:
-            self.answer.reset()
-            raise
+        return super().recv_into(memoryview(buffer)[:READ_BYTES], *more)
 
 
 class _TlsObject(ssl.SSLObject):
@@ -5501,9 +5480,7 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
         message += f"; expected {', '.join(map(str, expected))}"
         if status in (401, 403) and request.left_behind:
             message += live.masked(f" (credentials for {request.left_behind} were not sent on to {request.url.origin()})")
-        if 300 <= status < 400 and not config.get("follow_redirects", True):
-            message += " (follow_redirects is false)"
-        wait = retry_after(response.headers, client.now) if status in (429, 503) else None
+        wait = retry_after(response.headers) if status in (429, 503) else None
         return Outcome("failed", message, output, retryable=status in (408, 425, 429) or 500 <= status < 600, retry_after=wait)
     except TimeoutError:
         return _stopped(live, timeout)
@@ -5516,7 +5493,7 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
 class _Request(NamedTuple):
     method: str
     url: yarl.URL
-    headers: dict[str, str]  # but for those that tell this run from others
+    headers: CIMultiDict[str]  # but for those that tell this run from others
     body: bytes | None
     masker: SecretMasker  # of what a server must not put into the history by echoing it, references or not
     left_behind: str | None = None  # the origin whose headers were taken off at a redirect
@@ -5533,7 +5510,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
         url, login = _read_url(config["url"])
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
-    headers = {"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"}
+    headers = CIMultiDict({"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"})
     own, body = config.get("headers", {}), config.get("body")
     credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
     credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
@@ -5549,7 +5526,7 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
             fields = [(name, item) for name, value in body.items() for item in (value if isinstance(value, list) else [value])]
             body = urllib.parse.urlencode([(name, item if isinstance(item, str) else compact(item)) for name, item in fields])
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
-    headers |= {_SPELLED.get(name.lower(), name): value for name, value in own.items()}
+    headers.update(own)
     return _Request(config.get("method", "GET"), url.extend_query(query), headers, body, SecretMasker([*secrets, *credentials]))
 
 
@@ -5587,7 +5564,8 @@ async def _exchange(
     keep = keep and "close" not in request.headers.get("Connection", "").lower()
     jar: aiohttp.CookieJar | None = None
     for _ in range(MAX_REDIRECTS + 1):
-        headers = of_run | request.headers
+        headers = CIMultiDict(of_run)
+        headers.update(request.headers)
         if jar is not None and (cookies := jar.filter_cookies(request.url)):
             own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
@@ -5632,12 +5610,12 @@ def _redirected(config: dict[str, Any], request: _Request, response: aiohttp.Cli
     method, _, headers, body, masker, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
         method, body = "GET", None
-        headers = {name: value for name, value in headers.items() if not name.lower().startswith("content-")}
+        headers = CIMultiDict(pair for pair in headers.items() if not pair[0].lower().startswith("content-"))
     if url.origin() != request.url.origin():
         if body is not None and SECRET_REFERENCE.search(compact(config["body"])):
             raise ChronoTaskError(f"redirected to {url.origin()}, which must not get the secret in the body")
         secret = {name.lower() for name, value in config.get("headers", {}).items() if SECRET_REFERENCE.search(value)}
-        kept = {name: value for name, value in headers.items() if name.lower() in _HARMLESS_HEADERS - secret}
+        kept = CIMultiDict(pair for pair in headers.items() if pair[0].lower() in _HARMLESS_HEADERS - secret)
         headers, left_behind = kept, str(request.url.origin()) if len(kept) < len(headers) else left_behind
     return _Request(method, url, headers, body, masker, left_behind)
 
@@ -5652,49 +5630,36 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
     live.facts = {"status_code": response.status, "headers": headers}
     packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip", "deflate")
     unpacker: Any = None
-    begun, read = False, 0
+    read = 0
     try:
         while data := await response.content.readany():
+            if packed and unpacker is None:  # zlib's header, gzip's, or neither: some servers send deflate without one
+                unpacker = zlib.decompressobj(47 if data[0] == 0x1F or data[0] & 15 == 8 else -15)
             while data:
-                if not packed:
-                    part, data = data, b""
-                else:  # in small pieces, so that what unpacks to gigabytes needs no memory
-                    if unpacker is None:
-                        if begun and data[:1] != b"\x1f":
-                            break  # gzip may have several members; anything else behind it is no part of it
-                        # zlib's header, gzip's, or neither: some servers send deflate without one.
-                        unpacker = zlib.decompressobj(47 if data[0] == 0x1F or data[0] & 15 == 8 else -15)
-                        begun = True
-                    part, data = unpacker.decompress(data, 65536), unpacker.unconsumed_tail
-                    if unpacker.eof:
-                        data, unpacker = unpacker.unused_data, None
+                part, data = data, b""
+                if unpacker is not None:  # in small pieces, so that what unpacks to gigabytes needs no memory
+                    part, data = unpacker.decompress(part, 65536), unpacker.unconsumed_tail
                 live.feed("body", part)
                 read += len(part)
                 if data or read > 262144:  # a body that always has more never waits: let others have the loop
                     await asyncio.sleep(0)
-                if read >= MAX_BODY_BYTES:
-                    return
-        if unpacker is not None:
+            if unpacker is not None and unpacker.eof:
+                return  # what is behind it is no part of it
+        if unpacker is not None:  # it has not come to its end
             live.feed("body", unpacker.flush())
-        if _ASKED.get().broken or (unpacker is not None and not unpacker.eof):
             raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
         raise _Passing(_BROKE_OFF) from None
 
 
-def retry_after(headers: Mapping[str, str], now: Callable[[], int]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
     text = headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
-    until, start = _http_date(text), _http_date(headers.get("date", ""))
-    return None if until is None else min(max(until - (now() / SECOND if start is None else start), 0.0), MAX_RETRY_WAIT)
-
-
-def _http_date(text: str) -> float | None:
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        moment = email.utils.parsedate_to_datetime(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # no dates, or one with a zone and one without
+        until, start = (email.utils.parsedate_to_datetime(one) for one in (text, headers.get("date", "")))
+        return min(max((until - start).total_seconds(), 0.0), MAX_RETRY_WAIT)
     return None
 
 
@@ -5910,7 +5875,7 @@ class Engine:
         self.clock = clock
         self.feed = Feed(store)
         self.stats = Stats()
-        self.http = HttpClient(settings, clock.now)
+        self.http = HttpClient(settings)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
         self.pause_ends = LAST_INSTANT  # the next one that ends by itself
