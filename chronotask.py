@@ -5276,11 +5276,8 @@ class HttpClient:
             raise OSError(None, "invalid name") from None
         async with self._lookups:
             found = await in_daemon(socket.getaddrinfo, name, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
-        flags, same = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV, {"hostname": host, "port": port, "flags": 0}
-        return [
-            same | {"host": str(socket.getnameinfo(address, flags)[0]), "family": kind, "proto": protocol}
-            for kind, _, protocol, _, address in found
-        ]
+        same = {"hostname": host, "port": port, "flags": 0}
+        return [same | {"host": address[0], "family": kind, "proto": protocol} for kind, _, protocol, _, address in found]
 
     async def close(self) -> None:
         for session in self._sessions.values():
@@ -5288,20 +5285,14 @@ class HttpClient:
 
 
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error. Any
-    request goes again, on another connection, as long as nothing of it was sent: one that was kept had ended."""
-    answer, left = _ASKED.get(), 10  # kept connections that may have ended
-    while True:
-        try:
-            return await handler(request)
-        except (aiohttp.ClientError, OSError) as error:
-            ended = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientConnectorError)
-            if answer.begun or not ended or not left:
-                raise _connection_failed(error, answer.live) from None
-            left -= 1
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error."""
+    try:
+        return await handler(request)
+    except (aiohttp.ClientError, OSError) as error:
+        raise _connection_failed(error) from None
 
 
-def _connection_failed(error: Exception, live: LiveOutput) -> ChronoTaskError:
+def _connection_failed(error: Exception) -> ChronoTaskError:
     """What a person can do about it. Never in aiohttp's own text: it has URLs."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
@@ -5323,7 +5314,7 @@ def _connection_failed(error: Exception, live: LiveOutput) -> ChronoTaskError:
     if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
         return ChronoTaskError(f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it")
     if isinstance(error, aiohttp.ClientResponseError):
-        return _Passing(f"the server's answer is not valid HTTP: {_one_line(live.masked(error.message), 200)}")
+        return _Passing(f"the server's answer is not valid HTTP: {_one_line(_ASKED.get().live.masked(error.message), 200)}")
     return _Passing(f"the connection failed: {_reason(error)}")
 
 
@@ -5403,7 +5394,7 @@ class _OneAnswer:
     answer: aiohttp's parser, which curl's is not like, would give up the answer for it."""
 
     def __init__(self, method: str, live: LiveOutput) -> None:
-        self.begun = False  # the request has begun to be sent
+        self.unsent = False  # nothing of the request was sent: the connection that was kept had ended
         self.surplus = False  # something else came: as if the server had closed the connection
         self.live = live
         self._method = method
@@ -5438,15 +5429,15 @@ class _Socket(socket.socket):
 
     def _asks(self) -> None:
         """Raises OSError when a request would begin on a connection that is not to be used again."""
-        answer = _ASKED.get(self.answer)
-        if answer is not self.answer:
+        asked = _ASKED.get(self.answer)
+        if asked is not self.answer:
             poll = select.poll()
             poll.register(self, select.POLLIN)
             # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
-            if self.answer.surplus or poll.poll(0):
-                raise ConnectionResetError(None, "was closed by the server")
-            self.answer = answer
-        answer.begun = True
+            asked.unsent = self.answer.surplus or bool(poll.poll(0))
+            if asked.unsent:
+                raise ConnectionResetError
+            self.answer = asked
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         return self.answer.read(partial(super().recv, min(size, READ_BYTES), flags))
@@ -5570,17 +5561,23 @@ async def _exchange(
             own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
             headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
-        session = client.session(keep and jar is None)
-        _ASKED.set(_OneAnswer(request.method, live))
-        response = await session.request(
-            request.method,
-            request.url,
-            headers=headers,
-            data=request.body,
-            skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
-            ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
-            allow_redirects=False,
-        )
+        _ASKED.set(answer := _OneAnswer(request.method, live))
+        try:
+            response = await client.session(keep).request(
+                request.method,
+                request.url,
+                headers=headers,
+                data=request.body,
+                skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
+                ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
+                allow_redirects=False,
+            )
+        except _Passing:
+            if not answer.unsent:
+                raise
+            continue
+        finally:
+            keep = False
         with contextlib.closing(response):  # unless the connection was given back at its end, with the request all sent
             following = _redirected(config, request, response, live)
             if following is None:
@@ -8126,17 +8123,12 @@ def gated_app(service: Service, way: str) -> web.Application:
             return await handler(request)
         except ChronoTaskError as error:
             return problem_answer(error)
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            answer = problem_answer(MethodNotAllowed(f"{error.method} is not allowed here; allowed are {allowed}"))
-            answer.headers["Allow"] = allowed
+        except web.HTTPException as error:  # aiohttp's own, of paths, methods and bodies
+            kinds = {kind.status: kind for kind in (NotFound, MethodNotAllowed, BodyTooLarge)}
+            answer = problem_answer(kinds.get(error.status, MalformedBody)(error.text or error.reason))
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                answer.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
             return answer
-        except web.HTTPRequestEntityTooLarge:
-            return problem_answer(BodyTooLarge(f"a body may have at most {MAX_BODY} bytes"))
-        except web.HTTPNotFound:
-            return problem_answer(NotFound("there is nothing at this path; GET / lists where to look"))
-        except web.HTTPException as error:
-            return problem_answer(MalformedBody(error.reason or "the request is malformed"))
         except ConnectionError:  # the client has gone, or was dropped because it took nothing: there is nobody to answer
             return web.Response(status=503)
         except Exception:
@@ -8175,9 +8167,7 @@ async def json_bytes(request: web.Request) -> bytes:
     except (ConnectionError, web.RequestPayloadError) as error:
         # aiohttp keeps the error, and its frames hold what had arrived: 1 MiB each, until the next full garbage collection.
         error.__traceback__ = None
-        if isinstance(error, ConnectionError):
-            raise
-        raise MalformedBody("the body is not what its headers say: its chunks are malformed") from None
+        raise MalformedBody("the body broke off, or its chunks are malformed") from None
     if raw and request.content_type != "application/json":
         raise UnsupportedMedia(f"send the body as application/json, not {shown(request.content_type)}")
     return raw.removeprefix(codecs.BOM_UTF8)
@@ -8200,10 +8190,7 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
 
 def path_id(request: web.Request) -> int | str:
     text = request.match_info.get("id", "0")
-    named = text.startswith("key:")
-    if not named and (len(text) > 19 or int(text) > MAX_ID):  # its route lets only digits through
-        raise NotFound(f"{shown(text)} is no id")
-    return text if named else int(text)
+    return text if text.startswith("key:") else int(text)  # its route lets only digits through
 
 
 async def answer_operation(service: Service, operation: Operation, request: web.Request) -> web.Response:
@@ -8244,25 +8231,17 @@ async def show_docs(_service: Service, request: web.Request) -> web.Response:
     except OSError:
         text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
         return web.Response(text=text, headers=HEADERS)
-    headers = {**HEADERS, **page_policy(page), "Vary": "Accept-Encoding"}
-    answer = web.Response(text=page, content_type="text/html", headers=headers)
-    answer.enable_compression()
-    return answer
-
-
-@functools.lru_cache(2)
-def page_policy(page: str) -> dict[str, str]:
-    """Security headers of a page: only its own inline scripts and styles run, and it talks to this server alone."""
-
-    def hashes(tag: str) -> str:
-        texts = [part.partition(f"</{tag}>")[0] for part in page.split(f"<{tag}>")[1:]]
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
-
+    nonce = os.urandom(16).hex()  # of the page's own script and style: no other runs, and it talks to this server alone
+    for tag in ("script", "style"):
+        page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">')
     policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+    answer = web.Response(text=page, content_type="text/html", headers={**HEADERS, **headers, "Vary": "Accept-Encoding"})
+    answer.enable_compression()
+    return answer
 
 
 async def show_health(service: Service, request: web.Request) -> web.Response:
@@ -8359,17 +8338,16 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     named = [(f'task_id="{task.id}",task="{task.name.translate(escapes)}",key="{task.key or ""}"', task) for task in tasks]
     last = [(f'{{{labels},status="{task.last_status or "none"}"}}', 1) for labels, task in named]
     family("task_last_status", "How the latest execution that ran has ended.", last)
-    figures: list[tuple[str, str, Callable[[Task], int | None]]] = [
+    figures: list[tuple[str, str, Callable[[Task], float | None]]] = [
         ("failures_total", "Executions that failed.", lambda task: task.failure_count),
         ("failures_in_a_row", "Failures since the last success.", lambda task: task.failures_in_a_row),
-        ("last_success_timestamp_seconds", "End of the last success; 0: never.", lambda task: task.last_success or 0),
-        ("last_run_timestamp_seconds", "Start of the last run; 0: never.", lambda task: task.last_run or 0),
-        ("running_since_timestamp_seconds", "Start of what runs.", lambda task: running.get(task.id)),
-        ("next_slot_timestamp_seconds", "Next firing.", lambda task: task.next_run),
+        ("last_success_timestamp_seconds", "End of the last success; 0: never.", lambda task: (task.last_success or 0) / SECOND),
+        ("last_run_timestamp_seconds", "Start of the last run; 0: never.", lambda task: (task.last_run or 0) / SECOND),
+        ("running_since_timestamp_seconds", "Start of what runs.", lambda task: running.get(task.id, 0) / SECOND or None),
+        ("next_slot_timestamp_seconds", "Next firing.", lambda task: (task.next_run or 0) / SECOND or None),
     ]
     for name, text, figure in figures:
-        unit, values = SECOND if "timestamp" in name else 1, [(labels, figure(task)) for labels, task in named]
-        samples = [(f"{{{labels}}}", value / unit if unit > 1 else value) for labels, value in values if value is not None]
+        samples = [(f"{{{labels}}}", value) for labels, task in named if (value := figure(task)) is not None]
         family(f"task_{name}", text, samples, "counter" if name.endswith("total") else "gauge")
     about = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     return web.Response(body=("\n".join(lines) + "\n").encode(), headers={**HEADERS, **about})
@@ -8380,30 +8358,22 @@ async def show_openapi(_service: Service, request: web.Request) -> web.Response:
     return json_answer(openapi())
 
 
-class Page(NamedTuple):
-    """A route that is no operation: outside of the API, or a stream."""
-
-    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
-    path: str
-    media: str  # of its answer
-    query: type[Query] | None = None
-
-
-PAGES = (
-    Page(show_root, "/", "application/json"),
-    Page(show_health, "/health", "application/json"),
-    Page(show_metrics, "/metrics", "text/plain"),
-    Page(show_openapi, "/openapi.json", "application/json"),
-    Page(show_docs, "/docs", "text/html"),
-    Page(send_output, API + "/executions/{id}/output", "text/plain", FollowQuery),
-    Page(show_events, API + "/events", "text/event-stream", EventQuery),
-    Page(show_backup, API + "/backup", "application/vnd.sqlite3"),
-)
+# Routes that are no operations, outside of the API or streams: who answers, with what, to which query.
+PAGES: dict[str, tuple[Callable[[Service, web.Request], Awaitable[web.StreamResponse]], str, type[Query] | None]] = {
+    "/": (show_root, "application/json", None),
+    "/health": (show_health, "application/json", None),
+    "/metrics": (show_metrics, "text/plain", None),
+    "/openapi.json": (show_openapi, "application/json", None),
+    "/docs": (show_docs, "text/html", None),
+    API + "/executions/{id}/output": (send_output, "text/plain", FollowQuery),
+    API + "/events": (show_events, "text/event-stream", EventQuery),
+    API + "/backup": (show_backup, "application/vnd.sqlite3", None),
+}
 
 
 def _route(path: str) -> str:
-    path = path.replace("tasks/{id}", "tasks/{id:[0-9]+|key:[a-z0-9._-]+}")
-    return path.replace("{id}", "{id:[0-9]+}")  # else /schedules/{id} would take /schedules/preview, too
+    path = path.replace("tasks/{id}", "tasks/{id:[0-9]{1,18}|key:[a-z0-9._-]+}")
+    return path.replace("{id}", "{id:[0-9]{1,18}}")  # else /schedules/{id} would take /schedules/preview, too
 
 
 def make_app(service: Service) -> web.Application:
@@ -8411,9 +8381,8 @@ def make_app(service: Service) -> web.Application:
     for operation in OPERATIONS:
         for method in (*operation.methods, *(["HEAD"] if operation.method == "GET" else [])):
             app.router.add_route(method, _route(API + operation.path), partial(answer_operation, service, operation))
-    for page in PAGES:
-        head = not page.path.startswith(API)  # no HEAD of a stream
-        app.router.add_get(_route(page.path), partial(page.handler, service), allow_head=head)
+    for path, (show, _, _) in PAGES.items():
+        app.router.add_get(_route(path), partial(show, service), allow_head=not path.startswith(API))  # no HEAD of a stream
     return app
 
 
@@ -8436,9 +8405,6 @@ _TEXT = {"type": "string"}
 @functools.cache
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document of everything that can be asked, from the operations, their models and the pages."""
-    refused = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
-    problem: dict[str, Any] = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
-    problem["errors"] = {"type": "array", "items": refused}
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
     adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
     refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
@@ -8450,39 +8416,38 @@ def openapi() -> dict[str, Any]:
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
         more = shape_of(body.resource).shown.keys() - properties if body.update else ()
         properties |= {name: {"readOnly": True} for name in sorted(more)}  # what GET gave can be sent back
+    refused = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
+    problem: dict[str, Any] = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
+    problem["errors"] = {"type": "array", "items": refused}
     schemas["Problem"] = {"type": "object", "required": list(problem), "properties": problem}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
         good = {operation.status: content, **({200: content} if operation.status == 202 else {})}
-        wrong = {400, 401, 403, 422, 429, 503, *operation.errors, *((404,) if operation.id_name else ())}
         for method in operation.methods:
             name = operation.name if method != "PUT" else operation.name.replace("update", "put")
-            document = _document(operation, name, good, wrong | ({408, 413, 415} if method != "GET" else set()))
+            document = _document(operation.path, name, operation.use_case, operation.query, good)
             if operation.body is not None:
                 sent = {"schema": refs[operation.body, "validation"], "example": _EXAMPLES.get(operation.body, {})}
                 required = not mark_of(operation.body).optional
                 document["requestBody"] = {"required": required, "content": {"application/json": sent}}
             paths.setdefault(API + operation.path, {})[method.lower()] = document
-    for page in PAGES:
-        content = {page.media: {"schema": {"type": "object"} if page.media == "application/json" else _TEXT}}
-        wrong = {400, 401, 403, 429, 503, *((404, 422) if page.query else ())}
-        document = _document(page, page.handler.__name__, {200: content}, wrong)
-        if page.path == "/health":  # which takes any Host, and needs no token
-            document = {**_document(page, "show_health", {200: content, 503: content}, {400}), "security": []}
-        paths[page.path] = {"get": document}
+    for path, (show, media, query) in PAGES.items():
+        content = {media: {"schema": {"type": "object"} if media == "application/json" else _TEXT}}
+        good = {200: content, **({503: content} if show is show_health else {})}
+        paths[path] = {"get": _document(path, show.__name__, show, query, good)}
     about = {"title": "ChronoTask", "version": __version__, "description": "A task scheduler: HTTP requests and bash commands."}
     components = {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components, "security": [{}, {"token": []}]}
 
 
-def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong: Iterable[int]) -> dict[str, Any]:
-    """One call. `good` are the statuses of its answers with their content, `wrong` those of its errors."""
+def _document(path: str, name: str, documented: Any, query: type[Query] | None, good: Mapping[int, Any]) -> dict[str, Any]:
+    """One call. `good` are the statuses of its answers, with their content; all others are errors of one form."""
     parameters: list[dict[str, Any]] = []
-    if "{id}" in route.path:
-        schema = adapter(TaskId if "/tasks/" in route.path else Id).json_schema()
+    if "{id}" in path:
+        schema = adapter(TaskId if "/tasks/" in path else Id).json_schema()
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
-    query = route.query or Query
+    query = query or Query
     for field, schema in query.model_json_schema().get("properties", {}).items():
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
@@ -8490,11 +8455,10 @@ def _document(route: Operation | Page, name: str, good: Mapping[int, Any], wrong
         listed = {"explode": False} if schema.get("type") == "array" else {}  # comma-separated
         header = query.headers.get(field)
         parameters.append({"name": header or field, "in": "header" if header else "query", "schema": schema, **listed})
-    summary, _ = words_of(route.handler if isinstance(route, Page) else route.use_case)
-    answers = {str(code): {"description": summary} | ({"content": what} if what else {}) for code, what in good.items()}
-    titles = {error.status: error.title for error in ChronoTaskError.__subclasses__()}
+    summary, _ = words_of(documented)
+    answers = {str(status): {"description": summary} | ({"content": what} if what else {}) for status, what in good.items()}
     problem = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    answers |= {str(status): {"description": titles[status], "content": problem} for status in sorted(wrong)}
+    answers["default"] = {"description": "Why it was refused, or failed", "content": problem}
     return {"operationId": name, "summary": summary, "parameters": parameters, "responses": answers}
 
 
