@@ -174,7 +174,7 @@ from pydantic import (
     field_validator,
     with_config,
 )
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import from_json, to_json
 from typing_extensions import TypedDict, is_typeddict
 
 __version__ = "1.1.0.dev0"
@@ -6617,7 +6617,6 @@ class Service:
         self.started_at = clock.now()
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
         self._loop: asyncio.Task[None] | None = None
-        self._checking = asyncio.Lock()
         self._changing: set[asyncio.Task[Any]] = set()
 
     async def start(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -6692,39 +6691,33 @@ class Service:
 
         return await asyncio.shield(self.engine.spawn(changed(), self._changing))
 
-    async def in_checks(self, run: Callable[[], T]) -> T:
-        """Runs the check of a new expression off the loop, one at a time: one that hardly ever fires takes a while."""
-        async with self._checking:
-            return await in_daemon(operator.call, run)
-
     @Operation("POST", "/tasks", 201, tool=(), errors=(409,))
     async def create_task(self, body: TaskCreate) -> TaskView:
         """Create a task: what to run. A bash command on ChronoTask's machine, or a request to a url; by arguments of
         create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
         *", "timezone": "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one that an
         `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened."""
-        now, errors, schedules = self.clock.now(), list[FieldError](), list[Schedule]()
+
+        given, errors, schedules = (body, self.clock.now(), self.settings), list[FieldError](), list[Schedule]()
         with told_at("", errors):
-            check = partial(new_task, body, now, self.settings)
-            # Bash looks at what arguments follow, and hostile source takes it half a second; a thread for each task is dear.
-            task = await self.in_checks(check) if "args" in body["config"] else check()
+            # Bash looks at what arguments follow, and hostile source takes it half a second.
+            task = await in_daemon(new_task, *given) if "args" in body["config"] else new_task(*given)
             task.config = unmask_config(task.task_type, task.config, {})
-        for number, part in enumerate(body.get("schedules", ())):
-            with told_at(f"schedules[{number}].", errors):
-                new = await self.in_checks(partial(new_schedule, Schedule, {**part, "task_id": 0}, now, self.settings))
-                await self.store.read(partial(check_watched, schedule=new))
-                schedules.append(new)
-        if errors:
-            raise InvalidInput(*errors)
 
         def write(tx: Transaction) -> TaskView:
+            for number, part in enumerate(body.get("schedules", ())):
+                with told_at(f"schedules[{number}].", errors):
+                    schedules.append(new_schedule(Schedule, {**part, "task_id": 0}, tx.now, tx.settings))
+                    check_watched(tx.db, schedules[-1])
+            if errors:
+                raise InvalidInput(*errors)
             view = tx.put(task)
             for schedule in schedules:
                 schedule.task_id = task.id
                 add_schedule(tx, schedule)
             return view
 
-        view = await self.change(write, take_up=self.engine.feed.wanted or bool(schedules))
+        view = await self.change(write, take_up=self.engine.feed.wanted or "schedules" in body)
         if not schedules:
             return view
         return {**await self.get_task(task.id), "schedules": [await self.get_schedule(made.id) for made in schedules]}
@@ -6789,10 +6782,8 @@ class Service:
         tasks. Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when
         task 1 breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in
         the answer with what was asked for."""
-        await self.store.read(partial(get_task, task_id=body["task_id"]))
-        schedule = await self.in_checks(partial(new_schedule, Schedule, body, self.clock.now(), self.settings))
-        await self.change(partial(add_schedule, schedule=schedule))
-        return await self.get_schedule(schedule.id)
+        made = await self.change(lambda tx: add_schedule(tx, new_schedule(Schedule, body, tx.now, tx.settings)))
+        return await self.get_schedule(made)
 
     @Operation("GET", "/schedules/{id}")
     async def get_schedule(self, schedule_id: int) -> ScheduleView:
@@ -6821,19 +6812,20 @@ class Service:
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
         """Change the fields of a schedule that are sent. What is not given stays, the timezone too. Fields as in create_schedule.
         is_active false pauses it."""
-        given, done = cast(Any, body), False
-        while not done:
-            schedule, now = await self.store.read(partial(get_schedule, schedule_id=schedule_id)), self.clock.now()
+
+        def write(tx: Transaction) -> tuple[Any, Any]:
+            schedule, given = get_schedule(tx.db, schedule_id), cast(Any, body)
             sent = given(view_of(schedule)) if callable(given) else given
-            sent = {**sent, "task_id": await self.task_id(sent.get("task_id", schedule.task_id))}
-            changes = await self.in_checks(partial(checked_changes, schedule, sent, now, self.settings))
-            try:
-                done = await self.change(partial(change_schedule, schedule_id=schedule_id, changes=changes, read=schedule))
-            except (AttributeError, LookupError, TypeError, ValueError) as error:  # a zone is gone, or a fault of ours
-                logger.exception("schedule %d", schedule_id)
-                raise InvalidInput(FieldError("schedule_config", f"cannot be evaluated ({error}): send another one")) from error
-        view, sent_config = await self.get_schedule(schedule_id), sent.get("schedule_config", {"timezone": "as it is"})
-        before, after = schedule.schedule_config.get("timezone"), view["schedule_config"].get("timezone")
+            change_schedule(tx, schedule_id, checked_changes(tx.db, schedule, sent, tx.now, tx.settings))
+            return schedule.schedule_config.get("timezone"), sent.get("schedule_config", {"timezone": "as it is"})
+
+        try:
+            before, sent_config = await self.change(write)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a zone is gone, or a fault of ours
+            logger.exception("schedule %d", schedule_id)
+            raise InvalidInput(FieldError("schedule_config", f"cannot be evaluated ({error}): send another one")) from error
+        view = await self.get_schedule(schedule_id)
+        after = view["schedule_config"].get("timezone")
         if before and after and before != after:
             view["notes"].insert(0, f"The time zone is {after} now; it was {before}.")
         elif after and before not in (None, self.settings.scheduler_timezone) and "timezone" not in sent_config:
@@ -6983,16 +6975,19 @@ class Service:
 async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewView:
     """Show a schedule's words and next slots without storing it. Takes what create_schedule takes, and shows `count` slots from
     `after` (default: now) on."""
-    now = service.clock.now()
-    schedule = await service.in_checks(partial(new_schedule, Preview, body, now, service.settings))
-    await service.store.read(partial(check_watched, schedule=schedule))
-    plan = dataclasses.replace(schedule.plan(), schedule_id=None)
-    slots = partial(list[int], plan.upcoming(schedule.settled_until, schedule.count))
-    upcoming = upcoming_view(await service.in_checks(slots), schedule.zone)
-    view: PreviewView = dict(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
-    if schedule.jitter:
-        view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
-    return view
+
+    def look(db: DB) -> PreviewView:
+        now = service.clock.now()
+        schedule = new_schedule(Preview, body, now, service.settings)
+        check_watched(db, schedule)
+        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
+        upcoming = upcoming_view(plan.upcoming(schedule.settled_until, schedule.count), schedule.zone)
+        view: PreviewView = dict(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
+        if schedule.jitter:
+            view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
+        return view
+
+    return await service.store.scan(look)
 
 
 @Operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
@@ -7181,9 +7176,10 @@ def defaults_of(resource: Any, schedule_type: Any) -> dict[str, Any]:
     return shape_of(resource).defaults | own
 
 
-def checked_changes(schedule: Schedule, sent: ScheduleUpdate, now: int, settings: Settings) -> dict[str, Any]:
+def checked_changes(db: DB, schedule: Schedule, sent: ScheduleUpdate, now: int, settings: Settings) -> dict[str, Any]:
     """What was sent for a schedule, as the store keeps it, and only where it differs."""
-    if sent.get("task_id", schedule.task_id) != schedule.task_id:
+    task_id = sent.get("task_id", schedule.task_id)
+    if schedule.task_id != (task_of_key(db, task_id.removeprefix("key:")) if isinstance(task_id, str) else task_id):
         raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
     if sent.get("schedule_type", schedule.schedule_type) != schedule.schedule_type and "schedule_config" not in sent:
         raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {sent['schedule_type']}"))
@@ -7318,23 +7314,21 @@ def remove_task(tx: Transaction, task_id: int) -> None:
     mark_deleted(tx.db, task_id)
 
 
-def add_schedule(tx: Transaction, schedule: Schedule) -> None:
+def add_schedule(tx: Transaction, schedule: Schedule) -> int:
+    """Its id."""
     schedule.task_name = get_task(tx.db, schedule.task_id).name
     check_watched(tx.db, schedule)
     tx.put(schedule)
     if schedule.jitter:  # it is derived from the id, which is known only now
         schedule.look_ahead()
         update(tx.db, schedule)
+    return schedule.id
 
 
-def change_schedule(
-    tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False, read: Schedule | None = None
-) -> bool:
-    """False if the changes follow from it as it was `read`, and somebody was quicker. InvalidInput: nothing is left to fire."""
+def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False) -> None:
+    """Raises InvalidInput if nothing is left to fire, unless it `may_be_over`."""
     db, now, wanted = tx.db, tx.now, changes.get("is_active")
     schedule = get_schedule(db, schedule_id)
-    if read is not None and any(getattr(schedule, name) != getattr(read, name) for name in shape_of(Schedule).written):
-        return False
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
@@ -7359,7 +7353,6 @@ def change_schedule(
     if nothing and (retimed or resumed) and not missed and not may_be_over:
         raise InvalidInput(_nothing_left(schedule))
     tx.put(schedule, seen)
-    return True
 
 
 def remove_schedule(tx: Transaction, schedule_id: int) -> None:
@@ -7489,39 +7482,11 @@ def slug(text: str, taken: Collection[str], number: int = 2) -> str:
 
 
 def load_json(raw: bytes, what: str = "the body") -> Any:
-    """Strict JSON. Raises MalformedBody, and InvalidInput for text that is no Unicode (lone surrogates)."""
+    """The value of JSON text from outside. Raises MalformedBody."""
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode()
-        to_json(value)  # what is nested deeper could not be written again
-        return value
-    except UnicodeEncodeError:
-        raise InvalidInput(FieldError("", "text must be valid Unicode: a lone surrogate such as \\ud800 is not")) from None
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8 (byte {error.start})"
-    except json.JSONDecodeError as error:
-        why = f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-    except (RecursionError, PydanticSerializationError):
-        why = "is not acceptable JSON: it is nested too deeply"
+        return from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        why = f"is not acceptable JSON: {str(error)[:100]}"
-    raise MalformedBody(f"{what} {why}")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a name that stands in it twice: one of its values would be lost in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} stands twice in an object")
-    return found
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+        raise MalformedBody(f"{what} is not valid JSON: {error}") from None
 
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -7788,7 +7753,7 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     [tasks.KEY] task_type = "bash", config = {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config =
     {expression = "30 2 * * *"}. Tasks that it no longer names go on unless prune says otherwise. Try dry_run first."""
     file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
-    wanted = await service.in_checks(partial(check_definitions, service, file, now))
+    wanted = await in_daemon(check_definitions, service, file, now)
 
     def write(tx: Transaction) -> _Apply:
         made = _Apply(tx, file["owner"], file["adopt"], query.prune)
@@ -7901,7 +7866,7 @@ class ConfigFile:
         try:
             if self.path.exists() and not self.path.is_file():  # reading a pipe may last for ever, and once only
                 raise InvalidInput(FieldError(f"--config={shown(str(self.path))}", "must be a regular file"))
-            sent = await self.service.in_checks(partial(read_definitions, str(self.path.absolute())))
+            sent = await in_daemon(read_definitions, str(self.path.absolute()))
             applied = await apply_definitions(self.service, query, parse(DefinitionFile, sent))
         finally:
             CALLER.reset(before)
