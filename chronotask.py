@@ -5014,41 +5014,39 @@ def _spawn(
     words: list[str], env: dict[str, str], options: dict[str, Any], environ: Environ, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
+    loop = asyncio.get_running_loop()
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL:
+        loop.add_signal_handler(signal.SIGCHLD, _child_ended)
     options = options | {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
     options |= {"env": env, "start_new_session": True, "umask": environ.umask}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     given = soft if environ.open_files is None else environ.open_files
     lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (given, hard))
     if stderr + 64 > given:  # numbers that high are in use here, and others could not be opened meanwhile
-        return subprocess.Popen(words, preexec_fn=lower, **options)  # three times as slow
-    lower()  # a limit is inherited as it is at the fork: set in the child later, it might come too late
-    try:
-        return subprocess.Popen(words, **options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-_children: set[int] = set()  # that were started here and are not waited for yet
-
-
-def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[Any]:
-    """Is done once the process itself has ended, whoever still holds its pipes, and has been waited for."""
-    loop, exited = asyncio.get_running_loop(), asyncio.Future[Any]()
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except (AttributeError, OSError):  # no Linux, one before 5.3, or a sandbox that knows no pidfd
-        exited = asyncio.ensure_future(in_daemon(process.wait))
+        process = subprocess.Popen(words, preexec_fn=lower, **options)  # three times as slow
     else:
+        lower()  # a limit is inherited as it is at the fork: set in the child later, it might come too late
+        try:
+            process = subprocess.Popen(words, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    _children[process.pid] = process, loop.create_future()
+    return process
 
-        def ended() -> None:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-            exited.set_result(process.wait())
 
-        loop.add_reader(pidfd, ended)
-    _children.add(process.pid)
-    exited.add_done_callback(lambda _: _children.discard(process.pid))
-    return exited
+# That were started here and are not waited for yet, by their ids. The future is done once the process itself has ended, whoever
+# still holds its pipes.
+_children: dict[int, tuple[subprocess.Popen[bytes], asyncio.Future[None]]] = {}
+
+
+def _child_ended() -> None:
+    """On SIGCHLD, which may stand for several."""
+    for process, exited in [*_children.values()]:
+        if process.poll() is not None:
+            del _children[process.pid]
+            exited.set_result(None)
+    if os.getpid() == 1:
+        reap()
 
 
 _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
@@ -5060,7 +5058,7 @@ async def _watch(
 ) -> bool:
     """Until the process is over and its output read; whether it had to be ended."""
     live.facts = {"exit_code": None, "signal": None}
-    exited, stopped = _exit_of(process), False
+    exited, stopped = _children[process.pid][1], False
     try:
         async with live.timeout(limit):
             await asyncio.wait([exited])
@@ -5072,8 +5070,6 @@ async def _watch(
                 await asyncio.wait([exited])
                 while _signal_group(process.pid, 0):  # no look into /proc: for a hundred attempts it would take all the time
                     await asyncio.sleep(0.05)
-                    if os.getpid() == 1:  # who has ended and is not waited for is a member, too
-                        reap()
         _signal_group(process.pid, signal.SIGKILL)
         await asyncio.wait([exited], timeout=0.2)  # one that hangs in the kernel (a dead NFS server) is not waited for
         # One look through /proc for all that wait: a hundred attempts may end at once. The only thread's calls never overlap.
@@ -5107,12 +5103,6 @@ def reap() -> None:
             if ended.si_pid in _children or os.getsid(ended.si_pid) == os.getsid(0):
                 break
             os.waitpid(ended.si_pid, 0)
-
-
-async def reap_for_ever() -> None:
-    while True:
-        reap()
-        await asyncio.sleep(2)
 
 
 def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, looks: int = 0) -> int:
@@ -9281,7 +9271,7 @@ async def serve(
     store = Store(settings.database_url, clock.monotonic)
     service = Service(settings, store, clock, environ, "mcp" if mode == "mcp" else "service")
     runners: list[web.AppRunner] = []
-    jobs = [loop.create_task(reap_for_ever())] if os.getpid() == 1 else []
+    jobs: list[asyncio.Task[None]] = []
     try:
         # Before this process leads: importing the SDK takes seconds on a small machine, in which nothing would fire.
         server = make_server(service) if mode != "http" and settings.mcp_enabled else None
