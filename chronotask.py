@@ -4843,37 +4843,22 @@ def _failure(error: Exception, live: LiveOutput) -> Outcome:
 
 
 class Environ(dict[str, str]):
-    """The service's environment; what of it and of the service tasks inherit; and what they have left."""
+    """The service's environment, what else commands inherit of it, and the pipes that they have left open."""
 
-    umask = -1  # as the service's own
-    open_files: int | None = None
+    def __init__(self, *variables: Mapping[str, str], **more: str) -> None:
+        super().__init__(*variables, **more)
+        self.umask = -1  # as the service's own
+        self.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._left: list[_Pipe] = []
 
-    @functools.cached_property
-    def inherited(self) -> dict[str, str]:
-        return {name: value for name, value in self.items() if not name.startswith(ENV_PREFIX)}
-
-    @functools.cached_property
-    def _left(self) -> dict[_Pipe, int]:
-        """Pipes of commands that are over, which something in the background holds; with their tasks, the oldest first."""
-        return {}
-
-    def leave(self, pipes: Iterable[_Pipe], task_id: int, forget: bool) -> None:
-        """Goes on reading what is still open, or closes it. Too many are closed at the expense of who has most."""
+    def leave(self, pipes: Sequence[_Pipe]) -> None:
+        """Goes on reading the pipes of a command that is over, which something in the background may hold."""
         for pipe in pipes:
             pipe.live = None
-            if forget:
-                pipe.transport.close()
-            elif not pipe.over.done():
-                self._left[pipe] = task_id
-                pipe.over.add_done_callback(partial(self._left.pop, pipe))
-        while len(self._left) > MAX_LEFT_PIPES:
-            worst, count = Counter(self._left.values()).most_common(1)[0]
-            oldest = next(pipe for pipe, owner in self._left.items() if owner == worst)
-            del self._left[oldest]
-            oldest.transport.close()
-            logger.warning(
-                "task %d has left %d pipes open in the background: what writes to the oldest will be killed", worst, count
-            )
+        self._left = [pipe for pipe in [*self._left, *pipes] if not pipe.over.done()]
+        for pipe in self._left[:-MAX_LEFT_PIPES]:
+            pipe.transport.close()
+            logger.warning("%d pipes are open in the background: what writes to the oldest will be killed", len(self._left))
 
 
 async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ: Environ, live: LiveOutput) -> Outcome:
@@ -4903,12 +4888,9 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
                 return _stopped(live, timeout)
             process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
         except OSError as error:
-            _program.cache_clear()  # it may have been moved
             reason = _reason(error)
             if folder is not None and error.filename == folder:
                 return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
-            if error.errno == errno.ENOEXEC:
-                reason += "; a script needs a first line such as #!/bin/sh"
             # Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
             final = "ENOENT ENOTDIR EACCES EPERM ENOEXEC E2BIG ELOOP ENAMETOOLONG".split()
             retryable = errno.errorcode.get(error.errno or 0) not in final
@@ -4921,9 +4903,9 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
             kill_leftovers({run.run_id}, user)
-            environ.leave(pipes, run.task_id, forget=True)
             raise
-        environ.leave(pipes, run.task_id, forget=stopped)
+        finally:
+            environ.leave(pipes)
         return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live, report)
     except Exception as error:
         return _failure(error, live)
@@ -4972,10 +4954,10 @@ def _command(
     words[0] = _program(words[0], path)
     if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
         words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
-    return words, environ.inherited | of_user | env, folder
+    inherited = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
+    return words, inherited | of_user | env, folder
 
 
-@functools.lru_cache(256)
 def _program(name: str, path: str) -> str:
     """The absolute file of a command, on the service's own PATH: neither a task's env nor its working_dir can change it."""
     if "/" in name:
@@ -5020,9 +5002,8 @@ def _spawn(
     options = options | {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
     options |= {"env": env, "start_new_session": True, "umask": environ.umask}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    given = soft if environ.open_files is None else environ.open_files
-    lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (given, hard))
-    if stderr + 64 > given:  # numbers that high are in use here, and others could not be opened meanwhile
+    lower = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (environ.open_files, hard))
+    if stderr + 64 > environ.open_files:  # numbers that high are in use here, and others could not be opened meanwhile
         process = subprocess.Popen(words, preexec_fn=lower, **options)  # three times as slow
     else:
         lower()  # a limit is inherited as it is at the fork: set in the child later, it might come too late
