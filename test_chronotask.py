@@ -1874,7 +1874,10 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
             f"config.headers.{name}: cannot be set: it follows from the url and the body": [{name: "1"}]
             for name in ("Host", "content-LENGTH", "Transfer-Encoding", "Expect")
         },
-        **{f"config.headers.{name}: must match [A-Za-z0-9!#$%&'*+.^_`|~-]+": [{name: "1"}] for name in ("X Y", "X:", "")},
+        **{
+            f"config.headers.{name}: must match pattern '^[A-Za-z0-9!#$%&'*+.^_`|~-]+$'": [{name: "1"}]
+            for name in ("X Y", "X:", "")
+        },
         "config.headers.X: must not hold control characters": [{"X": value} for value in ("1\r\nEvil: 2", "1\0")],
         "config.headers.X: must have at most 8192 characters": [{"X": "x" * 8193}],
         "config.headers: must not hold the same name twice (upper and lower case are the same)": [{"X-A": "1", "x-a": "2"}],
@@ -1897,7 +1900,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         ],
         "config.auth: must be a valid object": ["user:geheim"],
         f"config.url: ${{env:'HOME'}}: {SECRET_NAMES}": ["http://a/${env:HOME}"],
-        f"config.headers: ${{env:'CHRONOTASK_API_TOKEN'}}: {SECRET_NAMES}": [{"X": "${env:CHRONOTASK_API_TOKEN}"}],
+        f"config.headers.X: ${{env:'CHRONOTASK_API_TOKEN'}}: {SECRET_NAMES}": [{"X": "${env:CHRONOTASK_API_TOKEN}"}],
         "config.body: ${file:…} needs the path of a file below SECRETS_DIR": [{"a": ["${file:}"]}],
     },
     "bash": {
@@ -1912,7 +1915,7 @@ BAD_CONFIGS: dict[str, dict[str, list[Any]]] = {
         "config.args[0]: must not hold a NUL character": [["b\0"]],
         "config.args: must have at most 1000 items after validation, not 1001": [["x"] * 1001],
         **{
-            f"config.env.{name}: is not a valid variable name (letters, digits and _, no digit first)": [
+            f"config.env.{name}: must match pattern '^[A-Za-z_][A-Za-z0-9_]{{0,254}}$'": [
                 {name: "() { :; }"},
                 {name: 5},
             ]
@@ -6112,7 +6115,6 @@ async def test_a_reference_to_a_cause_is_refused_where_it_cannot_stand(rig: Rig)
         ({"url": "http://u:${cause:text}@h/"}, "config.url"),
         ({"url": "http://h/${cause:nothing}"}, "config.url"),
         ({"url": "http://h/", "auth": {"username": "u", "password": "${cause:text}"}}, "config.auth.password"),
-        ({"url": "http://h/", "headers": {"Authorization": "${cause:text}"}}, "config.headers"),
         ({"url": "http://h/", "body": "${cause:text}"}, "config.body"),
         ({"url": "http://h/", "body": "${cause:text}", "headers": {"Content-Type": "application/xml"}}, "config.body"),
         ({"url": "http://h/", "params": {"a": ["${cause:oops}"]}}, "config.params.a"),
@@ -7399,7 +7401,7 @@ async def test_secrets_are_masked_in_the_answer_and_a_mask_keeps_what_is_stored(
 
 async def test_all_that_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path_and_nothing_is_written(rig: Rig) -> None:
     """What stands in NIGHTLY, what stands there instead, the field that is complained about, and how the complaint begins."""
-    bad_key = "must match [a-z0-9][a-z0-9._-]{0,99}"
+    bad_key = "must match pattern '^[a-z0-9][a-z0-9._-]{0,99}$'"
     for old, new, path, message in (
         ("chronotask = 1", "chronotask = 2", "chronotask", "must be 1, not 2"),
         ('owner = "ops"', 'ownr = "ops"', "ownr", "unknown field (did you mean owner?)"),
@@ -8024,10 +8026,10 @@ async def test_what_the_limits_of_a_task_allow_and_what_is_said_of_a_bad_key_or_
     for answer in (made, await api("GET", f"/tasks/{made.json['id']}")):
         assert '"retry_delay":5,' in answer.text, "numbers read the same in the first answer as in later ones"
     for field, value, message in (
-        ("key", "", "must match [a-z0-9][a-z0-9._-]{0,99}"),
-        ("key", "Backup", "must match [a-z0-9][a-z0-9._-]{0,99}"),
-        ("key", "a" * 101, "must have at most 100 characters"),
-        ("tags", ["a b"], "must match [A-Za-z0-9._:-]{1,50}"),
+        ("key", "", "must match pattern '^[a-z0-9][a-z0-9._-]{0,99}$'"),
+        ("key", "Backup", "must match pattern '^[a-z0-9][a-z0-9._-]{0,99}$'"),
+        ("key", "a" * 101, "must match pattern '^[a-z0-9][a-z0-9._-]{0,99}$'"),
+        ("tags", ["a b"], "must match pattern '^[A-Za-z0-9._:-]{1,50}$'"),
         ("tags", ["a"] * 21, "must have at most 20 items after validation, not 21"),
         ("tags", None, "must be a valid list, not null"),
         ("pause_after", 0, "must be greater than or equal to 1, not 0"),
