@@ -1385,11 +1385,9 @@ def _body(body: Any, info: ValidationInfo) -> Any:
             elif isinstance(item, dict) and (name := next(filter(CAUSE_REFERENCE.search, item), None)):
                 raise ValueError(f"{shown(name)}: ${{cause:…}} cannot stand in a name")
     try:
-        size = len((body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, allow_nan=False)).encode())
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
         raise ValueError("must be valid JSON: finite numbers and valid Unicode") from None
-    if size > 1048576:
-        raise ValueError("must be at most 1 MiB")
     return body
 
 
@@ -1478,18 +1476,15 @@ def bash_source(command: str, args: Sequence[str]) -> str:
     return " ".join([command.rstrip(), *map(shlex.quote, args)]) if args else command
 
 
-def _script(source: str) -> str:
-    """Facts are for `env`: bash would take them for a variable of this name, or somebody would want them as source."""
-    if found := re.search(r"\$\{cause:[A-Za-z_]+\}", source):
-        raise ValueError(f"{found[0]} cannot stand here: use the variable $CHRONOTASK_CAUSE_{found[0][8:-1].upper()}")
-    return source
-
-
+# Bash would take one for a variable of this name, or somebody would want facts as source.
+_NO_FACTS = _refused(
+    re.compile(r"\$\{cause:[A-Za-z_]+\}").search, "${cause:…} cannot stand here: use the variable $CHRONOTASK_CAUSE_…"
+)
 _FOLDER = _refused(
     lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
     "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
 )
-_Source = Annotated[str, Field(max_length=65536), _NO_NUL, AfterValidator(_script)]
+_Source = Annotated[str, Field(max_length=65536), _NO_NUL, _NO_FACTS]
 _Variable = Annotated[
     str,
     Field(pattern="^[A-Za-z_][A-Za-z0-9_]{0,254}$"),
@@ -2033,22 +2028,22 @@ class Shape:
             for name, field in fields.items()
             if not (field.default is field.default_factory is dataclasses.MISSING)
         }
-        arms = {name: _arms(hints[name]) for name in self.loaded}
-        self.instants = [name for name in self.loaded if _is_time(hints[name])]
-        # Columns of whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
+        shown = [name for name in fields if name not in marked[Mark.INTERNAL]]
+        for name, before in getattr(resource, "also_shown", {}).items():
+            shown.insert(shown.index(before) + 1, name)
+            hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
+        arms = {name: _arms(kind) for name, kind in hints.items()}
+        hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
+        self.instants = [name for name in self.loaded if Mark.TIME in arms[name]]
+        # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
         self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
         # Columns that hold JSON: dict or list. In one that is damaged it is empty: one broken row does not stop the others.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
         repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == [bool]}
         repairs |= {name: partial(_sound, kind) for name, kind in self.json.items() if len(arms[name]) == 1}
-        hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
-        shown = [name for name in fields if name not in marked[Mark.INTERNAL]]
-        for name, before in getattr(resource, "also_shown", {}).items():
-            shown.insert(shown.index(before) + 1, name)
-            hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
         # What a client sees, and its type there.
         self.shown = {name: NotRequired[hints[name]] if name in self.details else hints[name] for name in shown}
-        self.times = [name for name in shown if _is_time(hints[name])]  # of what is shown
+        self.times = [name for name in shown if Mark.TIME in arms[name]]  # of what is shown
         not_written = self.details.union(marked[Mark.READ_ONLY], marked[Mark.INTERNAL])
         self.written = {  # what a client may write
             name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
@@ -2064,14 +2059,11 @@ shape_of = functools.cache(Shape)
 
 
 def _arms(kind: Any) -> list[Any]:
-    """The types of which a declared one is a union, without what else is said of them."""
-    if get_origin(kind) is Annotated:
-        return _arms(get_args(kind)[0])
-    return [arm for one in get_args(kind) for arm in _arms(one)] if get_origin(kind) in (Union, UnionType) else [kind]
-
-
-def _is_time(kind: Any) -> bool:
-    return kind is Mark.TIME or any(map(_is_time, get_args(kind)))
+    """The types of which a declared one is a union, without what else is said of them; of a time its mark."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return [Mark.TIME] if Mark.TIME in args else _arms(args[0])
+    return [arm for one in args for arm in _arms(one)] if origin in (Union, UnionType) else [kind]
 
 
 def _sound(kind: type[Any], value: Any) -> Any:
