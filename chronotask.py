@@ -856,22 +856,20 @@ class Cron(Timing):
         if t > _LAST_LOCAL:
             return None
         cron, zone, t = _parse_cron(self.expression), load_zone(self.zone), max(t, -1)
-        local, again = t + _offset(zone, t), list[int]()
-        first, second = _readings(zone, local) if cron.wild else (0, 0)
-        if first > second and local - first == t:  # the second pass of this hour is still to come
-            change = _change(zone, local)
-            match = _next_local(cron, change + second - 1)
-            again = [match - second] if match is not None and match < change + first else []
-        while (match := _next_local(cron, local)) is not None:
-            local = match
-            if cron.wild:
-                first, second = _readings(zone, match)
-                slots = [match - first, match - second] if first >= second else []
-            else:
-                slots = [slot for slot in [_instant_of(zone, match, CORRECTION)] if slot is not None]
-            if slots := [slot for slot in slots if slot > t]:
-                return min(slots + again)
-        return min(again, default=None)
+        local, found = t + _offset(zone, t), list[int]()
+        # In an hour that comes twice, what is wild is looked for from where each of its two passes would be.
+        for start in {t + offset for offset in _readings(zone, local)} if cron.wild else {local}:
+            match, slots = start, list[int]()
+            while not slots and (following := _next_local(cron, match)) is not None:
+                match = following
+                if cron.wild:
+                    first, second = _readings(zone, match)
+                    slots = [match - first, match - second] if first >= second else []
+                elif (slot := _instant_of(zone, match, CORRECTION)) is not None:
+                    slots = [slot]
+                slots = [slot for slot in slots if slot > t]
+            found += slots
+        return min(found, default=None)
 
     def notes(self, now: int) -> list[str]:
         cron, notes = _parse_cron(self.expression), list[str]()
@@ -934,7 +932,7 @@ class Interval(Timing):
         return [f"{moves}: {{days: {self.step // DAY}}} keeps to it."]
 
     def describe(self) -> str:
-        every, at = f"Every {_span_words(self.step)}", _local_words(self.anchor, self.zone)
+        every, at = f"Every {_span_words(self.step).removeprefix('1 ')}", _local_words(self.anchor, self.zone)
         return f"{every} from {at} on ({self.zone})" if self.since < self.anchor else f"{every} since {at} ({self.zone})"
 
 
@@ -997,7 +995,6 @@ class After(Timing):
         if "task_ids" in config:
             who = _and([names.get(task_id, f"task {task_id} (deleted)") for task_id in config["task_ids"]], "or")
         times, span = config.get("threshold", 1), _span_words(round(config.get("seconds", 0) * SECOND))
-        span = span if span[0].isdigit() else f"1 {span}"
         words = {event: EVENTS[event].format(n=times, span=span) for event in config["on"]}
         if times == 1 and "broke" in words:
             words["broke"] = "began to fail"
@@ -1052,10 +1049,10 @@ def _local_words(t: int, zone: str) -> str:
 
 
 def _span_words(span: int) -> str:
-    for unit, name in ((HOUR, "hour"), (MINUTE, "minute")):
+    for unit, name in ((HOUR, "hour"), (MINUTE, "minute"), (SECOND, "second")):
         if span % unit == 0:
-            return name if span == unit else f"{span // unit} {name}s"
-    return "second" if span == SECOND else f"{span / SECOND:.3f}".rstrip("0").rstrip(".") + " seconds"
+            return f"1 {name}" if span == unit else f"{span // unit} {name}s"
+    return f"{span / SECOND:.3f}".rstrip("0") + " seconds"
 
 
 def _and(words: Sequence[str], link: str = "and") -> str:
@@ -1073,8 +1070,8 @@ def _in_a_row(values: tuple[int, ...]) -> bool:
 
 def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
     """`every 15 minutes`, when the values are 0, n, 2n … and go on evenly into the next round of `full`."""
-    step = full if len(values) == 1 else values[1] - values[0]
-    if step == full or full % step or values != tuple(range(0, full, step)):
+    step = full // len(values)
+    if step == full or values != tuple(range(0, full, step)):
         return None
     return f"every {unit}" if step == 1 else f"every {step} {unit}s"
 
