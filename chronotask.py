@@ -3123,16 +3123,14 @@ class Store:
         self._writing: _Call | None = None
         self._version = 0
         self._db = open_database(path)
-        try:
-            reader = connect(path, read_only=True)
-        except sqlite3.Error as error:
-            raise storage_error(error) from None
         self._file, self.replaced = path.stat(), False
         self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
         self._threads: list[tuple[threading.Thread, DB]] = []
-        self._scanning, self._closing = 0, False
+        self._closing = False
         self._start("writer", self._db, self._writes, self._write_batch)
-        self._start("reader", reader, self._reads, partial(_read_batch, reader))
+        self._start("reader", reader := connect(path, read_only=True), self._reads, partial(_read_batch, reader))
+        for _ in range(SCANNERS):
+            self._start("scanner", scanner := connect(path, read_only=True), self._scans, partial(self._scan, scanner), most=1)
 
     def _start(self, name: str, db: DB, calls: _Queue, run: Callable[[list[_Call]], None], most: int = 500) -> None:
         """Starts a thread that runs what waits in `calls`, up to `most` at once as one batch."""
@@ -3157,38 +3155,27 @@ class Store:
         thread.start()  # raises where there may be no further one
         self._threads.append((thread, db))
 
-    def _submit(self, calls: _Queue, run: Callable[[DB], Any]) -> asyncio.Future[Any]:
+    def _submit(self, calls: _Queue, run: Callable[[DB], Any], at_once: bool) -> asyncio.Future[Any]:
+        call = _Call(run, self._loop.create_future(), self._monotonic())
         if not calls.turn:
             self._loop.call_soon(calls.flush)
-        calls.turn.append(_Call(run, self._loop.create_future(), self._monotonic()))
-        return calls.turn[-1].future
+        calls.turn.append(call)
+        if at_once:
+            calls.flush()
+        return call.future
 
     async def write(self, run: Callable[[DB], T], at_once: bool = False) -> T:
         """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable. With
         `at_once` the writer does not wait for what else the loop has to do in this turn."""
-        future = self._submit(self._writes, run)
-        if at_once:
-            self._writes.flush()
-        return cast(T, await future)
+        return cast(T, await self._submit(self._writes, run, at_once))
 
     async def read(self, run: Callable[[DB], T]) -> T:
         """Runs `run(db)` on a snapshot of everything committed so far."""
-        return cast(T, await self._submit(self._reads, run))
+        return cast(T, await self._submit(self._reads, run, at_once=False))
 
     async def scan(self, run: Callable[[DB], T]) -> T:
         """Like `read`, for what may look at many rows: beside everything else. Raises Unavailable after SCAN_TIMEOUT seconds."""
-        self._scanning += 1
-        try:
-            if self._scanning > len(self._threads) - 2 < SCANNERS:
-                db = connect(self.path, read_only=True)
-                self._start("scanner", db, self._scans, partial(self._scan, db), most=1)
-            future = self._submit(self._scans, run)
-            self._scans.flush()
-            return cast(T, await future)
-        except sqlite3.Error as error:
-            raise storage_error(error) from None
-        finally:
-            self._scanning -= 1
+        return cast(T, await self._submit(self._scans, run, at_once=True))
 
     def _scan(self, db: DB, batch: list[_Call]) -> None:
         [call] = batch
@@ -3258,8 +3245,6 @@ class Store:
 
     def problem(self) -> str | None:
         """Why the database cannot be relied on now, or None."""
-        if dead := [thread.name for thread, _ in self._threads if not thread.is_alive()]:
-            return f"the thread {dead[0]} of the database has died"
         writing = self._writing
         if writing is not None and (stuck := self._monotonic() - writing.since) > STUCK_AFTER:
             return f"a write to the database has not come back for {stuck:.0f} s"
@@ -3338,26 +3323,21 @@ def open_database(path: Path) -> DB:
     _check_files(Path(os.path.realpath(path)))
     check_owners(path)
     try:
-        if path.exists() and path.stat().st_size:
-            # Through a read-only connection, which does not even checkpoint: a file that is refused stays as it is, to the byte.
-            # But what a crash cut short before there was a log (at the first start, also of a backup) must be undone to be read.
-            cut_short = os.path.exists(f"{os.path.realpath(path)}-journal")
-            with contextlib.closing(connect(path, read_only=not cut_short)) as db:
-                version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
-                if application != APPLICATION_ID and (version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
-                    raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
-                if version > len(MIGRATIONS):
-                    raise StartupError(
-                        f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to "
-                        f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
-                    )
-                if path.stat().st_size > QUICK_CHECK_BELOW:
-                    logger.info("the database is over 2 GiB: its check at start is left out (--backup checks its copy)")
-                elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
-                    raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
         with contextlib.ExitStack() as stack:
             db = stack.enter_context(contextlib.closing(connect(path)))
-            if not _pragma(db, "user_version"):
+            version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
+            if application != APPLICATION_ID and (version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+                raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
+            if version > len(MIGRATIONS):
+                raise StartupError(
+                    f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to "
+                    f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
+                )
+            if path.stat().st_size > QUICK_CHECK_BELOW:
+                logger.info("the database is over 2 GiB: its check at start is left out (--backup checks its copy)")
+            elif (found := [row[0] for row in db.execute("PRAGMA quick_check(3)")]) != ["ok"]:
+                raise StartupError(f"the database {path} is damaged ({'; '.join(found)}): {_LEFT_ALONE}")
+            if not version:
                 db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only has an effect before the first table
             # Only the leader checkpoints: see `set_leading`.
             for pragma in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_LIMIT}", "wal_autocheckpoint=0"):
@@ -3488,13 +3468,7 @@ def refused_target(path: Path, target: Path) -> str | None:
 def replacing(target: Path, replace: bool = True) -> Iterator[Path]:
     """The path of a file to write, which then takes the place of `target`, whole and on disk. If not, `target` is as before."""
     # A folder of our own: a file that a stranger has put into the way would get all secrets.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=(prefix := f".{target.name}.")) as folder:
-        for left in target.parent.iterdir():  # by one that was killed, more than half a day ago
-            with contextlib.suppress(OSError):
-                named = re.fullmatch(re.escape(prefix) + "[a-z0-9_]{8}", left.name)
-                old = left.stat().st_mtime < os.stat(folder).st_mtime - 43200
-                if named and old and {*os.listdir(left)} <= {"part", "part-journal"}:
-                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         yield (part := Path(folder) / "part")
         if replace:
             with part.open("rb") as file:
@@ -3886,30 +3860,25 @@ _RUNS = """SELECT e.id AS execution_id, task_id, schedule_id, trigger, scheduled
 def start_ready(db: DB, limit: int, now: int, owner: str) -> list[Run]:
     """Turns the first `limit` queued executions that nothing holds back, oldest slot first, to `running`; of each concurrency
     group one, while none of it is `running`."""
-    ready = f"""{_RUNS}, attempt + 1 AS attempt, ?1 AS started_at, ?3 AS owner
+    # Of each group what runs, else what has waited longest.
+    heads = """SELECT (SELECT a.id FROM tasks m CROSS JOIN executions a ON a.task_id = m.id
+            WHERE m.concurrency_group = g.concurrency_group AND a.finished_at IS NULL
+                AND (a.status = 'running' OR a.status = 'queued' AND a.hold = 0)
+            ORDER BY iif(a.status = 'running', 0, coalesce(a.scheduled_for, a.queued_at)), a.id LIMIT 1)
+        FROM tasks g WHERE g.concurrency_group IS NOT NULL GROUP BY g.concurrency_group"""
+    ready = f"""{_RUNS}, attempt + 1 AS attempt, ?1 AS started_at, ?2 AS owner
         FROM executions e CROSS JOIN tasks t ON t.id = e.task_id WHERE e.status = 'queued' AND e.hold = 0
-            AND (t.concurrency_group IS NULL OR t.concurrency_group NOT IN (SELECT value FROM json_each(?4)))
-        ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?2"""
-    holding = """SELECT t.concurrency_group FROM tasks t CROSS JOIN executions e ON e.task_id = t.id
-        WHERE t.concurrency_group IS NOT NULL AND e.finished_at IS NULL AND e.status = 'running'"""
-    runs, more = list[Run](), True
-    while more and len(runs) < limit:  # behind those of one group others may be ready
-        held = {group for (group,) in db.execute(holding)}
-        found, free = load(db, Run, ready, (now, limit - len(runs), owner, compact(list(held)))), list[Run]()
-        for run in found:
-            if run.concurrency_group not in held:
-                free.append(run)
-                held |= {run.concurrency_group} - {None}
-        db.execute(
-            """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
-                started_at = min(coalesce(started_at, ?1), ?1), owner = ?2, error_message = NULL, output_data = NULL
-            WHERE id IN (SELECT value FROM json_each(?3))""",
-            (now, owner, compact([run.execution_id for run in free])),
-        )
-        runs += free
-        more = 0 < len(free) < len(found)
+            AND (t.concurrency_group IS NULL OR e.id IN ({heads}))
+        ORDER BY coalesce(scheduled_for, queued_at), e.id LIMIT ?3"""
+    runs = load(db, Run, ready, (now, owner, limit))
     if not runs:
         return []
+    db.execute(
+        """UPDATE executions SET status = 'running', attempt = attempt + 1, attempt_started_at = ?1, next_attempt_at = NULL,
+            started_at = min(coalesce(started_at, ?1), ?1), owner = ?2, error_message = NULL, output_data = NULL
+        WHERE id IN (SELECT value FROM json_each(?3))""",
+        (now, owner, compact([run.execution_id for run in runs])),
+    )
     first = [run for run in runs if run.attempt == 1]
     counts = [(task_id, n, now) for task_id, n in Counter(run.task_id for run in first).items()]
     counted = "UPDATE tasks SET run_count = run_count + n, last_run = now FROM rows WHERE id = task_id"
