@@ -6014,8 +6014,9 @@ class Engine:
 
     # --- stopping ---
 
-    async def drain(self, grace: float) -> None:
-        """Nothing more begins; what runs may end within `grace` seconds, what is left then is stopped."""
+    async def stop(self, grace: float) -> bool:
+        """Nothing more begins. What runs may end within `grace` seconds, then it is stopped, and all is finished. Returns whether
+        it is known of every tick what it has written: a write may hang."""
         self.stopping = True
         self._wake.set()
         self.feed.drop_all()
@@ -6025,20 +6026,9 @@ class Engine:
         self.ending = True
         for active in self.running.values():
             active.live.stop("interrupted")
-
-    async def _until_idle(self, end: float) -> None:
-        """Until nothing runs, and no tick can start something more. What has ended may be waiting for the disk."""
-        while (self._ticking or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
-            await asyncio.sleep(0.02)
-
-    async def close(self, loop: asyncio.Task[Any] | None, end: float) -> bool:
-        """Ends by `end` (monotonic) what was stopped, and finishes it. `loop` is the job that steps and ends by itself:
-        cancelled in mid-write it would not know what was written. Returns whether that is known of every tick."""
+        end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         await self._until_idle(end - 0.2)
-        self._wake.set()
-        if loop is not None:
-            await asyncio.wait({loop}, timeout=end - 0.1 - self.clock.monotonic())
-        known = written = loop is None or loop.done()  # else its last write may still reach the disk, or not
+        known = written = not self._ticking  # else that write may still reach the disk, or not
         for active in self.running.values():
             if active.job is None:
                 self._end(active, INTERRUPTED)
@@ -6056,6 +6046,11 @@ class Engine:
             logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
         await self.http.close()
         return known
+
+    async def _until_idle(self, end: float) -> None:
+        """Until nothing runs, and no tick can start something more. What has ended may be waiting for the disk."""
+        while (self._ticking or len(self.running) > len(self._ended)) and self.clock.monotonic() < end:
+            await asyncio.sleep(0.02)
 
 
 def claim_due(tick: Tick, schedules: Sequence[Schedule], early: bool = False) -> list[Ended]:
@@ -6171,7 +6166,7 @@ class Retention:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.purges: dict[int, asyncio.Task[None]] = {}  # task id → the job that removes its rows
+        self.looked = asyncio.Event()  # since the last purge: tasks may have been deleted
 
     async def step(self) -> None:
         if self.engine.leading:
@@ -6199,24 +6194,21 @@ class Retention:
         await self.engine.store.write(give_back_space)
         await asyncio.sleep(0.01)
 
-    async def purge(self, task_id: int) -> None:
-        """Removes what belongs to a deleted task."""
+    async def purge(self) -> None:
+        """Removes what belongs to deleted tasks, then waits until there may be more."""
         engine = self.engine
-        try:
-            while running := [key for key, active in engine.running.items() if active.run.task_id == task_id]:
+        self.looked.clear()
+        deleted = await engine.store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True}))
+        if engine.leading and deleted:
+            while running := [key for key, active in engine.running.items() if active.run.task_id in deleted]:
                 for execution_id in running:
                     engine.stop_run(execution_id)
                 await asyncio.sleep(0.02)
-            while True:
-                try:
-                    if await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS)):
-                        break
+            for task_id in deleted:
+                while not await engine.store.write(partial(purge_task, task_id=task_id, limit=PURGE_ROWS)):
                     await self._leave_room()
-                except Unavailable:  # nobody else tries again, and somebody may be waiting for it
-                    await asyncio.sleep(0.25)
             engine.feed.notify()
-        finally:
-            del self.purges[task_id]
+        await self.looked.wait()
 
 
 class Changes:
@@ -6259,10 +6251,7 @@ class Changes:
             engine, store, since, before = self.engine, self.engine.store, self._seen, self.engine.paused
             until, paused = await store.read(progress)
             engine.paused = paused
-            if engine.leading:
-                for task_id in await store.read(partial(ids_of, table="tasks", conditions={"deleted = 1": True})):
-                    if task_id not in self.retention.purges:
-                        self.retention.purges[task_id] = engine.spawn(self.retention.purge(task_id))
+            self.retention.looked.set()
             feed = engine.feed
             if feed.wanted:
                 tasks, schedules, deleted = await store.read(partial(changed_objects, since=since, until=until))
@@ -6388,7 +6377,6 @@ class Leadership:
         await self._finish_orphans()
         if known > engine.clock.now():
             await engine.follow_clock(0)
-        await store.write(partial(set_meta, key="boot", value=_boot_id()))
         engine.leading = self.changes.stale = True  # a look that fails is to be repeated
         await self.changes.take_up()
         logger.info("this process leads: it fires schedules and runs executions")
@@ -6407,23 +6395,16 @@ class Leadership:
         self._others_run = {run.execution_id for run in others if run.owner in living}
         if not dead:
             return
-        if await engine.store.read(partial(get_meta, key="boot")) == _boot_id():  # else they died with the machine
-            left: tuple[set[str], set[str]] = (set(), set())  # here, and by a launcher, which gets a second to take its job back
-            for run in dead:
-                if run.task_type == "bash":
-                    left[bool(engine.settings.launcher_default) or '"launcher":' in run.config].add(run.run_id)
-            user = engine.settings.bash_user
-            killed = await asyncio.to_thread(lambda: kill_leftovers(left[1], user, looks=20) + kill_leftovers(left[0], user))
-            logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
+        # A launcher gets a second to take its job back.
+        kill = partial(
+            kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"}, engine.settings.bash_user, looks=20
+        )
+        logger.warning(
+            "%d executions were left running; %d of their processes were ended", len(dead), await asyncio.to_thread(kill)
+        )
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
         await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return "unknown"
 
 
 # ======================================================================================================================
@@ -6534,7 +6515,6 @@ class Service:
         self.leadership = Leadership(self.engine, self.changes, kind)
         self.started_at = clock.now()
         self.config_file: dict[str, str | None] | None = None  # what is followed: path, applied_at, error
-        self._loop: asyncio.Task[None] | None = None
         self._changing: set[asyncio.Task[Any]] = set()
 
     async def start(self, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -6543,9 +6523,10 @@ class Service:
         await self.leadership.begin()
         if prepare is not None:
             await prepare()
-        self._loop = self.engine.spawn(self.keep("scheduler loop", self._step))
+        self.engine.spawn(self.keep("scheduler loop", self._step))
         self.engine.spawn(self.keep("poll", self.leadership.step))
         self.engine.spawn(self.keep("retention", self.retention.step))
+        self.engine.spawn(self.keep("purge", self.retention.purge))
 
     async def _step(self) -> None:
         await self.engine.step()
@@ -6566,9 +6547,7 @@ class Service:
 
     async def stop(self) -> None:
         """Lets running executions finish for the grace, ends the others, finishes all, releases the locks."""
-        await self.engine.drain(self.settings.shutdown_grace)
-        end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
-        known = await self.engine.close(self._loop, end)
+        known = await self.engine.stop(self.settings.shutdown_grace)
         if known:  # else the end of the process releases the locks: the next leader must find what that tick has started
             self.leadership.release()
 
