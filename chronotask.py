@@ -1332,12 +1332,6 @@ class UrlParts(NamedTuple):
     host: str  # with the port, if it names one
     rest: str
 
-    @property
-    def origin(self) -> tuple[str, str] | None:
-        """Scheme and `host:port`; None while a reference decides about it."""
-        default = ":80" if self.scheme == "http" else ":443"
-        return None if not self.scheme or "$" in self.host else (self.scheme, self.host.lower().removesuffix(default))
-
 
 def url_parts(url: str) -> UrlParts:
     """The only reading of a URL's authority."""
@@ -1389,8 +1383,7 @@ def _body(body: Any, info: ValidationInfo) -> Any:
 
 
 def _param(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    for item in items:
+    for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, (str, bool, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
             raise ValueError("must be text, a finite number, true or false, or a list of them")
         _references(str(item), cause=True)
@@ -1649,9 +1642,10 @@ def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_server(url: str, kept: str) -> bool:
-    """Whether both lead to one origin. Where it is not sure, they do not."""
-    origins = {url_parts(one).origin for one in (url, kept)}
-    return url in (kept, mask_config("http", {"url": kept})["url"]) or (len(origins) == 1 and None not in origins)
+    """Whether both have one scheme, host and port. While a reference decides about them, only where the URL stays as it is."""
+    new, old = url_parts(url), url_parts(kept)
+    same = (new.scheme, new.host.lower()) == (old.scheme, old.host.lower()) and new.scheme != "" and "$" not in new.host
+    return same or url in (kept, mask_config("http", {"url": kept})["url"])
 
 
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
@@ -1745,12 +1739,7 @@ Name = Annotated[
     Field(min_length=1, max_length=255),
     _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters"),
 ]
-Key = Annotated[
-    str,
-    Field(
-        pattern="^[a-z0-9][a-z0-9._-]{0,99}$", description="a name for programs and files: lower-case letters, digits and . _ -"
-    ),
-]
+Key = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]{0,99}$", description="a name for programs and files, in lower case")]
 Tag = Annotated[str, Field(pattern="^[A-Za-z0-9._:-]{1,50}$")]
 TaskType = Literal["http", "bash"]
 TaskStatus = Annotated[
@@ -1773,10 +1762,7 @@ Exclude = Annotated[
 ]
 _READABLE = _refused(lambda text: parse_bound(text, "UTC") < 0, "")  # it says itself what is wrong
 Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone"), _READABLE]
-IdempotencyKey = Annotated[
-    str,
-    Field(pattern="^[!-~]{1,255}$", description="asked again with it, no second run"),
-]
+IdempotencyKey = Annotated[str, Field(pattern="^[!-~]{1,255}$", description="asked again with it, no second run")]
 Since = Annotated[str, Field(max_length=64, description="ISO 8601; a date alone is that day"), _READABLE]
 Statuses = Annotated[
     tuple[str, ...],

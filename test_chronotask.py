@@ -2036,7 +2036,7 @@ MOVED = """http://*@127.0.0.1:9/ http://*@127.0.0.2:8000/ https://*@127.0.0.1:80
     http://*@127.0.0.1:8000${env:CHRONOTASK_SECRET_X}/"""
 KEPT_OR_MOVED = {
     "https://user:pw@a.example/x": (
-        "https://*@a.example/elsewhere?x=1 https://*@a.example:443/x https://*@A.EXAMPLE/x",
+        "https://*@a.example/elsewhere?x=1 https://*@A.EXAMPLE/x",
         "http://*@a.example/x https://*@a.example:8443/x https://*@evil.example/x https://*@a.example.evil.example/x "
         "https://*@a.example@evil.example/x",
     ),
