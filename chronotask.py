@@ -1915,15 +1915,6 @@ class Schedule:
 
 
 @dataclass(slots=True, kw_only=True)
-class Preview(Schedule):
-    """A schedule that is not stored: to be looked at."""
-
-    task_id: int = UNSET  # of no effect: so that the body of a schedule can be previewed as it is
-    after: Time | None = None
-    count: Annotated[int, Field(ge=1, le=1000)] = 5
-
-
-@dataclass(slots=True, kw_only=True)
 class Execution:
     """One run of a task, past, present or queued. `started_at` is the first attempt's start."""
 
@@ -2204,7 +2195,12 @@ TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested
 TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
 ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", task_id=TaskId)]
 ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, task_id=NotRequired[TaskId])]
-SchedulePreview = Annotated[dict[str, Any], Body(Preview, "SchedulePreview", task_id=NotRequired[TaskId])]
+_Previewed: dict[str, Any] = {
+    "task_id": NotRequired[TaskId],  # so that the body of a schedule can be previewed as it is
+    "after": NotRequired[Instant | None],
+    "count": NotRequired[Annotated[Limit, Field(json_schema_extra={"default": 5})]],
+}
+SchedulePreview = Annotated[dict[str, Any], Body(Schedule, "SchedulePreview", **_Previewed)]
 PauseBody = Annotated[dict[str, Any], Body(None, "PauseBody", until=NotRequired[Instant | None])]
 BackfillBody = Annotated[dict[str, Any], Body(None, "BackfillBody", **{"from": Since, "to": Since}, dry_run=NotRequired[bool])]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
@@ -6400,7 +6396,6 @@ class Leadership:
 DELETE_WAIT = 5.0  # seconds that a delete waits for its rows to be gone: those of a long history follow
 MOST_BACKFILL = 1000  # slots
 CHANGE_TEXT = 4096  # characters kept of one field before and after a change
-S = TypeVar("S", bound=Schedule)
 U = TypeVar("U", bound=Callable[..., Any])
 TIMING_FIELDS = {"schedule_type", "schedule_config", "start_at", "end_at", "jitter", "exclude"}
 
@@ -6450,7 +6445,6 @@ class Operation:
     path: str
     status: int = 200
     tool: tuple[str, ...] | None = None
-    errors: tuple[int, ...] = ()  # statuses beside those that every operation of its kind may answer
     scope: str = ""  # what a token needs: by default `read` for a GET, `admin` for everything else
 
     def __call__(self, use_case: U) -> U:
@@ -6574,7 +6568,7 @@ class Service:
 
         return await asyncio.shield(self.engine.spawn(changed(), self._changing))
 
-    @Operation("POST", "/tasks", 201, tool=(), errors=(409,))
+    @Operation("POST", "/tasks", 201, tool=())
     async def create_task(self, body: TaskCreate) -> TaskView:
         """Create a task: what to run. A bash command on ChronoTask's machine, or a request to a url; by arguments of
         create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
@@ -6590,7 +6584,7 @@ class Service:
         def write(tx: Transaction) -> TaskView:
             for number, part in enumerate(body.get("schedules", ())):
                 with told_at(f"schedules[{number}].", errors):
-                    schedules.append(new_schedule(Schedule, {**part, "task_id": 0}, tx.now, tx.settings))
+                    schedules.append(new_schedule({**part, "task_id": 0}, tx.now, tx.settings))
                     check_watched(tx.db, schedules[-1])
             if errors:
                 raise InvalidInput(*errors)
@@ -6623,13 +6617,7 @@ class Service:
         """The id of a task that is named by it or by `key:NAME`. Raises NotFound."""
         return task if isinstance(task, int) else await self.store.read(partial(task_of_key, key=task.removeprefix("key:")))
 
-    async def find_equal_task(self, task_id: int) -> int | None:
-        """The id of another task with the same name and configuration, or None."""
-        task = await self.store.read(partial(get_task, task_id=task_id))
-        same = {"name = ?": task.name, "task_type = ?": task.task_type, "config = ?": compact(task.config), "id <> ?": task_id}
-        return next(iter(await self.store.scan(partial(ids_of, table="tasks", conditions={"deleted = 0": True, **same}))), None)
-
-    @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"), errors=(409,))
+    @Operation("PATCH", "/tasks/{id}", tool=("destructive", "idempotent"))
     async def update_task(self, task_id: int, body: TaskUpdate) -> TaskView:
         """Change the fields of a task that are sent. What is not given stays. Fields as in create_task. status paused pauses
         it."""
@@ -6659,13 +6647,13 @@ class Service:
         while await self.store.read(there) and not self.engine.stopping and self.clock.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    @Operation("POST", "/schedules", 201, tool=(), errors=(404, 409))
+    @Operation("POST", "/schedules", 201, tool=())
     async def create_schedule(self, body: ScheduleCreate) -> ScheduleView:
         """Create a schedule: when a task fires. By expression (cron), once at datetime, every so many seconds, or after other
         tasks. Weekdays at 9 in Berlin: {"task_id": 1, "expression": "0 9 * * MON-FRI", "timezone": "Europe/Berlin"}. Alert when
         task 1 breaks: {"task_id": 2, "after_task_ids": [1], "on": ["broke", "recovered"]}. Compare description and upcoming in
         the answer with what was asked for."""
-        made = await self.change(lambda tx: add_schedule(tx, new_schedule(Schedule, body, tx.now, tx.settings)))
+        made = await self.change(lambda tx: add_schedule(tx, new_schedule(body, tx.now, tx.settings)))
         return await self.get_schedule(made)
 
     @Operation("GET", "/schedules/{id}")
@@ -6674,24 +6662,24 @@ class Service:
         paused, now = self.engine.paused, self.clock.now()
 
         def read(db: DB) -> ScheduleView:
-            schedule = get_schedule(db, schedule_id)
-            schedule.upcoming, schedule.notes = [], []
+            schedule = as_it_is(get_schedule(db, schedule_id), paused)
+            view = {**view_of(schedule), "upcoming": [], "notes": []}
             with contextlib.suppress(*DAMAGE):  # its description says so
-                schedule.notes = notes_of(schedule, now, paused)
-                if schedule.is_active and schedule.live and not paused:
-                    schedule.upcoming = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
-            return view_of(as_it_is(schedule, paused))
+                view["notes"] = notes_of(schedule, now, paused)
+                if schedule.is_active and schedule.live:
+                    view["upcoming"] = upcoming_view(schedule.plan().upcoming(schedule.settled_until, 5), schedule.zone)
+            return view
 
         return await self.store.read(read)
 
-    @Operation("GET", "/schedules", tool=("read_only",), errors=(404,))
+    @Operation("GET", "/schedules", tool=("read_only",))
     async def list_schedules(self, query: ScheduleQuery) -> SchedulePage:
         """List schedules. Of all tasks or of one, with words, time zone and next slots."""
         total, rows = await self.store.scan(partial(list_schedules, query=query))
         schedules = [view_of(as_it_is(schedule, self.engine.paused)) for schedule in rows]
         return dict(total=total, skip=query.skip, limit=query.limit, schedules=schedules)
 
-    @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"), errors=(409,))
+    @Operation("PATCH", "/schedules/{id}", tool=("destructive", "idempotent"))
     async def update_schedule(self, schedule_id: int, body: ScheduleUpdate) -> ScheduleView:
         """Change the fields of a schedule that are sent. What is not given stays, the timezone too. Fields as in create_schedule.
         is_active false pauses it."""
@@ -6720,7 +6708,7 @@ class Service:
         """Delete a schedule; its history stays. Queued runs of it are cancelled, running ones end."""
         await self.change(partial(remove_schedule, schedule_id=schedule_id))
 
-    @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
+    @Operation("POST", "/tasks/{id}/execute", 202, tool=("destructive", "open_world"), scope="run")
     async def execute_task(self, task_id: int, query: ExecuteQuery, body: ExecuteBody) -> ExecutionView:
         """Run a task now. Answers when the run is over, or after `wait` seconds with its id: get_execution with wait shows its
         end; do not execute again. Other arguments replace fields of the task for this run alone. Works for paused tasks, too."""
@@ -6738,7 +6726,7 @@ class Service:
 
         return await self._begin(write, query.wait)
 
-    @Operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), errors=(409,), scope="run")
+    @Operation("POST", "/executions/{id}/rerun", 202, tool=("destructive", "open_world"), scope="run")
     async def rerun_execution(self, execution_id: int, query: WaitQuery) -> ExecutionView:
         """Run an execution again. With its slot and its config override, and the task as it is now. One that is not over yet is
         refused. Answers as execute_task."""
@@ -6775,8 +6763,7 @@ class Service:
         if execution.attempt_started_at is not None and execution.attempt not in {attempt.attempt for attempt in past}:
             of_both = {name: getattr(execution, name) for name in shape_of(Attempt).loaded}
             past.append(Attempt(**{**of_both, "started_at": execution.attempt_started_at}))
-        execution.attempts, execution.caused = [view_of(attempt) for attempt in past], caused
-        return view_of(execution)
+        return {**view_of(execution), "caused": caused, "attempts": [view_of(attempt) for attempt in past]}
 
     async def _shown_elsewhere(self, execution: Execution) -> dict[str, Any]:
         """The output so far of an execution that another process runs, which shows it a moment after it was asked to."""
@@ -6799,7 +6786,7 @@ class Service:
         total, rows = await self.store.scan(lambda db: list_executions(db, query, task_id, **times))
         return dict(total=total, skip=query.skip, limit=query.limit, history=list(map(view_of, rows)))
 
-    @Operation("GET", "/executions", tool=("read_only",), errors=(404,))
+    @Operation("GET", "/executions", tool=("read_only",))
     async def list_executions(self, query: ExecutionQuery) -> ExecutionPage:
         """List executions, newest first. Over all tasks: what failed, ran or is unfinished. since and until choose what ran in
         between. Older: before_id. Rows with status skipped or missed are slots that ran nothing."""
@@ -6807,7 +6794,7 @@ class Service:
         _, rows = await self.store.scan(lambda db: list_executions(db, query, **times))
         return dict(executions=list(map(view_of, rows)), next_before_id=rows[-1].id if len(rows) == query.limit else None)
 
-    @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), errors=(409,), scope="run")
+    @Operation("POST", "/executions/{id}/cancel", tool=("destructive", "idempotent"), scope="run")
     async def cancel_execution(self, execution_id: int) -> ExecutionView:
         """End an execution. Kills its processes and drops its retries. One that is over already is refused."""
 
@@ -6824,7 +6811,7 @@ class Service:
             await self.engine.feed.wait_for(execution_id, 5)
         return await self.get_execution(execution_id)
 
-    @Operation("GET", "/changes", errors=(404,))
+    @Operation("GET", "/changes")
     async def list_changes(self, query: ChangeQuery) -> ChangePage:
         """List what was changed, newest first: who, by which way, and what differs (secrets are masked)."""
         if isinstance(query.id, str) and query.kind != "task":
@@ -6854,17 +6841,19 @@ class Service:
 # --- Use cases that only look, and those of a schedule's slots -------------------------------------------------------
 
 
-@Operation("POST", "/schedules/preview", tool=("read_only",), scope="read", errors=(404,))
+@Operation("POST", "/schedules/preview", tool=("read_only",), scope="read")
 async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewView:
     """Show a schedule's words and next slots without storing it. Takes what create_schedule takes, and shows `count` slots from
     `after` (default: now) on."""
 
     def look(db: DB) -> PreviewView:
-        now = service.clock.now()
-        schedule = new_schedule(Preview, body, now, service.settings)
+        now, given = service.clock.now(), {"task_id": 0, **body}
+        count, after = given.pop("count", 5), {"after": given.pop("after", None)}
+        schedule = new_schedule(given, now, service.settings)
         check_watched(db, schedule)
-        plan = dataclasses.replace(schedule.plan(), schedule_id=None)
-        upcoming = upcoming_view(plan.upcoming(schedule.settled_until, schedule.count), schedule.zone)
+        at = read_times(after, after, schedule.zone).get("after", now)
+        plan = dataclasses.replace(schedule.plan(), schedule_id=None, dealt_with=at)
+        upcoming = upcoming_view(plan.upcoming(at, count), schedule.zone)
         view: PreviewView = dict(description=plan.timing.describe(), notes=notes_of(schedule, now), upcoming=upcoming)
         if schedule.jitter:
             view["note"] = f"slots are shown without jitter; each will start up to {schedule.jitter:g} s later"
@@ -6873,7 +6862,7 @@ async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewVi
     return await service.store.scan(look)
 
 
-@Operation("POST", "/schedules/{id}/backfill", 202, errors=(409,), scope="run")
+@Operation("POST", "/schedules/{id}/backfill", 202, scope="run")
 async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBody) -> BackfillView:
     """Run the slots of a stretch of the past that have not run. One after the other, oldest first, at most 1000. `dry_run` only
     lists them."""
@@ -6947,7 +6936,7 @@ async def overview(service: Service, query: TaskQuery) -> OverviewPage:
     return {**page, "tasks": await service.store.scan(read)}
 
 
-@Operation("GET", "/upcoming", tool=("read_only",), errors=(404,))
+@Operation("GET", "/upcoming", tool=("read_only",))
 async def list_upcoming(service: Service, query: UpcomingQuery) -> UpcomingPage:
     """List what fires next, over all tasks. In order, each schedule as often as it fires, until `until` (default: in 24 h)."""
     now, sent = service.clock.now(), {"until": query.until}
@@ -6972,7 +6961,7 @@ async def status_of(service: Service) -> StatusView:
     )
     late = sorted(engine.stats.recent_late)
     p50, p99, most = (late[min(len(late) - 1, len(late) * percent // 100)] if late else None for percent in (50, 99, 100))
-    return StatusView(
+    return dict(
         running=not engine.stopping,
         leader=engine.leading,
         paused=engine.paused,
@@ -7040,13 +7029,12 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
     return task
 
 
-def new_schedule(kind: type[S], body: ScheduleCreate, now: int, settings: Settings, may_be_over: bool = False) -> S:
-    """A schedule as `body` describes it, placed before its first slot after now (a preview: after its `after`)."""
+def new_schedule(body: ScheduleCreate, now: int, settings: Settings, may_be_over: bool = False) -> Schedule:
+    """A schedule as `body` describes it, placed before its first slot after now."""
     own = {"overlap": "allow"} if body["schedule_type"] == "after" else {}
-    fields = _fields_of(kind, own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
-    at = now if fields.get("after") is None else fields["after"]
-    schedule = kind(**fields, created_at=now, updated_at=now, settled_until=at, dealt_with=at, in_force_since=now)
-    if schedule.schedule_type != "after" or schedule.plan().end_at < at:  # else it looks at other tasks first
+    fields = _fields_of(own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
+    schedule = Schedule(**fields, created_at=now, updated_at=now, settled_until=now, dealt_with=now, in_force_since=now)
+    if schedule.schedule_type != "after" or schedule.plan().end_at < now:  # else it looks at other tasks first
         schedule.look_ahead()
         if schedule.next_slot is None and not may_be_over:
             raise InvalidInput(_nothing_left(schedule))
@@ -7066,14 +7054,14 @@ def checked_changes(db: DB, schedule: Schedule, sent: ScheduleUpdate, now: int, 
         raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
     if sent.get("schedule_type", schedule.schedule_type) != schedule.schedule_type and "schedule_config" not in sent:
         raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {sent['schedule_type']}"))
-    fields = _fields_of(Schedule, sent, schedule, now, settings.scheduler_timezone)
+    fields = _fields_of(sent, schedule, now, settings.scheduler_timezone)
     changes = {name: value for name, value in fields.items() if value != getattr(schedule, name)}
     if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
         changes["is_active"] = False
     return changes
 
 
-def _fields_of(kind: type[Schedule], sent: dict[str, Any], stored: Schedule | None, now: int, zone: str) -> dict[str, Any]:
+def _fields_of(sent: dict[str, Any], stored: Schedule | None, now: int, zone: str) -> dict[str, Any]:
     """What was sent of a schedule, new or `stored`, as the store keeps it. Raises InvalidInput that lists every bad field."""
     errors = list[FieldError]()
     was: tuple[Any, dict[str, Any]] = (None, {}) if stored is None else (stored.schedule_type, stored.schedule_config)
@@ -7086,7 +7074,7 @@ def _fields_of(kind: type[Schedule], sent: dict[str, Any], stored: Schedule | No
     for name in [name for name in sent if name in NOT_OF_AFTER and after != (sent[name] is None)]:
         errors.append(FieldError(name, "must be null: a schedule of type after has none" if after else "must not be null"))
     with told_at("", errors):
-        fields |= read_times(sent, shape_of(cast(Any, kind)).times, config.get("timezone", zone))
+        fields |= read_times(sent, shape_of(Schedule).times, config.get("timezone", zone))
         start, end = (fields.get(name, getattr(stored, name, None)) for name in ("start_at", "end_at"))
         if start is not None and end is not None and end < start:
             raise InvalidInput(FieldError("end_at", "must not be before start_at"))
@@ -7500,7 +7488,7 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
                     keys = [f"key:{task}" for task in config["tasks"]] if isinstance(config["tasks"], list) else config["tasks"]
                     part = {**part, "schedule_config": {"task_ids": keys, **{n: v for n, v in config.items() if n != "tasks"}}}
                 fields = {"key": name, "task_id": 0, **parse(_FileSchedule, part)}
-                found[f"{key}/{name}"] = new_schedule(Schedule, fields, now, service.settings, may_be_over=True), part
+                found[f"{key}/{name}"] = new_schedule(fields, now, service.settings, may_be_over=True), part
     _refuse(errors)
     return found
 
@@ -7630,7 +7618,7 @@ class _Undone(Exception):
     """Takes a dry run back, and brings what it would have done."""
 
 
-@Operation("POST", "/apply", tool=("destructive", "idempotent"), errors=(409,))
+@Operation("POST", "/apply", tool=("destructive", "idempotent"))
 async def apply_definitions(service: Service, query: ApplyQuery, body: DefinitionFile) -> Applied:
     """Make tasks and schedules what a file says, in one transaction. As it stands in a file: chronotask = 1,
     [tasks.KEY] task_type = "bash", config = {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config =
