@@ -4232,13 +4232,15 @@ class Clipper:
 
     def __init__(self, limit: int) -> None:
         self.total = 0
-        self._kept, self._limit = bytearray(), limit
+        self._limit, self._head, self._tail = limit, bytearray(), bytearray()
 
-    def feed(self, data: bytes, slack: int = 2) -> None:
+    def feed(self, data: bytes) -> None:
         self.total += len(data)
-        self._kept += data
-        if len(self._kept) > slack * self._limit:  # not at every feed: moving the bytes costs
-            del self._kept[self._limit // 4 : self._limit // 4 + len(self._kept) - self._limit]
+        room = self._limit // 4 - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._limit:  # not at every feed: moving the bytes costs
+            del self._tail[: -self._limit]
 
     @property
     def truncated(self) -> bool:
@@ -4247,15 +4249,14 @@ class Clipper:
     def text(self) -> str:
         """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
         if not self.truncated:
-            return self._kept.decode("utf-8", "replace")
-        self.feed(b"", slack=1)
-        head, tail = self._kept[: self._limit // 4], self._kept[self._limit // 4 :]
-        left_out = self.total - self._limit
-        return f"{head.decode('utf-8', 'replace')}\n[… {left_out} bytes left out …]\n{tail.decode('utf-8', 'replace')}"
+            return (self._head + self._tail).decode("utf-8", "replace")
+        tail = self._tail[self._limit // 4 - self._limit :].decode("utf-8", "replace")
+        return f"{self._head.decode('utf-8', 'replace')}\n[… {self.total - self._limit} bytes left out …]\n{tail}"
 
     def recent(self) -> bytes:
         """The end of the stream, as far as it is kept without a gap."""
-        return bytes(self._kept if self.total == len(self._kept) else self._kept[self._limit // 4 :])
+        whole = self.total == len(self._head) + len(self._tail)
+        return bytes(self._head + self._tail if whole else self._tail)
 
 
 # What programs make of a character that they do not print as it is: HTML; URLs; literals of JSON (where some escape more than
@@ -4300,8 +4301,11 @@ class SecretMasker:
         data = self._held + data
         cut, secrets = len(data), list[tuple[int, int]]()
         for plain, sources, unfinished in _decodings(data):
-            for start, end in self._places(plain):
-                secrets.append((sources[start], sources[bisect.bisect_right(sources, sources[end - 1])]))
+            for form in self.forms:
+                at = plain.find(form)  # linear, which a regular expression would not be
+                while at >= 0:
+                    secrets.append((sources[at], sources[bisect.bisect_right(sources, sources[at + len(form) - 1])]))
+                    at = plain.find(form, at + 1)  # they may overlap: abcdeabcdea
             if not last:
                 cut = min(cut, sources[self._possible_start(plain[: len(plain) - unfinished])])
                 cut = sources[bisect.bisect_right(sources, cut) - 1]  # half an escape would be read as something else
@@ -4316,15 +4320,6 @@ class SecretMasker:
         shown.append(data[at:cut])
         self._held, self._known = data[cut:], max(0, at - cut)
         return b"".join(shown)
-
-    def _places(self, data: bytes) -> list[tuple[int, int]]:
-        found = []
-        for form in self.forms:
-            at = data.find(form)  # linear, which a regular expression would not be
-            while at >= 0:
-                found.append((at, at + len(form)))
-                at = data.find(form, at + 1)  # they may overlap: abcdeabcdea
-        return found
 
     def _possible_start(self, data: bytes) -> int:
         """Where the longest end of `data` that begins a secret (and is not all of it) starts."""
@@ -4383,19 +4378,18 @@ class Report:
     def __init__(self) -> None:
         self.word = uuid.uuid4().hex
         self.status: int | None = None
+        self._begins = f"\n{self.word} ".encode()
+        self._line = re.compile(self._begins + rb"([0-9]{1,3})\r?\n")  # \r from a terminal, as `ssh -tt` has one
         self._held = b""
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What is shown of the output; what may become that line is held back, a line break at the end at least."""
-
-        def told(found: re.Match[bytes]) -> bytes:
-            self.status = self.status or int(found[1])
-            return b""
-
-        begins = f"\n{self.word} ".encode()
-        data = re.sub(begins + rb"([0-9]{1,3})\r?\n", told, self._held + data)  # \r from a terminal, as `ssh -tt` has one
+        data = self._held + data
+        for status in self._line.findall(data):
+            self.status = self.status or int(status)
+        data = self._line.sub(b"", data)
         tail = data[data.rfind(b"\n") :] if b"\n" in data else b""
-        begun = begins.startswith(tail) or (tail.startswith(begins) and len(tail) < len(begins) + 5)
+        begun = self._begins.startswith(tail[: len(self._begins)]) and len(tail) < len(self._begins) + 5
         self._held = tail if begun and not last else b""
         return data[: len(data) - len(self._held)]
 
@@ -4567,15 +4561,9 @@ def resolve_secrets(
     result = dict(config)
     for field in config.keys() & ({"url", "headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
         result[field] = mapped(config[field], partial(_FILLED.sub, puts.get(field, put)))
-    # A secret must not smuggle in further headers, nor end an environment variable early.
-    for name, value in (result.get("env") or {}).items():
-        if "\0" in value:
-            raise ChronoTaskError(f"config.env.{name}: the secret holds a NUL character")
     for name, value in result.get("headers", {}).items():
-        if NOT_IN_HEADERS.search(value):
+        if NOT_IN_HEADERS.search(value):  # a secret must not smuggle in further headers
             raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
-    if NOT_IN_URLS.search(result.get("url", "")):
-        raise ChronoTaskError("config.url: the secret holds a blank, backslash or control character")
     return result, secrets
 
 
@@ -4660,19 +4648,14 @@ def check_allowed(task_type: str, config: dict[str, Any], settings: Settings) ->
 
 @functools.lru_cache(64)
 def _end_of_source(source: str) -> str | None:
-    """What bash is in at the end of `source`, if further words would be no arguments there. None also where it is incomplete."""
-
-    def is_correct(source: str) -> tuple[bool, bytes]:
-        words = [shutil.which("bash") or "bash", "-O", "extglob", "-nc", source]  # -n executes nothing
-        done = subprocess.run(words, env={"LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True, timeout=2)
-        return done.returncode == 0, done.stderr
-
+    """What bash is in at the end of `source`, if further words would be no arguments there."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         if "#" in source.rpartition("\n")[2] or "<<" in source:
-            # A parenthesis that closes nothing is an error, unless it is no part of the program any more.
-            lost, warning = is_correct(source + " )")
-            if lost and is_correct(source)[0]:
-                return "a here-document" if b"here-document" in warning else "a comment"
+            # A parenthesis that closes nothing is an error, unless it is no part of the program any more. -n executes nothing.
+            words = [shutil.which("bash") or "bash", "-O", "extglob", "-nc", source + " )"]
+            done = subprocess.run(words, env={"LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True, timeout=2)
+            if done.returncode == 0:
+                return "a here-document" if b"here-document" in done.stderr else "a comment"
     return "a backslash" if (len(source) - len(source.rstrip("\\"))) % 2 else None
 
 
@@ -4820,9 +4803,8 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
             reason = _reason(error)
             if folder is not None and error.filename == folder:
                 return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
-            # Starting it again would end the same way; anything else (no memory, too many processes or files) may pass.
-            final = "ENOENT ENOTDIR EACCES EPERM ENOEXEC E2BIG ELOOP ENAMETOOLONG".split()
-            retryable = errno.errorcode.get(error.errno or 0) not in final
+            # Too many processes or files, no memory, a program that is being written; anything else would end the same way.
+            retryable = error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY)
             return Outcome("failed", f"{shown(words[0])} could not be started: {reason}", retryable=retryable)
         finally:
             for writer in writers:  # where nothing was started, that ends the pipes
@@ -4860,10 +4842,11 @@ def _command(
         words = bash_words(config, settings)
     else:
         words = ["bash", "-c", bash_source(config["command"], config.get("args", ()))]
-    told = ("task_id", "task_name", "execution_id", "attempt", "run_id")
-    values: dict[str, object] = {name.upper(): getattr(run, name) for name in told}
-    if run.schedule_id is not None and run.scheduled_for is not None:
-        values |= {"SCHEDULE_ID": run.schedule_id, "SCHEDULED_FOR": format_instant(run.scheduled_for)}
+    values = {name: getattr(run, name.lower()) for name in TASK_VARIABLES}
+    if run.schedule_id is None or run.scheduled_for is None:
+        del values["SCHEDULE_ID"], values["SCHEDULED_FOR"]
+    else:
+        values["SCHEDULED_FOR"] = format_instant(run.scheduled_for)
     for name, value in (parsed(run.cause) if run.cause else {}).items():
         values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
     of_run = {ENV_PREFIX + name: str(value) for name, value in values.items()}
@@ -4927,7 +4910,7 @@ def _spawn(
     """Starts a process under the umask and the limit of open files that the service itself was started with."""
     loop = asyncio.get_running_loop()
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL:
-        loop.add_signal_handler(signal.SIGCHLD, _child_ended)
+        loop.add_signal_handler(signal.SIGCHLD, reap)
     options = options | {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
     options |= {"env": env, "start_new_session": True, "umask": environ.umask}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4949,14 +4932,18 @@ def _spawn(
 _children: dict[int, tuple[subprocess.Popen[bytes], asyncio.Future[None]]] = {}
 
 
-def _child_ended() -> None:
-    """On SIGCHLD, which may stand for several."""
+def reap() -> None:
+    """On SIGCHLD, which may stand for several: waits for the commands that have ended, and as process 1 for what tasks have left
+    behind. What this process has started for itself is in its own session, and waited for by another thread."""
     for process, exited in [*_children.values()]:
         if process.poll() is not None:
             del _children[process.pid]
             exited.set_result(None)
-    if os.getpid() == 1:
-        reap()
+    with contextlib.suppress(ChildProcessError):
+        while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            if ended.si_pid in _children or os.getsid(ended.si_pid) == os.getsid(0):
+                break
+            os.waitpid(ended.si_pid, 0)
 
 
 _sweeper = concurrent.futures.ThreadPoolExecutor(1, "chronotask-sweep")
@@ -5003,16 +4990,6 @@ def _signal_group(group: int, number: int) -> bool:
         os.killpg(group, number)
         return True
     return False
-
-
-def reap() -> None:
-    """As process 1: waits for the ended children that tasks have left behind. What this process has started for itself is in its
-    own session, and waited for by another thread."""
-    with contextlib.suppress(ChildProcessError):
-        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if ended.si_pid in _children or os.getsid(ended.si_pid) == os.getsid(0):
-                break
-            os.waitpid(ended.si_pid, 0)
 
 
 def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, looks: int = 0) -> int:
