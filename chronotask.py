@@ -8509,11 +8509,9 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
         return {"type": "object", "properties": {name: _lean(field) for name, field in whole["properties"].items()}}
     if isinstance(whole.get("type"), list):
         whole["type"] = "string"
-    lean = {key: whole[key] for key in ("type", "anyOf", "enum", "default", "maximum", "description") if key in whole}
+    lean = {key: whole[key] for key in ("type", "anyOf", "enum", "default", "maximum", "description") if whole.get(key)}
     if lean.get("maximum", 0) >= 1000:
         del lean["maximum"]  # hardly ever met; the error names it
-    if lean.get("default", True) in (None, [], False):
-        del lean["default"]
     return lean | ({"items": _lean(whole["items"])} if "items" in whole else {})
 
 
@@ -8540,7 +8538,10 @@ def make_tools() -> types.ListToolsResult:
 # Without nulls, defaults, what follows from other fields, and the same instant twice.
 
 ROWS = {"tasks": Task, "schedules": Schedule, "history": Execution, "executions": Execution, "unfinished": Execution}
-FOLLOWS = {"success", "retry_count", "updated_at", "finished_at", "skip", "limit"}
+ROWS["attempts"] = Attempt
+# What is left out where the other is there.
+FOLLOWS = {"success": "status", "retry_count": "status", "updated_at": "id", "next_run": "upcoming", "skip": "limit"}
+FOLLOWS |= {"finished_at": "started_at", "queued_at": "started_at", "limit": "limit"}
 
 
 def clip(value: Any, limit: int, where: str) -> Any:
@@ -8554,29 +8555,25 @@ def clip(value: Any, limit: int, where: str) -> Any:
     return f"{head}\n[… {left_out} bytes left out: {where} …]\n{tail}"
 
 
-def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str] = ()) -> dict[str, Any]:
+def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collection[str], where: str) -> dict[str, Any]:
     """What a client sees of a resource, or a page (None), as a model needs it; each text is cut to `limit` characters."""
     defaults, times = (defaults_of(resource, view.get("schedule_type")), shape_of(resource).times) if resource else ({}, ())
-    of = {Task: "tasks", Execution: "executions", Attempt: "executions"}.get(resource)
-    where = f"resource {SCHEME}{of}/{view['id']} has all that was kept" if of else "REST has all"
-    known = {"created_at"} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
+    if of := {Task: "tasks", Execution: "executions"}.get(resource):
+        where = f"resource {SCHEME}{of}/{view['id']} has all that was kept"
+        defaults = {**defaults, "status": None, "attempt": 1}
+    known = {"created_at", *without} | ({"task_id", "task_name"} if resource is Task or "history" in view else set())
     short = dict[str, Any]()
     for name, value in view.items():
-        empty = value in ([], {}) or (value == defaults.get(name) and name != "status")
-        if value is None or name in FOLLOWS or name in without or (resource and empty):
+        if value is None or name in without or view.get(FOLLOWS.get(name, "")) or (resource and value == defaults.get(name)):
             continue
         if name in times:
             value = f"{value[:19]}Z"
-        elif name in ROWS and isinstance(value, list):
-            value = [brief(ROWS[name], row, limit, known) for row in value]
-        elif name == "changes":
-            value = [brief(None, {**row, "upcoming": row["upcoming"][:1]}, limit) for row in value]
-        elif name == "attempts":  # the last one is the execution's
-            texts = min(limit, TOOL_LIST_TEXT)
-            value = [brief(Attempt, {**row, "id": view["id"]}, texts, {"id", *without}) for row in value[:-1]]
         elif name in ("upcoming", "next_runs"):
             rows = [{k: v for k, v in row.items() if k != "utc"} | {"local": re.sub(r"\.\d+", "", row["local"])} for row in value]
             value = [row if len(row) > 1 else row["local"] for row in rows]
+        elif isinstance(value, list):
+            rows = value[:-1] if name == "attempts" else value  # the last one is the execution's
+            value = [brief(ROWS.get(name), row, limit, known, where) if isinstance(row, dict) else row for row in rows]
         elif name == "output_data" and limit < MAX_ANSWER:
             gone = {"headers"} if value.get("truncated") else {"headers", "stdout_bytes", "stderr_bytes", "body_bytes"}
             value = {k: v for k, v in value.items() if k not in gone and v is not None and v is not False and v != ""}
@@ -8584,10 +8581,9 @@ def brief(resource: Any, view: Mapping[str, Any], limit: int, without: Collectio
             value = {k: value[k] for k in ("event", "execution_id", "text") if value.get(k)}
         if isinstance(value, dict) and limit < MAX_ANSWER:
             value = {k: clip(v, limit, where) for k, v in value.items()}
-        short[name] = clip(value, limit, where) if isinstance(value, str) else value
-    gone = {"next_run"} if "upcoming" in short else {"queued_at"} if "started_at" in short else set()
-    gone |= {name for name in ("attempts", "attempt") if resource is Execution and short.get(name) in ([], 1)}
-    return {name: value for name, value in short.items() if name not in gone}
+        if not resource or value not in ([], {}):
+            short[name] = clip(value, limit, where) if isinstance(value, str) else value
+    return short
 
 
 async def _use(service: Service, operation: Operation, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -8625,25 +8621,27 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
         view["now"] = format_local(service.clock.now() // SECOND * SECOND, view["timezone"])
         view["next_runs"] = view["next_runs"][: getattr(query, "limit", 5)]
         view["lateness"] = view["lateness"] if view["lateness"]["count"] else None
-        view["executions"] = {status: count for status, count in view["executions"].items() if count}
         view |= {"unfinished": (await service.list_executions(going))["executions"]}
     without = {"output_data"} if output == "none" else {"trigger", "task_id"} if name == "execute_task" else set()
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
     answer, cut = _fitting(resource, view, full if output == "full" else short, without)
-    for page, total in cut.items():
-        rest = "ask for the others, or for less of each" if {"total", "next_before_id"} & view.keys() else "REST has all"
-        notes.append(f"only the first {len(answer.get(page, ()))} of {total} fit into an answer: {rest}")
-    for page in ROWS.keys() & view.keys() if "total" in view else ():
-        if (seen := view["skip"] + len(answer.get(page, ()))) < view["total"]:
-            higher = "" if page in cut or view["limit"] == 100 else ", or with a higher limit"
+    if "total" in view:
+        seen = view["skip"] + sum(len(answer[page]) for page in ROWS.keys() & answer.keys())
+        if seen < view["total"]:
+            higher = "" if cut or view["limit"] == 100 else ", or with a higher limit"
             notes.append(f"{view['total'] - seen} more: ask with skip={seen}{higher}")
+    else:
+        rest = "ask for the others, or for less of each" if "next_before_id" in view else "REST has all"
+        notes += [
+            f"only the first {len(answer.get(page, ()))} of {total} fit into an answer: {rest}" for page, total in cut.items()
+        ]
     return answer | ({"notes": notes} if notes else {})
 
 
 def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """The view in brief, with room for notes, and how many rows those lists had that were made shorter for it."""
     lists = {name: [*rows] for name, rows in view.items() if isinstance(rows, list)}  # the view may be kept for others
-    while len(compact(answer := brief(resource, view | lists, limit, without))) > MAX_ANSWER - 1000:
+    while len(compact(answer := brief(resource, view | lists, limit, without, "REST has all"))) > MAX_ANSWER - 1000:
         longest = max(lists, key=lambda name: len(lists[name]), default="")
         if len(lists.get(longest, ())) > 1 and (resource is None or limit < 200):
             del lists[longest][len(lists[longest]) * 3 // 4 :]
@@ -8685,7 +8683,7 @@ async def run_tool(
 
 
 def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
-    """An error's text: fields of a configuration as the arguments that gave them, and which tool shows the ids that exist."""
+    """An error's text, fields of a configuration as the arguments that gave them."""
     fields: list[FieldError] = []
     for name, message in error.errors:
         name = name if arguments.get("schedules") else name.removeprefix("schedules[0].")
@@ -8695,9 +8693,7 @@ def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
         if name == "schedule_config" and arguments.get(name) is None:
             message = re.sub(r"\b(task_ids|tag|any)\b", lambda match: AFTER[match[0]], message)
         fields.append(FieldError("idempotency_key" if name == "Idempotency-Key" else name, message))
-    text = InvalidInput(*fields).detail if isinstance(error, InvalidInput) else error.detail
-    looked_for = re.search(r"(?:there is no|must be the id of a) (task|schedule|execution)\b", text)
-    return f"{text}: list_{looked_for[1]}s shows those that exist" if looked_for else text
+    return InvalidInput(*fields).detail if isinstance(error, InvalidInput) else error.detail
 
 
 # --- Resources, the server --------------------------------------------------------------------------------------------
@@ -8719,10 +8715,9 @@ def make_server(service: Service) -> Server[Any]:
     json_text: Any = {"mime_type": "application/json"}
     status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **json_text)
     about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    templates = [
-        types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", name=name, description=text, **json_text)
-        for name, text in about.items()
-    ]
+    kinds = [(f"{SCHEME}{name}/{{id}}", name, text) for name, text in about.items()]
+    shown_by = [types.ResourceTemplate(uri_template=uri, name=name, description=text, **json_text) for uri, name, text in kinds]
+    templates = types.ListResourceTemplatesResult(resource_templates=shown_by, ttl_ms=LIFETIME)
 
     async def always(result: Any, _: Any, params: Any) -> Any:
         return result
@@ -8739,9 +8734,7 @@ def make_server(service: Service) -> Server[Any]:
         name, _, named = urllib.parse.unquote(params.uri).removeprefix(SCHEME).partition("/")
         try:
             if not params.uri.startswith(SCHEME) or name not in RESOURCES:
-                raise NotFound(
-                    f"there is no resource {shown(params.uri)}: known are status, tasks/ID and executions/ID below {SCHEME}"
-                )
+                raise NotFound(f"there is no resource {shown(params.uri)}: {SCHEME} has status, tasks/ID and executions/ID")
             operation = TOOLS[RESOURCES[name]]
             number, query, _ = tool_args(operation, {operation.id_name or "id": named} if named else {})
             text = compact(await operation.call(service, number, query, None))
@@ -8756,9 +8749,7 @@ def make_server(service: Service) -> Server[Any]:
         on_list_tools=partial(always, make_tools()),
         on_call_tool=call_tool,
         on_list_resources=partial(always, types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
-        on_list_resource_templates=partial(
-            always, types.ListResourceTemplatesResult(resource_templates=templates, ttl_ms=LIFETIME)
-        ),
+        on_list_resource_templates=partial(always, templates),
         on_read_resource=read_resource,
     )
 
