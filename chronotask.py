@@ -68,7 +68,8 @@ import sys
 
 if __name__ == "__main__":
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # before anything else is imported: see hide_from_tasks
+        # PR_SET_DUMPABLE, before anything else is imported: tasks of the same user shall read neither memory nor environment.
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
     if os.getpid() == 1:  # which gets no signal that it has no handler for
@@ -8339,11 +8340,7 @@ KINDS: dict[str, dict[str, str]] = {
 MAIN = {"http": "url", "bash": "command", "cron": "expression", "once": "datetime", "interval": "seconds", "after": "on"}
 EITHER = ({"seconds", "days"}, {"datetime", "in_seconds"}, {*AFTER})  # one takes the place of the others
 PAIRS = {"env": "=", "headers": ":", "params": "="}  # objects as lists of text: strict schemas know no free names
-CALLED = {  # what models call things
-    **dict.fromkeys(("cron", "cron_expression", "schedule"), "expression"),
-    **dict.fromkeys(("run_at", "at", "date", "time"), "datetime"),
-    **{"minutes": "seconds, 60 for each minute", "hours": "seconds, 3600 for each hour", "weeks": "days, 7 for each week"},
-}
+CALLED = {"minutes": "seconds", "hours": "seconds", "weeks": "days", "cron": "expression", "at": "datetime"}  # by models
 
 
 @functools.cache
@@ -8389,9 +8386,8 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
                 parts[known[name][0]][name] = _as_sent(name, value, known[name][1])
         elif name not in ignored:
             names = [name for name in known if name not in UNTOLD]
-            meant = (operation.id_name if name == "id" else CALLED.get(name)) or ""
-            there = meant.split(",")[0] in known
-            hint = f": use {meant}" if there else did_you_mean(name, names) or f" (known: {', '.join(names)})"
+            meant = operation.id_name if name == "id" else CALLED.get(name)
+            hint = f": use {meant}" if meant in known else did_you_mean(name, names) or f" (known: {', '.join(names)})"
             errors.append(FieldError(name, f"unknown field{hint}"))
     query, body = None, partial(_body_of, operation, parts) if operation.body else None
     with told_at("", errors):
@@ -8790,32 +8786,33 @@ async def read_lines(source: int) -> AsyncIterator[bytes]:
 
 
 def read_message(line: bytes) -> types.JSONRPCMessage:
-    """A line as a message. Raises MCPError for one that is none, with its id (or None) as data."""
-    from mcp import MCPError, types
+    """A line as a message; what is none as the error to answer, with its id (or None)."""
+    from mcp import types
 
-    if len(line) > MAX_BODY:
-        raise MCPError(types.INVALID_REQUEST, f"a message may have at most {MAX_BODY} bytes")
     line = line.removeprefix(codecs.BOM_UTF8)  # PowerShell begins what it pipes with one
     code, number = types.INVALID_REQUEST, None
     text = "this line is no JSON-RPC 2.0 message (one object a line, no batches, as id a text or a whole number)"
     try:
+        if len(line) > MAX_BODY:
+            raise MalformedBody(f"a message may have at most {MAX_BODY} bytes")
         value = load_json(line)
         with contextlib.suppress(ValidationError):
             message = types.jsonrpc_message_adapter.validate_python(value, by_name=False)
-            if not isinstance(message, types.JSONRPCNotification) or "id" not in value:  # else its client waits for an answer
+            # A notification with an id is a request with a bad one, whose client waits for an answer.
+            if "id" not in value or isinstance(message, (types.JSONRPCRequest, types.JSONRPCResponse)):
                 return message
     except ChronoTaskError as error:
         code, text = types.PARSE_ERROR, f"this line is no JSON-RPC message: {error.detail}"
     with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError):
         found = json.loads(line)["id"]  # read less strictly, so that its client hears which one is refused
         number = found if type(found) in (int, str) and str(found).isascii() else None
-    raise MCPError(code, text, number)
+    return types.JSONRPCError(jsonrpc="2.0", id=number, error=types.ErrorData(code=code, message=text))
 
 
 async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
     """Serves one client until it closes its end of `source` (calls in flight then get 1.5 s) or of `sink`."""
     import anyio
-    from mcp import MCPError, types
+    from mcp import types
     from mcp.shared.message import SessionMessage
 
     into, inbox = anyio.create_memory_object_stream[Any](0)
@@ -8831,11 +8828,8 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
         async for line in read_lines(source):
             if not line.strip():
                 continue
-            try:
-                message = read_message(line)
-            except MCPError as error:
-                about = types.ErrorData(code=error.code, message=error.message)
-                await outbox.send(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=error.data, error=about)))
+            if isinstance(message := read_message(line), types.JSONRPCError):
+                await outbox.send(SessionMessage(message))
                 continue
             await at_most(256)  # further ones stay in the client's pipe
             if isinstance(message, types.JSONRPCRequest):
@@ -9055,21 +9049,6 @@ def set_up_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def hide_from_tasks() -> None:
-    """Tasks run as the same user: they shall read neither the memory of this process nor its environment. PR_SET_DUMPABLE (4) to
-    0: /proc/PID belongs to root and ptrace is refused, until the next exec. A program has done this before its imports; here the
-    values of secrets also go from what the kernel shows as the environment, because tasks of root may read that all the same."""
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # no Linux
-        libc, number = ctypes.CDLL(None), 0
-        libc.prctl(4, 0, 0, 0, 0)
-        environ = ctypes.POINTER(ctypes.c_void_p).in_dll(libc, "environ")
-        while entry := environ[number]:
-            name, _, value = ctypes.string_at(entry).partition(b"=")
-            if name.startswith((b"CHRONOTASK_API_TOKEN", b"CHRONOTASK_SECRET_")):
-                ctypes.memset(entry + len(name) + 1, 0, len(value))
-            number += 1
-
-
 class Systemd:
     """What systemd hears of this process, by the protocol of sd_notify(3), if that has started it."""
 
@@ -9265,9 +9244,9 @@ def write_out(source: BinaryIO, target: Path | None = None) -> None:
 
 def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
     """Prints a crontab as definitions. Raises InvalidInput that names every line that cannot be read."""
-    # crontab(5): all times are in the zone of the machine, which Debian keeps here.
-    zone = Path("/etc/timezone").read_text().strip() if Path("/etc/timezone").exists() else ""
-    zone = zone or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
+    zone = (
+        os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
+    )  # crontab(5): all times are in the machine's zone
     tasks, comments = read_crontab(read_file(name).decode("utf-8", "surrogateescape"), system, user, zone)
     owner = slug("crontab" if name == "-" else Path(name).name, ())
     comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
@@ -9310,7 +9289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, warnings = Settings.from_env(os.environ, options.port, options.host)
         if options.mode == "mcp" and not settings.mcp_enabled:
             raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
-        hide_from_tasks()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # as at the top, where this is not the program itself
         # Taken away, before tasks inherit it.
         systemd = Systemd(*(os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")))
         environ = Environ(os.environ)

@@ -974,11 +974,8 @@ async def test_what_comes_in_by_rest_and_mcp_is_read_in_linear_time(api: Api) ->
     def post(text: str) -> Any:
         return api("POST", "/tasks", {**BASH, "task_type": "http", "config": {"url": "http://127.0.0.1/", "body": text}})
 
-    def unread(line: bytes) -> None:
-        with pytest.raises(Exception, match="this line is no JSON-RPC message"):
-            chronotask.read_message(line)
-
-    for call, head, unit in ((post, "", "${env:" * 4_000), (unread, b"{", b'"id":1,' * 500), (unread, b"", b"{" * 40_000)):
+    read: Any = chronotask.read_message
+    for call, head, unit in ((post, "", "${env:" * 4_000), (read, b"{", b'"id":1,' * 500), (read, b"", b"{" * 40_000)):
         assert await slowdown(call, head + unit, head + unit * 2) < 3  # type: ignore[operator]
 
 
@@ -9799,13 +9796,12 @@ def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> 
     (b'{"jsonrpc":"2.0","id":1.0,"method":"ping"}', -32600, None),
     (b'{"jsonrpc":"2.0","id":3,"params":{"id":4,"text":"\\ud83d"}}', -32700, 3),
     (b'{"jsonrpc":"2.0","id":"\\ud83d"}', -32700, None),
-    (b" " * (chronotask.MAX_BODY + 1), -32600, None),
+    (b" " * (chronotask.MAX_BODY + 1), -32700, None),
 )
 def test_garbage_and_what_is_too_long_are_refused_with_reason_and_id(line: bytes, code: int, number: Json) -> None:
-    too_long = "^a message may have at most 1048576 bytes$"
-    with pytest.raises(MCPError, match=too_long if len(line) > chronotask.MAX_BODY else None) as caught:
-        chronotask.read_message(line)
-    assert (caught.value.code, caught.value.data) == (code, number)
+    refused: Any = chronotask.read_message(line)
+    assert (refused.error.code, refused.id) == (code, number)
+    assert len(line) <= chronotask.MAX_BODY or refused.error.message.endswith("a message may have at most 1048576 bytes")
 
 
 def test_long_texts_keep_their_end_and_say_how_many_bytes_are_missing() -> None:
@@ -10147,7 +10143,8 @@ def test_a_session_goes_on_after_10_mb_garbage_loud_tasks_and_a_thousand_calls_a
     assert server.cpu() < 3.0, "the first answer comes soon: in processor time, which does not depend on what else runs"
     server.send_call(7, "create_task", name="t", task_type="bash", config={"command": "x" * 10_000_000})
     error = server.answer()["error"]
-    assert (error["code"], error["message"]) == (-32600, "a message may have at most 1048576 bytes")
+    said = "this line is no JSON-RPC message: a message may have at most 1048576 bytes"
+    assert (error["code"], error["message"]) == (-32700, said)
     assert server.memory("VmHWM") < 200_000 * 1024
     server.write(b"garbage\n\n\r\n\x00\xff\xfe\n" + b"[" * 100_000 + b'\n{"id":3}\n[]\n')
     errors = [server.answer() for _ in range(5)]
@@ -10336,7 +10333,7 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_schedule", {"expression": "0 9 * * *", "schedule_config": {"expression": "0 9 * * *"}},
      "schedule_config: is given too: say it either there or by expression, not both"),
     ("create_schedule", {"minutes": 30},
-     "minutes: unknown field: use seconds, 60 for each minute; expression or datetime or seconds or on: is required"),
+     "minutes: unknown field: use seconds; expression or datetime or seconds or on: is required"),
     ("create_schedule", {"datetime": "2020-01-01T09:00:00"},
      r"datetime: '2020-01-01T09:00:00': must be in the future \(it is now .*\)"),
     ("create_schedule", {"expression": "0 9 * * FRI#L"}, r"expression: '0 9 \* \* FRI#L': .* L5 for the last Friday"),
@@ -11985,7 +11982,7 @@ if os.environ.pop("AGAIN", "yes") == "yes":
 """
 
 
-def test_the_program_is_hidden_before_any_import_with_no_secret_in_its_environment(new_server: NewServer, tmp_path: Path) -> None:
+def test_the_program_is_hidden_before_any_import(tmp_path: Path) -> None:
     watched = tmp_path / "watched.py"
     watched.write_text(
         "import ctypes, runpy, sys\n"
@@ -11998,12 +11995,6 @@ def test_the_program_is_hidden_before_any_import_with_no_secret_in_its_environme
     )
     seen = subprocess.run([sys.executable, str(watched)], capture_output=True, text=True, timeout=60).stderr.split()
     assert {"argparse", "asyncio", "pydantic"} <= set(seen[::2]) and set(seen[1::2]) == {"0"}
-    server = new_server(API_TOKEN=GOOD_TOKEN, SECRET_X="secret-of-the-service").start()
-    shown = Path(f"/proc/{server.process.pid}/environ")
-    if os.access(shown, os.R_OK):  # as root, whose tasks could read it too
-        entries = shown.read_bytes().split(b"\0")
-        assert b"CHRONOTASK_API_TOKEN=" in entries and b"CHRONOTASK_SECRET_X=" in entries
-    assert server.ask("GET", "/tasks", **BEARER)[0] == 200
 
 
 @each("mode", "http", "both")
