@@ -464,10 +464,10 @@ def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")  # reading a pipe may last for ever, and once only
         with path.open(encoding="utf-8-sig") as file:
-            found, text = os.fstat(file.fileno()), file.read(1048577)
+            found, text = os.fstat(file.fileno()), file.read()
     except (OSError, ValueError) as error:
         raise StartupError(f"{name}: must be a readable text file ({error})", exit_status=2) from None
-    if why := untrusted(path, found) or ("must be at most 1 MiB" if len(text) > 1048576 else None):
+    if why := untrusted(path, found):
         raise StartupError(f"{name}: {why}", exit_status=2)
     return name, text, stat.S_IMODE(found.st_mode)
 
@@ -587,20 +587,15 @@ def _readings(zone: ZoneInfo, local: int) -> tuple[int, int]:
     return first // _TICK, second // _TICK
 
 
-def _change(zone: ZoneInfo, local: int) -> int:
-    """The instant at which the clocks of `zone` change, for a local time that lies in a gap or comes twice."""
-    offsets = _readings(zone, local)
-    before, after = (local - max(offsets)) // SECOND, (local - min(offsets)) // SECOND
-    old, seconds = _offset(zone, before * SECOND), range(before + 1, after + 1)
-    return seconds[bisect.bisect_left(seconds, True, key=lambda second: _offset(zone, second * SECOND) != old)] * SECOND
-
-
 def _instant_of(zone: ZoneInfo, local: int, longest_gap: int = LAST_INSTANT, now: int = -1) -> int | None:
     """The instant of a local time: right after a gap, or None in one of `longest_gap`; of two the first later than `now`."""
     first, second = _readings(zone, local)
     if first >= second:
         return local - (second if local - first <= now < local - second else first)
-    return None if second - first >= longest_gap else _change(zone, local)
+    if second - first >= longest_gap:
+        return None
+    seconds = range((local - second) // SECOND, (local - first) // SECOND + 1)
+    return seconds[bisect.bisect_left(seconds, second, key=lambda moment: _offset(zone, moment * SECOND))] * SECOND
 
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
