@@ -784,20 +784,26 @@ def _next_day(cron: _Expression, day: int) -> int | None:
     return None
 
 
-def _next_local(cron: _Expression, local: int) -> int | None:
-    """The first matching local time later than `local`, both as clocks show them."""
+def _local_times(cron: _Expression, local: int) -> Iterator[int]:
+    """The matching local times later than `local`, as clocks show them."""
     day, time = divmod(local, DAY)
-    if _next_day(cron, day) == day:
-        hour, minute, second = time // HOUR, time // MINUTE % 60, time // SECOND % 60
-        for next_hour in cron.hours[bisect.bisect_left(cron.hours, hour) :]:
-            for next_minute in cron.minutes[bisect.bisect_left(cron.minutes, minute if next_hour == hour else 0) :]:
-                same = (next_hour, next_minute) == (hour, minute)
-                for next_second in cron.seconds[bisect.bisect_right(cron.seconds, second) if same else 0 :]:
-                    return day * DAY + next_hour * HOUR + next_minute * MINUTE + next_second * SECOND
-    following = _next_day(cron, day + 1)
-    if following is None or following * DAY > _LAST_LOCAL:
-        return None
-    return following * DAY + cron.hours[0] * HOUR + cron.minutes[0] * MINUTE + cron.seconds[0] * SECOND
+    while (found := _next_day(cron, day)) is not None and found * DAY <= _LAST_LOCAL:
+        time = time if found == day else -1
+        for hour in cron.hours[bisect.bisect_left(cron.hours, time // HOUR) :]:
+            past = time - hour * HOUR  # negative in a later hour, of which all is still to come
+            for minute in cron.minutes[bisect.bisect_left(cron.minutes, past // MINUTE) :]:
+                for second in cron.seconds[bisect.bisect_right(cron.seconds, (past - minute * MINUTE) // SECOND) :]:
+                    yield found * DAY + hour * HOUR + minute * MINUTE + second * SECOND
+        day, time = found + 1, -1
+
+
+def _slots_at(local_times: Iterable[int], zone: ZoneInfo, wild: bool = False) -> Iterator[int]:
+    for local in local_times:
+        if wild:
+            first, second = _readings(zone, local)
+            yield from (local - first, local - second) if first >= second else ()
+        elif (slot := _instant_of(zone, local, CORRECTION)) is not None:
+            yield slot
 
 
 # --- Timings ----------------------------------------------------------------------------------------------------------
@@ -852,20 +858,12 @@ class Cron(Timing):
         if t > _LAST_LOCAL:
             return None
         cron, zone, t = _parse_cron(self.expression), load_zone(self.zone), max(t, -1)
-        local, found = t + _offset(zone, t), list[int]()
+        local = t + _offset(zone, t)
         # In an hour that comes twice, what is wild is looked for from where each of its two passes would be.
-        for start in {t + offset for offset in _readings(zone, local)} if cron.wild else {local}:
-            match, slots = start, list[int]()
-            while not slots and (following := _next_local(cron, match)) is not None:
-                match = following
-                if cron.wild:
-                    first, second = _readings(zone, match)
-                    slots = [match - first, match - second] if first >= second else []
-                elif (slot := _instant_of(zone, match, CORRECTION)) is not None:
-                    slots = [slot]
-                slots = [slot for slot in slots if slot > t]
-            found += slots
-        return min(found, default=None)
+        starts = {t + offset for offset in _readings(zone, local)} if cron.wild else {local}
+        searches = (_slots_at(_local_times(cron, start), zone, cron.wild) for start in starts)
+        found = (next((slot for slot in slots if slot > t), None) for slots in searches)
+        return min((slot for slot in found if slot is not None), default=None)
 
     def notes(self, now: int) -> list[str]:
         cron, notes = _parse_cron(self.expression), list[str]()
@@ -944,12 +942,8 @@ class Days(Timing):
     def next_after(self, t: int) -> int | None:
         t, zone, step = max(t, self.since), load_zone(self.zone), self.step * DAY
         local = t + _offset(zone, t)
-        local -= (local - self.face) % step + step
-        while local <= _LAST_LOCAL:
-            if (slot := _instant_of(zone, local, CORRECTION)) is not None and slot > t:
-                return slot
-            local += step
-        return None
+        local_times = range(local - (local - self.face) % step, _LAST_LOCAL + 1, step)
+        return next((slot for slot in _slots_at(local_times, zone) if slot > t), None)
 
     def describe(self) -> str:
         day, _, time = _clock_face(self.face).isoformat().partition("T")
