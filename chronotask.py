@@ -1185,7 +1185,6 @@ class Plan:
 #   ReadOnly[…]   shown, never written by a client
 #   Internal[…]   neither shown nor written by a client
 #   Queried[…]    no column: the query computes it
-#   Detail[…]     no column: shown only where the service has filled it in, in answers about one
 #   OrNull[…]     for a client null in a schedule of type `after`, which has no use for it
 #
 # A field without a default is required on creation. `Time` is microseconds here, and ISO 8601 text for a client. `also_shown`
@@ -1771,11 +1770,10 @@ class Hold:
 
 # --- Resources, each declared once ------------------------------------------------------------------------------------
 
-Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED DETAIL OR_NULL TIME")
+Mark = enum.Enum("Mark", "READ_ONLY INTERNAL QUERIED OR_NULL TIME")
 ReadOnly = Annotated[T, Mark.READ_ONLY]
 Internal = Annotated[T, Mark.INTERNAL]
 Queried = Annotated[T, Mark.QUERIED]
-Detail = Annotated[T, Mark.DETAIL]
 OrNull = Annotated[T, Mark.OR_NULL]
 Time = Annotated[int, Mark.TIME, WithJsonSchema({"type": "string", "format": "date-time"})]
 UNSET: Any = None  # a default that is a setting, or of no effect
@@ -1812,7 +1810,6 @@ class Task:
     success_count: ReadOnly[int] = 0
     failure_count: ReadOnly[int] = 0
     failures_in_a_row: ReadOnly[int] = 0
-    schedules: Detail[list[ScheduleView] | None] = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1852,8 +1849,6 @@ class Schedule:
     live: Queried[Internal[bool]] = True  # its task is active and, once the service knows it, the scheduler not paused
     # Of the tasks that one of type `after` names, those that exist: id, name, last success, its id.
     watched: Queried[Internal[list[list[Any]]]] = dataclasses.field(default_factory=list)
-    upcoming: Detail[list[Upcoming] | None] = None
-    notes: Detail[list[str] | None] = None
 
     @property
     def next_run(self) -> Time | None:
@@ -1928,8 +1923,6 @@ class Execution:
     cause: ReadOnly[dict[str, Any] | None] = None
     rerun_of: ReadOnly[int | None] = None
     attempt_started_at: Internal[Time | None] = None
-    caused: Detail[list[int] | None] = None
-    attempts: Detail[list[AttemptView] | None] = None
 
     @property
     def success(self) -> bool | None:
@@ -1984,8 +1977,7 @@ class Shape:
         hints = get_type_hints(resource, include_extras=True)
         fields = {field.name: field for field in dataclasses.fields(resource)}
         marked = {mark: {name for name in fields if mark in getattr(hints[name], "__metadata__", ())} for mark in Mark}
-        self.details = marked[Mark.DETAIL]  # of what is shown: may be missing
-        self.loaded = tuple(name for name in fields if name not in self.details)  # columns, and what queries compute
+        self.loaded = tuple(fields)  # columns, and what queries compute
         self.columns = tuple(name for name in self.loaded if name not in marked[Mark.QUERIED])  # of its table
         self.defaults: dict[str, Any] = {  # of the fields that have one
             name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -2005,10 +1997,9 @@ class Shape:
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
         repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == [bool]}
         repairs |= {name: partial(_sound, kind) for name, kind in self.json.items() if len(arms[name]) == 1}
-        # What a client sees, and its type there.
-        self.shown = {name: NotRequired[hints[name]] if name in self.details else hints[name] for name in shown}
+        self.shown = {name: hints[name] for name in shown}  # what a client sees, and its type there
         self.times = [name for name in shown if Mark.TIME in arms[name]]  # of what is shown
-        not_written = self.details.union(marked[Mark.READ_ONLY], marked[Mark.INTERNAL])
+        not_written = marked[Mark.READ_ONLY] | marked[Mark.INTERNAL]
         self.written = {  # what a client may write
             name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
         }
@@ -2036,8 +2027,7 @@ def _sound(kind: type[Any], value: Any) -> Any:
 
 def view_of(item: Any) -> dict[str, Any]:
     """What a client sees of a resource: secrets are masked."""
-    shape = shape_of(cast(Any, type(item)))
-    view = {name: value for name, value in shape.view(item).items() if value is not None or name not in shape.details}
+    view = shape_of(cast(Any, type(item))).view(item)
     if isinstance(item, (Task, Execution)) and item.config:
         view["config"] = mask_config("http", item.config)  # bash has no field of these names
     elif isinstance(item, Schedule) and item.schedule_type == "after":
@@ -2135,56 +2125,148 @@ class Ended:
     paused: bool = False
 
 
-# --- What a client sends ----------------------------------------------------------------------------------------------
+# --- What a client gets -----------------------------------------------------------------------------------------------
 
 
 class View:
-    """Marks a dict as what a client sees of a resource, or of none. `more` are further fields, with their types. Of a `Body`:
-    `update` if it says what shall change; `without` are fields of the resource that it has not."""
+    """Marks a dict as what a client sees of a resource, or of none. `more` are further fields, with their types."""
 
     config: ClassVar = ConfigDict()
 
-    def __init__(self, resource: Any, name: str, /, update: bool = False, without: Collection[str] = (), **more: Any) -> None:
-        self.resource, self.name, self.update, self.without, self.more = resource, name, update, without, more
-
-    @functools.cached_property
-    def fields(self) -> Mapping[str, Any]:
-        return (shape_of(self.resource).shown if self.resource else {}) | self.more
+    def __init__(self, resource: Any, name: str, /, **more: Any) -> None:
+        self.resource, self.name = resource, name
+        self.fields = (shape_of(resource).shown if resource else {}) | more
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> Any:
-        made = cast(Any, TypedDict)(self.name, dict(self.fields))
+        made = cast(Any, TypedDict)(self.name, self.fields)
         made.__pydantic_config__ = self.config
         return handler.generate_schema(made)
 
 
+def mark_of(kind: Any) -> Any:
+    """The View or Body that a type is marked with, or None."""
+    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, View)), None)
+
+
+Upcoming = Annotated[dict[str, Any], View(None, "Upcoming", utc=str, local=str)]
+Firing = Annotated[dict[str, Any], View(None, "Firing", utc=str, local=str, schedule_id=int, task_id=int, task_name=str)]
+_Coming: dict[str, Any] = {"upcoming": NotRequired[list[Upcoming]], "notes": NotRequired[list[str]]}
+ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView", **_Coming)]
+TaskView = Annotated[dict[str, Any], View(Task, "TaskView", schedules=NotRequired[list[ScheduleView]])]
+AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
+_Tried: dict[str, Any] = {"attempts": NotRequired[list[AttemptView]], "caused": NotRequired[list[int]]}
+ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView", **_Tried)]
+ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
+RecentRun = dict[str, Any]
+OverviewTask = dict[str, Any]
+_COUNTED: dict[str, Any] = {"total": int, "skip": int, "limit": int}
+TaskPage = Annotated[dict[str, Any], View(None, "TaskPage", **_COUNTED, tasks=list[TaskView])]
+SchedulePage = Annotated[dict[str, Any], View(None, "SchedulePage", **_COUNTED, schedules=list[ScheduleView])]
+HistoryPage = Annotated[dict[str, Any], View(None, "HistoryPage", **_COUNTED, history=list[ExecutionView])]
+OverviewPage = Annotated[dict[str, Any], View(None, "OverviewPage", **_COUNTED, tasks=list[OverviewTask])]
+ChangePage = Annotated[dict[str, Any], View(None, "ChangePage", changes=list[ChangeView], next_before_id=int | None)]
+ExecutionPage = Annotated[dict[str, Any], View(None, "ExecutionPage", executions=list[ExecutionView], next_before_id=int | None)]
+UpcomingPage = Annotated[dict[str, Any], View(None, "UpcomingPage", upcoming=list[Firing])]
+BackfillView = Annotated[dict[str, Any], View(None, "BackfillView", slots=list[Upcoming], executions=list[int])]
+PreviewView = Annotated[
+    dict[str, Any],
+    View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
+]
+SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
+StatusView = dict[str, Any]  # of the scheduler, for people
+
+
+def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
+    """Sentences about what a schedule probably does not mean, and why nothing will fire."""
+    notes = schedule.plan().timing.notes(now)
+    if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
+        notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
+    elif schedule.over or (schedule.end_at is not None and schedule.end_at < now):
+        notes.append("Nothing will fire: no slot is left.")
+    elif not schedule.is_active:
+        notes.append("Nothing will fire: is_active is false.")
+    elif paused or not schedule.live:
+        notes.append(f"Nothing will fire: {'the scheduler is paused' if paused else 'its task is not active'}.")
+    elif schedule.next_slot is None and "overdue" in schedule.schedule_config.get("on", ()):
+        notes.append("Nothing will fire before the next success.")
+    return notes
+
+
+def overview_view(task: TaskView, recent: Sequence[tuple[RecentRun, str | None]]) -> OverviewTask:
+    """A task with its recent executions, which are given oldest first, each with its error message."""
+    judged = [SUCCESS[run["status"]] for run, _ in recent if run["status"] in SUCCESS]
+    times = sorted(run["duration"] for run, _ in recent if run["status"] == "succeeded" and run["duration"] is not None)
+    errors = [error for run, error in recent if run["status"] in FINISHED and run["status"] not in NEVER_STARTED]
+    return {
+        **task,
+        "last_error": (errors[-1] or "")[:300] or None if errors else None,
+        "success_rate": sum(judged) / len(judged) if judged else None,
+        "typical_duration": times[len(times) // 2] if times else None,
+        "recent": [run for run, _ in recent],
+    }
+
+
+def output_text(output: dict[str, Any] | None) -> str:
+    """Kept output as plain text: the body, or stdout and then stderr."""
+    if output is None:
+        return ""
+    if "body" in output:
+        body = output["body"]
+        return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=2)
+    stdout, stderr = output.get("stdout") or "", output.get("stderr") or ""
+    break_line = "\n" if stdout and not stdout.endswith("\n") else ""
+    return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
+
+
+def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
+    """The next firings of schedules in their true order, each as often as it fires."""
+
+    def of(schedule: Schedule) -> Iterator[tuple[int, int, Firing]]:
+        about = {"schedule_id": schedule.id, "task_id": schedule.task_id, "task_name": schedule.task_name}
+        with contextlib.suppress(*DAMAGE):
+            for t in schedule.plan().upcoming(schedule.settled_until, limit):
+                yield t, schedule.id, about | upcoming_view([t], schedule.zone)[0]
+
+    merged = itertools.takewhile(lambda firing: firing[0] <= until, heapq.merge(*map(of, schedules)))
+    return [firing for _, _, firing in itertools.islice(merged, limit)]
+
+
+def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
+    return [{"utc": format_instant(t), "local": format_local(t, zone)} for t in fire_times]
+
+
+# --- What a client sends ----------------------------------------------------------------------------------------------
+
+
 class Body(View):
-    """Marks a dict of the fields of a resource that a client sent. Unknown fields are refused, types not converted."""
+    """Marks a dict of the fields of a resource that a client sent, `without` some. Those that have no default are required, none
+    of an `update`: that is the view which can be sent back with it. Unknown fields are refused, types not converted."""
 
     config = STRICT
+
+    def __init__(self, resource: Any, name: str, /, update: Any = None, without: Collection[str] = (), **more: Any) -> None:
+        self.resource, self.name, self.update, self.fields = resource, name, update, more
+        for field, kind in shape_of(resource).written.items() if resource else ():
+            if field not in {*without, *more}:
+                default = shape_of(resource).defaults.get(field, ...)
+                if not update and default not in (None, ...):
+                    kind = Annotated[kind, Field(json_schema_extra={"default": default})]
+                self.fields[field] = NotRequired[kind] if update or default is not ... else kind
+        self.ignored = mark_of(update).fields.keys() - self.fields.keys() if update else set[str]()
 
     @property
     def optional(self) -> bool:
         """Whether a request may do without it."""
         return not self.update and all(get_origin(kind) is NotRequired for kind in self.fields.values())
 
-    @functools.cached_property
-    def fields(self) -> Mapping[str, Any]:
-        fields = dict[str, Any]()
-        for name, kind in shape_of(self.resource).written.items() if self.resource else ():
-            default = shape_of(self.resource).defaults.get(name, ...)
-            if not self.update and default not in (None, ...):
-                kind = Annotated[kind, Field(json_schema_extra={"default": default})]
-            fields[name] = NotRequired[kind] if self.update or default is not ... else kind
-        return {name: kind for name, kind in fields.items() if name not in self.without} | self.more
-
 
 NOT_OF_AFTER = {name for name, kind in Schedule.__annotations__.items() if kind.startswith("OrNull")}
 NestedSchedule = Annotated[dict[str, Any], Body(Schedule, "NestedSchedule")]
 Nested = NotRequired[Annotated[list[NestedSchedule], Field(max_length=100, description="made with it")]]
 TaskCreate = Annotated[dict[str, Any], Body(Task, "TaskCreate", schedules=Nested)]
-TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=True)]
+TaskUpdate = Annotated[dict[str, Any], Body(Task, "TaskUpdate", update=TaskView)]
 ScheduleCreate = Annotated[dict[str, Any], Body(Schedule, "ScheduleCreate", task_id=TaskId)]
-ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=True, task_id=NotRequired[TaskId])]
+ScheduleUpdate = Annotated[dict[str, Any], Body(Schedule, "ScheduleUpdate", update=ScheduleView, task_id=NotRequired[TaskId])]
 _Previewed: dict[str, Any] = {
     "task_id": NotRequired[TaskId],  # so that the body of a schedule can be previewed as it is
     "after": NotRequired[Instant | None],
@@ -2194,11 +2276,6 @@ SchedulePreview = Annotated[dict[str, Any], Body(Schedule, "SchedulePreview", **
 PauseBody = Annotated[dict[str, Any], Body(None, "PauseBody", until=NotRequired[Instant | None])]
 BackfillBody = Annotated[dict[str, Any], Body(None, "BackfillBody", **{"from": Since, "to": Since}, dry_run=NotRequired[bool])]
 ExecuteBody = Annotated[dict[str, Any], Body(Execution, "ExecuteBody")]
-
-
-def mark_of(kind: Any) -> Any:
-    """The View or Body that a type is marked with, or None."""
-    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, View)), None)
 
 
 def field_names(model: Any) -> Collection[str]:
@@ -2297,9 +2374,8 @@ class EventQuery(Query):
 def parse(model: Any, data: Any) -> Any:
     """`data` as `model`, a Query or a dict that is marked with a Body. Raises InvalidInput that lists every bad field."""
     body, errors = mark_of(model), list[FieldError]()
-    if body is not None and body.update and isinstance(data, dict):  # what GET gave can be sent back
-        read_only = shape_of(body.resource).shown.keys() - body.fields.keys()
-        data = {name: value for name, value in data.items() if name not in read_only}
+    if body is not None and isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name not in body.ignored}
     with told_at("", errors):
         return _checked(model, data)
     if body is not None and isinstance(data, dict):
@@ -2312,93 +2388,6 @@ def parse(model: Any, data: Any) -> Any:
                 if isinstance(part.get("schedule_config"), dict) and part.get("schedule_type") in tuple(SCHEDULE_CONFIGS):
                     check_schedule_config(part["schedule_type"], part["schedule_config"], "UTC", 0)
     raise InvalidInput(*errors)
-
-
-# --- What a client gets -----------------------------------------------------------------------------------------------
-
-Upcoming = Annotated[dict[str, Any], View(None, "Upcoming", utc=str, local=str)]
-Firing = Annotated[dict[str, Any], View(None, "Firing", utc=str, local=str, schedule_id=int, task_id=int, task_name=str)]
-TaskView = Annotated[dict[str, Any], View(Task, "TaskView")]
-ScheduleView = Annotated[dict[str, Any], View(Schedule, "ScheduleView")]
-AttemptView = Annotated[dict[str, Any], View(Attempt, "AttemptView")]
-ExecutionView = Annotated[dict[str, Any], View(Execution, "ExecutionView")]
-ChangeView = Annotated[dict[str, Any], View(Change, "ChangeView")]
-RecentRun = dict[str, Any]
-OverviewTask = dict[str, Any]
-_COUNTED: dict[str, Any] = {"total": int, "skip": int, "limit": int}
-TaskPage = Annotated[dict[str, Any], View(None, "TaskPage", **_COUNTED, tasks=list[TaskView])]
-SchedulePage = Annotated[dict[str, Any], View(None, "SchedulePage", **_COUNTED, schedules=list[ScheduleView])]
-HistoryPage = Annotated[dict[str, Any], View(None, "HistoryPage", **_COUNTED, history=list[ExecutionView])]
-OverviewPage = Annotated[dict[str, Any], View(None, "OverviewPage", **_COUNTED, tasks=list[OverviewTask])]
-ChangePage = Annotated[dict[str, Any], View(None, "ChangePage", changes=list[ChangeView], next_before_id=int | None)]
-ExecutionPage = Annotated[dict[str, Any], View(None, "ExecutionPage", executions=list[ExecutionView], next_before_id=int | None)]
-UpcomingPage = Annotated[dict[str, Any], View(None, "UpcomingPage", upcoming=list[Firing])]
-BackfillView = Annotated[dict[str, Any], View(None, "BackfillView", slots=list[Upcoming], executions=list[int])]
-PreviewView = Annotated[
-    dict[str, Any],
-    View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
-]
-SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
-StatusView = dict[str, Any]  # of the scheduler, for people
-
-
-def notes_of(schedule: Schedule, now: int, paused: bool = False) -> list[str]:
-    """Sentences about what a schedule probably does not mean, and why nothing will fire."""
-    notes = schedule.plan().timing.notes(now)
-    if schedule.max_runs is not None and (more := schedule.run_count - schedule.max_runs) >= 0:
-        notes.append(f"max_runs of {schedule.max_runs} is reached" + (f", and exceeded by {more}." if more else "."))
-    elif schedule.over or (schedule.end_at is not None and schedule.end_at < now):
-        notes.append("Nothing will fire: no slot is left.")
-    elif not schedule.is_active:
-        notes.append("Nothing will fire: is_active is false.")
-    elif paused or not schedule.live:
-        notes.append(f"Nothing will fire: {'the scheduler is paused' if paused else 'its task is not active'}.")
-    elif schedule.next_slot is None and "overdue" in schedule.schedule_config.get("on", ()):
-        notes.append("Nothing will fire before the next success.")
-    return notes
-
-
-def overview_view(task: TaskView, recent: Sequence[tuple[RecentRun, str | None]]) -> OverviewTask:
-    """A task with its recent executions, which are given oldest first, each with its error message."""
-    judged = [SUCCESS[run["status"]] for run, _ in recent if run["status"] in SUCCESS]
-    times = sorted(run["duration"] for run, _ in recent if run["status"] == "succeeded" and run["duration"] is not None)
-    errors = [error for run, error in recent if run["status"] in FINISHED and run["status"] not in NEVER_STARTED]
-    return {
-        **task,
-        "last_error": (errors[-1] or "")[:300] or None if errors else None,
-        "success_rate": sum(judged) / len(judged) if judged else None,
-        "typical_duration": times[len(times) // 2] if times else None,
-        "recent": [run for run, _ in recent],
-    }
-
-
-def output_text(output: dict[str, Any] | None) -> str:
-    """Kept output as plain text: the body, or stdout and then stderr."""
-    if output is None:
-        return ""
-    if "body" in output:
-        body = output["body"]
-        return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=2)
-    stdout, stderr = output.get("stdout") or "", output.get("stderr") or ""
-    break_line = "\n" if stdout and not stdout.endswith("\n") else ""
-    return stdout + (f"{break_line}--- stderr ---\n{stderr}" if stderr else "")
-
-
-def firings(schedules: Iterable[Schedule], until: int, limit: int) -> list[Firing]:
-    """The next firings of schedules in their true order, each as often as it fires."""
-
-    def of(schedule: Schedule) -> Iterator[tuple[int, int, Firing]]:
-        about = {"schedule_id": schedule.id, "task_id": schedule.task_id, "task_name": schedule.task_name}
-        with contextlib.suppress(*DAMAGE):
-            for t in schedule.plan().upcoming(schedule.settled_until, limit):
-                yield t, schedule.id, about | upcoming_view([t], schedule.zone)[0]
-
-    merged = itertools.takewhile(lambda firing: firing[0] <= until, heapq.merge(*map(of, schedules)))
-    return [firing for _, _, firing in itertools.islice(merged, limit)]
-
-
-def upcoming_view(fire_times: Iterable[int], zone: str) -> list[Upcoming]:
-    return [{"utc": format_instant(t), "local": format_local(t, zone)} for t in fire_times]
 
 
 # ======================================================================================================================
@@ -8217,8 +8206,7 @@ def openapi() -> dict[str, Any]:
         for field, configs in (("config", CONFIGS), ("schedule_config", SCHEDULE_CONFIGS)):
             if field in properties:
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
-        more = shape_of(body.resource).shown.keys() - properties if body.update else ()
-        properties |= {name: {"readOnly": True} for name in sorted(more)}  # what GET gave can be sent back
+        properties |= {name: {"readOnly": True} for name in sorted(body.ignored)}  # what GET gave can be sent back
     refused = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
     problem: dict[str, Any] = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
     problem["errors"] = {"type": "array", "items": refused}
@@ -8368,7 +8356,7 @@ def tool_args(operation: Operation, arguments: Mapping[str, Any]) -> tuple[int |
     known, errors = tool_arguments(operation), list[FieldError]()
     parts: dict[str, dict[str, Any]] = {part: {} for part in ("query", "body", "schedule", *FLAT)}
     update = operation.method == "PATCH"
-    ignored = shape_of(mark_of(operation.body).resource).shown if update else ()
+    ignored = mark_of(operation.body).ignored if update else ()
     for name, value in itertools.islice(arguments.items(), 200):  # of more some are unknown, and 200 of them tell it
         if name in known:
             with told_at("", errors):
