@@ -4375,7 +4375,7 @@ class Report:
 
 # Only character sets: Python's own codecs of other kinds (idna, unicode_escape, utf-7 …) can be slow or give lone surrogates.
 _CHARSET = re.compile(
-    r";\s*charset\s*=\s*\"?(utf-?8|utf-?(?:16|32)(?:-?[lb]e)?|(?:us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}"
+    r";\s*charset\s*=\s*\"?(utf-?(?:16|32)(?:-?[lb]e)?|(?:us-)?ascii|iso-?8859-\d{1,2}|latin-?1|windows-\d{3,4}|cp\d{3,4}"
     r"|koi8-[ru]|gbk|gb2312|gb18030|big5|euc-(?:jp|kr)|shift[_-]jis|iso-2022-jp)(?![\w-])",
     re.IGNORECASE,
 )
@@ -4426,7 +4426,7 @@ class LiveOutput:
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
         self.content_type = content_type
-        if (found := _CHARSET.search(content_type)) and found[1].lower() not in ("utf-8", "utf8"):
+        if found := _CHARSET.search(content_type):
             with contextlib.suppress(LookupError):
                 for stream in self._streams.values():
                     stream.decoder = codecs.getincrementaldecoder(found[1])("replace")
@@ -4521,8 +4521,8 @@ def resolve_secrets(
 
     url = config.get("url", "")
     parts = url_parts(url)
-    end = len(url) - len(parts.rest) if parts.scheme else 0
-    host = end - len(parts.host) if parts.scheme else 0
+    end = len(url) - len(parts.rest)
+    host = end - len(parts.host)
 
     def put_in_url(found: re.Match[str]) -> str:
         """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
@@ -4759,9 +4759,7 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
     try:
         check_allowed("bash", config, settings)
         resolved, secrets = resolve_secrets("bash", config, environ, settings, run.cause)
-        launcher = settings.launchers.get(config.get("launcher") or settings.launcher_default or "")
-        report = Report() if launcher else None
-        words, env, folder = _command(resolved, run, settings, environ, launcher or (), report)
+        words, env, folder, report = _command(resolved, run, settings, environ)
         live.begin(("stdout", "stderr"), masker := SecretMasker(secrets), report)
         pipes: list[_Pipe] = []
         writers: list[int] = []
@@ -4779,12 +4777,11 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
                 return _stopped(live, timeout)
             process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
         except OSError as error:
-            reason = _reason(error)
-            if folder is not None and error.filename == folder:
-                return Outcome("failed", f"working_dir {shown(folder)}: {reason}")
+            inside = folder is not None and error.filename == folder
+            what = f"working_dir {shown(folder)}" if inside else f"{shown(words[0])} could not be started"
             # Too many processes or files, no memory, a program that is being written; anything else would end the same way.
-            retryable = error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY)
-            return Outcome("failed", f"{shown(words[0])} could not be started: {reason}", retryable=retryable)
+            may_pass = error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY)
+            raise (_Passing if may_pass else ChronoTaskError)(f"{what}: {_reason(error)}") from None
         finally:
             for writer in writers:  # where nothing was started, that ends the pipes
                 os.close(writer)
@@ -4813,9 +4810,9 @@ _FAR_SIDE = (
 
 
 def _command(
-    config: dict[str, Any], run: Run, settings: Settings, environ: Environ, launcher: Iterable[str], report: Report | None
-) -> tuple[list[str], dict[str, str], str | None]:
-    """The words to execute, their environment, and the folder to do it in. Raises ChronoTaskError."""
+    config: dict[str, Any], run: Run, settings: Settings, environ: Environ
+) -> tuple[list[str], dict[str, str], str | None, Report | None]:
+    """The words to execute, their environment, the folder to do it in, and what a launcher owes. Raises ChronoTaskError."""
     folder, user, path = config.get("working_dir"), settings.bash_user, environ.get("PATH", os.defpath)
     if settings.allowed_bash_commands:
         words = bash_words(config, settings)
@@ -4830,23 +4827,23 @@ def _command(
         values[f"CAUSE_{name.upper()}"] = _fact(value).replace("\0", "")
     of_run = {ENV_PREFIX + name: str(value) for name, value in values.items()}
     env = config.get("env", {}) | of_run
-    home, of_user = environ.get("HOME") or os.path.expanduser("~"), dict[str, str]()
+    inherited = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
     if user is not None:
-        home, shell = user.pw_dir, user.pw_shell or "/bin/sh"
-        of_user = {"HOME": home, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": shell}
-    if report is not None:
+        inherited |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell or "/bin/sh"}
+    report = None
+    if launcher := settings.launchers.get(config.get("launcher") or settings.launcher_default or ""):
+        report = Report()
         far = ["bash", "-c", _FAR_SIDE, "chronotask", report.word, folder or "", *words]
         variables = [f"{name}={value}" for name, value in env.items()]
         job = f"chronotask-{run.run_id}"
         words = [word for part in launcher for word in (variables if part == "{env}" else [part.replace("{name}", job)])] + far
         env, folder = of_run if "{env}" in launcher else env, None
     elif folder is not None and folder.partition("/")[0] == "~":
-        folder = home + folder[1:]
+        folder = (inherited.get("HOME") or os.path.expanduser("~")) + folder[1:]
     words[0] = _program(words[0], path)
     if folder is not None and user is not None:  # Popen enters it before it becomes that user, who might not be let in
         words = [_program("sh", path), "-c", 'cd -- "$0" || exit 126; exec "$@"', folder, *words]
-    inherited = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
-    return words, inherited | of_user | env, folder
+    return words, inherited | env, folder, report
 
 
 def _program(name: str, path: str) -> str:
@@ -5011,33 +5008,20 @@ def _processes_of(user: pwd.struct_passwd | None) -> Iterator[tuple[int, list[by
                         yield int(entry.name), file.read().split(b"\0")
 
 
-@functools.cache
 def as_user(user: pwd.struct_passwd) -> dict[str, Any]:
     """What Popen needs to run a command as that user."""
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid)}
 
 
-def check_bash_user(settings: Settings) -> list[str]:
-    """Tries to become BASH_USER and to signal what runs as it. Warns of what its commands can read or change all the same. Raises
-    StartupError (status 2)."""
-    if (user := settings.bash_user) is None:
-        return []
-    script = 'test -w "$0" && echo "$0"; for f; do test -r "$f" && echo "$f"; done; echo; read -r x'
-    files = [file for file in (settings.api_token_file, settings.api_tokens_file) if file is not None]
-    with contextlib.suppress(OSError):
-        files += list(itertools.islice(settings.secrets_dir.iterdir(), 1000))
-    words: list[Any] = ["sh", "-c", script, Path(__file__).resolve().parent, *files]
+def check_bash_user(user: pwd.struct_passwd) -> None:
+    """Tries to become BASH_USER and to signal what runs as it. Raises StartupError (status 2)."""
     try:
         ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL: commands would inherit the right to become anybody
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **as_user(user)) as probe:
-            assert probe.stdout is not None
-            found = [os.fsdecode(line[:-1]) for line in iter(probe.stdout.readline, b"\n")]
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, **as_user(user)) as probe:
             probe.kill()
     except (OSError, AttributeError) as error:
         why = f"({error}): start ChronoTask as root, or with CAP_SETUID, CAP_SETGID and CAP_KILL"
         raise StartupError(f"{ENV_PREFIX}BASH_USER={user.pw_name}: commands cannot run as that user {why}", 2) from None
-    warning = f"can be read or changed by the commands of {user.pw_name} (CHRONOTASK_BASH_USER)"
-    return [f"{shown(path, 4096)} {warning}" for path in found]
 
 
 def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
@@ -5055,16 +5039,13 @@ def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Rep
     output = _output(live) or {}
     if report is not None and report.status:  # the launcher's own may be another
         output |= {"exit_code": report.status, "signal": None}
-    code, stderr = output["exit_code"], output["stderr"][-4096:]
+    code, killer, stderr = output["exit_code"], output["signal"], output["stderr"][-4096:]
     lost = report is not None and report.status is None
     if code == 0 and not lost:
         return Outcome("succeeded", output=output)
-    message = f"was killed by {output['signal']}" if output["signal"] else f"exit status {code}"
+    message = f"was killed by {killer}" if killer else f"exit status {code}"
     if lost:
-        how = message if output["signal"] else f"ended with {code}"
-        message = f"the launcher {how}, but the command never reported its end"
-    elif output["signal"]:
-        return Outcome("failed", message, output, retryable=True)
+        message = f"the launcher {message if killer else f'ended with {code}'}, but the command never reported its end"
     # Masked once more: a colour within a secret is taken out.
     lines = (_one_line(live.masked(printable(line)), 200) for line in reversed(stderr.splitlines()))
     message = ": ".join([message, *itertools.islice(filter(None, lines), 1)])
@@ -9285,7 +9266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return asyncio.run(use_definitions(settings, options, environ, body))
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
-        for warning in [*warnings, *check_bash_user(settings), *(exposed_secrets(os.environ) if not settings.bash_user else ())]:
+        if settings.bash_user is None:
+            warnings += exposed_secrets(os.environ)
+        else:
+            check_bash_user(settings.bash_user)
+        for warning in warnings:
             logger.warning("%s", warning)
         environ.open_files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # Room for thousands of idle connections beside the runs: the usual soft limit is 1024.

@@ -3972,9 +3972,8 @@ setsid sleep 60 & echo ready; sleep 60
 def test_commands_of_bash_user_read_nothing_of_the_service_and_do_not_survive_its_crash(tmp_path: Path) -> None:
     secrets = tmp_path / "secrets"
     secrets.mkdir()
-    for name, mode in (("closed", 0o400), ("open", 0o444)):
-        (secrets / name).write_text("secret-of-the-service")
-        (secrets / name).chmod(mode)
+    (secrets / "closed").write_text("secret-of-the-service")
+    (secrets / "closed").chmod(0o400)
     for folder in (tmp_path, *tmp_path.parents):  # what protects are the files' own modes
         if folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -3983,8 +3982,6 @@ def test_commands_of_bash_user_read_nothing_of_the_service_and_do_not_survive_it
     log.chmod(0o644)
     files = dict(API_TOKENS_FILE=tokens_file(tmp_path), LOG_FILE=log, SECRETS_DIR=secrets)
     server = Server(tmp_path, program=wrapped(tmp_path, FEW_RIGHTS), BASH_USER="nobody", **files).start()
-    (warned,) = [line for line in server.log().splitlines() if "can be read or changed" in line]
-    assert f"{secrets}/open" in warned
     admin = {"Authorization": f"Bearer {ADMIN}"}
     places = [Path(server.database), Path(f"{server.database}-wal"), log, tmp_path / "tokens", secrets / "closed"]
     config = {"command": NOT_FOR_TASKS, "env": {"FILES": " ".join(map(str, places))}}
@@ -4149,7 +4146,7 @@ def test_rights_that_systemd_gives_to_a_service_that_is_not_root_do_not_reach_it
     program = (
         f"import sys, subprocess, pwd; sys.path.insert(0, {str(TOP)!r}); import chronotask as c\n"
         "settings = c.Settings(bash_user=pwd.getpwnam('nobody'))\n"
-        "if sys.argv[1:]: c.check_bash_user(settings)\n"
+        "if sys.argv[1:]: c.check_bash_user(settings.bash_user)\n"
         "subprocess.run(['grep', 'CapEff', '/proc/self/status'], **c.as_user(settings.bash_user))\n"
     )
     shown = [
