@@ -8628,11 +8628,10 @@ async def run_tool(
         return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=view, is_error=view is None)
 
     job = service.engine.spawn(run(), _CALLS)  # goes on when the client goes away: a use case is never left half done
-    for second in itertools.count(1):
-        if (await asyncio.wait({job}, timeout=1))[0]:
-            break
+    seconds = itertools.count(1)
+    while not (await asyncio.wait({job}, timeout=1))[0]:
         if progress is not None:
-            await progress(second)
+            await progress(next(seconds))
     return await job
 
 
@@ -8654,6 +8653,7 @@ def _said(error: ChronoTaskError, arguments: Mapping[str, Any]) -> str:
 
 SCHEME = "chronotask://"
 RESOURCES = {"status": "get_scheduler_status", "tasks": "get_task", "executions": "get_execution"}  # the tools that look there
+JSON_TEXT: Any = {"mime_type": "application/json"}
 INSTRUCTIONS = """\
 ChronoTask runs HTTP requests and bash commands by schedule. A task says what to do, a schedule when, an execution is one run.
 To plan something: list_tasks (does it exist?), create_task, execute_task (does it work?), create_schedule, then compare the
@@ -8666,12 +8666,10 @@ def make_server(service: Service) -> Server[Any]:
     from mcp import MCPError, types
     from mcp.server.lowlevel import Server
 
-    json_text: Any = {"mime_type": "application/json"}
-    status = types.Resource(uri=SCHEME + "status", name="status", description="State of the scheduler", **json_text)
-    about = {"tasks": "A task", "executions": "An execution with its attempts and all kept output"}
-    kinds = [(f"{SCHEME}{name}/{{id}}", name, text) for name, text in about.items()]
-    shown_by = [types.ResourceTemplate(uri_template=uri, name=name, description=text, **json_text) for uri, name, text in kinds]
-    templates = types.ListResourceTemplatesResult(resource_templates=shown_by, ttl_ms=LIFETIME)
+    kinds: dict[str, Any] = {name: {"name": name, "description": TOOLS[tool].summary} for name, tool in RESOURCES.items()}
+    status = types.Resource(uri=f"{SCHEME}status", **kinds.pop("status"), **JSON_TEXT)
+    others = [types.ResourceTemplate(uri_template=f"{SCHEME}{name}/{{id}}", **kinds[name], **JSON_TEXT) for name in kinds]
+    templates = types.ListResourceTemplatesResult(resource_templates=others, ttl_ms=LIFETIME)
 
     async def always(result: Any, _: Any, params: Any) -> Any:
         return result
@@ -8694,7 +8692,7 @@ def make_server(service: Service) -> Server[Any]:
             text = compact(await operation.call(service, number, query, None))
         except ChronoTaskError as error:
             raise MCPError(types.INVALID_PARAMS, error.detail, {"uri": params.uri}) from None
-        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **json_text)])
+        return types.ReadResourceResult(contents=[types.TextResourceContents(uri=params.uri, text=text, **JSON_TEXT)])
 
     return Server(
         "chronotask",
@@ -8857,11 +8855,9 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
     """MCP over streamable HTTP at `/mcp`. Without sessions: abandoned ones cost memory, and they die with a restart. Run it with
     `handler_cancellation=True`, so that a stream ends with its client."""
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-    from mcp.server.transport_security import TransportSecuritySettings
 
-    # `gate` has checked Host, Origin and token, by rules that the SDK's lists cannot express.
-    checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
-    manager = StreamableHTTPSessionManager(server, stateless=True, json_response=False, security_settings=checked)
+    # Without security settings: `gate` has checked Host, Origin and token, by rules that the SDK's lists cannot express.
+    manager = StreamableHTTPSessionManager(server, stateless=True)
     ready, over = asyncio.Event(), asyncio.Event()
 
     async def run() -> None:
@@ -9080,9 +9076,8 @@ async def serve(
                     jobs[-1].add_done_callback(lambda _: stop.set())
         elif mode == "both":
             logger.warning("CHRONOTASK_MCP_ENABLED is false: serving HTTP only")
-        at = ", ".join("{} port {}".format(*sock.getsockname()) for sock in sockets) or "stdio"
         leads = "this process leads" if service.engine.leading else "another process leads"
-        logger.info("ChronoTask %s is up on %s, database %s; %s", __version__, at, store.path, leads)
+        logger.info("ChronoTask %s is up, database %s; %s", __version__, store.path, leads)
         jobs.append(loop.create_task(systemd.follow(service)))
         gc.freeze()  # what is there stays, so the garbage collector need not look at it
         gc.set_threshold(10_000)  # requests and attempts free what they used without its help
@@ -9202,9 +9197,8 @@ def write_out(source: BinaryIO, target: Path | None = None) -> None:
 
 def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
     """Prints a crontab as definitions. Raises InvalidInput that names every line that cannot be read."""
-    zone = (
-        os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
-    )  # crontab(5): all times are in the machine's zone
+    # crontab(5): all times are in the zone of the machine.
+    zone = os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2] or "UTC"
     tasks, comments = read_crontab(read_file(name).decode("utf-8", "surrogateescape"), system, user, zone)
     owner = slug("crontab" if name == "-" else Path(name).name, ())
     comments[""].insert(0, "What cron would do. Look through it, then: python chronotask.py --apply FILE")
