@@ -8268,6 +8268,7 @@ async def set_scheduler_paused(service: Service, query: PauseQuery) -> StatusVie
 _LIMIT: Any = Annotated[int, Field(ge=1, le=100)]
 _WAIT: Any = Annotated[float, Field(ge=0, le=50, description="seconds to wait for its end")]
 _HOW_MUCH: Any = Annotated[Literal["short", "full", "none"], Field(description="short cuts long texts")]
+_CLEAR: Any = Annotated[list[str], Field(description="fields to empty")]
 TOOL_QUERIES: dict[str, dict[str, Any]] = {
     **{name: {"limit": (_LIMIT, 20)} for name in ("list_tasks", "list_schedules", "list_upcoming")},
     "list_executions": {"limit": (_LIMIT, 20), "output": (_HOW_MUCH, "none")},
@@ -8276,6 +8277,8 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
     **{name: {"wait": (_WAIT, 4)} for name in ("execute_task", "rerun_execution")},  # some clients give a call up after 5 s
     # Some models take no tool without arguments.
     "get_scheduler_status": {"limit": (Annotated[int, Field(ge=0, le=5, description="of what comes next")], 5)},
+    **{name: {"clear": (_CLEAR, [])} for name in ("update_task", "update_schedule")},
+    "apply_definitions": {"definitions": (Annotated[str, Field(description="TOML or JSON text")], ...)},
 }
 # Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
 UNTOLD = {
@@ -8314,9 +8317,7 @@ def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any],
     """Of each argument its part (query, body, a task's schedule, or a configuration), its schema, and whether it is required."""
     models: list[tuple[str, Any, str | None]] = [("query", tool_query(operation), None)]
     found: dict[str, tuple[str, dict[str, Any], bool]] = {}
-    if operation.name == "apply_definitions":
-        found["definitions"] = ("body", {"type": "string", "description": "TOML or JSON text"}, True)
-    elif operation.body is not None:
+    if operation.body is not None and operation.name != "apply_definitions":
         models += [("body", operation.body, None), *([("schedule", NestedSchedule, None)] * (operation.name == "create_task"))]
         held = {name for _, model, _ in models for name in field_names(model)}
         models += [(holder, kinds[kind], kind) for holder, (_, kinds) in FLAT.items() if holder in held for kind in kinds]
@@ -8326,8 +8327,6 @@ def tool_arguments(operation: Operation) -> dict[str, tuple[str, dict[str, Any],
         for argument, name in KINDS[kind].items() if kind else zip(fields, fields, strict=True):
             schema = {**fields[name], **whole.get("$defs", {}).get("HttpAuth", {})} if name == "auth" else fields[name]
             found.setdefault(argument, (part, schema, name in required))
-    if operation.method == "PATCH":
-        found["clear"] = ("body", {"type": "array", "items": {"type": "string"}, "description": "fields to empty"}, False)
     return found
 
 
@@ -8380,12 +8379,11 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     """The body that REST would have; `before` is the view of what an update changes."""
     body, known, errors = {**parts["body"]}, tool_arguments(operation), list[FieldError]()
     if operation.name == "apply_definitions":
-        text = body.get("definitions", "")
-        sent = text if isinstance(text, dict) else read_definitions("definitions", str(text).encode("utf-8", "surrogatepass"))
-        return parse(operation.body, sent)
-    mark, clear = mark_of(operation.body), body.pop("clear", [])
+        text = str(parts["query"].get("definitions", ""))
+        return parse(operation.body, read_definitions("definitions", text.encode("utf-8", "surrogatepass")))
+    mark, clear = mark_of(operation.body), parts["query"].get("clear", [])
     # A zone is always one that is named, so that no edit moves a schedule unseen.
-    never = {*UNTOLD, "clear", "task_id", "timezone"}
+    never = {*UNTOLD, "task_id", "timezone"}
     may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*parts[part], *never}]
     if not isinstance(clear, list) or any(name not in may for name in clear):
         raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
@@ -9231,8 +9229,6 @@ async def use_definitions(settings: Settings, options: argparse.Namespace, envir
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0, 1 (it cannot run) or 2 (bad option or variable)."""
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
             continue  # where the parent has closed one, the next file or socket must not become a standard stream
         os.close(spare)
@@ -9241,8 +9237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, warnings = Settings.from_env(os.environ, options.port, options.host)
         if options.mode == "mcp" and not settings.mcp_enabled:
             raise StartupError("--mode=mcp: must be http or both while CHRONOTASK_MCP_ENABLED is false", exit_status=2)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # as at the top, where this is not the program itself
         # Taken away, before tasks inherit it.
         systemd = Systemd(*(os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")))
         environ = Environ(os.environ)
@@ -9275,8 +9269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0
-    except KeyboardInterrupt:
-        return 130
     except ChronoTaskError as error:
         for line in [f"{field}: {message}" for field, message in error.errors] or [error.detail]:
             print(f"chronotask: {' '.join(line.split())}", file=sys.stderr)

@@ -685,7 +685,8 @@ def wrapped(tmp_path: Path, before: str = "", after: str = "") -> Path:
     """A program that is chronotask.py, with something done before or after it is imported."""
     program = tmp_path / "wrapped.py"
     own = f"import os, resource, sys\nsys.path.insert(0, {str(TOP)!r})"
-    program.write_text("\n".join([own, before, "import chronotask", after, "sys.exit(chronotask.main())\n"]))
+    alone = f"import runpy\nrunpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
+    program.write_text("\n".join([own, before, f"import chronotask\n{after}\nsys.exit(chronotask.main())\n" if after else alone]))
     return program
 
 
