@@ -6452,13 +6452,11 @@ class Service:
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Runs `step` for ever: one failure is told and the next round begins a second later."""
-        folder = os.path.realpath(self.store.path.parent)
         while not self.engine.ending:
             try:
                 await step()
             except Exception as error:
-                beside = isinstance(error, OSError) and str(error.filename).startswith(folder)  # as of a lock on a full disk
-                log = logger.error if beside or isinstance(error, Unavailable) else logger.exception
+                log = logger.error if isinstance(error, Unavailable) else logger.exception
                 log("%s: %s", name, error)
                 await asyncio.sleep(1)
 
@@ -6562,7 +6560,7 @@ class Service:
         def write(tx: Transaction) -> None:
             task, given = get_task(tx.db, task_id), cast(Any, body)
             given = given(view_of(task)) if callable(given) else given
-            sent = {**given, **read_times(given, shape_of(Task).times, tx.settings.scheduler_timezone)}
+            sent = {**given, **read_times(given, shape_of(Task).times, tx.settings.scheduler_timezone, tx.now)}
             task_type = sent.get("task_type", task.task_type)
             if "config" in sent:
                 stored = task.config if task_type == task.task_type else {}
@@ -6705,12 +6703,10 @@ class Service:
     async def _shown_elsewhere(self, execution: Execution) -> dict[str, Any]:
         """The output so far of an execution that another process runs, which shows it a moment after it was asked to."""
         look = partial(shown_output, execution_id=execution.id, attempt=execution.attempt, now=self.clock.now())
-        recent: list[tuple[str, int, bytes]] = []
-        with contextlib.suppress(Unavailable):  # a disk that is full: the rest can be shown all the same
-            for _ in range(3):
-                if recent := await self.store.write(look):
-                    break
-                await asyncio.sleep(POLL)
+        for _ in range(3):
+            if recent := await self.store.write(look):
+                break
+            await asyncio.sleep(POLL)
         texts = {stream: data.decode("utf-8", "replace") for stream, _, data in recent}
         sizes = {f"{stream}_bytes": total for stream, total, _ in recent}
         return texts | sizes | {"truncated": any(total > len(data) for _, total, data in recent)}
@@ -6944,12 +6940,10 @@ def read_times(sent: Mapping[str, Any], names: Iterable[str], zone: str, after: 
     return times
 
 
-def check_pause(task: Task, now: int) -> None:
-    """Raises InvalidInput unless a `paused_until` that was sent may be."""
+def check_pause(task: Task) -> None:
+    """Raises InvalidInput for an end of a pause without one."""
     if task.paused_until is not None and task.status != "paused":
         raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
-    if task.paused_until is not None and task.paused_until <= now:
-        raise InvalidInput(FieldError("paused_until", f"must be in the future (it is now {format_instant(now)})"))
 
 
 def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool = False) -> Task:
@@ -6957,12 +6951,12 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
     config = parse_config(body["task_type"], body["config"])
     check_allowed(body["task_type"], config, settings)
     fields = {"max_retries": settings.max_retries, "retry_delay": plain_number(settings.retry_delay), **body, "config": config}
-    fields |= read_times(body, shape_of(Task).times, settings.scheduler_timezone)
+    fields |= read_times(body, shape_of(Task).times, settings.scheduler_timezone, -1 if may_be_over else now)
     fields.pop("schedules", None)
     task = Task(**fields, created_at=now, updated_at=now)
     if may_be_over and task.status == "paused" and task.paused_until is not None and task.paused_until <= now:
         task.status, task.paused_until = "active", None
-    check_pause(task, now)
+    check_pause(task)
     return task
 
 
@@ -7026,13 +7020,9 @@ def _nothing_left(schedule: Schedule) -> FieldError:
         return FieldError("max_runs", f"{schedule.max_runs} runs are reached: no slot is left; raise max_runs, or set it to null")
     if schedule.schedule_type == "after" and schedule.plan().end_at >= schedule.settled_until:
         return FieldError("schedule_config.task_ids", "none of these tasks exists any more: name others")
-    if bounds := [name for name in ("end_at", "start_at") if getattr(schedule, name) is not None]:
-        return FieldError(bounds[0], "no slot is left within start_at and end_at after now: change one of them")
-    if schedule.exclude:
-        return FieldError("exclude", "no slot is left after now: exclude fewer days")
-    if schedule.schedule_type != "once":
-        return FieldError("schedule_config", "no slot is left before the year 10000")
-    return FieldError("schedule_config.datetime", "its time has passed: no slot is left; set a datetime in the future")
+    of_type = "schedule_config.datetime" if schedule.schedule_type == "once" else "schedule_config"
+    field = next((name for name in ("end_at", "start_at", "exclude") if getattr(schedule, name) not in (None, [])), of_type)
+    return FieldError(field, "no slot is left after now: change it")
 
 
 # --- Transactions -----------------------------------------------------------------------------------------------------
@@ -7090,11 +7080,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[st
 
 def _kept(view: dict[str, Any]) -> str:
     """JSON text in which long fields are cut."""
-    if len(whole := compact(view)) <= CHANGE_TEXT:
-        return whole
-    texts = {name: compact(value) for name, value in view.items()}
-    cut = {n: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for n, text in texts.items() if len(text) > CHANGE_TEXT}
-    return compact({**view, **cut})
+    texts = {name: text for name, value in view.items() if len(text := compact(value)) > CHANGE_TEXT}
+    return compact(view | {name: f"{text[:CHANGE_TEXT]}… ({len(text)} characters)" for name, text in texts.items()})
 
 
 def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int | None = None) -> None:
@@ -7103,7 +7090,7 @@ def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int
     for name, value in changes.items():
         setattr(task, name, value)
     if task.paused_until != until:
-        check_pause(task, tx.now)
+        check_pause(task)
     elif task.status != "paused":
         task.paused_until = None
     if task.status == "active" != before:
@@ -7436,46 +7423,40 @@ def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> di
 def _standing(db: DB) -> dict[str, Any]:
     """All tasks by KEY and then all schedules by TASK/KEY; those without a key by one made of their name or type."""
     found: dict[str, Any] = {}
-    names: dict[int, str] = {0: ""}  # what stands before the keys of the schedules of a task
     tasks, schedules = tasks_that(db, {"NOT deleted": True}), schedules_that(db, {"NOT t.deleted": True})
-    items = [(0, task.name, task) for task in tasks] + [(s.task_id, s.schedule_type, s) for s in schedules]
-    taken: dict[int, set[Any]] = {}
-    for under, _, item in items:
-        taken.setdefault(under, set()).add(item.key)
-    for under, name, item in sorted(items, key=lambda row: (row[0] > 0, row[2].id)):
-        key = item.key or slug(name, taken[under], item.id)
-        taken[under].add(key)
-        found[names[under] + key] = item
-        if not under:
-            names[item.id] = f"{key}/"
+    groups, before = {0: list[Any](tasks)}, {0: ""}  # tasks, and the schedules of each; what stands before their keys
+    for schedule in schedules:
+        groups.setdefault(schedule.task_id, []).append(schedule)
+    for under, items in groups.items():
+        taken = {item.key for item in items}
+        for item in sorted(items, key=operator.attrgetter("id")):
+            key = item.key or slug(item.schedule_type if under else item.name, taken, item.id)
+            taken.add(key)
+            found[before[under] + key] = item
+            before.setdefault(item.id, f"{key}/")
     return found
 
 
-@dataclass(slots=True)
 class _Apply:
     """One transaction, in which what stands becomes what a file wants."""
 
-    tx: Transaction
-    owner: str
-    adopt: bool
-    prune: str | None
-    changes: list[AppliedChange] = dataclasses.field(default_factory=list)
-    warnings: list[str] = dataclasses.field(default_factory=list)
-    refused: list[FieldError] = dataclasses.field(default_factory=list)
-    standing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    def __init__(self, tx: Transaction, file: Mapping[str, Any], prune: str | None) -> None:
+        self.tx, self.owner, self.adopt, self.prune = tx, file["owner"], file["adopt"], prune
+        self.standing = _standing(tx.db)
+        self.changes: list[AppliedChange] = []
+        self.warnings: list[str] = []
+        self.refused: list[FieldError] = []
 
     def run(self, wanted: Mapping[str, tuple[Any, Collection[str]]]) -> None:
         left, errors, gone = dict(wanted), list[FieldError](), set[str]()
-        self.standing = _standing(self.tx.db)
         for key, item in self.standing.items():
             if item.managed_by == self.owner and key not in wanted and key.rpartition("/")[0] not in gone:
                 gone.add(key)  # its schedules go with it
                 stop: dict[str, Any] = {"is_active": False}
                 if isinstance(item, Task):  # a pause gets no end by itself; what is disabled stays so
                     stop = {} if item.status == "disabled" else {"status": "paused", "paused_until": None}
-                stop = {name: value for name, value in stop.items() if getattr(item, name) != value}
-                pruned = "paused" if self.prune == "pause" and stop else "orphaned"
-                self._do("deleted" if self.prune == "delete" else pruned, key, item, stop if pruned == "paused" else None)
+                stop = {name: value for name, value in stop.items() if self.prune == "pause" and getattr(item, name) != value}
+                self._do("deleted" if self.prune == "delete" else "paused" if stop else "orphaned", key, item, stop)
         # All tasks first, since schedules may name any of them; and what was a circle may be none after the other changes.
         for kind in itertools.chain([Task], itertools.repeat(Schedule)):
             before = len(left)
@@ -7492,8 +7473,6 @@ class _Apply:
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
         _refuse(errors)
-        if any(change["action"] != "orphaned" for change in self.changes):
-            set_meta(self.tx.db, f"applied:{self.owner}", self.tx.now)
 
     def _put(self, key: str, item: Any, given: Collection[str]) -> None:
         """Makes a task or schedule what the file wants. What it does not change is not written."""
@@ -7505,7 +7484,7 @@ class _Apply:
         else:
             item.task_id = self.standing[key.partition("/")[0]].id
             check_watched(self.tx.db, item)
-        wanted = {name: getattr(item, name) for name in shape_of(cast(Any, type(item))).written if name != "task_id"}
+        wanted = {name: getattr(item, name) for name in shape_of(cast(Any, type(item))).written}
         if stored is None and not task and item.over:
             self.warnings.append(f"{path}: its time has passed: it is over, and not created")
         elif stored is None:
@@ -7515,21 +7494,17 @@ class _Apply:
             whose = f"belongs to {stored.managed_by}" if stored.managed_by else "was not made by a file"
             self.refused.append(FieldError(path, f"{type(stored).__name__.lower()} {stored.id} {whose}"))
         else:
-            left = {"status", "is_active"} - {*given}  # these stay as they are
-            if "status" in left:
-                left.add("paused_until")
-            if not task and (item.over or item.is_active == (stored.is_active or stored.over)):
+            left = set[str]() if "status" in given else {"status", "paused_until"}  # these stay as they are
+            if "is_active" not in given or item.over or item.is_active == (stored.is_active or stored.over):
                 left.add("is_active")  # one that is over was not switched off
-            changes = {n: v for n, v in wanted.items() if n not in left and (n == "is_active" or v != getattr(stored, n))}
+            wanted = {name: value for name, value in wanted.items() if name not in left}
+            changes = {n: value for n, value in wanted.items() if n == "is_active" or value != getattr(stored, n)}
             if stored.managed_by != self.owner:
                 changes["managed_by"] = self.owner
-            elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
-                when = format_instant(stored.updated_at)
-                self.warnings.append(f"{path}: was changed by other means on {when}: {', '.join(changes)} as in the file again")
             if changes:
                 self._do("updated", key, stored, changes)
 
-    def _do(self, action: str, key: str, item: Any, changes: Mapping[str, Any] | None = None) -> None:
+    def _do(self, action: str, key: str, item: Any, changes: Mapping[str, Any]) -> None:
         """Does to a task or schedule what `action` says, and notes it."""
         task, new, kind = isinstance(item, Task), action == "created", cast(Any, type(item))
         before = shape_of(kind).defaults if new else view_of(item)
@@ -7537,16 +7512,13 @@ class _Apply:
             (remove_task if task else remove_schedule)(self.tx, item.id)
         elif new:
             self.tx.put(item) if task else add_schedule(self.tx, item)
-        elif changes and task:
-            change_task(self.tx, item, changes)
         elif changes:
-            change_schedule(self.tx, item.id, changes, may_be_over=True)
+            change_task(self.tx, item, changes) if task else change_schedule(self.tx, item.id, changes, may_be_over=True)
         item = get_schedule(self.tx.db, item.id) if changes and not task else item
         after, upcoming = view_of(item), list[dict[str, Any]]()
-        differs = [name for name in changes or () if not new or after[name] != before.get(name)]
-        if not task and {*differs} & {*TIMING_FIELDS, "is_active"} and item.is_active and item.live:
+        fields = {n: [None if new else before.get(n), after[n]] for n in changes if not new or after[n] != before.get(n)}
+        if fields and not task and item.is_active and item.live:
             upcoming = upcoming_view(item.plan().upcoming(item.settled_until, 5), item.zone)
-        fields = {name: [None if new else before.get(name), after[name]] for name in differs}
         change = {"action": action, "kind": kind.__name__.lower(), "key": key, "id": item.id, "fields": fields}
         self.changes.append({**change, "upcoming": upcoming})
 
@@ -7564,7 +7536,7 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     wanted = await in_daemon(check_definitions, service, file, now)
 
     def write(tx: Transaction) -> _Apply:
-        made = _Apply(tx, file["owner"], file["adopt"], query.prune)
+        made = _Apply(tx, file, query.prune)
         made.run(wanted)
         if query.dry_run:
             raise _Undone(made)
@@ -7600,19 +7572,15 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
         keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
         for key, item in found.items():
             task, _, name = key.partition("/")
-            with contextlib.suppress(*DAMAGE):
-                if name:  # one whose time has passed is over, though nothing has noticed it during a pause
-                    item.stand(max(item.settled_until, service.clock.now()))
-                    item.look_ahead()
             if query.owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
                 continue
             view, kind = view_of(item), cast(Any, type(item))
             defaults = defaults_of(kind, view.get("schedule_type"))
-            if name and (ids := view["schedule_config"].pop("task_ids", None)):
-                view["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **view["schedule_config"]}
-            said = {n: view[n] for n in shape_of(kind).written if n not in {"key", "task_id"} and view[n] != defaults.get(n)}
+            said = {n: view[n] for n in shape_of(kind).written if n != "key" and view[n] != defaults.get(n)}
             if name:
                 tasks[task].setdefault("schedules", {})[name] = said
+                if ids := said["schedule_config"].pop("task_ids", None):
+                    said["schedule_config"] = {"tasks": [keys[i] for i in ids if i in keys], **said["schedule_config"]}
                 continue
             tasks[key] = said
             if view["config"] != item.config:
