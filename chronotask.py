@@ -24,8 +24,8 @@ The words, one meaning each
 
 How an execution lives
     request → model → Service.use_case → Store ←──── Changes (poll, take up) → feed, who waits
-                                           ↑                  │ wake
-          Clock → Engine.tick: finish → claim → start: one transaction
+                                           ↑                  │ timers
+     TimerQueue → Engine.tick: finish → claim → start: one transaction
                        └→ attempt: run_bash | run_http → Outcome ─┐
                        ↑                                          │
                        └────── decide_end (retry, or the end) ←───┘
@@ -44,7 +44,7 @@ The sections, bottom-up: each uses only names from sections above it. A test hol
      2 Schedules (pure)      the timings Cron, Once, Interval, Days and After, their slots and words; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      due slots, overlap, ends of attempts, what follows them, a clock that was set; no clock, no I/O
-     5 Clock                 the only reads of wall and monotonic time, time limits
+     5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of when something is due
      6 Store                 migrations, transactions, queries, file locks; decides nothing, reads no clock
      7 Executors             run_bash, run_http: a config in, an Outcome out; secrets, limits, output; do not see the store
      8 Engine                the scheduler loop, attempts, the feed of events, who waits; does not know requests, JSON or MCP
@@ -2730,7 +2730,7 @@ def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, 
 
 
 # ======================================================================================================================
-# 5. Clock
+# 5. Clock and timers
 # ======================================================================================================================
 
 POLL = 0.25  # seconds: asyncio sleeps on the monotonic clock, so wait briefly, then look at the wall clock again
@@ -2774,6 +2774,31 @@ async def in_daemon(call: Callable[..., T], *args: Any) -> T:
     future.set_running_or_notify_cancel()  # so that nobody can cancel it: its thread would find no one to answer
     threading.Thread(target=run, name=f"chronotask-{call.__name__}", daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+class TimerQueue:
+    """The instants at which something may be due, as a heap. An index only: the store is the truth and tells a tick what is due.
+    So an instant too many costs a look, and all may be thrown away and read anew."""
+
+    def __init__(self) -> None:
+        self._heap: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, instants: Iterable[int]) -> None:
+        for at in instants:
+            heapq.heappush(self._heap, at)
+
+    def next_due(self) -> int | None:
+        return self._heap[0] if self._heap else None
+
+    def pop_due(self, now: int) -> bool:
+        """Takes out the instants up to `now`. Returns whether there were any."""
+        count = len(self)
+        while self._heap and self._heap[0] <= now:
+            heapq.heappop(self._heap)
+        return len(self) < count
 
 
 # ======================================================================================================================
@@ -3729,15 +3754,18 @@ def after_edges(db: DB, without: int) -> dict[int, list[int]]:
     return {watched: parsed(fired) for watched, fired in db.execute(edges, (without,))}
 
 
-def next_due(db: DB) -> tuple[int, int]:
-    """When the next schedule fires, and when the next pause ends by itself, of a task or of all. LAST_INSTANT: never."""
-    fires = f"SELECT s.next_fire {_S_JOIN} WHERE {LIVE_SQL} AND s.next_fire <= ?1 ORDER BY s.next_fire LIMIT 1"
-    of_task = """SELECT min(paused_until) FROM tasks INDEXED BY tasks_paused
-        WHERE paused_until IS NOT NULL AND status = 'paused' AND deleted = 0"""
-    of_all = "SELECT value FROM meta WHERE key = 'paused_until'"
-    due = f"SELECT coalesce(({fires}), ?1), min(coalesce(({of_task}), ?1), coalesce(({of_all}), ?1))"
-    [(fires_at, pause_ends)] = db.execute(due, (LAST_INSTANT,))
-    return fires_at, pause_ends
+def changed_timers(db: DB, since_rev: int) -> tuple[int, list[int], list[int], int | None]:
+    """The newest number of a change. Of what was changed (or whose task was) after `since_rev`: when schedules fire next, and
+    when executions are retried. And when the next pause ends by itself, of a task or of all."""
+    fires = """SELECT DISTINCT next_fire FROM schedules WHERE is_active AND next_fire <= ?2 AND id IN (SELECT id FROM schedules
+        WHERE rev > ?1 UNION ALL SELECT c.id FROM tasks CROSS JOIN schedules c ON c.task_id = tasks.id WHERE tasks.rev > ?1)"""
+    retries = f"""SELECT DISTINCT next_attempt_at FROM executions WHERE {UNFINISHED_SQL} AND status = 'retrying'
+        AND next_attempt_at <= ?2 AND task_id IN (SELECT id FROM tasks WHERE rev > ?1)"""
+    pauses = """SELECT min(paused_until) FROM (SELECT paused_until FROM tasks INDEXED BY tasks_paused
+            WHERE paused_until IS NOT NULL AND status = 'paused' AND deleted = 0
+        UNION ALL SELECT value FROM meta WHERE key = 'paused_until')"""
+    found = [_ids(db, instants, (since_rev, LAST_INSTANT)) for instants in (fires, retries)]
+    return get_meta(db, "rev"), found[0], found[1], _ids(db, pauses)[0]
 
 
 def _write_columns(db: DB, table: str, columns: str, items: Iterable[Task | Schedule]) -> None:
@@ -3892,13 +3920,10 @@ def write_standings(db: DB, tasks: Collection[Task], paused: Collection[Task], n
         put_row(db, "changes", None, now, "-", "pause_after", "task", task.id, "update", compact(before), compact(after))
 
 
-def queue_retries(db: DB, now: int) -> int:
-    """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled. Returns when the next comes,
-    or LAST_INSTANT."""
-    enabled = "(SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'"
-    retrying = f"WHERE {UNFINISHED_SQL} AND status = 'retrying' AND {enabled} AND next_attempt_at <= ?"
-    db.execute(f"UPDATE executions SET status = 'queued' {retrying}", (now,))
-    return _ids(db, f"SELECT min(next_attempt_at) FROM executions {retrying}", (LAST_INSTANT,))[0] or LAST_INSTANT
+def queue_retries(db: DB, now: int) -> None:
+    """Executions whose `next_attempt_at` has come wait for capacity, unless their task is disabled."""
+    due = "next_attempt_at <= ? AND (SELECT status FROM tasks WHERE id = task_id AND NOT deleted) <> 'disabled'"
+    db.execute(f"UPDATE executions SET status = 'queued' WHERE {UNFINISHED_SQL} AND status = 'retrying' AND {due}", (now,))
 
 
 def shift_retries(db: DB, by: int, latest: int) -> None:
@@ -5690,13 +5715,12 @@ class Tick:
     db: DB
     now: int
     settings: Settings
+    schedules: list[Schedule] = dataclasses.field(default_factory=list)  # that have moved on
     new_ids: list[int] = dataclasses.field(default_factory=list)
     noted: list[tuple[Task, str, str | None]] = dataclasses.field(default_factory=list)  # what no attempt tells, why: for the log
     ended: list[Finished] = dataclasses.field(default_factory=list)  # attempts, as they are on disk
     runs: list[Run] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
-    due: tuple[int, int] = (LAST_INSTANT, LAST_INSTANT)  # when the next schedule fires, and the next pause ends
-    retry_at: int = LAST_INSTANT  # when the next attempt is due of those that wait
 
 
 class Engine:
@@ -5712,9 +5736,10 @@ class Engine:
         self.http = HttpClient(settings)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
-        self.pause_ends = LAST_INSTANT  # the next one that ends by itself
-        self._fires_at = LAST_INSTANT  # when the next schedule fires, as the last tick that looked has seen it
-        self._retry_at = LAST_INSTANT  # when the next attempt may be due, at the earliest
+        self.pause_ends: int | None = None  # the next one that ends by itself
+        self.rev = 0  # of the newest change that was taken up
+        self._most_timers = 0
+        self.forget_timers()
         self.leading = False
         self.paused = False
         self.stopping = False
@@ -5739,12 +5764,29 @@ class Engine:
 
     # --- the loop ---
 
-    def wake(self, retries: bool = False) -> None:
-        """Something was written: the next tick looks what may start, what fires, and with `retries` what is to be retried."""
+    def wake(self) -> None:
+        """Something was written: the next tick looks what fires, and what may start."""
         self._woken = True
-        if retries:
-            self._retry_at = 0
         self._wake.set()
+
+    def forget_timers(self) -> None:
+        """The next step reads all anew. Not here: a tick under way may write what this would not see."""
+        self._timers = TimerQueue()  # when schedules fire
+        self._retries = TimerQueue()
+        self._timers_rev = -1  # the last change that they know
+
+    async def _load_timers(self) -> None:
+        """Takes up when something is due of what has changed; of all, where that was forgotten."""
+        if len(self._timers) > self._most_timers:  # of schedules that were changed over and over
+            self.forget_timers()
+        timers, since = self._timers, self._timers_rev
+        rev, fires, retries, self.pause_ends = await self.store.read(partial(changed_timers, since_rev=since))
+        if timers is self._timers:  # else they were forgotten meanwhile
+            self._timers_rev = rev
+            self._timers.add(fires)
+            self._retries.add(retries)
+        if since < 0:
+            self._most_timers = 2 * len(fires) + 10_000
 
     async def step(self) -> None:
         """One round of the scheduler loop: follows the clock, ticks, and waits until something is due or has happened."""
@@ -5760,14 +5802,16 @@ class Engine:
         if self._set_back <= -SECOND:
             logger.warning("the clock was set back by %.0f s, to %s", -self._set_back / SECOND, format_instant(self.clock.now()))
             await self.follow_clock(self._set_back)
-            self.wake(retries=True)
+            self.forget_timers()
+        if self.leading and self._timers_rev < self.rev:
+            await self._load_timers()
         self.last_tick = self.clock.monotonic()
         await self.tick()
         self._last_tick_end = self.clock.monotonic()
-        due = min(self._retry_at, self.pause_ends, LAST_INSTANT if self.paused else self._fires_at)
-        if not self.leading or self.stopping or due == LAST_INSTANT:
-            await self.clock.wait(self._wake, None)
-        elif due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
+        fires = None if self.paused else self._timers.next_due()
+        times = (fires, self._retries.next_due(), self.pause_ends) if self.leading and not self.stopping else ()
+        due = min((at for at in times if at is not None), default=None)
+        if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
             await self.clock.wait(self._wake, due)
         # else the next claim goes to the writer before what was just started begins
 
@@ -5775,26 +5819,26 @@ class Engine:
         """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
         now = self.clock.now()
         acting = self.leading and not self.stopping
-        firing = acting and not self.paused and (self._woken or self._fires_at <= now)
-        retrying = acting and self._retry_at <= now
-        if not (self._ended or firing or retrying or (acting and self._woken)):
+        woken = acting and self._woken
+        firing = acting and not self.paused and (self._timers.pop_due(now) or woken)
+        retrying = acting and self._retries.pop_due(now)
+        if not (self._ended or firing or retrying or woken):
             return
         ended, self._ended, self._woken = self._ended, [], False
-        if retrying:
-            self._retry_at = LAST_INSTANT  # that of an attempt which ends meanwhile will count
-        work = partial(self._write, now=now, ended=ended, acting=acting, firing=firing, retrying=retrying)
+        batch = min(BATCH, FIRST_BATCH * (1 + len(self.running))) if firing else 0
+        capacity = self.settings.max_concurrent_runs - len(self.running) + len(ended) if acting else 0
+        work = partial(self._write, now=now, ended=ended, batch=batch, retrying=retrying, capacity=capacity)
         self._ticking = True
         try:
             tick = await self.store.write(work, at_once=True)
         except BaseException:  # nothing is lost: it is all tried again
             self._ended = ended + self._ended
-            self.wake(retrying)
+            self._retries.add([now] * retrying)
+            self.wake()
             raise
         finally:
             self._ticking = False
-        if acting:
-            self._fires_at, self.pause_ends = tick.due
-            self._retry_at = min(self._retry_at, tick.retry_at)
+        self._woken = self._woken or 0 < batch <= len(tick.schedules)  # there may be more that fires
         await self.after_write(tick)
 
     def _write(
@@ -5802,9 +5846,9 @@ class Engine:
         db: DB,
         now: int,
         ended: Sequence[Finished],
-        acting: bool = False,
-        firing: bool = False,
+        batch: int = 0,
         retrying: bool = False,
+        capacity: int = 0,
     ) -> Tick:
         tick, over = Tick(db, now, self.settings), list[Ended]()
         if ended:
@@ -5821,19 +5865,15 @@ class Engine:
             paused = [tasks[end.task_id] for end in over if end.paused]
             write_standings(db, tasks.values(), paused, now)
             tick.noted += [(task, "paused", task.status_reason) for task in paused]
-        if firing:
-            batch = min(BATCH, FIRST_BATCH * (1 + len(self.running)))
+        if batch > 0:
             over += claim_due(tick, next_schedules(db, UpcomingQuery(limit=batch), now))
         follow(tick, over)
         if retrying:
-            tick.retry_at = queue_retries(db, now)
-        capacity = self.settings.max_concurrent_runs - len(self.running) + len(ended)
-        if acting and capacity > 0:
+            queue_retries(db, now)
+        if capacity > 0:
             tick.runs = start_ready(db, capacity, now, self.owner)
             begun = [Ended(run.execution_id, run.task_id, "running", now) for run in tick.runs if run.attempt == 1]
             follow(tick, begun)
-        if acting:
-            tick.due = next_due(db)
         if over or ended or tick.runs:
             set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
@@ -5844,6 +5884,9 @@ class Engine:
         self.wake()
 
     async def after_write(self, tick: Tick) -> None:
+        if self.leading:
+            self._timers.add(schedule.next_fire for schedule in tick.schedules if schedule.next_fire is not None)
+            self._retries.add(s.next_attempt_at for s in tick.ended if s.next_attempt_at is not None)
         for task, status, why in tick.noted:
             if status in FINISHED:
                 self.stats.ended[task.task_type, status] += 1
@@ -5851,7 +5894,6 @@ class Engine:
                 logger.warning("task %d (%s): %s", task.id, task.name, why)
         for s in tick.ended:
             self.running.pop(s.run.execution_id, None)
-            self._retry_at = min(self._retry_at, s.next_attempt_at or LAST_INSTANT)
             self.stats.count(s)
         for execution_id in tick.cancelled:
             self.stop_run(execution_id)
@@ -6007,6 +6049,7 @@ def write_claim(tick: Tick, claim: Claim) -> list[Ended]:
     advance_schedules(db, claim.schedules)
     if any(row.hold for row in claim.rows):  # what they wait for may have been cancelled by another of them
         release_held(db, {row.task_id for row in claim.rows})
+    tick.schedules += claim.schedules
     tick.new_ids += new_ids
     noted = [(new_id, row) for new_id, row in zip(new_ids, claim.rows, strict=True) if row.status != "queued"]
     tasks = get_tasks(db, {row.task_id for _, row in noted}) if noted else {}
@@ -6169,7 +6212,7 @@ class Changes:
             self._next_look = None
             engine, store, since, before = self.engine, self.engine.store, self._seen, self.engine.paused
             until, paused = await store.read(progress)
-            engine.paused = paused
+            engine.rev, engine.paused = until[0], paused
             self.retention.looked.set()
             feed = engine.feed
             if feed.wanted:
@@ -6191,7 +6234,7 @@ class Changes:
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
             self._seen = until
-            engine.wake(retries=True)  # what it waits for may have changed
+            engine.wake()  # what it waits for may have changed
 
 
 # ======================================================================================================================
@@ -6270,8 +6313,10 @@ class Leadership:
             await self._step_down()
         elif not engine.leading and not yielding and self._leader_lock.acquire():
             await self._take_over()
-        elif engine.leading and self._others_run:
+        elif engine.leading and (before := self._others_run):
             await self._finish_orphans()
+            if self._others_run != before:  # some may be retried
+                engine.forget_timers()
         elif not engine.leading and not engine.running:
             self._drain_lock.release()
             self._drain_lock.path.unlink(missing_ok=True)
@@ -6297,6 +6342,7 @@ class Leadership:
         if known > engine.clock.now():
             await engine.follow_clock(0)
         engine.leading = self.changes.stale = True  # a look that fails is to be repeated
+        engine.forget_timers()
         await self.changes.take_up()
         logger.info("this process leads: it fires schedules and runs executions")
 
@@ -6447,7 +6493,7 @@ class Service:
 
     async def _step(self) -> None:
         await self.engine.step()
-        if self.engine.leading and not self.engine.stopping and self.engine.pause_ends <= self.clock.now():
+        if self.engine.leading and not self.engine.stopping and (self.engine.pause_ends or LAST_INSTANT) <= self.clock.now():
             await self.change(end_pauses)
 
     async def keep(self, name: str, step: Callable[[], Awaitable[None]]) -> None:

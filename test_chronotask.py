@@ -754,7 +754,7 @@ SECTIONS: dict[int, tuple[str, Iterable[int], str]] = {
     2: ("Schedules (pure)", [1], f"random json BaseModel {_PURE}"),
     3: ("Resources", [1, 2], _PURE),
     4: ("Decisions (pure)", [1, 2, 3], f"random json BaseModel {_PURE}"),
-    5: ("Clock", [], f"sqlite3 os open datetime {_WIRE}"),
+    5: ("Clock and timers", [], f"sqlite3 os open datetime {_WIRE}"),
     6: ("Store", [1, 2, 3], f"BaseModel random {_WIRE}"),
     7: ("Executors", [1, 2, 3, 5], "sqlite3 web mcp BaseModel Clock"),
     8: ("Engine", range(8), _INNER),
@@ -2417,8 +2417,15 @@ def test_an_attempt_ends_when_the_steady_clock_says_so_and_never_before_its_star
 
 
 # ======================================================================================================================
-# 5. Clock
+# 5. Clock and timers
 # ======================================================================================================================
+
+
+def test_timers_say_when_something_is_due_and_go_once_it_is() -> None:
+    timers = chronotask.TimerQueue()
+    timers.add([30, 10, 20, 10])
+    found = [(timers.next_due(), timers.pop_due(now), len(timers)) for now in (9, 20, 20, 30)]
+    assert (found, timers.next_due()) == ([(10, False, 4), (10, True, 1), (30, False, 1), (30, True, 0)], None)
 
 
 def test_the_clock_reads_microseconds_since_the_epoch_and_monotonic_seconds() -> None:
@@ -2603,6 +2610,7 @@ def test_no_query_of_unfinished_or_failed_executions_reads_the_whole_table(store
     task = chronotask.insert(db, some_task("t"))
     db.set_trace_callback(queries.append)
     chronotask.unfinished_of(db, [task.id])
+    chronotask.changed_timers(db, 0)
     chronotask.queue_retries(db, START)
     chronotask.shift_retries(db, 1, 2)
     chronotask.running_of_others(db, "me")
@@ -3217,7 +3225,7 @@ def pages_of(count: int) -> dict[str, Callable[[sqlite3.Connection], Any]]:
     asked["counts"] = chronotask.counts
     asked["measured"] = partial(chronotask.measured_tasks, limit=10)
     asked["next"] = partial(chronotask.next_schedules, query=chronotask.UpcomingQuery(limit=10), until=chronotask.LAST_INSTANT)
-    asked["next due"] = chronotask.next_due
+    asked["changed timers"] = partial(chronotask.changed_timers, since_rev=10)
     asked["latest known"] = chronotask.latest_known
     asked["surplus"] = partial(chronotask.delete_surplus, task_id=2, keep=10, keep_skipped=1, now=START, limit=10)
     asked["disable"] = partial(chronotask.hold_disabled, task_id=2, disabled=True)
@@ -3246,7 +3254,7 @@ def test_no_plan_of_a_page_sorts_or_reads_a_whole_table(store: Store) -> None:
     grown(db, 50)
     db.set_trace_callback(queries.append)
     for name, ask in pages_of(50).items():
-        if "tag" not in name and name not in ("executions -", "latest known"):  # by a tag they are sorted
+        if "tag" not in name and name not in ("executions -", "latest known", "changed timers"):  # by a tag they are sorted
             ask(db)
     db.set_trace_callback(None)
     plans = {query: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")] for query in queries}
@@ -5117,6 +5125,12 @@ async def test_a_change_of_a_schedule_takes_effect_at_once_in_the_timer_queue(ri
     await rig.at(20)
     assert len(await rig.rows()) == 1
     assert rig.clock.until is None
+    schedule_id = await rig.schedule(1)
+    for seconds in range(100, 120):
+        rig.service.engine._most_timers = 8
+        await rig.patch_schedule(schedule_id, schedule_config={"seconds": seconds})
+        await rig.tick()
+        assert len(rig.service.engine._timers) <= 9, "of instants at which nothing is due any more"
 
 
 # --- Bursts -----------------------------------------------------------------------------------------------------------
@@ -6646,8 +6660,10 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     await rig.service.changes.poll()
     assert (event := reader.get_nowait()) is not None and event.kind == "schedule" and reader.empty()
     rig.service.changes.stale = True  # as a look that failed leaves it
+    rig.service.engine.forget_timers()
     await rig.service.changes.poll()
-    assert not rig.service.changes.stale
+    await rig.tick()
+    assert rig.clock.until is not None
     await (await open_rig(kind="mcp", database_url=rig.path)).service.delete_schedule(1)
     await rig.service.changes.poll()
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
