@@ -5087,7 +5087,7 @@ def _bash_outcome(source: str, folder: str | None, live: LiveOutput, report: Rep
 # What a redirect to another server may carry along; any other header may be a credential, whatever its name.
 _HARMLESS_HEADERS = frozenset(
     "accept accept-encoding accept-language cache-control content-encoding content-language content-type idempotency-key"
-    " pragma user-agent".split()
+    " pragma user-agent x-chronotask-attempt x-chronotask-execution-id x-chronotask-scheduled-for".split()
 )
 _NOT_REPEATABLE = frozenset({"POST", "PATCH"})  # RFC 9110, 9.2.2
 _BROKE_OFF = "the answer broke off before its end, or could not be decoded"
@@ -5146,37 +5146,38 @@ class HttpClient:
 
 
 async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error."""
+    """A session would send a GET again, as the same attempt, when a connection breaks: unless it is told another error. This one
+    says what a person can do about it, never in aiohttp's own text: it has URLs."""
     try:
         return await handler(request)
-    except (aiohttp.ClientError, OSError) as error:
-        raise _connection_failed(error) from None
-
-
-def _connection_failed(error: Exception) -> ChronoTaskError:
-    """What a person can do about it. Never in aiohttp's own text: it has URLs."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+    except aiohttp.ClientConnectorCertificateError as error:
         reason = _one_line(getattr(error.certificate_error, "verify_message", "") or "not valid", 200)
-        return ChronoTaskError(f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {error.os_error.strerror}")
-    if isinstance(error, aiohttp.ClientConnectorError):
+        failure = ChronoTaskError(f"the TLS certificate of {error.host} is refused: {reason} (verify_tls: false accepts any)")
+    except aiohttp.ClientConnectorDNSError as error:
+        failure = _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {error.os_error.strerror}")
+    except aiohttp.ClientConnectorError as error:
         place, cause = f"[{error.host}]:{error.port}" if ":" in error.host else f"{error.host}:{error.port}", error.os_error
-        if cause.errno == REFUSED_ERRNO:
-            return ChronoTaskError(f"{place} may not be called: {cause.strerror}")
-        if isinstance(cause, ssl.SSLError):
-            return _Passing(f"TLS with {place} failed: {cause.strerror}")
         # asyncio's own text of a refused connection names the address and not the reason.
         known, code = cause.errno in errno.errorcode, cause.errno or 0
         reason = os.strerror(code).lower() if known else str(cause)[:200] or "connection reset"
-        return _Passing(f"could not connect to {place}: {reason}")
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return _Passing("the server closed the connection without an answer")
-    if isinstance(error, aiohttp.InvalidURL):  # an address written as one number, say
-        return ChronoTaskError(f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it")
-    if isinstance(error, aiohttp.ClientResponseError):
-        return _Passing(f"the server's answer is not valid HTTP: {_one_line(_ASKED.get().live.masked(error.message), 200)}")
-    return _Passing(f"the connection failed: {_reason(error)}")
+        if code == REFUSED_ERRNO:
+            failure = ChronoTaskError(f"{place} may not be called: {cause.strerror}")
+        elif isinstance(cause, ssl.SSLError):
+            failure = _Passing(f"TLS with {place} failed: {cause.strerror}")
+        else:
+            failure = _Passing(f"could not connect to {place}: {reason}")
+    except aiohttp.ServerDisconnectedError:
+        failure = _Passing("the server closed the connection without an answer")
+    except aiohttp.InvalidURL as error:  # an address written as one number, say
+        failure = ChronoTaskError(
+            f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it"
+        )
+    except aiohttp.ClientResponseError as error:
+        reason = _one_line(_ASKED.get().live.masked(error.message), 200)
+        failure = _Passing(f"the server's answer is not valid HTTP: {reason}")
+    except (aiohttp.ClientError, OSError) as error:
+        failure = _Passing(f"the connection failed: {_reason(error)}")
+    raise failure
 
 
 @functools.cache
@@ -5318,12 +5319,12 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
     """Make the request of an http task."""
     timeout = config.get("timeout", client.settings.http_timeout)
     try:
-        request = _http_request(*resolve_secrets("http", config, environ, client.settings, run.cause))
+        request = _http_request(run, *resolve_secrets("http", config, environ, client.settings, run.cause))
         live.begin(("body",), request.masker)
         if live.reason:
             return _stopped(live, timeout)
         async with live.timeout(timeout):
-            request, response = await _exchange(client, config, request, run, live)
+            request, response = await _exchange(client, config, request, live)
         status, output = response.status, _output(live)
         expected = config.get("expected_status") or ["200-299"]
         if any(status in status_range(entry) for entry in expected):
@@ -5345,13 +5346,13 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
 class _Request(NamedTuple):
     method: str
     url: yarl.URL
-    headers: CIMultiDict[str]  # but for those that tell this run from others
+    headers: CIMultiDict[str]
     body: bytes | None
     masker: SecretMasker  # of what a server must not put into the history by echoing it, references or not
     left_behind: str | None = None  # the origin whose headers were taken off at a redirect
 
 
-def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
+def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> _Request:
     """What a configuration asks for whose references are filled in. Raises ChronoTaskError."""
     query = [
         (name, str(item).lower() if isinstance(item, bool) else str(item))
@@ -5363,6 +5364,10 @@ def _http_request(config: dict[str, Any], secrets: list[str]) -> _Request:
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
     headers = CIMultiDict({"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"})
+    headers["Idempotency-Key"], headers["X-ChronoTask-Execution-Id"] = run.uuid, str(run.execution_id)
+    headers["X-ChronoTask-Attempt"] = str(run.attempt)
+    if run.scheduled_for is not None:
+        headers["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     own, body = config.get("headers", {}), config.get("body")
     credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
     credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
@@ -5399,25 +5404,17 @@ def _as_written(text: str) -> str:
 
 
 async def _exchange(
-    client: HttpClient, config: dict[str, Any], request: _Request, run: Run, live: LiveOutput
+    client: HttpClient, config: dict[str, Any], request: _Request, live: LiveOutput
 ) -> tuple[_Request, aiohttp.ClientResponse]:
     """Send the request, follow redirects, read the body of the last answer into `live`; the last request and answer. A redirect
     gets a connection of its own, as one may be closed behind any answer, and what came before is not to be done twice. Cookies
     are kept for the attempt, as a browser keeps them."""
-    of_run = {
-        "X-ChronoTask-Execution-Id": str(run.execution_id),
-        "X-ChronoTask-Attempt": str(run.attempt),
-        "Idempotency-Key": run.uuid,
-    }
-    if run.scheduled_for is not None:
-        of_run["X-ChronoTask-Scheduled-For"] = format_instant(run.scheduled_for)
     # A server may just be closing a connection that was kept.
     keep = request.method not in _NOT_REPEATABLE and request.url.scheme == "http"
     keep = keep and "close" not in request.headers.get("Connection", "").lower()
     jar: aiohttp.CookieJar | None = None
     for _ in range(MAX_REDIRECTS + 1):
-        headers = CIMultiDict(of_run)
-        headers.update(request.headers)
+        headers = request.headers.copy()
         if jar is not None and (cookies := jar.filter_cookies(request.url)):
             own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
@@ -7812,15 +7809,15 @@ def problem_answer(error: ChronoTaskError) -> web.Response:
 
 
 @functools.lru_cache(64)
-def split_host(text: str) -> tuple[str, int | None, bool]:
-    """`name:port` or `[v6]:port` as lower-case name and port, and whether the name is an address. Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
+def host_of(text: str) -> tuple[str, bool]:
+    """The name in `name:port` or `[v6]:port` in lower case, and whether it is an address. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", text)
     if match is None:
         raise ValueError
     name, is_address = (match[1] or match[2]).lower().rstrip("."), False
     with contextlib.suppress(ValueError):
         is_address = bool(ipaddress.ip_address(name))
-    return name, int(match[3]) if match[3] else None, is_address
+    return name, is_address
 
 
 class Tokens:
@@ -7868,20 +7865,19 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
     """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if any does."""
     if path == "/health":  # is open to any Host
         return False
+    host = ",".join(headers.getall("Host", []))
     try:
-        name, port, is_address = split_host(",".join(headers.getall("Host", [])))
+        name, is_address = host_of(host)
     except ValueError:
         raise Forbidden("the Host header is missing or malformed") from None
     # A hostile page cannot have made an address point here (DNS rebinding).
     if name != "localhost" and name not in settings.allowed_hosts and not is_address:
         raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
     for origin in headers.getall("Origin", []):
-        scheme, _, rest = origin.partition("://")
-        default = {"http": 80, "https": 443}.get(scheme)
         with contextlib.suppress(ValueError):
-            origin_name, origin_port, _ = split_host(rest)
-            same = default is not None and (origin_name, origin_port or default) == (name, port or default)
-            if same or origin_name in settings.allowed_hosts:
+            page = yarl.URL(origin)
+            same = page.scheme in ("http", "https") and page.origin() == yarl.URL(f"{page.scheme}://{host}").origin()
+            if same or page.host in settings.allowed_hosts:
                 continue
         raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
     # Static pages without data: a browser may navigate there without a token.
@@ -8185,14 +8181,15 @@ _EXAMPLES: dict[Any, dict[str, Any]] = {  # what /docs offers to send
     SchedulePreview: {"schedule_type": "interval", "schedule_config": {"seconds": 900}, "count": 3},
     BackfillBody: {"from": "2026-11-20", "to": "2026-11-22", "dry_run": True},
 }
-_TEXT = {"type": "string"}
+_Refused = Annotated[dict[str, Any], View(None, "Refused", field=str, message=str)]
+_Problem = Annotated[dict[str, Any], View(None, "Problem", type=str, title=str, status=int, detail=str, errors=list[_Refused])]
 
 
 @functools.cache
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document of everything that can be asked, from the operations, their models and the pages."""
     models = dict.fromkeys(m for o in OPERATIONS for m in (o.body, o.result) if m is not None)
-    adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values())]
+    adapters = [(m, "validation", adapter(m)) for m in (*models, *CONFIGS.values(), *SCHEDULE_CONFIGS.values(), _Problem)]
     refs, found = TypeAdapter.json_schemas(cast(Any, adapters), ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = found["$defs"]
     for body in map(mark_of, (*_EXAMPLES, NestedSchedule)):
@@ -8201,10 +8198,6 @@ def openapi() -> dict[str, Any]:
             if field in properties:
                 properties[field] = {"anyOf": [refs[config, "validation"] for config in configs.values()]}
         properties |= {name: {"readOnly": True} for name in sorted(body.ignored)}  # what GET gave can be sent back
-    refused = {"type": "object", "required": ["field", "message"], "properties": {"field": _TEXT, "message": _TEXT}}
-    problem: dict[str, Any] = {"type": _TEXT, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
-    problem["errors"] = {"type": "array", "items": refused}
-    schemas["Problem"] = {"type": "object", "required": list(problem), "properties": problem}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         content = None if operation.result is None else {"application/json": {"schema": refs[operation.result, "validation"]}}
@@ -8218,7 +8211,7 @@ def openapi() -> dict[str, Any]:
                 document["requestBody"] = {"required": required, "content": {"application/json": sent}}
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for path, (show, media, query) in PAGES.items():
-        content = {media: {"schema": {"type": "object"} if media == "application/json" else _TEXT}}
+        content = {media: {"schema": {"type": "object"} if media == "application/json" else {"type": "string"}}}
         good = {200: content, **({503: content} if show is show_health else {})}
         paths[path] = {"get": _document(path, show.__name__, show, query, good)}
     about = {"title": "ChronoTask", "version": __version__, "description": "A task scheduler: HTTP requests and bash commands."}
