@@ -7808,18 +7808,6 @@ def problem_answer(error: ChronoTaskError) -> web.Response:
 # --- Who may ask ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(64)
-def host_of(text: str) -> tuple[str, bool]:
-    """The name in `name:port` or `[v6]:port` in lower case, and whether it is an address. Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", text)
-    if match is None:
-        raise ValueError
-    name, is_address = (match[1] or match[2]).lower().rstrip("."), False
-    with contextlib.suppress(ValueError):
-        is_address = bool(ipaddress.ip_address(name))
-    return name, is_address
-
-
 class Tokens:
     """Who may ask: API_TOKEN, and the files of tokens as they are now."""
 
@@ -7866,13 +7854,14 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
     if path == "/health":  # is open to any Host
         return False
     host = ",".join(headers.getall("Host", []))
-    try:
-        name, is_address = host_of(host)
-    except ValueError:
-        raise Forbidden("the Host header is missing or malformed") from None
-    # A hostile page cannot have made an address point here (DNS rebinding).
-    if name != "localhost" and name not in settings.allowed_hosts and not is_address:
-        raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS")
+    if (match := re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host)) is None:
+        raise Forbidden("the Host header is missing or malformed")
+    name = (match[1] or match[2]).lower().rstrip(".")
+    if name != "localhost" and name not in settings.allowed_hosts:
+        try:
+            ipaddress.ip_address(name)  # a hostile page cannot have made an address point here (DNS rebinding)
+        except ValueError:
+            raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS") from None
     for origin in headers.getall("Origin", []):
         with contextlib.suppress(ValueError):
             page = yarl.URL(origin)
@@ -7958,10 +7947,11 @@ async def json_bytes(request: web.Request) -> bytes:
 def read_query(request: web.Request, model: type[Query] | None) -> Any:
     if model is None and not request.query_string:  # as most are: to look for one takes a fifth of a read
         return None
-    model, given = model or Query, dict(request.query)
-    wrong = [FieldError(name, "must be given once") for name in given if len(request.query.getall(name)) > 1]
-    wrong += [FieldError(name, f"must be sent as the header {header}") for name, header in model.headers.items() if name in given]
-    if wrong:
+    model = model or Query
+    given: dict[str, Any] = {
+        name: values if values[1:] else values[0] for name in request.query if (values := request.query.getall(name))
+    }
+    if wrong := [FieldError(name, f"must be sent as the header {of}") for name, of in model.headers.items() if name in given]:
         raise InvalidInput(*wrong)
     given |= {name: ", ".join(request.headers.getall(of)) for name, of in model.headers.items() if of in request.headers}
     try:
@@ -8047,8 +8037,6 @@ async def send_output(service: Service, request: web.Request) -> web.StreamRespo
     await answer.prepare(request)
     with contextlib.suppress(NotFound):  # it was deleted meanwhile: that is its end
         async for piece in pieces:
-            if request.transport is None:  # the client has gone
-                break
             await answer.write(piece)
     return answer
 
@@ -8212,8 +8200,7 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(API + operation.path, {})[method.lower()] = document
     for path, (show, media, query) in PAGES.items():
         content = {media: {"schema": {"type": "object"} if media == "application/json" else {"type": "string"}}}
-        good = {200: content, **({503: content} if show is show_health else {})}
-        paths[path] = {"get": _document(path, show.__name__, show, query, good)}
+        paths[path] = {"get": _document(path, show.__name__, show, query, {200: content})}
     about = {"title": "ChronoTask", "version": __version__, "description": "A task scheduler: HTTP requests and bash commands."}
     components = {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components, "security": [{}, {"token": []}]}
