@@ -5095,10 +5095,11 @@ _ASKED: contextvars.ContextVar[_OneAnswer] = contextvars.ContextVar("asked")  # 
 
 
 class HttpClient:
-    """The connections of all http tasks, and their resolver of names."""
+    """The connections of all http tasks, and their resolver of names. `now` (microseconds) serves a Retry-After date of a server
+    that sends no Date."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, now: Callable[[], int]) -> None:
+        self.settings, self.now = settings, now
         self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -5333,7 +5334,7 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
         message += f"; expected {', '.join(map(str, expected))}"
         if status in (401, 403) and request.left_behind:
             message += live.masked(f" (credentials for {request.left_behind} were not sent on to {request.url.origin()})")
-        wait = retry_after(response.headers) if status in (429, 503) else None
+        wait = retry_after(response.headers, client.now) if status in (429, 503) else None
         return Outcome("failed", message, output, retryable=status in (408, 425, 429) or 500 <= status < 600, retry_after=wait)
     except TimeoutError:
         return _stopped(live, timeout)
@@ -5507,14 +5508,15 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
         raise _Passing(_BROKE_OFF) from None
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str], now: Callable[[], int]) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, 10.2.3), at most an hour. A date counts from the server's own Date."""
-    text = headers.get("retry-after", "")
+    text, date = headers.get("retry-after", ""), headers.get("date")
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # no dates, or one with a zone and one without
-        until, start = (email.utils.parsedate_to_datetime(one) for one in (text, headers.get("date", "")))
-        return min(max((until - start).total_seconds(), 0.0), MAX_RETRY_WAIT)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        until = email.utils.parsedate_to_datetime(text).timestamp()
+        start = email.utils.parsedate_to_datetime(date).timestamp() if date else now() / SECOND
+        return min(max(until - start, 0.0), MAX_RETRY_WAIT)
     return None
 
 
@@ -5729,7 +5731,7 @@ class Engine:
         self.clock = clock
         self.feed = Feed(store)
         self.stats = Stats()
-        self.http = HttpClient(settings)
+        self.http = HttpClient(settings, clock.now)
         self.owner = str(uuid.uuid4())
         self.running: dict[int, Active] = {}
         self.pause_ends: int | None = None  # the next one that ends by itself
