@@ -8427,27 +8427,6 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     return made
 
 
-def input_schema(operation: Operation) -> dict[str, Any]:
-    """What a model needs to know of a tool's arguments. What create_task or create_schedule says is not said again."""
-    known, fields = tool_arguments(operation), dict[str, Any]()
-    resource = getattr(mark_of(operation.body), "resource", None)
-    for name, (part, schema, _) in known.items():
-        if UNTOLD & {name, f"{operation.name}.{name}"}:
-            continue
-        field = _lean(schema)
-        if part != "query" and (default := field.pop("default", None)) is not None:  # which some clients would send
-            field["description"] = f"{field.get('description', '')} (default {default})".strip()
-        if name in PAIRS:
-            field = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
-        home = "create_task" if part == "config" or (part == "body" and resource is Task) else "create_schedule"
-        if part != "query" and operation.name != home and name in tool_arguments(TOOLS[home]):
-            field = {key: field[key] for key in ("type", "anyOf", "properties") if key in field}
-            field |= {"items": {"type": "string"}} if field.get("type") == "array" else {}
-        fields[name] = field
-    required = [name for name in fields if known[name][2]]
-    return {"type": "object", "properties": fields} | ({"required": required} if required else {})
-
-
 def _lean(schema: dict[str, Any]) -> dict[str, Any]:
     """A field's schema in few words, and without null: an object is one of its fields, what may be of many types is text."""
     arms = [_lean(arm) for arm in schema.get("anyOf", ()) if arm != {"type": "null"}]
@@ -8464,19 +8443,36 @@ def _lean(schema: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def make_tools() -> types.ListToolsResult:
+    """What a model needs to know. What create_task or create_schedule says of an argument is not said again."""
     from mcp import types
 
     tools, words = [], ("read_only", "destructive", "idempotent", "open_world")
-    for name, operation in TOOLS.items():
+    for tool, operation in TOOLS.items():
+        fields, known, resource = dict[str, Any](), tool_arguments(operation), getattr(mark_of(operation.body), "resource", None)
+        for name, (part, schema, _) in known.items():
+            if UNTOLD & {name, f"{tool}.{name}"}:
+                continue
+            field = _lean(schema)
+            if part != "query" and (default := field.pop("default", None)) is not None:  # which some clients would send
+                field["description"] = f"{field.get('description', '')} (default {default})".strip()
+            if name in PAIRS:
+                field = {"type": "array", "items": {"type": "string"}, "description": f"NAME{PAIRS[name]}VALUE"}
+            home = "create_task" if part == "config" or (part == "body" and resource is Task) else "create_schedule"
+            if part != "query" and tool != home and name in tool_arguments(TOOLS[home]):
+                field = {key: field[key] for key in ("type", "anyOf", "properties") if key in field}
+                field |= {"items": {"type": "string"}} if field.get("type") == "array" else {}
+            fields[name] = field
+        required = [name for name in fields if known[name][2]]
         hints: Any = {f"{word}_hint": word in (operation.tool or ()) for word in words}
-        tool = types.Tool(
-            name=name,
-            title=name.replace("_", " ").capitalize(),
+        made = types.Tool(
+            name=tool,
+            title=tool.replace("_", " ").capitalize(),
             description=f"{operation.summary}. {operation.description}",
-            input_schema=input_schema(operation),  # and none of the answer: some clients drop what it does not list
+            # And no schema of the answer: some clients drop what it does not list.
+            input_schema={"type": "object", "properties": fields} | ({"required": required} if required else {}),
             annotations=types.ToolAnnotations(**hints),
         )
-        tools.append(tool)
+        tools.append(made)
     return types.ListToolsResult(tools=tools, ttl_ms=LIFETIME)
 
 
@@ -8575,8 +8571,7 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     if "total" in view:
         seen = view["skip"] + sum(len(answer[page]) for page in ROWS.keys() & answer.keys())
         if seen < view["total"]:
-            higher = "" if cut or view["limit"] == 100 else ", or with a higher limit"
-            notes.append(f"{view['total'] - seen} more: ask with skip={seen}{higher}")
+            notes.append(f"{view['total'] - seen} more: ask with skip={seen}")
     else:
         rest = "ask for the others, or for less of each" if "next_before_id" in view else "REST has all"
         notes += [
@@ -8979,19 +8974,18 @@ def set_up_logging(settings: Settings) -> None:
     """To stderr, and to LOG_FILE. All that anybody prints goes the same way from now on, tracebacks of threads too."""
     sys.stdout = sys.stderr = LogStream()
     streams = [sys.stderr]
-    if settings.log_file is not None:
+    if (path := settings.log_file) is not None:
         try:
-            if not settings.log_file.is_fifo():  # for whose reader its thread waits, the service does not
-                os.close(_open_log(settings.log_file))
+            if not path.is_fifo():  # for whose reader its thread waits, the service does not
+                os.close(_open_log(path))
         except OSError as error:
-            name = f"CHRONOTASK_LOG_FILE={shown(str(settings.log_file))}"
-            raise StartupError(f"{name}: cannot be written: {error.strerror}", 2) from None
-        streams.append(LogStream(settings.log_file))
+            raise StartupError(f"CHRONOTASK_LOG_FILE={shown(str(path))}: cannot be written: {error.strerror}", 2) from None
+        streams.append(LogStream(path))
     logging.basicConfig(level=settings.log_level, handlers=[logging.StreamHandler(stream) for stream in streams], force=True)
     for handler in logging.root.handlers:
         handler.setFormatter(_LINES)
-    if settings.log_file is not None and settings.log_file.is_file():
-        check_owner(settings.log_file, 0o026 if settings.bash_user else 0o022)
+    if path is not None and path.is_file():
+        check_owner(path, 0o026 if settings.bash_user else 0o022)
     for name in ("aiohttp.access", "mcp", "sse_starlette"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -9163,8 +9157,6 @@ def warn_if_open(settings: Settings) -> None:
 def run_backup(settings: Settings, target: str) -> None:
     """Writes a copy of the database to a file, or to standard output. Raises StartupError, Unavailable."""
     source = settings.database_url
-    if not os.path.exists(source):
-        raise StartupError(f"there is no database {source} to back up")
     if target == "-":
         if sys.stdout is None or sys.stdout.isatty():
             raise StartupError("--backup=-: a database is no text for a terminal; redirect the output to a file", 2)
@@ -9200,8 +9192,6 @@ def print_crontab(name: str, system: bool, user: pwd.struct_passwd) -> None:
 
 async def use_definitions(settings: Settings, options: argparse.Namespace, environ: Environ, body: Any) -> int:
     """--apply (of `body`) and --export, as one more process on the database. Returns the exit status."""
-    if options.export is not None and not os.path.exists(settings.database_url):
-        raise StartupError(f"there is no database {settings.database_url} to export")
     clock = Clock()
     with contextlib.closing(Store(settings.database_url, clock.monotonic)) as store:
         service = Service(settings, store, clock, environ)
@@ -9238,6 +9228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ.umask = os.umask(0o077)
         if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
+        for name, what in (("backup", "back up"), ("export", "export")):
+            if getattr(options, name) is not None and not os.path.exists(settings.database_url):
+                raise StartupError(f"there is no database {settings.database_url} to {what}")
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
