@@ -727,9 +727,10 @@ class _Expression:
         # Pairs of weekday and 1 to 5, or 0 for the last one of the month.
         self.nth = sorted({(*_field_values(_FIELDS[5], m[1] or m[3]), int(m[2] or 0)) for m in special if m})
 
-        days = ",".join([*map(str, self.days), *["L"] * self.last_day])
-        months = ",".join(map(str, self.months))
-        weekdays = ",".join([f"{day}#{n}" if n else f"L{day}" for day, n in self.nth] or map(str, self.weekdays))
+        days = "*" if len(self.days) == 31 else ",".join([*map(str, self.days), *["L"] * self.last_day])
+        months = "*" if len(self.months) == 12 else ",".join(map(str, self.months))
+        matches = [f"{day}#{n}" if n else f"L{day}" for day, n in self.nth] or map(str, self.weekdays)
+        weekdays = "*" if len(self.weekdays) == 7 else ",".join(matches)
         # The day fields for croniter, in plain numbers: it reads an equal range (5-5) as "every", and takes more than engines
         # agree on (H, R, W). Where one of two is enough each stands by itself: of 31 February or a Monday one never comes.
         self.dates = (f"{days} {months} {weekdays}",) if self.both else (f"{days} {months} *", f"* {months} {weekdays}")
