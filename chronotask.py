@@ -4367,11 +4367,12 @@ def _secret_forms(secret: str) -> set[bytes]:
     forms |= {b" ".join(plain.split()), plain.replace(b" ", b"+")}  # of `echo $SECRET`; in a form
     forms |= {line.strip() for form in forms for line in form.split(b"\n")}  # as GitHub's runner masks it
     forms |= {secret.encode("utf-16-le", "replace"), secret.encode("utf-16-be", "replace")}
+    encoded = base64.b64encode(plain)
+    pieces = {encoded, encoded.rstrip(b"=")}
     for before in range(3):  # bytes of something else, as in the `user:password` of basic authentication
-        text = base64.b64encode(bytes(before) + plain)
-        whole = (before + len(plain)) * 8 // 6  # characters that the secret alone determines, behind those that it does not
-        pieces = {text[-(-before * 8 // 6) : whole]} | ({text, text.rstrip(b"=")} if before == 0 else set())
-        forms |= pieces | {piece.translate(bytes.maketrans(b"+/", b"-_")) for piece in pieces}
+        text = base64.b64encode(bytes(before) + plain)  # in it the characters that the secret alone determines
+        pieces.add(text[-(-before * 8 // 6) : (before + len(plain)) * 8 // 6])
+    forms |= pieces | {piece.translate(bytes.maketrans(b"+/", b"-_")) for piece in pieces}
     return {form for form in forms if len(form) >= MIN_SECRET_LENGTH}
 
 
@@ -4520,62 +4521,53 @@ def resolve_secrets(
     if "${" not in str(config):
         return config, []
     known = parsed(facts) if facts else {}
-    secrets: list[str] = []
-
-    @functools.cache
-    def named(kind: str, name: str) -> str:
-        if kind == "cause":
-            return _fact(known.get(name))
-        if len(secrets) == MAX_SECRETS:
-            raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
-        if kind == "file":
-            secrets.append(_secret_file(name, settings))
-        elif not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
-            raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
-        elif name not in environ:
-            raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
-        elif task_type == "http" and re.search("[\udc80-\udcff]", environ[name]):
-            raise ChronoTaskError(f"${{env:{name}}}: is not UTF-8 text")
-        else:
-            secrets.append(environ[name])
-        return secrets[-1]
-
-    def put(found: re.Match[str], escape: Callable[[str], str] = lambda text: text.replace("\0", "")) -> str:
-        text = named(found[1], found[2])
-        return escape(text) if found[1] == "cause" else text
-
+    secrets: dict[str, str] = {}
     url = config.get("url", "")
     parts = url_parts(url)
-    end = len(url) - len(parts.rest)
-    host = end - len(parts.host)
+    end = len(url) - len(parts.rest)  # of the host
 
-    def put_in_url(found: re.Match[str]) -> str:
-        """A secret at the beginning or in the host is taken as it is; elsewhere nothing can change the shape of the URL."""
-        text, at, is_secret = named(found[1], found[2]), found.start(), found[1] != "cause"
-        if is_secret and (at == 0 or host <= at < end):
-            return text
-        return urllib.parse.quote(text, safe="/:," if is_secret and at >= host else "")
+    def put(found: re.Match[str], of_fact: Callable[[str], str], in_url: bool) -> str:
+        reference, at, (kind, name) = found[0], found.start(), found.groups()
+        if kind == "cause":
+            return of_fact(_fact(known.get(name)))
+        if reference not in secrets:
+            if len(secrets) == MAX_SECRETS:
+                raise ChronoTaskError(f"more than {MAX_SECRETS} different secrets in one configuration")
+            secrets[reference] = _secret(kind, name, task_type, environ, settings)
+        if not in_url or at == 0 or end - len(parts.host) <= at < end:
+            return secrets[reference]
+        # At the beginning and in the host of a URL it is taken as it is; elsewhere nothing can change its shape.
+        return urllib.parse.quote(secrets[reference], safe="/:," if at >= end else "")
 
-    puts: dict[str, Callable[[re.Match[str]], str]] = {
-        "url": put_in_url,
-        "headers": partial(put, escape=partial(_one_line, limit=512)),
+    of_facts: dict[str, Callable[[str], str]] = {
+        "url": partial(urllib.parse.quote, safe=""),
+        "headers": partial(_one_line, limit=512),
     }
     if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
-        puts["body"] = partial(put, escape=urllib.parse.quote_plus)
+        of_facts["body"] = urllib.parse.quote_plus
     result = dict(config)
     for field in config.keys() & ({"url", "headers", "params", "body", "auth"} if task_type == "http" else {"env"}):
-        result[field] = mapped(config[field], partial(_FILLED.sub, puts.get(field, put)))
+        of_fact = of_facts.get(field, lambda text: text.replace("\0", ""))
+        result[field] = mapped(config[field], partial(_FILLED.sub, partial(put, of_fact=of_fact, in_url=field == "url")))
     for name, value in result.get("headers", {}).items():
         if NOT_IN_HEADERS.search(value):  # a secret must not smuggle in further headers
             raise ChronoTaskError(f"config.headers.{name}: the secret holds a line break or control character")
-    return result, secrets
+    return result, [*secrets.values()]
 
 
 def _fact(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else compact(value)
 
 
-def _secret_file(name: str, settings: Settings) -> str:
+def _secret(kind: str, name: str, task_type: str, environ: Mapping[str, str], settings: Settings) -> str:
+    if kind == "env":
+        if not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
+            raise ChronoTaskError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
+        if name not in environ:
+            raise ChronoTaskError(f"${{env:{name}}}: the service has no such variable")
+        if task_type == "http" and re.search("[\udc80-\udcff]", environ[name]):
+            raise ChronoTaskError(f"${{env:{name}}}: is not UTF-8 text")
+        return environ[name]
     label = f"${{file:{_one_line(name, 200)}}}"
     try:
         path = Path(os.path.realpath(Path(settings.secrets_dir, name), strict=True))
@@ -4797,7 +4789,9 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
                 if user is not None:  # who opens it by its name, as in `echo >/dev/stderr`
                     os.fchmod(writer, 0o622)
                 connect = asyncio.get_running_loop().connect_read_pipe(partial(_Pipe, live, stream), open(reader, "rb", 0))
-                pipes.append((await connect)[1])
+                transport, pipe = await connect
+                pipe.transport = transport
+                pipes.append(pipe)
             if live.reason:
                 return _stopped(live, timeout)
             process = _spawn(words, env, {"cwd": folder} if user is None else as_user(user), environ, *writers)
@@ -4890,9 +4884,6 @@ class _Pipe(asyncio.Protocol):
         self.live: LiveOutput | None = live
         self._stream = stream
         self.over = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.ReadTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         if self.live is not None:
