@@ -174,8 +174,6 @@ from pydantic import (
     WithJsonSchema,
     WrapValidator,
     create_model,
-    field_validator,
-    with_config,
 )
 from pydantic_core import from_json, to_json
 from typing_extensions import TypedDict, is_typeddict
@@ -1289,10 +1287,8 @@ def _references(text: str, cause: bool = False) -> str:
         if name not in CAUSE_NAMES:
             raise ValueError(f"${{cause:…}} must name one of {', '.join(CAUSE_NAMES)}, not {shown(name)}")
         if not cause:
-            raise ValueError(
-                f"${{cause:{name}}} cannot stand here: only in the path and query of url, in params, headers and env, in a body "
-                "that is an object or a list, and in one that is text if the Content-Type is text/plain or a form"
-            )
+            places = "path and query of url, params, headers, env, and a body that is JSON, text/plain or a form"
+            raise ValueError(f"${{cause:{name}}} cannot stand here: only in {places}")
     for kind, name in SECRET_REFERENCE.findall(text):
         if kind == "env" and not re.fullmatch(SECRET_PREFIX + "[A-Za-z0-9_]+", name):
             raise ValueError(f"${{env:{shown(name)}}}: only variables named {SECRET_PREFIX}… may be read")
@@ -1415,11 +1411,9 @@ _Code = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}),
 ]
 _Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
-_config = with_config(STRICT)
 
 
 # Checked, they are the dicts that are stored, with the fields that were sent: no default is filled in, no object made.
-@_config
 class HttpAuth(TypedDict):
     """HTTP basic authentication."""
 
@@ -1427,7 +1421,6 @@ class HttpAuth(TypedDict):
     password: Annotated[_Text, Field(max_length=4096), _NO_CONTROL]
 
 
-@_config
 class HttpConfig(TypedDict, total=False):
     """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
 
@@ -1472,7 +1465,6 @@ _Variable = Annotated[
 _Value = Annotated[str, Field(max_length=65536), _NO_NUL, _WITH_FACTS]
 
 
-@_config
 class BashConfig(TypedDict, total=False):
     """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
 
@@ -1516,7 +1508,6 @@ AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "st
 _Zone = Annotated[str, _read(lambda name, *_: load_zone(name)), Field(description="IANA time zone; default: the service's")]
 
 
-@_config
 class CronConfig(TypedDict, total=False):
     """For cron: 5 fields, or 6 with seconds first."""
 
@@ -1534,7 +1525,6 @@ class CronConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
-@_config
 class OnceConfig(TypedDict, total=False):
     """For once: ISO 8601, or so many seconds from now."""
 
@@ -1543,7 +1533,6 @@ class OnceConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
-@_config
 class IntervalConfig(TypedDict, total=False):
     """For interval: every so many seconds, or days at a local time, from `start_date` on, else from its creation."""
 
@@ -1553,7 +1542,6 @@ class IntervalConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
-@_config
 class AfterConfig(TypedDict, total=False):
     """For after: when other tasks come to something. Exactly one of task_ids, tag, any."""
 
@@ -1567,6 +1555,10 @@ class AfterConfig(TypedDict, total=False):
 
 CONFIGS: dict[str, Any] = {"http": HttpConfig, "bash": BashConfig}
 SCHEDULE_CONFIGS: dict[str, Any] = {"cron": CronConfig, "once": OnceConfig, "interval": IntervalConfig, "after": AfterConfig}
+
+
+for _model in (HttpAuth, *CONFIGS.values(), *SCHEDULE_CONFIGS.values()):
+    _model.__pydantic_config__ = STRICT
 
 
 def check_schedule_config(schedule_type: str, config: Any, default_zone: str, now: int) -> dict[str, Any]:
@@ -1698,12 +1690,15 @@ def instant_or_none(t: int | None) -> str | None:
     return None if t is None else format_instant(t)
 
 
-def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
-    if isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent):
-        return sent
-    if isinstance(sent, bool) or (isinstance(sent, str) and not re.fullmatch("[0-9]{1,19}", sent)):
-        raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
+def _whole(sent: Any, check: Callable[[Any], Any], *, what: str = "a whole number") -> Any:
+    if isinstance(sent, bool) or (isinstance(sent, str) and not re.fullmatch("-?[0-9]{1,19}", sent)):
+        raise ValueError(f"must be {what}, not {shown(sent)}")
     return check(sent)
+
+
+def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
+    named = isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent)
+    return sent if named else _whole(sent, check, what="the id of a task, or key:NAME")
 
 
 def _statuses(sent: Any) -> Any:
@@ -1714,12 +1709,13 @@ def _statuses(sent: Any) -> Any:
 
 
 _UNIQUE = AfterValidator(lambda entries: list(dict.fromkeys(entries)))
-Id = Annotated[int, Field(ge=1, le=MAX_ID)]
-Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
-Limit = Annotated[int, Field(ge=1, le=1000)]
+Id = Annotated[int, Field(ge=1, le=MAX_ID), WrapValidator(_whole)]
+Skip = Annotated[int, Field(ge=0, le=MAX_ID), WrapValidator(_whole)]
+Limit = Annotated[int, Field(ge=1, le=1000), WrapValidator(_whole)]
 # The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
 TaskId = Annotated[
-    Id,
+    int,
+    Field(ge=1, le=MAX_ID),
     WrapValidator(_task_id),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
 ]
@@ -1993,10 +1989,9 @@ class Shape:
         self.instants = [name for name in self.loaded if Mark.TIME in arms[name]]
         # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
         self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
-        # Columns that hold JSON: dict or list. In one that is damaged it is empty: one broken row does not stop the others.
+        # Columns that hold JSON: dict or list. What is damaged is read as NULL, and is empty: it does not stop other rows.
         self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
-        repairs: dict[str, Any] = {name: bool for name in self.loaded if arms[name] == [bool]}
-        repairs |= {name: partial(_sound, kind) for name, kind in self.json.items() if len(arms[name]) == 1}
+        empty = {name: f"or {kind.__name__}()" for name, kind in self.json.items() if len(arms[name]) == 1}
         self.shown = {name: hints[name] for name in shown}  # what a client sees, and its type there
         self.times = [name for name in shown if Mark.TIME in arms[name]]  # of what is shown
         not_written = marked[Mark.READ_ONLY] | marked[Mark.INTERNAL]
@@ -2004,9 +1999,10 @@ class Shape:
             name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
         }
         # Of a row of what is loaded, and what is shown. Generated, they take half of what loops over the fields take.
-        values = [f"{name}={name if name in repairs else ''}(row[{at}])" for at, name in enumerate(self.loaded)]
+        read = {name: "bool" for name in self.loaded if arms[name] == [bool]}
+        values = [f"{name}={read.get(name, '')}(row[{at}]){empty.get(name, '')}" for at, name in enumerate(self.loaded)]
         views = [f"{name!r}: {'text' if name in self.times else ''}(item.{name})" for name in shown]
-        self.make: Callable[[Sequence[Any]], Any] = eval(f"lambda row: kind({', '.join(values)})", {"kind": resource, **repairs})
+        self.make: Callable[[Sequence[Any]], Any] = eval(f"lambda row: kind({', '.join(values)})", {"kind": resource})
         self.view: Callable[[Any], dict[str, Any]] = eval(f"lambda item: {{{', '.join(views)}}}", {"text": instant_or_none})
 
 
@@ -2019,10 +2015,6 @@ def _arms(kind: Any) -> list[Any]:
     if origin is Annotated:
         return [Mark.TIME] if Mark.TIME in args else _arms(args[0])
     return [arm for one in args for arm in _arms(one)] if origin in (Union, UnionType) else [kind]
-
-
-def _sound(kind: type[Any], value: Any) -> Any:
-    return value if isinstance(value, kind) else kind()
 
 
 def view_of(item: Any) -> dict[str, Any]:
@@ -2289,13 +2281,6 @@ class Query(BaseModel):
 
     headers: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
-
-    @field_validator("skip", "limit", "schedule_id", "execution_id", "before_id", mode="before", check_fields=False)
-    @classmethod
-    def _digits(cls, value: Any) -> Any:
-        if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,19}", value)):
-            raise ValueError(f"must be a whole number, not {shown(value)}")
-        return value
 
 
 class TaskQuery(Query):
