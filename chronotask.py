@@ -1682,7 +1682,7 @@ def compact(value: Any) -> str:
 
 
 def parsed(text: str) -> Any:
-    """The value of JSON text that SQLite or `compact` wrote. What comes from outside is read with the standard library."""
+    """The value of JSON text that SQLite or `compact` wrote."""
     return from_json(text, cache_strings="keys")  # values may be secrets
 
 
