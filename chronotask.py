@@ -7345,21 +7345,19 @@ def _toml_key(key: str) -> str:
 # --- The model of a file ----------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, kw_only=True)
-class Definitions:
-    """A file of definitions."""
-
-    chronotask: Annotated[Literal[1], Field(description="version of the format")]
-    owner: Annotated[Key, Field(description="who manages what is in it")] = "file"
-    adopt: Annotated[bool, Field(description="take over what belongs to nobody or to another owner")] = False
-    tasks: Annotated[
-        dict[Key, dict[str, Any]],
-        Field(description="by key: the fields of POST /tasks (name: default the key), and schedules, by key too"),
-    ] = dataclasses.field(default_factory=dict)
-    warnings: Annotated[list[str], Field(description="what an export says of itself")] = dataclasses.field(default_factory=list)
-
-
-DefinitionFile = Annotated[dict[str, Any], Body(Definitions, "DefinitionFile")]
+_Definitions: dict[str, Any] = {
+    "chronotask": Annotated[Literal[1], Field(description="version of the format")],
+    "owner": NotRequired[Annotated[Key, Field(description="who manages what is in it; default: file")]],
+    "adopt": NotRequired[Annotated[bool, Field(description="take over what belongs to nobody or to another owner")]],
+    "tasks": NotRequired[
+        Annotated[
+            dict[Key, dict[str, Any]],
+            Field(description="by key: the fields of POST /tasks (name: default the key), and schedules, by key too"),
+        ]
+    ],
+    "warnings": NotRequired[Annotated[list[str], Field(description="what an export says of itself")]],
+}
+DefinitionFile = Annotated[dict[str, Any], Body(None, "DefinitionFile", **_Definitions)]
 _Schedules = NotRequired[dict[Key, dict[str, Any]]]
 _FileTask = Annotated[dict[str, Any], Body(Task, "FileTask", without=("key",), name=NotRequired[Name], schedules=_Schedules)]
 _FileSchedule = Annotated[dict[str, Any], Body(Schedule, "FileSchedule", without=("key", "task_id"))]
@@ -7411,9 +7409,8 @@ def _in_file(key: str) -> str:
 
 def _refuse(errors: Sequence[FieldError]) -> None:
     if errors:
-        told = [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors[:100]]
-        more = [FieldError("", f"and {len(errors) - 100} more")] if len(errors) > 100 else []
-        raise InvalidInput(*told, *more)
+        told = [FieldError(path.replace("schedule_config.task_ids", "schedule_config.tasks"), why) for path, why in errors]
+        raise InvalidInput(*told)
 
 
 def check_definitions(service: Service, file: Mapping[str, Any], now: int) -> dict[str, tuple[Any, Collection[str]]]:
@@ -7553,7 +7550,7 @@ async def apply_definitions(service: Service, query: ApplyQuery, body: Definitio
     """Make tasks and schedules what a file says, in one transaction. As it stands in a file: chronotask = 1,
     [tasks.KEY] task_type = "bash", config = {command = "…"}, [tasks.KEY.schedules.KEY] schedule_type = "cron", schedule_config =
     {expression = "30 2 * * *"}. Tasks that it no longer names go on unless prune says otherwise. Try dry_run first."""
-    file, now = {**shape_of(Definitions).defaults, **body}, service.clock.now()
+    file, now = {"owner": "file", "adopt": False, "tasks": {}, **body}, service.clock.now()
     wanted = await in_daemon(check_definitions, service, file, now)
 
     def write(tx: Transaction) -> _Apply:
@@ -7678,11 +7675,8 @@ class ConfigFile:
 #
 # What the cron of Debian 12 (3.0pl1-162, crontab(5)) makes of the same lines, also where the page does not say it.
 
-_CRON_SETTING = re.compile(
-    r"""(?:'([^'=]*)'|"([^"=]*)"|([^\s='"][^\s=]*))\s*=\s*(?:'([^']*)'\s*|"([^"]*)"\s*|([^\s'"].*))""", re.ASCII | re.DOTALL
-)
+_CRON_SETTING = re.compile(r"""(['"]?)([^\s='"]+)\1\s*=\s*(\S.*)""", re.ASCII | re.DOTALL)
 _CRON_COMMAND = re.compile(r"((?:[^\\%]|\\.?)*)(?:%(.*))?", re.DOTALL)
-_NOT_OF_CRON = re.compile(r"(?:^|[ ,])(?:l|[0-9a-z]+/)|#|(?<!0)-0+(?![0-9])|(?<!sun)-sun|^@.*(?-i:[A-Z])", re.IGNORECASE)
 # What bash and every /bin/sh do alike: a program, its words, files for its output.
 _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +(?:2>&1|2?>>? *[A-Za-z0-9_./-]+))*")
 
@@ -7696,16 +7690,17 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             continue
         try:
             if setting := _CRON_SETTING.fullmatch(line):
-                name, value = (part for part in setting.groups() if part is not None)
-                quoted = len(value := value.rstrip()) > 1 and value[0] == value[-1] and value[0] in "'\""
-                changed = env | {name: value[1:-1] if quoted else value} | {"LOGNAME": user.pw_name}
+                value = setting[3]
+                for _ in range(2):  # so many pairs of quotes it takes away
+                    value = re.sub(r"""\A(['"])(.*)\1\Z""", r"\2", value.rstrip(), flags=re.DOTALL)
+                changed = env | {setting[2]: value, "LOGNAME": user.pw_name}
                 parse_config("bash", {"command": ":", "env": changed, "working_dir": changed["HOME"]})
                 zone = load_zone(changed["CRON_TZ"]).key if "CRON_TZ" in changed else zone
                 env = changed
                 continue
             times = 1 if line.startswith("@") else 5
             fields = re.split("[ \t]+", line, maxsplit=times + system)
-            if len(fields) <= times + system or fields[-1].startswith("*"):
+            if len(fields) <= times + system:
                 raise ValueError(f"must be five time fields or an @word{', a user' * system} and a command, or NAME = VALUE")
             if not system and fields[-1].startswith("root "):
                 raise ValueError("has a user before its command: --system reads it")
@@ -7721,11 +7716,8 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
                 config = {"command": f'exec "$SHELL"{here} -c', "args": [command]}
             config = parse_config("bash", config | {"env": env, "working_dir": env["HOME"], "timeout": 86400})
             task = {"name": printable(command)[:100] or f"line {number}", "task_type": "bash", "config": config, "max_retries": 0}
-            if _NOT_OF_CRON.search(expression := " ".join(fields[:times])):
-                raise ValueError(
-                    f"{shown(expression)} is none that cron reads, or not as you (no day for SAT-SUN, MON for MON#2)"
-                )
-            if expression != "@reboot":
+            if fields[0] != "@reboot":
+                expression = " ".join(fields[:times])
                 when = check_schedule_config("cron", {"expression": expression, "timezone": zone}, zone, 0)
                 kept = {"overlap": "allow", "catchup": "skip"}
                 task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": when, **kept}}
@@ -7742,8 +7734,6 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
             mail.setdefault(env["MAILTO"], []).append(key)
     if errors:
         raise InvalidInput(*errors)
-    if text and not text.endswith("\n"):
-        comments[""].append("The last line has no end: cron itself would refuse the whole crontab.")
     for address, keys in mail.items():  # what does what MAILTO does, as lines of TOML
         send = f'printf \'%s\\n\' "$CHRONOTASK_CAUSE_OUTPUT" | mail -s "$CHRONOTASK_CAUSE_TEXT" {shlex.quote(address)}'
         mailer: dict[str, Any] = {"task_type": "bash", "config": {"command": f'[ -z "$CHRONOTASK_CAUSE_OUTPUT" ] || {send}'}}

@@ -7419,8 +7419,6 @@ async def test_all_that_is_wrong_in_a_file_is_said_as_rest_says_it_with_its_path
         "tasks.b.max_retries", "tasks.b.schedules.s.jitter", "tasks.c.config.command",
         "tasks.c.schedules.s.schedule_config.seconds",
     ]  # fmt: skip
-    many = {f"t{n}": {**good, "max_retries": -1} for n in range(300)}
-    assert (await refusal(applied(rig, {"chronotask": 1, "tasks": many}))).detail.endswith("; and 200 more")
     assert rig.sql("SELECT count(*) FROM tasks") == [(0,)]
 
 
@@ -7646,21 +7644,17 @@ def test_what_a_crontab_has_and_chronotask_has_not_is_told_with_its_line_and_wha
         "No schedule here is about the start of the machine: its init system can ask for a run by",
         "curl -X POST http://127.0.0.1:8000/api/v1/tasks/key:a/execute",
     ]
-    assert comments[""][:2] == [
-        "The last line has no end: cron itself would refuse the whole crontab.",
-        "MAILTO=ops@example.org: output is kept in the history here. To get it by mail as well, take the # away from:",
-    ]
+    advice = "output is kept in the history here. To get it by mail as well, take the # away from:"
+    assert comments[""][0] == f"MAILTO=ops@example.org: {advice}"
     told = {"schedule_type": "after", "schedule_config": {"tasks": ["a", "a-2"], "on": ["success", "failure"]}}
-    assert tomllib.loads("\n".join(comments[""][2:]))["tasks"]["mail-ops-example-org"]["schedules"]["end"] == told
+    assert tomllib.loads("\n".join(comments[""][1:]))["tasks"]["mail-ops-example-org"]["schedules"]["end"] == told
     assert read_crontab('MAILTO=""\n* * * * * /bin/a\n', False, ROOT, "UTC")[1][""] == []
 
 
 def test_every_line_that_cannot_be_read_is_named() -> None:
     no_job = "must be five time fields or an @word and a command, or NAME = VALUE"
     for line, said in {
-        **dict.fromkeys(("* * * * *", "@hourly", "* * * * * * /bin/a", "FOO="), no_job),
-        **{f"{t} /bin/a": f"'{t}' is none that cron reads" for t in ("5/9 * * * *", "0 0 L * *", "0 0 * * MON#2", "0 0 * * 5-0")},
-        "@Daily /bin/a": "'@Daily' is none that cron reads",
+        **dict.fromkeys(("* * * * *", "@hourly", "FOO="), no_job),
         "@weekdays /bin/a": "schedule_config.expression: '@weekdays': ",
         "61 * * * * /bin/a": "schedule_config.expression: '61 * * * *': ",
         "CRON_TZ=Berlin": "must be an IANA time zone (did you mean Europe/Berlin?)",
