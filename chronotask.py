@@ -3074,16 +3074,6 @@ class _Queue:
             self.turn = []
 
 
-def storage_error(error: Exception) -> Exception:
-    """A database error as what the caller hears; other exceptions stay as they are."""
-    if not isinstance(error, sqlite3.Error):
-        return error
-    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
-        less = "ask for less (fewer pages back, other filters)"
-        return Unavailable(f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; {less}")
-    return Unavailable(f"the database cannot do this now: {error}")
-
-
 class Store:
     """The database: opened with its schema brought up to date, written by one thread, read by others. Made in its loop."""
 
@@ -3099,9 +3089,9 @@ class Store:
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._closing = False
         self._start("writer", self._db, self._writes, self._write_batch)
-        self._start("reader", reader := connect(path, read_only=True), self._reads, partial(_read_batch, reader))
-        for _ in range(SCANNERS):
-            self._start("scanner", scanner := connect(path, read_only=True), self._scans, partial(self._scan, scanner), most=1)
+        for name, calls, most in (("reader", self._reads, 500), *[("scanner", self._scans, 1)] * SCANNERS):
+            db = connect(path, read_only=True)
+            self._start(name, db, calls, partial(self._read_batch, db), most)
 
     def _start(self, name: str, db: DB, calls: _Queue, run: Callable[[list[_Call]], None], most: int = 500) -> None:
         """Starts a thread that runs what waits in `calls`, up to `most` at once as one batch."""
@@ -3148,12 +3138,22 @@ class Store:
         """Like `read`, for what may look at many rows: beside everything else. Raises Unavailable after SCAN_TIMEOUT seconds."""
         return cast(T, await self._submit(self._scans, run, at_once=True))
 
-    def _scan(self, db: DB, batch: list[_Call]) -> None:
-        [call] = batch
-        until = call.since + SCAN_TIMEOUT
-        # One that was given up must not keep its thread from those who wait.
-        db.set_progress_handler(lambda: self._closing or call.future.cancelled() or self._monotonic() > until, SCAN_STEP)
-        _read_batch(db, batch)
+    def _read_batch(self, db: DB, batch: list[_Call]) -> None:
+        """All calls on one snapshot. What takes too long, or was given up, must not keep the thread from those who wait."""
+
+        def is_enough() -> bool:
+            late = self._monotonic() > batch[0].since + SCAN_TIMEOUT
+            return late or self._closing or all(call.future.cancelled() for call in batch)
+
+        db.set_progress_handler(is_enough, SCAN_STEP)
+        db.execute("BEGIN")  # touches nothing yet: the snapshot is taken by the first query
+        for call in batch:
+            try:
+                call.result = call.run(db)
+            except Exception as error:  # one that fails must not fail the others
+                call.error = error
+        if db.in_transaction:
+            db.execute("ROLLBACK")  # not COMMIT, which after a failure of the disk may leave the transaction open
 
     async def foreign_changes(self) -> bool:
         """Whether another process has committed since the last call. After a failure it also tries a real write."""
@@ -3178,9 +3178,6 @@ class Store:
     def _write_batch(self, batch: list[_Call]) -> None:
         """All calls in one transaction; if one fails after a change, each in a transaction of its own."""
         self._writing = batch[0]
-        if self.failure and _pragma(self._db, "wal_autocheckpoint"):  # on a full disk, what the log has taken serves again
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("PRAGMA wal_checkpoint").fetchone()
         if not self._transaction(batch):
             for call in batch:
                 call.result = call.error = None
@@ -3242,23 +3239,19 @@ class Store:
                 db.close()  # the writer's last: then SQLite leaves one file that holds everything
 
 
-def _read_batch(db: DB, batch: list[_Call]) -> None:
-    db.execute("BEGIN")  # touches nothing yet: the snapshot is taken by the first query
-    for call in batch:
-        try:
-            call.result = call.run(db)
-        except Exception as error:  # one that fails must not fail the others
-            call.error = error
-    if db.in_transaction:
-        db.execute("ROLLBACK")  # not COMMIT, which after a failure of the disk may leave the transaction open
-
-
 def _deliver(batch: list[_Call]) -> None:
+    """Gives the callers what came of their calls: an error of the database as what a client hears."""
+    less = "ask for less (fewer pages back, other filters)"
     for call in batch:
+        error = call.error
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+            error = Unavailable(f"this looks at too many rows: it was ended after {SCAN_TIMEOUT:g} s; {less}")
+        elif isinstance(error, sqlite3.Error):
+            error = Unavailable(f"the database cannot do this now: {error}")
         if call.future.cancelled():
             continue
-        if call.error is not None:
-            call.future.set_exception(storage_error(call.error))
+        if error is not None:
+            call.future.set_exception(error)
         else:
             call.future.set_result(call.result)
 
@@ -3291,9 +3284,19 @@ def open_database(path: Path) -> DB:
     """The writer's connection, its schema up to date. Raises StartupError; never overwrites what is no database of ours."""
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
-    _check_files(Path(os.path.realpath(path)))
-    check_owners(path)
+    real = os.path.realpath(path)
+    if os.path.exists(real) and not os.path.isfile(real):
+        raise StartupError(f"{path} is a folder or a device: set CHRONOTASK_DATABASE_URL to a file", exit_status=2)
     try:
+        Path(real).parent.mkdir(parents=True, exist_ok=True)
+        check_owners(path)
+        size, wal_size = (os.path.getsize(file) if os.path.exists(file) else 0 for file in (real, f"{real}-wal"))
+        if 0 < size < 512:  # SQLite takes what is shorter than a page for a database that is empty, and writes over it
+            raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
+        if not size and wal_size:
+            raise StartupError(
+                f"{path} is missing or empty, but {real}-wal holds data: bring the database back, or move that away"
+            )
         with contextlib.ExitStack() as stack:
             db = stack.enter_context(contextlib.closing(connect(path)))
             version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
@@ -3317,33 +3320,15 @@ def open_database(path: Path) -> DB:
                 migrate(db, MIGRATIONS)
             stack.pop_all()
         return db
-    except sqlite3.Error as error:
-        closed = (
-            f"uid {os.getuid()} must be able to write {path.parent}, which belongs to uid {path.parent.stat().st_uid} (or is it "
-            f"read-only?): chown -R {os.getuid()} that folder, or run ChronoTask as its owner (in a container: --user)"
-        )
-        full, locked, failing = "make room on its disk", "another program holds a lock on it", "its disk is full, or failing"
-        remedies = {"unable to open": closed, "readonly": closed, "locked": locked, "full": full, "disk I/O": failing}
-        remedy = next((remedy for word, remedy in remedies.items() if word in str(error)), _LEFT_ALONE)
+    except (OSError, sqlite3.Error) as error:
+        remedy = _LEFT_ALONE
+        if isinstance(error, (OSError, sqlite3.OperationalError)):
+            remedy = (
+                f"{path.parent} must be writable for uid {os.getuid()} (chown -R {os.getuid()} it, or run as its owner, "
+                "in a container by --user), with room on its disk, and no other program may hold a lock on the database; or set "
+                "CHRONOTASK_DATABASE_URL to another place"
+            )
         raise StartupError(f"the database {path} cannot be used: {error}; {remedy}") from None
-
-
-def _check_files(path: Path) -> None:
-    if os.path.exists(path) and not os.path.isfile(path):  # Path.exists raises when the folder above may not be entered
-        raise StartupError(f"{path} is a folder or a device: set CHRONOTASK_DATABASE_URL to a file", exit_status=2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        wal = Path(f"{path}-wal")
-        size, wal_size = (file.stat().st_size if file.exists() else 0 for file in (path, wal))
-    except OSError as error:
-        raise StartupError(
-            f"the database folder {path.parent} cannot be used by uid {os.getuid()}: {error.strerror}; "
-            f"make it writable (chown {os.getuid()} {path.parent}), or set CHRONOTASK_DATABASE_URL to another place"
-        ) from None
-    if size and size < 512:  # SQLite takes what is shorter than a page for a database that is empty, and writes over it
-        raise StartupError(f"{path} is not a database: {_LEFT_ALONE}")
-    if not size and wal_size:
-        raise StartupError(f"{path} is missing or empty, but {wal} holds data: bring the database back, or move that away")
 
 
 def check_owners(path: Path) -> None:
@@ -3665,10 +3650,9 @@ def _page(
     two columns that are counted (None: all) a page is found without what lies before it; of what meets `others`, all, and cut."""
     counted = {"tasks": ("task_type", "status", "deleted = 0"), "schedules": ("schedule_type", "is_active", _NOT_DELETED)}
     *columns, alive = counted[table]
-    unindexed = alive.replace("deleted = 0", "NOT deleted")  # the planner shall not go by this
     if any(value is not None for value in others.values()):
         these = {f"{name} = ?": value for name, value in zip(columns, wanted, strict=True)}
-        ids = sorted(ids_of(db, table, {unindexed: True, **these, **others}))
+        ids = sorted(ids_of(db, table, {f"+{alive}": True, **these, **others}))  # + so that the planner does not go by this
         return len(ids), compact(ids[page.skip : page.skip + page.limit])
     where, values = _where({"name = ?": table, "kind = ?": wanted[0], "state = ?": wanted[1]})
     groups = db.execute(f"SELECT kind, state, n FROM counts {where} AND size = 1 << 62 AND n > 0", values).fetchall()
@@ -3682,11 +3666,11 @@ def _page(
                 start = block * size
                 break
             skip -= n
-    of_groups = [f"AND {columns[0]} = '{kind}' AND {columns[1]} = '{state}'" for kind, state, _ in groups]
-    if wanted == (None, None):
-        alive, of_groups = unindexed, [""]
-    parts = [f"SELECT id FROM {table} WHERE {alive} {of_group} AND id >= {start}" for of_group in of_groups]
-    return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
+    of_group = (
+        f"SELECT id FROM {table} WHERE {alive} AND {columns[0]} = '{{}}' AND {columns[1]} = '{{}}' AND id >= {start}".format
+    )
+    parts = " UNION ALL ".join(of_group(kind, state) for kind, state, _ in groups)
+    return total, compact(_ids(db, f"{parts} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
 
 
 @functools.lru_cache(1000)
@@ -4149,19 +4133,17 @@ def delete_old(db: DB, table: str, after_id: int, cutoff: int, now: int, limit: 
     that was ahead has written is old when something behind it is."""
     begun, ended, over = {"executions": ("queued_at", "finished_at", _OVER), "changes": ("at", "at", "TRUE")}[table]
     where = {"after": after_id, "cutoff": cutoff, "now": now, "limit": limit}
-    rows, last, young, old = db.execute(
-        f"""SELECT count(*), max(id), min(CASE WHEN {begun} > :cutoff THEN id END), max(CASE WHEN {ended} < :cutoff THEN id END)
-            FROM (SELECT id, {begun}, {ended} FROM {table} WHERE id > :after AND {begun} <= :now ORDER BY id LIMIT :limit)""",
+    rows = db.execute(
+        f"""SELECT id, {begun} > :cutoff, {ended} < :cutoff FROM {table} WHERE id > :after AND {begun} <= :now
+            ORDER BY id LIMIT :limit""",
         where,
-    ).fetchone()
-    deleted = db.execute(
-        f"""DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE id > :after AND id < :end
-            AND ({ended} < :cutoff OR ({begun} > :now AND id < :old)) AND {over} ORDER BY id LIMIT :limit)""",
-        {**where, "end": young or (last or 0) + 1, "old": old or 0},
-    ).rowcount
-    if deleted == limit:
+    ).fetchall()
+    before_young = [*itertools.takewhile(lambda row: not row[1], rows)]
+    where["old"] = max((row_id for row_id, _, old in before_young if old), default=0)
+    chosen = f"id > :after AND id <= :old AND NOT {ended} BETWEEN :cutoff AND :now AND {over} ORDER BY id LIMIT :limit"
+    if db.execute(f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {chosen})", where).rowcount == limit:
         return after_id
-    return None if young or rows < limit else int(last)
+    return int(rows[-1][0]) if len(before_young) == limit else None
 
 
 def tasks_with_surplus(db: DB, keep: int, keep_skipped: int) -> list[int]:
