@@ -73,7 +73,7 @@ import signal
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a trace of them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves, Ctrl-C ends it without a trace
     if os.getpid() == 1:  # which gets no signal that it has no handler for
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: os._exit(128 + number))
@@ -8738,24 +8738,22 @@ async def serve_stdio(server: Server[Any], source: int, sink: int) -> None:
             calls.discard(str(getattr(outgoing.message, "id", None)))
 
     logger.info("MCP on stdio")
-    serving = asyncio.ensure_future(server.run(inbox, outbox, server.create_initialization_options()))
-    writing = asyncio.ensure_future(give_out())
-    jobs = [serving, writing, asyncio.ensure_future(take_in())]
+    running = server.run(inbox, outbox, server.create_initialization_options())
+    jobs = [asyncio.ensure_future(job) for job in (running, give_out(), take_in())]
+    serving, writing, _ = jobs
     try:
-        done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-        for job in done - {writing}:  # which ends by an error when the client no longer listens
-            job.result()
+        await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         jobs.append(asyncio.ensure_future(at_most(0)))
         await asyncio.wait({writing, jobs[-1]}, timeout=1.5, return_when=asyncio.FIRST_COMPLETED)
         logger.info("the MCP client on stdio has gone")
-    except Exception:
-        logger.exception("MCP on stdio")
     finally:
         await into.aclose()  # the server cancels what is left, and says so to the client
         await asyncio.wait({serving, writing}, timeout=0.3)
         for job in jobs:
             job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        for result in await asyncio.gather(*jobs, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, OSError):  # as when the client no longer listens
+                logger.error("MCP on stdio", exc_info=result)
 
 
 async def handle_mcp(manager: StreamableHTTPSessionManager, request: web.Request) -> web.StreamResponse:
@@ -9122,8 +9120,6 @@ def write_out(source: BinaryIO, target: Path | None = None) -> None:
     try:
         with contextlib.nullcontext(1) if target is None else replacing(target) as sink:
             with open(sink, "wb", closefd=target is not None) as file:
-                if target is not None and target.exists():
-                    os.fchmod(file.fileno(), target.stat().st_mode)
                 shutil.copyfileobj(source, file)
     except OSError as error:
         raise StartupError(f"{target or 'standard output'} cannot be written: {error.strerror}") from None
@@ -9201,8 +9197,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Room for thousands of idle connections beside the runs: the usual soft limit is 1024.
         limit = max(environ.open_files, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        if limit < 8 * (runs := settings.max_concurrent_runs) + 64:
-            logger.warning("%d open files are few for CHRONOTASK_MAX_CONCURRENT_RUNS=%d: raise `ulimit -n`", limit, runs)
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
         asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
         return 0
