@@ -4542,17 +4542,15 @@ def _secret(kind: str, name: str, task_type: str, environ: Mapping[str, str], se
             raise ChronoTaskError(f"{label}: only files below {settings.secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ChronoTaskError(f"{label}: is not a regular file")
             content = file.read(MAX_SECRET_BYTES + 1)
         if len(content) > MAX_SECRET_BYTES:
             raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
         # Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise.
+        files = [file for file in (settings.api_token_file, settings.api_tokens_file) if file is not None]
         own = settings.api_token is not None and settings.api_token.encode() in content
-        for file_of_own in (settings.api_token_file, settings.api_tokens_file):  # of whatever name; others may be in it by now
-            with contextlib.suppress(OSError):
-                own = own or (file_of_own is not None and os.path.samestat(status, os.stat(file_of_own)))
+        own = own or any(os.path.realpath(file) == str(path) for file in files)  # others may be in it by now
         with contextlib.suppress(StartupError):
             words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
             own = own or any(token.digest in words for token in known_tokens(settings))
@@ -4661,9 +4659,9 @@ def refused_address(address: str, settings: Settings) -> str | None:
         # Only what is assigned to the internet, and NAT64's well-known prefix (whose IPv4 address is judged, too); not 6to4,
         # which IANA lists as not global and older Pythons do not know to be.
         public = ip in _NAT64 or (public and ip in _IPV6_INTERNET and ip.sixtofour is None)
-    if all(any(one.version == network.version and one in network for network in settings.allowed_networks) for one in seen):
+    if all(any(one in network for network in settings.allowed_networks) for one in seen):
         return None
-    if any(one.is_link_local or one in network for one in seen for network in _METADATA if one.version == network.version):
+    if any(one.is_link_local or one in network for one in seen for network in _METADATA):
         return "link-local and cloud metadata addresses are refused (CHRONOTASK_ALLOWED_NETWORKS)"
     if settings.block_private_networks and not (public and all(one.is_global and not one.is_multicast for one in seen[1:])):
         return "private addresses are refused (CHRONOTASK_BLOCK_PRIVATE_NETWORKS)"
@@ -4964,7 +4962,7 @@ def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, loo
             libc.setfsgid(user.pw_gid)
             libc.setfsuid(user.pw_uid)
         for look in range(looks + 10 if wanted else 0):
-            found = [pid for pid, environ in _processes_of(user) if not wanted.isdisjoint(environ)]
+            found = [pid for pid, _ in _processes_with(wanted, user)]
             for pid in found if look >= looks else set(found) - killed:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL if look >= looks else signal.SIGTERM)
@@ -4980,15 +4978,15 @@ def kill_leftovers(run_ids: set[str], user: pwd.struct_passwd | None = None, loo
     return len(killed)
 
 
-def _processes_of(user: pwd.struct_passwd | None) -> Iterator[tuple[int, list[bytes]]]:
-    """The other processes of this user, or of the service's own, and their environments (a zombie's is empty)."""
+def _processes_with(variables: Collection[bytes], user: pwd.struct_passwd | None) -> Iterator[tuple[int, bytes]]:
+    """The other processes of this user, or of the service's own, in whose environment one of these is (a zombie's is empty)."""
     uid = os.geteuid() if user is None else user.pw_uid
     with contextlib.suppress(OSError), os.scandir("/proc") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.name.isdecimal() and int(entry.name) != os.getpid() and entry.stat().st_uid == uid:
                     with open(f"{entry.path}/environ", "rb") as file:
-                        yield int(entry.name), file.read().split(b"\0")
+                        yield from ((int(entry.name), line) for line in file.read().split(b"\0") if line in variables)
 
 
 def as_user(user: pwd.struct_passwd) -> dict[str, Any]:
@@ -5011,10 +5009,9 @@ def exposed_secrets(environ: Mapping[str, str]) -> list[str]:
     """Warns of a process of this user, such as an init, that shows a secret of `environ` to every task."""
     names = [name for name in environ if name == ENV_PREFIX + "API_TOKEN" or name.startswith(SECRET_PREFIX)]
     secrets = {os.fsencode(f"{name}={environ[name]}"): name for name in names if environ[name]}
-    for pid, shown_there in _processes_of(None) if secrets else ():
-        if name := next(filter(None, map(secrets.get, shown_there)), None):
-            advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
-            return [f"process {pid} shows {name} in its environment to every task of this user: {advice}"]
+    for pid, variable in _processes_with(secrets, None) if secrets else ():
+        advice = "give it in a file (CHRONOTASK_API_TOKEN_FILE, ${file:…}), or start without that process"
+        return [f"process {pid} shows {secrets[variable]} in its environment to every task of this user: {advice}"]
     return []
 
 
@@ -9187,11 +9184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return asyncio.run(use_definitions(settings, options, environ, body))
         wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
-        if settings.bash_user is None:
-            warnings += exposed_secrets(os.environ)
-        else:
+        if settings.bash_user is not None:
             check_bash_user(settings.bash_user)
-        for warning in warnings:
+        for warning in [*warnings, *(exposed_secrets(os.environ) if settings.bash_user is None else ())]:
             logger.warning("%s", warning)
         environ.open_files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # Room for thousands of idle connections beside the runs: the usual soft limit is 1024.
