@@ -346,48 +346,46 @@ _hosts = _text(rf"[A-Za-z0-9._-]+|{_ipv6}", "of host names, without scheme and p
 _networks = _text(".+", "of networks, such as 10.0.0.0/8,192.168.1.7/32", ipaddress.ip_network, many=True)
 
 
-def _setting(parse: _Reader, default: Any, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
+def _setting(parse: _Reader, default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse})
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that can be set, by its environment name in lower case. Durations are seconds, sizes bytes."""
 
-    database_url: Path = _setting(_sqlite_path, Path(__file__).resolve().parent / "data" / "chronotask.db", "the SQLite database")
-    api_host: str = _setting(_host, "127.0.0.1", "address of REST and MCP over HTTP")
-    api_port: int = _setting(_number(0, 65535, int), 8000, "port of REST and the dashboard (0: any free one)")
-    scheduler_timezone: str = _setting(lambda text: load_zone(text).key, "UTC", "zone of cron and of date-times without offset")
-    http_timeout: float = _setting(_number(1, 604800), 30.0, "seconds for one HTTP attempt")
-    bash_timeout: float = _setting(_number(1, 604800), 300.0, "seconds for one bash attempt")
-    max_retries: int = _setting(_number(0, 100, int), 3, "retries of tasks that set none")
-    retry_delay: float = _setting(_number(0, 86400), 5.0, "seconds before the first retry")
-    allow_host_commands: bool = _setting(_flag, True, "whether bash tasks may be made and run")
-    allowed_bash_commands: tuple[str, ...] = _setting(_words, (), "when set, only these commands run, and no shell")
-    allowed_bash_env: tuple[str, ...] = _setting(_words, (), "with ALLOWED_BASH_COMMANDS, the only names a task's env may set")
-    launcher_default: str | None = _setting(_launcher, None, "launcher of bash tasks that name none")
+    database_url: Path = _setting(_sqlite_path, Path(__file__).resolve().parent / "data" / "chronotask.db")  # the SQLite database
+    api_host: str = _setting(_host, "127.0.0.1")  # address of REST and MCP over HTTP
+    api_port: int = _setting(_number(0, 65535, int), 8000)  # port of REST and the dashboard (0: any free one)
+    scheduler_timezone: str = _setting(lambda text: load_zone(text).key, "UTC")  # zone of cron and of date-times without offset
+    http_timeout: float = _setting(_number(1, 604800), 30.0)  # seconds for one HTTP attempt
+    bash_timeout: float = _setting(_number(1, 604800), 300.0)  # seconds for one bash attempt
+    max_retries: int = _setting(_number(0, 100, int), 3)  # retries of tasks that set none
+    retry_delay: float = _setting(_number(0, 86400), 5.0)  # seconds before the first retry
+    allow_host_commands: bool = _setting(_flag, True)  # whether bash tasks may be made and run
+    allowed_bash_commands: tuple[str, ...] = _setting(_words, ())  # when set, only these commands run, and no shell
+    allowed_bash_env: tuple[str, ...] = _setting(_words, ())  # with ALLOWED_BASH_COMMANDS, the only names a task's env may set
+    launcher_default: str | None = _setting(_launcher, None)  # launcher of bash tasks that name none
     # By their names: the words before a command that runs elsewhere.
     launchers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
-    bash_user: pwd.struct_passwd | None = _setting(_user, None, "user of this machine under which commands run")
-    api_token: str | None = _setting(_token, None, "bearer token that every request needs")
-    api_token_file: Path | None = _setting(_path, None, "file that holds API_TOKEN")
-    allowed_hosts: tuple[str, ...] = _setting(_hosts, (), "further names to accept in Host and Origin")
-    api_tokens_file: Path | None = _setting(_path, None, "file of further tokens, each with a name and a scope")
-    public_url: str | None = _setting(_public_url, None, "how people reach the dashboard, for links in messages")
-    secrets_dir: Path = _setting(_path, Path("/run/secrets"), "where ${file:...} may read")
-    block_private_networks: bool = _setting(_flag, False, "refuse loopback and private addresses to HTTP tasks")
-    allowed_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
-        _networks, (), "networks that HTTP tasks may reach all the same"
-    )
-    max_concurrent_runs: int = _setting(_number(1, 10000, int), 100, "more executions than this wait")
-    output_limit: int = _setting(_number(1024, 16777216, int), 65536, "bytes kept of stdout, stderr and response body, each")
-    history_days: int = _setting(_number(0, 36500, int), 30, "days that finished executions are kept (0: for ever)")
-    history_per_task: int = _setting(_number(0, 10000000, int), 1000, "finished executions kept of each task (0: all)")
-    shutdown_grace: float = _setting(_number(0, 3600), 6.0, "seconds that running executions get at a stop")
-    log_level: str = _setting(_log_level, "INFO", "from which level on lines are logged")
-    log_file: Path | None = _setting(_path, None, "file that gets the log besides stderr")
-    mcp_enabled: bool = _setting(_flag, True, "whether MCP is served at all")
-    mcp_port: int = _setting(_number(0, 65535, int), 8001, "port of MCP over HTTP (0: any free one)")
+    bash_user: pwd.struct_passwd | None = _setting(_user, None)  # user of this machine under which commands run
+    api_token: str | None = _setting(_token, None)  # bearer token that every request needs
+    api_token_file: Path | None = _setting(_path, None)  # file that holds API_TOKEN
+    allowed_hosts: tuple[str, ...] = _setting(_hosts, ())  # further names to accept in Host and Origin
+    api_tokens_file: Path | None = _setting(_path, None)  # file of further tokens, each with a name and a scope
+    public_url: str | None = _setting(_public_url, None)  # how people reach the dashboard, for links in messages
+    secrets_dir: Path = _setting(_path, Path("/run/secrets"))  # where ${file:...} may read
+    block_private_networks: bool = _setting(_flag, False)  # refuse loopback and private addresses to HTTP tasks
+    allowed_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(_networks, ())  # which may be reached
+    max_concurrent_runs: int = _setting(_number(1, 10000, int), 100)  # more executions than this wait
+    output_limit: int = _setting(_number(1024, 16777216, int), 65536)  # bytes kept of stdout, stderr and response body, each
+    history_days: int = _setting(_number(0, 36500, int), 30)  # days that finished executions are kept (0: for ever)
+    history_per_task: int = _setting(_number(0, 10000000, int), 1000)  # finished executions kept of each task (0: all)
+    shutdown_grace: float = _setting(_number(0, 3600), 6.0)  # seconds that running executions get at a stop
+    log_level: str = _setting(_log_level, "INFO")  # from which level on lines are logged
+    log_file: Path | None = _setting(_path, None)  # file that gets the log besides stderr
+    mcp_enabled: bool = _setting(_flag, True)  # whether MCP is served at all
+    mcp_port: int = _setting(_number(0, 65535, int), 8001)  # port of MCP over HTTP (0: any free one)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], port: str | None = None, host: str | None = None) -> tuple[Settings, list[str]]:
@@ -1008,11 +1006,11 @@ def make_timing(
         return Once(parse_instant(config["datetime"], zone), zone)
     start = config.get("start_date")
     anchor = created_at if start is None else parse_instant(start, zone)
+    since = since if start is None else anchor - 1
     if "days" not in config:
-        return Interval(round(config["seconds"] * SECOND), anchor, since if start is None else anchor - 1, zone)
-    if start is None:
-        return Days(config["days"], (anchor + _offset(load_zone(zone), anchor)) // SECOND * SECOND, since, zone)
-    return Days(config["days"], parse_instant(start, "UTC"), anchor - 1, zone)
+        return Interval(round(config["seconds"] * SECOND), anchor, since, zone)
+    local = (anchor + _offset(load_zone(zone), anchor)) // SECOND * SECOND
+    return Days(config["days"], local if start is None else parse_instant(start, "UTC"), since, zone)
 
 
 def check_expression(text: str, zone: str, now: int) -> None:
