@@ -1394,6 +1394,8 @@ _WITH_FACTS = AfterValidator(partial(_references, cause=True))
 _Text = Annotated[str, AfterValidator(_references)]
 _Timeout = Annotated[float, Field(ge=1, le=604800, description="Seconds for one attempt."), _PLAIN]
 _FactName = Annotated[str, _refused(CAUSE_REFERENCE.search, "${cause:…} cannot stand in a name")]
+_Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+_UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
 _SETTABLE = _refused(lambda name: name.lower() in REFUSED_HEADERS, "cannot be set: it follows from the url and the body")
 _Header = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"), _SETTABLE]
 _NO_BREAK = _refused(NOT_IN_HEADERS.search, "must not hold control characters")
@@ -1403,11 +1405,8 @@ _ONCE = _refused(
     "must not hold the same name twice (upper and lower case are the same)",
 )
 _Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
-_Code = Annotated[
-    Any,
-    _refused(lambda entry: not status_range(entry), 'must be a status code from 100 to 599, or a range such as "200-299"'),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}),
-]
+_CODES = _refused(lambda entry: not status_range(entry), 'must be a status code from 100 to 599, or a range such as "200-299"')
+_Code = Annotated[Any, _CODES, WithJsonSchema({"type": ["integer", "string"]})]
 _Body = Annotated[Any, AfterValidator(_body), WithJsonSchema({"type": ["object", "array", "string"]})]
 
 
@@ -1423,20 +1422,13 @@ class HttpConfig(TypedDict, total=False):
     """What an http task sends. `${env:CHRONOTASK_SECRET_…}` and `${file:/run/secrets/…}` in it are resolved when it runs."""
 
     url: Required[Annotated[str, Field(max_length=8192), AfterValidator(_url)]]
-    method: Annotated[
-        Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"],
-        BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
-        Field(json_schema_extra={"default": "GET"}),
-    ]
+    method: Annotated[_Method, _UPPER, Field(json_schema_extra={"default": "GET"})]
     headers: Annotated[dict[_Header, _HeaderValue], Field(max_length=100), _ONCE] | None
     params: Annotated[dict[_FactName, _Param], Field(max_length=1000)] | None
     body: Annotated[_Body | None, Field(description="An object or list is sent as JSON, a string as it is.")]
     auth: HttpAuth | None
     timeout: _Timeout | None
-    expected_status: Annotated[
-        Annotated[list[_Code], Field(min_length=1, max_length=100)] | None,
-        Field(description='Codes or ranges that count as success; default ["200-299"].'),
-    ]
+    expected_status: Annotated[list[_Code], Field(min_length=1, max_length=100, description='default ["200-299"]')] | None
     follow_redirects: Annotated[bool, Field(json_schema_extra={"default": True})]
     verify_tls: Annotated[bool, Field(json_schema_extra={"default": True})]
 
@@ -1454,26 +1446,19 @@ _FOLDER = _refused(
     lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
     "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
 )
+_NOT_EMPTY = _refused(lambda text: not text.strip(), "must hold a command")
+# From a Windows editor: bash would take the \r for a part of each last word.
+_UNIX_LINES = AfterValidator(lambda text: text.replace("\r\n", "\n"))
 _Source = Annotated[str, Field(max_length=65536), _NO_NUL, _NO_FACTS]
-_Variable = Annotated[
-    str,
-    Field(pattern="^[A-Za-z_][A-Za-z0-9_]{0,254}$"),
-    _refused(lambda name: name.startswith(ENV_PREFIX), f"cannot be set: {ENV_PREFIX}… belongs to the service"),
-]
+_NOT_OURS = _refused(lambda name: name.startswith(ENV_PREFIX), f"cannot be set: {ENV_PREFIX}… belongs to the service")
+_Variable = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]{0,254}$"), _NOT_OURS]
 _Value = Annotated[str, Field(max_length=65536), _NO_NUL, _WITH_FACTS]
 
 
 class BashConfig(TypedDict, total=False):
     """What a bash task runs: `command` is bash source, `args` are appended to it as literal words."""
 
-    command: Required[
-        Annotated[
-            _Source,
-            _refused(lambda text: not text.strip(), "must hold a command"),
-            # From a Windows editor: bash would take the \r for a part of each last word.
-            AfterValidator(lambda text: text.replace("\r\n", "\n")),
-        ]
-    ]
+    command: Required[Annotated[_Source, _NOT_EMPTY, _UNIX_LINES]]
     args: Annotated[list[_Source], Field(max_length=1000)] | None
     env: Annotated[dict[_Variable, _Value], Field(max_length=1000)] | None
     working_dir: Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL, _FOLDER] | None
@@ -1503,23 +1488,18 @@ def _read(check: Callable[[str, str, int], object]) -> AfterValidator:
 
 
 AfterEvent = Literal["success", "failure", "cancelled", "skipped", "missed", "started", "broke", "recovered", "paused", "overdue"]
+_EXPRESSION = Field(
+    description="minute hour day month weekday, or seconds first; also @daily, L (last day of the month), MON#2 (second Monday), "
+    "L5 (last Friday)",
+    json_schema_extra={"maxLength": LONGEST_EXPRESSION},
+)
 _Zone = Annotated[str, _read(lambda name, *_: load_zone(name)), Field(description="IANA time zone; default: the service's")]
 
 
 class CronConfig(TypedDict, total=False):
     """For cron: 5 fields, or 6 with seconds first."""
 
-    expression: Required[
-        Annotated[
-            str,
-            Field(
-                description="minute hour day month weekday, or seconds first; also @daily, L (last day of the month), "
-                "MON#2 (second Monday), L5 (last Friday)",
-                json_schema_extra={"maxLength": LONGEST_EXPRESSION},
-            ),
-            _read(check_expression),
-        ]
-    ]
+    expression: Required[Annotated[str, _EXPRESSION, _read(check_expression)]]
     timezone: _Zone | None
 
 
@@ -1717,11 +1697,8 @@ TaskId = Annotated[
     WrapValidator(_task_id),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
 ]
-Name = Annotated[
-    str,
-    Field(min_length=1, max_length=255),
-    _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters"),
-]
+_BLANK = _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters")
+Name = Annotated[str, Field(min_length=1, max_length=255), _BLANK]
 Key = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]{0,99}$", description="a name for programs and files, in lower case")]
 Tag = Annotated[str, Field(pattern="^[A-Za-z0-9._:-]{1,50}$")]
 TaskType = Literal["http", "bash"]
@@ -1739,10 +1716,8 @@ Catchup = Annotated[
     Literal["latest", "all", "skip"], Field(description="of slots missed while the service was down, run the newest, all or none")
 ]
 CatchupWindow = Annotated[float, Field(ge=0, le=315360000, description="seconds; older slots are never caught up"), _PLAIN]
-Exclude = Annotated[
-    list[Annotated[str, AfterValidator(lambda text: span_of(text, "UTC") and text)]],
-    Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26"),
-]
+_Days = Annotated[str, AfterValidator(lambda text: span_of(text, "UTC") and text)]
+Exclude = Annotated[list[_Days], Field(max_length=400, description="days without slots: 2026-12-24, or 2026-12-24/2026-12-26")]
 _READABLE = _refused(lambda text: parse_bound(text, "UTC") < 0, "")  # it says itself what is wrong
 Instant = Annotated[str, Field(max_length=64, description="ISO 8601, without an offset in timezone"), _READABLE]
 IdempotencyKey = Annotated[str, Field(pattern="^[!-~]{1,255}$", description="asked again with it, no second run")]
@@ -2242,12 +2217,9 @@ class Body(View):
                 if not update and default not in (None, ...):
                     kind = Annotated[kind, Field(json_schema_extra={"default": default})]
                 self.fields[field] = NotRequired[kind] if update or default is not ... else kind
+        # Whether a request may do without it; and what may be sent, though it changes nothing.
+        self.optional = not update and all(get_origin(kind) is NotRequired for kind in self.fields.values())
         self.ignored = mark_of(update).fields.keys() - self.fields.keys() if update else set[str]()
-
-    @property
-    def optional(self) -> bool:
-        """Whether a request may do without it."""
-        return not self.update and all(get_origin(kind) is NotRequired for kind in self.fields.values())
 
 
 NOT_OF_AFTER = {name for name, kind in Schedule.__annotations__.items() if kind.startswith("OrNull")}
