@@ -7440,6 +7440,8 @@ class _Apply:
             detail = "; ".join(f"{path}: {message}" for path, message in self.refused)
             raise Conflict(f"{detail}. With adopt = true the file takes it over.", self.refused)
         _refuse(errors)
+        if any(change["action"] != "orphaned" for change in self.changes):
+            set_meta(self.tx.db, f"applied:{self.owner}", self.tx.now)
 
     def _put(self, key: str, item: Any, given: Collection[str]) -> None:
         """Makes a task or schedule what the file wants. What it does not change is not written."""
@@ -7468,6 +7470,9 @@ class _Apply:
             changes = {n: value for n, value in wanted.items() if n == "is_active" or value != getattr(stored, n)}
             if stored.managed_by != self.owner:
                 changes["managed_by"] = self.owner
+            elif changes and stored.updated_at > (get_meta(self.tx.db, f"applied:{self.owner}") or 0):
+                drift = f"was changed by other means on {format_instant(stored.updated_at)}: {', '.join(changes)}"
+                self.warnings.append(f"{path}: {drift} as in the file again")
             if changes:
                 self._do("updated", key, stored, changes)
 

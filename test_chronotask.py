@@ -7204,11 +7204,21 @@ async def test_a_field_left_out_has_its_default_but_a_pause_stays_and_a_zone_lef
     assert (await rig.service.get_schedule(1))["schedule_config"]["timezone"] == "Asia/Tokyo"
 
 
-async def test_what_was_changed_by_hand_is_put_back(rig: Rig) -> None:
+async def test_what_was_changed_by_hand_is_put_back_and_said(rig: Rig) -> None:
     await applied(rig, NIGHTLY)
+    rig.clock.advance(60)
     await rig.patch_task(1, max_retries=7)
     await rig.patch_schedule(1, schedule_config={"expression": "0 4 * * *"})
-    assert actions(await applied(rig, NIGHTLY)) == [("updated", "nightly"), ("updated", "nightly/night")]
+    answer = await applied(rig, NIGHTLY)
+    changed = "was changed by other means on 2026-01-01T00:01:00Z"
+    assert answer["warnings"] == [
+        f"tasks.nightly: {changed}: max_retries as in the file again",
+        f"{NIGHT}: {changed}: schedule_config as in the file again",
+    ]
+    assert actions(answer) == [("updated", "nightly"), ("updated", "nightly/night")]
+    rig.clock.advance(60)
+    answer = await applied(rig, NIGHTLY.replace("max_retries = 0", "max_retries = 1"))
+    assert (actions(answer), answer["warnings"]) == ([("updated", "nightly")], [])
 
 
 async def test_a_key_of_another_owner_is_taken_over_only_when_the_file_says_so(rig: Rig) -> None:
