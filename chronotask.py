@@ -2025,16 +2025,6 @@ class NewExecution:
 
 
 @dataclass(slots=True)
-class Unfinished:
-    """Unfinished executions of one task that are alike, as overlap looks at them."""
-
-    task_id: int
-    schedule_id: int | None
-    trigger: str
-    waiting: bool  # held back by overlap
-
-
-@dataclass(slots=True)
 class Run:
     """An attempt that was just written as `running`: the execution, and its task as it is now."""
 
@@ -2479,7 +2469,7 @@ class Claim:
     """What due slots, or causes, turn into at `now`: rows, and schedules that have moved on."""
 
     now: int
-    unfinished: dict[int, list[Unfinished]] = dataclasses.field(default_factory=dict)  # by task, with what is claimed here
+    unfinished: dict[int, list[NewExecution]] = dataclasses.field(default_factory=dict)  # by task, with what is claimed here
     rows: list[NewExecution] = dataclasses.field(default_factory=list)
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
     cancels: list[tuple[Schedule, str]] = dataclasses.field(default_factory=list)  # overlap `cancel`: by which, and its trigger
@@ -2531,7 +2521,7 @@ class Claim:
     def _add(self, schedule: Schedule, row: NewExecution) -> bool:
         """Adds an execution as the schedule's overlap allows it. Returns whether it will run."""
 
-        def meets(other: Unfinished | NewExecution) -> bool:
+        def meets(other: NewExecution) -> bool:
             """Catch-up executions of one schedule run one after the other, and do not see each other."""
             return not (row.trigger == other.trigger == "catchup" and other.schedule_id == schedule.id)
 
@@ -2540,7 +2530,7 @@ class Claim:
         met = [other for other in others if meets(other)]
         if met and schedule.overlap == "skip":
             row.status, row.error_message = "skipped", SKIPPED_RUNNING
-        elif schedule.overlap == "queue" and any(other.waiting and other.schedule_id == schedule.id for other in met):
+        elif schedule.overlap == "queue" and any(other.hold & Hold.OVERLAP and other.schedule_id == schedule.id for other in met):
             row.status, row.error_message = "skipped", SKIPPED_WAITING
         else:
             waits = bool(met) and schedule.overlap != "allow"
@@ -2551,7 +2541,7 @@ class Claim:
                     if new.task_id == schedule.task_id and new.status == "queued" and meets(new):
                         new.status, new.hold, new.error_message = "cancelled", 0, CANCELLED_BY_OVERLAP
                 others[:] = [other for other in others if not meets(other)]
-            others.append(Unfinished(row.task_id, row.schedule_id, row.trigger, waits))
+            others.append(row)
         return row.status == "queued"
 
 
@@ -3771,12 +3761,12 @@ def insert_slots(db: DB, rows: Sequence[NewExecution]) -> tuple[list[NewExecutio
     return free, insert_executions(db, free)
 
 
-def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[Unfinished]]:
-    alike = f"""SELECT DISTINCT task_id, schedule_id, trigger, hold & 1 AS waiting FROM executions
-        WHERE {UNFINISHED_SQL} AND task_id IN (SELECT value FROM json_each(?))"""
-    groups: dict[int, list[Unfinished]] = {}
-    for group in load(db, Unfinished, alike, (compact(list(task_ids)),)):
-        groups.setdefault(group.task_id, []).append(group)
+def unfinished_of(db: DB, task_ids: Collection[int]) -> dict[int, list[NewExecution]]:
+    """The unfinished executions of these tasks, as overlap looks at them: of those that are alike, one."""
+    alike = f"SELECT DISTINCT task_id, schedule_id, trigger, hold FROM executions WHERE {UNFINISHED_SQL} AND task_id {_THESE}"
+    groups: dict[int, list[NewExecution]] = {}
+    for task_id, schedule_id, trigger, hold in db.execute(alike, (compact(list(task_ids)),)):
+        groups.setdefault(task_id, []).append(NewExecution(task_id, schedule_id, trigger, None, 0, hold=hold))
     return groups
 
 
@@ -5606,7 +5596,6 @@ class Stats:
     durations: Histogram = dataclasses.field(default_factory=Histogram)
     lateness: Histogram = dataclasses.field(default_factory=Histogram)
     recent_late: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
-    loop_lag: float = 0.0
 
     def count(self, s: Finished) -> None:
         """An attempt has ended. That it failed is told in the log, too."""
@@ -5628,8 +5617,7 @@ class Active:
 
     run: Run
     live: LiveOutput
-    since: float  # by the monotonic clock
-    job: asyncio.Task[None] | None = None  # None until it begins
+    job: asyncio.Task[None]
 
 
 @dataclass(slots=True)
@@ -5678,6 +5666,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
+        self._turns = asyncio.Semaphore(TURN)
 
     def spawn(self, coroutine: Awaitable[T], beside: set[asyncio.Task[Any]] | None = None) -> asyncio.Task[T]:
         """Starts a job that ends with the engine at the latest; one that is kept `beside` its jobs ends by itself."""
@@ -5823,37 +5812,31 @@ class Engine:
             self.stop_run(execution_id)
         ended = [*(s.run.execution_id for s in tick.ended), *tick.cancelled]
         self.feed.notify(ended)
-        await self._begin(tick.runs)
-        await self.feed.publish_executions([*tick.new_ids, *(run.execution_id for run in tick.runs), *ended])
-
-    # --- attempts ---
-
-    async def _begin(self, runs: Sequence[Run]) -> None:
-        """Begins attempts, a few in each turn of the loop."""
-        begun = [Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic()) for run in runs]
-        self.running.update((active.run.execution_id, active) for active in begun)
-        for number, active in enumerate(begun, 1):
-            run = active.run
+        for run in tick.runs:
             if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
                 late = max(0.0, (run.started_at - run.fire_at) / SECOND)
                 self.stats.recent_late.append(late)
                 self.stats.lateness.add(late)
+            live = LiveOutput(self.settings.output_limit)
             if self.ending:
-                active.live.stop("interrupted")
-            active.job = asyncio.create_task(self._attempt(active))
-            if number % TURN == 0:
-                await asyncio.sleep(0)
+                live.stop("interrupted")
+            job = asyncio.create_task(self._attempt(run, live, self.clock.monotonic()))
+            self.running[run.execution_id] = Active(run, live, job)
+        await self.feed.publish_executions([*tick.new_ids, *(run.execution_id for run in tick.runs), *ended])
 
-    async def _attempt(self, active: Active) -> None:
-        run = active.run
+    # --- attempts ---
+
+    async def _attempt(self, run: Run, live: LiveOutput, since: float) -> None:
         try:
+            async with self._turns:
+                await asyncio.sleep(0)
             config = parsed(run.config)
             if run.override is not None:
                 config = override_config(run.task_type, config, parsed(run.override))
             if run.task_type == "bash":
-                outcome = await run_bash(config, run, self.settings, self._environ, active.live)
+                outcome = await run_bash(config, run, self.settings, self._environ, live)
             else:
-                outcome = await run_http(config, run, self.http, self._environ, active.live)
+                outcome = await run_http(config, run, self.http, self._environ, live)
         except InvalidInput as error:
             outcome = Outcome("failed", f"the config of this execution no longer fits its task: {error.detail}")
         except Exception as error:
@@ -5861,12 +5844,9 @@ class Engine:
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
         except asyncio.CancelledError:
             outcome = INTERRUPTED
-        self._end(active, outcome)
+        seconds = self.clock.monotonic() - since
+        self._ended.append(decide_end(run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
         self._wake.set()
-
-    def _end(self, active: Active, outcome: Outcome) -> None:
-        seconds = self.clock.monotonic() - active.since
-        self._ended.append(decide_end(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
 
     def stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
@@ -5914,10 +5894,7 @@ class Engine:
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         await self._until_idle(end - 0.2)
         known = written = not self._ticking  # else that write may still reach the disk, or not
-        for active in self.running.values():
-            if active.job is None:
-                self._end(active, INTERRUPTED)
-        jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
+        jobs = [*self._jobs, *(active.job for active in self.running.values())]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
@@ -6168,8 +6145,8 @@ class Changes:
 # Three kinds of lock files lie beside the database, for the processes that share it:
 #   .leader         held by the one process that leads
 #   .service        shared by all services, so that a process of kind `mcp` sees that one is alive, and yields to it
-#   .drain-OWNER    held by a process that leads no longer, until what it has started is finished: the next leader must not
-#                   take these executions for those of a dead process
+#   .drain-OWNER    held by a process that has led, until it ends: what it has started and still runs is not that of a dead
+#                   process, whoever leads meanwhile
 
 
 class Leadership:
@@ -6182,7 +6159,7 @@ class Leadership:
         path = self._path = Path(os.path.realpath(engine.store.path))  # who opens the database by a link leads no other one
         self._leader_lock = FileLock(Path(f"{path}.leader"))
         self._service_lock = FileLock(Path(f"{path}.service"))
-        self._drain_lock = FileLock(Path(f"{path}.drain-{engine.owner}"))
+        self._owner_lock = FileLock(Path(f"{path}.drain-{engine.owner}"))
         self._others_run: set[int] = set()  # executions that other processes finish, which have started them as leader
 
     async def begin(self) -> None:
@@ -6201,10 +6178,7 @@ class Leadership:
 
     async def step(self) -> None:
         """Looks who leads and what other processes wrote."""
-        clock = self.engine.clock
-        before = clock.monotonic()
         await asyncio.sleep(POLL)
-        self.engine.stats.loop_lag = max(0.0, clock.monotonic() - before - POLL)
         try:
             await self.look()
         finally:  # also without the folder of the locks: /health tells then that the database is gone
@@ -6218,10 +6192,10 @@ class Leadership:
 
     def release(self) -> None:
         """At the end of the process: the next leader need not wait."""
-        for lock in (self._drain_lock, self._leader_lock, self._service_lock):
+        for lock in (self._owner_lock, self._leader_lock, self._service_lock):
             lock.release()
         with contextlib.suppress(OSError):  # there is none, or the disk is read-only by now
-            self._drain_lock.path.unlink()
+            self._owner_lock.path.unlink()
 
     async def look(self) -> None:
         """Takes over, yields, and finishes what processes left behind that are gone."""
@@ -6241,23 +6215,19 @@ class Leadership:
             await self._finish_orphans()
             if self._others_run != before:  # some may be retried
                 engine.forget_timers()
-        elif not engine.leading and not engine.running:
-            self._drain_lock.release()
-            self._drain_lock.path.unlink(missing_ok=True)
 
     async def _step_down(self) -> None:
-        """Claims nothing more; what runs here is finished here, while the drain lock tells the next leader so."""
+        """Claims nothing more; what runs here is finished here, and so is what a tick under way starts."""
         logger.info("this process no longer leads")
         self.engine.leading = False
-        # Also when nothing runs: the write of a tick that starts something may be under way.
-        while not self._drain_lock.acquire():
-            await asyncio.sleep(0.01)  # another process is looking whether this one lives
         await self.engine.store.set_leading(False)
         self._leader_lock.release()
 
     async def _take_over(self) -> None:
         """Rebuilds everything from the store, finishes what a dead leader left running, and leads from then on."""
         engine, store = self.engine, self.engine.store
+        while not self._owner_lock.acquire():
+            await asyncio.sleep(0.01)  # another process is looking whether this one lives
         known = await store.read(latest_known)
         if known and engine.clock.now() > known + DAY:
             engine.distrust_clock()
@@ -8022,7 +7992,6 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     size = sum(os.path.getsize(file) for file in (path, f"{os.path.realpath(path)}-wal") if os.path.exists(file))
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
     family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
-    family("loop_lag_seconds", "How late the event loop was last seen.", round(stats.loop_lag, 6))
     family("leader", "Whether this process fires schedules.", int(engine.leading))
     if (file := service.config_file) is not None:
         family("config_file_ok", "Whether --config was applied as it is.", int(file["error"] is None))
