@@ -4158,38 +4158,6 @@ MIN_SECRET_LENGTH = 6  # shorter ones would mask half of every output
 # --- Output: bounded, masked, and visible while it grows --------------------------------------------------------------
 
 
-class Clipper:
-    """Beginning and end of a byte stream of any length: the first quarter and the last three quarters of `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.total = 0
-        self._limit, self._head, self._tail = limit, bytearray(), bytearray()
-
-    def feed(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._limit // 4 - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self._limit:  # not at every feed: moving the bytes costs
-            del self._tail[: -self._limit]
-
-    @property
-    def truncated(self) -> bool:
-        return self.total > self._limit
-
-    def text(self) -> str:
-        """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
-        if not self.truncated:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        tail = self._tail[self._limit // 4 - self._limit :].decode("utf-8", "replace")
-        return f"{self._head.decode('utf-8', 'replace')}\n[… {self.total - self._limit} bytes left out …]\n{tail}"
-
-    def recent(self) -> bytes:
-        """The end of the stream, as far as it is kept without a gap."""
-        whole = self.total == len(self._head) + len(self._tail)
-        return bytes(self._head + self._tail if whole else self._tail)
-
-
 # What programs make of a character that they do not print as it is: HTML; URLs; literals of JSON (where some escape more than
 # they must, as \/ and \u002B), shells, C and Python. The group is one that is not whole yet.
 _ESCAPES = {
@@ -4334,15 +4302,44 @@ _CHARSET = re.compile(
 )
 
 
-@dataclass(slots=True)
-class _Stream:
-    """One stream of an attempt: what is kept of it, and how many bytes came, before masking and clipping."""
+class Clipper:
+    """What is kept of one stream of an attempt, of whatever length, masked: the first quarter and the last three quarters of
+    `limit` bytes."""
 
-    kept: Clipper
-    masker: SecretMasker
-    report: Report | None = None  # while a launcher is to bring one
-    decoder: codecs.IncrementalDecoder | None = None  # while it is not UTF-8
-    received: int = 0
+    def __init__(self, limit: int, masker: SecretMasker | None = None, report: Report | None = None) -> None:
+        self.received = self.total = 0  # bytes, as they came and masked
+        self.decoder: codecs.IncrementalDecoder | None = None  # while it is not UTF-8
+        self._masker, self._report = masker or SecretMasker(), report
+        self._limit, self._head, self._tail = limit, bytearray(), bytearray()
+
+    def feed(self, data: bytes, last: bool = False) -> None:
+        if self._report is not None:
+            data = self._report.feed(data, last)
+        self.received += len(data)
+        if self.decoder is not None:
+            data = self.decoder.decode(data, last).encode("utf-8", "replace")
+        data = self._masker.feed(data, last)
+        self.total += len(data)
+        room = self._limit // 4 - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._limit:  # not at every feed: moving the bytes costs
+            del self._tail[: -self._limit]
+
+    @property
+    def truncated(self) -> bool:
+        return self.total > self._limit
+
+    def text(self) -> str:
+        """What was kept, decoded with replacement; where bytes are missing, a line says how many."""
+        if not self.truncated:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        tail = self._tail[self._limit // 4 - self._limit :].decode("utf-8", "replace")
+        return f"{self._head.decode('utf-8', 'replace')}\n[… {self.total - self._limit} bytes left out …]\n{tail}"
+
+    def recent(self) -> bytes:
+        """The end of the stream, as far as it is kept without a gap."""
+        return bytes(self._head + self._tail if self.total == len(self._head) + len(self._tail) else self._tail)
 
 
 def mapped(value: Any, change: Callable[[str], str], names: bool = False) -> Any:
@@ -4365,7 +4362,7 @@ class LiveOutput:
         self.content_type = ""
         self.acted = False  # a server has answered what must not be sent twice
         self._limit = limit
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Clipper] = {}
         self._masker = SecretMasker()
         self._timeout: asyncio.Timeout | None = None
 
@@ -4374,7 +4371,7 @@ class LiveOutput:
     def begin(self, streams: Iterable[str], masker: SecretMasker, report: Report | None = None) -> None:
         self._masker = masker
         for name in streams:
-            self._streams[name] = _Stream(Clipper(self._limit), copy.copy(masker), report if name == "stdout" else None)
+            self._streams[name] = Clipper(self._limit, copy.copy(masker), report if name == "stdout" else None)
 
     def expect(self, content_type: str) -> None:
         """What comes is of this type: it is kept in UTF-8 from the beginning, so that secrets are found in any character set."""
@@ -4385,13 +4382,7 @@ class LiveOutput:
                     stream.decoder = codecs.getincrementaldecoder(found[1])("replace")
 
     def feed(self, stream: str, data: bytes, last: bool = False) -> None:
-        into = self._streams[stream]
-        if into.report is not None:
-            data = into.report.feed(data, last)
-        into.received += len(data)
-        if into.decoder is not None:
-            data = into.decoder.decode(data, last).encode("utf-8", "replace")
-        into.kept.feed(into.masker.feed(data, last))
+        self._streams[stream].feed(data, last)
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -4425,13 +4416,13 @@ class LiveOutput:
 
     def recent(self) -> list[tuple[str, int, bytes]]:
         """Of each stream its name, its bytes so far, and the last of them."""
-        return [(name, stream.kept.total, stream.kept.recent()) for name, stream in self._streams.items()]
+        return [(name, stream.total, stream.recent()) for name, stream in self._streams.items()]
 
     def snapshot(self) -> dict[str, Any]:
         """`output_data` so far; the executor's last word may parse the body and add the exit status."""
-        texts = {name: stream.kept.text() for name, stream in self._streams.items()}
+        texts = {name: stream.text() for name, stream in self._streams.items()}
         sizes = {f"{name}_bytes": stream.received for name, stream in self._streams.items()}
-        return self.facts | texts | sizes | {"truncated": any(stream.kept.truncated for stream in self._streams.values())}
+        return self.facts | texts | sizes | {"truncated": any(stream.truncated for stream in self._streams.values())}
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------
@@ -4466,10 +4457,8 @@ def resolve_secrets(
         # At the beginning and in the host of a URL it is taken as it is; elsewhere nothing can change its shape.
         return urllib.parse.quote(secrets[reference], safe="/:," if at >= end else "")
 
-    of_facts: dict[str, Callable[[str], str]] = {
-        "url": partial(urllib.parse.quote, safe=""),
-        "headers": partial(_one_line, limit=512),
-    }
+    of_facts: dict[str, Callable[[str], str]] = {"url": partial(urllib.parse.quote, safe="")}
+    of_facts["headers"] = partial(_one_line, limit=512)
     if isinstance(config.get("body"), str) and body_kind(config.get("headers")) == FORM:
         of_facts["body"] = urllib.parse.quote_plus
     result = dict(config)
@@ -4893,11 +4882,9 @@ async def _watch(
         )
     if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
         await asyncio.wait(ends, timeout=0.2 if stopped else DRAIN_SECONDS)
-    code = process.returncode
-    if code is None or code >= 0:
-        live.facts["exit_code"] = code
-    else:
-        live.facts["signal"] = signal.Signals(-code).name if -code in list(signal.Signals) else f"SIG{-code}"  # a real-time one
+    code, names = process.returncode, {number.value: number.name for number in signal.Signals}
+    killer = None if code is None or code >= 0 else names.get(-code, f"SIG{-code}")  # a real-time one has no name
+    live.facts = {"exit_code": None if killer else code, "signal": killer}
     return stopped
 
 
