@@ -334,7 +334,6 @@ _public_url = _text(r"https?://(?!/)[^\s?#$]+", "a URL beginning with http:// or
 _user_rule = "a user of this machine, neither root nor the service's own"
 _user = _text(".+", _user_rule, pwd.getpwnam, accepts=lambda user: user.pw_uid not in (0, os.geteuid()))
 _words = _text(".+", "without empty entries or control characters", many=True)
-_launcher = _text(r"[a-z0-9_]{1,40}", "the name of a launcher: 1 to 40 of a-z, 0-9 and _")
 _launcher_words = _text(
     ".+",
     "words as a shell splits them: a program first, and {env}, which stands for several words, not inside one",
@@ -365,7 +364,7 @@ class Settings:
     allow_host_commands: bool = _setting(_flag, True)  # whether bash tasks may be made and run
     allowed_bash_commands: tuple[str, ...] = _setting(_words, ())  # when set, only these commands run, and no shell
     allowed_bash_env: tuple[str, ...] = _setting(_words, ())  # with ALLOWED_BASH_COMMANDS, the only names a task's env may set
-    launcher_default: str | None = _setting(_launcher, None)  # launcher of bash tasks that name none
+    launcher_default: str | None = _setting(str, None)  # launcher of bash tasks that name none
     # By their names: the words before a command that runs elsewhere.
     launchers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
     bash_user: pwd.struct_passwd | None = _setting(_user, None)  # user of this machine under which commands run
@@ -416,7 +415,7 @@ class Settings:
                     raise StartupError(f"{warnings[-1]} That one protects the service: correct or remove this one", 2)
         settings = cls(**values, launchers=launchers)
         if settings.launcher_default is not None and (unknown := settings.unknown_launcher(settings.launcher_default)):
-            raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={settings.launcher_default}: {unknown}", exit_status=2)
+            raise StartupError(f"{LAUNCHER_PREFIX}DEFAULT={shown(settings.launcher_default)}: {unknown}", exit_status=2)
         if settings.api_token_file is not None:
             settings = dataclasses.replace(settings, api_token=_read_token(settings.api_token_file, warnings))
         known_tokens(settings)

@@ -1204,7 +1204,7 @@ def test_a_launcher_is_split_into_words_as_a_shell_does_it_and_a_bad_one_or_an_u
         assert detail.startswith(f"CHRONOTASK_LAUNCHER_A={shown(text)}: must be words as a shell splits them: a program first")
     assert Settings.from_env({"CHRONOTASK_LAUNCHER_a": "env"})[0].launchers == {}, "an unknown variable, and warned about"
     detail = refused_start({"CHRONOTASK_LAUNCHER_KNOWN": "env", "CHRONOTASK_LAUNCHER_DEFAULT": "other"})
-    assert detail == "CHRONOTASK_LAUNCHER_DEFAULT=other: must be one of known (CHRONOTASK_LAUNCHER_NAME), not 'other'"
+    assert detail == "CHRONOTASK_LAUNCHER_DEFAULT='other': must be one of known (CHRONOTASK_LAUNCHER_NAME), not 'other'"
 
 
 # ======================================================================================================================
