@@ -3179,10 +3179,6 @@ class Store:
             return REPLACED
         return self.failure and f"the last write to the database failed: {self.failure}"
 
-    @property
-    def waiting_writes(self) -> int:
-        return len(self._writes.turn) + self._writes.batches.qsize()
-
     def close(self) -> None:
         """Finishes what is waiting and closes all connections. Blocks for 0.2 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
@@ -5002,7 +4998,6 @@ class HttpClient:
 
     def __init__(self, settings: Settings, now: Callable[[], int]) -> None:
         self.settings, self.now = settings, now
-        self._refusal_of = functools.lru_cache(1024)(partial(refused_address, settings=settings))
         self._lookups = asyncio.Semaphore(256)  # one of a dead server holds a thread for half a minute
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
@@ -5026,7 +5021,7 @@ class HttpClient:
     def _socket(self, info: Any) -> socket.socket:
         # The one place that sees every address that is really dialled: a resolver is not asked for IP literals.
         family, kind, protocol, _, address = info
-        if refusal := self._refusal_of(address[0]):
+        if refusal := refused_address(address[0], self.settings):
             raise OSError(REFUSED_ERRNO, refusal)
         made = _Socket(family, kind, protocol)
         made.answer = _ASKED.get()
@@ -5315,10 +5310,10 @@ async def _exchange(
     # A server may just be closing a connection that was kept.
     keep = request.method not in _NOT_REPEATABLE and request.url.scheme == "http"
     keep = keep and "close" not in request.headers.get("Connection", "").lower()
-    jar: aiohttp.CookieJar | None = None
+    jar = aiohttp.CookieJar(unsafe=True)  # also of IP addresses
     for _ in range(MAX_REDIRECTS + 1):
         headers = request.headers.copy()
-        if jar is not None and (cookies := jar.filter_cookies(request.url)):
+        if cookies := jar.filter_cookies(request.url):
             own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
             known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
             headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
@@ -5344,7 +5339,6 @@ async def _exchange(
             if following is None:
                 await _read_body(response, live)
                 return request, response
-        jar = aiohttp.CookieJar(unsafe=True) if jar is None else jar  # also of IP addresses
         jar.update_cookies(response.cookies, response.url)
         request = following
         live.acted = live.acted and request.method not in _NOT_REPEATABLE  # else it is asked to be sent again
@@ -7774,8 +7768,8 @@ def gated_app(service: Service, way: str) -> web.Application:
         except ChronoTaskError as error:
             return problem_answer(error)
         except web.HTTPException as error:  # aiohttp's own, of paths, methods and bodies
-            kinds = {kind.status: kind for kind in (NotFound, MethodNotAllowed, BodyTooLarge)}
-            answer = problem_answer(kinds.get(error.status, MalformedBody)(error.text or error.reason))
+            kind = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}.get(error.status, MalformedBody)
+            answer = problem_answer(kind(error.text or error.reason))
             if isinstance(error, web.HTTPMethodNotAllowed):
                 answer.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
             return answer
@@ -7787,12 +7781,9 @@ def gated_app(service: Service, way: str) -> web.Application:
         finally:
             del BUSY[request.protocol]
 
-    answered = web.RequestKey("answered", bool)
-
     async def prepare(request: web.Request, answer: web.StreamResponse) -> None:
-        if request.get(answered):  # a stream has failed: an error inside it would be no error; its client sees that it broke off
+        if request.writer.output_size:  # of a stream that failed: an error inside it would be no error; its client sees the break
             raise ConnectionResetError
-        request[answered] = True
         answer.headers["Server"] = HEADERS["Server"]  # else aiohttp's and Python's: also where MCP answers, or nothing does
 
     if settings.needs_token:
@@ -7972,12 +7963,10 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("start_lateness_seconds", "From a slot to the start of its execution.", lateness, "histogram")
     waiting = [(f'{{status="{status}"}}', count) for status, count in executions.items()]
     family("executions", "Executions that are not over, of all processes.", waiting)
-    family("executions_running_here", "Executions that this process runs.", len(engine.running))
     family("tasks", "Tasks.", objects["tasks"])
     family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
     size = sum(os.path.getsize(file) for file in (path, f"{os.path.realpath(path)}-wal") if os.path.exists(file))
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
-    family("writer_queue_length", "Writes that wait for the database writer.", service.store.waiting_writes)
     family("leader", "Whether this process fires schedules.", int(engine.leading))
     if (file := service.config_file) is not None:
         family("config_file_ok", "Whether --config was applied as it is.", int(file["error"] is None))
