@@ -5289,7 +5289,7 @@ def _read_url(text: str) -> tuple[yarl.URL, str]:
     """The URL as it is written, but for `user:password`, and these. Raises ValueError."""
     parts = url_parts(text)
     origin = yarl.URL(f"{parts.scheme}://{parts.host}" if parts.scheme else "")
-    if not origin.host:
+    if not origin.host or NOT_IN_URLS.search(parts.host):
         raise ValueError
     login = parts.userinfo if ":" in parts.userinfo or not parts.userinfo else parts.userinfo + ":"
     return yarl.URL(f"{origin.origin()}{_as_written(parts.rest)}", encoded=True), urllib.parse.unquote(login)

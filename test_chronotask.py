@@ -4698,7 +4698,7 @@ async def test_a_host_or_name_that_cannot_be_reached_is_named_without_the_passwo
     assert (outcome.status, outcome.retryable) == ("failed", True)
     assert str(outcome.error_message).startswith("the name no-such-host.invalid could not be resolved: ")
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "chronotask-getaddrinfo")
-    for url in ("http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/"):
+    for url in ("http://a..b/", "http://" + "a" * 64 + ".example/", "http://user:geheim@a..b/", "http://a b/", "http://a\nb/"):
         outcome = await http_executors(url)
         assert outcome.status == "failed" and not re.search("geheim|unexpected", str(outcome.error_message)), url
 
