@@ -6542,7 +6542,10 @@ class Service:
         def write(tx: Transaction) -> tuple[Any, Any]:
             schedule, given = get_schedule(tx.db, schedule_id), cast(Any, body)
             sent = given(view_of(schedule)) if callable(given) else given
-            change_schedule(tx, schedule_id, checked_changes(tx.db, schedule, sent, tx.now, tx.settings))
+            task_id = sent.get("task_id", schedule.task_id)
+            if schedule.task_id != (task_of_key(tx.db, task_id.removeprefix("key:")) if isinstance(task_id, str) else task_id):
+                raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
+            change_schedule(tx, schedule_id, _fields_of(sent, schedule, tx.now, tx.settings.scheduler_timezone))
             return schedule.schedule_config.get("timezone"), sent.get("schedule_config", {"timezone": "as it is"})
 
         try:
@@ -6614,22 +6617,18 @@ class Service:
         if (active := self.engine.running.get(execution_id)) and execution.status == "running":
             execution.output_data = active.live.snapshot()
         elif execution.status == "running" and not self.engine.leading:
-            execution.output_data = await self._shown_elsewhere(execution)
+            look = partial(shown_output, execution_id=execution_id, attempt=execution.attempt, now=self.clock.now())
+            for _ in range(3):  # the process that runs it shows its output a moment after it was asked to
+                if recent := await self.store.write(look):
+                    break
+                await asyncio.sleep(POLL)
+            output = {stream: data.decode("utf-8", "replace") for stream, _, data in recent}
+            sizes = {f"{stream}_bytes": total for stream, total, _ in recent}
+            execution.output_data = output | sizes | {"truncated": any(total > len(data) for _, total, data in recent)}
         if execution.attempt_started_at is not None and execution.attempt not in {attempt.attempt for attempt in past}:
             of_both = {name: getattr(execution, name) for name in shape_of(Attempt).loaded}
             past.append(Attempt(**{**of_both, "started_at": execution.attempt_started_at}))
         return {**view_of(execution), "caused": caused, "attempts": [view_of(attempt) for attempt in past]}
-
-    async def _shown_elsewhere(self, execution: Execution) -> dict[str, Any]:
-        """The output so far of an execution that another process runs, which shows it a moment after it was asked to."""
-        look = partial(shown_output, execution_id=execution.id, attempt=execution.attempt, now=self.clock.now())
-        for _ in range(3):
-            if recent := await self.store.write(look):
-                break
-            await asyncio.sleep(POLL)
-        texts = {stream: data.decode("utf-8", "replace") for stream, _, data in recent}
-        sizes = {f"{stream}_bytes": total for stream, total, _ in recent}
-        return texts | sizes | {"truncated": any(total > len(data) for _, total, data in recent)}
 
     @Operation("GET", "/tasks/{id}/history", tool=("read_only",))
     async def get_task_history(self, task_id: int, query: HistoryQuery) -> HistoryPage:
@@ -6898,30 +6897,19 @@ def defaults_of(resource: Any, schedule_type: Any) -> dict[str, Any]:
     return shape_of(resource).defaults | own
 
 
-def checked_changes(db: DB, schedule: Schedule, sent: ScheduleUpdate, now: int, settings: Settings) -> dict[str, Any]:
-    """What was sent for a schedule, as the store keeps it, and only where it differs."""
-    task_id = sent.get("task_id", schedule.task_id)
-    if schedule.task_id != (task_of_key(db, task_id.removeprefix("key:")) if isinstance(task_id, str) else task_id):
-        raise InvalidInput(FieldError("task_id", "cannot be changed: create a schedule for the other task"))
-    if sent.get("schedule_type", schedule.schedule_type) != schedule.schedule_type and "schedule_config" not in sent:
-        raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {sent['schedule_type']}"))
-    fields = _fields_of(sent, schedule, now, settings.scheduler_timezone)
-    changes = {name: value for name, value in fields.items() if value != getattr(schedule, name)}
-    if schedule.over and sent.get("is_active") is False:  # so far nobody had switched it off
-        changes["is_active"] = False
-    return changes
-
-
 def _fields_of(sent: dict[str, Any], stored: Schedule | None, now: int, zone: str) -> dict[str, Any]:
     """What was sent of a schedule, new or `stored`, as the store keeps it. Raises InvalidInput that lists every bad field."""
-    errors = list[FieldError]()
-    was: tuple[Any, dict[str, Any]] = (None, {}) if stored is None else (stored.schedule_type, stored.schedule_config)
-    schedule_type, config = asked = sent.get("schedule_type", was[0]), sent.get("schedule_config", was[1])
-    fields, after = dict(sent), schedule_type == "after"
-    if asked != was:
-        kept, config = was[1].get("timezone", zone) if schedule_type == was[0] else zone, {}
+    errors, fields = list[FieldError](), dict(sent)
+    was_type, was = (None, {}) if stored is None else (stored.schedule_type, stored.schedule_config)
+    schedule_type, config = cast(Any, sent.get("schedule_type", was_type)), sent.get("schedule_config", was)
+    after, same = schedule_type == "after", schedule_type == was_type
+    if not same and "schedule_config" not in sent:
+        raise InvalidInput(FieldError("schedule_config", f"must be sent too: schedule_type changes to {schedule_type}"))
+    if not same or config != was:
+        config = {}
         with told_at("", errors):
-            fields["schedule_config"] = config = check_schedule_config(schedule_type, asked[1], kept, now)
+            kept = was.get("timezone", zone) if same else zone
+            fields["schedule_config"] = config = check_schedule_config(schedule_type, sent["schedule_config"], kept, now)
     for name in [name for name in sent if name in NOT_OF_AFTER and after != (sent[name] is None)]:
         errors.append(FieldError(name, "must be null: a schedule of type after has none" if after else "must not be null"))
     with told_at("", errors):
@@ -7040,10 +7028,13 @@ def add_schedule(tx: Transaction, schedule: Schedule) -> int:
     return schedule.id
 
 
-def change_schedule(tx: Transaction, schedule_id: int, changes: Mapping[str, Any], may_be_over: bool = False) -> None:
+def change_schedule(tx: Transaction, schedule_id: int, fields: Mapping[str, Any], may_be_over: bool = False) -> None:
     """Raises InvalidInput if nothing is left to fire, unless it `may_be_over`."""
-    db, now, wanted = tx.db, tx.now, changes.get("is_active")
-    schedule = get_schedule(db, schedule_id)
+    db, now, schedule = tx.db, tx.now, get_schedule(tx.db, schedule_id)
+    changes = {name: value for name, value in fields.items() if value != getattr(schedule, name)}
+    if schedule.over and fields.get("is_active") is False:  # so far nobody had switched it off
+        changes["is_active"] = False
+    wanted = changes.get("is_active")
     due = schedule.next_slot is not None and schedule.next_slot <= now and not get_meta(db, "paused")
     if due and wanted is not False and changes.keys() & {*TIMING_FIELDS, "max_runs"}:
         # An edit loses no slot: one that has come starts now, as it was, even if its jitter has not passed.
