@@ -8848,15 +8848,14 @@ class Systemd:
     """What systemd hears of this process, by the protocol of sd_notify(3), if that has started it."""
 
     def __init__(self, path: str, span: str, pid: str) -> None:
-        self._path = path
+        self._path = "\0" + path[1:] if path.startswith("@") else path
         self._watchdog = int(span) / SECOND if span.isdigit() and pid in ("", str(os.getpid())) else 0.0
 
     def tell(self, state: str) -> None:
         if self._path:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
-                sock.connect("\0" + self._path[1:] if self._path[0] == "@" else self._path)
-                sock.sendall(state.encode())
+                sock.sendto(state.encode(), self._path)
 
     async def follow(self, service: Service) -> None:
         """Ready once somebody is known to lead; then signs of life while /health would say that all is well."""
