@@ -8132,10 +8132,7 @@ TOOL_QUERIES: dict[str, dict[str, Any]] = {
     "apply_definitions": {"definitions": (Annotated[str, Field(description="TOML or JSON text")], ...)},
 }
 # Accepted, since what an answer gave may be sent back, but not worth a word: without effect, or said otherwise.
-UNTOLD = {
-    *("config", "schedule_config", "task_type", "schedule_type", "schedules", "update_schedule.task_id"),
-    *(f"preview_schedule.{name}" for name in ("is_active", "overlap", "catchup", "catchup_window", "key", "max_runs", "task_id")),
-}
+UNTOLD = {"config", "schedule_config", "task_type", "schedule_type", "schedules", "update_schedule.task_id"}
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
 #
@@ -8268,7 +8265,8 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
             names = KINDS[kind if kind in [*kinds] else fitting[0]]
             config = {names.get(argument, argument): value for argument, value in given.items()}
             rivals = {name: None for group in EITHER if group & config.keys() for name in group}
-            kept = {name: value for name, value in held.items() if name in names.values()}
+            # A zone stays by itself where the kind does, and that is told.
+            kept = {name: held[name] for name in held if name in names.values() and (name != "timezone" or kind != stood)}
             config = {name: value for name, value in (kept | rivals | config).items() if value is not None}
             target |= {holder: config, type_name: kind} if typed else {holder: config}
     defaults = defaults_of(mark.resource, body.get("schedule_type", before.get("schedule_type")))
@@ -8547,6 +8545,7 @@ def make_server(service: Service) -> Server[Any]:
         on_list_resources=partial(always, types.ListResourcesResult(resources=[status], ttl_ms=LIFETIME)),
         on_list_resource_templates=partial(always, templates),
         on_read_resource=read_resource,
+        on_list_prompts=partial(always, types.ListPromptsResult(prompts=[], ttl_ms=LIFETIME)),  # some clients always ask
     )
 
 

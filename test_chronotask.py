@@ -9918,6 +9918,9 @@ async def test_notes_say_what_fires_nothing_or_has_changed_nothing(call: Caller)
     assert off["notes"] == ["Nothing will fire: is_active is false."] and not {"upcoming", "notes", "overlap"} & waits.keys()
     await call("update_schedule", schedule_id=waits["id"], clear=["overlap", "exclude"])
     assert (await call("update_schedule", schedule_id=waits["id"], seconds=60))["schedule_type"] == "interval"
+    await call("update_schedule", schedule_id=waits["id"], timezone="Asia/Tokyo")
+    moved = await call("update_schedule", schedule_id=waits["id"], seconds=90, is_active=True)
+    assert "The time zone stays Asia/Tokyo: none was sent." in moved["notes"]
     first = await call("create_task", name="backup", command="true")
     assert first["notes"] == ["it has no schedule: only execute_task runs it, until create_schedule says when"]
     for arguments, why in (({"name": None}, "no field was given"), ({"command": "true", "name": "t"}, "all is so already")):
