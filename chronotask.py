@@ -1203,7 +1203,7 @@ _HARMLESS = re.compile(rf"(?i:(?:Bearer|Basic|Token|Digest|ApiKey) +)?{_REFERENC
 _HARMLESS_USERINFO = re.compile(rf"(?:[^:@$]*:)?{_REFERENCE}")
 # What is in the name of a reference (`${file:a/b}`) ends no authority and begins no host: it is one piece, never looked into.
 _PIECE = rf"(?>{_REFERENCE}|[^/?#\\\s])"
-_URL = re.compile(rf"(?:([A-Za-z]+|{_REFERENCE})://)?(?:({_PIECE}*)@)?({_PIECE}*)(.*)", re.DOTALL)
+_URL = re.compile(rf"(?:((?i:https?))://|(?>{_REFERENCE}|[^@/?#\\\s])*?//)?(?:({_PIECE}*)@)?({_PIECE}*)(.*)", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What an `after` execution knows of its cause, and `${cause:NAME}` may stand for.
 CAUSE_NAMES = (
@@ -1317,8 +1317,8 @@ class UrlParts(NamedTuple):
 
 def url_parts(url: str) -> UrlParts:
     """The only reading of a URL's authority."""
-    scheme, userinfo, host, rest = cast(re.Match[str], _URL.match(url)).groups("")
-    return UrlParts(scheme.lower() if scheme.lower() in ("http", "https") else "", userinfo, host, rest)
+    scheme, *others = cast(re.Match[str], _URL.match(url)).groups("")
+    return UrlParts(scheme.lower(), *others)
 
 
 def _url(text: str) -> str:
@@ -1399,10 +1399,7 @@ _SETTABLE = _refused(lambda name: name.lower() in REFUSED_HEADERS, "cannot be se
 _Header = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"), _SETTABLE]
 _NO_BREAK = _refused(NOT_IN_HEADERS.search, "must not hold control characters")
 _HeaderValue = Annotated[str, Field(max_length=8192), _NO_BREAK, _WITH_FACTS]
-_ONCE = _refused(
-    lambda named: len({name.lower() for name in named}) < len(named),
-    "must not hold the same name twice (upper and lower case are the same)",
-)
+_ONCE = _refused(lambda named: len({*map(str.lower, named)}) < len(named), "must not hold a name twice, whatever its case")
 _Param = Annotated[Any, AfterValidator(_param), WithJsonSchema({"type": ["string", "number", "boolean", "array"]})]
 _CODES = _refused(lambda entry: not status_range(entry), 'must be a status code from 100 to 599, or a range such as "200-299"')
 _Code = Annotated[Any, _CODES, WithJsonSchema({"type": ["integer", "string"]})]
@@ -1438,9 +1435,7 @@ def bash_source(command: str, args: Sequence[str]) -> str:
 
 
 # Bash would take one for a variable of this name, or somebody would want facts as source.
-_NO_FACTS = _refused(
-    re.compile(r"\$\{cause:[A-Za-z_]+\}").search, "${cause:…} cannot stand here: use the variable $CHRONOTASK_CAUSE_…"
-)
+_NO_FACTS = _refused(re.compile(r"\$\{cause:[A-Za-z_]+\}").search, "${cause:…} cannot stand here: use $CHRONOTASK_CAUSE_…")
 _FOLDER = _refused(
     lambda path: "$" in path or not (path.startswith("/") or path.partition("/")[0] == "~"),
     "must be an absolute path, or one that starts with ~/ (the home of the service's user), without $",
