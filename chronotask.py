@@ -6058,18 +6058,14 @@ class Changes:
         self._status = status
         self._seen = (0, 0)  # changes are taken up to here
         self._looking = asyncio.Lock()
-        self._next_look: asyncio.Task[None] | None = None  # a look that has not begun: it will see what is written until then
-        self.stale = True  # there may be something that this process has not taken up yet, or not all of it
+        self.stale = True  # other processes have written something that this one has not taken up, or not all of it
 
     async def poll(self) -> None:
         """Takes up what other processes wrote, and shows them the output that they follow."""
         engine, store = self.engine, self.engine.store
         self.stale = await store.foreign_changes() or self.stale
-        # The number tells what no use case has taken up: a clock that was set, a look that failed.
-        if self.stale or await store.read(partial(get_meta, key="rev")) != self._seen[0]:
-            await self.take_up()
-            await engine.feed.publish_executions()
-            self.stale = False
+        await self.take_up(others=self.stale)
+        self.stale = False
         if engine.running:
             asked = {"stream = ''": True, "wanted_until > ?": (now := engine.clock.now())}
             wanted = await store.read(partial(ids_of, table="live_output", conditions=asked, column="execution_id"))
@@ -6077,17 +6073,13 @@ class Changes:
             if recent:
                 await store.write(partial(show_output, recent=recent, now=now))
 
-    async def take_up(self) -> None:
-        """What has changed since the last look. Callers share a look that has not begun: it sees their writes."""
-        if self._next_look is None:
-            self._next_look = self.engine.spawn(self._look())
-        await asyncio.shield(self._next_look)
-
-    async def _look(self) -> None:
+    async def take_up(self, others: bool = False) -> None:
+        """What has changed since the last look, and with `others` what other processes did with executions."""
         async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
-            self._next_look = None
             engine, store, since, before = self.engine, self.engine.store, self._seen, self.engine.paused
             until, paused = await store.read(progress)
+            if until == since and not others:
+                return
             engine.rev, engine.paused = until[0], paused
             self.retention.looked.set()
             feed = engine.feed
@@ -6103,9 +6095,11 @@ class Changes:
                     feed.publish(kind, task_id, {"id": number, "task_id": task_id, "deleted": True})
             if feed.wanted and paused != before:
                 feed.publish("scheduler", None, await self._status())
-            if ids := [*engine.running]:  # a row may be gone already, where another process leads and deletes its task
-                these = {"id IN ?": ids, GOING_ON_SQL: True}
-                for ending in {*ids}.difference(await store.read(partial(ids_of, table="executions", conditions=these))):
+            if others:
+                await feed.publish_executions()
+                these = {"id IN ?": (ids := [*engine.running]), GOING_ON_SQL: True}
+                going_on = await store.read(partial(ids_of, table="executions", conditions=these))
+                for ending in {*ids}.difference(going_on):  # a row may be gone already with its task
                     engine.stop_run(ending)
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
@@ -6212,7 +6206,7 @@ class Leadership:
             await engine.follow_clock(0)
         engine.leading = self.changes.stale = True  # a look that fails is to be repeated
         engine.forget_timers()
-        await self.changes.take_up()
+        await self.changes.poll()
         logger.info("this process leads: it fires schedules and runs executions")
 
     async def _finish_orphans(self) -> None:
@@ -6229,13 +6223,9 @@ class Leadership:
         self._others_run = {run.execution_id for run in others if run.owner in living}
         if not dead:
             return
-        # A launcher gets a second to take its job back.
-        kill = partial(
-            kill_leftovers, {run.run_id for run in dead if run.task_type == "bash"}, engine.settings.bash_user, looks=20
-        )
-        logger.warning(
-            "%d executions were left running; %d of their processes were ended", len(dead), await asyncio.to_thread(kill)
-        )
+        left, user = {run.run_id for run in dead if run.task_type == "bash"}, engine.settings.bash_user
+        killed = await asyncio.to_thread(kill_leftovers, left, user, looks=20)  # a launcher gets a second to take its job back
+        logger.warning("%d executions were left running; %d of their processes were ended", len(dead), killed)
         now = engine.clock.now()
         outcome = Outcome("interrupted", "the service ended while this attempt was running", retryable=True)
         await engine.finish([decide_end(run, outcome, now, random.uniform(-1, 1)) for run in dead])
