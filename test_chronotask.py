@@ -1024,8 +1024,8 @@ async def test_a_field_is_added_in_two_places(tmp_path: Path, monkeypatch: pytes
             assert (await ask("PATCH", path, {name: default}))[name] == default == (await ask("GET", path))[name]
             schemas = copied.openapi()["components"]["schemas"]
             assert all(name in schemas[kind.capitalize() + of]["properties"] for of in ("Create", "Update", "View"))
-            tools = [copied.input_schema(copied.TOOLS[f"{verb}_{kind}"]) for verb in ("create", "update")]
-            assert all(name in tool["properties"] for tool in tools)
+            schemas = {tool.name: tool.input_schema for tool in copied.make_tools().tools}
+            assert all(name in schemas[f"{verb}_{kind}"]["properties"] for verb in ("create", "update"))
             called = await copied.run_tool(service, f"update_{kind}", {f"{kind}_id": made["id"], name: value})
             assert called.structured_content[name] == value, called.content
     store.close()
