@@ -7794,9 +7794,8 @@ def read_query(request: web.Request, model: type[Query] | None) -> Any:
     if model is None and not request.query_string:  # as most are: to look for one takes a fifth of a read
         return None
     model = model or Query
-    given: dict[str, Any] = {
-        name: values if values[1:] else values[0] for name in request.query if (values := request.query.getall(name))
-    }
+    lists = {name: request.query.getall(name) for name in request.query}
+    given: dict[str, Any] = {name: values if values[1:] else values[0] for name, values in lists.items()}
     if wrong := [FieldError(name, f"must be sent as the header {of}") for name, of in model.headers.items() if name in given]:
         raise InvalidInput(*wrong)
     given |= {name: ", ".join(request.headers.getall(of)) for name, of in model.headers.items() if of in request.headers}
