@@ -5025,11 +5025,10 @@ class HttpClient:
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
         """In daemon threads, so that dead DNS servers hold up neither the loop's executor nor the exit."""
         try:
-            name = host.encode("idna")
-        except UnicodeError:
+            async with self._lookups:
+                found = await in_daemon(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+        except UnicodeError:  # it cannot be asked for, as with an empty label
             raise OSError(None, "invalid name") from None
-        async with self._lookups:
-            found = await in_daemon(socket.getaddrinfo, name, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
         same = {"hostname": host, "port": port, "flags": 0}
         return [same | {"host": address[0], "family": kind, "proto": protocol} for kind, _, protocol, _, address in found]
 
@@ -5392,9 +5391,10 @@ async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None
                     await asyncio.sleep(0)
             if unpacker is not None and unpacker.eof:
                 return  # what is behind it is no part of it
-        if unpacker is not None:  # it has not come to its end
+        if unpacker is not None:
             live.feed("body", unpacker.flush())
-            raise _Passing(_BROKE_OFF)
+            if not unpacker.eof:
+                raise _Passing(_BROKE_OFF)
     except (aiohttp.ClientError, OSError, zlib.error):
         raise _Passing(_BROKE_OFF) from None
 
@@ -7846,8 +7846,7 @@ async def show_docs(_service: Service, request: web.Request) -> web.Response:
     try:
         page = DASHBOARD.read_text(encoding="utf-8")
     except OSError:
-        text = f"ChronoTask {__version__} runs, but dashboard.html is not beside chronotask.py.\nThe API is at {API}.\n"
-        return web.Response(text=text, headers=HEADERS)
+        return web.Response(text=f"dashboard.html is not beside chronotask.py; the API is at {API}\n", headers=HEADERS)
     nonce = os.urandom(16).hex()  # of the page's own script and style: no other runs, and it talks to this server alone
     for tag in ("script", "style"):
         page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">')
@@ -7915,8 +7914,7 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
     require("admin")
     if not service.settings.needs_token:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
-    about = {"Content-Type": "application/vnd.sqlite3", "Content-Disposition": 'attachment; filename="chronotask.db"'}
-    return web.Response(body=await service.backup(), headers={**HEADERS, **about})
+    return web.Response(body=await service.backup(), headers={**HEADERS, "Content-Type": "application/vnd.sqlite3"})
 
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:
