@@ -3043,9 +3043,10 @@ class Store:
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._closing = False
         self._start("writer", self._db, self._writes, self._write_batch)
-        for name, calls, most in (("reader", self._reads, 500), *[("scanner", self._scans, 1)] * SCANNERS):
+        one_of_many = ("scanner", self._scans, 1, SCAN_TIMEOUT)
+        for name, calls, most, seconds in (("reader", self._reads, 500, math.inf), *[one_of_many] * SCANNERS):
             db = connect(path, read_only=True)
-            self._start(name, db, calls, partial(self._read_batch, db), most)
+            self._start(name, db, calls, partial(self._read_batch, db, seconds), most)
 
     def _start(self, name: str, db: DB, calls: _Queue, run: Callable[[list[_Call]], None], most: int = 500) -> None:
         """Starts a thread that runs what waits in `calls`, up to `most` at once as one batch."""
@@ -3092,11 +3093,11 @@ class Store:
         """Like `read`, for what may look at many rows: beside everything else. Raises Unavailable after SCAN_TIMEOUT seconds."""
         return cast(T, await self._submit(self._scans, run, at_once=True))
 
-    def _read_batch(self, db: DB, batch: list[_Call]) -> None:
-        """All calls on one snapshot. What takes too long, or was given up, must not keep the thread from those who wait."""
+    def _read_batch(self, db: DB, seconds: float, batch: list[_Call]) -> None:
+        """All calls on one snapshot. One that takes longer, or was given up, must not keep the thread from those who wait."""
 
         def is_enough() -> bool:
-            late = self._monotonic() > batch[0].since + SCAN_TIMEOUT
+            late = self._monotonic() > batch[0].since + seconds
             return late or self._closing or all(call.future.cancelled() for call in batch)
 
         db.set_progress_handler(is_enough, SCAN_STEP)
@@ -3132,6 +3133,9 @@ class Store:
     def _write_batch(self, batch: list[_Call]) -> None:
         """All calls in one transaction; if one fails after a change, each in a transaction of its own."""
         self._writing = batch[0]
+        if self.failure and _pragma(self._db, "wal_autocheckpoint"):  # on a full disk, what the log has taken serves again
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint").fetchone()
         if not self._transaction(batch):
             for call in batch:
                 call.result = call.error = None

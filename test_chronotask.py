@@ -3056,6 +3056,20 @@ async def test_a_full_database_fails_writes_but_neither_reads_nor_small_ones_of_
     assert await keys_of(store) == ["k1", "k2", "kbig"]
 
 
+async def test_a_log_that_finds_no_more_room_begins_anew_while_this_process_leads(store: Store) -> None:
+    for _ in range(9):
+        await store.write(put("k1", "x" * 100_000))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{store.path}-wal").stat().st_size, resource.RLIM_INFINITY))
+        for leading in (False, True):
+            with pytest.raises(Unavailable, match="disk I/O error"):
+                await store.write(put("k2", "x" * 100_000))
+            await store.set_leading(leading)
+        await store.write(put("k2", "x" * 90_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
 async def test_closing_finishes_what_waits_and_leaves_one_file_that_holds_everything(store: Store) -> None:
     await store.set_leading(True)
     await store.write(put("k", "precious"))
