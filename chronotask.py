@@ -6707,48 +6707,39 @@ async def preview_schedule(service: Service, body: SchedulePreview) -> PreviewVi
 async def backfill_schedule(service: Service, schedule_id: int, body: BackfillBody) -> BackfillView:
     """Run the slots of a stretch of the past that have not run. One after the other, oldest first, at most 1000. `dry_run` only
     lists them."""
-    now, store = service.clock.now(), service.store
-    zone = (await store.read(partial(get_schedule, schedule_id=schedule_id))).zone
-    span = read_times(body, ("from", "to"), zone)
-    if wrong := [FieldError(name, f"must be past (it is now {format_instant(now)})") for name, t in span.items() if t > now]:
-        raise InvalidInput(*wrong)
-    if span["from"] > span["to"]:
-        raise InvalidInput(FieldError("from", "must not be after to"))
-    find = partial(slots_to_fill, schedule_id=schedule_id, first=span["from"], last=span["to"], settings=service.settings)
+    find = partial(slots_to_fill, schedule_id=schedule_id, body=body, now=service.clock.now(), settings=service.settings)
     if body.get("dry_run"):
-        return dict(slots=upcoming_view((await store.read(find))[1], zone), executions=[])
+        schedule, slots = await service.store.read(find)
+        return dict(slots=upcoming_view(slots, schedule.zone), executions=[])
 
-    def write(tx: Transaction) -> tuple[list[int], list[int]]:
-        task_id, slots = find(tx.db)
+    def write(tx: Transaction) -> BackfillView:
+        schedule, slots = find(tx.db)
         if slots:
-            rows = [NewExecution(task_id, schedule_id, "backfill", slot, tx.now, hold=Hold.CATCHUP) for slot in slots]
+            rows = [NewExecution(schedule.task_id, schedule_id, "backfill", t, tx.now, hold=Hold.CATCHUP) for t in slots]
             tx.new_ids += insert_executions(tx.db, rows)
-            release_held(tx.db, {task_id})
-            about = {"task_id": task_id, "from": body["from"], "to": body["to"], "executions": len(slots)}
+            release_held(tx.db, {schedule.task_id})
+            about = {"task_id": schedule.task_id, "from": body["from"], "to": body["to"], "executions": len(slots)}
             tx.note("backfill", "schedule", schedule_id, None, about)
-        return slots, tx.new_ids
+        return dict(slots=upcoming_view(slots, schedule.zone), executions=tx.new_ids)
 
-    slots, ids = await service.change(write, take_up=False)
-    return dict(slots=upcoming_view(slots, zone), executions=ids)
+    return await service.change(write, take_up=False)
 
 
 async def follow_output(service: Service, execution_id: int) -> AsyncIterator[bytes]:
     """What the attempts of an execution print, as it comes, until it is over. Looks four times a second at bounded output, and
     yields b"": a slow reader misses some of it, and is told so, but is never buffered for. Raises NotFound."""
     engine, store = service.engine, service.store
-    number, live, sent = 0, cast(LiveOutput | None, None), Counter[str]()  # of the attempt that is shown
+    lives, sent = dict[int, LiveOutput](), Counter[tuple[int, str]]()  # of the attempts
     while True:
         execution, past = await store.read(partial(get_execution, execution_id=execution_id))
         yield b""
-        for attempt in [one for one in list[Any]([*past, execution]) if one.attempt >= number]:
-            if attempt.attempt > number:
-                number, live, sent = attempt.attempt, None, Counter[str]()
-            if (active := engine.running.get(execution_id)) and active.run.attempt == number:
-                live = active.live
-            if live is not None:
+        if active := engine.running.get(execution_id):
+            lives[active.run.attempt] = active.live
+        for attempt in list[Any]([*past, execution]):
+            if live := lives.get(attempt.attempt):
                 recent = live.recent()
             elif attempt.status == "running":  # the process that runs it is asked to go on showing it
-                look = partial(shown_output, execution_id=execution_id, attempt=number, now=service.clock.now())
+                look = partial(shown_output, execution_id=execution_id, attempt=attempt.attempt, now=service.clock.now())
                 recent = await store.write(look)
             else:
                 kept = attempt.output_data or {}
@@ -6756,7 +6747,7 @@ async def follow_output(service: Service, execution_id: int) -> AsyncIterator[by
                 parts = {stream: text.encode() for stream, text in texts.items()}
                 recent = [(s, kept[f"{s}_bytes"] if kept.get("truncated") else len(data), data) for s, data in parts.items()]
             for stream, total, data in recent:
-                fresh, sent[stream] = total - sent[stream], total
+                fresh, sent[attempt.attempt, stream] = total - sent[attempt.attempt, stream], total
                 if fresh > 0:
                     lost = fresh - len(data)  # of it no longer kept
                     yield data[-fresh:] if lost <= 0 else f"\n[... {lost} bytes left out ...]\n".encode() + data
@@ -7142,12 +7133,18 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
     return execution
 
 
-def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Settings) -> tuple[int, list[int]]:
-    """The task of a schedule, and the slots from `first` to `last` that have no execution which ran or will."""
+def slots_to_fill(db: DB, schedule_id: int, body: Mapping[str, Any], now: int, settings: Settings) -> tuple[Schedule, list[int]]:
+    """A schedule, and its slots in the stretch that is asked for which have no execution that ran or will."""
     schedule = get_schedule(db, schedule_id)
-    task = runnable_task(db, schedule.task_id, settings)
+    runnable_task(db, schedule.task_id, settings)
     if schedule.schedule_type == "after":
         raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
+    times = read_times(body, ("from", "to"), schedule.zone)
+    if wrong := [FieldError(name, f"must be past (it is now {format_instant(now)})") for name, t in times.items() if t > now]:
+        raise InvalidInput(*wrong)
+    first, last = times["from"], times["to"]
+    if first > last:
+        raise InvalidInput(FieldError("from", "must not be after to"))
     if schedule.is_active and schedule.live and not get_meta(db, "paused"):
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
     span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
@@ -7157,7 +7154,7 @@ def slots_to_fill(db: DB, schedule_id: int, first: int, last: int, settings: Set
     unrun = (slot for slot in itertools.takewhile(lambda slot: slot <= last, plan.slots(first - 1)) if slot not in ran)
     if len(slots := list(itertools.islice(unrun, MOST_BACKFILL + 1))) > MOST_BACKFILL:
         raise InvalidInput(FieldError("to", f"there are more than {MOST_BACKFILL} slots up to it: ask for a shorter stretch"))
-    return task.id, slots
+    return schedule, slots
 
 
 # ======================================================================================================================
@@ -7240,14 +7237,8 @@ DefinitionFile = Annotated[dict[str, Any], Body(None, "DefinitionFile", **_Defin
 _Schedules = NotRequired[dict[Key, dict[str, Any]]]
 _FileTask = Annotated[dict[str, Any], Body(Task, "FileTask", without=("key",), name=NotRequired[Name], schedules=_Schedules)]
 _FileSchedule = Annotated[dict[str, Any], Body(Schedule, "FileSchedule", without=("key", "task_id"))]
-# `action` is created, updated, orphaned, paused or deleted; the key of a schedule is TASK/KEY.
-AppliedChange = Annotated[
-    dict[str, Any],
-    View(
-        None, "AppliedChange", action=str, kind=str, key=str, id=int | None, fields=dict[str, list[Any]], upcoming=list[Upcoming]
-    ),
-]
-Applied = Annotated[dict[str, Any], View(None, "Applied", changes=list[AppliedChange], warnings=list[str])]
+# A change: action (created, updated, orphaned, paused or deleted), kind, key (of a schedule TASK/KEY), id, fields, upcoming.
+Applied = Annotated[dict[str, Any], View(None, "Applied", changes=list[dict[str, Any]], warnings=list[str])]
 
 
 class ApplyQuery(Query):
@@ -7340,7 +7331,7 @@ class _Apply:
     def __init__(self, tx: Transaction, file: Mapping[str, Any], prune: str | None) -> None:
         self.tx, self.owner, self.adopt, self.prune = tx, file["owner"], file["adopt"], prune
         self.standing = _standing(tx.db)
-        self.changes: list[AppliedChange] = []
+        self.changes: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.refused: list[FieldError] = []
 
