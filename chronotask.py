@@ -8210,7 +8210,7 @@ def _body_of(operation: Operation, parts: Mapping[str, dict[str, Any]], before: 
     # A zone is always one that is named, so that no edit moves a schedule unseen.
     never = {*UNTOLD, "task_id", "timezone"}
     may = [name for name, (part, *_) in known.items() if part != "query" and name not in {*parts[part], *never}]
-    if not isinstance(clear, list) or any(name not in may for name in clear):
+    if any(name not in may for name in clear):
         raise InvalidInput(FieldError("clear", f"must be a list of fields, not given themselves, of {', '.join(may)}"))
     targets = [(holder, mark, body) for holder in FLAT if holder in mark.fields]
     if operation.name == "create_task" and (made := {**parts["schedule"]}) | parts["schedule_config"]:
@@ -8530,8 +8530,8 @@ def make_server(service: Service) -> Server[Any]:
 
 
 def take_stdio() -> tuple[int, int]:
-    """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr. Called before
-    anything prints: whatever tasks, libraries or children read and write, they cannot reach the wire."""
+    """Keeps stdin and stdout for the protocol: returns duplicates, then points 0 at nothing and 1 at stderr: whatever
+    tasks, libraries or children read and write, they cannot reach the wire."""
     wire = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -8691,8 +8691,7 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
         await job
 
     app = gated_app(service, "mcp")
-    for method in ("POST", "GET", "DELETE"):
-        app.router.add_route(method, "/mcp", partial(handle_mcp, manager))
+    app.router.add_route("*", "/mcp", partial(handle_mcp, manager))
     app.cleanup_ctx.append(run_manager)
     return app
 
@@ -8844,10 +8843,9 @@ class Systemd:
             await asyncio.sleep(self._watchdog / 3)
 
 
-async def serve(
-    settings: Settings, mode: str, environ: Environ, systemd: Systemd, wire: tuple[int, int] | None, config: str | None = None
-) -> None:
-    """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on `wire` has gone."""
+async def serve(settings: Settings, mode: str, environ: Environ, systemd: Systemd, config: str | None) -> None:
+    """Runs until one of STOP_SIGNALS (a second one ends at once), or in mode `mcp` until the client on stdin has gone."""
+    wire = take_stdio() if mode != "http" else None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, the kernel would reap children and lose their status
     loop, stop, signalled = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
@@ -9067,7 +9065,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.apply is not None or options.export is not None:
             body = None if options.apply is None else parse(DefinitionFile, read_definitions(options.apply))
             return asyncio.run(use_definitions(settings, options, environ, body))
-        wire = take_stdio() if options.mode != "http" else None  # before anything prints
         set_up_logging(settings)
         if settings.bash_user is not None:
             check_bash_user(settings.bash_user)
@@ -9078,7 +9075,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = max(environ.open_files, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         sys.setswitchinterval(0.0002)  # sqlite3 retakes the GIL at every step, and a busy loop gives it up only then
-        asyncio.run(serve(settings, options.mode, environ, systemd, wire, options.config))
+        asyncio.run(serve(settings, options.mode, environ, systemd, options.config))
         return 0
     except ChronoTaskError as error:
         for line in [f"{field}: {message}" for field, message in error.errors] or [error.detail]:
