@@ -6839,12 +6839,6 @@ def read_times(sent: Mapping[str, Any], names: Iterable[str], zone: str, after: 
     return times
 
 
-def check_pause(task: Task) -> None:
-    """Raises InvalidInput for an end of a pause without one."""
-    if task.paused_until is not None and task.status != "paused":
-        raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
-
-
 def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool = False) -> Task:
     """A task as `body` describes it, masks kept; with `may_be_over` a pause may have ended. Raises InvalidInput, Forbidden."""
     config = parse_config(body["task_type"], body["config"])
@@ -6855,7 +6849,6 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
     task = Task(**fields, created_at=now, updated_at=now)
     if may_be_over and task.status == "paused" and task.paused_until is not None and task.paused_until <= now:
         task.status, task.paused_until = "active", None
-    check_pause(task)
     return task
 
 
@@ -6930,6 +6923,8 @@ class Transaction(Tick):
         same = {"key = ?": item.key, "id <> ?": item.id, **others}
         if item.key is not None and (taken := ids_of(self.db, f"{kind}s", same)):
             raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
+        if isinstance(item, Task) and item.paused_until is not None and item.status != "paused":
+            raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
         if isinstance(item, Task) and item.status != (seen or {"status": "active"})["status"]:
             by = "on request" if self.caller.actor == "-" else f"by {self.caller.actor}"
             reason = f"{item.status} {by}, {format_instant(self.now // SECOND * SECOND)}"
@@ -6977,9 +6972,7 @@ def change_task(tx: Transaction, task: Task, changes: Mapping[str, Any], at: int
     before, until, seen, config = task.status, task.paused_until, view_of(task), task.config
     for name, value in changes.items():
         setattr(task, name, value)
-    if task.paused_until != until:
-        check_pause(task)
-    elif task.status != "paused":
+    if task.paused_until == until and task.status != "paused":
         task.paused_until = None
     if task.status == "active" != before:
         task.failures_in_a_row = 0
@@ -7140,11 +7133,9 @@ def slots_to_fill(db: DB, schedule_id: int, body: Mapping[str, Any], now: int, s
     if schedule.schedule_type == "after":
         raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
     times = read_times(body, ("from", "to"), schedule.zone)
-    if wrong := [FieldError(name, f"must be past (it is now {format_instant(now)})") for name, t in times.items() if t > now]:
-        raise InvalidInput(*wrong)
-    first, last = times["from"], times["to"]
+    first, last = times["from"], min(times["to"], now)
     if first > last:
-        raise InvalidInput(FieldError("from", "must not be after to"))
+        raise InvalidInput(FieldError("from", f"must not be after to, nor in the future (it is now {format_instant(now)})"))
     if schedule.is_active and schedule.live and not get_meta(db, "paused"):
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
     span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
