@@ -8180,6 +8180,8 @@ def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (name == "body" or _lean(schema).get("type") != "string"):
         with contextlib.suppress(ChronoTaskError):
             value = load_json(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict) and name == "definitions":
+        return compact(value)
     if isinstance(value, list) and name == "after_task_ids":
         return [_as_sent("task_id", one, schema) for one in value]
     if name in PAIRS and not isinstance(value, dict):
@@ -9043,6 +9045,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ = Environ(os.environ)
         environ.umask = os.umask(0o077)
         if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) in (
+                    signal.SIG_DFL,
+                    signal.default_int_handler,
+                ):  # no half of a copy, with all secrets, shall stay behind
+                    signal.signal(number, lambda number, _: sys.exit(128 + number))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         for name, what in (("backup", "back up"), ("export", "export")):
             if getattr(options, name) is not None and not os.path.exists(settings.database_url):

@@ -9782,6 +9782,8 @@ def test_arguments_are_split_into_the_id_and_the_body_and_may_come_as_text() -> 
     assert (task_id, body_for(stands)) == (7, {"name": "x", "task_type": "bash", "config": {"command": "true", "timeout": 9}})
     sent = {"task_id": 1, "schedule_type": "cron", "schedule_config": json.dumps(WEEKDAYS)}
     assert chronotask.tool_args(TOOLS["create_schedule"], sent)[2]["schedule_config"] == WEEKDAYS
+    for text in ("chronotask = 1", '{"chronotask": 1}', {"chronotask": 1}):
+        assert chronotask.tool_args(TOOLS["apply_definitions"], {"definitions": text})[2]["chronotask"] == 1
 
 
 @each(
@@ -10654,6 +10656,8 @@ def test_a_script_takes_no_module_from_the_working_directory(tmp_path: Path, pyt
 @pytest.mark.slow
 def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "c.db").executescript("CREATE TABLE x (y);")
+    ended = "os.kill(os.getpid(), int(os.environ['SIGNAL'])) or made(*a, **b)"  # while the copy is made
+    ended = wrapped(tmp_path, after=f"made = chronotask.connect\nchronotask.connect = lambda *a, **b: {ended}")
     linked = f"mkdir real; cp {PROGRAM} {TOP}/dashboard.html real; ln -s real/chronotask.py link.py; $PYTHON link.py --backup x"
     for command, status, said in (
         (f"cd {TOP}; $PYTHON -m chronotask --port what", 2, "--port='what'"),
@@ -10666,6 +10670,8 @@ def test_what_a_shell_calls_ends_with_its_status_and_at_most_one_line(tmp_path: 
         (f"CHRONOTASK_DATABASE_URL=sqlite:///no.db $PYTHON {PROGRAM} --export -; ls no.db 2>&1", 2, "no.db to export\n"),
         (f"mkfifo p; CHRONOTASK_DATABASE_URL=sqlite:///y.db $PYTHON {PROGRAM} --port 0 --config p", 2, "must be a regular file"),
         (f"CHRONOTASK_FOO=1 $PYTHON {PROGRAM} --export - 2>&- | head -n 1 | grep -vx {{", 1, ""),
+        (f"SIGNAL=15 $PYTHON {ended} --backup copy; echo status $? >&2; ls -A | grep copy", 1, "status 143\n"),
+        (f"SIGNAL=2 $PYTHON {ended} --backup copy; echo status $? >&2; ls -A | grep copy", 1, "status 130\n"),
         (f"echo @daily ü | CHRONOTASK_FOO= PYTHONIOENCODING=ascii $PYTHON {PROGRAM} --import-crontab -", 0, "variable 'CHRONOT"),
     ):
         done = ran(tmp_path, "sh", "-c", command, environ={"PYTHON": sys.executable, "CHRONOTASK_LOG_LEVEL": "ERROR"})
