@@ -2434,8 +2434,8 @@ def add_run(ran: Sequence[Sequence[int]], slot: int, before: int | None) -> list
     if len(stretches) > RUNS_KEPT:
         stretches.sort()
         closest = min(range(1, len(stretches)), key=lambda i: stretches[i][0] - stretches[i - 1][1])
-        (first, end), (_, last) = stretches[closest - 1 : closest + 1]
-        stretches[closest - 1 : closest + 1] = [[first, max(end, last)]]
+        _, last = stretches.pop(closest)
+        stretches[closest - 1][1] = max(stretches[closest - 1][1], last)
     return stretches
 
 
@@ -2588,14 +2588,12 @@ def count_end(task: Task, end: Ended) -> None:
 
 def events_of(end: Ended, threshold: int) -> list[str]:
     """The events of `after` that this is."""
-    before = -1 if end.before is None else end.before
-    if end.status == "running":
-        return ["started"]
-    if SUCCESS.get(end.status) is True:
-        return ["success", "recovered"] if before >= threshold else ["success"]
-    if SUCCESS.get(end.status) is False:
-        return ["failure", *["broke"] * (before + 1 == threshold), *["paused"] * end.paused]
-    return [end.status]
+    success, before = SUCCESS.get(end.status), -1 if end.before is None else end.before
+    if success is None:
+        return ["started" if end.status == "running" else end.status]
+    if success:
+        return ["success", *["recovered"] * (before >= threshold)]
+    return ["failure", *["broke"] * (before + 1 == threshold), *["paused"] * end.paused]
 
 
 def watches(schedule: Schedule, task_id: int, tags: Collection[str], by_after: bool) -> bool:
@@ -2617,15 +2615,16 @@ def find_circle(fired: Mapping[int, Collection[int]], begin: int, ends: Collecti
     return []
 
 
-def cause_of(event: str, execution: Execution | None, task: Task, streak: int, zone: str, url: str | None) -> dict[str, Any]:
+def cause_of(event: str, execution: Execution | None, task: Task, streak: int, settings: Settings) -> dict[str, Any]:
     """What an `after` execution knows of its cause: a snapshot of at most 6 KiB. Kept output is masked already."""
     view: dict[str, Any] = view_of(execution) if execution else {"finished_at": instant_or_none(task.last_success)}
+    url = settings.public_url
     output = view.get("output_data") or {}
     cause = {name: output.get(name) if name in ("exit_code", "status_code") else view.get(name) for name in CAUSE_NAMES}
     cause |= {"event": event, "execution_id": view.get("id"), "task_id": task.id, "task_key": task.key, "task_name": task.name}
     cause |= {"failures_in_a_row": streak, "output": output_text(output)[-2000:]}
     cause["error_message"] = (view.get("error_message") or "")[:500] or None
-    cause["text"] = _cause_text(event, execution, task, streak, zone)
+    cause["text"] = _cause_text(event, execution, task, streak, settings.scheduler_timezone)
     cause["url"] = f"{url}#/executions/{execution.id}" if url and execution else url
     while (surplus := len(to_json(cause)) - 6144) > 0 and cause["output"]:
         cause["output"] = cause["output"][max(1, surplus // 6) :]
@@ -2657,14 +2656,14 @@ def _cause_text(event: str, execution: Execution | None, task: Task, streak: int
     return f"{', '.join(parts)}, {minute(execution.finished_at or execution.started_at or execution.queued_at)}"
 
 
-def sample_cause(task: Task, now: int, zone: str, url: str | None) -> dict[str, Any]:
+def sample_cause(task: Task, now: int, settings: Settings) -> dict[str, Any]:
     """For a run by hand: what an alert may look like."""
     execution = Execution(id=0, task_id=0, task_name="example", trigger="schedule", status="failed", queued_at=now, attempt=1)
     execution.scheduled_for = execution.started_at = execution.finished_at = now
     execution.error_message = "exit status 1"
     execution.output_data = {"exit_code": 1, "stdout": "", "stderr": "an example of output\n"}
     example = Task(id=0, name="example", task_type="bash", config={}, created_at=now, updated_at=now)
-    cause = cause_of("failure", execution, example, 1, zone, url)
+    cause = cause_of("failure", execution, example, 1, settings)
     return {**cause, "event": "test", "text": f"This is a test of {task.name}. {cause['text']}"}
 
 
@@ -5734,13 +5733,7 @@ class Engine:
         await self.after_write(tick)
 
     def _write(
-        self,
-        db: DB,
-        now: int,
-        ended: Sequence[Finished],
-        batch: int = 0,
-        retrying: bool = False,
-        capacity: int = 0,
+        self, db: DB, now: int, ended: Sequence[Finished], batch: int = 0, retrying: bool = False, capacity: int = 0
     ) -> Tick:
         tick, over = Tick(db, now, self.settings), list[Ended]()
         if ended:
@@ -5872,18 +5865,16 @@ class Engine:
             active.live.stop("interrupted")
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         await self._until_idle(end - 0.2)
-        known = written = not self._ticking  # else that write may still reach the disk, or not
+        known = not self._ticking  # else that write may still reach the disk, or not
         jobs = [*self._jobs, *(active.job for active in self.running.values())]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        try:
+        with contextlib.suppress(Unavailable, TimeoutError):
             if known and self._ended:
                 async with asyncio.timeout(end - self.clock.monotonic()):
                     await self.tick()
-        except (Unavailable, TimeoutError):
-            written = False
-        if self._ended and not written:
+        if self._ended:
             logger.error("the database cannot be written: %d executions are finished at the next start", len(self._ended))
         await self.http.close()
         return known
@@ -5948,7 +5939,7 @@ def end_cancelled(tick: Tick, found: Sequence[tuple[int, int, str]]) -> list[End
 
 def follow(tick: Tick, over: Sequence[Ended]) -> None:
     """Writes the executions that schedules of type `after` fire because of `over`, and because of what is over by them."""
-    db, now, zone, url = tick.db, tick.now, tick.settings.scheduler_timezone, tick.settings.public_url
+    db, now = tick.db, tick.now
     while over and (schedules := after_schedules(db)):
         tasks, depths = get_tasks(db, {end.task_id for end in over}), depths_of(db, [end.execution_id for end in over])
         claim = Claim(now, unfinished_of(db, {schedule.task_id for schedule in schedules if schedule.overlap != "allow"}))
@@ -5966,7 +5957,7 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
                 for end, event in told if left != 0 else ():
                     task = tasks[end.task_id]
                     streak = end.before if event == "recovered" else task.failures_in_a_row if end.after is None else end.after
-                    cause = cause_of(event, executions[end.execution_id], task, streak or 0, zone, url)
+                    cause = cause_of(event, executions[end.execution_id], task, streak or 0, tick.settings)
                     ran = claim.after(schedule, cause, end.execution_id, depths.get(end.execution_id, 0))
                     if (left := left - ran) <= 0:
                         break
@@ -5981,15 +5972,14 @@ def follow(tick: Tick, over: Sequence[Ended]) -> None:
 
 def claim_overdue(tick: Tick, claim: Claim, schedule: Schedule) -> None:
     """The slot of an `overdue`, unless a success has moved it."""
-    db, settings = tick.db, tick.settings
     slot = schedule.plan().next_slot(schedule.settled_until)
     if slot is not None and slot <= claim.now:
-        [task] = get_tasks(db, schedule.schedule_config["task_ids"]).values()
-        by, zone, url = task.last_success_id or -task.id, settings.scheduler_timezone, settings.public_url
+        [task] = get_tasks(tick.db, schedule.schedule_config["task_ids"]).values()
+        by = task.last_success_id or -task.id
         # A longer `seconds`, or a clock that was set back, brings a time again that was told.
-        if not ids_of(db, "executions", {"caused_by = ?": by, "schedule_id = ?": schedule.id, "event = 'overdue'": True}):
-            last = get_executions(db, [by], output=True)
-            cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, zone, url)
+        if not ids_of(tick.db, "executions", {"caused_by = ?": by, "schedule_id = ?": schedule.id, "event = 'overdue'": True}):
+            last = get_executions(tick.db, [by], output=True)
+            cause = cause_of("overdue", last[0] if last else None, task, task.failures_in_a_row, tick.settings)
             claim.after(schedule, cause, by, 0)
         schedule.stand(claim.now)
     claim.schedules.append(schedule)
@@ -7118,7 +7108,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
         row.config = compact(kept)
     of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}
     if row.trigger == "manual" and ("${cause:" in f"{task.config} {row.config}" or schedules_that(tx.db, of_after)):
-        row.cause = compact(sample_cause(task, tx.now, settings.scheduler_timezone, settings.public_url))
+        row.cause = compact(sample_cause(task, tx.now, settings))
     execution = get_execution(tx.db, insert_executions(tx.db, [row])[0])[0]
     tx.new_ids.append(execution.id)
     about = {"task_id": task.id, "task_name": task.name, "rerun_of": row.rerun_of, "config": view_of(execution)["config"]}
