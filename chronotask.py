@@ -4875,8 +4875,9 @@ async def _watch(
         )
     if ends := [pipe.over for pipe in pipes if not pipe.over.done()]:
         await asyncio.wait(ends, timeout=0.2 if stopped else DRAIN_SECONDS)
-    code, names = process.returncode, {number.value: number.name for number in signal.Signals}
-    killer = None if code is None or code >= 0 else names.get(-code, f"SIG{-code}")  # a real-time one has no name
+    code = process.returncode
+    # A real-time signal has no name.
+    killer = None if code is None or code >= 0 else next((one.name for one in signal.Signals if one == -code), f"SIG{-code}")
     live.facts = {"exit_code": None if killer else code, "signal": killer}
     return stopped
 
