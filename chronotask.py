@@ -3328,7 +3328,7 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
     """Brings the schema up to date, one transaction a version. A failing one leaves the database as it was."""
     while True:
         db.execute("BEGIN IMMEDIATE")
-        try:
+        with db:  # which commits, or rolls back
             version = _pragma(db, "user_version")  # looked up under the lock: another process may be doing the same
             if version >= len(migrations):
                 return
@@ -3336,10 +3336,6 @@ def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version={version + 1}")
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            db.execute("COMMIT")
-        finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
 
 
 @contextlib.contextmanager
@@ -3875,14 +3871,12 @@ def cancel_executions(db: DB, conditions: Mapping[str, Any], now: int, reason: s
     ids, those of their tasks, and the statuses that they had, oldest first."""
     where, values = _where({_NOT_DELETED: True, **conditions})
     found = db.execute(f"SELECT id, task_id, status FROM executions {where} ORDER BY +id", values).fetchall()
-    these = compact([execution_id for execution_id, _, _ in found])
-    ask = f"UPDATE executions SET cancel_requested = 1, error_message = ? WHERE id {_THESE} AND status = 'running'"
-    db.execute(ask, (reason, these))
     db.execute(
-        """UPDATE executions SET status = 'cancelled', finished_at = ?1, next_attempt_at = NULL,
-            error_message = CASE WHEN error_message IS NULL THEN ?2 ELSE ?2 || '; the attempt before: ' || error_message END
-        WHERE id IN (SELECT value FROM json_each(?3)) AND status IN ('queued', 'retrying')""",
-        (now, reason, these),
+        f"""UPDATE executions SET cancel_requested = (status = 'running'), next_attempt_at = NULL,
+            status = iif(status = 'running', 'running', 'cancelled'), finished_at = iif(status = 'running', NULL, ?1),
+            error_message = ?2 || iif(status = 'running', '', coalesce('; the attempt before: ' || error_message, ''))
+        WHERE id IN (SELECT value FROM json_each(?3)) AND {UNFINISHED_SQL}""",
+        (now, reason, compact([execution_id for execution_id, _, _ in found])),
     )
     tried = compact([task_id for _, task_id, status in found if status == "retrying"])
     db.execute(f"UPDATE tasks SET last_status = 'cancelled' WHERE id {_THESE}", (tried,))

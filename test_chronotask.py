@@ -2824,7 +2824,8 @@ def test_a_database_is_not_upgraded_under_a_process_that_leads(tmp_path: Path) -
 
 
 @pytest.fixture
-async def store(quick_disk: Path) -> AsyncIterator[Store]:
+async def store(quick_disk: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Store]:
+    monkeypatch.setattr(chronotask, "SCANNERS", 1)
     put_new_database(quick_disk / "c.db")
     opened = Store(quick_disk / "c.db", FakeClock().monotonic)
     yield opened
@@ -2883,12 +2884,7 @@ async def test_a_read_that_fails_as_one_that_would_write_does_no_harm_to_others(
 
 
 @each("ask", "read", "scan", "write")
-async def test_a_failure_leaves_no_old_snapshot_and_no_thread_dead(
-    quick_disk: Path, monkeypatch: pytest.MonkeyPatch, ask: Any
-) -> None:
-    monkeypatch.setattr(chronotask, "SCANNERS", 1)
-    store = Store(quick_disk / "c.db", FakeClock().monotonic)
-
+async def test_a_failure_leaves_no_old_snapshot_and_no_thread_dead(store: Store, ask: Any) -> None:
     def fails(db: sqlite3.Connection) -> None:
         raise Conflict(f"{(rows := db.execute('SELECT key FROM meta'))}, {rows}")
 
@@ -2900,7 +2896,6 @@ async def test_a_failure_leaves_no_old_snapshot_and_no_thread_dead(
         async with asyncio.timeout(5):
             with pytest.raises(Unavailable, match="closed"):
                 await getattr(store, ask)(call)
-    store.close()
 
 
 async def test_writes_that_wait_share_one_transaction_and_one_that_raises_before_a_change_costs_it_nothing(store: Store) -> None:
