@@ -1662,15 +1662,12 @@ def instant_or_none(t: int | None) -> str | None:
     return None if t is None else format_instant(t)
 
 
-def _whole(sent: Any, check: Callable[[Any], Any], *, what: str = "a whole number") -> Any:
-    if isinstance(sent, bool) or (isinstance(sent, str) and not re.fullmatch("-?[0-9]{1,19}", sent)):
-        raise ValueError(f"must be {what}, not {shown(sent)}")
-    return check(sent)
-
-
 def _task_id(sent: Any, check: Callable[[Any], Any]) -> Any:
-    named = isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent)
-    return sent if named else _whole(sent, check, what="the id of a task, or key:NAME")
+    if isinstance(sent, str) and KEY_OF_TASK.fullmatch(sent):
+        return sent
+    if isinstance(sent, bool) or (isinstance(sent, str) and not re.fullmatch("[0-9]{1,19}", sent)):
+        raise ValueError(f"must be the id of a task, or key:NAME, not {shown(sent)}")
+    return check(sent)
 
 
 def _statuses(sent: Any) -> Any:
@@ -1681,16 +1678,12 @@ def _statuses(sent: Any) -> Any:
 
 
 _UNIQUE = AfterValidator(lambda entries: list(dict.fromkeys(entries)))
-Id = Annotated[int, Field(ge=1, le=MAX_ID), WrapValidator(_whole)]
-Skip = Annotated[int, Field(ge=0, le=MAX_ID), WrapValidator(_whole)]
-Limit = Annotated[int, Field(ge=1, le=1000), WrapValidator(_whole)]
+Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
+Limit = Annotated[int, Field(ge=1, le=1000)]
 # The id of a task, or `key:NAME`, which stands for it until `Operation.call`.
-TaskId = Annotated[
-    int,
-    Field(ge=1, le=MAX_ID),
-    WrapValidator(_task_id),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]}),
-]
+_ID_OR_KEY = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": KEY_OF_TASK.pattern}]})
+TaskId = Annotated[Id, WrapValidator(_task_id), _ID_OR_KEY]
 _BLANK = _refused(lambda text: not text.strip() or _NOT_ONE_LINE.search(text), "must not be blank or contain control characters")
 Name = Annotated[str, Field(min_length=1, max_length=255), _BLANK]
 Key = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]{0,99}$", description="a name for programs and files, in lower case")]
@@ -2117,10 +2110,8 @@ ChangePage = Annotated[dict[str, Any], View(None, "ChangePage", changes=list[Cha
 ExecutionPage = Annotated[dict[str, Any], View(None, "ExecutionPage", executions=list[ExecutionView], next_before_id=int | None)]
 UpcomingPage = Annotated[dict[str, Any], View(None, "UpcomingPage", upcoming=list[Firing])]
 BackfillView = Annotated[dict[str, Any], View(None, "BackfillView", slots=list[Upcoming], executions=list[int])]
-PreviewView = Annotated[
-    dict[str, Any],
-    View(None, "PreviewView", description=str, notes=list[str], note=NotRequired[str], upcoming=list[Upcoming]),
-]
+_Looked: dict[str, Any] = {"description": str, "upcoming": list[Upcoming], "notes": list[str], "note": NotRequired[str]}
+PreviewView = Annotated[dict[str, Any], View(None, "PreviewView", **_Looked)]
 SHOWN_DEFAULTS = ("max_retries", "retry_delay", "http_timeout", "bash_timeout", "allow_host_commands")
 StatusView = dict[str, Any]  # of the scheduler, for people
 

@@ -8736,7 +8736,7 @@ NOT_JSON = "text/plain|application/x-www-form-urlencoded|multipart/form-data||ap
 async def test_a_bad_parameter_answers_422_with_its_name(api: Api) -> None:
     await api.task()
     for path, query in (
-        *(("/tasks", f"limit={value}") for value in ("0", "1001", "x", "", "1.5", "1_0", "1&limit=2")),
+        *(("/tasks", f"limit={value}") for value in ("0", "1001", "x", "", "1.5", "1&limit=2")),
         *(("/tasks", query) for query in "skip=-1 skip=99999999999999999999 status=on task_type=x stauts=active q=%00".split()),
         *(("/schedules", query) for query in ("is_active=maybe", "task_id=0")),
         *(("/executions", query) for query in ("trigger=x", "before_id=0", "skip=1", "status=done")),
@@ -10353,7 +10353,6 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("get_execution", {"id": 3}, "id: unknown field: use execution_id; execution_id: is required"),
     ("get_task", {"task_id": 0}, "task_id: must be greater than or equal to 1, not 0"),
     ("execute_task", {"task_id": 1, "wait": 60}, "wait: must be less than or equal to 50, not 60"),
-    ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
     ("create_task", {"name": "x", "task_type": ["bash"], "command": "x"}, "task_type: must be 'http' or 'bash'"),
 ]  # fmt: skip
 
