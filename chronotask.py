@@ -6394,30 +6394,30 @@ class Service:
         create_schedule also when. Example: {"name": "backup", "command": "tar -czf /tmp/x.tgz /tmp/x", "expression": "30 2 * *
         *", "timezone": "Europe/Berlin"}. Secrets: write ${env:CHRONOTASK_SECRET_NAME}; answers show ********. In one that an
         `after` schedule fires ${cause:text} (bash: $CHRONOTASK_CAUSE_TEXT) says what happened."""
-
-        given, errors, schedules = (body, self.clock.now(), self.settings), list[FieldError](), list[Schedule]()
+        given, errors = (body, self.clock.now(), self.settings), list[FieldError]()
         with told_at("", errors):
             # Bash looks at what arguments follow, and hostile source takes it half a second.
             task = await in_daemon(new_task, *given) if "args" in body["config"] else new_task(*given)
             task.config = unmask_config(task.task_type, task.config, {})
 
-        def write(tx: Transaction) -> TaskView:
+        def write(tx: Transaction) -> tuple[TaskView, list[Schedule]]:
+            wrong, schedules = [*errors], list[Schedule]()
             for number, part in enumerate(body.get("schedules", ())):
-                with told_at(f"schedules[{number}].", errors):
+                with told_at(f"schedules[{number}].", wrong):
                     schedules.append(new_schedule({**part, "task_id": 0}, tx.now, tx.settings))
                     check_watched(tx.db, schedules[-1])
-            if errors:
-                raise InvalidInput(*errors)
+            if wrong:
+                raise InvalidInput(*wrong)
             view = tx.put(task)
             for schedule in schedules:
                 schedule.task_id = task.id
                 add_schedule(tx, schedule)
-            return view
+            return view, schedules
 
-        view = await self.change(write, take_up=self.engine.feed.wanted or "schedules" in body)
-        if not schedules:
+        view, made = await self.change(write, take_up=self.engine.feed.wanted or "schedules" in body)
+        if not made:
             return view
-        return {**await self.get_task(task.id), "schedules": [await self.get_schedule(made.id) for made in schedules]}
+        return {**await self.get_task(task.id), "schedules": [await self.get_schedule(schedule.id) for schedule in made]}
 
     @Operation("GET", "/tasks/{id}", tool=("read_only",))
     async def get_task(self, task_id: int) -> TaskView:

@@ -6811,6 +6811,14 @@ async def test_new_slots_activate_unless_switched_off(rig: Rig, fields: Json, ch
         assert (await rig.patch_schedule(schedule_id, is_active=True))["next_run"] is not None
 
 
+async def test_a_task_is_made_once_with_its_schedules_beside_one_that_fails_in_the_middle_of_its_own(rig: Rig) -> None:
+    minute = {"key": "s", "schedule_type": "interval", "schedule_config": {"seconds": 60}}
+    bodies = [parse(chronotask.TaskCreate, {**BASH, "schedules": schedules}) for schedules in ([minute], [minute, minute])]
+    made, failed = await asyncio.gather(*map(rig.service.create_task, bodies), return_exceptions=True)
+    assert isinstance(failed, Conflict) and isinstance(made, dict) and len(made["schedules"]) == 1
+    assert rig.sql("SELECT count(*), (SELECT count(*) FROM schedules) FROM tasks") == [(1, 1)]
+
+
 async def test_configurations_are_replaced_as_a_whole_a_new_type_with_its_own_in_the_same_request(rig: Rig) -> None:
     task_id = await rig.task(config={"command": "true", "env": {"A": "1"}, "timeout": 5})
     assert (await rig.patch_task(task_id, config={"command": "echo ü"}))["config"] == {"command": "echo ü"}
