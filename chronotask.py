@@ -9022,10 +9022,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ.umask = os.umask(0o077)
         if any(getattr(options, name) is not None for name in ("backup", "apply", "export", "import_crontab")):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) in (
-                    signal.SIG_DFL,
-                    signal.default_int_handler,
-                ):  # no half of a copy, with all secrets, shall stay behind
+                if signal.getsignal(number) != signal.SIG_IGN:  # no half of a copy, with all secrets, shall stay behind
                     signal.signal(number, lambda number, _: sys.exit(128 + number))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         for name, what in (("backup", "back up"), ("export", "export")):
