@@ -8746,10 +8746,8 @@ class LogStream(io.TextIOBase):
     def _write_on(self) -> None:
         fd = 2 if self._path is None else os.open(os.devnull, os.O_WRONLY)
         while True:
-            text = self._waiting.get()
-            if isinstance(text, threading.Event):
-                text.set()
-                continue
+            item = self._waiting.get()
+            text = item if isinstance(item, str) else ""
             if self._lost and self._waiting.empty():
                 about = {"levelname": "WARNING", "msg": f"{self._lost} lines of the log were lost here: nobody took them"}
                 text += _LINES.format(logging.makeLogRecord(about)) + "\n"
@@ -8761,6 +8759,8 @@ class LogStream(io.TextIOBase):
                 write_all(fd, text.encode("utf-8", "backslashreplace"))
             except OSError:
                 self._lost += text.count("\n")
+            if isinstance(item, threading.Event):
+                item.set()
 
 
 def _open_log(path: Path) -> int:
