@@ -8160,8 +8160,8 @@ def _as_sent(name: str, value: Any, schema: dict[str, Any]) -> Any:
         return compact(value)
     if isinstance(value, list) and name == "after_task_ids":
         return [_as_sent("task_id", one, schema) for one in value]
-    if name in PAIRS and not isinstance(value, dict):
-        pairs = [str(one).partition(PAIRS[name]) for one in (value if isinstance(value, list) else [""])]
+    if name in PAIRS and isinstance(value, list):
+        pairs = [str(one).partition(PAIRS[name]) for one in value]
         named = {key: text.strip() if name == "headers" else text for key, separator, text in pairs if separator}
         if len(named) < len(pairs):
             raise InvalidInput(FieldError(name, f"must be a list of NAME{PAIRS[name]}VALUE with each name once, or an object"))
@@ -9025,9 +9025,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if signal.getsignal(number) != signal.SIG_IGN:  # no half of a copy, with all secrets, shall stay behind
                     signal.signal(number, lambda number, _: sys.exit(128 + number))
             print("".join(f"chronotask: warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
-        for name, what in (("backup", "back up"), ("export", "export")):
-            if getattr(options, name) is not None and not os.path.exists(settings.database_url):
-                raise StartupError(f"there is no database {settings.database_url} to {what}")
+        if (options.backup or options.export) and not os.path.exists(settings.database_url):
+            raise StartupError(f"there is no database {settings.database_url}")
         if options.backup is not None:
             run_backup(settings, options.backup)
             return 0
