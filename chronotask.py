@@ -6583,10 +6583,12 @@ class Service:
             execution.output_data = active.live.snapshot()
         elif execution.status == "running" and not self.engine.leading:
             look = partial(shown_output, execution_id=execution_id, attempt=execution.attempt, now=self.clock.now())
-            for _ in range(3):  # the process that runs it shows its output a moment after it was asked to
-                if recent := await self.store.write(look):
-                    break
-                await asyncio.sleep(POLL)
+            recent = list[tuple[str, int, bytes]]()
+            with contextlib.suppress(Unavailable):  # a disk that is full: the rest can be shown all the same
+                for _ in range(3):  # the process that runs it shows its output a moment after it was asked to
+                    if recent := await self.store.write(look):
+                        break
+                    await asyncio.sleep(POLL)
             output = {stream: data.decode("utf-8", "replace") for stream, _, data in recent}
             sizes = {f"{stream}_bytes": total for stream, total, _ in recent}
             execution.output_data = output | sizes | {"truncated": any(total > len(data) for _, total, data in recent)}
