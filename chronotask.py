@@ -160,7 +160,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import aiohttp
 import yarl
 from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -3029,10 +3029,10 @@ class Store:
         self._version = 0
         self._db = open_database(path)
         self._file, self.replaced = path.stat(), False
-        self._writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
+        self.writes, self._reads, self._scans = _Queue(), _Queue(), _Queue()
         self._threads: list[tuple[threading.Thread, DB]] = []
         self._closing = False
-        self._start("writer", self._db, self._writes, self._write_batch)
+        self._start("writer", self._db, self.writes, self._write_batch)
         one_of_many = ("scanner", self._scans, 1, SCAN_TIMEOUT)
         for name, calls, most, seconds in (("reader", self._reads, 500, math.inf), *[one_of_many] * SCANNERS):
             db = connect(path, read_only=True)
@@ -3073,7 +3073,7 @@ class Store:
     async def write(self, run: Callable[[DB], T], at_once: bool = False) -> T:
         """Runs `run(db)` in the next transaction; returns once that is on disk. Raises what `run` raises, Unavailable. With
         `at_once` the writer does not wait for what else the loop has to do in this turn."""
-        return cast(T, await self._submit(self._writes, run, at_once))
+        return cast(T, await self._submit(self.writes, run, at_once))
 
     async def read(self, run: Callable[[DB], T]) -> T:
         """Runs `run(db)` on a snapshot of everything committed so far."""
@@ -3172,7 +3172,7 @@ class Store:
         """Finishes what is waiting and closes all connections. Blocks for 0.2 s at most: a write that waits for another
         program's lock must not hold up the exit, and nothing was promised for it."""
         self._closing = True
-        for calls in (self._writes, self._reads, *(self._scans for _ in self._threads)):
+        for calls in (self.writes, self._reads, *(self._scans for _ in self._threads)):
             calls.flush()
             calls.batches.put([])
         end = self._monotonic() + 0.2
@@ -5038,15 +5038,13 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
         failure = _Passing(f"the name {_one_line(error.host, 255)} could not be resolved: {error.os_error.strerror}")
     except aiohttp.ClientConnectorError as error:
         place, cause = f"[{error.host}]:{error.port}" if ":" in error.host else f"{error.host}:{error.port}", error.os_error
+        tls, code = isinstance(cause, ssl.SSLError), cause.errno or 0
         # asyncio's own text of a refused connection names the address and not the reason.
-        known, code = cause.errno in errno.errorcode, cause.errno or 0
-        reason = os.strerror(code).lower() if known else str(cause)[:200] or "connection reset"
+        text = os.strerror(code).lower() if code in errno.errorcode and not tls else cause.strerror or str(cause)[:200]
+        what = f"TLS with {place} failed" if tls else f"could not connect to {place}"
+        failure = _Passing(f"{what}: {text or 'connection reset'}")
         if code == REFUSED_ERRNO:
-            failure = ChronoTaskError(f"{place} may not be called: {cause.strerror}")
-        elif isinstance(cause, ssl.SSLError):
-            failure = _Passing(f"TLS with {place} failed: {cause.strerror}")
-        else:
-            failure = _Passing(f"could not connect to {place}: {reason}")
+            failure = ChronoTaskError(f"{place} may not be called: {text}")
     except aiohttp.ServerDisconnectedError:
         failure = _Passing("the server closed the connection without an answer")
     except aiohttp.InvalidURL as error:  # an address written as one number, say
@@ -5244,6 +5242,8 @@ def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> _Requ
         url, login = _read_url(config["url"])
     except ValueError:
         raise ChronoTaskError("config.url: is not a valid http or https URL") from None
+    if auth := config.get("auth"):
+        login = f"{auth['username']}:{auth['password']}"
     headers = CIMultiDict({"Accept-Encoding": "gzip, deflate", "User-Agent": f"ChronoTask/{__version__}"})
     headers["Idempotency-Key"], headers["X-ChronoTask-Execution-Id"] = run.uuid, str(run.execution_id)
     headers["X-ChronoTask-Attempt"] = str(run.attempt)
@@ -5253,9 +5253,6 @@ def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> _Requ
     credentials = [value for name, value in own.items() if name.lower() in MASKED_HEADERS]
     credentials += [value.partition(" ")[2] for value in credentials] + [login.removesuffix(":"), login.partition(":")[2]]
     credentials += [parts.rest for parts in map(url_parts, secrets) if parts.scheme]  # a page for 404 shows the path alone
-    if auth := config.get("auth"):
-        login = f"{auth['username']}:{auth['password']}"
-        credentials += [login, auth["password"]]
     if login:
         headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
     if body is not None:
@@ -7662,10 +7659,9 @@ class Tokens:
         raise Unauthorized("this needs the header Authorization: Bearer TOKEN, with a token that is known here")
 
 
-def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, settings: Settings) -> bool:
+def check_caller(request: web.Request, settings: Settings) -> bool:
     """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if any does."""
-    if path == "/health":  # is open to any Host
-        return False
+    headers, path = request.headers, request.path
     host = ",".join(headers.getall("Host", []))
     if (match := re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host)) is None:
         raise Forbidden("the Host header is missing or malformed")
@@ -7683,7 +7679,7 @@ def check_caller(headers: CIMultiDictProxy[str], method: str, path: str, setting
                 continue
         raise Forbidden(f"Origin {shown(origin)} is not accepted here: add its host to CHRONOTASK_ALLOWED_HOSTS")
     # Static pages without data: a browser may navigate there without a token.
-    navigates = method in ("GET", "HEAD") and path in ("/", "/docs")
+    navigates = request.method in ("GET", "HEAD") and path in ("/", "/docs")
     if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         if not (navigates and headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"):
             raise Forbidden("requests from pages of another site are refused")
@@ -7699,7 +7695,7 @@ def gated_app(service: Service, way: str) -> web.Application:
         BUSY[request.protocol] = None
         try:
             actor, scope = "-", "read"
-            if check_caller(request.headers, request.method, request.path, settings):
+            if request.path != "/health" and check_caller(request, settings):  # /health is open to any Host
                 scope = "admin"
                 if token := tokens.find(request.headers.getall("Authorization", []), request.remote or ""):
                     actor, scope, _ = BUSY[request.protocol] = token
@@ -7900,10 +7896,15 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
     family("start_lateness_seconds", "From a slot to the start of its execution.", lateness, "histogram")
     waiting = [(f'{{status="{status}"}}', count) for status, count in executions.items()]
     family("executions", "Executions that are not over, of all processes.", waiting)
+    family("executions_running_here", "Executions that this process runs.", len(engine.running))
     family("tasks", "Tasks.", objects["tasks"])
     family("schedules", "Schedules.", [('{state="firing"}', active), ('{state="idle"}', objects["schedules"] - active)])
     size = sum(os.path.getsize(file) for file in (path, f"{os.path.realpath(path)}-wal") if os.path.exists(file))
     family("database_size_bytes", "Size of the database and its write-ahead log.", size)
+    writes, turn = service.store.writes, service.clock.monotonic()
+    family("writer_queue_length", "Writes that wait for the database writer.", len(writes.turn) + writes.batches.qsize())
+    await asyncio.sleep(0)
+    family("loop_lag_seconds", "How long the last turn of the event loop took.", round(service.clock.monotonic() - turn, 6))
     family("leader", "Whether this process fires schedules.", int(engine.leading))
     if (file := service.config_file) is not None:
         family("config_file_ok", "Whether --config was applied as it is.", int(file["error"] is None))
