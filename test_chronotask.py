@@ -3584,7 +3584,7 @@ async def test_a_command_succeeds_with_exit_status_0_and_other_ends_are_failures
         ("exit 3", "exit status 3", True),
         ("echo first >&2; echo 'last \\x1b[31mline' >&2; exit 1", "exit status 1: last \\x1b[31mline", True),
         (r"printf 'a\033[1;31mb\033[m\033[2Kc\n' >&2; exit 1", "exit status 1: ab [2Kc", True),
-        ("kill -KILL $$", "was killed by SIGKILL", True),
+        ("echo why >&2; kill -KILL $$", "was killed by SIGKILL: why", True),
         ("exit 126", "exit status 126", False),
         ("exit 127", "exit status 127", False),
         # The last line of stderr that can be read.
