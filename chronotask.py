@@ -1429,11 +1429,6 @@ class HttpConfig(TypedDict, total=False):
     verify_tls: Annotated[bool, Field(json_schema_extra={"default": True})]
 
 
-def bash_source(command: str, args: Sequence[str]) -> str:
-    """The bash source of a task: `args` follow `command` as literal words, on its last line."""
-    return " ".join([command.rstrip(), *map(shlex.quote, args)]) if args else command
-
-
 # Bash would take one for a variable of this name, or somebody would want facts as source.
 _NO_FACTS = _refused(re.compile(r"\$\{cause:[A-Za-z_]+\}").search, "${cause:…} cannot stand here: use $CHRONOTASK_CAUSE_…")
 _FOLDER = _refused(
@@ -4728,7 +4723,8 @@ def _command(
     if settings.allowed_bash_commands:
         words = bash_words(config, settings)
     else:
-        words = ["bash", "-c", bash_source(config["command"], config.get("args", ()))]
+        source, args = config["command"], config.get("args", ())  # literal words, on its last line
+        words = ["bash", "-c", " ".join([source.rstrip(), *map(shlex.quote, args)]) if args else source]
     values = {name: getattr(run, name.lower()) for name in TASK_VARIABLES}
     if run.schedule_id is None or run.scheduled_for is None:
         del values["SCHEDULE_ID"], values["SCHEDULED_FOR"]
