@@ -1,7 +1,6 @@
 # ChronoTask in a container: docker build -t chronotask .
 #
-# 3.12 is the least that fits: from there on asyncio waits for children by pidfd; before, each running command cost a
-# thread. 3.13 has the smallest base image of those.
+# 3.11 and later fit; 3.13 has the smallest base image of 3.12 and later.
 ARG PYTHON_VERSION=3.13
 
 FROM python:${PYTHON_VERSION}-alpine AS build
