@@ -4685,9 +4685,9 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
         except OSError as error:
             inside = folder is not None and error.filename == folder
             what = f"working_dir {shown(folder)}" if inside else f"{shown(words[0])} could not be started"
-            # Too many processes or files, no memory, a program that is being written; anything else would end the same way.
-            may_pass = error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETXTBSY)
-            raise (_Passing if may_pass else ChronoTaskError)(f"{what}: {_reason(error)}") from None
+            # With these, starting it again would end the same way; what else there is (no memory, too many files) may pass.
+            final = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.E2BIG)
+            raise (ChronoTaskError if final else _Passing)(f"{what}: {_reason(error)}") from None
         finally:
             for writer in writers:  # where nothing was started, that ends the pipes
                 os.close(writer)
