@@ -7659,14 +7659,13 @@ def check_caller(request: web.Request, settings: Settings) -> bool:
     """Raises Forbidden unless this Host, Origin and kind of page may ask for this; says whether it needs a token, if any does."""
     headers, path = request.headers, request.path
     host = ",".join(headers.getall("Host", []))
-    if (match := re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host)) is None:
-        raise Forbidden("the Host header is missing or malformed")
-    name = (match[1] or match[2]).lower().rstrip(".")
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host)
+    name = (match[1] or match[2]).lower().rstrip(".") if match else ""
     if name != "localhost" and name not in settings.allowed_hosts:
         try:
             ipaddress.ip_address(name)  # a hostile page cannot have made an address point here (DNS rebinding)
         except ValueError:
-            raise Forbidden(f"Host {shown(name)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS") from None
+            raise Forbidden(f"Host {shown(name or host)} is not accepted here: add it to CHRONOTASK_ALLOWED_HOSTS") from None
     for origin in headers.getall("Origin", []):
         with contextlib.suppress(ValueError):
             page = yarl.URL(origin)
@@ -7804,8 +7803,7 @@ async def show_docs(_service: Service, request: web.Request) -> web.Response:
     except OSError:
         return web.Response(text=f"dashboard.html is not beside chronotask.py; the API is at {API}\n", headers=HEADERS)
     nonce = os.urandom(16).hex()  # of the page's own script and style: no other runs, and it talks to this server alone
-    for tag in ("script", "style"):
-        page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">')
+    page = re.sub("<(script|style)>", rf'<\1 nonce="{nonce}">', page)
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
