@@ -4702,8 +4702,6 @@ async def run_bash(config: dict[str, Any], run: Run, settings: Settings, environ
         return _stopped(live, timeout) if stopped else _bash_outcome(config["command"], folder, live, report)
     except Exception as error:
         return _failure(error, live)
-    finally:
-        live.close()
 
 
 # What runs on the far side of a launcher: this, fixed, with words that it executes and never parses. `exec` in a subshell: a
@@ -5214,8 +5212,6 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
         return _stopped(live, timeout)
     except Exception as error:
         return _failure(error, live)
-    finally:
-        live.close()
 
 
 class _Request(NamedTuple):
