@@ -6821,8 +6821,8 @@ def new_task(body: TaskCreate, now: int, settings: Settings, may_be_over: bool =
 
 def new_schedule(body: ScheduleCreate, now: int, settings: Settings, may_be_over: bool = False) -> Schedule:
     """A schedule as `body` describes it, placed before its first slot after now."""
-    own = {"overlap": "allow"} if body["schedule_type"] == "after" else {}
-    fields = _fields_of(own | body, None, 0 if may_be_over else now, settings.scheduler_timezone)
+    overlap = defaults_of(Schedule, body["schedule_type"])["overlap"]
+    fields = _fields_of({"overlap": overlap, **body}, None, 0 if may_be_over else now, settings.scheduler_timezone)
     schedule = Schedule(**fields, created_at=now, updated_at=now, settled_until=now, dealt_with=now, in_force_since=now)
     if schedule.schedule_type != "after" or schedule.plan().end_at < now:  # else it looks at other tasks first
         schedule.look_ahead()
@@ -6920,7 +6920,7 @@ class Transaction(Tick):
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What differs, as it is in both."""
-    names = [n for n in {**before, **after} if before.get(n) != after.get(n) and n not in ("updated_at", "upcoming", "notes")]
+    names = [n for n in {**before, **after} if before.get(n) != after.get(n) and n != "updated_at"]
     old, new = {n: before[n] for n in names if n in before}, {n: after[n] for n in names if n in after}
     for name in names:
         if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
@@ -6958,7 +6958,7 @@ def remove_task(tx: Transaction, task_id: int) -> None:
 
 
 def add_schedule(tx: Transaction, schedule: Schedule) -> int:
-    """Its id."""
+    """Writes a new schedule, and returns its id. Raises InvalidInput, NotFound, Conflict."""
     schedule.task_name = get_task(tx.db, schedule.task_id).name
     check_watched(tx.db, schedule)
     tx.put(schedule)
