@@ -3601,11 +3601,11 @@ def _page(
                 start = block * size
                 break
             skip -= n
-    of_group = (
-        f"SELECT id FROM {table} WHERE {alive} AND {columns[0]} = '{{}}' AND {columns[1]} = '{{}}' AND id >= {start}".format
-    )
-    parts = " UNION ALL ".join(of_group(kind, state) for kind, state, _ in groups)
-    return total, compact(_ids(db, f"{parts} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
+    parts = [
+        f"SELECT id FROM {table} WHERE {alive} AND {columns[0]} = '{kind}' AND {columns[1]} = '{state}' AND id >= {start}"
+        for kind, state, _ in groups
+    ]
+    return total, compact(_ids(db, f"{' UNION ALL '.join(parts)} ORDER BY id LIMIT ? OFFSET ?", (page.limit, skip)))
 
 
 @functools.lru_cache(1000)
