@@ -8653,7 +8653,8 @@ def make_mcp_app(service: Service, server: Server[Any]) -> web.Application:
         await job
 
     app = gated_app(service, "mcp")
-    app.router.add_route("*", "/mcp", partial(handle_mcp, manager))
+    for method in ("POST", "GET", "DELETE"):
+        app.router.add_route(method, "/mcp", partial(handle_mcp, manager))
     app.cleanup_ctx.append(run_manager)
     return app
 
