@@ -1944,9 +1944,10 @@ class Shape:
         self.instants = [name for name in self.loaded if Mark.TIME in arms[name]]
         # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
         self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
-        # Columns that hold JSON: dict or list. What is damaged is read as NULL, and is empty: it does not stop other rows.
-        self.json = {name: kind for name in self.loaded if (kind := get_origin(arms[name][0])) in (dict, list)}
-        empty = {name: f"or {kind.__name__}()" for name, kind in self.json.items() if len(arms[name]) == 1}
+        # Columns that hold JSON. What is damaged is read as NULL, and is empty: it does not stop other rows.
+        kinds = {dict: "object", list: "array"}
+        self.json = {name: kinds[kind] for name in self.loaded if (kind := get_origin(arms[name][0])) in kinds}
+        empty = {name: "or {}" if self.json[name] == "object" else "or []" for name in self.json if len(arms[name]) == 1}
         self.shown = {name: hints[name] for name in shown}  # what a client sees, and its type there
         self.times = [name for name in shown if Mark.TIME in arms[name]]  # of what is shown
         not_written = marked[Mark.READ_ONLY] | marked[Mark.INTERNAL]
@@ -3478,7 +3479,8 @@ def load(
 @functools.cache
 def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     shape = shape_of(kind)
-    read = {n: f"CASE WHEN typeof({n}) = 'text' AND json_valid({n}) THEN json({n}) END" for n in shape.json}
+    sound = "typeof({0}) = 'text' AND json_valid({0}) AND json_type({0}) = '{1}'"
+    read = {n: f"CASE WHEN {sound.format(n, kind)} THEN json({n}) END" for n, kind in shape.json.items()}
     read |= {name: f"CAST({name} AS INTEGER)" for name in shape.whole}
     read |= {name: f"min(max(CAST({name} AS INTEGER), 0), {LAST_INSTANT})" for name in shape.instants} | dict([instead])
     return f"json_array({', '.join(read.get(name) or _HELD(name) for name in shape.loaded)})"
