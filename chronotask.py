@@ -8362,31 +8362,27 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
         view |= {"unfinished": (await service.list_executions(going))["executions"]}
     without = {"output_data"} if output == "none" else {"trigger", "task_id"} if name == "execute_task" else set()
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
-    answer, cut = _fitting(resource, view, full if output == "full" else short, without)
-    if "total" in view:
-        seen = view["skip"] + sum(len(answer[page]) for page in ROWS.keys() & answer.keys())
-        if seen < view["total"]:
-            notes.append(f"{view['total'] - seen} more: ask with skip={seen}")
-    else:
-        rest = "ask for the others, or for less of each" if "next_before_id" in view else "REST has all"
-        notes += [
-            f"only the first {len(answer.get(page, ()))} of {total} fit into an answer: {rest}" for page, total in cut.items()
-        ]
-    return answer | ({"notes": notes} if notes else {})
-
-
-def _fitting(resource: Any, view: dict[str, Any], limit: int, without: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """The view in brief, with room for notes, and how many rows those lists had that were made shorter for it."""
-    lists = {name: [*rows] for name, rows in view.items() if isinstance(rows, list)}  # the view may be kept for others
-    while len(compact(answer := brief(resource, view | lists, limit, without, "REST has all"))) > MAX_ANSWER - 1000:
-        longest = max(lists, key=lambda name: len(lists[name]), default="")
+    limit = full if output == "full" else short
+    lists = {part: [*rows] for part, rows in view.items() if isinstance(rows, list)}  # the view may be kept for others
+    while (
+        len(compact(answer := brief(resource, view | lists, limit, without, "REST has all"))) > MAX_ANSWER - 1000
+    ):  # room for notes
+        longest = max(lists, key=lambda part: len(lists[part]), default="")
         if len(lists.get(longest, ())) > 1 and (resource is None or limit < 200):
             del lists[longest][len(lists[longest]) * 3 // 4 :]
             if "next_before_id" in view:
                 view["next_before_id"] = lists[longest][-1]["id"]
         else:
             limit //= 2
-    return answer, {name: len(view[name]) for name, rows in lists.items() if len(rows) < len(view[name])}
+    if "total" in view:
+        seen = view["skip"] + sum(len(answer[page]) for page in ROWS.keys() & answer.keys())
+        if seen < view["total"]:
+            notes.append(f"{view['total'] - seen} more: ask with skip={seen}")
+    else:
+        rest = "ask for the others, or for less of each" if "next_before_id" in view else "REST has all"
+        cut = [part for part in lists if len(lists[part]) < len(view[part])]
+        notes += [f"only the first {len(answer.get(part, ()))} of {len(view[part])} fit into an answer: {rest}" for part in cut]
+    return answer | ({"notes": notes} if notes else {})
 
 
 async def run_tool(
