@@ -5678,10 +5678,7 @@ class Engine:
         self._last_tick_end = self.clock.monotonic()
         fires = None if self.paused else self._timers.next_due()
         times = (fires, self._retries.next_due(), self.pause_ends) if self.leading and not self.stopping else ()
-        due = min((at for at in times if at is not None), default=None)
-        if due is None or due > self.clock.now() or len(self.running) < self.settings.max_concurrent_runs:
-            await self.clock.wait(self._wake, due)
-        # else the next claim goes to the writer before what was just started begins
+        await self.clock.wait(self._wake, min((at for at in times if at is not None), default=None))
 
     async def tick(self) -> None:
         """Finishes what has ended, claims what is due now, starts what is ready: one transaction, then the effects."""
@@ -5706,7 +5703,8 @@ class Engine:
             raise
         finally:
             self._ticking = False
-        self._woken = self._woken or 0 < batch <= len(tick.schedules)  # there may be more that fires
+        if 0 < batch <= len(tick.schedules):  # there may be more that fires
+            self.wake()
         await self.after_write(tick)
 
     def _write(
@@ -6029,6 +6027,7 @@ class Changes:
         self._status = status
         self._seen = (0, 0)  # changes are taken up to here
         self._looking = asyncio.Lock()
+        self._asked = self._looked = 0  # looks that were asked for, and how many of these have been answered
         self.stale = True  # other processes have written something that this one has not taken up, or not all of it
 
     async def poll(self) -> None:
@@ -6046,7 +6045,12 @@ class Changes:
 
     async def take_up(self, others: bool = False) -> None:
         """What has changed since the last look, and with `others` what other processes did with executions."""
+        self._asked += 1
+        number = self._asked
         async with self._looking:  # one after the other: an older look must not overwrite what a newer one found
+            if number <= self._looked and not others:  # by a look that began later
+                return
+            number = self._asked
             engine, store, since, before = self.engine, self.engine.store, self._seen, self.engine.paused
             until, paused = await store.read(progress)
             if until == since and not others:
@@ -6074,7 +6078,7 @@ class Changes:
                     engine.stop_run(ending)
             if feed.waiting:  # perhaps for what another process has finished or deleted
                 feed.notify(await store.read(partial(finished_among, ids=list(feed.waiting))))
-            self._seen = until
+            self._seen, self._looked = until, number
             engine.wake()  # what it waits for may have changed
 
 
