@@ -8368,9 +8368,8 @@ async def _use(service: Service, operation: Operation, arguments: Mapping[str, A
     short, full = (TOOL_TEXT, MAX_ANSWER) if resource else (TOOL_LIST_TEXT, TOOL_TEXT)
     limit = full if output == "full" else short
     lists = {part: [*rows] for part, rows in view.items() if isinstance(rows, list)}  # the view may be kept for others
-    while (
-        len(compact(answer := brief(resource, view | lists, limit, without, "REST has all"))) > MAX_ANSWER - 1000
-    ):  # room for notes
+    # There is to be room for the notes.
+    while len(compact(answer := brief(resource, view | lists, limit, without, "REST has all"))) > MAX_ANSWER - 1000:
         longest = max(lists, key=lambda part: len(lists[part]), default="")
         if len(lists.get(longest, ())) > 1 and (resource is None or limit < 200):
             del lists[longest][len(lists[longest]) * 3 // 4 :]
