@@ -6891,13 +6891,13 @@ class Transaction(Tick):
 
     def put(self, item: Task | Schedule, seen: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes a task or schedule with its audit row, and returns its view. `seen` is its view before; None: it is new."""
+        if isinstance(item, Task) and item.paused_until is not None and item.status != "paused":
+            raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
         kind = type(item).__name__.lower()
         others = {"deleted = 0": True} if isinstance(item, Task) else {"task_id = ?": item.task_id}
         same = {"key = ?": item.key, "id <> ?": item.id, **others}
         if item.key is not None and (taken := ids_of(self.db, f"{kind}s", same)):
             raise Conflict(f"key: {kind} {taken[0]} has the key {item.key} already")
-        if isinstance(item, Task) and item.paused_until is not None and item.status != "paused":
-            raise InvalidInput(FieldError("paused_until", "is only for a task with status paused"))
         if isinstance(item, Task) and item.status != (seen or {"status": "active"})["status"]:
             by = "on request" if self.caller.actor == "-" else f"by {self.caller.actor}"
             reason = f"{item.status} {by}, {format_instant(self.now // SECOND * SECOND)}"
@@ -7106,9 +7106,11 @@ def slots_to_fill(db: DB, schedule_id: int, body: Mapping[str, Any], now: int, s
     if schedule.schedule_type == "after":
         raise InvalidInput(FieldError("", "a schedule of type after has no slots"))
     times = read_times(body, ("from", "to"), schedule.zone)
-    first, last = times["from"], min(times["to"], now)
+    if wrong := [FieldError(name, f"must be past (it is now {format_instant(now)})") for name, t in times.items() if t > now]:
+        raise InvalidInput(*wrong)
+    first, last = times["from"], times["to"]
     if first > last:
-        raise InvalidInput(FieldError("from", f"must not be after to, nor in the future (it is now {format_instant(now)})"))
+        raise InvalidInput(FieldError("from", "must not be after to"))
     if schedule.is_active and schedule.live and not get_meta(db, "paused"):
         last = min(last, schedule.settled_until)  # what comes after that is about to be claimed
     span = {"schedule_id = ?": schedule.id, "scheduled_for >= ?": first, "scheduled_for <= ?": last}
@@ -7429,6 +7431,10 @@ async def export_definitions(service: Service, query: ExportQuery) -> Definition
         keys = {item.id: key for key, item in found.items() if isinstance(item, Task)}
         for key, item in found.items():
             task, _, name = key.partition("/")
+            with contextlib.suppress(*DAMAGE):
+                if name:  # one whose time has passed is over, though nothing has noticed it during a pause
+                    item.stand(max(item.settled_until, service.clock.now()))
+                    item.look_ahead()
             if query.owner not in (None, item.managed_by) or (name and (task not in tasks or item.over)):
                 continue
             view, kind = view_of(item), cast(Any, type(item))
@@ -7516,6 +7522,7 @@ class ConfigFile:
 
 _CRON_SETTING = re.compile(r"""(['"]?)([^\s='"]+)\1\s*=\s*(\S.*)""", re.ASCII | re.DOTALL)
 _CRON_COMMAND = re.compile(r"((?:[^\\%]|\\.?)*)(?:%(.*))?", re.DOTALL)
+_NOT_OF_CRON = re.compile(r"(?:^|[ ,])(?:l|[0-9a-z]+/)|#|(?<!0)-0+(?![0-9])|(?<!sun)-sun|^@.*(?-i:[A-Z])", re.IGNORECASE)
 # What bash and every /bin/sh do alike: a program, its words, files for its output.
 _PLAIN_COMMAND = re.compile(r"/[A-Za-z0-9_./-]+(?: +[A-Za-z0-9_./:=@,+-]+)*(?: +(?:2>&1|2?>>? *[A-Za-z0-9_./-]+))*")
 
@@ -7555,8 +7562,9 @@ def read_crontab(text: str, system: bool, user: pwd.struct_passwd, zone: str) ->
                 config = {"command": f'exec "$SHELL"{here} -c', "args": [command]}
             config = parse_config("bash", config | {"env": env, "working_dir": env["HOME"], "timeout": 86400})
             task = {"name": printable(command)[:100] or f"line {number}", "task_type": "bash", "config": config, "max_retries": 0}
-            if fields[0] != "@reboot":
-                expression = " ".join(fields[:times])
+            if _NOT_OF_CRON.search(expression := " ".join(fields[:times])):
+                raise ValueError(f"{shown(expression)} is none that cron reads, or not so (MON for MON#2, no day for SAT-SUN)")
+            if expression != "@reboot":
                 when = check_schedule_config("cron", {"expression": expression, "timezone": zone}, zone, 0)
                 kept = {"overlap": "allow", "catchup": "skip"}
                 task["schedules"] = {"cron": {"schedule_type": "cron", "schedule_config": when, **kept}}

@@ -5300,7 +5300,7 @@ async def test_a_backfill_that_cannot_be_is_refused_and_leaves_nothing(api: Api)
     schedule_id = await api.schedule(task_id, schedule_type="cron", schedule_config={"expression": "* * * * *"})
     past = {"from": "2025-12-31T00:00", "to": "2025-12-31T10:00"}
     for change, status, fields in (
-        ({"from": "2026-01-03", "to": "2026-01-03"}, 422, ["from"]),
+        ({"to": "2026-01-02"}, 422, ["to"]), ({"from": "2026-01-03", "to": "2026-01-03"}, 422, ["from", "to"]),
         ({"from": "x"}, 422, ["from"]), ({"from": "2025-12-31T11:00"}, 422, ["from"]), ({"to": "2025-12-31T16:40"}, 422, ["to"]),
         ({"when": 1}, 422, ["when"]),
     ):  # fmt: skip
@@ -7313,8 +7313,8 @@ async def test_a_once_schedule_whose_time_has_passed_is_over_and_no_error(rig: R
     rig.clock.advance(60)  # its slot has come, and nobody has claimed it yet
     for said in ("is_active = true\n", "", "is_active = true\n"):
         assert (await applied(rig, NIGHTLY + once + said))["changes"] == []
-        await rig.run_at(60)
         assert [*(await exported(rig))["tasks"]["nightly"]["schedules"]] == ["night"]
+        await rig.run_at(60)
     past = once.replace("00:01:00", "00:00:30")
     assert actions(await applied(rig, NIGHTLY + past)) == [("updated", "nightly/once")]
     assert not (await rig.service.get_schedule(2))["is_active"]
@@ -7676,6 +7676,8 @@ def test_every_line_that_cannot_be_read_is_named() -> None:
     no_job = "must be five time fields or an @word and a command, or NAME = VALUE"
     for line, said in {
         **dict.fromkeys(("* * * * *", "@hourly", "FOO="), no_job),
+        **{f"{t} /bin/a": f"'{t}' is none that cron reads" for t in ("5/9 * * * *", "0 0 L * *", "0 0 * * MON#2", "0 0 * * 5-0")},
+        "@Daily /bin/a": "'@Daily' is none that cron reads",
         "@weekdays /bin/a": "schedule_config.expression: '@weekdays': ",
         "61 * * * * /bin/a": "schedule_config.expression: '61 * * * *': ",
         "CRON_TZ=Berlin": "must be an IANA time zone (did you mean Europe/Berlin?)",
