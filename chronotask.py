@@ -1561,7 +1561,8 @@ def check_schedule_config(schedule_type: str, config: Any, default_zone: str, no
 
 
 def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """An http configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret."""
+    """A configuration, or fields of one, with what `change` makes, of path and text, of each text that may be a secret; bash has
+    no such fields."""
     url, result = config.get("url") or "", dict(config)
     if "@" in url and (parts := url_parts(url)).userinfo:
         end = len(url) - len(parts.host) - len(parts.rest) - 1
@@ -1576,15 +1577,15 @@ def _map_secrets(config: dict[str, Any], change: Callable[[str, str], str]) -> d
     return result
 
 
-def mask_config(task_type: str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as answers, the log and the history may show it; of a damaged one nothing. Values that are only a `${…}` reference
-    stay readable."""
+def mask_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A task's `config` as answers, the log and the history may show it; of a damaged one nothing. Values that are only a `${…}`
+    reference stay readable."""
 
     def masked(name: str, text: str) -> str:
         return text if (_HARMLESS_USERINFO if name == "url" else _HARMLESS).fullmatch(text) else MASK
 
     try:
-        return _map_secrets(config, masked) if task_type == "http" else config
+        return _map_secrets(config, masked)
     except DAMAGE:
         return {}
 
@@ -1593,7 +1594,7 @@ def _same_server(url: str, kept: str) -> bool:
     """Whether both have one scheme, host and port. While a reference decides about them, only where the URL stays as it is."""
     new, old = url_parts(url), url_parts(kept)
     same = (new.scheme, new.host.lower()) == (old.scheme, old.host.lower()) and new.scheme != "" and "$" not in new.host
-    return same or url in (kept, mask_config("http", {"url": kept})["url"])
+    return same or url in (kept, mask_config({"url": kept})["url"])
 
 
 def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
@@ -1624,7 +1625,7 @@ def unmask_config(task_type: str, new: dict[str, Any], stored: dict[str, Any], k
 
 def override_config(task_type: str, config: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """`config` with single fields replaced, or taken away by null. Raises InvalidInput as for a change of the task."""
-    new = parse_config(task_type, {**mask_config(task_type, config), **override})
+    new = parse_config(task_type, {**mask_config(config), **override})
     return unmask_config(task_type, new, config, config.keys() - override)
 
 
@@ -1941,15 +1942,14 @@ class Shape:
             hints[name] = get_type_hints(getattr(resource, name).fget, include_extras=True)["return"]
         arms = {name: _arms(kind) for name, kind in hints.items()}
         hints |= {name: hints[name] | None for name in marked[Mark.OR_NULL]}
-        self.instants = [name for name in self.loaded if Mark.TIME in arms[name]]
+        self.times = [name for name in arms if Mark.TIME in arms[name]]
         # Columns of other whole numbers; of a Run none: that the settings of its task are damaged is told by `decide_end`.
-        self.whole = [name for name in self.loaded if self.instants and arms[name][0] is int]
+        self.whole = [name for name in self.loaded if self.times and arms[name][0] is int]
         # Columns that hold JSON. What is damaged is read as NULL, and is empty: it does not stop other rows.
         kinds = {dict: "object", list: "array"}
         self.json = {name: kinds[kind] for name in self.loaded if (kind := get_origin(arms[name][0])) in kinds}
         empty = {name: "or {}" if self.json[name] == "object" else "or []" for name in self.json if len(arms[name]) == 1}
         self.shown = {name: hints[name] for name in shown}  # what a client sees, and its type there
-        self.times = [name for name in shown if Mark.TIME in arms[name]]  # of what is shown
         not_written = marked[Mark.READ_ONLY] | marked[Mark.INTERNAL]
         self.written = {  # what a client may write
             name: Instant | None if name in self.times else hints[name] for name in fields if name not in not_written
@@ -1977,7 +1977,7 @@ def view_of(item: Any) -> dict[str, Any]:
     """What a client sees of a resource: secrets are masked."""
     view = shape_of(cast(Any, type(item))).view(item)
     if isinstance(item, (Task, Execution)) and item.config:
-        view["config"] = mask_config("http", item.config)  # bash has no field of these names
+        view["config"] = mask_config(item.config)
     elif isinstance(item, Schedule) and item.schedule_type == "after":
         view |= dict.fromkeys(NOT_OF_AFTER)
     return view
@@ -3482,7 +3482,7 @@ def _as_json(kind: Any, instead: tuple[str, str] = ("", "")) -> str:
     sound = "typeof({0}) = 'text' AND json_valid({0}) AND json_type({0}) = '{1}'"
     read = {n: f"CASE WHEN {sound.format(n, kind)} THEN json({n}) END" for n, kind in shape.json.items()}
     read |= {name: f"CAST({name} AS INTEGER)" for name in shape.whole}
-    read |= {name: f"min(max(CAST({name} AS INTEGER), 0), {LAST_INSTANT})" for name in shape.instants} | dict([instead])
+    read |= {name: f"min(max(CAST({name} AS INTEGER), 0), {LAST_INSTANT})" for name in shape.times} | dict([instead])
     return f"json_array({', '.join(read.get(name) or _HELD(name) for name in shape.loaded)})"
 
 
@@ -5331,7 +5331,7 @@ def _redirected(config: dict[str, Any], request: _Request, response: aiohttp.Cli
         else:
             url = request.url.join(yarl.URL(_as_written(location), encoded=True))
     except ValueError:
-        target = _one_line(live.masked(mask_config("http", {"url": location})["url"]), 100)
+        target = _one_line(live.masked(mask_config({"url": location})["url"]), 100)
         raise ChronoTaskError(f"redirected to {target}, which is no http or https URL") from None
     method, _, headers, body, masker, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
@@ -7086,7 +7086,7 @@ def queue_execution(tx: Transaction, row: NewExecution, override: dict[str, Any]
         config = override_config(task.task_type, task.config, override)
         check_allowed(task.task_type, config, settings)
         kept = {name: config.get(name) for name in override}
-        if mask_config(task.task_type, kept) != kept:  # what it keeps secret is for this server, wherever the task is moved to
+        if mask_config(kept) != kept:  # what it keeps secret is for this server, wherever the task is moved to
             kept["url"] = config["url"]
         row.config = compact(kept)
     of_after = {"s.task_id = ?": task.id, "s.schedule_type = 'after'": True}

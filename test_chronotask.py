@@ -1981,12 +1981,12 @@ MASKED_CONFIG = {
 
 
 def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
-    assert chronotask.mask_config("http", SECRET_CONFIG) == MASKED_CONFIG
+    assert chronotask.mask_config(SECRET_CONFIG) == MASKED_CONFIG
     assert SECRET_CONFIG["auth"] == {"username": "u", "password": "secret"}
-    assert chronotask.mask_config("bash", {"command": "true"}) == {"command": "true"}
+    assert chronotask.mask_config({"command": "true"}) == {"command": "true"}
     headers = {"Authorization": "bearer ${env:CHRONOTASK_SECRET_T}", "Cookie": "${ENV:CHRONOTASK_SECRET_T}"}
     config = {"url": "http://a/", "headers": headers, "auth": {"username": "u", "password": "${file:/run/secrets/p}"}}
-    assert chronotask.mask_config("http", config) == {**config, "headers": headers | {"Cookie": MASK}}
+    assert chronotask.mask_config(config) == {**config, "headers": headers | {"Cookie": MASK}}
 
 
 @each(
@@ -2012,7 +2012,7 @@ def test_secrets_are_masked_and_references_to_them_stay_readable() -> None:
     """.strip().splitlines()),
 )  # fmt: skip
 def test_credentials_in_urls_are_masked(url: str, masked: str) -> None:
-    assert chronotask.mask_config("http", {"url": url})["url"] == masked.replace("*", MASK)
+    assert chronotask.mask_config({"url": url})["url"] == masked.replace("*", MASK)
 
 
 def test_a_mask_sent_back_keeps_the_stored_secret_in_the_fields_that_are_masked() -> None:
