@@ -1509,13 +1509,18 @@ class IntervalConfig(TypedDict, total=False):
     timezone: _Zone | None
 
 
+_ENDS = ("failed", "timed_out", "interrupted")
+_ONE_EVENT = _refused(lambda name: name in _ENDS, f"{', '.join(_ENDS)} are one event: write failure, which covers them all")
+_Event = Annotated[AfterEvent, BeforeValidator(_ONE_EVENT.func)]
+
+
 class AfterConfig(TypedDict, total=False):
     """For after: when other tasks come to something. Exactly one of task_ids, tag, any."""
 
     task_ids: Annotated[list[TaskId], Field(min_length=1, max_length=100)] | None
     tag: Tag | None
     any: Literal[True] | None
-    on: Required[Annotated[list[AfterEvent], Field(min_length=1, max_length=10), _UNIQUE]]
+    on: Required[Annotated[list[_Event], Field(min_length=1, max_length=10), _UNIQUE]]
     threshold: Annotated[int, Field(ge=1, le=100)] | None
     seconds: Annotated[float, Field(ge=60, le=31622400), _MILLISECONDS, _PLAIN] | None
 
@@ -1674,7 +1679,8 @@ def _statuses(sent: Any) -> Any:
 
 
 _UNIQUE = AfterValidator(lambda entries: list(dict.fromkeys(entries)))
-Id = Annotated[int, Field(ge=1, le=MAX_ID)]
+_NUMBER = _refused(lambda sent: isinstance(sent, (bool, float)), "must be a whole number, not {}")
+Id = Annotated[int, Field(ge=1, le=MAX_ID), BeforeValidator(_NUMBER.func)]
 Skip = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=1000)]
 # The id of a task, or `key:NAME`, which stands for it until `Operation.call`.

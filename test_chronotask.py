@@ -5981,6 +5981,7 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig) -> None:
 async def test_a_wrong_after_is_refused_by_field(rig: Rig) -> None:
     _, alert = await rig.task(), await rig.task()
     for config, field, message in (
+        ({"on": ["success", "timed_out"], "any": True}, ".on[1]", "write failure, which covers them all"),
         ({"on": ["fail"], "any": True}, ".on[0]", "must be 'success', 'failure'"),
         ({"on": [], "any": True}, ".on", "must not be empty"),
         ({"any": True}, ".on", "is required"),
@@ -10357,6 +10358,7 @@ SLIPS: list[tuple[str, Json, str]] = [
     ("create_task", {"command": None, "url": None, "key": None}, "url or command: is required; name: is required"),
     ("update_task", {"task_id": 1, "clear": ["name_"]}, "clear: must be a list of fields, not given themselves, of key, .*"),
     ("update_task", {"task_id": True, "name": "x"}, "task_id: must be the id of a task, or key:NAME, not True"),
+    ("delete_schedule", {"schedule_id": True}, "schedule_id: must be a whole number, not True"),
     ("execute_task", {"task_id": 1, "env": ["CI"]}, "env: must be a list of NAME=VALUE with each name once, or an object"),
     ("create_task", {"name": "n", "url": "http://h/", "params": ["a=1", "b=2", "a=3"]}, "params: must be a list of .*"),
     ("create_task", {"name": "", "task_type": "shell", "config": "ls", "max_retry": 3},
