@@ -5578,7 +5578,8 @@ class Active:
 
     run: Run
     live: LiveOutput
-    job: asyncio.Task[None]
+    since: float  # by the monotonic clock
+    job: asyncio.Task[None] | None = None  # None until it begins
 
 
 @dataclass(slots=True)
@@ -5627,7 +5628,6 @@ class Engine:
         self._wake = asyncio.Event()
         self._set_back = 0  # by how much the clock was set back, in all, since schedules followed it
         self._jobs: set[asyncio.Task[Any]] = set()  # all but those of attempts
-        self._turns = asyncio.Semaphore(TURN)
 
     def spawn(self, coroutine: Awaitable[T], beside: set[asyncio.Task[Any]] | None = None) -> asyncio.Task[T]:
         """Starts a job that ends with the engine at the latest; one that is kept `beside` its jobs ends by itself."""
@@ -5765,31 +5765,37 @@ class Engine:
             self.stop_run(execution_id)
         ended = [*(s.run.execution_id for s in tick.ended), *tick.cancelled]
         self.feed.notify(ended)
-        for run in tick.runs:
-            if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
-                late = max(0.0, (run.started_at - run.fire_at) / SECOND)
-                self.stats.recent_late.append(late)
-                self.stats.lateness.add(late)
-            live = LiveOutput(self.settings.output_limit)
-            if self.ending:
-                live.stop("interrupted")
-            job = asyncio.create_task(self._attempt(run, live, self.clock.monotonic()))
-            self.running[run.execution_id] = Active(run, live, job)
+        await self._begin(tick.runs)
         await self.feed.publish_executions([*tick.new_ids, *(run.execution_id for run in tick.runs), *ended])
 
     # --- attempts ---
 
-    async def _attempt(self, run: Run, live: LiveOutput, since: float) -> None:
-        try:
-            async with self._turns:
+    async def _begin(self, runs: Sequence[Run]) -> None:
+        """Begins attempts, a few in each turn of the loop."""
+        begun = [Active(run, LiveOutput(self.settings.output_limit), self.clock.monotonic()) for run in runs]
+        self.running.update((active.run.execution_id, active) for active in begun)
+        for number, active in enumerate(begun, 1):
+            run = active.run
+            if run.trigger == "schedule" and run.attempt == 1 and run.fire_at is not None:
+                late = max(0.0, (run.started_at - run.fire_at) / SECOND)
+                self.stats.recent_late.append(late)
+                self.stats.lateness.add(late)
+            if self.ending:
+                active.live.stop("interrupted")
+            active.job = asyncio.create_task(self._attempt(active))
+            if number % TURN == 0:
                 await asyncio.sleep(0)
+
+    async def _attempt(self, active: Active) -> None:
+        run = active.run
+        try:
             config = parsed(run.config)
             if run.override is not None:
                 config = override_config(run.task_type, config, parsed(run.override))
             if run.task_type == "bash":
-                outcome = await run_bash(config, run, self.settings, self._environ, live)
+                outcome = await run_bash(config, run, self.settings, self._environ, active.live)
             else:
-                outcome = await run_http(config, run, self.http, self._environ, live)
+                outcome = await run_http(config, run, self.http, self._environ, active.live)
         except InvalidInput as error:
             outcome = Outcome("failed", f"the config of this execution no longer fits its task: {error.detail}")
         except Exception as error:
@@ -5797,9 +5803,12 @@ class Engine:
             outcome = Outcome("failed", f"ChronoTask could not run this task: {error!r}")
         except asyncio.CancelledError:
             outcome = INTERRUPTED
-        seconds = self.clock.monotonic() - since
-        self._ended.append(decide_end(run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
+        self._end(active, outcome)
         self._wake.set()
+
+    def _end(self, active: Active, outcome: Outcome) -> None:
+        seconds = self.clock.monotonic() - active.since
+        self._ended.append(decide_end(active.run, outcome, self.clock.now(), random.uniform(-1, 1), seconds))
 
     def stop_run(self, execution_id: int) -> None:
         if active := self.running.get(execution_id):
@@ -5847,7 +5856,10 @@ class Engine:
         end = self.clock.monotonic() + 1.5  # of the 2 s that a stop may take after the grace; the rest closes connections, files
         await self._until_idle(end - 0.2)
         known = not self._ticking  # else that write may still reach the disk, or not
-        jobs = [*self._jobs, *(active.job for active in self.running.values())]
+        for active in self.running.values():
+            if active.job is None:
+                self._end(active, INTERRUPTED)
+        jobs = [*self._jobs, *(active.job for active in self.running.values() if active.job is not None)]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
