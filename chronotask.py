@@ -2782,9 +2782,10 @@ def _added(table: str, columns: str) -> Iterator[str]:
 _SCHEDULE_COLUMNS = ("schedules.id", "schedule_type", "is_active")
 _ALL_TAGS = "SELECT DISTINCT value, {0}.id FROM {1} json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
 
-# Append only. Each entry is one schema version: its statements run in one transaction with the new user_version.
-MIGRATIONS: list[tuple[str, ...]] = [
-    (
+# How a database comes to each schema version from the one before it. Append only. The statements of a version run in one
+# transaction with the new user_version.
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
         """CREATE TABLE tasks (
             id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, description TEXT, task_type TEXT NOT NULL,
             status TEXT NOT NULL, config TEXT NOT NULL, max_retries INTEGER NOT NULL, retry_delay NUMERIC NOT NULL,
@@ -2850,74 +2851,69 @@ MIGRATIONS: list[tuple[str, ...]] = [
             BEGIN UPDATE tasks SET history_count = history_count - 1 WHERE id = old.task_id; END""",
     ),
     # IN with three values builds a table of them for every statement, and `status` changes twice in every run.
-    (
+    2: (
         "DROP INDEX executions_unfinished",
         "CREATE INDEX executions_unfinished ON executions (task_id) WHERE finished_at IS NULL",
         "DROP INDEX executions_failed",
         """CREATE INDEX executions_failed ON executions (task_id)
             WHERE (status = 'failed' OR status = 'timed_out' OR status = 'interrupted')""",
     ),
-    # What a clock that is set must not touch. What ran before is taken for one stretch; a future that did not come is not.
-    (
-        *_added("schedules", "dealt_with INTEGER NOT NULL DEFAULT 0, in_force_since INTEGER NOT NULL DEFAULT 0"),
-        *_added("schedules", "ran TEXT NOT NULL DEFAULT '[]', over INTEGER NOT NULL DEFAULT 0"),
-        """UPDATE schedules SET dealt_with = settled_until, in_force_since = settled_until,
-            over = NOT is_active AND next_slot IS NULL,
-            ran = CASE WHEN settled_until > created_at THEN json_array(json_array(created_at, settled_until)) ELSE '[]' END""",
-    ),
-    # Names for programs and files, streaks, and what an execution was caused by.
-    (
+    # Release 1.1. A 3, 4, 5 or 6 was only on the way to it: none is upgraded.
+    7: (
+        *(f"DROP TRIGGER {name}" for name in ("tasks_added", "tasks_deleted", "executions_added", "executions_removed")),
+        # Names for programs and files, streaks, and what is not to run now, or not together.
         *_added("tasks", "key TEXT, tags TEXT NOT NULL DEFAULT '[]', status_reason TEXT, pause_after INTEGER, managed_by TEXT"),
         *_added("tasks", "last_status TEXT, last_success INTEGER, last_success_id INTEGER"),
-        *_added("tasks", "failures_in_a_row INTEGER NOT NULL DEFAULT 0"),
-        "CREATE UNIQUE INDEX tasks_key ON tasks (key) WHERE key IS NOT NULL AND deleted = 0",
-        *_added("schedules", "key TEXT, managed_by TEXT"),
-        "CREATE UNIQUE INDEX schedules_key ON schedules (task_id, key) WHERE key IS NOT NULL",
-        "CREATE INDEX schedules_after ON schedules (is_active) WHERE schedule_type = 'after'",
-        *_added("executions", "cause TEXT, caused_by INTEGER, event TEXT, depth INTEGER NOT NULL DEFAULT 0"),
-        "CREATE UNIQUE INDEX executions_caused ON executions (caused_by, schedule_id, event) WHERE caused_by IS NOT NULL",
+        *_added("tasks", "failures_in_a_row INTEGER NOT NULL DEFAULT 0, paused_until INTEGER, concurrency_group TEXT"),
+        *_added("tasks", "marks INTEGER NOT NULL DEFAULT 0"),
         """UPDATE tasks SET (last_success_id, last_success) = (SELECT id, finished_at FROM executions
             WHERE task_id = tasks.id AND status = 'succeeded' ORDER BY id DESC LIMIT 1)""",
         """UPDATE tasks SET last_status = (SELECT status FROM executions WHERE task_id = tasks.id AND started_at IS NOT NULL
                 AND finished_at IS NOT NULL ORDER BY id DESC LIMIT 1),
             failures_in_a_row = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND id > coalesce(last_success_id, 0)
-                AND (status = 'failed' OR status = 'timed_out' OR status = 'interrupted'))""",
-        """UPDATE tasks SET status_reason = status || ' before the upgrade to 1.1' WHERE status <> 'active'""",
-    ),
-    # Who has changed what.
-    (
-        """CREATE TABLE changes (
-            id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, via TEXT NOT NULL,
-            kind TEXT NOT NULL, object_id INTEGER, operation TEXT NOT NULL, before TEXT, after TEXT
-        )""",
-        "CREATE INDEX changes_object ON changes (kind, object_id)",
-    ),
-    # Again, not then, not together; and what is rare is found without reading all rows.
-    (
-        *_added("tasks", "paused_until INTEGER, concurrency_group TEXT"),
+                AND (status = 'failed' OR status = 'timed_out' OR status = 'interrupted')),
+            marks = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND status IN ('skipped', 'missed')),
+            status_reason = CASE WHEN status <> 'active' THEN status || ' before the upgrade to 1.1' END""",
+        "CREATE UNIQUE INDEX tasks_key ON tasks (key) WHERE key IS NOT NULL AND deleted = 0",
         "CREATE INDEX tasks_paused ON tasks (paused_until) WHERE paused_until IS NOT NULL",
         "CREATE INDEX tasks_grouped ON tasks (concurrency_group) WHERE concurrency_group IS NOT NULL",
-        "ALTER TABLE schedules ADD COLUMN exclude TEXT NOT NULL DEFAULT '[]'",
-        *_added("executions", "config TEXT, rerun_of INTEGER"),
-        "DROP INDEX executions_slot",
+        "CREATE INDEX tasks_ran ON tasks (last_run DESC)",
+        # What a clock that is set must not touch. What ran before is taken for one stretch; a future that did not come is not.
+        *_added("schedules", "dealt_with INTEGER NOT NULL DEFAULT 0, in_force_since INTEGER NOT NULL DEFAULT 0"),
+        *_added("schedules", "ran TEXT NOT NULL DEFAULT '[]', over INTEGER NOT NULL DEFAULT 0, key TEXT, managed_by TEXT"),
+        *_added("schedules", "exclude TEXT NOT NULL DEFAULT '[]'"),
+        """UPDATE schedules SET dealt_with = settled_until, in_force_since = settled_until,
+            over = NOT is_active AND next_slot IS NULL,
+            ran = CASE WHEN settled_until > created_at THEN json_array(json_array(created_at, settled_until)) ELSE '[]' END""",
+        "INSERT INTO meta SELECT 'clock', settled_until FROM schedules ORDER BY settled_until DESC LIMIT 1",
+        "CREATE UNIQUE INDEX schedules_key ON schedules (task_id, key) WHERE key IS NOT NULL",
+        "CREATE INDEX schedules_after ON schedules (is_active) WHERE schedule_type = 'after'",
+        "CREATE INDEX schedules_kind ON schedules (schedule_type, is_active)",
+        # What an execution was caused by; and what is rare is found without reading all rows.
+        *_added("executions", "cause TEXT, caused_by INTEGER, event TEXT, depth INTEGER NOT NULL DEFAULT 0, config TEXT"),
+        *_added("executions", "rerun_of INTEGER"),
+        *(f"DROP INDEX executions_{name}" for name in ("slot", "failed", "marks")),
         """CREATE UNIQUE INDEX executions_slot ON executions (schedule_id, scheduled_for)
             WHERE scheduled_for IS NOT NULL AND trigger IN ('schedule', 'catchup')""",
+        "CREATE UNIQUE INDEX executions_caused ON executions (caused_by, schedule_id, event) WHERE caused_by IS NOT NULL",
         "CREATE INDEX executions_schedule ON executions (schedule_id) WHERE schedule_id IS NOT NULL",
         "CREATE INDEX executions_trigger ON executions (trigger)",
         "CREATE INDEX executions_rare ON executions (status) WHERE status <> 'succeeded' AND finished_at IS NOT NULL",
+        """CREATE INDEX executions_rare_of_task ON executions (task_id, status)
+            WHERE status <> 'succeeded' AND finished_at IS NOT NULL""",
         """CREATE TABLE idempotency (
             task_id INTEGER NOT NULL REFERENCES tasks (id) ON DELETE CASCADE, key TEXT NOT NULL, at INTEGER NOT NULL,
             body TEXT NOT NULL, execution_id INTEGER NOT NULL, PRIMARY KEY (task_id, key)
         ) WITHOUT ROWID""",
         "CREATE INDEX idempotency_at ON idempotency (at)",
-    ),
-    # A page reads what it shows, also of millions: how many rows of each kind there are in each block of ids, words
-    # and tags by themselves, what is rare in one task's history; and which tasks have more than is kept.
-    (
-        "DROP TRIGGER tasks_added",
-        "DROP TRIGGER tasks_deleted",
-        "DROP TRIGGER executions_added",
-        "DROP TRIGGER executions_removed",
+        # Who has changed what.
+        """CREATE TABLE changes (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, via TEXT NOT NULL,
+            kind TEXT NOT NULL, object_id INTEGER, operation TEXT NOT NULL, before TEXT, after TEXT
+        )""",
+        "CREATE INDEX changes_object ON changes (kind, object_id)",
+        # A page reads what it shows, also of millions: how many rows of each kind there are in each block of ids, words
+        # and tags by themselves; and which tasks have more than is kept.
         "DELETE FROM meta WHERE key = 'tasks'",
         """INSERT INTO meta SELECT 'firing', count(*) FROM schedules s JOIN tasks t ON t.id = task_id
             WHERE is_active AND NOT deleted AND status = 'active'""",
@@ -2955,24 +2951,12 @@ MIGRATIONS: list[tuple[str, ...]] = [
         f"""CREATE TRIGGER schedules_recounted AFTER UPDATE OF schedule_type, is_active ON schedules
             WHEN new.schedule_type <> old.schedule_type OR new.is_active <> old.is_active
             BEGIN {_counted_schedule("-1", "old")} {_counted_schedule("1", "new")} END""",
-        "CREATE INDEX schedules_kind ON schedules (schedule_type, is_active)",
-        "CREATE INDEX tasks_ran ON tasks (last_run DESC)",
-        "DROP INDEX executions_failed",
-        "DROP INDEX executions_marks",
-        """CREATE INDEX executions_rare_of_task ON executions (task_id, status)
-            WHERE status <> 'succeeded' AND finished_at IS NOT NULL""",
-        "ALTER TABLE tasks ADD COLUMN marks INTEGER NOT NULL DEFAULT 0",
-        """UPDATE tasks SET marks = (SELECT count(*) FROM executions WHERE task_id = tasks.id AND finished_at IS NOT NULL
-            AND status IN ('skipped', 'missed') AND status <> 'succeeded')""",
         """CREATE TRIGGER executions_added AFTER INSERT ON executions BEGIN UPDATE tasks SET history_count = history_count + 1,
             marks = marks + (new.status IN ('skipped', 'missed')) WHERE id = new.task_id; END""",
         """CREATE TRIGGER executions_removed AFTER DELETE ON executions BEGIN UPDATE tasks SET history_count = history_count - 1,
             marks = marks - (old.status IN ('skipped', 'missed')) WHERE id = old.task_id AND deleted = 0; END""",
-        """INSERT INTO meta SELECT 'clock', max(known) FROM (SELECT max(dealt_with, settled_until) AS known FROM schedules
-            UNION ALL SELECT value FROM meta WHERE key = 'clock') WHERE known IS NOT NULL HAVING count(*)
-            ON CONFLICT DO UPDATE SET value = excluded.value""",
     ),
-]
+}
 APPLICATION_ID = 0x43485254  # "CHRT": tells our files from other programs' databases
 # To the letter, so that the partial indexes serve.
 UNFINISHED_SQL, _RARE = "finished_at IS NULL", "status <> 'succeeded' AND finished_at IS NOT NULL"
@@ -3248,10 +3232,10 @@ def open_database(path: Path) -> DB:
             version, application = _pragma(db, "user_version"), _pragma(db, "application_id")
             if application != APPLICATION_ID and (version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
                 raise StartupError(f"{path} is a database of another program: set CHRONOTASK_DATABASE_URL to another file")
-            if version > len(MIGRATIONS):
+            if version not in (0, *MIGRATIONS):
                 raise StartupError(
-                    f"{path} has schema version {version}, made by a newer ChronoTask; this one knows up to "
-                    f"{len(MIGRATIONS)}: upgrade ChronoTask, or restore an older backup"
+                    f"{path} has schema version {version}, made by a newer ChronoTask, or on the way to 1.1; this one "
+                    f"knows {', '.join(map(str, MIGRATIONS))}: upgrade ChronoTask, or restore an older backup"
                 )
             if path.stat().st_size > QUICK_CHECK_BELOW:
                 logger.info("the database is over 2 GiB: its check at start is left out (--backup checks its copy)")
@@ -3262,7 +3246,7 @@ def open_database(path: Path) -> DB:
             # Only the leader checkpoints: see `set_leading`.
             for pragma in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_LIMIT}", "wal_autocheckpoint=0"):
                 db.execute(f"PRAGMA {pragma}")
-            with _nobody_leads(path) if 0 < _pragma(db, "user_version") < len(MIGRATIONS) else contextlib.nullcontext():
+            with _nobody_leads(path) if 0 < _pragma(db, "user_version") < max(MIGRATIONS) else contextlib.nullcontext():
                 migrate(db, MIGRATIONS)
             stack.pop_all()
         return db
@@ -3317,17 +3301,16 @@ def _pragma(db: DB, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def migrate(db: DB, migrations: Sequence[Sequence[str]]) -> None:
+def migrate(db: DB, migrations: Mapping[int, Sequence[str]]) -> None:
     """Brings the schema up to date, one transaction a version. A failing one leaves the database as it was."""
-    while True:
+    for version, statements in migrations.items():
         db.execute("BEGIN IMMEDIATE")
         with db:  # which commits, or rolls back
-            version = _pragma(db, "user_version")  # looked up under the lock: another process may be doing the same
-            if version >= len(migrations):
-                return
-            for statement in migrations[version]:  # not executescript, which commits first
+            if _pragma(db, "user_version") >= version:  # looked up under the lock: another process may be doing the same
+                continue
+            for statement in statements:  # not executescript, which commits first
                 db.execute(statement)
-            db.execute(f"PRAGMA user_version={version + 1}")
+            db.execute(f"PRAGMA user_version={version}")
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
 
 
