@@ -284,10 +284,8 @@ def load_zone(name: str) -> ZoneInfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # "America" is a folder: OSError
         known = sorted(zoneinfo.available_timezones() - {"localtime"})
-        cities = {zone.lower().rpartition("/")[2]: zone for zone in known}
-        hint = cities.get(name.lower().replace(" ", "_").rpartition("/")[2]) or nearest(name, known)
-        example = f"(did you mean {hint}?)" if hint else "such as Europe/Berlin"
-        raise ValueError(f"must be an IANA time zone {example}") from None
+        hint = did_you_mean(name.title().replace(" ", "_"), known) or " such as Europe/Berlin"
+        raise ValueError(f"must be an IANA time zone{hint}") from None
 
 
 ENV_PREFIX = "CHRONOTASK_"
@@ -454,8 +452,9 @@ def untrusted(path: Path, found: os.stat_result, alone: bool = False) -> str | N
     return None
 
 
-def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
-    """A file of tokens that nobody else can write: how messages name it, its text and its mode. Raises StartupError."""
+def _read_trusted(variable: str, path: Path, warnings: list[str] | None = None) -> tuple[str, str]:
+    """A file of tokens that nobody else can write: how messages name it, and its text. One that others can read is closed to
+    them where it can be, and that is said in `warnings`; without these it is refused. Raises StartupError (status 2)."""
     name = f"{ENV_PREFIX}{variable}={shown(str(path))}"
     try:
         if path.exists() and not path.is_file():
@@ -464,24 +463,16 @@ def _read_trusted(variable: str, path: Path) -> tuple[str, str, int]:
             found, text = os.fstat(file.fileno()), file.read()
     except (OSError, ValueError) as error:
         raise StartupError(f"{name}: must be a readable text file ({error})", exit_status=2) from None
-    if why := untrusted(path, found):
-        raise StartupError(f"{name}: {why}", exit_status=2)
-    return name, text, stat.S_IMODE(found.st_mode)
-
-
-def _read_token(path: Path, warnings: list[str]) -> str:
-    """The token in a file that only its owner and group may read; an own one that is too open is tightened."""
-    name, text, mode = _read_trusted("API_TOKEN_FILE", path)
-    if mode & 0o007:
-        try:
+    mode, why = stat.S_IMODE(found.st_mode), untrusted(path, found)
+    if why is None and mode & 0o007 and warnings is None:
+        why = f"other users can read it (mode {mode:04o}): chmod o-rwx {shown(str(path), 4096)}"
+    elif why is None and mode & 0o007 and warnings is not None:
+        warnings.append(f"{name}: other users could read it (mode {mode:04o}): chmod o-rwx")
+        with contextlib.suppress(OSError):  # root's, or on a read-only file system
             path.chmod(mode & ~0o007)
-            warnings.append(f"{name}: other users could read it, which is ended: chmod o-rwx")
-        except OSError:  # root's, or on a read-only file system
-            warnings.append(f"{name}: other users can read it: chmod o-rwx")
-    try:
-        return str(_token(text.strip()))
-    except ValueError as error:
-        raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
+    if why:
+        raise StartupError(f"{name}: {why}", exit_status=2)
+    return name, text
 
 
 class Token(NamedTuple):
@@ -500,13 +491,18 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
+def _read_token(path: Path, warnings: list[str]) -> str:
+    """The token in a file that only its owner and group may read."""
+    name, text = _read_trusted("API_TOKEN_FILE", path, warnings)
+    try:
+        return str(_token(text.strip()))
+    except ValueError as error:
+        raise StartupError(f"{name}: what the file holds {error}", exit_status=2) from None
+
+
 def _read_tokens(path: Path) -> list[Token]:
     """The tokens of a file: lines NAME SCOPE TOKEN. Raises StartupError (status 2) with the number of the line."""
-    file, text, mode = _read_trusted("API_TOKENS_FILE", path)
-    tokens: list[Token] = []
-    if mode & 0o007:
-        text = f"{file}: other users can read it (mode {mode:04o}): chmod o-rwx {shown(str(path), 4096)}"
-        raise StartupError(text, exit_status=2)
+    (file, text), tokens = _read_trusted("API_TOKENS_FILE", path), list[Token]()
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition(" #")[0].split()
         if not words or words[0].startswith("#"):
@@ -941,9 +937,8 @@ class Days(Timing):
         return next((slot for slot in _slots_at(local_times, zone) if slot > t), None)
 
     def describe(self) -> str:
-        day, _, time = _clock_face(self.face).isoformat().partition("T")
         every = "Every day" if self.step == 1 else f"Every {self.step} days"
-        return f"{every} at {time.removesuffix(':00') if len(time) == 8 else time}, counted from {day} ({self.zone})"
+        return f"{every} at {_time_words(self.face)}, counted from {_clock_face(self.face).date()} ({self.zone})"
 
 
 # An event of an `after` schedule, and how words tell that it came; `{n}` is the threshold.
@@ -983,8 +978,6 @@ class After(Timing):
         words = {event: EVENTS[event].format(n=times, span=span) for event in config["on"]}
         if times == 1 and "broke" in words:
             words["broke"] = "began to fail"
-        if "overdue" in words:
-            return f"When {who} {words['overdue']}"
         recovered = words.pop("recovered", None) if len(words) > 1 else None
         return f"After {who} {_and(list(words.values()), 'or')}" + (", and when it has recovered" if recovered else "")
 
@@ -1046,46 +1039,29 @@ def _and(words: Sequence[str], link: str = "and") -> str:
 
 def _listed(values: tuple[int, ...], words: Sequence[str] = (), link: str = "and") -> str:
     names = [words[value] if words else str(value) for value in values]
-    return f"{names[0]} to {names[-1]}" if len(values) > 2 and _in_a_row(values) else _and(names, link)
+    in_a_row = len(values) > 2 and values[-1] - values[0] == len(values) - 1
+    return f"{names[0]} to {names[-1]}" if in_a_row else _and(names, link)
 
 
-def _in_a_row(values: tuple[int, ...]) -> bool:
-    return values[-1] - values[0] == len(values) - 1
+def _time_words(t: int) -> str:
+    return _clock_face(t).strftime("%H:%M:%S" if t % MINUTE else "%H:%M")
 
 
-def _every(values: tuple[int, ...], unit: str, full: int) -> str | None:
-    """`every 15 minutes`, when the values are 0, n, 2n … and go on evenly into the next round of `full`."""
-    step = full // len(values)
-    if step == full or values != tuple(range(0, full, step)):
-        return None
-    return f"every {unit}" if step == 1 else f"every {step} {unit}s"
-
-
-def _time_words(hour: int, minute: int, second: int) -> str:
-    return f"{hour:02}:{minute:02}" + (f":{second:02}" if second else "")
-
-
+@functools.lru_cache(maxsize=2048)  # what has seconds may have 86,400 times
 def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
     seconds, minutes, hours = cron.seconds, cron.minutes, cron.hours
-    times = list(itertools.islice(itertools.product(hours, minutes, seconds), 9))
-    every: str | None = "every hour"
-    if seconds != (0,):
-        every = _every(seconds, "second", 60) if len(minutes) == 60 else None
-    elif len(minutes) > 1:
-        every = _every(minutes, "minute", 60)
-    elif len(times) > 2 and (evenly := _every(hours, "hour", 24)):
-        return evenly + (f" at minute {minutes[0]}" if minutes[0] else "")
-    if len(times) > 2 and every and _in_a_row(hours):
-        last = _time_words(hours[-1], minutes[-1], seconds[-1])
-        return every if len(hours) == 24 else f"{every} from {_time_words(*times[0])} to {last}"
+    times = [hour * HOUR + minute * MINUTE + second * SECOND for hour in hours for minute in minutes for second in seconds]
+    step = times[1] - times[0] if len(times) > 2 else DAY
+    if step < DAY and times == list(range(times[0], times[-1] + 1, step)):
+        every = f"every {_span_words(step).removeprefix('1 ')}"
+        through = times[0] == 0 and times[-1] + step == DAY
+        return every if through else f"{every} from {_time_words(times[0])} to {_time_words(times[-1])}"
     if len(times) <= 8:
-        return "at " + _and(list(itertools.starmap(_time_words, times)))
+        return "at " + _and(list(map(_time_words, times)))
     # Field by field: never pretty, never wrong.
     fields = (("second", seconds, 60), ("minute", minutes, 60), ("hour", hours, 24))
     parts = [f"every {name}" if len(values) == full else f"{name} {_listed(values)}" for name, values, full in fields]
-    if parts[1:] == ["every minute", "every hour"]:
-        parts.pop()
     return "at " + " of ".join(parts[1:] if seconds == (0,) else parts)
 
 
@@ -1095,17 +1071,16 @@ def _day_words(cron: _Expression) -> str:
     of_month, in_month = f"of {months or 'every month'}", f" in {months}" if months else ""
     if cron.nth:
         return "on the " + _and([f"{_ORDINALS[number]} {_WEEKDAYS[day]}" for day, number in cron.nth]) + f" {of_month}"
-    any_day, any_weekday = cron.both and len(cron.days) == 31, cron.both and len(cron.weekdays) == 7
     week = sorted(cron.weekdays, key=lambda day: (day - 1) % 7)  # Monday first
     weekdays = {(1, 2, 3, 4, 5): "weekday", (1, 2, 3, 4, 5, 6, 0): "day"}.get(tuple(week)) or _and([_WEEKDAYS[d] for d in week])
-    if any_day:
-        return f"every {weekdays}{in_month}"
     month_days = [f"day {_listed(cron.days)}"] if cron.days else []
-    month_days += ["the last day"] if cron.last_day else []
-    if any_weekday and len(cron.months) == 1 and len(cron.days) == 1 and not cron.last_day:
-        return f"every {cron.days[0]} {months}"
-    if any_weekday or not cron.both:
-        return f"on {_and(month_days)} {of_month}" + ("" if any_weekday else f" and also every {weekdays}{in_month}")
+    on_days = f"on {_and(month_days + ['the last day'] * cron.last_day)} {of_month}"
+    if not cron.both:
+        return f"{on_days} and also every {weekdays}{in_month}"
+    if len(cron.days) == 31:
+        return f"every {weekdays}{in_month}"
+    if len(cron.weekdays) == 7:
+        return on_days
     return f"every {weekdays} that is day {_listed(cron.days, link='or')} of {months or 'the month'}"
 
 
@@ -7711,7 +7686,8 @@ def gated_app(service: Service, way: str) -> web.Application:
             return problem_answer(error)
         except web.HTTPException as error:  # aiohttp's own, of paths, methods and bodies
             kind = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}.get(error.status, MalformedBody)
-            answer = problem_answer(kind(error.text or error.reason))
+            nowhere = "there is nothing at this path; GET / lists where to look" if error.status == 404 else ""
+            answer = problem_answer(kind(nowhere or error.text or error.reason))
             if isinstance(error, web.HTTPMethodNotAllowed):
                 answer.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
             return answer
@@ -7879,7 +7855,8 @@ async def show_backup(service: Service, request: web.Request) -> web.StreamRespo
     require("admin")
     if not service.settings.needs_token:
         raise Forbidden("the backup holds all secrets of all tasks: it is given only when CHRONOTASK_API_TOKEN is set")
-    return web.Response(body=await service.backup(), headers={**HEADERS, "Content-Type": "application/vnd.sqlite3"})
+    about = {"Content-Type": "application/vnd.sqlite3", "Content-Disposition": 'attachment; filename="chronotask.db"'}
+    return web.Response(body=await service.backup(), headers={**HEADERS, **about})
 
 
 async def show_metrics(service: Service, request: web.Request) -> web.Response:

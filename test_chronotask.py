@@ -1671,10 +1671,10 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean_why_nothing_fire
     ("0/20 * * * *", "Every 20 minutes"),
     ("*/7 * * * *", "At minute 0, 7, 14, 21, 28, 35, 42, 49 and 56 of every hour"),
     ("@hourly", "Every hour"),
-    ("15 * * * *", "Every hour at minute 15"),
-    ("15,45 * * * *", "At minute 15 and 45 of every hour"),
+    ("15 * * * *", "Every hour from 00:15 to 23:15"),
+    ("15,45 * * * *", "Every 30 minutes from 00:15 to 23:45"),
     ("0 */6 * * *", "Every 6 hours"),
-    ("30 */2 * * *", "Every 2 hours at minute 30"),
+    ("30 */2 * * *", "Every 2 hours from 00:30 to 22:30"),
     ("0 9-17 * * MON-FRI", "Every hour from 09:00 to 17:00, every weekday"),
     ("*/10 8-18 * * *", "Every 10 minutes from 08:00 to 18:50"),
     ("0 9 * * MON-FRI", "Every weekday at 09:00"),
@@ -1683,7 +1683,7 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean_why_nothing_fire
     ("0 0 * 6-8 *", "Every day in June to August at 00:00"),
     ("@monthly", "On day 1 of every month at 00:00"),
     ("0 6 1,15 1,7 *", "On day 1 and 15 of January and July at 06:00"),
-    ("@yearly", "Every 1 January at 00:00"),
+    ("@yearly", "On day 1 of January at 00:00"),
     ("0 18 L * *", "On the last day of every month at 18:00"),
     ("0 9 15,L 2 *", "On day 15 and the last day of February at 09:00"),
     ("0 9 * * MON#2", "On the second Monday of every month at 09:00"),
@@ -1694,7 +1694,7 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean_why_nothing_fire
     ("0 0 */10 6 FRI", "Every Friday that is day 1, 11, 21 or 31 of June at 00:00"),
     ("* * * * * *", "Every second"),
     ("*/30 * * * * *", "Every 30 seconds"),
-    ("30 * * * * *", "At second 30 of every minute"),
+    ("30 * * * * *", "Every minute from 00:00:30 to 23:59:30"),
     ("15 30 1 * * *", "Every day at 01:30:15"),
     ("0 0 12 * * *", "Every day at 12:00"),
     ("*/10 * 9-17 * * 1-5", "Every 10 seconds from 09:00 to 17:59:50, every weekday"),
@@ -5867,7 +5867,7 @@ async def test_an_overdue_task_is_told_once_for_each_success(rig: Rig) -> None:
     watched, alert = await rig.task(name="backup"), await rig.task(name="alert")
     schedule = await rig.schedule(alert, "cron", jitter=3600, exclude=["2026-01-01"])  # of no effect on what it becomes
     view = await rig.patch_schedule(schedule, **after("overdue", task_ids=[watched], seconds=3600))
-    assert (view["description"], view["next_run"]) == ("When 'backup' has not succeeded for 1 hour", "2026-01-01T01:00:00Z")
+    assert (view["description"], view["next_run"]) == ("After 'backup' has not succeeded for 1 hour", "2026-01-01T01:00:00Z")
     assert [slot["utc"] for slot in view["upcoming"]] == ["2026-01-01T01:00:00Z"]
     await rig.run_at(1800)
     first = await rig.executed(watched)
@@ -5968,7 +5968,7 @@ async def test_an_after_schedule_is_described_in_words(rig: Rig) -> None:
             "broke", "recovered", tag="db", threshold=3
         ),
         "After any task began to fail": {"task_id": 1, **after("broke", any=True)},
-        "When 'a' has not succeeded for 26 hours": after("overdue", task_ids=[1], seconds=93600),
+        "After 'a' has not succeeded for 26 hours": after("overdue", task_ids=[1], seconds=93600),
     }.items():
         preview = await chronotask.preview_schedule(rig.service, parse(chronotask.SchedulePreview, fields))
         assert preview["description"] == words
@@ -8723,8 +8723,8 @@ async def test_a_body_is_declared_as_json_and_a_post_without_one_needs_no_conten
 async def test_what_is_not_there_answers_404(api: Api) -> None:
     paths = """//nothing /nothing /tasks/ /tasks/x /tasks/0 /tasks/-1 /tasks/1.0 /tasks/99999999999999999999 /tasks/%E0%A4%A
         /tasks/1/x /schedules/9 /executions/9 /executions/9/output?follow=1 //api/v2/tasks /tasks/%00 /tasks/٣"""
-    for path in paths.split():
-        problem_of(await api("GET", path), 404)
+    said = {problem_of(await api("GET", path), 404) for path in paths.split()}
+    assert "there is nothing at this path; GET / lists where to look" in said
 
 
 async def test_malformed_json_answers_400_what_is_no_object_422_and_a_body_over_1_mib_413(api: Api) -> None:
@@ -9177,6 +9177,7 @@ async def test_operations_and_pages_are_given_to_their_scope_and_to_no_smaller_o
         assert [(await api("GET", path, headers=headers)).status for headers in ({}, bearer(READER))] == [401, status], path
     async with api.client.get(f"{API}/backup", headers=bearer(ADMIN)) as answer:
         assert (answer.status, (await answer.read())[:15]) == (200, b"SQLite format 3")
+        assert answer.headers["Content-Disposition"] == 'attachment; filename="chronotask.db"'
     assert (await api.get("//health")) == {"status": "healthy"}
 
 

@@ -544,7 +544,7 @@ fact('an alert is made in words, tried, and linked with what it watches and what
   await page.getByLabel('Sync', { exact: true }).uncheck();
   await page.getByLabel('How long without a success').fill('2');
   await page.getByLabel('Unit of time').locator('visible=true').selectOption('days');
-  await until(async () => (await text('#preview')).includes("When 'Backup of the week' has not succeeded for 48 hours"), 'overdue in words');
+  await until(async () => (await text('#preview')).includes("After 'Backup of the week' has not succeeded for 48 hours"), 'overdue in words');
   await shot('after-overdue');
   await page.getByLabel('one of these').check();
   await button('Save').click();
