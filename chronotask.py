@@ -6042,8 +6042,8 @@ class Changes:
                     feed.publish("task", task.id, view_of(as_it_is(task, paused)))
                 for schedule in schedules:
                     feed.publish("schedule", schedule.task_id, view_of(as_it_is(schedule, paused)))
-                for kind, number, task_id in deleted:
-                    feed.publish(kind, task_id, {"id": number, "task_id": task_id, "deleted": True})
+                for kind, object_id, task_id in deleted:
+                    feed.publish(kind, task_id, {"id": object_id, "task_id": task_id, "deleted": True})
             if feed.wanted and paused != before:
                 feed.publish("scheduler", None, await self._status())
             if others:

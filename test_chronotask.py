@@ -6669,6 +6669,15 @@ async def test_changes_that_no_use_case_has_taken_up_are_taken_up_by_the_poll(ri
     assert [e.data for _ in range(reader.qsize()) if (e := reader.get_nowait())][-1] == {"id": 1, "task_id": 1, "deleted": True}
 
 
+async def test_changes_after_an_object_of_a_high_id_was_deleted_are_taken_up_while_somebody_reads_events(rig: Rig) -> None:
+    reader, _ = await rig.service.engine.feed.open(None)
+    task_id = await rig.task()
+    await rig.service.store.write(lambda db: db.execute("INSERT INTO sqlite_sequence VALUES ('schedules', 900000)"))
+    await rig.service.delete_schedule(await rig.schedule(task_id))
+    made = await rig.schedule(task_id)
+    assert [e.data["id"] for _ in range(reader.qsize()) if (e := reader.get_nowait())][-2:] == [900001, made]
+
+
 async def test_readers_look_anew_after_more_changes_than_are_told(rig: Rig, open_rig: OpenRig, monkeypatch: Any) -> None:
     monkeypatch.setattr(chronotask, "MOST_TOLD", 3)
     feed, other = rig.service.engine.feed, await open_rig(kind="mcp", database_url=rig.path)
