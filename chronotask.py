@@ -83,6 +83,7 @@ import asyncio
 import atexit
 import base64
 import bisect
+import calendar
 import codecs
 import concurrent.futures
 import contextlib
@@ -4430,15 +4431,16 @@ def _secret(kind: str, name: str, task_type: str, environ: Mapping[str, str], se
             raise ChronoTaskError(f"{label}: only files below {settings.secrets_dir} may be read (CHRONOTASK_SECRETS_DIR)")
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ChronoTaskError(f"{label}: is not a regular file")
             content = file.read(MAX_SECRET_BYTES + 1)
         if len(content) > MAX_SECRET_BYTES:
             raise ChronoTaskError(f"{label}: is larger than {MAX_SECRET_BYTES} bytes")
         # Who can make the service send its token somewhere is an administrator of it, whatever the task may do otherwise.
-        files = [file for file in (settings.api_token_file, settings.api_tokens_file) if file is not None]
         own = settings.api_token is not None and settings.api_token.encode() in content
-        own = own or any(os.path.realpath(file) == str(path) for file in files)  # others may be in it by now
+        for own_file in (settings.api_token_file, settings.api_tokens_file):  # of whatever name; others may be in it by now
+            own = own or (own_file is not None and own_file.exists() and os.path.samestat(status, own_file.stat()))
         with contextlib.suppress(StartupError):
             words = {token_digest(word) for word in content.decode("utf-8", "replace").split()}
             own = own or any(token.digest in words for token in known_tokens(settings))
@@ -5096,23 +5098,20 @@ class _OneAnswer:
 
     def __init__(self, method: str, live: LiveOutput) -> None:
         self.unsent = False  # nothing of the request was sent: the connection that was kept had ended
-        self.surplus = False  # something else came: as if the server had closed the connection
         self.live = live
+        self.came, self._passed = bytearray(), bytearray()  # what is left of it behind the answer is as if the server had closed
         self._method = method
-        self._came, self._passed = bytearray(), bytearray()
-        self._moves = _answer(method == "HEAD", self._came, self._passed)
+        self._moves = _answer(method == "HEAD", self.came, self._passed)
 
     def read(self, receive: Callable[[], bytes]) -> bytes:
         """What of it has come; nothing at the end of the connection. `receive` raises an error while there is nothing yet."""
         while data := receive():
             self.live.acted = self.live.acted or self._method in _NOT_REPEATABLE
-            self._came += data
-            if next(self._moves, self) is self:  # it is complete, but for what is left
-                self.surplus = self.surplus or len(self._came) > 0
-                self._came.clear()
+            self.came += data
+            complete = next(self._moves, self) is self
             data = bytes(self._passed)
             self._passed.clear()
-            if data or self.surplus:
+            if data or (complete and self.came):
                 break
         return data
 
@@ -5135,7 +5134,7 @@ class _Socket(socket.socket):
             poll = select.poll()
             poll.register(self, select.POLLIN)
             # The server may have closed it, or begun to say something else, and the loop not have heard of it yet.
-            asked.unsent = self.answer.surplus or bool(poll.poll(0))
+            asked.unsent = bool(self.answer.came or poll.poll(0))
             if asked.unsent:
                 raise ConnectionResetError
             self.answer = asked
@@ -5250,17 +5249,13 @@ async def _exchange(
     keep = keep and "close" not in request.headers.get("Connection", "").lower()
     jar = aiohttp.CookieJar(unsafe=True)  # also of IP addresses
     for _ in range(MAX_REDIRECTS + 1):
-        headers = request.headers.copy()
-        if cookies := jar.filter_cookies(request.url):
-            own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
-            known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
-            headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
         _ASKED.set(answer := _OneAnswer(request.method, live))
         try:
             response = await client.session(keep).request(
                 request.method,
                 request.url,
-                headers=headers,
+                headers=request.headers,
+                cookies=jar.filter_cookies(request.url) or None,
                 data=request.body,
                 skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
                 ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
@@ -5349,8 +5344,8 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], int]) -> float | N
     if re.fullmatch("[0-9]{1,12}", text):
         return min(float(text), MAX_RETRY_WAIT)
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        until = email.utils.parsedate_to_datetime(text).timestamp()
-        start = email.utils.parsedate_to_datetime(date).timestamp() if date else now() / SECOND
+        until = calendar.timegm(email.utils.parsedate(text) or ())  # always in GMT: the oldest form does not say so
+        start = calendar.timegm(email.utils.parsedate(date) or ()) if date else now() / SECOND
         return min(max(until - start, 0.0), MAX_RETRY_WAIT)
     return None
 

@@ -3524,7 +3524,7 @@ async def test_a_secret_that_may_not_be_read_fails_the_attempt_for_good(tmp_path
         assert "hidden-content" not in str(outcome.error_message)
 
 
-@each("name", *"token hard-link link sub/../token copy app.env rotated /proc/self/fd/{fd} {folder}/token".split())
+@each("name", *"token hard-link link sub/../token copy app.env rotated unread /proc/self/fd/{fd} {folder}/token".split())
 async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "token").write_text(GOOD_TOKEN)
@@ -3536,6 +3536,9 @@ async def test_no_file_of_the_services_own_token_is_a_secret_of_tasks(tmp_path: 
     if name == "rotated":  # the file holds a new token that the service has not read yet
         (tmp_path / "rotated").symlink_to("token")
         (tmp_path / "token").write_text("the-next-token")
+    if name == "unread":  # a file of tokens that was broken while they are in force
+        os.link(tokens := tokens_file(tmp_path, f"ci run {GOOD_TOKEN[::-1]}\noops\n"), tmp_path / "unread")
+        settings = dataclasses.replace(settings, api_tokens_file=tokens)
     with (tmp_path / "token").open() as file:
         path = name.format(fd=file.fileno(), folder=tmp_path)
         outcome = await bash("true", settings=settings, env={"A": f"${{file:{tmp_path / path}}}"})
@@ -4541,6 +4544,7 @@ async def test_the_status_decides_about_success_and_retry_and_an_unexpected_one_
     ("Wed, 21 Oct 2026 07:28:00 GMT", "Wed, 21 Oct 2026 07:28:30 GMT", 0.0),
     ("Wed, 21 Oct 2026 10:28:30 GMT", "Wed, 21 Oct 2026 07:28:00 GMT", 3600.0),
     ("Thu, 01 Jan 1970 00:00:42 GMT", None, 22.0),
+    ("Thu Jan  1 00:00:42 1970", None, 22.0),  # its oldest form: in GMT, too
 )
 def test_retry_after_is_seconds_or_a_date_of_at_most_an_hour(sent: str | None, date: str | None, seconds: float | None) -> None:
     headers = {name: value for name, value in (("retry-after", sent), ("date", date)) if value is not None}
@@ -4616,7 +4620,7 @@ async def test_cookies_pass_through_the_redirects_of_an_attempt_and_never_to_the
     for status in (302, 200, 302, 200):
         target.answer(status, {"Location": "/next", "Set-Cookie": 'sid="1,=2"; Path=/'})
     await attempts(target.url + "/", 2, headers={"cookie": "own=1; sid=0"})
-    assert [request.headers.get("Cookie") for request in target.requests] == ["own=1; sid=0", 'sid="1,=2"; own=1'] * 2
+    assert [request.headers.get("Cookie") for request in target.requests] == ["own=1; sid=0", 'own=1; sid="1,=2"'] * 2
 
 
 async def test_secrets_and_credentials_are_masked_in_what_a_server_echoes() -> None:
