@@ -41,7 +41,7 @@ Where to add something
 
 The sections, bottom-up: each uses only names from sections above it. A test holds them to it.
      1 Errors and settings   the error tree, the settings; never reads os.environ itself
-     2 Schedules (pure)      the timings Cron, Once, Interval, Days and After, their slots and words; no clock, no I/O
+     2 Schedules (pure)      the timings Cron, Once, Interval and After, their slots and words; no clock, no I/O
      3 Resources             tasks, schedules, executions, each declared once; configurations, masks; no SQL, HTTP or MCP
      4 Decisions (pure)      due slots, overlap, ends of attempts, what follows them, a clock that was set; no clock, no I/O
      5 Clock and timers      the only reads of wall and monotonic time, time limits; a heap of when something is due
@@ -896,50 +896,37 @@ class Once(Timing):
 
 @dataclass(frozen=True, slots=True)
 class Interval(Timing):
-    """Slots at anchor + k·step, later than `since`. All are microseconds."""
+    """Slots at anchor + k·step, later than `since`: microseconds. `fixed`: of days, the anchor is what clocks of `zone` show."""
 
     step: int
     anchor: int
     since: int
     zone: str
-
-    fixed = False
+    fixed: bool = False
 
     def next_after(self, t: int) -> int | None:
         t = max(t, self.since)
-        slot = t + self.step - (t - self.anchor) % self.step
-        return slot if slot <= LAST_INSTANT else None
+        if not self.fixed:
+            slot = t + self.step - (t - self.anchor) % self.step
+            return slot if slot <= LAST_INSTANT else None
+        zone = load_zone(self.zone)
+        local = t + _offset(zone, t)
+        local_times = range(local - (local - self.anchor) % self.step, _LAST_LOCAL + 1, self.step)
+        return next((slot for slot in _slots_at(local_times, zone) if slot > t), None)
 
     def notes(self, now: int) -> list[str]:
         zone = load_zone(self.zone)
-        if self.step % DAY or len({_offset(zone, now + month * 30 * DAY) for month in range(13)}) == 1:
+        if self.fixed or self.step % DAY or len({_offset(zone, now + month * 30 * DAY) for month in range(13)}) == 1:
             return []
         moves = f"{self.step // SECOND} s later the local time is another one when the clocks change in {self.zone}"
         return [f"{moves}: {{days: {self.step // DAY}}} keeps to it."]
 
     def describe(self) -> str:
+        if self.fixed:
+            every, first = "Every day" if self.step == DAY else f"Every {self.step // DAY} days", _clock_face(self.anchor)
+            return f"{every} at {_time_words(self.anchor)}, counted from {first.date()} ({self.zone})"
         every, at = f"Every {_span_words(self.step).removeprefix('1 ')}", _local_words(self.anchor, self.zone)
         return f"{every} from {at} on ({self.zone})" if self.since < self.anchor else f"{every} since {at} ({self.zone})"
-
-
-@dataclass(frozen=True, slots=True)
-class Days(Timing):
-    """Slots every `step` days, later than `since`. `face` is the first as clocks of `zone` show it: microseconds since 1970."""
-
-    step: int
-    face: int
-    since: int
-    zone: str
-
-    def next_after(self, t: int) -> int | None:
-        t, zone, step = max(t, self.since), load_zone(self.zone), self.step * DAY
-        local = t + _offset(zone, t)
-        local_times = range(local - (local - self.face) % step, _LAST_LOCAL + 1, step)
-        return next((slot for slot in _slots_at(local_times, zone) if slot > t), None)
-
-    def describe(self) -> str:
-        every = "Every day" if self.step == 1 else f"Every {self.step} days"
-        return f"{every} at {_time_words(self.face)}, counted from {_clock_face(self.face).date()} ({self.zone})"
 
 
 # An event of an `after` schedule, and how words tell that it came; `{n}` is the threshold.
@@ -1003,7 +990,7 @@ def make_timing(
     if "days" not in config:
         return Interval(round(config["seconds"] * SECOND), anchor, since, zone)
     local = (anchor + _offset(load_zone(zone), anchor)) // SECOND * SECOND
-    return Days(config["days"], local if start is None else parse_instant(start, "UTC"), since, zone)
+    return Interval(config["days"] * DAY, local if start is None else parse_instant(start, "UTC"), since, zone, fixed=True)
 
 
 def check_expression(text: str, zone: str, now: int) -> None:
