@@ -4595,11 +4595,9 @@ def _failure(error: Exception, live: LiveOutput) -> Outcome:
 class Environ(dict[str, str]):
     """The service's environment, what else commands inherit of it, and the pipes that they have left open."""
 
-    def __init__(self, *variables: Mapping[str, str], **more: str) -> None:
-        super().__init__(*variables, **more)
-        self.umask = -1  # as the service's own
-        self.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._left: list[_Pipe] = []
+    umask = -1  # as the service's own
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    _left: Sequence[_Pipe] = ()
 
     def leave(self, pipes: Sequence[_Pipe]) -> None:
         """Goes on reading the pipes of a command that is over, which something in the background may hold."""
@@ -5086,7 +5084,7 @@ class _OneAnswer:
     def __init__(self, method: str, live: LiveOutput) -> None:
         self.unsent = False  # nothing of the request was sent: the connection that was kept had ended
         self.live = live
-        self.came, self._passed = bytearray(), bytearray()  # what is left of it behind the answer is as if the server had closed
+        self.came, self._passed = bytearray(), bytearray()  # what is behind the answer stays in the first: no more is read then
         self._method = method
         self._moves = _answer(method == "HEAD", self.came, self._passed)
 
@@ -5144,8 +5142,8 @@ async def run_http(config: dict[str, Any], run: Run, client: HttpClient, environ
     """Make the request of an http task."""
     timeout = config.get("timeout", client.settings.http_timeout)
     try:
-        request = _http_request(run, *resolve_secrets("http", config, environ, client.settings, run.cause))
-        live.begin(("body",), request.masker)
+        request, masker = _http_request(run, *resolve_secrets("http", config, environ, client.settings, run.cause))
+        live.begin(("body",), masker)
         if live.reason:
             return _stopped(live, timeout)
         async with live.timeout(timeout):
@@ -5171,12 +5169,12 @@ class _Request(NamedTuple):
     url: yarl.URL
     headers: CIMultiDict[str]
     body: bytes | None
-    masker: SecretMasker  # of what a server must not put into the history by echoing it, references or not
     left_behind: str | None = None  # the origin whose headers were taken off at a redirect
 
 
-def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> _Request:
-    """What a configuration asks for whose references are filled in. Raises ChronoTaskError."""
+def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> tuple[_Request, SecretMasker]:
+    """What a configuration asks for whose references are filled in, and what a server must not put into the history by echoing
+    it, references or not. Raises ChronoTaskError."""
     query = [
         (name, str(item).lower() if isinstance(item, bool) else str(item))
         for name, value in config.get("params", {}).items()
@@ -5206,7 +5204,7 @@ def _http_request(run: Run, config: dict[str, Any], secrets: list[str]) -> _Requ
             body = urllib.parse.urlencode([(name, item if isinstance(item, str) else compact(item)) for name, item in fields])
         body = (body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)).encode()
     headers.update(own)
-    return _Request(config.get("method", "GET"), url.extend_query(query), headers, body, SecretMasker([*secrets, *credentials]))
+    return _Request(config.get("method", "GET"), url.extend_query(query), headers, body), SecretMasker([*secrets, *credentials])
 
 
 def _read_url(text: str) -> tuple[yarl.URL, str]:
@@ -5279,7 +5277,7 @@ def _redirected(config: dict[str, Any], request: _Request, response: aiohttp.Cli
     except ValueError:
         target = _one_line(live.masked(mask_config({"url": location})["url"]), 100)
         raise ChronoTaskError(f"redirected to {target}, which is no http or https URL") from None
-    method, _, headers, body, masker, left_behind = request
+    method, _, headers, body, left_behind = request
     if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
         method, body = "GET", None
         headers = CIMultiDict(pair for pair in headers.items() if not pair[0].lower().startswith("content-"))
@@ -5289,7 +5287,7 @@ def _redirected(config: dict[str, Any], request: _Request, response: aiohttp.Cli
         secret = {name.lower() for name, value in config.get("headers", {}).items() if SECRET_REFERENCE.search(value)}
         kept = CIMultiDict(pair for pair in headers.items() if pair[0].lower() in _HARMLESS_HEADERS - secret)
         headers, left_behind = kept, str(request.url.origin()) if len(kept) < len(headers) else left_behind
-    return _Request(method, url, headers, body, masker, left_behind)
+    return _Request(method, url, headers, body, left_behind)
 
 
 async def _read_body(response: aiohttp.ClientResponse, live: LiveOutput) -> None:
