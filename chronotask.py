@@ -709,10 +709,10 @@ class _Expression:
         plain = [part for part in day.split(",") if part != "l"]
         self.last_day = "l" in day.split(",")
         special = [_NTH.fullmatch(part) for part in weekday.split(",")]
-        if any(special) and not all(special):
-            raise ValueError(f"day-of-week {shown(weekday)} must not mix plain weekdays with # or L")
-        if (self.last_day and weekday != "*") or (any(special) and day != "*"):
-            raise ValueError("L and # in one day field need * in the other (engines disagree about their meaning)")
+        if (self.last_day and weekday != "*") or (any(special) and not (all(special) and day == "*")):
+            raise ValueError(
+                "L and # need * in the other day field, and in day-of-week no plain one beside them (engines disagree)"
+            )
         self.days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
         self.months = _field_values(_FIELDS[4], month)
         self.weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
@@ -738,19 +738,14 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
         star, first, last, step = found.groups() if found else (None, "", None, None)
         ends = [named[end] if end in named else int(end) if end.isdigit() else -1 for end in (first, last) if end is not None]
         low, high = (field.low, field.high) if star else (ends[0], ends[-1])
-        if not all(field.low <= end <= field.highest for end in ends):
-            names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
-            rule = f"must be {field.low} to {field.highest}{names}, with , - and /{field.more}"
-            raise ValueError(f"{field.name} {shown(part)} {rule}")
         if step and len(ends) == 1:  # 10/15 is 10-59/15, as most engines have it; 7/2 is Sunday
             high = max(low, field.high)
         if field.highest == 7 and high == 0 < low:
             high = 7  # Sunday may end a range
-        if high < low:
-            wrapped = f"{first}-{field.highest},{field.low}-{last}"
-            raise ValueError(f"{field.name} range {shown(part)} must run upwards: write {wrapped} for one that wraps around")
-        if int(step or 1) == 0:
-            raise ValueError(f"{field.name} {shown(part)} needs a step of at least 1")
+        if not field.low <= low <= high <= field.highest or int(step or 1) == 0:
+            names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
+            rule = f"must be {field.low} to {field.highest}{names}, with , and - (upwards) and / (from 1 on){field.more}"
+            raise ValueError(f"{field.name} {shown(part)} {rule}")
         values.update(range(low, high + 1, int(step or 1)))
     return tuple(sorted({value % 7 for value in values} if field.highest == 7 else values))
 

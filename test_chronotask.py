@@ -1519,21 +1519,22 @@ CRON_RULE = (
     "must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first,"
     " or one of @yearly, @annually, @monthly, @weekly, @daily, @midnight, @hourly"
 )
-NO_MIX = "L and # in one day field need * in the other (engines disagree about their meaning)"
+NO_MIX = "L and # need * in the other day field, and in day-of-week no plain one beside them (engines disagree)"
+SPECIAL = ", MON#2 for the second Monday, L5 for the last Friday"
 BAD_EXPRESSIONS = {
-    "60 * * * *": "minute '60' must be 0 to 59, with , - and /",
-    "* 24 * * *": "hour '24' must be 0 to 23, with , - and /",
-    "* * 0 * *": "day-of-month '0' must be 1 to 31, with , - and /, L for the last day",
-    "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , - and /",
-    "0 22-2 * * *": "hour range '22-2' must run upwards: write 22-23,0-2 for one that wraps around",
-    "0 0 * * FRI-MON": "day-of-week range 'fri-mon' must run upwards: write fri-7,0-mon for one that wraps around",
-    "0 0 * * 7-1": "day-of-week range '7-1' must run upwards: write 7-7,0-1 for one that wraps around",
-    "*/0 * * * *": "minute '*/0' needs a step of at least 1",
+    "60 * * * *": "minute '60' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
+    "* 24 * * *": "hour '24' must be 0 to 23, with , and - (upwards) and / (from 1 on)",
+    "* * 0 * *": "day-of-month '0' must be 1 to 31, with , and - (upwards) and / (from 1 on), L for the last day",
+    "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , and - (upwards) and / (from 1 on)",
+    "0 22-2 * * *": "hour '22-2' must be 0 to 23, with , and - (upwards) and / (from 1 on)",
+    "0 0 * * FRI-MON": "day-of-week 'fri-mon' must be 0 to 7 or SUN to SAT, with , and - (upwards) and / (from 1 on)" + SPECIAL,
+    "0 0 * * 7-1": "day-of-week '7-1' must be 0 to 7 or SUN to SAT, with , and - (upwards) and / (from 1 on)" + SPECIAL,
+    "*/0 * * * *": "minute '*/0' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
     "0 0 13 * FRI#2": NO_MIX,
     "0 0 L * FRI": NO_MIX,
-    "0 0 * * 1,MON#2": "day-of-week '1,mon#2' must not mix plain weekdays with # or L",
-    "0 0 15W * *": "day-of-month '15w' must be 1 to 31, with , - and /, L for the last day",
-    "H * * * *": "minute 'h' must be 0 to 59, with , - and /",
+    "0 0 * * 1,MON#2": NO_MIX,
+    "0 0 15W * *": "day-of-month '15w' must be 1 to 31, with , and - (upwards) and / (from 1 on), L for the last day",
+    "H * * * *": "minute 'h' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
     "0 0 30 2 *": "must fire at least once in the next 50 years",
     "0 0 31 4,6,9,11 *": "must fire at least once in the next 50 years",
     "* * * *": CRON_RULE + "; found 4",
@@ -7743,7 +7744,7 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
     assert (status, told, errors.splitlines()) == (2, "", [
         "chronotask: tasks.nightly.task_type: is required",
         "chronotask: tasks.nightly.tusk_type: unknown field (did you mean task_type?)",
-        f"chronotask: {NIGHT}.schedule_config.expression: '99 2 * * *': minute '99' must be 0 to 59, with , - and /",
+        f"chronotask: {NIGHT}.schedule_config.expression: '99 2 * * *': minute '99' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
     ])  # fmt: skip
     file.write_text(NIGHTLY.replace('"ops"', '"dev"'))
     status, _, errors = says("--apply", file)
