@@ -710,9 +710,7 @@ class _Expression:
         self.last_day = "l" in day.split(",")
         special = [_NTH.fullmatch(part) for part in weekday.split(",")]
         if (self.last_day and weekday != "*") or (any(special) and not (all(special) and day == "*")):
-            raise ValueError(
-                "L and # need * in the other day field, and in day-of-week no plain one beside them (engines disagree)"
-            )
+            raise ValueError("L and # need * in the other day field and no plain weekday beside them (engines disagree)")
         self.days = _field_values(_FIELDS[3], ",".join(plain)) if plain else ()
         self.months = _field_values(_FIELDS[4], month)
         self.weekdays = () if any(special) else _field_values(_FIELDS[5], weekday)
@@ -744,7 +742,7 @@ def _field_values(field: _Field, text: str) -> tuple[int, ...]:
             high = 7  # Sunday may end a range
         if not field.low <= low <= high <= field.highest or int(step or 1) == 0:
             names = f" or {field.words[0].upper()} to {field.words[-1].upper()}" if field.words else ""
-            rule = f"must be {field.low} to {field.highest}{names}, with , and - (upwards) and / (from 1 on){field.more}"
+            rule = f"must be {field.low} to {field.highest}{names}, with , - (upwards) and / (from 1){field.more}"
             raise ValueError(f"{field.name} {shown(part)} {rule}")
         values.update(range(low, high + 1, int(step or 1)))
     return tuple(sorted({value % 7 for value in values} if field.highest == 7 else values))

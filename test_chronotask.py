@@ -1519,22 +1519,19 @@ CRON_RULE = (
     "must be 5 fields (minute hour day-of-month month day-of-week), 6 with seconds first,"
     " or one of @yearly, @annually, @monthly, @weekly, @daily, @midnight, @hourly"
 )
-NO_MIX = "L and # need * in the other day field, and in day-of-week no plain one beside them (engines disagree)"
-SPECIAL = ", MON#2 for the second Monday, L5 for the last Friday"
+NO_MIX = "L and # need * in the other day field and no plain weekday beside them (engines disagree)"
 BAD_EXPRESSIONS = {
-    "60 * * * *": "minute '60' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
-    "* 24 * * *": "hour '24' must be 0 to 23, with , and - (upwards) and / (from 1 on)",
-    "* * 0 * *": "day-of-month '0' must be 1 to 31, with , and - (upwards) and / (from 1 on), L for the last day",
-    "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , and - (upwards) and / (from 1 on)",
-    "0 22-2 * * *": "hour '22-2' must be 0 to 23, with , and - (upwards) and / (from 1 on)",
-    "0 0 * * FRI-MON": "day-of-week 'fri-mon' must be 0 to 7 or SUN to SAT, with , and - (upwards) and / (from 1 on)" + SPECIAL,
-    "0 0 * * 7-1": "day-of-week '7-1' must be 0 to 7 or SUN to SAT, with , and - (upwards) and / (from 1 on)" + SPECIAL,
-    "*/0 * * * *": "minute '*/0' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
+    "60 * * * *": "minute '60' must be 0 to 59, with , - (upwards) and / (from 1)",
+    "* 24 * * *": "hour '24' must be 0 to 23, with , - (upwards) and / (from 1)",
+    "* * 0 * *": "day-of-month '0' must be 1 to 31, with , - (upwards) and / (from 1), L for the last day",
+    "* * * FOO *": "month 'foo' must be 1 to 12 or JAN to DEC, with , - (upwards) and / (from 1)",
+    "0 22-2 * * *": "hour '22-2' must be 0 to 23, with , - (upwards) and / (from 1)",
+    "0 0 * * FRI-MON": "day-of-week 'fri-mon' must be 0 to 7 or SUN to SAT, with , - (upwards) and / (from 1)"
+    ", MON#2 for the second Monday, L5 for the last Friday",
+    "*/0 * * * *": "minute '*/0' must be 0 to 59, with , - (upwards) and / (from 1)",
     "0 0 13 * FRI#2": NO_MIX,
     "0 0 L * FRI": NO_MIX,
     "0 0 * * 1,MON#2": NO_MIX,
-    "0 0 15W * *": "day-of-month '15w' must be 1 to 31, with , and - (upwards) and / (from 1 on), L for the last day",
-    "H * * * *": "minute 'h' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
     "0 0 30 2 *": "must fire at least once in the next 50 years",
     "0 0 31 4,6,9,11 *": "must fire at least once in the next 50 years",
     "* * * *": CRON_RULE + "; found 4",
@@ -1556,7 +1553,7 @@ def test_a_refused_expression_is_told_why(expression: str, why: str) -> None:
     "-5 * * * *", "5--7 * * * *", ", * * * *", "1,,2 * * * *", "1/ * * * *", "*/ * * * *", "** * * * *", "*-5 * * * *",
     "1-5-7 * * * *", "1.5 * * * *", "+1 * * * *", "0x1 * * * *", "1e1 * * * *", "0 0 * JAN-FOO *", "0 0 MON * *",
     "0 0 * MON *", "0 0 * * 8", "0 0 * * MON#0", "0 0 * * MON#6", "0 0 * * *#1", "0 0 * * 1-5#1", "0 0 * * L",
-    "0 0 * * L8", "0 0 * * LFRI", "0 0 L-3 * *", "0 0 LW * *", "0 0 1-L * *", "0 0 L */1 */2", "H(0-5) * * * *",
+    "0 0 * * L8", "0 0 * * 7-1", "0 0 15W * *", "H * * * *", "0 0 * * LFRI", "0 0 L-3 * *", "0 0 LW * *", "0 0 1-L * *", "0 0 L */1 */2", "H(0-5) * * * *",
     "R(1-5) * * * *", "0\n0 * * *", "0\x000 * * *", "0 0 * * \u2003", "0\x1f0 * * * *", "9999999999 * * * *",
     "* * * * */99999", "61 * * * * *", "* 60 * * * *", "*/100000 * * * *",
 )  # fmt: skip
@@ -7744,7 +7741,8 @@ def test_the_command_line_applies_exports_and_tells_by_its_status_what_became_of
     assert (status, told, errors.splitlines()) == (2, "", [
         "chronotask: tasks.nightly.task_type: is required",
         "chronotask: tasks.nightly.tusk_type: unknown field (did you mean task_type?)",
-        f"chronotask: {NIGHT}.schedule_config.expression: '99 2 * * *': minute '99' must be 0 to 59, with , and - (upwards) and / (from 1 on)",
+        f"chronotask: {NIGHT}.schedule_config.expression: '99 2 * * *': minute '99' must be 0 to 59, "
+        "with , - (upwards) and / (from 1)",
     ])  # fmt: skip
     file.write_text(NIGHTLY.replace('"ops"', '"dev"'))
     status, _, errors = says("--apply", file)
