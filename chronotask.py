@@ -3202,8 +3202,13 @@ def open_database(path: Path) -> DB:
             # Only the leader checkpoints: see `set_leading`.
             for pragma in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_LIMIT}", "wal_autocheckpoint=0"):
                 db.execute(f"PRAGMA {pragma}")
-            with _nobody_leads(path) if 0 < _pragma(db, "user_version") < max(MIGRATIONS) else contextlib.nullcontext():
-                migrate(db, MIGRATIONS)
+            lead = FileLock(Path(f"{real}.leader"))
+            stack.callback(lead.release)
+            # With the new schema an older ChronoTask would go on leading, and fire nothing any more.
+            if 0 < _pragma(db, "user_version") < max(MIGRATIONS) and not lead.acquire():
+                raise StartupError(f"{path} is to be upgraded, but another ChronoTask leads on it: stop that one first")
+            migrate(db, MIGRATIONS)
+            lead.release()
             stack.pop_all()
         return db
     except (OSError, sqlite3.Error) as error:
@@ -3268,22 +3273,6 @@ def migrate(db: DB, migrations: Mapping[int, Sequence[str]]) -> None:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version={version}")
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-
-
-@contextlib.contextmanager
-def _nobody_leads(path: Path) -> Iterator[None]:
-    """Nobody takes the lead meanwhile. Raises StartupError where somebody has it: with the new schema an older ChronoTask would
-    go on leading, and fire nothing any more."""
-    lock = FileLock(Path(f"{os.path.realpath(path)}.leader"))
-    try:
-        for _ in range(100):  # another process may only be looking
-            if lock.acquire():
-                yield
-                return
-            threading.Event().wait(0.01)
-        raise StartupError(f"{path} is to be upgraded, but another ChronoTask leads on it: stop that one first")
-    finally:
-        lock.release()
 
 
 def refused_target(path: Path, target: Path) -> str | None:

@@ -2811,7 +2811,7 @@ def test_a_database_is_not_upgraded_under_a_process_that_leads(tmp_path: Path) -
     assert older.acquire()
     assert "another ChronoTask leads on it: stop that one first" in refused(open_database, path).detail
     assert sql(path, "PRAGMA user_version") == [(2,)]
-    threading.Timer(0.1, older.release).start()  # as one that was only looking
+    older.release()
     open_database(path).close()
     assert older.acquire()
     open_database(path).close()  # of this version: one more process beside it
