@@ -4345,8 +4345,6 @@ def resolve_secrets(
     """`config` with its `${env:…}` and `${file:…}` replaced, and the secrets that were put in. `facts` (JSON text) replace its
     `${cause:…}`; without facts these are empty. What was put in is not looked at again. Raises ChronoTaskError with the reason,
     never with a content."""
-    if "${" not in str(config):
-        return config, []
     known = parsed(facts) if facts else {}
     secrets: dict[str, str] = {}
     url = config.get("url", "")
@@ -5216,13 +5214,17 @@ async def _exchange(
     keep = keep and "close" not in request.headers.get("Connection", "").lower()
     jar = aiohttp.CookieJar(unsafe=True)  # also of IP addresses
     for _ in range(MAX_REDIRECTS + 1):
+        headers = request.headers.copy()
+        if cookies := jar.filter_cookies(request.url):
+            own = [pair for pair in re.split("; *", headers.get("Cookie", "")) if pair and pair.partition("=")[0] not in cookies]
+            known = (one for one in jar if one.key in cookies and one.value == cookies[one.key].value)  # as it was written
+            headers["Cookie"] = "; ".join([*{one.key: f"{one.key}={one.coded_value}" for one in known}.values(), *own])
         _ASKED.set(answer := _OneAnswer(request.method, live))
         try:
             response = await client.session(keep).request(
                 request.method,
                 request.url,
-                headers=request.headers,
-                cookies=jar.filter_cookies(request.url) or None,
+                headers=headers,
                 data=request.body,
                 skip_auto_headers=None if request.method == "GET" else ["Content-Type"],  # which a body without bytes has none of
                 ssl=_tls_context(config.get("verify_tls", True)) if request.url.scheme == "https" else True,
