@@ -840,8 +840,6 @@ class Cron(Timing):
 
     @functools.lru_cache(maxsize=8192)  # noqa: B019 - many schedules share an expression, and fire together
     def next_after(self, t: int) -> int | None:
-        if t > _LAST_LOCAL:
-            return None
         cron, zone, t = _parse_cron(self.expression), load_zone(self.zone), max(t, -1)
         local = t + _offset(zone, t)
         # In an hour that comes twice, what is wild is looked for from where each of its two passes would be.
@@ -1002,9 +1000,7 @@ def check_datetime(text: str, zone: str, now: int) -> None:
 
 
 def _local_words(t: int, zone: str) -> str:
-    first, second = _readings(load_zone(zone), t + _offset(load_zone(zone), t))
-    words = format_local(t, zone).replace("T", " ")
-    return words if first != second else words[:19]  # an hour that comes twice needs its offset
+    return format_local(t, zone)[:19].replace("T", " ")  # which of two hours it is, `upcoming` tells
 
 
 def _span_words(span: int) -> str:
@@ -6213,7 +6209,7 @@ class Operation:
         self.summary, self.description = words_of(use_case)
         self.scope = self.scope or ("read" if self.method == "GET" else "admin")
         self.id_name: str | None = next(iter(kinds)) if "{id}" in self.path else None
-        self.query: type[Query] | None = kinds.get("query")
+        self.query: type[Query] = kinds.get("query", Query)
         self.body: Any = kinds.get("body")
         self.result: Any = None if kinds["return"] is type(None) else kinds["return"]
         if self.path:  # else it is a tool alone
@@ -6229,7 +6225,7 @@ class Operation:
         if self.body is not None:
             named = isinstance(body, dict) and body.get("task_id")
             given["body"] = {**body, "task_id": await service.task_id(named)} if named else body
-        if self.query is not None:
+        if self.query is not Query:
             if getattr(query, "task_id", None):
                 query.task_id = await service.task_id(query.task_id)
             given["query"] = query
@@ -7696,10 +7692,9 @@ async def json_bytes(request: web.Request) -> bytes:
     return raw.removeprefix(codecs.BOM_UTF8)
 
 
-def read_query(request: web.Request, model: type[Query] | None) -> Any:
-    if model is None and not request.query_string:  # as most are: to look for one takes a fifth of a read
+def read_query(request: web.Request, model: type[Query]) -> Any:
+    if model is Query and not request.query_string:  # as most are: to look for one takes a fifth of a read
         return None
-    model = model or Query
     lists = {name: request.query.getall(name) for name in request.query}
     given: dict[str, Any] = {name: values if values[1:] else values[0] for name, values in lists.items()}
     if wrong := [FieldError(name, f"must be sent as the header {of}") for name, of in model.headers.items() if name in given]:
@@ -7834,7 +7829,7 @@ async def show_metrics(service: Service, request: web.Request) -> web.Response:
         of_all = [("", samples)] if isinstance(samples, (int, float)) else samples
         lines.extend(f"chronotask_{name}{labels} {value}" for labels, value in of_all)
 
-    kinds = [(kind, status) for kind in sorted(CONFIGS) for status in FINISHED]
+    kinds = itertools.product(sorted(CONFIGS), FINISHED)
     ended = [(f'{{task_type="{kind}",status="{status}"}}', stats.ended[kind, status]) for kind, status in kinds]
     family("executions_total", "Executions that ended since this process started.", ended, "counter")
     durations, lateness, active = stats.durations.samples(), stats.lateness.samples(), objects["active_schedules"]
@@ -7880,15 +7875,15 @@ async def show_openapi(_service: Service, request: web.Request) -> web.Response:
 
 
 # Routes that are no operations, outside of the API or streams: who answers, with what, to which query.
-PAGES: dict[str, tuple[Callable[[Service, web.Request], Awaitable[web.StreamResponse]], str, type[Query] | None]] = {
-    "/": (show_root, "application/json", None),
-    "/health": (show_health, "application/json", None),
-    "/metrics": (show_metrics, "text/plain", None),
-    "/openapi.json": (show_openapi, "application/json", None),
-    "/docs": (show_docs, "text/html", None),
+PAGES: dict[str, tuple[Callable[[Service, web.Request], Awaitable[web.StreamResponse]], str, type[Query]]] = {
+    "/": (show_root, "application/json", Query),
+    "/health": (show_health, "application/json", Query),
+    "/metrics": (show_metrics, "text/plain", Query),
+    "/openapi.json": (show_openapi, "application/json", Query),
+    "/docs": (show_docs, "text/html", Query),
     API + "/executions/{id}/output": (send_output, "text/plain", FollowQuery),
     API + "/events": (show_events, "text/event-stream", EventQuery),
-    API + "/backup": (show_backup, "application/vnd.sqlite3", None),
+    API + "/backup": (show_backup, "application/vnd.sqlite3", Query),
 }
 
 
@@ -7957,13 +7952,12 @@ def openapi() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components, "security": [{}, {"token": []}]}
 
 
-def _document(path: str, name: str, documented: Any, query: type[Query] | None, good: Mapping[int, Any]) -> dict[str, Any]:
+def _document(path: str, name: str, documented: Any, query: type[Query], good: Mapping[int, Any]) -> dict[str, Any]:
     """One call. `good` are the statuses of its answers, with their content; all others are errors of one form."""
     parameters: list[dict[str, Any]] = []
     if "{id}" in path:
         schema = adapter(TaskId if "/tasks/" in path else Id).json_schema()
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
-    query = query or Query
     for field, schema in query.model_json_schema().get("properties", {}).items():
         arms = [arm for arm in schema.pop("anyOf", ()) if arm != {"type": "null"}]  # a parameter is left out, never null
         lean = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
@@ -8050,7 +8044,7 @@ def tool_query(operation: Operation) -> type[Query]:
     """What is no part of a body: the id that REST has in the path, and the fields of the query."""
     number: Any = TaskId if operation.id_name == "task_id" else Id
     fields: dict[str, Any] = {operation.id_name: (number, ...)} if operation.id_name else {}
-    return create_model(operation.name, __base__=operation.query or Query, **fields, **TOOL_QUERIES.get(operation.name, {}))
+    return create_model(operation.name, __base__=operation.query, **fields, **TOOL_QUERIES.get(operation.name, {}))
 
 
 @functools.cache

@@ -1697,7 +1697,7 @@ async def test_notes_say_what_a_schedule_probably_does_not_mean_why_nothing_fire
     ("0 0 12 * * *", "Every day at 12:00"),
     ("*/10 * 9-17 * * 1-5", "Every 10 seconds from 09:00 to 17:59:50, every weekday"),
     ("3-50/7 1-20/3 * * *", "Every day at minute 3, 10, 17, 24, 31, 38 and 45 of hour 1, 4, 7, 10, 13, 16 and 19"),
-    ({"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00+01:00"),  # comes twice
+    ({"datetime": "2026-10-25T01:30Z"}, "Once at 2026-10-25 02:30:00"),  # comes twice
     ({"datetime": "9999-12-31T23:59:59Z"}, "Once at 9999-12-31 23:59:59"),
     ({"seconds": 90}, "Every 90 seconds since 2026-11-24 06:00:00"),
     ({"seconds": 1.5}, "Every 1.5 seconds since 2026-11-24 06:00:00"),
