@@ -4971,9 +4971,7 @@ async def _sent_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHand
     except aiohttp.ServerDisconnectedError:
         failure = _Passing("the server closed the connection without an answer")
     except aiohttp.InvalidURL as error:  # an address written as one number, say
-        failure = ChronoTaskError(
-            f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address as URLs have it"
-        )
+        failure = ChronoTaskError(f"the host {_one_line(str(error.url), 255)} is neither a name nor an IP address")
     except aiohttp.ClientResponseError as error:
         reason = _one_line(_ASKED.get().live.masked(error.message), 200)
         failure = _Passing(f"the server's answer is not valid HTTP: {reason}")
