@@ -2732,7 +2732,7 @@ def _added(table: str, columns: str) -> Iterator[str]:
 
 
 _SCHEDULE_COLUMNS = ("schedules.id", "schedule_type", "is_active")
-_ALL_TAGS = "SELECT DISTINCT value, {0}.id FROM {1} json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
+_NEW_TAGS = "SELECT DISTINCT value, new.id FROM  json_each(CASE WHEN json_valid(new.tags) THEN new.tags ELSE '[]' END)"
 
 # How a database comes to each schema version from the one before it. Append only. The statements of a version run in one
 # transaction with the new user_version.
@@ -2876,12 +2876,11 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         *_counted("tasks", ("id", "task_type", "status"), "count(*)", "FROM tasks WHERE NOT deleted GROUP BY 3, 4, 5").split(";"),
         *_counted("schedules", _SCHEDULE_COLUMNS, "count(*)", f"FROM schedules WHERE {_NOT_DELETED} GROUP BY 3, 4, 5").split(";"),
         "CREATE TABLE tags (tag TEXT NOT NULL, task_id INTEGER NOT NULL, PRIMARY KEY (tag, task_id)) WITHOUT ROWID",
-        f"INSERT INTO tags {_ALL_TAGS.format('tasks', 'tasks,')}",
         "CREATE INDEX tasks_words ON tasks (deleted, name, description)",
         f"""CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
             UPDATE meta SET value = new.rev WHERE key = 'rev'; {_counted_task("1", "new")} END""",
         f"""CREATE TRIGGER tasks_tagged AFTER INSERT ON tasks WHEN new.tags <> '[]'
-            BEGIN INSERT INTO tags {_ALL_TAGS.format("new", "")}; END""",
+            BEGIN INSERT INTO tags {_NEW_TAGS}; END""",
         f"""CREATE TRIGGER tasks_recounted AFTER UPDATE OF status, task_type, deleted ON tasks
             WHEN new.status <> old.status OR new.task_type <> old.task_type OR new.deleted <> old.deleted BEGIN
             {_counted_task("-1", "old")} {_counted_task("1", "new")}
@@ -2897,7 +2896,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
             END""",
         f"""CREATE TRIGGER tasks_retagged AFTER UPDATE OF tags ON tasks WHEN new.tags <> old.tags BEGIN
             DELETE FROM tags WHERE task_id = new.id AND tag IN (SELECT value FROM json_each(old.tags));
-            INSERT INTO tags {_ALL_TAGS.format("new", "")}; END""",
+            INSERT INTO tags {_NEW_TAGS}; END""",
         f"CREATE TRIGGER schedules_counted AFTER INSERT ON schedules BEGIN {_counted_schedule('1', 'new')} END",
         f"CREATE TRIGGER schedules_removed AFTER DELETE ON schedules BEGIN {_counted_schedule('-1', 'old')} END",
         f"""CREATE TRIGGER schedules_recounted AFTER UPDATE OF schedule_type, is_active ON schedules
@@ -3987,7 +3986,6 @@ def latest_known(db: DB) -> int:
         "SELECT value FROM meta WHERE key = 'clock' "
         + newest.format("max(updated_at, coalesce(last_run, 0))", "tasks", "rev")
         + newest.format("max(updated_at, dealt_with)", "schedules", "rev")
-        + newest.format("max(queued_at, coalesce(finished_at, 0))", "executions", "id")
     )
     return max((at for at in _ids(db, known) if at is not None), default=0)
 
