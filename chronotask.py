@@ -1024,22 +1024,24 @@ def _time_words(t: int) -> str:
     return _clock_face(t).strftime("%H:%M:%S" if t % MINUTE else "%H:%M")
 
 
-@functools.lru_cache(maxsize=2048)  # what has seconds may have 86,400 times
 def _clock_words(cron: _Expression) -> str:
     """`at 09:00`, or `every 15 minutes from 08:00 to 18:45`."""
-    seconds, minutes, hours = cron.seconds, cron.minutes, cron.hours
-    times = [hour * HOUR + minute * MINUTE + second * SECOND for hour in hours for minute in minutes for second in seconds]
-    step = times[1] - times[0] if len(times) > 2 else DAY
-    if step < DAY and times == list(range(times[0], times[-1] + 1, step)):
-        every = f"every {_span_words(step).removeprefix('1 ')}"
-        through = times[0] == 0 and times[-1] + step == DAY
-        return every if through else f"{every} from {_time_words(times[0])} to {_time_words(times[-1])}"
-    if len(times) <= 8:
-        return "at " + _and(list(map(_time_words, times)))
+    fields = (("second", cron.seconds, 60, SECOND), ("minute", cron.minutes, 60, MINUTE), ("hour", cron.hours, 24, HOUR))
+    gaps, first, span = set[int](), 0, 0  # between all times that follow each other, up to this field
+    for _, values, _, unit in fields:
+        gaps |= {(later - earlier) * unit - span for earlier, later in itertools.pairwise(values)}
+        first, span = first + values[0] * unit, span + (values[-1] - values[0]) * unit
+    number = math.prod(len(values) for _, values, _, _ in fields)
+    if number > 2 and len(gaps) == 1:
+        every = f"every {_span_words(min(gaps)).removeprefix('1 ')}"
+        through = first == 0 and span + min(gaps) == DAY
+        return every if through else f"{every} from {_time_words(first)} to {_time_words(first + span)}"
+    if number <= 8:
+        times = itertools.product(cron.hours, cron.minutes, cron.seconds)
+        return "at " + _and([_time_words(hour * HOUR + minute * MINUTE + second * SECOND) for hour, minute, second in times])
     # Field by field: never pretty, never wrong.
-    fields = (("second", seconds, 60), ("minute", minutes, 60), ("hour", hours, 24))
-    parts = [f"every {name}" if len(values) == full else f"{name} {_listed(values)}" for name, values, full in fields]
-    return "at " + " of ".join(parts[1:] if seconds == (0,) else parts)
+    parts = [f"every {name}" if len(values) == full else f"{name} {_listed(values)}" for name, values, full, _ in fields]
+    return "at " + " of ".join(parts[1:] if cron.seconds == (0,) else parts)
 
 
 def _day_words(cron: _Expression) -> str:
