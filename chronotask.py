@@ -1033,9 +1033,11 @@ def _clock_words(cron: _Expression) -> str:
         first, span = first + values[0] * unit, span + (values[-1] - values[0]) * unit
     number = math.prod(len(values) for _, values, _, _ in fields)
     if number > 2 and len(gaps) == 1:
-        every = f"every {_span_words(min(gaps)).removeprefix('1 ')}"
-        through = first == 0 and span + min(gaps) == DAY
-        return every if through else f"{every} from {_time_words(first)} to {_time_words(first + span)}"
+        gap = min(gaps)
+        every = f"every {_span_words(gap).removeprefix('1 ')}"
+        if span + gap == DAY and first < HOUR and (first == 0 or gap % HOUR == 0 == first % MINUTE):  # all the day long
+            return every + (f" at minute {first // MINUTE}" if first else "")
+        return f"{every} from {_time_words(first)} to {_time_words(first + span)}"
     if number <= 8:
         times = itertools.product(cron.hours, cron.minutes, cron.seconds)
         return "at " + _and([_time_words(hour * HOUR + minute * MINUTE + second * SECOND) for hour, minute, second in times])
