@@ -7826,7 +7826,7 @@ def test_an_apply_that_is_killed_has_done_all_or_nothing(tmp_path: Path) -> None
                 db.execute("ROLLBACK")
                 time.sleep(0.005)
         if version:
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.1))
             process.kill()
         process.wait()
         [(found, count)] = db.execute("SELECT max_retries, count(*) FROM tasks GROUP BY 1")
