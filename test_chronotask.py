@@ -8379,7 +8379,7 @@ async def test_a_stream_whose_execution_is_deleted_ends_and_one_that_fails_break
 
 
 async def test_the_output_of_all_attempts_can_be_followed_in_each_process(api: Api, open_api: OpenApi, tmp_path: Path) -> None:
-    gated = f"echo begun; mkfifo {tmp_path}/gate; cat {tmp_path}/gate; false"
+    gated = f"mkfifo {tmp_path}/gate; echo begun; cat {tmp_path}/gate; false"
     command = f"case $CHRONOTASK_ATTEMPT in 1) {gated};; *) echo last; echo lines >&2; esac"
     await api.task(config={"command": command}, max_retries=1, retry_delay=0)
     await api("POST", "/tasks/1/execute")
