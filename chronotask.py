@@ -2921,6 +2921,7 @@ MIN_SQLITE = (3, 35, 0)  # UPDATE … FROM and RETURNING
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process's transaction
 BESIDE = ("-wal", "-shm", "-journal", ".leader", ".service")  # the files of the database beside it
 _LEFT_ALONE = "it was left as it was; restore a backup, or set CHRONOTASK_DATABASE_URL to another file"
+_OTHERWISE = "run ChronoTask as its owner (in a container: --user), or choose another place"
 REPLACED = "the database file is no longer the one that was opened"
 # Where the fault lies with the statement (or is none of SQLite's), not with the file or the disk.
 _OF_STATEMENTS = {0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
@@ -3252,9 +3253,9 @@ def check_owner(path: Path, closed: int) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise StartupError(f"{path} cannot be looked at: {error.strerror}") from None
+        raise StartupError(f"{path} cannot be looked at ({error.strerror}): {_OTHERWISE}") from None
     if why := untrusted(path, found if link.st_uid in (0, me) else link, alone=True):
-        raise StartupError(f"{path} {why}, or run ChronoTask as its owner (in a container: --user), or choose another place")
+        raise StartupError(f"{path} {why}, or {_OTHERWISE}")
 
 
 def _pragma(db: DB, name: str) -> int:

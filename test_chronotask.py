@@ -2794,6 +2794,20 @@ def test_roots_folder_may_be_written_by_a_group_of_nobody_else(quick_disk: Path,
         os.seteuid(0)
 
 
+@needs_root
+def test_a_folder_that_may_not_be_entered_is_refused_with_the_remedy(quick_disk: Path) -> None:
+    (quick_disk / "closed").mkdir(mode=0o700)
+    quick_disk.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        assert refused(open_database, quick_disk / "closed" / "c.db").detail.endswith(
+            "closed cannot be looked at (Permission denied): run ChronoTask as its owner (in a container: --user), "
+            "or choose another place"
+        )
+    finally:
+        os.seteuid(0)
+
+
 def test_a_database_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(tmp_path / "c.db").close()
     monkeypatch.setattr(chronotask, "BUSY_TIMEOUT", 0.01)
