@@ -5659,8 +5659,7 @@ class Engine:
             tick.runs = start_ready(db, capacity, now, self.owner)
             begun = [Ended(run.execution_id, run.task_id, "running", now) for run in tick.runs if run.attempt == 1]
             follow(tick, begun)
-        if over or ended or tick.runs:
-            set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
+        set_meta(db, "clock", max(now, get_meta(db, "clock") or 0))  # the latest reading at which anything was done
         return tick
 
     async def finish(self, ended: Sequence[Finished]) -> None:
